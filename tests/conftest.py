@@ -1,0 +1,61 @@
+"""Fixtures that several rooms' tests share: a tiny config, a tiny tokenizer, a few real photographs."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network; huggingface_hub reads this at import
+
+# ruff: noqa: E402
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lavit_tok import TokenizerConfig, VisualTokenizer
+from lavit_tok.selector import keep_scores
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> TokenizerConfig:
+    """16 patches of 8 pixels, width 32, 16 codes of 4 numbers."""
+    encoder: dict[str, Any] = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    return TokenizerConfig(
+        encoder=encoder, codebook_size=16, code_dim=4, merger_depth=2, reconstructor_depth=2, num_heads=2
+    )
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Path]:
+    """Four photographs that scikit-image ships inside its package: three in colour, one grey."""
+    spec = find_spec("skimage")
+    assert spec is not None and spec.origin is not None, "the tests' photographs come with scikit-image: pip install -e '.[dev]'"
+    folder = Path(spec.origin).parent / "data"
+    return [folder / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "camera.png")]
+
+
+@pytest.fixture
+def tiny_tokenizer(tiny_config: TokenizerConfig, photos: list[Path]) -> VisualTokenizer:
+    """Seeded random weights; its selector keeps about a third of the photographs' patches, different numbers each.
+
+    A fresh selector's scores differ by less than its bias, so that it keeps nearly all or nearly none: here they are
+    spread out and shifted to their upper third. A new one for every test, so that a test may change it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = VisualTokenizer(tiny_config)
+    with torch.no_grad():
+        tokenizer.selector.judge[-1].weight *= 50
+        scores = keep_scores(tokenizer.score(tokenizer.features(tokenizer.preprocess(photos))))
+    tokenizer.selector.shift(-float(scores.flatten().quantile(2 / 3)))
+    return tokenizer
