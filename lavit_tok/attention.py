@@ -1,0 +1,114 @@
+"""Masked multi-head attention and the block that merger and reconstructor are built of.
+
+Who may look at whom is a *policy* p in 0..1 for every (query, key) pair. Two formulas turn scores a and a policy into
+weights (LaVIT, public release; n is the number of keys):
+
+    strict   w = exp(min(a - m, 30)) * p / sum(exp(min(a - m, 30)) * p),  m = max of a over allowed keys, no gradient
+    compat   w = (exp(a - max(a)) * p + eps / n) / (sum(exp(a - max(a)) * p) + eps),  eps = 1e-6
+
+`strict` gives a forbidden key (p = 0) exactly no weight, yet the gradient with respect to p stays: that is how a
+straight-through keep/drop decision learns. Where every p is a plain bool the same numbers come from the fused
+`scaled_dot_product_attention`. `compat` is what the released weights were trained with: its maximum runs over forbidden
+keys too, so a forbidden key with a large score leaks weight to every key.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPS = 1e-6
+EXPONENT_CAP = 30.0  # exp(30) is far below float32's maximum; only forbidden keys can reach it
+Formula = Literal["strict", "compat"]
+
+
+def attend(
+    q: Float[Tensor, "batch heads queries dim"],
+    k: Float[Tensor, "batch heads keys dim"],
+    v: Float[Tensor, "batch heads keys dim"],
+    policy: Float[Tensor, "#batch #heads #queries keys"] | Bool[Tensor, "#batch #heads #queries keys"] | None = None,
+    formula: Formula = "strict",
+) -> Float[Tensor, "batch heads queries dim"]:
+    """Attention under a policy. A strict row without any allowed key gives zeros; compat then averages all keys."""
+    if policy is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    if formula == "strict" and policy.dtype == torch.bool:
+        # A row of -inf only would be NaN: let it see everything, then zero it.
+        empty = ~policy.any(-1, keepdim=True)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=policy | empty)
+        return output.masked_fill(empty, 0)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return masked_softmax(scores.float(), policy.float(), formula).to(v.dtype) @ v
+
+
+def masked_softmax(
+    scores: Float[Tensor, "batch heads queries keys"],
+    policy: Float[Tensor, "#batch #heads #queries keys"],
+    formula: Formula,
+) -> Float[Tensor, "batch heads queries keys"]:
+    """The two formulas of this file's head, in float32."""
+    if formula == "compat":
+        weights = (scores - scores.amax(-1, keepdim=True)).exp() * policy
+        return (weights + EPS / scores.shape[-1]) / (weights.sum(-1, keepdim=True) + EPS)
+    allowed = policy.detach() > 0
+    top = scores.detach().masked_fill(~allowed, float("-inf")).amax(-1, keepdim=True)
+    top = top.masked_fill(top == float("-inf"), 0)
+    weights = (scores - top).clamp(max=EXPONENT_CAP).exp() * policy
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(~allowed.any(-1, keepdim=True), 1)
+
+
+class Attention(nn.Module):
+    """Queries of one sequence, keys and values of the same (self) or another (cross)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def split(self, x: Float[Tensor, "batch n width"]) -> Float[Tensor, "batch heads n dim"]:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch queries width"],
+        context: Float[Tensor, "batch keys width"] | None = None,
+        policy: Tensor | None = None,
+        formula: Formula = "strict",
+    ) -> Float[Tensor, "batch queries width"]:
+        context = x if context is None else context
+        q, k, v = (self.split(p(t)) for p, t in ((self.query, x), (self.key, context), (self.value, context)))
+        return self.out(rearrange(attend(q, k, v, policy, formula), "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """x += self-attention; x += cross-attention to a context; x += MLP; LayerNorm before each."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, eps: float) -> None:
+        super().__init__()
+        self.norm_self = nn.LayerNorm(width, eps)
+        self.self_attention = Attention(width, heads)
+        self.norm_cross = nn.LayerNorm(width, eps)
+        self.cross_attention = Attention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width, eps)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch n width"],
+        context: Float[Tensor, "batch keys width"],
+        self_policy: Tensor | None,
+        cross_policy: Tensor | None,
+        formula: Formula = "strict",
+    ) -> Float[Tensor, "batch n width"]:
+        x = x + self.self_attention(self.norm_self(x), policy=self_policy, formula=formula)
+        x = x + self.cross_attention(self.norm_cross(x), context, cross_policy, formula)
+        return x + self.mlp(self.norm_mlp(x))

@@ -1,0 +1,172 @@
+"""TokenizerConfig: every setting that shapes a visual tokenizer; one frozen record, JSON in and out, validated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lavit_tok.images import CLIP_MEAN, CLIP_STD
+
+FORMAT_VERSION = 1
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type or out of range."""
+
+
+def _default_encoder() -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "image_size": 64,
+        "patch_size": 8,
+        "hidden_act": "gelu",
+    }
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Shape of a tokenizer. The defaults are the shipped laptop model; `TokenizerConfig.lavit()` is the paper's.
+
+    Raises:
+        ConfigError: naming the setting, what was expected and what came.
+    """
+
+    encoder: dict[str, Any] = field(default_factory=_default_encoder)
+    """A transformers vision config as JSON, with its model_type (see encoder.ENCODERS)."""
+    encoder_norm: bool = False
+    """Apply the encoder's final norm to the features; LaVIT reads the residual stream before it."""
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    """Mean of each channel, subtracted after dividing by 255."""
+    image_std: tuple[float, float, float] = CLIP_STD
+    """Standard deviation of each channel."""
+    crop: bool = False
+    """True: resize the shorter side and cut the centre; False (LaVIT): resize to the square, whatever the aspect."""
+    codebook_size: int = 1024
+    """K, the number of codes."""
+    code_dim: int = 16
+    """Width of a codebook row; rows and queries are L2-normalised."""
+    merger_depth: int = 2
+    """Blocks of the merger; 0 quantises the kept patches as they are."""
+    reconstructor_depth: int = 3
+    """Blocks of the reconstructor (codes -> features of every patch)."""
+    num_heads: int = 6
+    """Attention heads of merger and reconstructor."""
+    mlp_ratio: float = 4.3637
+    """Hidden width of every MLP is int(width * mlp_ratio), as in EVA-CLIP."""
+    attention: Literal["strict", "compat"] = "strict"
+    """How the merger masks: strict gives forbidden keys exactly no weight, compat is the released formula."""
+    layer_norm_eps: float = 1e-5
+    """Epsilon of the LayerNorms of selector, merger and reconstructor."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_mean", "image_std"):
+            object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
+            if len(getattr(self, name)) != 3:
+                raise ConfigError(f"{name}: expected 3 numbers, got {getattr(self, name)}")
+        self._require("encoder", isinstance(self.encoder, dict) and "model_type" in self.encoder, "a dict with model_type")
+        for name, least in (("codebook_size", 2), ("code_dim", 1), ("merger_depth", 0), ("reconstructor_depth", 1)):
+            value = getattr(self, name)
+            self._require(name, type(value) is int and value >= least, f"an integer of at least {least}")
+        self._require("width", self.width % 4 == 0, "a multiple of 4 (the selector halves it twice)")
+        heads = self.num_heads
+        self._require("num_heads", type(heads) is int and heads > 0 and self.width % heads == 0, f"a divisor of {self.width}")
+        self._require("mlp_ratio", self.mlp_ratio > 0, "a positive number")
+        self._require("attention", self.attention in ("strict", "compat"), "'strict' or 'compat'")
+        self._require("image_std", min(self.image_std) > 0, "positive numbers")
+        self._require("image_size", self.image_size % self.patch_size == 0, f"a multiple of patch_size {self.patch_size}")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def _encoder_int(self, name: str) -> int:
+        value = self.encoder.get(name)
+        if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+            value = value[0]
+        if name == "image_size" and value is None and "num_patches" in self.encoder:  # SigLIP2 counts patches instead
+            value = int(self.encoder["num_patches"] ** 0.5) * self.patch_size
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"encoder.{name}: expected a positive integer, got {value!r}")
+        return value
+
+    @property
+    def width(self) -> int:
+        """d, the encoder's feature width; selector, merger and reconstructor share it."""
+        return self._encoder_int("hidden_size")
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self._encoder_int("image_size")
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self._encoder_int("patch_size")
+
+    @property
+    def num_patches(self) -> int:
+        """n, patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": "lavit_tok.tokenizer", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
+        values = dict(values)
+        kind, version = values.pop("format", "lavit_tok.tokenizer"), values.pop("format_version", FORMAT_VERSION)
+        if kind != "lavit_tok.tokenizer" or version != FORMAT_VERSION:
+            raise ConfigError(f"expected format lavit_tok.tokenizer version {FORMAT_VERSION}, got {kind} {version}")
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown settings {unknown}: ignoring them would build another model than was saved")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"not a tokenizer config: {error}") from None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> TokenizerConfig:
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    @classmethod
+    def lavit(cls, **changes: Any) -> TokenizerConfig:
+        """The published sizes (spec: EVA-CLIP ViT-g/14, 12 + 12 blocks, 16,384 codes of 32 numbers)."""
+        encoder = {
+            "model_type": "blip_2_vision_model",
+            "hidden_size": 1408,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+        }
+        published: dict[str, Any] = {
+            "encoder": encoder,
+            "codebook_size": 16384,
+            "code_dim": 32,
+            "merger_depth": 12,
+            "reconstructor_depth": 12,
+            "num_heads": 16,
+        }
+        return cls(**{**published, **changes})

@@ -1,0 +1,96 @@
+"""Room 4: the kept patches absorb the dropped ones.
+
+The kept rows of the features, as they are, enter the first block. In each block they look at the kept patches before
+them (raster order) and themselves, then at the dropped patches of LayerNorm(features), then pass an MLP. With n = 5
+patches of which 0, 2 and 3 are kept (k) and 1 and 4 dropped:
+
+    self-attention     key  0 1 2 3 4        cross-attention     key  0 1 2 3 4
+    query 0 (k)             x . . . .        query 0 (k)              . x . . x
+    query 2 (k)             x . x . .        query 2 (k)              . x . . x
+    query 3 (k)             x . x x .        query 3 (k)              . x . . x
+
+Cost: in strict mode only kept rows and only the keys they may see are computed; compat and training compute all rows.
+Source: LaVIT (ICLR 2024), section 3.1, and the formulas of attention.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lavit_tok.attention import Block, Formula, attend
+from lavit_tok.records import Layout
+
+
+def self_policy(policy: Tensor) -> Tensor:
+    """[b n] keep policy -> [b 1 n n]: earlier kept patches, and always the patch itself. Bool in, bool out."""
+    n = policy.shape[1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=policy.device).tril(-1)
+    eye = torch.eye(n, dtype=torch.bool, device=policy.device)
+    if policy.dtype == torch.bool:
+        return ((policy[:, None, :] & causal) | eye)[:, None]
+    return (policy[:, None, :] * causal + eye)[:, None]
+
+
+def cross_policy(policy: Tensor) -> Tensor:
+    """[b n] keep policy -> [b 1 1 n]: the dropped patches."""
+    return (~policy if policy.dtype == torch.bool else 1 - policy)[:, None, None, :]
+
+
+class Merger(nn.Module):
+    """Blocks over the kept patches, keys and values of the cross-attention from LayerNorm(all features)."""
+
+    def __init__(self, width: int, depth: int, heads: int, mlp_width: int, eps: float, formula: Formula) -> None:
+        super().__init__()
+        self.formula: Formula = formula
+        self.norm_in = nn.LayerNorm(width, eps)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps) for _ in range(depth))
+        self.norm_out = nn.LayerNorm(width, eps)
+
+    def forward(
+        self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]
+    ) -> Float[Tensor, "total width"]:
+        """Merged kept rows, raster order, images one after another."""
+        if self.formula == "compat":
+            return self.dense(features, keep)[keep]
+        return self._ragged(features, keep)
+
+    def dense(
+        self, features: Float[Tensor, "batch patches width"], policy: Tensor
+    ) -> Float[Tensor, "batch patches width"]:
+        """Every row as if it were kept, under a bool or straight-through float policy [b n]; differentiable in it."""
+        x, context = features, self.norm_in(features)
+        own, other = self_policy(policy), cross_policy(policy)
+        for block in self.blocks:
+            x = block(x, context, own, other, self.formula)
+        return self.norm_out(x)
+
+    def _ragged(
+        self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]
+    ) -> Float[Tensor, "total width"]:
+        """Strict, kept rows only: linear layers see rows one after another, attention sees them padded."""
+        kept, dropped = Layout.of(keep), Layout.of(~keep)
+        x, context = features[keep], self.norm_in(features[~keep])
+        n = kept.width
+        causal = torch.ones(n, n, dtype=torch.bool, device=keep.device).tril()[None, None]
+        visible = dropped.mask[:, None, None, :]
+        for block in self.blocks:
+            attention = block.self_attention
+            x = x + _rows(attention, block.norm_self(x), None, kept, kept, causal)
+            if dropped.width:
+                x = x + _rows(block.cross_attention, block.norm_cross(x), context, kept, dropped, visible)
+            else:  # an empty sum of values, then the output projection's bias: as dense gives it
+                x = x + block.cross_attention.out.bias
+            x = x + block.mlp(block.norm_mlp(x))
+        return self.norm_out(x)
+
+
+def _rows(attention: nn.Module, x: Tensor, context: Tensor | None, layout: Layout, keys: Layout, mask: Tensor) -> Tensor:
+    """One attention over ragged rows. Free slots at the end of a sequence are never seen by a causal or masked row."""
+    context = x if context is None else context
+    q = attention.split(layout.pad(attention.query(x)))
+    k = attention.split(keys.pad(attention.key(context)))
+    v = attention.split(keys.pad(attention.value(context)))
+    out = attend(q, k, v, mask)
+    return attention.out(layout.unpad(out.transpose(1, 2).flatten(2)))

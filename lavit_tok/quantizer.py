@@ -1,0 +1,172 @@
+"""Room 5: merged features <-> codes.
+
+    [total d] -> Linear, Tanh, Linear, L2 norm -> [total c] -> nearest codebook row -> int64 [total] -> row [total c]
+
+Codes are always the exact nearest row by squared distance, computed in float32: under bf16 some 3 % of the codes would
+change. In training the rows move by exponential moving averages, through `vector-quantize-pytorch`; `TrainingCodebook`
+is the only place that knows that package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CHUNK = 1 << 26  # entries of the distance matrix computed at a time (256 MiB in float32)
+
+
+class Codebook(nn.Module):
+    """K rows of width c, held and searched in float32 whatever the dtype of the rest of the model."""
+
+    rows: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=-1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
+        """Follow a move to another device, but not to another dtype."""
+        return super()._apply(lambda t: fn(t) if t.is_meta else t.to(fn(t).device), recurse)
+
+    @torch.no_grad()
+    def nearest(self, z: Float[Tensor, "total dim"]) -> Int64[Tensor, " total"]:
+        """argmin_k |z - row_k|^2; of equally near rows the first."""
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            if not bool(z.isfinite().all()):
+                raise ValueError("features to quantise hold NaN or infinity: any code would be arbitrary")
+            half_norms = self.rows.square().sum(1) / 2
+            step = max(1, CHUNK // len(self.rows))
+            chunks = [(half_norms - part @ self.rows.T).argmin(1) for part in z.split(step)]
+            return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device=z.device)
+
+    def lookup(self, codes: Int64[Tensor, " total"]) -> Float[Tensor, "total dim"]:
+        return self.rows[codes]
+
+
+class Quantizer(nn.Module):
+    """The projection to code space and the codebook."""
+
+    def __init__(self, width: int, size: int, dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, dim))
+        self.codebook = Codebook(size, dim)
+
+    def project(self, merged: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows dim"]:
+        """Merged features -> unit-norm queries of the codebook, float32."""
+        return F.normalize(self.projection(merged).float(), dim=-1)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a set of codes uses the codebook."""
+
+    used: float
+    """Share of the K rows that occur, 0..1."""
+    perplexity: float
+    """exp(entropy) of the code frequencies, 1..K."""
+    entropy_bits: float
+    """Unigram entropy in bits a code."""
+
+
+def usage(codes: Int64[Tensor, " total"], size: int) -> Usage:
+    """Usage of a codebook of `size` rows by these codes; all zeros for no codes."""
+    counts = torch.bincount(codes.flatten(), minlength=size).double()
+    share = counts / counts.sum().clamp(min=1)
+    entropy = -(share * share.clamp(min=1e-30).log()).sum()
+    used = float((counts > 0).double().mean())
+    return Usage(used, float(entropy.exp()) if len(codes) else 0.0, float(entropy / torch.log(torch.tensor(2.0))))
+
+
+class TrainingCodebook(nn.Module):
+    """A codebook that learns: EMA k-means of vector-quantize-pytorch on unit-norm rows (van den Oord 2017, appendix A).
+
+    Build it after the process group exists (Lightning: configure_model), since the package decides then whether to
+    synchronise its statistics.
+
+    Args:
+        codebook: where the rows come from and are written back to.
+        decay: EMA decay of counts and sums.
+        dead_share: a row is replaced by a random input when its moving count falls below this share of the mean
+            count n / K of a step; 0 never replaces. An absolute threshold would replace all rows of a small batch.
+        gradient: how the decoder's gradient passes the rounding: straight-through or the rotation trick (2024).
+    """
+
+    def __init__(
+        self,
+        codebook: Codebook,
+        decay: float = 0.99,
+        dead_share: float = 0.05,
+        gradient: Literal["straight_through", "rotation"] = "straight_through",
+        rows_per_step: int = 1,
+    ) -> None:
+        super().__init__()
+        try:
+            from vector_quantize_pytorch import VectorQuantize
+        except ImportError as error:
+            raise ImportError("training a codebook needs vector-quantize-pytorch: pip install 'lavit-tok[train]'") from error
+        size, dim = codebook.rows.shape
+        self.vq: Any = VectorQuantize(
+            dim=dim,
+            codebook_size=size,
+            use_cosine_sim=True,
+            decay=decay,
+            kmeans_init=False,
+            threshold_ema_dead_code=dead_share * rows_per_step / size,
+            rotation_trick=gradient == "rotation",
+            commitment_weight=1.0,
+        )
+        self.load_rows(codebook.rows)
+
+    @torch.no_grad()
+    def load_rows(self, rows: Float[Tensor, "size dim"], counts: Tensor | None = None) -> None:
+        """Set every buffer the package keeps; setting the rows alone would be undone by the first training step."""
+        inner = self.vq._codebook
+        counts = torch.ones(len(rows), device=rows.device) if counts is None else counts.float()
+        inner.initted.fill_(True)
+        inner.embed.copy_(rows[None])
+        inner.cluster_size.copy_(counts[None])
+        inner.embed_avg.copy_((rows * counts[:, None])[None])
+
+    @property
+    def rows(self) -> Float[Tensor, "size dim"]:
+        return self.vq._codebook.embed[0]
+
+    def forward(self, z: Float[Tensor, "total dim"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantised rows (with gradient to z), codes, commitment loss. In train mode the rows move after the look-up."""
+        with torch.autocast(z.device.type, enabled=False):
+            quantized, codes, loss = self.vq(z.float()[None])
+        return quantized[0], codes[0], loss.sum()
+
+
+@torch.no_grad()
+def spherical_kmeans(
+    samples: Float[Tensor, "n dim"], size: int, iterations: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "size dim"], Float[Tensor, " size"]]:
+    """k-means by cosine over unit-norm samples of many batches; an empty cluster restarts at a random sample.
+
+    vector-quantize-pytorch's own initialisation sees one batch only, and repeats rows when that has fewer than K.
+
+    Returns: unit-norm rows and their counts. Raises ValueError for fewer samples than rows.
+    """
+    if len(samples) < size:
+        raise ValueError(f"k-means of {size} codes needs at least {size} samples, got {len(samples)}")
+    pick = torch.randperm(len(samples), generator=generator)[:size].to(samples.device)
+    rows = samples[pick].clone()
+    counts = torch.zeros(size, device=samples.device)
+    for _ in range(iterations):
+        nearest = torch.cat([(part @ rows.T).argmax(1) for part in samples.split(max(1, CHUNK // size))])
+        counts = torch.bincount(nearest, minlength=size).float()
+        sums = torch.zeros_like(rows).index_add_(0, nearest, samples)
+        empty = counts == 0
+        if bool(empty.any()):
+            restart = torch.randint(len(samples), (int(empty.sum()),), generator=generator).to(samples.device)
+            sums[empty] = samples[restart]
+        rows = F.normalize(sums, dim=-1)
+    return rows, counts.clamp(min=1)

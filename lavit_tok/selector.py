@@ -1,0 +1,117 @@
+"""Room 3: features -> keep or drop. How many patches an image keeps depends on the image.
+
+    [b n d] -> log-probabilities [b n 2], index 0 keep, index 1 drop -> bool [b n]
+
+LaVIT (ICLR 2024), section 3.1: half of the channels stay local, half become their mean over the image, so that each
+patch is judged against the whole picture.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+KEEP, DROP = 0, 1
+Budget = int | float | None
+
+
+class Selector(nn.Module):
+    """LayerNorm, Linear, GELU; global half; Linear, GELU, Linear, GELU, Linear; log-softmax. Runs in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.local = nn.Sequential(nn.LayerNorm(width, eps), nn.Linear(width, width), nn.GELU())
+        sizes = (width, width // 2, width // 4)
+        self.judge = nn.Sequential(
+            nn.Linear(sizes[0], sizes[1]), nn.GELU(), nn.Linear(sizes[1], sizes[2]), nn.GELU(), nn.Linear(sizes[2], 2)
+        )
+
+    def forward(self, features: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch patches 2"]:
+        with torch.autocast(features.device.type, enabled=False):
+            x = self.local(features.to(self.judge[0].weight.dtype))
+            own, shared = x.chunk(2, dim=-1)
+            x = torch.cat([own, shared.mean(1, keepdim=True).expand_as(shared)], dim=-1)
+            return F.log_softmax(self.judge(x).float(), dim=-1)
+
+    @torch.no_grad()
+    def shift(self, amount: float) -> None:
+        """Add a number to every keep score (log p_keep - log p_drop)."""
+        bias: Tensor = self.judge[-1].bias
+        bias[KEEP] += amount / 2
+        bias[DROP] -= amount / 2
+
+
+def keep_scores(log_probs: Float[Tensor, "batch patches 2"]) -> Float[Tensor, "batch patches"]:
+    """log p_keep - log p_drop: above 0 a patch is kept."""
+    return log_probs[..., KEEP] - log_probs[..., DROP]
+
+
+def select(
+    log_probs: Float[Tensor, "batch patches 2"],
+    budget: Budget = None,
+    sample: bool = False,
+    generator: torch.Generator | None = None,
+) -> Bool[Tensor, "batch patches"]:
+    """Which patches are kept: at least one an image.
+
+    Args:
+        budget: None keeps where log p_keep > log p_drop; an int keeps exactly that many of each image (all, if it has
+            fewer patches); a fraction in (0, 1] keeps that share of the batch's patches, spent where scores are highest.
+        sample: draw Gumbel noise onto the scores first, as in training; needs a generator to be repeatable.
+        generator: source of that noise.
+
+    Raises:
+        ValueError: a budget that is no positive int or fraction, or NaN scores.
+    """
+    scores = keep_scores(log_probs)
+    if bool(scores.isnan().any()):
+        raise ValueError("keep scores hold NaN: the pixels or features of this batch do (a keep mask would be arbitrary)")
+    if sample:
+        scores = scores + logistic_noise(scores, generator)
+    return keep_by_budget(scores, budget)
+
+
+def keep_by_budget(scores: Float[Tensor, "batch patches"], budget: Budget) -> Bool[Tensor, "batch patches"]:
+    """The keep mask of any score, at any budget (see select). Equal scores: the earlier patch of the batch wins."""
+    batch, patches = scores.shape
+    best = F.one_hot(scores.argmax(1), patches).bool() if batch else torch.zeros_like(scores, dtype=torch.bool)
+    if budget is None:
+        return (scores > 0) | best
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not math.isfinite(budget) or budget <= 0:
+        raise ValueError(f"budget: expected a positive number of codes or a fraction in (0, 1], got {budget!r}")
+    if isinstance(budget, int):
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, : min(budget, patches)]
+        return torch.zeros_like(best).scatter(1, order, True)
+    if budget > 1:
+        raise ValueError(f"budget: a fraction must be at most 1, got {budget}; for codes an image give an int")
+    count = max(batch, round(budget * batch * patches))
+    flat = scores.masked_fill(best, float("inf")).flatten()
+    order = flat.argsort(descending=True, stable=True)[:count]
+    return torch.zeros_like(best).flatten().scatter(0, order, True).view(batch, patches)
+
+
+def logistic_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The difference of two Gumbel draws, as added to the difference of two log-probabilities."""
+    uniform = torch.rand(like.shape, generator=generator, device=like.device).clamp(1e-6, 1 - 1e-6)
+    return uniform.log() - (-uniform).log1p()
+
+
+def straight_through(
+    log_probs: Float[Tensor, "batch patches 2"],
+    generator: torch.Generator | None,
+    sample: bool = True,
+    temperature: float = 1.0,
+    kind: Literal["hard"] = "hard",
+) -> Float[Tensor, "batch patches"]:
+    """The training decision M in {0, 1} with the gradient of the soft one (Gumbel-softmax, hard, straight-through)."""
+    scores = keep_scores(log_probs)
+    if sample:
+        scores = scores + logistic_noise(scores, generator)
+    soft = (scores / temperature).sigmoid()
+    hard = keep_by_budget(scores.detach(), None).to(soft.dtype)
+    return hard + soft - soft.detach()

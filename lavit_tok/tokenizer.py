@@ -1,0 +1,188 @@
+"""VisualTokenizer: the rooms 1 to 6, wired. No maths here.
+
+    images -preprocess-> pixels -features-> [b n d] -score-> [b n 2] -select-> keep [b n] -merge-> [total d]
+           -project-> [total c] -quantize-> VisualCodes -lookup-> [total c] -reconstruct-> [b n d]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from lavit_tok import images as pixels_room
+from lavit_tok import selector as selector_room
+from lavit_tok.config import TokenizerConfig
+from lavit_tok.encoder import VisionEncoder
+from lavit_tok.merger import Merger
+from lavit_tok.quantizer import Quantizer
+from lavit_tok.reconstructor import Reconstructor
+from lavit_tok.records import CodeError, Layout, VisualCodes
+from lavit_tok.selector import Budget, Selector
+from lavit_tok.weights import find_directory, load_weights, save_weights
+
+
+class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
+    """Pictures <-> a dynamic number of discrete codes (LaVIT, ICLR 2024).
+
+    Args:
+        config: the sizes; the shipped laptop model's by default.
+        encoder: a frozen VisionEncoder to use; built with random weights from config.encoder by default.
+    """
+
+    def __init__(self, config: TokenizerConfig | None = None, encoder: VisionEncoder | None = None) -> None:
+        super().__init__()
+        self.config = config or TokenizerConfig()
+        c = self.config
+        self.encoder = encoder or VisionEncoder.from_config(c.encoder, c.encoder_norm)
+        self.selector = Selector(c.width, c.layer_norm_eps)
+        self.merger = Merger(c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention)
+        self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
+        self.reconstructor = Reconstructor(
+            c.width, c.num_patches, c.code_dim, c.reconstructor_depth, c.num_heads, c.mlp_width, c.layer_norm_eps
+        )
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.quantizer.codebook.rows.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.reconstructor.queries.dtype
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Any,
+        budget: Budget = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> VisualCodes:
+        """Codes of one image or of a batch. Deterministic unless sample=True.
+
+        Args:
+            images: PIL image, path, bytes, uint8 [h w 3] / [3 h w] array or tensor, or a list or 4-D batch of them.
+            budget: None lets the selector decide; an int is the exact number of codes an image; a fraction in (0, 1]
+                of the batch's patches is spent where keep scores are highest. At least one code an image.
+            sample: Gumbel sampling of the keep decision, as in training.
+            generator: its source of randomness.
+
+        Raises:
+            ImageError: naming the first picture that cannot be used, and why.
+            ValueError: empty batch or impossible budget.
+        """
+        return self.encode_pixels(self.preprocess(images), budget, sample, generator)
+
+    @torch.no_grad()
+    def encode_pixels(
+        self,
+        pixels: Float[Tensor, "batch 3 h w"],
+        budget: Budget = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> VisualCodes:
+        """encode, from pixels that preprocess gave."""
+        features = self.features(pixels)
+        keep = self.select(self.score(features), budget, sample, generator)
+        codes = self.quantize(self.project(self.merge(features, keep)), keep.sum(1))
+        return VisualCodes(codes.values, codes.lengths, keep, codes.codebook_size)
+
+    def preprocess(self, images: Any) -> Float[Tensor, "batch 3 h w"]:
+        """Any image input -> normalised pixels of the model's size, on the model's device and in its dtype."""
+        uint8 = pixels_room.to_uint8(images, self.config.image_size, self.config.crop).to(self.device)
+        return pixels_room.normalise(uint8, self.config.image_mean, self.config.image_std).to(self.dtype)
+
+    def features(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches width"]:
+        """Patch features of the frozen encoder. Raises ValueError for pixels of another size or with NaN."""
+        size = self.config.image_size
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size) or not pixels.is_floating_point():
+            raise ValueError(
+                f"pixels: expected float [batch 3 {size} {size}] from preprocess(), got {pixels.dtype} {list(pixels.shape)}"
+            )
+        if len(pixels) == 0:
+            raise ValueError("pixels: expected at least one image, got an empty batch")
+        if not bool(pixels.isfinite().all()):
+            raise ValueError("pixels hold NaN or infinity: every code of those images would be arbitrary")
+        return self.encoder(pixels)
+
+    def score(self, features: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch patches 2"]:
+        """Log-probabilities, float32: index 0 keep, index 1 drop."""
+        return self.selector(features)
+
+    def select(
+        self,
+        log_probs: Float[Tensor, "batch patches 2"],
+        budget: Budget = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Bool[Tensor, "batch patches"]:
+        """Keep mask; see encode for the arguments."""
+        return selector_room.select(log_probs, budget, sample, generator)
+
+    def merge(
+        self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]
+    ) -> Float[Tensor, "total width"]:
+        """Kept patches with the dropped ones absorbed: raster order, images one after another."""
+        return self.merger(features, keep)
+
+    def project(self, merged: Float[Tensor, "total width"]) -> Float[Tensor, "total code_dim"]:
+        """Merged features -> unit-norm vectors of the code space, float32."""
+        return self.quantizer.project(merged)
+
+    def quantize(self, z: Float[Tensor, "total code_dim"], lengths: Int64[Tensor, " batch"]) -> VisualCodes:
+        """Exact nearest codebook rows, in float32."""
+        return VisualCodes(self.quantizer.codebook.nearest(z), lengths, codebook_size=self.config.codebook_size)
+
+    def lookup(self, codes: VisualCodes) -> Float[Tensor, "total code_dim"]:
+        """Codebook rows of all codes. Raises CodeError for codes of another codebook."""
+        codes.check(self.config.codebook_size)
+        return self.quantizer.codebook.lookup(codes.values.to(self.device))
+
+    @torch.no_grad()
+    def reconstruct(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
+        """The encoder's features of every patch, as far as the codes tell. Raises CodeError for codes that do not fit."""
+        longest, patches = codes.layout.width, self.config.num_patches
+        if len(codes) == 0 or int(codes.lengths.min()) < 1 or longest > patches:
+            got = "no images" if len(codes) == 0 else f"lengths {int(codes.lengths.min())}..{longest}"
+            raise CodeError(f"expected at least one image and 1..{patches} codes an image, got {got}")
+        layout = Layout(codes.lengths.to(self.device))
+        index = torch.arange(layout.width, device=self.device)[None]
+        return self.reconstructor(layout.pad(self.lookup(codes)), index, layout.mask)
+
+    # Files
+
+    def save_pretrained(self, save_directory: Any, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        """Write config.json and model.safetensors, floats as `dtype` (e.g. torch.float16 to halve the file)."""
+        self._save_dtype = dtype
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True)
+        (Path(save_directory) / "config.json").write_text(text + "\n")
+        save_weights(self, save_directory, getattr(self, "_save_dtype", None))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] = "default",
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **hub: Any,
+    ) -> VisualTokenizer:
+        """The shipped model ("default", no network), a directory, or a Hub id.
+
+        Raises:
+            ConfigError, WeightsError: with every difference listed; nothing in the directory is executed.
+        """
+        directory = find_directory(name, "tokenizer", **hub)
+        tokenizer = cls(TokenizerConfig.from_json(directory / "config.json")).to(dtype=dtype)
+        load_weights(tokenizer, directory)
+        return tokenizer.to(device)

@@ -1,0 +1,127 @@
+"""Weights on disk: safetensors and JSON, written in shards when large, read strictly.
+
+Nothing read here can run code or choose a class. Tensors that are missing, unexpected or of another shape are refused
+with a list, because a model that is silently half random still gives plausible pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+DEFAULTS = Path(__file__).parent / "default"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class WeightsError(ValueError):
+    """A weights directory that does not hold exactly what the model needs; the message lists every difference."""
+
+
+def find_directory(name: str | os.PathLike[str], part: str, **hub: Any) -> Path:
+    """"default" (shipped with the package), a local directory, or a Hub id -> a local directory.
+
+    Args:
+        part: which shipped model "default" means: a folder of lavit_tok/default.
+        hub: passed to huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only, ...).
+
+    Raises:
+        WeightsError: neither a directory nor a Hub repository that can be read.
+    """
+    if str(name) == "default":
+        return DEFAULTS / part
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or str(name).count("/") != 1:
+        raise WeightsError(f"{name}: expected 'default', an existing directory or a Hub id owner/name")
+    try:
+        allowed = ["*.json", "*.safetensors"]  # nothing else is ever read
+        return Path(snapshot_download(str(name), allow_patterns=allowed, **hub))
+    except Exception as error:
+        raise WeightsError(f"{name}: no such directory, and the Hub gave none: {error}") from error
+
+
+def save_weights(module: nn.Module, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """Write a module's state as model.safetensors (or shards of 5 GB and an index), floats optionally as `dtype`."""
+    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in module.state_dict().items()}
+    save_torch_state_dict({k: v.detach().cpu().contiguous() for k, v in state.items()}, str(directory))
+
+
+def load_weights(module: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Fill a module from a directory, tensor by tensor, converting to the module's dtype and device.
+
+    Raises:
+        WeightsError: missing files; missing, unexpected or mis-shaped tensors (all listed); truncated files.
+    """
+    files = weight_files(Path(directory))
+    target = module.state_dict()
+    sources = {}
+    for file in files:
+        for name, shape in tensor_shapes(file).items():
+            sources[name] = (file, shape)
+    problems = compare({k: tuple(v.shape) for k, v in target.items()}, {k: s for k, (_, s) in sources.items()})
+    if problems:
+        raise WeightsError(f"{directory}: these weights do not fit the model:\n" + "\n".join(problems))
+    for file in files:
+        with safe_open(file, framework="pt") as opened, torch.no_grad():
+            for name in opened.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                value: Tensor = opened.get_tensor(name)
+                if value.is_floating_point() and not bool(value.isfinite().all()):
+                    raise WeightsError(f"{file}: tensor {name} holds NaN or infinity")
+                target[name].copy_(value)
+
+
+def weight_files(directory: Path, single: str = SINGLE) -> list[Path]:
+    """The safetensors files of a directory: one file, or the shards its index names."""
+    index = directory / f"{single}.index.json"
+    if (directory / single).is_file():
+        return [directory / single]
+    if not index.is_file():
+        raise WeightsError(f"{directory}: expected {single} or {index.name}, found neither")
+    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    bad = [s for s in shards if Path(s).name != s or not (directory / s).is_file()]
+    if bad or not shards:
+        raise WeightsError(f"{index}: names shards that are not beside it: {bad or 'none at all'}")
+    return [directory / s for s in shards]
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes from a safetensors header. Raises WeightsError for a damaged or truncated file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file}: not a whole safetensors file: {error}") from None
+
+
+def compare(expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]]) -> list[str]:
+    """Every difference between two sets of named shapes, a line each; empty when they agree."""
+    lines: Iterable[tuple[str, str]] = [
+        *((k, f"missing     {k} {list(expected[k])}") for k in expected.keys() - got.keys()),
+        *((k, f"unexpected  {k} {list(got[k])}") for k in got.keys() - expected.keys()),
+        *(
+            (k, f"mis-shaped  {k}: expected {list(expected[k])}, got {list(got[k])}")
+            for k in expected.keys() & got.keys()
+            if expected[k] != got[k]
+        ),
+    ]
+    return [line for _, line in sorted(lines)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises WeightsError naming the file."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
