@@ -6,7 +6,6 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network; huggingface_hub reads this at import
 
-# ruff: noqa: E402
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,9 @@ def tiny_config() -> TokenizerConfig:
 def photos() -> list[Path]:
     """Four photographs that scikit-image ships inside its package: three in colour, one grey."""
     spec = find_spec("skimage")
-    assert spec is not None and spec.origin is not None, "the tests' photographs come with scikit-image: pip install -e '.[dev]'"
+    assert spec is not None and spec.origin is not None, (
+        "the photographs come with scikit-image: pip install -e '.[dev]'"
+    )
     folder = Path(spec.origin).parent / "data"
     return [folder / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "camera.png")]
 
