@@ -49,32 +49,47 @@ def find_directory(name: str | os.PathLike[str], part: str, **hub: Any) -> Path:
         raise WeightsError(f"{name}: no such directory, and the Hub gave none: {error}") from error
 
 
-def save_weights(module: nn.Module, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-    """Write a module's state as model.safetensors (or shards of 5 GB and an index), floats optionally as `dtype`."""
+def save_weights(
+    module: nn.Module, directory: str | os.PathLike[str], dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+) -> None:
+    """Write a module's state as model.safetensors (or shards of a size and an index), floats optionally as `dtype`.
+
+    Raises:
+        WeightsError: a tensor that is, or in `dtype` would become, NaN or infinite; load_weights would refuse it.
+    """
     state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in module.state_dict().items()}
-    save_torch_state_dict({k: v.detach().cpu().contiguous() for k, v in state.items()}, str(directory))
+    broken = [k for k, v in state.items() if not bool(v.isfinite().all())]
+    if broken:
+        as_what = dtype or "they are"
+        raise WeightsError(f"{directory}: not saved, these tensors hold NaN or infinity as {as_what}: {broken}")
+    cpu = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    save_torch_state_dict(cpu, str(directory), max_shard_size=max_shard_size)
 
 
-def load_weights(module: nn.Module, directory: str | os.PathLike[str]) -> None:
+def load_weights(module: nn.Module, directory: str | os.PathLike[str], single: str = SINGLE) -> None:
     """Fill a module from a directory, tensor by tensor, converting to the module's dtype and device.
 
     Raises:
         WeightsError: missing files; missing, unexpected or mis-shaped tensors (all listed); truncated files.
     """
-    files = weight_files(Path(directory))
+    files = weight_files(Path(directory), single)
     target = module.state_dict()
-    sources = {}
+    sources: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
     for file in files:
-        for name, shape in tensor_shapes(file).items():
-            sources[name] = (file, shape)
-    problems = compare({k: tuple(v.shape) for k, v in target.items()}, {k: s for k, (_, s) in sources.items()})
+        shapes = tensor_shapes(file)
+        problems += [f"twice       {name}, again in {file.name}" for name in sorted(shapes.keys() & sources.keys())]
+        sources.update(shapes)
+    problems += compare({k: tuple(v.shape) for k, v in target.items()}, sources)
     if problems:
         raise WeightsError(f"{directory}: these weights do not fit the model:\n" + "\n".join(problems))
     for file in files:
         with safe_open(file, framework="pt") as opened, torch.no_grad():
             for name in opened.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 value: Tensor = opened.get_tensor(name)
-                if value.is_floating_point() and not bool(value.isfinite().all()):
+                if value.is_floating_point() != target[name].is_floating_point() or value.is_complex():
+                    raise WeightsError(f"{file}: tensor {name}: expected {target[name].dtype}, got {value.dtype}")
+                if not bool(value.to(target[name].dtype).isfinite().all()):
                     raise WeightsError(f"{file}: tensor {name} holds NaN or infinity")
                 target[name].copy_(value)
 
@@ -86,7 +101,10 @@ def weight_files(directory: Path, single: str = SINGLE) -> list[Path]:
         return [directory / single]
     if not index.is_file():
         raise WeightsError(f"{directory}: expected {single} or {index.name}, found neither")
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise WeightsError(f"{index}: expected a weight_map of tensor names to file names")
+    shards = sorted(set(names.values()))
     bad = [s for s in shards if Path(s).name != s or not (directory / s).is_file()]
     if bad or not shards:
         raise WeightsError(f"{index}: names shards that are not beside it: {bad or 'none at all'}")
@@ -120,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises WeightsError naming the file."""
     try:
         values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(values).__name__}")
