@@ -24,7 +24,7 @@ from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs, here always an error
+MAX_PIXELS = 89_478_485  # where PIL begins to warn of a decompression bomb; here always an error
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 ImageLike = Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | np.ndarray | Tensor
@@ -52,7 +52,7 @@ def open_image(source: Any, name: str | None = None) -> Image.Image:
         return _from_array(source, label)
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(source)
+            return _to_rgb(source, label)
         if isinstance(source, (str, os.PathLike)):
             source = Path(source).read_bytes()
         if isinstance(source, (bytes, bytearray)):
@@ -66,7 +66,9 @@ def open_image(source: Any, name: str | None = None) -> Image.Image:
             with Image.open(source) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{opened.width}x{opened.height} pixels")
-                return _to_rgb(opened)
+                if opened.format == "EPS":  # a program, not a picture: reading it would start Ghostscript on it
+                    raise ImageError(f"{label}: EPS is not read, expected a raster picture")
+                return _to_rgb(opened, label)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -91,9 +93,13 @@ def to_uint8(images: Any, size: int, crop: bool = False) -> UInt8[Tensor, "batch
     if isinstance(images, Tensor) and images.ndim == 4 and images.dtype == torch.uint8:
         if images.shape[1] == 3 and tuple(images.shape[2:]) == (size, size) and len(images):
             return images  # already the model's pixels, not yet normalised
-    opened = [open_image(image) for image in as_list(images)]
-    if not opened:
+    batch = as_list(images)
+    if not batch:
         raise ValueError("expected at least one image, got an empty batch")
+    opened = []
+    for i, image in enumerate(batch):
+        label = _label(image)  # pictures without a name are told apart by their place
+        opened.append(open_image(image, f"image {i} of {len(batch)} {label}" if label.startswith("<") else label))
     return torch.stack([resize(image, size, crop) for image in opened])
 
 
@@ -109,7 +115,7 @@ def normalise(
 
 
 def as_list(images: Any) -> list[Any]:
-    """One image or a batch of them -> a list of single images; a 4-D array is a batch, a 3-D or 2-D one is one image."""
+    """One image or a batch of them -> a list of single images; a 4-D array is a batch, a 3-D or 2-D one an image."""
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
     if isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image)) or hasattr(images, "read"):
@@ -138,31 +144,53 @@ def _label(source: Any) -> str:
 
 
 def _from_array(array: np.ndarray | Tensor, label: str) -> Image.Image:
-    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
-    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+    if isinstance(array, Tensor):
+        broken = array.is_floating_point() and not bool(array.isfinite().all())
+    else:
+        broken = np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all()
+    if broken:
         raise ImageError(f"{label}: holds NaN or infinity, expected uint8 values 0..255")
-    if values.dtype != np.uint8:
+    if array.dtype not in (torch.uint8, np.uint8):
         raise ImageError(
-            f"{label}: expected uint8 values 0..255, got {values.dtype}; scaling a float picture by guesswork would "
-            "silently give black or clipped pixels (use (x * 255).round().astype('uint8') for 0..1)"
+            f"{label}: expected uint8 values 0..255, got {array.dtype}; scaling a float picture by guesswork would "
+            "silently give black or clipped pixels (use (x * 255).round() as uint8 for 0..1)"
         )
-    if values.ndim == 3 and values.shape[2] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
+    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
+    if values.ndim == 3 and _channels_first(values.shape, isinstance(array, Tensor)):
         values = values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim not in (2, 3) or 0 in values.shape or (values.ndim == 3 and values.shape[2] not in (3, 4)):
         raise ImageError(f"{label}: expected shape [h w 3] or [3 h w], got {list(array.shape)}")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(values)))
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(values)), label)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _channels_first(shape: tuple[int, ...], tensor: bool) -> bool:
+    """Whether [a b c] is [channels h w]. If both ends could be: colour before grey, then a tensor's come first."""
+    first, last = (size in (3, 4) for size in (shape[0], shape[2]))
+    if first and last:
+        return tensor
+    return first or (shape[0] == 1 and not last and (shape[2] != 1 or tensor))
+
+
+def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(f"{label}: expected at least one pixel, got {image.width}x{image.height}")
     image.load()  # decodes now, so that a truncated file fails here; an animation stays at its first frame
+    # Pillow keeps 8-bit values as they are in its own 32-bit modes; a 16-bit file always means 0..65535.
+    eight_bit = image.mode in ("I", "F") and image.format not in ("PNG", "PPM")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16- and 32-bit grey
         values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all():
-            raise ImageError(f"{_label(image)}: holds NaN or infinity")
-        top = 255.0 if values.max(initial=0) <= 255 and image.mode == "F" else 65535.0
+            raise ImageError(f"{label}: holds NaN or infinity")
+        low, high = values.min(), values.max()
+        if low < 0 or high > 65535 or (image.mode == "F" and 0 < high <= 1):
+            raise ImageError(
+                f"{label}: expected grey values 0..255 or 0..65535, got {low:g}..{high:g} (mode {image.mode}); "
+                "guessing their scale would give a black or clipped picture"
+            )
+        top = 255.0 if high <= 255 and eight_bit else 65535.0
         return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
