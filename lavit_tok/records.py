@@ -95,8 +95,11 @@ class VisualCodes:
             raise CodeError(f"lengths: expected none below 0, got {int(self.lengths.min())}")
         if int(self.lengths.sum()) != len(self.values):
             raise CodeError(f"lengths add up to {int(self.lengths.sum())}, but there are {len(self.values)} codes")
-        if self.keep is not None and not torch.equal(self.keep.sum(1), self.lengths):
-            raise CodeError("keep: each image's number of kept patches must equal its number of codes")
+        if self.keep is not None:
+            if self.keep.dtype != torch.bool or self.keep.ndim != 2:
+                raise CodeError(f"keep: expected bool [batch patches], got {self.keep.dtype} {list(self.keep.shape)}")
+            if not torch.equal(self.keep.sum(1), self.lengths):
+                raise CodeError("keep: each image's number of kept patches must equal its number of codes")
         self.check(self.codebook_size)
 
     def check(self, codebook_size: int | None) -> None:
@@ -118,10 +121,7 @@ class VisualCodes:
     @classmethod
     def from_list(cls, codes: Sequence[Any], codebook_size: int | None = None) -> VisualCodes:
         """From one sequence of integers (list or tensor) per image."""
-        rows = [torch.as_tensor(c).reshape(-1) for c in codes]
-        for i, row in enumerate(rows):
-            if len(row) and (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool):
-                raise CodeError(f"image {i}: expected integer codes, got {row.dtype}")
+        rows = [_row(c, i) for i, c in enumerate(codes)]
         values = torch.cat([row.long() for row in rows]) if rows else torch.empty(0, dtype=torch.int64)
         return cls(values, torch.tensor([len(r) for r in rows], dtype=torch.int64), codebook_size=codebook_size)
 
@@ -146,10 +146,11 @@ class VisualCodes:
 
     def take(self, indices: Sequence[int]) -> VisualCodes:
         """Some of the images, in the order asked for; an image may be taken twice."""
-        rows = [self[i] for i in indices]
+        wanted = [int(i) for i in indices]
+        rows = [self[i] for i in wanted]
         values = torch.cat(rows) if rows else self.values[:0]
-        keep = None if self.keep is None else self.keep[list(indices)]
-        return VisualCodes(values, self.lengths[list(indices)], keep, self.codebook_size)
+        keep = None if self.keep is None else self.keep[wanted]
+        return VisualCodes(values, self.lengths[wanted], keep, self.codebook_size)
 
     @classmethod
     def cat(cls, batches: Sequence[VisualCodes]) -> VisualCodes:
@@ -179,3 +180,16 @@ class VisualCodes:
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
+
+
+def _row(codes: Any, image: int) -> Int64[Tensor, " n"]:
+    """One image's codes as int64; CodeError unless they are one sequence of integers that fit."""
+    try:
+        row = torch.as_tensor(codes)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CodeError(f"image {image}: expected a sequence of integer codes: {error}") from None
+    if row.ndim != 1:
+        raise CodeError(f"image {image}: expected one sequence of codes for each image, got shape {list(row.shape)}")
+    if len(row) and (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool):
+        raise CodeError(f"image {image}: expected integer codes, got {row.dtype}")
+    return row.long()
