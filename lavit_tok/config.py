@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +57,7 @@ class TokenizerConfig:
     """Blocks of the merger; 0 quantises the kept patches as they are."""
     reconstructor_depth: int = 3
     """Blocks of the reconstructor (codes -> features of every patch)."""
-    num_heads: int = 6
+    num_heads: int = 3
     """Attention heads of merger and reconstructor."""
     mlp_ratio: float = 4.3637
     """Hidden width of every MLP is int(width * mlp_ratio), as in EVA-CLIP."""
@@ -67,20 +68,28 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):
-            object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
-            if len(getattr(self, name)) != 3:
-                raise ConfigError(f"{name}: expected 3 numbers, got {getattr(self, name)}")
-        self._require("encoder", isinstance(self.encoder, dict) and "model_type" in self.encoder, "a dict with model_type")
+            value = getattr(self, name)
+            numbers = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
+            self._require(name, numbers, "3 finite numbers")
+            object.__setattr__(self, name, tuple(float(x) for x in value))
+        named = isinstance(self.encoder, dict) and "model_type" in self.encoder
+        self._require("encoder", named, "a dict with model_type")
         for name, least in (("codebook_size", 2), ("code_dim", 1), ("merger_depth", 0), ("reconstructor_depth", 1)):
             value = getattr(self, name)
             self._require(name, type(value) is int and value >= least, f"an integer of at least {least}")
         self._require("width", self.width % 4 == 0, "a multiple of 4 (the selector halves it twice)")
         heads = self.num_heads
-        self._require("num_heads", type(heads) is int and heads > 0 and self.width % heads == 0, f"a divisor of {self.width}")
-        self._require("mlp_ratio", self.mlp_ratio > 0, "a positive number")
+        divides = type(heads) is int and heads > 0 and self.width % heads == 0
+        self._require("num_heads", divides, f"a divisor of {self.width}")
+        for name in ("encoder_norm", "crop"):
+            self._require(name, type(getattr(self, name)) is bool, "true or false")
+        for name in ("mlp_ratio", "layer_norm_eps"):
+            value = getattr(self, name)
+            self._require(name, _is_number(value) and value > 0, "a positive number")
         self._require("attention", self.attention in ("strict", "compat"), "'strict' or 'compat'")
         self._require("image_std", min(self.image_std) > 0, "positive numbers")
-        self._require("image_size", self.image_size % self.patch_size == 0, f"a multiple of patch_size {self.patch_size}")
+        patch = self.patch_size
+        self._require("image_size", self.image_size % patch == 0, f"a multiple of patch_size {patch}")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -90,8 +99,9 @@ class TokenizerConfig:
         value = self.encoder.get(name)
         if isinstance(value, (list, tuple)) and len(set(value)) == 1:
             value = value[0]
-        if name == "image_size" and value is None and "num_patches" in self.encoder:  # SigLIP2 counts patches instead
-            value = int(self.encoder["num_patches"] ** 0.5) * self.patch_size
+        patches = self.encoder.get("num_patches")
+        if name == "image_size" and value is None and type(patches) is int and patches > 0:  # SigLIP2 counts patches
+            value = math.isqrt(patches) * self.patch_size
         if type(value) is not int or value < 1:
             raise ConfigError(f"encoder.{name}: expected a positive integer, got {value!r}")
         return value
@@ -141,11 +151,14 @@ class TokenizerConfig:
     def from_json(cls, path: str | Path) -> TokenizerConfig:
         try:
             values = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
     def lavit(cls, **changes: Any) -> TokenizerConfig:
@@ -170,3 +183,7 @@ class TokenizerConfig:
             "num_heads": 16,
         }
         return cls(**{**published, **changes})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
