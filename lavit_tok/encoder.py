@@ -16,6 +16,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lavit_tok.config import ConfigError
+
 ENCODERS = {
     "blip_2_vision_model": ("Blip2VisionConfig", "Blip2VisionModel"),
     "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel"),
@@ -26,7 +28,12 @@ ENCODERS = {
     "siglip2_vision_model": ("Siglip2VisionConfig", "Siglip2VisionModel"),
     "vit": ("ViTConfig", "ViTModel"),
 }
-"""model_type -> transformers' config and model class. A weights directory can name only these; nothing else is built."""
+"""model_type -> transformers' config and model class. A weights directory can name only these; no other is built."""
+
+NOT_SETTINGS = frozenset(
+    {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"}
+)
+"""Entries of a transformers config file that say nothing about the network; allowed and dropped."""
 
 
 class VisionEncoder(nn.Module):
@@ -47,31 +54,57 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], norm: bool = False) -> VisionEncoder:
-        """Random weights from a JSON config with a model_type of ENCODERS. Raises ValueError for any other type."""
+        """Random weights from a JSON config with a model_type of ENCODERS.
+
+        Raises:
+            ConfigError: any other type, a setting that this type does not have, or values it cannot be built from.
+        """
         kind = config.get("model_type")
         if kind not in ENCODERS:
-            raise ValueError(f"encoder model_type: expected one of {sorted(ENCODERS)}, got {kind!r}")
+            raise ConfigError(f"encoder.model_type: expected one of {sorted(ENCODERS)}, got {kind!r}")
         config_class, model_class = (getattr(transformers, name) for name in ENCODERS[kind])
-        values = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "transformers_version")}
-        return cls(model_class(config_class(**values)), norm)
+        values = {k: v for k, v in config.items() if k not in NOT_SETTINGS}
+        unknown = sorted(values.keys() - _settings(config_class))
+        if unknown:
+            # transformers would keep a misspelt one unread, and fetch code from the Hub for attn_implementation.
+            raise ConfigError(f"encoder: {kind} has no settings {unknown}")
+        try:
+            return cls(model_class(config_class(**values)), norm)
+        except Exception as error:  # validators and constructors of transformers raise nearly anything
+            raise ConfigError(f"encoder: transformers cannot build {kind} from {values}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, name: str, norm: bool = False, **kwargs: Any) -> VisionEncoder:
-        """A public encoder by directory or Hub id, e.g. "openai/clip-vit-base-patch16"; safetensors only."""
-        config = transformers.AutoConfig.from_pretrained(name)
-        config = getattr(config, "vision_config", config)
+        """A public encoder by directory or Hub id, e.g. "openai/clip-vit-base-patch16"; safetensors only.
+
+        A whole CLIP, SigLIP or BLIP-2 will do: its vision tower is taken.
+
+        Raises:
+            ValueError: a type not in ENCODERS, or weights that lack tensors of the encoder (transformers would draw
+                random ones and only warn).
+        """
+        whole = transformers.AutoConfig.from_pretrained(name)
+        config = getattr(whole, "vision_config", whole)
         if config.model_type not in ENCODERS:
             raise ValueError(f"{name}: expected a model of type {sorted(ENCODERS)}, got {config.model_type!r}")
+        if whole.model_type == "blip-2":  # its tower is stored under a prefix that Blip2VisionModel does not know
+            kwargs["key_mapping"] = {r"^vision_model\.": ""}
         model_class = getattr(transformers, ENCODERS[config.model_type][1])
-        return cls(model_class.from_pretrained(name, config=config, use_safetensors=True, **kwargs), norm)
+        model, report = model_class.from_pretrained(
+            name, config=config, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+        absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
+        if absent:
+            raise ValueError(f"{name}: {len(absent)} tensors of the encoder are missing or mis-shaped: {absent[:20]}")
+        return cls(model, norm)
 
     def json_config(self) -> dict[str, Any]:
-        """The encoder's config as TokenizerConfig.encoder stores it: what differs from the class defaults, and sizes."""
+        """The encoder's config as TokenizerConfig.encoder stores it: what differs from the class defaults; sizes."""
         sizes = ("hidden_size", "image_size", "patch_size", "num_patches")
         values = {name: getattr(self.config, name) for name in sizes if hasattr(self.config, name)}
         differing = self.config.to_diff_dict()
-        dropped = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"}
-        values.update({k: v for k, v in differing.items() if k not in dropped})
+        known = _settings(type(self.config)) - NOT_SETTINGS
+        values.update({k: v for k, v in differing.items() if k in known})
         return {**values, "model_type": self.config.model_type}
 
     def train(self, mode: bool = True) -> VisionEncoder:
@@ -105,6 +138,11 @@ class VisionEncoder(nn.Module):
         grid = torch.tensor([[pixels.shape[2] // patch, pixels.shape[3] // patch]] * len(pixels), device=pixels.device)
         mask = torch.ones(cut.shape[:2], dtype=torch.int64, device=pixels.device)
         return {"pixel_values": cut, "pixel_attention_mask": mask, "spatial_shapes": grid}
+
+
+def _settings(config_class: Any) -> set[str]:
+    """The names of every setting that a transformers config class knows."""
+    return set(config_class().to_dict())
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
