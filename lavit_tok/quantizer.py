@@ -9,7 +9,6 @@ is the only place that knows that package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,10 +17,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lavit_tok.precision import KeepFloat32
+
 CHUNK = 1 << 26  # entries of the distance matrix computed at a time (256 MiB in float32)
 
 
-class Codebook(nn.Module):
+class Codebook(KeepFloat32):
     """K rows of width c, held and searched in float32 whatever the dtype of the rest of the model."""
 
     rows: Tensor
@@ -30,20 +31,18 @@ class Codebook(nn.Module):
         super().__init__()
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=-1))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
-        """Follow a move to another device, but not to another dtype."""
-        return super()._apply(lambda t: fn(t) if t.is_meta else t.to(fn(t).device), recurse)
-
     @torch.no_grad()
     def nearest(self, z: Float[Tensor, "total dim"]) -> Int64[Tensor, " total"]:
         """argmin_k |z - row_k|^2; of equally near rows the first."""
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
+            # Under set_float32_matmul_precision("high") products are rounded to 10 bits or fewer, which changes codes.
+            exact = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+            z, rows = z.float().to(exact), self.rows.to(exact)
             if not bool(z.isfinite().all()):
                 raise ValueError("features to quantise hold NaN or infinity: any code would be arbitrary")
-            half_norms = self.rows.square().sum(1) / 2
-            step = max(1, CHUNK // len(self.rows))
-            chunks = [(half_norms - part @ self.rows.T).argmin(1) for part in z.split(step)]
+            half_norms = rows.square().sum(1) / 2
+            step = max(1, CHUNK // len(rows))
+            chunks = [(half_norms - part @ rows.T).argmin(1) for part in z.split(step)]
             return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device=z.device)
 
     def lookup(self, codes: Int64[Tensor, " total"]) -> Float[Tensor, "total dim"]:
@@ -104,13 +103,13 @@ class TrainingCodebook(nn.Module):
         decay: float = 0.99,
         dead_share: float = 0.05,
         gradient: Literal["straight_through", "rotation"] = "straight_through",
-        rows_per_step: int = 1,
     ) -> None:
         super().__init__()
         try:
             from vector_quantize_pytorch import VectorQuantize
         except ImportError as error:
-            raise ImportError("training a codebook needs vector-quantize-pytorch: pip install 'lavit-tok[train]'") from error
+            need = "training a codebook needs vector-quantize-pytorch: pip install 'lavit-tok[train]'"
+            raise ImportError(need) from error
         size, dim = codebook.rows.shape
         self.vq: Any = VectorQuantize(
             dim=dim,
@@ -118,11 +117,20 @@ class TrainingCodebook(nn.Module):
             use_cosine_sim=True,
             decay=decay,
             kmeans_init=False,
-            threshold_ema_dead_code=dead_share * rows_per_step / size,
+            threshold_ema_dead_code=1e-9,  # above 0, else the package leaves replacement out; set by expect_rows
             rotation_trick=gradient == "rotation",
             commitment_weight=1.0,
         )
+        self.dead_share = dead_share
         self.load_rows(codebook.rows)
+
+    def expect_rows(self, rows_per_step: float) -> None:
+        """Tell how many vectors a step brings, n: a row is dead when its moving count is below dead_share * n / K."""
+        inner = self.vq._codebook
+        inner.threshold_ema_dead_code = self.dead_share * rows_per_step / len(self.rows)
+        # The count a replaced row starts from; the package fixes it at construction, where it would be next to 0 here,
+        # and the row would count as dead again at the next step although inputs chose it.
+        inner.reset_cluster_size = inner.threshold_ema_dead_code
 
     @torch.no_grad()
     def load_rows(self, rows: Float[Tensor, "size dim"], counts: Tensor | None = None) -> None:
@@ -138,9 +146,15 @@ class TrainingCodebook(nn.Module):
     def rows(self) -> Float[Tensor, "size dim"]:
         return self.vq._codebook.embed[0]
 
-    def forward(self, z: Float[Tensor, "total dim"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantised rows (with gradient to z), codes, commitment loss. In train mode the rows move after the look-up."""
-        with torch.autocast(z.device.type, enabled=False):
+    def forward(self, z: Float[Tensor, "total dim"], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantised rows (with gradient to z), codes, commitment loss. In train mode the rows move after the look-up.
+
+        The package replaces dead rows by global chance; the seed makes that chance an argument.
+        """
+        devices = [z.device] if z.is_cuda else []
+        with torch.autocast(z.device.type, enabled=False), torch.random.fork_rng(devices, enabled=self.training):
+            if self.training:
+                torch.manual_seed(seed)
             quantized, codes, loss = self.vq(z.float()[None])
         return quantized[0], codes[0], loss.sum()
 

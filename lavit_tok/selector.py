@@ -9,6 +9,7 @@ patch is judged against the whole picture.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -16,12 +17,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lavit_tok.precision import KeepFloat32
+
 KEEP, DROP = 0, 1
 Budget = int | float | None
 
 
-class Selector(nn.Module):
-    """LayerNorm, Linear, GELU; global half; Linear, GELU, Linear, GELU, Linear; log-softmax. Runs in float32."""
+class Selector(KeepFloat32):
+    """LayerNorm, Linear, GELU; global half; Linear, GELU, Linear, GELU, Linear; log-softmax. Stays in float32."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -61,7 +64,7 @@ def select(
 
     Args:
         budget: None keeps where log p_keep > log p_drop; an int keeps exactly that many of each image (all, if it has
-            fewer patches); a fraction in (0, 1] keeps that share of the batch's patches, spent where scores are highest.
+            fewer patches); a fraction in (0, 1] keeps that share of the batch's patches, where scores are highest.
         sample: draw Gumbel noise onto the scores first, as in training; needs a generator to be repeatable.
         generator: source of that noise.
 
@@ -70,7 +73,7 @@ def select(
     """
     scores = keep_scores(log_probs)
     if bool(scores.isnan().any()):
-        raise ValueError("keep scores hold NaN: the pixels or features of this batch do (a keep mask would be arbitrary)")
+        raise ValueError("keep scores hold NaN, as do this batch's pixels or features: the mask would be arbitrary")
     if sample:
         scores = scores + logistic_noise(scores, generator)
     return keep_by_budget(scores, budget)
@@ -82,15 +85,16 @@ def keep_by_budget(scores: Float[Tensor, "batch patches"], budget: Budget) -> Bo
     best = F.one_hot(scores.argmax(1), patches).bool() if batch else torch.zeros_like(scores, dtype=torch.bool)
     if budget is None:
         return (scores > 0) | best
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not math.isfinite(budget) or budget <= 0:
+    number = isinstance(budget, (Integral, float)) and not isinstance(budget, bool)
+    if not number or not math.isfinite(budget) or budget <= 0:
         raise ValueError(f"budget: expected a positive number of codes or a fraction in (0, 1], got {budget!r}")
-    if isinstance(budget, int):
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, : min(budget, patches)]
+    if isinstance(budget, Integral):
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, : min(int(budget), patches)]
         return torch.zeros_like(best).scatter(1, order, True)
     if budget > 1:
         raise ValueError(f"budget: a fraction must be at most 1, got {budget}; for codes an image give an int")
     count = max(batch, round(budget * batch * patches))
-    flat = scores.masked_fill(best, float("inf")).flatten()
+    flat = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(best, float("inf")).flatten()
     order = flat.argsort(descending=True, stable=True)[:count]
     return torch.zeros_like(best).flatten().scatter(0, order, True).view(batch, patches)
 
@@ -114,4 +118,6 @@ def straight_through(
         scores = scores + logistic_noise(scores, generator)
     soft = (scores / temperature).sigmoid()
     hard = keep_by_budget(scores.detach(), None).to(soft.dtype)
-    return hard + soft - soft.detach()
+    # In this order the sum is exactly 0 or 1: (hard + soft) - soft rounds, and a kept patch at 1 + 1e-7 would be a
+    # dropped one of weight -1e-7, which the merger's exponential can blow up.
+    return hard + (soft - soft.detach())
