@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lavit_tok import images as pixels_room
 from lavit_tok import selector as selector_room
-from lavit_tok.config import TokenizerConfig
+from lavit_tok.config import ConfigError, TokenizerConfig
 from lavit_tok.encoder import VisionEncoder
 from lavit_tok.merger import Merger
 from lavit_tok.quantizer import Quantizer
@@ -41,6 +41,8 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         self.config = config or TokenizerConfig()
         c = self.config
         self.encoder = encoder or VisionEncoder.from_config(c.encoder, c.encoder_norm)
+        if self.encoder.config.hidden_size != c.width:
+            raise ConfigError(f"encoder: expected features of width {c.width}, got {self.encoder.config.hidden_size}")
         self.selector = Selector(c.width, c.layer_norm_eps)
         self.merger = Merger(c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention)
         self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
@@ -104,7 +106,8 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         size = self.config.image_size
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size) or not pixels.is_floating_point():
             raise ValueError(
-                f"pixels: expected float [batch 3 {size} {size}] from preprocess(), got {pixels.dtype} {list(pixels.shape)}"
+                f"pixels: expected float [batch 3 {size} {size}] from preprocess(), "
+                f"got {pixels.dtype} {list(pixels.shape)}"
             )
         if len(pixels) == 0:
             raise ValueError("pixels: expected at least one image, got an empty batch")
@@ -147,7 +150,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def reconstruct(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
-        """The encoder's features of every patch, as far as the codes tell. Raises CodeError for codes that do not fit."""
+        """The encoder's features of every patch, as far as the codes tell. Raises CodeError for codes that misfit."""
         longest, patches = codes.layout.width, self.config.num_patches
         if len(codes) == 0 or int(codes.lengths.min()) < 1 or longest > patches:
             got = "no images" if len(codes) == 0 else f"lengths {int(codes.lengths.min())}..{longest}"
