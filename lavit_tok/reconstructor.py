@@ -16,7 +16,7 @@ from lavit_tok.attention import Block
 
 
 class Reconstructor(nn.Module):
-    """Learned queries, one a patch; blocks of self-attention, cross-attention to the codes, MLP; Linear, Tanh, Linear."""
+    """A learned query a patch; blocks of self-attention, cross-attention to the codes, MLP; Linear, Tanh, Linear."""
 
     def __init__(
         self, width: int, patches: int, code_dim: int, depth: int, heads: int, mlp_width: int, eps: float = 1e-5
