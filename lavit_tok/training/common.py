@@ -1,0 +1,38 @@
+"""What both trainings share: learning-rate shape, repeatable chance, logged pictures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+
+
+def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
+    """Factor on the peak rate: linear from 0 over `warmup` steps, then a half cosine down to `floor` at `total`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def step_generator(seed: int, step: int, rank: int, device: torch.device | str) -> torch.Generator:
+    """A generator that depends on nothing but its arguments, so a resumed step draws what it would have drawn."""
+    mixed = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device=device).manual_seed(int(mixed >> np.uint64(1)))
+
+
+def logged_picture(module: L.LightningModule, name: str, image: Image.Image) -> Path | None:
+    """Save a picture under the run's log directory and hand it to a TensorBoard logger where there is one."""
+    directory = module.trainer.log_dir or module.trainer.default_root_dir
+    path = Path(directory) / "pictures" / f"{name}-{module.global_step:07d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    for logger in module.loggers:
+        writer = getattr(logger, "experiment", None)
+        if hasattr(writer, "add_image"):
+            writer.add_image(name, np.asarray(image), module.global_step, dataformats="HWC")
+    return path

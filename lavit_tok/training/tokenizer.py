@@ -1,0 +1,314 @@
+"""Stage 1: train selector, merger, codebook and reconstructor against a frozen encoder (LaVIT, ICLR 2024, section 3.1).
+
+    loss = mean_i (1 - cos(x_i, x_rec_i)) + ratio_weight * (rho - mean_i M_i)^2  [+ commitment, once there are codes]
+
+The authors report that starting with quantisation stalls; so a run has three stretches:
+
+    step 0 ........ settle_at ............ quantize_at ............................ max_steps
+    A  sampled keep decisions   A' decisions settled    B  quantised: k-means rows over many batches, then EMA;
+       (straight-through),         (no sampling, budget     z is blended into its row over blend_steps
+       no quantisation             calibrated to rho)
+
+Everything random is drawn from a generator seeded by (seed, step, rank), and all state lives in buffers, so a resumed
+run repeats the uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from lavit_tok.config import TokenizerConfig
+from lavit_tok.encoder import VisionEncoder
+from lavit_tok.images import normalise
+from lavit_tok.quantizer import TrainingCodebook, Usage, spherical_kmeans, usage
+from lavit_tok.records import Layout
+from lavit_tok.selector import keep_by_budget, keep_scores, straight_through
+from lavit_tok.tokenizer import VisualTokenizer
+from lavit_tok.training.common import logged_picture, step_generator, warmup_cosine
+
+
+class TokenizerTraining(L.LightningModule):
+    """One training step of stage 1, for any encoder and any size.
+
+    Args:
+        config: sizes of the tokenizer; its `encoder` is replaced by the config of `encoder` where that is given.
+        encoder: directory or Hub id of the frozen vision transformer; None trains against a random one (tests only).
+        out: where the finished tokenizer is saved; None keeps checkpoints only.
+        rho: target share of kept patches.
+        ratio_weight: weight of (rho - mean keep)^2.
+        centred_weight: weight of an additional cosine loss after subtracting the running mean feature; 0 as published.
+        temperature: of the Gumbel-softmax decision.
+        lr: peak learning rate before quantisation.
+        quantized_lr: peak learning rate after the switch.
+        min_lr_share: the cosine of each stretch ends at this share of its peak.
+        warmup_steps: linear warm-up at the start and again at the switch.
+        weight_decay: AdamW's, on matrices only.
+        settle_at: step at which decisions stop being sampled and the keep ratio is calibrated to rho.
+        quantize_at: step at which the codebook is initialised and quantisation begins.
+        selector_after: whether the selector goes on learning after settle_at.
+        budget_share: share of the batches after settle_at that are trained at a random budget, so that users may set one.
+        kmeans_samples: how many of the latest vectors before the switch k-means sees.
+        kmeans_iterations: its iterations.
+        blend_steps: steps over which z is replaced by its codebook row.
+        commitment_weight: pull of z towards its row.
+        decay: EMA decay of the codebook.
+        dead_share: rows used less than this share of the mean are replaced.
+        gradient: how gradients pass the rounding.
+        picture_every: a picture of kept patches every so many steps; 0 for none.
+        seed: seed of every random draw here.
+    """
+
+    def __init__(
+        self,
+        config: TokenizerConfig | None = None,
+        encoder: str | None = None,
+        out: str | None = None,
+        rho: float = 1 / 3,
+        ratio_weight: float = 2.0,
+        centred_weight: float = 0.0,
+        temperature: float = 1.0,
+        lr: float = 1e-3,
+        quantized_lr: float = 5e-4,
+        min_lr_share: float = 0.1,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.01,
+        settle_at: int = 1000,
+        quantize_at: int = 1200,
+        selector_after: Literal["frozen", "live"] = "frozen",
+        budget_share: float = 0.25,
+        kmeans_samples: int = 65536,
+        kmeans_iterations: int = 20,
+        blend_steps: int = 200,
+        commitment_weight: float = 0.25,
+        decay: float = 0.99,
+        dead_share: float = 0.05,
+        gradient: Literal["straight_through", "rotation"] = "straight_through",
+        picture_every: int = 500,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 < rho < 1:
+            raise ValueError(f"rho: expected a share between 0 and 1, got {rho}")
+        if not 0 <= settle_at <= quantize_at:
+            raise ValueError(f"settle_at: expected 0 <= settle_at <= quantize_at, got {settle_at} and {quantize_at}")
+        self.save_hyperparameters(ignore=["config"])
+        self.settings: Any = self.hparams
+        config = config or TokenizerConfig()
+        vision = None
+        if encoder is not None:
+            vision = VisionEncoder.from_pretrained(encoder, norm=config.encoder_norm)
+            config = TokenizerConfig.from_dict({**config.to_dict(), "encoder": vision.json_config()})
+        self.tokenizer = VisualTokenizer(config, vision)
+        self.codebook: TrainingCodebook | None = None
+        self.register_buffer("mean_feature", torch.zeros(config.width))
+        self.register_buffer("recent_scores", torch.zeros(max(1, kmeans_samples)))
+        self.register_buffer("recent_z", torch.zeros(max(1, kmeans_samples), config.code_dim))
+        self.register_buffer("filled", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # 0: A, 1: A', 2: B
+        self.validation_codes: list[Tensor] = []
+
+    # Lightning's hooks
+
+    def configure_model(self) -> None:
+        if self.codebook is None:
+            s = self.settings
+            self.codebook = TrainingCodebook(self.tokenizer.quantizer.codebook, s.decay, s.dead_share, s.gradient)
+
+    def configure_optimizers(self) -> Any:
+        s = self.settings
+        trained = [p for n, p in self.tokenizer.named_parameters() if not n.startswith("encoder.")]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": s.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.98))
+        total = int(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            if step < s.quantize_at:
+                return warmup_cosine(step, min(s.quantize_at, total), s.warmup_steps, s.min_lr_share)
+            share = warmup_cosine(step - s.quantize_at, total - s.quantize_at, s.warmup_steps, s.min_lr_share)
+            return share * s.quantized_lr / s.lr
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The frozen encoder is not saved twice."""
+        for name in [n for n in checkpoint["state_dict"] if n.startswith("tokenizer.encoder.")]:
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        frozen = {n: v for n, v in self.state_dict().items() if n.startswith("tokenizer.encoder.")}
+        checkpoint["state_dict"].update(frozen)
+
+    def on_fit_start(self) -> None:
+        assert self.codebook is not None
+        self.codebook.expect_rows(self._rows_per_step())
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        s, step = self.settings, self.global_step
+        if int(self.stage) == 0 and step >= s.settle_at:
+            self._calibrate()
+            self.stage.fill_(1)
+        if int(self.stage) == 1 and step >= s.quantize_at:
+            self._start_codebook()
+            self.stage.fill_(2)
+        self.tokenizer.selector.requires_grad_(int(self.stage) == 0 or s.selector_after == "live")
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        s = self.settings
+        generator = step_generator(s.seed, self.global_step, self.global_rank, self.device)
+        features = self.features(batch["images"])
+        log_probs = self.tokenizer.score(features)
+        self._remember(0, self.recent_scores, keep_scores(log_probs).detach().flatten())
+        learning = int(self.stage) == 0 or s.selector_after == "live"
+        if learning:
+            policy = straight_through(log_probs, generator, int(self.stage) == 0, s.temperature)
+            keep = policy.detach() > 0.5
+            reconstructed, codes, commitment = self._dense(features, policy, keep)
+            ratio_loss = (s.rho - policy.mean()).square()
+        else:
+            budget = None
+            if torch.rand((), generator=generator, device=self.device) < s.budget_share:
+                budget = 0.08 + 0.72 * float(torch.rand((), generator=generator, device=self.device))
+            keep = keep_by_budget(keep_scores(log_probs), budget)
+            reconstructed, codes, commitment = self._ragged(features, keep)
+            ratio_loss = torch.zeros((), device=self.device)
+        with torch.no_grad():
+            mean = features.mean((0, 1))
+            self.mean_feature.lerp_(mean, 1.0 if self.global_step == 0 else 0.02)
+        plain, centred = self.cosines(features, reconstructed)
+        loss = (1 - plain) + s.centred_weight * (1 - centred) + s.ratio_weight * ratio_loss
+        loss = loss + s.commitment_weight * commitment
+        values = {"loss": loss, "feature_loss": 1 - plain, "centred_cosine": centred, "keep_ratio": keep.float().mean()}
+        if codes is not None:
+            self._log_usage("train", usage(codes, self.tokenizer.config.codebook_size))
+            values["commitment"] = commitment
+        self.log_dict({f"train/{k}": v for k, v in values.items()}, prog_bar=True)
+        if s.picture_every and self.global_step % s.picture_every == 0:
+            self._picture(batch["images"], keep)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """What a user gets: deterministic keep masks, exact codes (the unquantised vectors before quantize_at)."""
+        tok = self.tokenizer
+        features = self.features(batch["images"])
+        keep = tok.select(tok.score(features))
+        reconstructed, codes, _ = self._ragged(features, keep)
+        plain, centred = self.cosines(features, reconstructed)
+        values = {"cosine": plain, "centred_cosine": centred, "keep_ratio": keep.float().mean()}
+        self.log_dict({f"val/{k}": v for k, v in values.items()}, batch_size=len(keep), sync_dist=True)
+        if codes is not None:
+            self.validation_codes.append(codes)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.validation_codes:
+            self._log_usage("val", usage(torch.cat(self.validation_codes), self.tokenizer.config.codebook_size))
+        self.validation_codes.clear()
+
+    def on_fit_end(self) -> None:
+        if self.settings.out and self.trainer.is_global_zero and int(self.stage) == 2:
+            self.export(self.settings.out)
+
+    # The parts
+
+    def features(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches width"]:
+        c = self.tokenizer.config
+        return self.tokenizer.features(normalise(images, c.image_mean, c.image_std).to(self.tokenizer.dtype)).float()
+
+    def cosines(self, x: Float[Tensor, "b n d"], y: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor]:
+        """Mean cosine over patches, plain and with the running mean feature subtracted from both."""
+        y, mean = y.float(), self.mean_feature
+        return F.cosine_similarity(x, y, dim=-1).mean(), F.cosine_similarity(x - mean, y - mean, dim=-1).mean()
+
+    def _dense(
+        self, features: Float[Tensor, "b n d"], policy: Float[Tensor, "b n"], keep: Bool[Tensor, "b n"]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Every row computed, masks as a policy: the selector's gradient flows through merger and reconstructor."""
+        z = self.tokenizer.project(self.tokenizer.merger.dense(features, policy))
+        vectors, codes, commitment = self._quantize(z[keep])
+        vectors = z.masked_scatter(keep[..., None], vectors.to(z.dtype))
+        index = keep.long().cumsum(1) - keep.long()  # the place each row has, or would have, in the code sequence
+        return self.tokenizer.reconstructor(vectors, index, policy), codes, commitment
+
+    def _ragged(self, features: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The way of encode(): only kept rows are computed."""
+        layout = Layout.of(keep)
+        vectors, codes, commitment = self._quantize(self.tokenizer.project(self.tokenizer.merge(features, keep)))
+        index = torch.arange(layout.width, device=keep.device)[None]
+        return self.tokenizer.reconstructor(layout.pad(vectors), index, layout.mask), codes, commitment
+
+    def _quantize(self, z: Float[Tensor, "total c"]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """z as it is before the switch; after it, blended towards its row."""
+        zero = torch.zeros((), device=z.device)
+        if self.training:
+            self._remember(1, self.recent_z, z.detach())
+        if int(self.stage) < 2 or self.codebook is None:
+            return z, None, zero
+        quantized, codes, commitment = self.codebook(z, seed=self.settings.seed + self.global_step)
+        if not self.training:
+            return quantized, codes, zero
+        share = min(1.0, (self.global_step - self.settings.quantize_at + 1) / max(1, self.settings.blend_steps))
+        return z + share * (quantized - z), codes, commitment
+
+    @torch.no_grad()
+    def _remember(self, which: int, ring: Tensor, rows: Tensor) -> None:
+        """Overwrite the oldest rows of a ring buffer; nothing once the codebook exists and needs none."""
+        if int(self.stage) == 2:
+            return
+        rows = rows[-len(ring) :].to(ring.dtype)
+        places = (self.filled[which] + torch.arange(len(rows), device=ring.device)) % len(ring)
+        ring[places] = rows
+        self.filled[which] += len(rows)
+
+    def _recent(self, which: int, ring: Tensor) -> Tensor:
+        return ring[: min(len(ring), int(self.filled[which]))]
+
+    def _calibrate(self) -> None:
+        """Shift the selector so that the deterministic rule keeps exactly rho of the recent patches."""
+        scores = self._recent(0, self.recent_scores)
+        if len(scores):
+            threshold = scores.sort().values[min(len(scores) - 1, math.ceil((1 - self.settings.rho) * len(scores)))]
+            self.tokenizer.selector.shift(-float(self.trainer.strategy.broadcast(threshold)))
+
+    def _start_codebook(self) -> None:
+        """k-means over the recent vectors; every rank takes the first one's rows."""
+        assert self.codebook is not None
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        samples = self._recent(1, self.recent_z)
+        size = self.tokenizer.config.codebook_size
+        rows, counts = spherical_kmeans(samples, size, self.settings.kmeans_iterations, generator)
+        rows, counts = self.trainer.strategy.broadcast((rows, counts))
+        self.codebook.load_rows(rows, counts * self._rows_per_step() / counts.sum())
+
+    def _rows_per_step(self) -> float:
+        batch_size = getattr(self.trainer.datamodule, "batch_size", 1)
+        return batch_size * self.tokenizer.config.num_patches * self.settings.rho
+
+    def export(self, directory: str | Path) -> None:
+        """The trained tokenizer, with the learned rows, as VisualTokenizer.from_pretrained reads it."""
+        assert self.codebook is not None
+        self.tokenizer.quantizer.codebook.rows.copy_(self.codebook.rows)
+        if self.settings.selector_after == "live":
+            self._calibrate()
+        self.tokenizer.save_pretrained(directory)
+
+    def _log_usage(self, part: str, used: Usage) -> None:
+        self.log_dict({f"{part}/codebook_usage": used.used, f"{part}/perplexity": used.perplexity})
+
+    def _picture(self, images: UInt8[Tensor, "batch 3 h w"], keep: Bool[Tensor, "batch n"]) -> None:
+        from lavit_tok.visualize import kept_overlay, sheet
+
+        if self.trainer.is_global_zero:
+            side = self.tokenizer.config.image_size // self.tokenizer.config.patch_size
+            shown = [kept_overlay(images[i], keep[i], (side, side)) for i in range(min(16, len(images)))]
+            logged_picture(self, "kept_patches", sheet([shown[:8], shown[8:]]))
