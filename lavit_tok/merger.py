@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lavit_tok.attention import Block, Formula, attend
+from lavit_tok.attention import Attention, Block, Formula, attend
 from lavit_tok.records import Layout
 
 
@@ -86,7 +86,9 @@ class Merger(nn.Module):
         return self.norm_out(x)
 
 
-def _rows(attention: nn.Module, x: Tensor, context: Tensor | None, layout: Layout, keys: Layout, mask: Tensor) -> Tensor:
+def _rows(
+    attention: Attention, x: Tensor, context: Tensor | None, layout: Layout, keys: Layout, mask: Tensor
+) -> Tensor:
     """One attention over ragged rows. Free slots at the end of a sequence are never seen by a causal or masked row."""
     context = x if context is None else context
     q = attention.split(layout.pad(attention.query(x)))
