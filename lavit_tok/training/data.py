@@ -2,8 +2,8 @@
 
     batch = {"images": uint8 [b 3 s s], "index": int64 [b], "captions": list[str] if asked}
 
-Order and augmentation are pure functions of (seed, epoch, position); the only state is the number of batches trained on,
-which Lightning's own counters keep. Pixels are not normalised here: the model does that.
+Order and augmentation are pure functions of (seed, epoch, position); the only state is the number of batches trained
+on, which Lightning's own counters keep. Pixels are not normalised here: the model does that.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ HOLDOUT_EVERY = 20  # without a validation split, every 20th row of the training
 class EpochOrder(DistributedSampler):
     """The training order: of each epoch one permutation, this rank's stride of it, from the first batch not yet seen.
 
-    It is a DistributedSampler so that Lightning leaves it in place; `consumed` tells how many batches are already trained
-    on, so that iterating yields (epoch, index) pairs from there to the end of that epoch. `len` is a full epoch's.
+    It is a DistributedSampler so that Lightning leaves it in place; `consumed` tells how many batches are already
+    trained on, so that iterating yields (epoch, index) pairs from there to the end of that epoch. `len` is a full
+    epoch's.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, rank: int, world: int, consumed: Callable[[int], int]):
+    def __init__(
+        self, rows: int, batch_size: int, seed: int, rank: int, world: int, consumed: Callable[[int], tuple[int, int]]
+    ):
         self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
         self.consumed = consumed
 
@@ -52,7 +55,8 @@ class EpochOrder(DistributedSampler):
         return order[self.rank :: self.world][: len(self)].tolist()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, batch = divmod(*self.consumed(self.batches))
+        consumed, batches = self.consumed(self.batches)
+        epoch, batch = divmod(consumed, batches)
         for index in self.indices(epoch)[batch * self.batch_size :]:
             yield epoch, index
 
@@ -65,13 +69,24 @@ class RejectingLoader(DataLoader):
         self.report = report
         self.passes = 0
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch promises its own iterator class
         if isinstance(self.dataset, StreamImages):
             self.dataset.epoch, self.passes = self.passes, self.passes + 1
         for batch in super().__iter__():
             self.report(batch.pop("rejects"))
             if "images" in batch:
                 yield batch
+
+
+class ResumingLoader(RejectingLoader):
+    """Map-style training loader. The two empty methods tell Lightning, truthfully, that a run resumed in mid-epoch goes
+    on where it was: the count lives in Lightning's own progress, which `EpochOrder` reads."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
 
 
 class ImageDataModule(LightningDataModule):
@@ -142,14 +157,16 @@ class ImageDataModule(LightningDataModule):
                 rows = _split_by_rank(rows, *self._ranks())
                 self.sets[name] = StreamImages(rows, column, self.caption_column, self.augment, training)
                 continue
-            self.sets[name] = MapImages(rows, column, self.caption_column, self.augment, training, self.cache)
-            self._report(self.sets[name].rejects)
-            if not len(self.sets[name]):
-                raise ValueError(f"{self.data}: the {name} split has no readable picture ({len(self.rejects)} rejected)")
+            images = MapImages(rows, column, self.caption_column, self.augment, training, self.cache)
+            self.sets[name] = images
+            self._report(images.rejects)
+            if not len(images):
+                raise ValueError(f"{self.data}: no readable picture in the {name} split, e.g. {self.rejects[:1]}")
 
     def _named_splits(self) -> dict[str, Any]:
         loaded = load_splits(self.data, self.streaming)
-        found = {role: loaded[name] for role, name in zip(("train", "validation", "test"), self.splits) if name in loaded}
+        roles = zip(("train", "validation", "test"), self.splits, strict=True)
+        found = {role: loaded[name] for role, name in roles if name in loaded}
         if not found:
             raise ValueError(f"{self.data}: expected one of the splits {self.splits}, got {', '.join(loaded)}")
         if "validation" not in found and "train" in found and not self.streaming and len(found["train"]) > 1:
@@ -162,10 +179,10 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         images = self.sets["train"]
-        if self.streaming:
+        if isinstance(images, StreamImages):
             return self._loader(images, drop_last=True)
         order = EpochOrder(len(images), self.batch_size, self.seed, *self._ranks(), self._consumed)
-        return self._loader(images, sampler=order, drop_last=len(order) >= self.batch_size)
+        return self._loader(images, ResumingLoader, sampler=order, drop_last=len(order) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader(self.sets["validation"]) if "validation" in self.sets else []
@@ -181,7 +198,8 @@ class ImageDataModule(LightningDataModule):
         changed = {name: (value, self.state_dict()[name]) for name, value in state.items()}
         changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
         if changed:
-            warnings.warn(f"resumed with other settings {changed}: pictures of this epoch will repeat or be missed")
+            message = f"resumed with other settings {changed}: pictures of this epoch will repeat or be missed"
+            warnings.warn(message, stacklevel=2)
 
     def teardown(self, stage: str | None = None) -> None:
         """Write the rejected pictures, if any, as JSON lines beside the run's other files."""
@@ -190,8 +208,8 @@ class ImageDataModule(LightningDataModule):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(reject) + "\n" for reject in self.rejects))
 
-    def _loader(self, images: Any, **options: Any) -> DataLoader:
-        return RejectingLoader(
+    def _loader(self, images: Any, kind: type[RejectingLoader] = RejectingLoader, **options: Any) -> DataLoader:
+        return kind(
             images,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
@@ -213,7 +231,8 @@ class ImageDataModule(LightningDataModule):
             return 0, batches
         limit = self.trainer.limit_train_batches
         limit = limit if isinstance(limit, int) else int(batches * limit)
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed, max(1, min(batches, limit))
+        done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return done.processed, max(1, min(batches, limit))
 
 
 def _split_by_rank(rows: Any, rank: int, world: int) -> Any:

@@ -1,9 +1,9 @@
 """Where pictures come from: any data set that `datasets` can open -> torch data sets of uint8 squares.
 
-    folder | parquet | webdataset | arrow | Hub name  ->  {split: rows}  ->  {"images": uint8 [3 s s], "index": int, ...}
+    folder | parquet | webdataset | arrow | Hub name  ->  {split: rows}  ->  {"images": uint8 [3 s s], "index": int}
 
-Encoded bytes are fetched undecoded (`datasets.Image(decode=False)`) and opened by `lavit_tok.images`, so a corrupt picture
-costs one row, which is reported as a reject, and not the batch or the run.
+Encoded bytes are fetched undecoded (`datasets.Image(decode=False)`) and opened by `lavit_tok.images`, so a corrupt
+picture costs one row, which is reported as a reject, and not the batch or the run.
 """
 
 from __future__ import annotations
@@ -119,11 +119,13 @@ class MapImages(Dataset):
     """Rows of one split by position; a key is an index or (epoch, index).
 
     With `cache`, every picture is decoded once into uint8 [n 3 s s] held in memory and corrupt rows are left out.
-    Without, a corrupt row is replaced, when training, by the next readable one (batches keep their size and a resumed run
-    its order), and left out otherwise.
+    Without, a corrupt row is replaced, when training, by the next readable one (batches keep their size and a resumed
+    run its order), and left out otherwise.
     """
 
-    def __init__(self, rows, column: str, caption_column: str | None, augment: Augmentation, training: bool, cache: bool):
+    def __init__(
+        self, rows: Any, column: str, caption_column: str | None, augment: Augmentation, training: bool, cache: bool
+    ):
         self.rows, self.column, self.caption_column = rows, column, caption_column
         self.augment, self.training = augment, training
         self.rejects: list[dict[str, str]] = []
@@ -142,7 +144,7 @@ class MapImages(Dataset):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter lock
             pixels = torch.empty(len(self.rows), 3, size, size, dtype=torch.uint8)
-            kept = []
+            kept: list[int] = []
             for index, (square, reject) in enumerate(pool.map(decode, range(len(self.rows)))):
                 if square is None:
                     self.rejects.append(reject)
@@ -161,7 +163,7 @@ class MapImages(Dataset):
         epoch, position = key if isinstance(key, tuple) else (0, key)
         if self.pixels is not None:
             return self._cached(epoch, position)
-        rejects = []
+        rejects: list[dict[str, str]] = []
         for step in range(len(self) if self.training else 1):
             index = (position + step) % len(self)
             row = self.rows[index]
@@ -170,10 +172,11 @@ class MapImages(Dataset):
                 pixels = self.augment(image, epoch, index) if self.training else resize(image, self.augment.size)
                 sample = {"images": pixels, "index": index, "rejects": rejects}
                 return sample | ({"captions": row[self.caption_column] or ""} if self.caption_column else {})
-            rejects.append(reject)
+            rejects.append(reject or {})
         return {"rejects": rejects}
 
     def _cached(self, epoch: int, position: int) -> dict[str, Any]:
+        assert self.pixels is not None
         pixels, index = self.pixels[position], int(self.index[position])
         if self.training:
             image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -182,10 +185,10 @@ class MapImages(Dataset):
 
 
 class StreamImages(IterableDataset):
-    """Rows of a streamed split, each rank and each worker its own shards. Not exactly resumable: a resumed run starts the
-    stream's epoch again. `index` counts within this reader."""
+    """Rows of a streamed split, each rank and each worker its own shards. Not exactly resumable: a resumed run starts
+    the stream again. `index` counts within this reader."""
 
-    def __init__(self, rows, column: str, caption_column: str | None, augment: Augmentation, training: bool):
+    def __init__(self, rows: Any, column: str, caption_column: str | None, augment: Augmentation, training: bool):
         self.rows, self.column, self.caption_column = rows, column, caption_column
         self.augment, self.training, self.epoch = augment, training, 0
 
@@ -205,7 +208,8 @@ class StreamImages(IterableDataset):
 
 
 def collate(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> {"images": uint8 [b 3 s s], "index": int64 [b], "captions": list, "rejects": list}; corrupt ones left out."""
+    """Samples -> {"images": uint8 [b 3 s s], "index": int64 [b], "captions": list, "rejects": list}, corrupt ones only
+    among the rejects."""
     samples = list(samples)
     rejects = [reject for sample in samples for reject in sample.get("rejects", ())]
     good = [sample for sample in samples if "images" in sample]
