@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lavit_tok.config import ConfigError, TokenizerConfig
-from lavit_tok.images import ImageError
-from lavit_tok.records import CodeError, VisualCodes
-from lavit_tok.tokenizer import VisualTokenizer
-from lavit_tok.weights import WeightsError
-
 if TYPE_CHECKING:
+    from lavit_tok.config import ConfigError, TokenizerConfig
     from lavit_tok.decoder import PixelDecoder
+    from lavit_tok.images import ImageError
+    from lavit_tok.records import CodeError, VisualCodes
+    from lavit_tok.tokenizer import VisualTokenizer
+    from lavit_tok.weights import WeightsError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,11 +25,22 @@ __all__ = [
     "WeightsError",
 ]
 
+_ROOMS = {
+    "ImageError": "images",
+    "ConfigError": "config",
+    "TokenizerConfig": "config",
+    "CodeError": "records",
+    "VisualCodes": "records",
+    "WeightsError": "weights",
+    "VisualTokenizer": "tokenizer",
+    "PixelDecoder": "decoder",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """PixelDecoder imports diffusers, so only whoever asks for it pays for it."""
-    if name == "PixelDecoder":
-        from lavit_tok.decoder import PixelDecoder
-
-        return PixelDecoder
-    raise AttributeError(f"module 'lavit_tok' has no attribute {name!r}")
+    """A name is imported when first asked for: `lavit-tok --help` pays for no torch, encoding for no diffusers."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'lavit_tok' has no attribute {name!r}")
+    value = getattr(import_module(f"lavit_tok.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value

@@ -142,6 +142,9 @@ class TokenizerConfig:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ConfigError(f"unknown settings {unknown}: ignoring them would build another model than was saved")
+        for name in ("image_mean", "image_std"):  # JSON knows no tuples
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         try:
             return cls(**values)
         except TypeError as error:

@@ -60,3 +60,38 @@ def tiny_tokenizer(tiny_config: TokenizerConfig, photos: list[Path]) -> VisualTo
         scores = keep_scores(tokenizer.score(tokenizer.features(tokenizer.preprocess(photos))))
     tokenizer.selector.shift(-float(scores.flatten().quantile(2 / 3)))
     return tokenizer
+
+
+@pytest.fixture
+def tiny_decoder(tiny_tokenizer: VisualTokenizer) -> Any:
+    """A PixelDecoder for tiny_tokenizer's codes with seeded random weights; draws 16 x 16 pixels."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    from lavit_tok import PixelDecoder
+    from lavit_tok.condition import Condition
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        condition = Condition.for_tokenizer(tiny_tokenizer, cross_dims=(16,))
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    return PixelDecoder(condition, unet.eval(), vae.eval(), scheduler)

@@ -1,0 +1,195 @@
+"""What the commands of cli.py do. A bad picture or row is skipped, counted, listed, and told in the job's summary."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lavit_tok.batch_jobs import (
+    Rejects,
+    chunks,
+    device,
+    listed_pictures,
+    opened,
+    photographs,
+    png_name,
+    progress,
+    save_png,
+)
+from lavit_tok.cli import SCHEDULERS
+from lavit_tok.code_files import CodeFileError, CodeRow, Header, code_writer, read_codes, require_suffix
+from lavit_tok.images import open_image, resize
+from lavit_tok.records import CodeError, VisualCodes
+from lavit_tok.tokenizer import VisualTokenizer
+
+PANEL = 256  # pixels of a panel's side, unless the model's pictures are larger
+SHEET_ROWS = 64  # pictures on the common sheet
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Pictures -> a file of codes."""
+    if arguments.out is not None:
+        require_suffix(arguments.out)
+    paths = listed_pictures(arguments.images)
+    tokenizer = VisualTokenizer.from_pretrained(arguments.tokenizer, device=device(arguments.device))
+    config = tokenizer.config
+    header = Header(str(arguments.tokenizer), config.codebook_size, config.num_patches)
+    rejects = Rejects(arguments.out and Path(f"{arguments.out}.rejects.jsonl"), only=len(paths) == 1)
+    generator = torch.Generator(tokenizer.device).manual_seed(arguments.seed)
+    total = count = 0
+    with rejects, code_writer(arguments.out, header) as writer:
+        for chunk in chunks(enumerate(progress(paths, "encode")), arguments.batch_size):
+            pictures = opened(chunk, rejects)
+            if not pictures:
+                continue
+            pixels = torch.stack([resize(image, config.image_size, config.crop) for _, _, image in pictures])
+            codes = tokenizer.encode(pixels, arguments.budget, arguments.sample, generator).to("cpu")
+            kept = [mask.nonzero().flatten().tolist() for mask in _keep(codes)]
+            keys = [str(path) for _, path, _ in pictures]
+            writer.add([CodeRow(*row) for row in zip(keys, codes.to_list(), kept, strict=True)])
+            count, total = count + len(codes), total + len(codes.values)
+        rejects.require(count)
+    mean = f"{total / count:.1f} codes each ({config.num_patches} patches)"
+    print(f"encoded {count} of {len(paths)} pictures, {mean}{rejects.summary()}", file=sys.stderr)
+    return 0
+
+
+def decode(arguments: argparse.Namespace) -> int:
+    """A file of codes -> PNG files, named by row and key."""
+    header, rows = read_codes(arguments.codes)
+    decoder = _decoder(arguments)
+    size, patches = decoder.condition.config.codebook_size, decoder.condition.config.patches
+    if header.codebook_size != size:
+        raise CodeError(
+            f"{arguments.codes}: its codes index a codebook of {header.codebook_size} rows, the decoder's has {size}: "
+            "they would decode to unrelated pictures"
+        )
+    rejects, count = Rejects(arguments.out / "rejects.jsonl"), 0
+    with rejects:
+        for chunk in chunks(enumerate(progress(rows, "decode")), arguments.batch_size):
+            good: list[tuple[int, CodeRow]] = []
+            for number, row in chunk:
+                try:
+                    good.append((number, _checked(row, size, patches)))
+                except ValueError as error:
+                    rejects.add(row.key, error)
+            if not good:
+                continue
+            codes = VisualCodes.from_list([row.codes for _, row in good], size)
+            pictures = _draw(decoder, codes, [number for number, _ in good], arguments)
+            for (number, row), picture in zip(good, pictures, strict=True):
+                save_png(picture, arguments.out / png_name(number, row.key))
+            count += len(good)
+        rejects.require(count)
+    print(
+        f"decoded {count} of {count + len(rejects.rows)} rows into {arguments.out}{rejects.summary()}", file=sys.stderr
+    )
+    return 0
+
+
+def reconstruct(arguments: argparse.Namespace) -> int:
+    """Pictures -> sheets of original, kept patches (dropped ones dimmed) and reconstruction."""
+    from lavit_tok.visualize import kept_overlay, sheet
+
+    paths = listed_pictures(arguments.images) if arguments.images else photographs()
+    tokenizer = VisualTokenizer.from_pretrained(arguments.tokenizer, device=device(arguments.device))
+    decoder, config = _decoder(arguments), tokenizer.config
+    side, grid = max(PANEL, config.image_size), config.image_size // config.patch_size
+    titles = ("original", "kept patches", "reconstruction")
+    rejects = Rejects(arguments.out / "rejects.jsonl", only=len(paths) == 1)
+    lengths: list[int] = []
+    rows: list[list[Image.Image]] = []
+    labels: list[list[str]] = []
+    with rejects:
+        for chunk in chunks(enumerate(progress(paths, "reconstruct")), arguments.batch_size):
+            pictures = opened(chunk, rejects)
+            if not pictures:
+                continue
+            pixels = torch.stack([resize(image, config.image_size, config.crop) for _, _, image in pictures])
+            codes = tokenizer.encode(pixels, arguments.budget).to("cpu")
+            drawn = _draw(decoder, codes, [number for number, _, _ in pictures], arguments)
+            for (number, path, image), length, keep, picture in zip(
+                pictures, codes.lengths.tolist(), _keep(codes), drawn, strict=True
+            ):
+                original = open_image(resize(image, side, config.crop))
+                kept = kept_overlay(original, keep, (grid, grid))
+                panels = [original, kept, picture.resize((side, side), Image.Resampling.BICUBIC)]
+                texts = [path.name, f"{length} of {config.num_patches} patches", f"from {length} codes"]
+                save_png(sheet([panels], titles, [texts]), arguments.out / png_name(number, str(path)))
+                print(f"{length:7d} of {config.num_patches} tokens  {path}")
+                lengths.append(length)
+                if len(rows) < SHEET_ROWS:
+                    rows.append(panels)
+                    labels.append(texts)
+        rejects.require(len(lengths))
+    whole = arguments.out / "sheet.png"
+    save_png(sheet(rows, titles, labels), whole)
+    print(f"{sum(lengths) / len(lengths):7.1f} tokens an image on average, {len(lengths)} images{rejects.summary()}")
+    print(f"sheet: {whole}")
+    return 0
+
+
+def fit(words: list[str]) -> int:
+    """Train a tokenizer; the words are LightningCLI's."""
+    return _train("lavit_tok.training.tokenizer:TokenizerTraining", words)
+
+
+def fit_decoder(words: list[str]) -> int:
+    """Train a pixel decoder; the words are LightningCLI's."""
+    return _train("lavit_tok.training.decoder:PixelDecoderTraining", words)
+
+
+def _train(name: str, words: list[str]) -> int:
+    try:
+        from lightning.pytorch.cli import LightningCLI
+
+        from lavit_tok.training.data import ImageDataModule
+
+        model = resolve_name(name)
+    except ImportError as error:
+        raise ImportError(f"training needs more packages: pip install 'lavit-tok[train]' ({error})") from None
+    # overwrite: a resumed run writes its config where the first one did
+    LightningCLI(model, ImageDataModule, args=["fit", *words], save_config_kwargs={"overwrite": True})
+    return 0
+
+
+def _keep(codes: VisualCodes) -> torch.Tensor:
+    assert codes.keep is not None  # codes of pictures always know their patches
+    return codes.keep
+
+
+def _checked(row: Any, size: int, patches: int) -> CodeRow:
+    """The row, if a decoder of this codebook size and number of patches can draw it. Raises ValueError."""
+    if not isinstance(row, CodeRow):
+        raise CodeFileError(row.reason)
+    VisualCodes.from_list([row.codes], size)
+    if not 1 <= len(row.codes) <= patches:
+        raise CodeError(f"expected 1..{patches} codes, got {len(row.codes)}")
+    return row
+
+
+def _draw(decoder: Any, codes: VisualCodes, numbers: list[int], arguments: argparse.Namespace) -> list[Image.Image]:
+    """Pictures whose noise depends on the seed and their row alone, so that the batch size does not matter."""
+    seeds = [np.random.SeedSequence((arguments.seed, number)).generate_state(1, np.uint64)[0] for number in numbers]
+    generators = [torch.Generator().manual_seed(int(seed >> np.uint64(1))) for seed in seeds]
+    return decoder(codes, arguments.steps, arguments.guidance, generators).images
+
+
+def _decoder(arguments: argparse.Namespace) -> Any:
+    import diffusers
+
+    from lavit_tok.decoder import PixelDecoder
+
+    decoder = PixelDecoder.from_pretrained(arguments.decoder, device=device(arguments.device))
+    decoder.set_progress_bar_config(disable=True)
+    if arguments.scheduler is not None:
+        scheduler = getattr(diffusers, SCHEDULERS[arguments.scheduler])
+        decoder.scheduler = scheduler.from_config(decoder.scheduler.config)
+    return decoder

@@ -1,0 +1,302 @@
+"""The command line, in process, with a tiny tokenizer and decoder on real photographs."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lavit_tok import VisualTokenizer
+from lavit_tok.batch_jobs import photographs
+from lavit_tok.cli import COMMANDS, main
+from lavit_tok.code_files import CodeRow, Header, code_writer, read_codes
+
+
+@pytest.fixture
+def weights(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) -> Path:
+    """Folders `tokenizer` and `decoder`."""
+    tiny_tokenizer.save_pretrained(tmp_path / "weights/tokenizer")
+    tiny_decoder.save_pretrained(tmp_path / "weights/decoder")
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"\x89PNG but not really")
+    return path
+
+
+def json_lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def words(*parts: Any) -> list[str]:
+    return [str(part) for part in parts]
+
+
+def test_encode_to_stdout(weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words("encode", *photos, "--tokenizer", weights / "tokenizer", "--batch-size", 3)) == 0
+    header, *rows = json_lines(capsys.readouterr().out)
+    tokenizer = VisualTokenizer.from_pretrained(weights / "tokenizer")
+    assert header == {
+        "format": "lavit_tok.codes",
+        "version": 1,
+        "tokenizer": str(weights / "tokenizer"),
+        "codebook_size": 16,
+        "patches": 16,
+    }
+    codes = tokenizer.encode(photos)
+    assert codes.keep is not None
+    assert [row["key"] for row in rows] == list(map(str, photos))
+    assert [row["codes"] for row in rows] == codes.to_list()
+    assert [row["length"] for row in rows] == codes.lengths.tolist()
+    assert [row["keep"] for row in rows] == [mask.nonzero().flatten().tolist() for mask in codes.keep]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_encode_folder_then_decode(
+    weights: Path, photos: list[Path], broken: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / f"new/codes{suffix}"
+    (folder / "deeper").mkdir(parents=True)
+    for i, photo in enumerate(photos):
+        with Image.open(photo) as image:
+            image.resize((40, 30)).save(folder / ("deeper" if i % 2 else "") / photo.name)
+    (folder / "broken.png").write_bytes(broken.read_bytes())
+    assert main(words("encode", folder, "--tokenizer", weights / "tokenizer", "--out", out, "--batch-size", 2)) == 0
+    rejects = Path(f"{out}.rejects.jsonl")
+    assert "encoded 4 of 5 pictures" in (message := capsys.readouterr().err)
+    assert f"1 skipped, listed in {rejects}" in message
+    (reject,) = json_lines(rejects.read_text())
+    assert reject["key"] == str(folder / "broken.png")
+    assert "not a picture" in reject["reason"]
+    assert sorted(p.name for p in out.parent.iterdir()) == [out.name, rejects.name]  # no part is left behind
+
+    header, rows = read_codes(out)
+    good = list(rows)
+    assert header == Header(str(weights / "tokenizer"), 16, 16)
+    assert {Path(row.key).name for row in good} == {photo.name for photo in photos}
+    if suffix == ".parquet":
+        assert pq.read_table(out).column_names == ["key", "codes", "length", "keep"]
+
+    command = words("decode", out, "--decoder", weights / "decoder", "--steps", 2, "--seed", 5)
+    assert main([*command, "--out", str(tmp_path / "together")]) == 0
+    assert main([*command, "--out", str(tmp_path / "alone"), "--batch-size", "1"]) == 0
+    assert main([*command[:-1], "6", "--out", str(tmp_path / "otherwise")]) == 0
+    together = sorted((tmp_path / "together").iterdir())
+    assert [p.name for p in together] == [f"{i:06d}-{Path(row.key).stem}.png" for i, row in enumerate(good)]
+    for path in together:
+        picture = np.asarray(Image.open(path)).astype(int)
+        assert picture.shape == (16, 16, 3)
+        assert np.abs(picture - np.asarray(Image.open(tmp_path / "alone" / path.name))).max() <= 1
+        assert np.abs(picture - np.asarray(Image.open(tmp_path / "otherwise" / path.name))).max() > 1
+
+
+def test_budget_and_sampling(weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    def lengths(*more: Any) -> list[int]:
+        assert main(words("encode", *photos, "--tokenizer", weights / "tokenizer", *more)) == 0
+        return [row["length"] for row in json_lines(capsys.readouterr().out)[1:]]
+
+    assert lengths("--budget", 5) == [5] * 4
+    assert sum(lengths("--budget", 0.25)) == 16
+    sampled = [lengths("--sample", "--seed", seed) for seed in (1, 1, 2, 3)]
+    assert sampled[0] == sampled[1]
+    assert len({tuple(s) for s in sampled}) > 1
+
+
+def test_list_on_stdin(
+    weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{photos[1]}\n\n{photos[2]}\n"))
+    assert main(words("encode", photos[0], "-", "--tokenizer", weights / "tokenizer")) == 0
+    assert [row["key"] for row in json_lines(capsys.readouterr().out)[1:]] == list(map(str, photos[:3]))
+
+
+def test_a_single_bad_picture_is_one_line(weights: Path, broken: Path, tmp_path: Path, capsys: Any) -> None:
+    for command in (["encode"], ["reconstruct", "--decoder", weights / "decoder", "--out", tmp_path / "out"]):
+        assert main(words(*command, broken, "--tokenizer", weights / "tokenizer")) == 2
+        captured = capsys.readouterr()
+        expected = f"lavit-tok: error: {broken}: not a picture in a format that Pillow knows\n"
+        assert (captured.out, captured.err) == ("", expected)
+
+
+def test_only_bad_pictures(weights: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "codes.parquet"
+    missing = tmp_path / "missing.png"
+    assert main(words("encode", broken, missing, "--tokenizer", weights / "tokenizer", "--out", out)) == 2
+    assert f"none of 2 could be used; the first is {broken}" in capsys.readouterr().err
+    assert not out.exists()
+    assert [row["key"] for row in json_lines(Path(f"{out}.rejects.jsonl").read_text())] == words(broken, missing)
+
+
+def test_rejects_without_a_file_go_to_stderr(weights: Path, broken: Path, photos: list[Path], capsys: Any) -> None:
+    assert main(words("encode", broken, photos[0], "--tokenizer", weights / "tokenizer")) == 0
+    captured = capsys.readouterr()
+    assert len(json_lines(captured.out)) == 2
+    assert f"skipped {broken}: not a picture" in captured.err
+    assert "encoded 1 of 2 pictures" in captured.err
+
+
+def test_bad_rows_are_skipped_and_listed(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "codes.jsonl", tmp_path / "out"
+    with code_writer(path, Header("t", 16, 16)) as writer:
+        writer.add(
+            [CodeRow("good", [1, 2, 3]), CodeRow("large", [16]), CodeRow("empty", []), CodeRow("long", [1] * 17)]
+        )
+    with open(path, "a") as file:
+        file.write('{"key": "text", "codes": ["1"]}\nnot json\n{"key": "short", "codes": [1], "length": 2}\n')
+        file.write('{"key": "../../up/../good", "codes": [15]}\n')
+    assert main(words("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out)) == 0
+    assert "decoded 2 of 8 rows" in (message := capsys.readouterr().err)
+    assert f"6 skipped, listed in {out / 'rejects.jsonl'}" in message
+    assert sorted(p.name for p in out.iterdir()) == ["000000-good.png", "000007-good.png", "rejects.jsonl"]
+    reasons = {row["key"]: row["reason"] for row in json_lines((out / "rejects.jsonl").read_text())}
+    assert reasons["large"] == "codes must lie in 0..15, got 16..16"
+    assert reasons["empty"] == "expected 1..16 codes, got 0"
+    assert reasons["long"] == "expected 1..16 codes, got 17"
+    assert reasons["text"] == "codes: expected a list of whole numbers"
+    assert reasons["line 7"] == "not a JSON object"
+    assert reasons["short"] == "length says 2, but there are 1 codes"
+
+
+def test_codes_of_another_codebook(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "codes.parquet"
+    with code_writer(path, Header("t", 1024, 16)) as writer:
+        writer.add([CodeRow("a", [1, 2, 3])])
+    assert main(words("decode", path, "--decoder", weights / "decoder", "--out", tmp_path / "out")) == 2
+    message = capsys.readouterr().err
+    assert f"{path}: its codes index a codebook of 1024 rows, the decoder's has 16" in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{}\n", b'{"format": "other", "version": 1}\n', b"\xff\x00"])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_files_that_hold_no_codes(content: bytes, suffix: str, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / f"codes{suffix}"
+    path.write_bytes(content)
+    assert main(words("decode", path, "--out", tmp_path)) == 2
+    message = capsys.readouterr().err
+    assert str(path) in message
+    assert message.count("\n") == 1
+
+
+def test_parquet_keeps_everything(tmp_path: Path) -> None:
+    path = tmp_path / "codes.parquet"
+    rows = [CodeRow(f"picture {i}", list(range(i % 5)), None if i % 3 else [0, i % 7]) for i in range(20_000)]
+    with code_writer(path, Header("owner/name", 16384, 256)) as writer:
+        for start in range(0, len(rows), 700):
+            writer.add(rows[start : start + 700])
+    header, read = read_codes(path)
+    assert header == Header("owner/name", 16384, 256)
+    assert list(read) == rows
+
+
+def test_a_job_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
+    def die(path: Path) -> None:
+        with code_writer(path, Header("t", 16, 16)) as writer:
+            writer.add([CodeRow("a", [1])])
+            raise KeyboardInterrupt
+
+    for suffix in (".parquet", ".jsonl"):
+        path = tmp_path / f"codes{suffix}"
+        path.write_text("old")
+        with pytest.raises(KeyboardInterrupt):
+            die(path)
+        assert path.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["codes.jsonl", "codes.parquet"]
+
+
+def test_reconstruct(weights: Path, photos: list[Path], broken: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    options = ["--tokenizer", weights / "tokenizer", "--decoder", weights / "decoder", "--steps", 2, "--out", out]
+    assert main(words("reconstruct", photos[0], broken, photos[0], *options, "--scheduler", "dpm")) == 0
+    text = capsys.readouterr().out
+    length = int(VisualTokenizer.from_pretrained(weights / "tokenizer").encode(photos[0]).lengths[0])
+    assert text.count(f"{length} of 16 tokens  {photos[0]}") == 2
+    assert f"{length:.1f} tokens an image on average, 2 images; 1 skipped" in text
+    assert f"sheet: {out / 'sheet.png'}" in text
+    names = ["000000-astronaut.png", "000002-astronaut.png", "rejects.jsonl", "sheet.png"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    sheet, first = (np.asarray(Image.open(out / name)) for name in ("sheet.png", names[0]))
+    assert np.array_equal(sheet[: len(first)], first)
+    original, kept, drawn = (first[20:276, x : x + 256] for x in (4, 264, 524))
+    same = (original == kept).all(-1).reshape(4, 64, 4, 64).all((1, 3))
+    assert same.sum() == length  # the kept patches are untouched
+    with Image.open(photos[0]) as photo:
+        assert np.array_equal(original, np.asarray(photo.resize((256, 256), Image.Resampling.BICUBIC)))
+    assert drawn.std() > 0
+
+
+def test_reconstruct_without_pictures_takes_photographs(weights: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ["--tokenizer", weights / "tokenizer", "--decoder", weights / "decoder", "--steps", 1]
+    assert main(words("reconstruct", *options, "--out", tmp_path / "out")) == 0
+    assert len(photographs()) == 8
+    assert "8 images" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 8
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("", "required: COMMAND"),
+        ("paint", "invalid choice: 'paint'"),
+        ("encode", "required: IMAGE"),
+        ("encode a.png --budget 0", "fraction in (0, 1], got 0"),
+        ("encode a.png --budget 1.5", "fraction in (0, 1], got 1.5"),
+        ("encode a.png --seed -1", "expected 0 or more"),
+        ("encode a.png --batch-size 0", "expected at least 1"),
+        ("decode a.parquet", "required: --out"),
+    ],
+)
+def test_bad_words(line: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(line.split())
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert reason in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("encode PHOTO --tokenizer no/such/folder", "no/such/folder: expected 'default', an existing directory"),
+        ("encode PHOTO --out codes.txt", "codes.txt: expected a name that ends in .parquet or .jsonl"),
+        ("encode PHOTO --device toaster --tokenizer TOKENIZER", "device 'toaster' cannot be used here"),
+        ("encode FOLDER", "no pictures found"),
+        ("decode missing.parquet --out DIR", "missing.parquet"),
+        ("decode codes.csv --out DIR", "codes.csv: expected a name that ends in"),
+    ],
+)
+def test_bad_input(line: str, reason: str, photos: list[Path], weights: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    names = {"PHOTO": photos[0], "TOKENIZER": weights / "tokenizer", "FOLDER": tmp_path / "empty", "DIR": tmp_path}
+    assert main(words(*(names.get(word, word) for word in line.split()))) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("lavit-tok: error: ")
+    assert reason in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_help_is_quick_and_every_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    from pkgutil import resolve_name
+
+    assert all(callable(resolve_name(command.run)) for command in COMMANDS.values())
+    code = (
+        "import sys; from lavit_tok.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    start = time.monotonic()
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert time.monotonic() - start < 10  # a fraction of a second; importing torch would show in the assertion above
+    assert all(name in shown for name in COMMANDS)
