@@ -18,8 +18,9 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lavit_tok.attention import Attention, Block, Formula, attend
+from lavit_tok.attention import Attention, Block, Formula
 from lavit_tok.records import Layout
 
 
@@ -69,30 +70,57 @@ class Merger(nn.Module):
     def _ragged(
         self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "total width"]:
-        """Strict, kept rows only: linear layers see rows one after another, attention sees them padded."""
+        """Strict, kept rows only: linear layers see rows one after another, attention sees them padded.
+
+        What all blocks share (places of rows, masks) is worked out once: for small models the many small steps around
+        the matrix products would otherwise cost as much as the arithmetic (benchmarks/encode_speed.py).
+        """
         kept, dropped = Layout.of(keep), Layout.of(~keep)
-        x, context = features[keep], self.norm_in(features[~keep])
-        n = kept.width
-        causal = torch.ones(n, n, dtype=torch.bool, device=keep.device).tril()[None, None]
-        visible = dropped.mask[:, None, None, :]
+        rows, flat = features.flatten(0, 1), keep.flatten()
+        x = rows.index_select(0, flat.nonzero().squeeze(1))
+        context = self.norm_in(rows.index_select(0, (~flat).nonzero().squeeze(1)))
+        bias, blind = _cross_mask(dropped, kept, x.dtype)
         for block in self.blocks:
             attention = block.self_attention
-            x = x + _rows(attention, block.norm_self(x), None, kept, kept, causal)
+            x = x + _rows(attention, block.norm_self(x), None, kept, kept, causal=True)
             if dropped.width:
-                x = x + _rows(block.cross_attention, block.norm_cross(x), context, kept, dropped, visible)
+                look = _rows(block.cross_attention, block.norm_cross(x), context, kept, dropped, bias, blind)
+                x = x + look
             else:  # an empty sum of values, then the output projection's bias: as dense gives it
                 x = x + block.cross_attention.out.bias
             x = x + block.mlp(block.norm_mlp(x))
         return self.norm_out(x)
 
 
+def _cross_mask(dropped: Layout, kept: Layout, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """What the kept rows see of the padded dropped rows, made once for all blocks.
+
+    Returns: the additive mask [b 1 1 m], None where no slot is free; and bool [total 1], True for kept rows of images
+    with nothing dropped (a row of -inf only would be NaN: they see all slots and are zeroed after), None for none.
+    """
+    if dropped.full:
+        return None, None
+    nothing = dropped.lengths == 0
+    bias = torch.zeros(dropped.mask.shape, dtype=dtype, device=dropped.mask.device)
+    bias = bias.masked_fill_(~(dropped.mask | nothing[:, None]), float("-inf"))[:, None, None, :]
+    return bias, nothing.repeat_interleave(kept.lengths)[:, None] if bool(nothing.any()) else None
+
+
 def _rows(
-    attention: Attention, x: Tensor, context: Tensor | None, layout: Layout, keys: Layout, mask: Tensor
+    attention: Attention,
+    x: Tensor,
+    context: Tensor | None,
+    layout: Layout,
+    keys: Layout,
+    bias: Tensor | None = None,
+    blind: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """One attention over ragged rows. Free slots at the end of a sequence are never seen by a causal or masked row."""
     context = x if context is None else context
-    q = attention.split(layout.pad(attention.query(x)))
-    k = attention.split(keys.pad(attention.key(context)))
-    v = attention.split(keys.pad(attention.value(context)))
-    out = attend(q, k, v, mask)
-    return attention.out(layout.unpad(out.transpose(1, 2).flatten(2)))
+    q = attention.split(layout.spread(attention.query(x)))
+    k = attention.split(keys.spread(attention.key(context)))
+    v = attention.split(keys.spread(attention.value(context)))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+    rows = layout.unpad(out.transpose(1, 2).flatten(2))
+    return attention.out(rows if blind is None else rows.masked_fill(blind, 0))

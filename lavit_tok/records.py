@@ -55,15 +55,38 @@ class Layout:
         """Index of every row in its own image's sequence, from 0."""
         return self.slots % max(self.width, 1)
 
-    def pad(self, rows: Shaped[Tensor, "total *rest"], fill: float = 0) -> Shaped[Tensor, "batch width *rest"]:
+    @cached_property
+    def full(self) -> bool:
+        """True when all images have the same number of rows, so that no padded slot is free."""
+        return len(self.lengths) == 0 or int(self.lengths.min()) == self.width
+
+    @cached_property
+    def sources(self) -> Int64[Tensor, " slots"]:
+        """For every padded slot a row to put there: its own, or for a free slot the nearest row before or after it."""
+        ends = self.lengths.cumsum(0)
+        last = (ends - 1).clamp(min=0)[:, None]
+        place = (ends - self.lengths)[:, None] + torch.arange(self.width, device=self.lengths.device)
+        return torch.minimum(place, last).flatten()
+
+    def pad(self, rows: Shaped[Tensor, "total *rest"], fill: int | float = 0) -> Shaped[Tensor, "batch width *rest"]:
         """Rows one after another -> a rectangle, the free slots filled."""
         batch = len(self.lengths)
         padded = rows.new_full((batch * self.width, *rows.shape[1:]), fill)
-        return padded.index_copy(0, self.slots, rows).view(batch, self.width, *rows.shape[1:])
+        return padded.index_copy_(0, self.slots, rows).view(batch, self.width, *rows.shape[1:])
+
+    def spread(self, rows: Shaped[Tensor, "total *rest"]) -> Shaped[Tensor, "batch width *rest"]:
+        """pad for attention, whose mask hides free slots: they repeat a row, which costs one copy, or none.
+
+        With lengths 3 and 1 the rows a b c d become  a b c
+                                                      d d d
+        """
+        padded = rows if self.full else rows.index_select(0, self.sources)
+        return padded.view(len(self.lengths), self.width, *rows.shape[1:])
 
     def unpad(self, padded: Shaped[Tensor, "batch width *rest"]) -> Shaped[Tensor, "total *rest"]:
         """The inverse of pad; what lies in free slots is dropped."""
-        return padded.flatten(0, 1).index_select(0, self.slots)
+        flat = padded.flatten(0, 1)
+        return flat if self.full else flat.index_select(0, self.slots)
 
 
 @dataclass(frozen=True, eq=False)
