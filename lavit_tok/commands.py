@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -138,15 +139,15 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 
 def fit(words: list[str]) -> int:
     """Train a tokenizer; the words are LightningCLI's."""
-    return _train("lavit_tok.training.tokenizer:TokenizerTraining", words)
+    return _train("fit", "lavit_tok.training.tokenizer:TokenizerTraining", words)
 
 
 def fit_decoder(words: list[str]) -> int:
     """Train a pixel decoder; the words are LightningCLI's."""
-    return _train("lavit_tok.training.decoder:PixelDecoderTraining", words)
+    return _train("fit-decoder", "lavit_tok.training.decoder:PixelDecoderTraining", words)
 
 
-def _train(name: str, words: list[str]) -> int:
+def _train(command: str, name: str, words: list[str]) -> int:
     try:
         from lightning.pytorch.cli import LightningCLI
 
@@ -155,8 +156,19 @@ def _train(name: str, words: list[str]) -> int:
         model = resolve_name(name)
     except ImportError as error:
         raise ImportError(f"training needs more packages: pip install 'lavit-tok[train]' ({error})") from None
-    # overwrite: a resumed run writes its config where the first one did
-    LightningCLI(model, ImageDataModule, args=["fit", *words], save_config_kwargs={"overwrite": True})
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # it would rather read sys.argv itself
+    parser: dict[str, Any] = {"exit_on_error": False, "prog": "lavit-tok"}
+    try:
+        LightningCLI(
+            model,
+            ImageDataModule,
+            args=["fit", *words],
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},  # a resumed run writes its config where the first one did
+            parser_kwargs={**parser, "fit": parser},
+        )
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error} (see lavit-tok {command} --help)") from None
     return 0
 
 

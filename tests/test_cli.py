@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
-from lavit_tok import VisualTokenizer
+from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.batch_jobs import photographs
 from lavit_tok.cli import COMMANDS, main
 from lavit_tok.code_files import CodeRow, Header, code_writer, read_codes
@@ -243,6 +244,66 @@ def test_reconstruct_without_pictures_takes_photographs(weights: Path, tmp_path:
     assert len(photographs()) == 8
     assert "8 images" in capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("0*.png"))) == 8
+
+
+@pytest.fixture
+def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> Path:
+    """Two steps of stage 1 on crops of the photographs, in a folder of its own."""
+    folder = tmp_path / "pictures/train"
+    folder.mkdir(parents=True)
+    for i in range(12):
+        with Image.open(photos[i % 4]) as image:
+            image.crop((i * 10, 0, i * 10 + 150, 150)).resize((32, 32)).save(folder / f"{i:02d}.png")
+    checkpoint = {"dirpath": str(tmp_path / "run"), "every_n_train_steps": 1, "save_last": True}
+    values = {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "logger": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(tmp_path / "run"),
+            "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}],
+        },
+        "model": {
+            "config": {k: v for k, v in tiny_config.to_dict().items() if not k.startswith("format")},
+            "out": str(tmp_path / "tokenizer"),
+            "settle_at": 1,
+            "quantize_at": 1,
+            "kmeans_samples": 64,
+            "picture_every": 0,
+        },
+        "data": {"data": str(tmp_path / "pictures"), "image_size": 32, "batch_size": 4},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_fit_then_resume_then_encode(recipe: Path, photos: list[Path], tmp_path: Path, capsys: Any) -> None:
+    assert main(words("fit", "-c", recipe)) == 0
+    first = (tmp_path / "tokenizer/model.safetensors").read_bytes()
+    assert main(words("fit", "-c", recipe, "--ckpt_path", "last", "--trainer.max_steps", 4)) == 0
+    assert (tmp_path / "tokenizer/model.safetensors").read_bytes() != first
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["max_steps"] == 4
+    assert any(path.name.endswith("step=4.ckpt") for path in (tmp_path / "run").iterdir())
+    capsys.readouterr()
+    assert main(words("encode", photos[0], "--tokenizer", tmp_path / "tokenizer")) == 0
+    assert json_lines(capsys.readouterr().out)[1]["length"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("fit -c missing.yaml", "missing.yaml"),
+        ("fit -c RECIPE --model.rhoo 1", "--model.rhoo"),
+        ("fit -c RECIPE --model.rho 3.0", "rho: expected a share between 0 and 1, got 3.0"),
+    ],
+)
+def test_bad_recipes(line: str, reason: str, recipe: Path, capsys: Any) -> None:
+    assert main([word.replace("RECIPE", str(recipe)) for word in line.split()]) == 2
+    (error,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("lavit-tok: error: ")]
+    assert reason in error
 
 
 @pytest.mark.parametrize(
