@@ -60,7 +60,7 @@ class VisionEncoder(nn.Module):
             ConfigError: any other type, a setting that this type does not have, or values it cannot be built from.
         """
         kind = config.get("model_type")
-        if kind not in ENCODERS:
+        if not isinstance(kind, str) or kind not in ENCODERS:
             raise ConfigError(f"encoder.model_type: expected one of {sorted(ENCODERS)}, got {kind!r}")
         config_class, model_class = (getattr(transformers, name) for name in ENCODERS[kind])
         values = {k: v for k, v in config.items() if k not in NOT_SETTINGS}
@@ -118,13 +118,13 @@ class VisionEncoder(nn.Module):
         def read(module: nn.Module, args: Any, output: Any) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
-        handle = None if self.norm else self._last_block[0].register_forward_hook(read)
+        handle = self._last_block[0].register_forward_hook(read)
         try:
-            output = self.model(**self._inputs(pixels))
+            self.model(**self._inputs(pixels))
         finally:
-            if handle is not None:
-                handle.remove()
-        features = output.last_hidden_state if self.norm else seen[-1]
+            handle.remove()
+        # Not last_hidden_state: that is after the norm in most of these models, but before it in CLIP's.
+        features = _final_norm(self.model)(seen[-1]) if self.norm else seen[-1]
         patch = self.config.patch_size
         count = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         return features[:, features.shape[1] - count :]
@@ -151,3 +151,12 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
     if not lists:
         raise ValueError(f"{type(model).__name__}: no list of transformer blocks found, so no last block to read")
     return max(lists, key=len)
+
+
+def _final_norm(model: nn.Module) -> nn.Module:
+    """The model's norm after the last block, by the names that transformers gives it."""
+    for name in ("post_layernorm", "layernorm", "norm"):
+        for path, module in model.named_modules():
+            if path.rpartition(".")[2] == name:
+                return module
+    raise ValueError(f"{type(model).__name__}: no final norm found, so encoder_norm cannot be applied")
