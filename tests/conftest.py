@@ -6,10 +6,12 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network; huggingface_hub reads this at import
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -95,3 +97,11 @@ def tiny_decoder(tiny_tokenizer: VisualTokenizer) -> Any:
         )
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     return PixelDecoder(condition, unet.eval(), vae.eval(), scheduler)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the run-time type checks, as users run it: what the library itself says to a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,173 @@
+"""Slow, obvious versions of the rooms: one image, one row, one head at a time, in float64.
+
+They share nothing with the library but its weights: no padding, no ragged rows, no fused kernels, no batches. What is
+written here is what LaVIT (ICLR 2024) and the formulas in lavit_tok/attention.py say, read aloud.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+EPS = 1e-6
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return x.double() @ layer.weight.double().T + layer.bias.double()
+
+
+def layer_norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    x = x.double()
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + layer.eps).sqrt()
+    return scaled * layer.weight.double() + layer.bias.double()
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+    return linear(layers[2], gelu(linear(layers[0], x)))
+
+
+def weights_of_a_row(scores: list[float], policy: list[float], formula: str) -> list[float]:
+    """The attention weights of one query over its keys, straight from the formula."""
+    n = len(scores)
+    if formula == "compat":
+        top = max(scores)
+        raised = [float(np.exp(a - top)) * p for a, p in zip(scores, policy, strict=True)]
+        return [(e + EPS / n) / (sum(raised) + EPS) for e in raised]
+    allowed = [a for a, p in zip(scores, policy, strict=True) if p > 0]
+    if not allowed:
+        return [0.0] * n
+    top = max(allowed)
+    raised = [float(np.exp(min(a - top, 30.0))) * p for a, p in zip(scores, policy, strict=True)]
+    return [e / sum(raised) for e in raised]
+
+
+def attention(room: Any, x: Tensor, context: Tensor, policy: Tensor, formula: str) -> Tensor:
+    """[q d], [k d], 0/1 policy [q k] -> [q d]; a query, a head, a key at a time."""
+    q, k, v = linear(room.query, x), linear(room.key, context), linear(room.value, context)
+    dim = q.shape[1] // room.heads
+    out = torch.zeros(len(x), q.shape[1], dtype=torch.float64)
+    for i in range(len(x)):
+        for h in range(room.heads):
+            part = slice(h * dim, (h + 1) * dim)
+            scores = [float(q[i, part] @ k[j, part]) / dim**0.5 for j in range(len(context))]
+            weights = weights_of_a_row(scores, policy[i].tolist(), formula) if scores else []
+            for j, w in enumerate(weights):
+                out[i, part] += w * v[j, part]
+    return linear(room.out, out)
+
+
+def block(room: Any, x: Tensor, context: Tensor, own: Tensor, other: Tensor, formula: str) -> Tensor:
+    normed = layer_norm(room.norm_self, x)
+    x = x + attention(room.self_attention, normed, normed, own, formula)
+    x = x + attention(room.cross_attention, layer_norm(room.norm_cross, x), context, other, formula)
+    return x + mlp(room.mlp, layer_norm(room.norm_mlp, x))
+
+
+def score(selector: Any, features: Tensor) -> Tensor:
+    """[n d] -> log-probabilities [n 2]."""
+    norm, first, _ = selector.local
+    x = gelu(linear(first, layer_norm(norm, features)))
+    half = x.shape[1] // 2
+    x = torch.stack([torch.cat([row[:half], x[:, half:].mean(0)]) for row in x])
+    x = linear(selector.judge[4], gelu(linear(selector.judge[2], gelu(linear(selector.judge[0], x)))))
+    return torch.stack([row - (row - row.max()).exp().sum().log() - row.max() for row in x])
+
+
+def select(log_probs: Tensor) -> list[bool]:
+    """Keep where keep is the more probable; if that is nowhere, the best patch."""
+    difference = [float(p[0] - p[1]) for p in log_probs]
+    keep = [d > 0 for d in difference]
+    if not any(keep):
+        keep[difference.index(max(difference))] = True
+    return keep
+
+
+def merge(merger: Any, features: Tensor, keep: list[bool]) -> Tensor:
+    """[n d] and a keep mask of one image -> [kept d]."""
+    features = features.double()
+    n = len(keep)
+    context = layer_norm(merger.norm_in, features)
+    if merger.formula == "compat":  # all rows are computed: they leak into each other
+        x, rows = features, list(range(n))
+    else:
+        x, rows = features[torch.tensor(keep)], [i for i in range(n) if keep[i]]
+    for room in merger.blocks:
+        if merger.formula == "compat":
+            own = torch.tensor([[float((j < i and keep[j]) or i == j) for j in rows] for i in rows])
+            other = torch.tensor([[float(not keep[j]) for j in range(n)] for _ in rows])
+            x = block(room, x, context, own, other, "compat")
+        else:
+            own = torch.tensor([[float(j <= i) for j in rows] for i in rows])
+            dropped = context[~torch.tensor(keep)]
+            x = block(room, x, dropped, own, torch.ones(len(rows), len(dropped)), "strict")
+    x = layer_norm(merger.norm_out, x)
+    return x[torch.tensor(keep)] if merger.formula == "compat" else x
+
+
+def project(quantizer: Any, merged: Tensor) -> Tensor:
+    z = linear(quantizer.projection[2], linear(quantizer.projection[0], merged).tanh())
+    return z / z.norm(dim=1, keepdim=True)
+
+
+def nearest(z: Tensor, rows: Tensor) -> list[int]:
+    """The row of least squared distance for each vector, every difference written out in float64."""
+    found = []
+    for vector in z.double():
+        distances = [float(((vector - row) ** 2).sum()) for row in rows.double()]
+        found.append(distances.index(min(distances)))
+    return found
+
+
+def reconstruct(room: Any, vectors: Tensor) -> Tensor:
+    """The codebook rows of one image [m c] -> [n d]."""
+    codes = linear(room.project_in, vectors) + room.position[: len(vectors)].double()
+    x = room.queries.double()
+    for part in room.blocks:
+        all_queries, all_codes = torch.ones(len(x), len(x)), torch.ones(len(x), len(codes))
+        x = block(part, x, codes, all_queries, all_codes, "strict")
+    x = layer_norm(room.norm_out, x)
+    return linear(room.project_out[2], linear(room.project_out[0], x).tanh())
+
+
+def pixels(image: Image.Image, config: Any) -> Tensor:
+    """PIL RGB -> float [1 3 h w]: resize to the square, /255, mean, standard deviation."""
+    small = image.convert("RGB").resize((config.image_size, config.image_size), Image.Resampling.BICUBIC)
+    values = np.asarray(small).astype(np.float64) / 255
+    values = (values - np.array(config.image_mean)) / np.array(config.image_std)
+    return torch.from_numpy(values.transpose(2, 0, 1)[None]).float()
+
+
+@torch.no_grad()
+def encode(tokenizer: Any, image: Image.Image) -> list[int]:
+    """The codes of one picture."""
+    features = tokenizer.encoder(pixels(image, tokenizer.config))[0]
+    keep = select(score(tokenizer.selector, features))
+    z = project(tokenizer.quantizer, merge(tokenizer.merger, features, keep))
+    return nearest(z, tokenizer.quantizer.codebook.rows)
+
+
+def ema_step(
+    rows: Tensor, counts: Tensor, sums: Tensor, z: Tensor, decay: float, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """One step of EMA k-means on the unit sphere (van den Oord 2017, appendix A), a vector at a time.
+
+    N_k = decay N_k + (1 - decay) n_k;  m_k = decay m_k + (1 - decay) sum of the vectors of k;
+    row_k = m_k / N_k brought to unit length (N_k smoothed by eps, which the length then takes out again).
+    """
+    codes = [int((rows.double() @ vector.double()).argmax()) for vector in z]
+    new_counts, new_sums = decay * counts.double(), decay * sums.double()
+    for vector, code in zip(z.double(), codes, strict=True):
+        new_counts[code] += 1 - decay
+        new_sums[code] += (1 - decay) * vector
+    smoothed = (new_counts + eps) / (new_counts.sum() + len(rows) * eps) * new_counts.sum()
+    moved = new_sums / smoothed[:, None]
+    return moved / moved.norm(dim=1, keepdim=True), new_counts, new_sums, codes

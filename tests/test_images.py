@@ -1,0 +1,302 @@
+"""Room 1: every kind of picture has a defined result: the right pixels, or one error that names it and says why."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import reference
+from lavit_tok import ImageError, TokenizerConfig
+from lavit_tok.images import CLIP_MEAN, CLIP_STD, as_list, find_images, normalise, open_image, resize, to_uint8
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+
+
+def noise(height: int = 40, width: int = 60) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    """A PNG of any header, written by hand: Pillow neither writes 16-bit colour nor lies about sizes."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def values(source: Any) -> np.ndarray:
+    image = open_image(source)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_truncated_file_is_one_clear_error(kind: str, share: float, tmp_path: Path):
+    whole = encoded(Image.fromarray(noise()), kind)
+    assert values(whole).shape == (40, 60, 3)
+    file = tmp_path / "cut"
+    file.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ImageError, match=r"cut: (cannot be read|not a picture)"):
+        open_image(file)
+
+
+def test_files_that_are_no_pictures(tmp_path: Path):
+    cases = {"empty.png": b"", "text.jpg": b"hello", "zeros.png": bytes(999), "page.png": b"<html></html>"}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageError, match=name):
+            open_image(tmp_path / name)
+    with pytest.raises(ImageError, match=r"empty\.png: empty file"):
+        open_image(tmp_path / "empty.png")
+    with pytest.raises(ImageError, match="directory"):
+        open_image(tmp_path)
+    with pytest.raises(ImageError, match=r"absent\.png.*No such file"):
+        open_image(tmp_path / "absent.png")
+    for thing in (None, 5, {"bytes": b""}, object()):
+        with pytest.raises(ImageError, match="expected a PIL image, path, bytes or uint8 array"):
+            open_image(thing)
+
+
+def test_postscript_is_refused_before_a_program_could_start(monkeypatch: pytest.MonkeyPatch):
+    from PIL import EpsImagePlugin
+
+    started: list[Any] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
+    with pytest.raises(ImageError, match="EPS"):
+        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    assert not started
+
+
+@pytest.mark.parametrize("side", [10_000, 50_000])  # 100 million: PIL only warns; 2,500 million: PIL refuses
+def test_a_decompression_bomb_is_refused_before_decoding(side: int):
+    with pytest.raises(ImageError, match="bomb"):
+        open_image(png(side, side, 8, 0, bytes(1000)))
+
+
+def test_the_bomb_check_leaves_other_warnings_alone():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        open_image(encoded(Image.fromarray(noise()), "PNG"))
+        warnings.warn("still heard", stacklevel=1)
+    assert [str(w.message) for w in seen] == ["still heard"]
+
+
+def test_colour_spaces_become_rgb():
+    picture = Image.fromarray(noise())
+    cmyk = values(encoded(picture.convert("CMYK"), "JPEG", quality=100, subsampling=0))
+    assert np.abs(cmyk.astype(int) - noise()).mean() < 6  # an inverted one would be off by 85
+    grey = np.asarray(picture.convert("L"))
+    assert (values(encoded(picture.convert("L"), "PNG")) == grey[..., None]).all()
+    for mode in ("1", "P", "HSV", "YCbCr", "LA", "PA", "RGBX"):
+        source = picture.convert("L").convert(mode) if mode in ("LA",) else picture.convert(mode)
+        assert values(source).shape == (40, 60, 3)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path):
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16)[None].repeat(2, 0)  # 0, 257, .. 65535: exactly 0, 1, .. 255
+    expected = np.arange(256, dtype=np.uint8)[None, :, None].repeat(2, 0).repeat(3, 2)
+    assert (values(encoded(Image.fromarray(ramp), "PNG")) == expected).all()
+    assert (values(Image.fromarray(ramp)) == expected).all()
+    Image.fromarray(ramp).save(tmp_path / "ramp.tiff")
+    assert (values(tmp_path / "ramp.tiff") == expected).all()
+    assert (values(b"P5\n256 2\n65535\n" + ramp.astype(">u2").tobytes()) == expected).all()
+
+    colour = np.stack([ramp, ramp[:, ::-1], np.full_like(ramp, 32896)], -1)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+    read = values(png(256, 2, 16, 2, rows))
+    assert np.abs(read.astype(int) - (colour // 257).astype(int)).max() <= 1
+
+
+def test_thirty_two_bit_modes():
+    grey = Image.fromarray(noise()).convert("L")
+    for mode in ("I", "F"):  # Pillow keeps the 8-bit values in them; read as 16 bits they would be black
+        assert (values(grey.convert(mode))[..., 0] == np.asarray(grey)).all()
+    assert values(Image.fromarray(np.full((2, 2), 65535, dtype=np.int32))).min() == 255
+    for bad in (np.full((2, 2), np.nan), np.full((2, 2), 0.5), np.full((2, 2), -3.0), np.full((2, 2), 1e6)):
+        with pytest.raises(ImageError, match=r"NaN|expected grey values"):
+            open_image(Image.fromarray(bad.astype(np.float32)))
+
+
+def test_transparency_lies_on_white():
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    assert (values(clear) == 255).all()
+    assert values(half)[0, 0].tolist() == [255, 127, 127]
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 255, 0, 255, 0])
+    assert values(encoded(palette, "PNG"))[0, 0].tolist() == [0, 255, 0]
+    assert (values(encoded(palette, "PNG", transparency=1)) == 255).all()
+    assert (values(encoded(palette, "GIF", transparency=1)) == 255).all()
+    alphas = encoded(palette, "PNG", transparency=bytes([255, 128]))  # one alpha for each palette entry
+    assert values(alphas)[0, 0].tolist() == [127, 255, 127]
+    assert (values(encoded(Image.new("L", (4, 4), 7), "PNG", transparency=7)) == 255).all()
+    assert (values(encoded(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 3))) == 255).all()
+    assert (values(np.zeros((4, 4, 4), np.uint8)) == 255).all()
+
+
+def test_exif_rotation_is_applied():
+    marked = np.zeros((8, 16, 3), np.uint8)
+    marked[0, :] = 255  # a white top edge
+    for orientation, edge in ((1, np.s_[0, :]), (3, np.s_[-1, :]), (6, np.s_[:, -1]), (8, np.s_[:, 0])):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        read = values(encoded(Image.fromarray(marked), "PNG", exif=exif))
+        assert read.shape[:2] == ((8, 16) if orientation in (1, 3) else (16, 8))
+        assert (read[edge] == 255).all() and (read == 255).mean() == (1 / 8)
+    broken = encoded(Image.fromarray(marked), "JPEG", exif=b"Exif\0\0not a TIFF header")
+    assert values(broken).shape == (8, 16, 3)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(kind: str):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert np.abs(values(moving).astype(int) - [255, 0, 0]).max() <= 2
+    assert np.abs(values(Image.open(io.BytesIO(moving))).astype(int) - [255, 0, 0]).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1), (2, 3)])
+@pytest.mark.parametrize("crop", [False, True])
+def test_extreme_shapes_fill_the_square(size: tuple[int, int], crop: bool):
+    pixels = to_uint8(Image.new("RGB", size, (10, 200, 30)), 32, crop)
+    assert pixels.shape == (1, 3, 32, 32) and pixels.dtype == torch.uint8
+    assert (pixels == torch.tensor([10, 200, 30], dtype=torch.uint8)[None, :, None, None]).all()
+
+
+def test_a_picture_without_pixels_is_refused():
+    for empty in (Image.new("RGB", (0, 5)), np.zeros((0, 5, 3), np.uint8), np.zeros((5, 0), np.uint8)):
+        with pytest.raises(ImageError, match=r"expected (at least one pixel|shape)"):
+            open_image(empty)
+
+
+def test_arrays_and_tensors_in_every_layout_agree():
+    hwc = noise(5, 7)
+    chw = np.ascontiguousarray(hwc.transpose(2, 0, 1))
+    for same in (hwc, chw, torch.from_numpy(hwc), torch.from_numpy(chw), Image.fromarray(hwc)):
+        assert (values(same) == hwc).all()
+    grey = hwc[..., 0]
+    for same in (grey, grey[..., None], grey[None], torch.from_numpy(grey[None].copy())):
+        assert (values(same) == grey[..., None]).all()
+    alpha = np.concatenate([hwc, np.full((5, 7, 1), 255, np.uint8)], -1)
+    assert (values(alpha) == hwc).all() and (values(alpha.transpose(2, 0, 1)) == hwc).all()
+    assert values(hwc[::-1, ::2]).shape == (5, 4, 3)  # a view with strides
+
+
+def test_layouts_that_could_be_either():
+    """[3 h 1] is a colour picture one pixel wide, not a grey one; with channels at both ends tensors put them first."""
+    column = noise(9, 1)
+    assert (values(torch.from_numpy(column.transpose(2, 0, 1).copy())) == column).all()
+    assert values(np.zeros((3, 9, 1), np.uint8)).shape == (9, 1, 3)
+    assert values(np.zeros((3, 9, 3), np.uint8)).shape == (3, 9, 3)
+    assert values(torch.zeros(3, 9, 3, dtype=torch.uint8)).shape == (9, 3, 3)
+    assert values(np.zeros((1, 9, 3), np.uint8)).shape == (1, 9, 3)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4, 3)),
+        np.full((4, 4, 3), 0.5, np.float16),
+        np.full((4, 4, 3), np.nan),
+        np.zeros((4, 4, 3), np.int64),
+        np.zeros((4, 4, 3), bool),
+        np.zeros((4, 4), complex),
+        np.array([None]),
+        torch.zeros(3, 4, 4),
+        torch.full((3, 4, 4), float("nan")),
+        torch.full((3, 4, 4), float("inf")),
+        torch.zeros(3, 4, 4, dtype=torch.bfloat16),
+        torch.zeros(3, 4, 4, dtype=torch.int32),
+        torch.zeros(3, 4, 4, dtype=torch.bool),
+    ],
+    ids=lambda a: str(a.dtype),
+)
+def test_arrays_of_another_type_are_never_guessed_at(array: Any):
+    with pytest.raises(ImageError, match=r"(expected uint8 values 0\.\.255, got|holds NaN)"):
+        open_image(array)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 5, 6), (5, 6, 2), (5, 6, 7), (2, 3, 5, 6)])
+def test_arrays_of_another_shape_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(ImageError, match="expected shape"):
+        open_image(np.zeros(shape, np.uint8))
+
+
+def test_a_bad_picture_in_a_batch_is_named(photos: list[Path], tmp_path: Path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"\xff\xd8\xff no")
+    with pytest.raises(ImageError, match=r"bad\.jpg"):
+        to_uint8([photos[0], bad, photos[1]], 32)
+    with pytest.raises(ImageError, match="image 1 of 3 <bytes>"):
+        to_uint8([photos[0], b"nothing", photos[1]], 32)
+    with pytest.raises(ImageError, match="image 2 of 3 <ndarray>.*float64"):
+        to_uint8([photos[0], photos[1], np.zeros((4, 4, 3))], 32)
+
+
+@pytest.mark.parametrize("empty", [[], (), np.zeros((0, 8, 8, 3), np.uint8), torch.zeros(0, 3, 32, 32).byte()])
+def test_an_empty_batch_is_refused(empty: Any):
+    with pytest.raises(ValueError, match="at least one image"):
+        to_uint8(empty, 32)
+
+
+def test_one_image_or_many(photos: list[Path]):
+    one = to_uint8(photos[0], 32)
+    for same in (str(photos[0]), photos[0].read_bytes(), io.BytesIO(photos[0].read_bytes()), Image.open(photos[0])):
+        assert torch.equal(to_uint8(same, 32), one)
+    with photos[0].open("rb") as stream:
+        assert torch.equal(to_uint8(stream, 32), one)
+    batch = to_uint8(photos, 32)
+    assert batch.shape == (4, 3, 32, 32)
+    assert torch.equal(to_uint8(iter(photos), 32), batch)
+    assert torch.equal(to_uint8(batch, 32), batch)
+    assert torch.equal(to_uint8(batch.permute(0, 2, 3, 1).numpy(), 32), batch)
+    for i, photo in enumerate(photos):
+        assert torch.equal(to_uint8(photo, 32)[0], batch[i])
+    assert len(as_list(batch)) == 4 and len(as_list(batch[0])) == 1 and len(as_list("a.png")) == 1
+
+
+def test_the_pixels_are_those_of_the_published_recipe(photos: list[Path], tiny_config: TokenizerConfig):
+    for photo in photos:
+        ours = normalise(to_uint8(photo, tiny_config.image_size))
+        theirs = reference.pixels(Image.open(photo), tiny_config)
+        assert (ours - theirs).abs().max() < 1e-6
+    black, white = torch.zeros(1, 3, 1, 1, dtype=torch.uint8), torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+    for c in range(3):
+        assert float(normalise(black)[0, c]) == pytest.approx(-CLIP_MEAN[c] / CLIP_STD[c], abs=1e-6)
+        assert float(normalise(white)[0, c]) == pytest.approx((1 - CLIP_MEAN[c]) / CLIP_STD[c], abs=1e-6)
+
+
+def test_crop_cuts_the_centre_and_resize_keeps_all():
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255  # white exactly in the middle square
+    picture = Image.fromarray(wide)
+    assert (resize(picture, 20, crop=True) == 255).all()
+    assert 0.2 < (resize(picture, 20) > 128).float().mean() < 0.5
+
+
+def test_folders_are_walked_in_order(tmp_path: Path):
+    for name in ("b.png", "a.JPG", "sub/c.webp", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = [p.relative_to(tmp_path).as_posix() for p in find_images([tmp_path])]
+    assert names == ["a.JPG", "b.png", "sub/c.webp"]
+    assert find_images([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"]
+    assert find_images([]) == []
