@@ -1,9 +1,11 @@
-"""What both trainings share: learning-rate shape, repeatable chance, logged pictures."""
+"""What the trainings share: learning-rate shape, repeatable chance, logged numbers and pictures."""
 
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -36,3 +38,20 @@ def logged_picture(module: L.LightningModule, name: str, image: Image.Image) -> 
         if hasattr(writer, "add_image"):
             writer.add_image(name, np.asarray(image), module.global_step, dataformats="HWC")
     return path
+
+
+class PrintMetrics(L.Callback):
+    """One plain line of the latest numbers now and then: what a log file wants instead of a progress bar.
+
+    Args:
+        every: training steps between two lines.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        self.every, self.started = every, time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every == 0 and trainer.is_global_zero:
+            values = " ".join(f"{name} {float(value):.4f}" for name, value in trainer.callback_metrics.items())
+            seconds = time.monotonic() - self.started
+            print(f"step {trainer.global_step} of {trainer.max_steps} after {seconds:.0f} s: {values}", flush=True)

@@ -157,7 +157,7 @@ class TokenizerTraining(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         s, step = self.settings, self.global_step
         if int(self.stage) == 0 and step >= s.settle_at:
-            self._calibrate()
+            self.filled[0] = 0  # scores of a selector that still moved
             self.stage.fill_(1)
         if int(self.stage) == 1 and step >= s.quantize_at:
             self._start_codebook()
@@ -180,7 +180,7 @@ class TokenizerTraining(L.LightningModule):
             budget = None
             if torch.rand((), generator=generator, device=self.device) < s.budget_share:
                 budget = 0.08 + 0.72 * float(torch.rand((), generator=generator, device=self.device))
-            keep = keep_by_budget(keep_scores(log_probs), budget)
+            keep = keep_by_budget(keep_scores(log_probs) + self._calibrate(), budget)
             reconstructed, codes, commitment = self._ragged(features, keep)
             ratio_loss = torch.zeros((), device=self.device)
         with torch.no_grad():
@@ -234,7 +234,7 @@ class TokenizerTraining(L.LightningModule):
         self, features: Float[Tensor, "b n d"], policy: Float[Tensor, "b n"], keep: Bool[Tensor, "b n"]
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Every row computed, masks as a policy: the selector's gradient flows through merger and reconstructor."""
-        z = self.tokenizer.project(self.tokenizer.merger.dense(features, policy))
+        z = self.tokenizer.quantizer.project(self.tokenizer.merger.dense(features, policy))
         vectors, codes, commitment = self._quantize(z[keep])
         vectors = z.masked_scatter(keep[..., None], vectors.to(z.dtype))
         index = keep.long().cumsum(1) - keep.long()  # the place each row has, or would have, in the code sequence
@@ -273,12 +273,21 @@ class TokenizerTraining(L.LightningModule):
     def _recent(self, which: int, ring: Tensor) -> Tensor:
         return ring[: min(len(ring), int(self.filled[which]))]
 
-    def _calibrate(self) -> None:
-        """Shift the selector so that the deterministic rule keeps exactly rho of the recent patches."""
+    @torch.no_grad()
+    def _calibrate(self) -> float:
+        """Shift the selector so that the deterministic rule keeps rho of the recent patches; returns by how much.
+
+        Under Gumbel noise a share rho is kept when scores lie anywhere near rho's own; without it, only when a share
+        rho of them lies above 0. Nothing after quantize_at, so that codes then mean the same until the end.
+        """
         scores = self._recent(0, self.recent_scores)
-        if len(scores):
-            threshold = scores.sort().values[min(len(scores) - 1, math.ceil((1 - self.settings.rho) * len(scores)))]
-            self.tokenizer.selector.shift(-float(self.trainer.strategy.broadcast(threshold)))
+        if int(self.stage) == 2 or not len(scores):
+            return 0.0
+        rank = min(len(scores) - 1, math.ceil((1 - self.settings.rho) * len(scores)))
+        amount = -float(self.trainer.strategy.broadcast(scores.kthvalue(rank + 1).values))
+        self.tokenizer.selector.shift(amount)
+        self.recent_scores += amount
+        return amount
 
     def _start_codebook(self) -> None:
         """k-means over the recent vectors; every rank takes the first one's rows."""
@@ -298,8 +307,6 @@ class TokenizerTraining(L.LightningModule):
         """The trained tokenizer, with the learned rows, as VisualTokenizer.from_pretrained reads it."""
         assert self.codebook is not None
         self.tokenizer.quantizer.codebook.rows.copy_(self.codebook.rows)
-        if self.settings.selector_after == "live":
-            self._calibrate()
         self.tokenizer.save_pretrained(directory)
 
     def _log_usage(self, part: str, used: Usage) -> None:
