@@ -1,0 +1,212 @@
+"""Train the small frozen teacher: the vision encoder whose patch features the default tokenizer describes.
+
+    pixels [b 3 64 64] -> CLIPVisionModel -> residual stream after the last block, CLS dropped: features [b 64 192]
+
+Two heads sit on exactly these features. One answers "what is it": the mean patch must match the caption's sentence
+embedding among the batch's captions. The other answers "where, in which colour": every patch must tell its own low-pass
+pixels. Half of the training pictures have patches hidden, so a patch has to be inferred from its neighbours; features
+that predict each other are what a tokenizer can describe with few codes. The published LaVIT uses EVA-CLIP's frozen
+encoder instead.
+
+    python recipes/default/teacher.py fit -c recipes/default/teacher.yaml
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from command import RecipeCLI, warmup_cosine
+from jaxtyping import Bool, Float, UInt8
+from lightning import LightningModule
+from safetensors.torch import save_file
+from sentences import embed_cached
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from lavit_tok.images import normalise
+from lavit_tok.training.data import ImageDataModule
+
+RETRIEVAL = 500  # validation pictures among which captions are looked up
+
+
+class Teacher(LightningModule):
+    """A CLIP vision model with a caption head and a low-pass pixel head.
+
+    Args:
+        out: folder that receives config.json, model.safetensors, caption_projection.safetensors and numbers.json.
+        image_size: side of the square input, in pixels.
+        patch_size: side of a patch, in pixels.
+        hidden_size: width of the features.
+        layers: transformer blocks.
+        heads: attention heads of a block.
+        intermediate_size: width of a block's MLP.
+        learning_rate: peak of the warm-up and cosine schedule.
+        weight_decay: AdamW's, for matrices only.
+        warmup_steps: steps of linear warm-up.
+        pixel_weight: weight of the pixel loss (smooth L1, in normalised units) beside the caption loss (in nats).
+        target_temperature: text-text similarities divided by this give the soft targets, shared by near-equal captions.
+        mask_probability: share of the training pictures that have patches hidden.
+        mask_share: least and greatest share of patches hidden in such a picture.
+        seed: fixes which patches are hidden at which step.
+    """
+
+    def __init__(
+        self,
+        out: str = "runs/default/teacher",
+        image_size: int = 64,
+        patch_size: int = 8,
+        hidden_size: int = 192,
+        layers: int = 6,
+        heads: int = 6,
+        intermediate_size: int = 768,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 200,
+        pixel_weight: float = 10.0,
+        target_temperature: float = 0.05,
+        mask_probability: float = 0.5,
+        mask_share: tuple[float, float] = (0.3, 0.6),
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        config = CLIPVisionConfig(
+            image_size=image_size,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=intermediate_size,
+            hidden_act="gelu",
+        )
+        self.vision = CLIPVisionModel(config)
+        self.caption_norm = nn.LayerNorm(hidden_size)
+        self.caption_projection = nn.Linear(hidden_size, 384)
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), as CLIP starts
+        self.pixel_norm = nn.LayerNorm(hidden_size)
+        self.pixel_head = nn.Linear(hidden_size, 2 * 2 * 3)
+        self.grid = image_size // patch_size
+        self.text: dict[str, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        sets = self.trainer.datamodule.sets.values()
+        sentences = sorted({caption for images in sets for caption in images.captions})
+        embeddings = embed_cached(sentences, Path(self.hparams.out))
+        self.text = dict(zip(sentences, embeddings, strict=True))
+
+    def features(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patch dim"]:
+        """Residual stream after the last block, before any final norm, without CLS."""
+        return self.vision(pixel_values=pixels).last_hidden_state[:, 1:]
+
+    def describe(self, features: Float[Tensor, "batch patch dim"]) -> Float[Tensor, "batch 384"]:
+        """Unit vectors in the space of the sentence embeddings."""
+        return F.normalize(self.caption_projection(self.caption_norm(features).mean(1)).float(), dim=1)
+
+    def hide(self, batch: int) -> Bool[Tensor, "batch patch"]:
+        """Patches to hide at this step, True is hidden; a pure function of (seed, step)."""
+        generator = torch.Generator().manual_seed(self.hparams.seed * 1_000_003 + self.global_step)
+        least, greatest = self.hparams.mask_share
+        share = least + (greatest - least) * torch.rand(batch, 1, generator=generator)
+        share = share * (torch.rand(batch, 1, generator=generator) < self.hparams.mask_probability)
+        return torch.rand(batch, self.grid**2, generator=generator) < share
+
+    def low_pass(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patch 12"]:
+        """Each patch as 2x2 average colours, in normalised units, ordered channel, row, column."""
+        return F.unfold(F.adaptive_avg_pool2d(pixels, 2 * self.grid), 2, stride=2).transpose(1, 2)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        pixels = normalise(batch["images"])
+        hidden = self.hide(len(pixels)).to(self.device).view(-1, 1, self.grid, self.grid)
+        visible = (~hidden).repeat_interleave(self.hparams.patch_size, 2).repeat_interleave(self.hparams.patch_size, 3)
+        features = self.features(pixels * visible)
+        pixel_loss = F.smooth_l1_loss(
+            self.pixel_head(self.pixel_norm(features)).float(), self.low_pass(pixels), beta=0.5
+        )
+        caption_loss = self.contrast(self.describe(features), self.lookup(batch["captions"]))
+        self.log_dict({"train/caption": caption_loss, "train/pixel": pixel_loss}, prog_bar=True)
+        return caption_loss + self.hparams.pixel_weight * pixel_loss
+
+    def contrast(self, image: Float[Tensor, "batch d"], text: Float[Tensor, "batch d"]) -> Tensor:
+        """Both directions of CLIP's loss as KL to text-text similarity: captions that say the same share the target."""
+        logits = self.logit_scale.clamp(max=4.6).exp() * image @ text.T
+        target = (text @ text.T / self.hparams.target_temperature).softmax(1)
+        rows = F.kl_div(logits.log_softmax(1), target, reduction="batchmean")
+        return 0.5 * (rows + F.kl_div(logits.T.log_softmax(1), target, reduction="batchmean"))
+
+    def lookup(self, captions: list[str]) -> Float[Tensor, "batch 384"]:
+        return torch.stack([self.text[caption] for caption in captions]).to(self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        pixels = normalise(batch["images"])
+        features = self.features(pixels)
+        predicted, target = self.pixel_head(self.pixel_norm(features)).float(), self.low_pass(pixels)
+        scale = torch.tensor((0.0722, 0.0683, 0.0760), device=self.device).repeat_interleave(4)  # variance of CLIP_STD
+        error = ((predicted - target).square() * scale).mean()
+        self.log("val/pixel", F.smooth_l1_loss(predicted, target, beta=0.5), batch_size=len(pixels))
+        self.seen.append((self.describe(features), self.lookup(batch["captions"]), error.expand(len(pixels))))
+
+    def on_validation_epoch_end(self) -> None:
+        image, text, error = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+        image, text = image[:RETRIEVAL], text[:RETRIEVAL]
+        order = (image @ text.T).topk(min(5, len(text)), dim=1).indices
+        same = text @ text.T > 0.999  # an equal caption of another picture is no mistake
+        hits = same.gather(1, order)
+        top = {"val/top1": hits[:, 0].float().mean(), "val/top5": hits.any(1).float().mean()}
+        self.log_dict(top | {"val/psnr": -10 * error.mean().log10()}, prog_bar=True)
+
+    def configure_optimizers(self) -> dict:
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        others = [p for p in self.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.hparams.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams.learning_rate, betas=(0.9, 0.98))
+        return warmup_cosine(optimizer, self.hparams.warmup_steps, self.trainer.estimated_stepping_batches)
+
+    def on_fit_end(self) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        out = Path(self.hparams.out)
+        self.vision.save_pretrained(out)
+        parts = {"norm": self.caption_norm, "projection": self.caption_projection}
+        tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+        save_file(tensors, out / "caption_projection.safetensors")
+        numbers = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        pixels = torch.cat([batch["images"] for batch in self.trainer.datamodule.val_dataloader()])
+        numbers |= {"steps": self.trainer.global_step} | self.statistics(pixels[:2000])
+        (out / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        print(json.dumps(numbers, indent=2))
+
+    @torch.no_grad()
+    def statistics(self, pixels: UInt8[Tensor, "n 3 h w"]) -> dict[str, float]:
+        """How hard the features are: what a constant, a per-image mean and a low-rank map of them already reach."""
+        self.eval()
+        f = torch.cat([self.features(normalise(part)).float() for part in pixels.split(250)])
+        mean, flat = f.mean((0, 1)), f.flatten(0, 1)
+        variance = torch.linalg.svdvals(torch.cov((flat - mean).T)).cumsum(0)
+        energy = flat.square().mean(0)
+        length = flat.norm(dim=1)
+        return {
+            "cosine_to_dataset_mean": F.cosine_similarity(f, mean, dim=2).mean().item(),
+            "cosine_to_image_mean": F.cosine_similarity(f, f.mean(1, keepdim=True), dim=2).mean().item(),
+            "pca16_explained": (variance[15] / variance[-1]).item(),
+            "pca32_explained": (variance[31] / variance[-1]).item(),
+            "top3_channels_share_of_norm": (energy.topk(3).values.sum() / energy.sum()).item(),
+            "norm_mean": length.mean().item(),
+            "norm_std": length.std().item(),
+        }
+
+
+def main() -> None:
+    RecipeCLI(Teacher, ImageDataModule, save_config_kwargs={"overwrite": True})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The default recipes: teacher and autoencoder parse, train a step, are saved and load as plain models."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "default"
+WORDS = ("red", "green", "blue", "red")
+
+
+@pytest.fixture
+def recipes(monkeypatch):
+    """The recipes' folder as `python recipes/default/x.py` would have it on the path."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    yield
+    for name in ("command", "sentences", "teacher", "vae"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = []
+    for i in range(24):
+        stream = io.BytesIO()
+        Image.new("RGB", (20, 20), WORDS[i % 4]).save(stream, "PNG")
+        rows.append({"image": {"bytes": stream.getvalue(), "path": None}, "caption": f"{WORDS[i % 4]} square"})
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pictures" / "train.parquet")
+    return str(tmp_path / "pictures")
+
+
+def run(module, monkeypatch, *arguments: str) -> None:
+    name = Path(module.__file__).with_suffix(".yaml")
+    tiny = ["--threads", "0", "--trainer.precision", "32-true", "--trainer.max_steps", "2", "--data.batch_size", "4"]
+    tiny += ["--trainer.val_check_interval", "1", "--trainer.logger", "false", "--checkpoint.every_n_train_steps", "1"]
+    monkeypatch.setattr(sys, "argv", [module.__file__, "fit", "-c", str(name), *tiny, *arguments])
+    module.main()
+
+
+def test_the_teacher_recipe_leaves_a_plain_clip_vision_model(recipes, pictures, monkeypatch, tmp_path):
+    import sentences
+    import teacher
+    from safetensors.torch import load_file
+    from transformers import CLIPVisionModel
+
+    monkeypatch.setattr(sentences, "embed", lambda texts: torch.nn.functional.normalize(torch.randn(len(texts), 384)))
+    out = tmp_path / "teacher"
+    run(teacher, monkeypatch, "--out", str(out), "--data.data", pictures, "--model.layers", "2")
+    model = CLIPVisionModel.from_pretrained(out)
+    assert model.config.num_hidden_layers == 2
+    assert model(pixel_values=torch.zeros(1, 3, 64, 64)).last_hidden_state.shape == (1, 65, 192)
+    assert load_file(out / "caption_projection.safetensors")["projection.weight"].shape == (384, 192)
+    assert (out / "numbers.json").exists()
+    run(teacher, monkeypatch, "--out", str(out), "--data.data", pictures, "--model.layers", "2", "--ckpt_path", "last")
+
+
+def test_teacher_losses_ignore_duplicates_and_hide_about_the_asked_share(recipes):
+    import teacher
+
+    model = teacher.Teacher(layers=1, mask_probability=1.0, mask_share=(0.3, 0.6))
+    text = torch.eye(384)[[0, 1, 0, 2]]
+    perfect, swapped = model.contrast(text, text), model.contrast(text[[2, 1, 0, 3]], text)
+    assert torch.allclose(perfect, swapped)  # pictures 0 and 2 have the same caption
+    assert perfect < model.contrast(text[[1, 0, 2, 3]], text)
+    hidden = model.hide(2000).float().mean(1)
+    assert 0.44 < hidden.mean() < 0.46
+    assert not teacher.Teacher(layers=1, mask_probability=0.0).hide(10).any()
+    pixels = torch.zeros(1, 3, 64, 64)
+    pixels[0, 1, 4:8, 8:12] = 1  # green, lower left quarter of the second patch
+    assert model.low_pass(pixels)[0, 1].tolist() == [0] * 6 + [1] + [0] * 5
+
+
+def test_the_autoencoder_recipe_leaves_a_plain_autoencoder_with_its_scaling_factor(
+    recipes, pictures, monkeypatch, tmp_path
+):
+    import vae
+    from diffusers import AutoencoderKL
+
+    out = tmp_path / "vae"
+    run(vae, monkeypatch, "--out", str(out), "--data.data", pictures, "--model.channels", "[8,8,8]")
+    model = AutoencoderKL.from_pretrained(out)
+    assert model.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 4, 16, 16)
+    assert model.config.scaling_factor != 0.18215
