@@ -75,8 +75,10 @@ class Usage:
 
 
 def usage(codes: Int64[Tensor, " total"], size: int) -> Usage:
-    """Usage of a codebook of `size` rows by these codes; all zeros for no codes."""
+    """Usage of a codebook of `size` rows by these codes; all zeros for no codes. Raises ValueError for other codes."""
     counts = torch.bincount(codes.flatten(), minlength=size).double()
+    if len(counts) > size:
+        raise ValueError(f"expected codes in 0..{size - 1}, got {len(counts) - 1}: shares of {size} rows would be wrong")
     share = counts / counts.sum().clamp(min=1)
     entropy = -(share * share.clamp(min=1e-30).log()).sum()
     used = float((counts > 0).double().mean())
@@ -124,7 +126,7 @@ class TrainingCodebook(nn.Module):
         self.dead_share = dead_share
         self.load_rows(codebook.rows)
 
-    def expect_rows(self, rows_per_step: float) -> None:
+    def expect_rows(self, rows_per_step: int | float) -> None:
         """Tell how many vectors a step brings, n: a row is dead when its moving count is below dead_share * n / K."""
         inner = self.vq._codebook
         inner.threshold_ema_dead_code = self.dead_share * rows_per_step / len(self.rows)
