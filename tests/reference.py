@@ -50,6 +50,7 @@ def weights_of_a_row(scores: list[float], policy: list[float], formula: str) -> 
     return [e / sum(raised) for e in raised]
 
 
+@torch.no_grad()
 def attention(room: Any, x: Tensor, context: Tensor, policy: Tensor, formula: str) -> Tensor:
     """[q d], [k d], 0/1 policy [q k] -> [q d]; a query, a head, a key at a time."""
     q, k, v = linear(room.query, x), linear(room.key, context), linear(room.value, context)

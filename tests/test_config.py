@@ -115,9 +115,9 @@ def test_unknown_settings_and_other_formats_are_refused(tiny_config: TokenizerCo
     values = tiny_config.to_dict()
     with pytest.raises(ConfigError, match=re.escape("unknown settings ['merger_dept', 'selector']")):
         TokenizerConfig.from_dict({**values, "merger_dept": 3, "selector": {}})
-    with pytest.raises(ConfigError, match="version 1, got lavit_tok.tokenizer 2"):
+    with pytest.raises(ConfigError, match="version 1, got lavit_tok"):
         TokenizerConfig.from_dict({**values, "format_version": 2})
-    with pytest.raises(ConfigError, match="got lavit_tok.decoder"):
+    with pytest.raises(ConfigError, match=r"got lavit_tok\.decoder"):
         TokenizerConfig.from_dict({**values, "format": "lavit_tok.decoder"})
 
 

@@ -202,9 +202,8 @@ def test_the_vision_tower_of_a_whole_model(tmp_path: Path):
 
 
 def test_a_directory_of_another_model_or_without_safetensors(tmp_path: Path):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
-    transformers.BertConfig(**sizes).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="expected a model of type .* got 'bert'"):
+    transformers.BertConfig(hidden_size=8, num_attention_heads=1).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"expected a model of type .* got 'bert'"):
         VisionEncoder.from_pretrained(str(tmp_path / "bert"))
     encoder = made(tiny("clip_vision_model"))
     encoder.model.config.save_pretrained(tmp_path / "pickled")

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 from PIL import Image
 
-import reference
 from lavit_tok import ImageError, TokenizerConfig
 from lavit_tok.images import CLIP_MEAN, CLIP_STD, as_list, find_images, normalise, open_image, resize, to_uint8
 
@@ -247,7 +247,7 @@ def test_a_bad_picture_in_a_batch_is_named(photos: list[Path], tmp_path: Path):
         to_uint8([photos[0], bad, photos[1]], 32)
     with pytest.raises(ImageError, match="image 1 of 3 <bytes>"):
         to_uint8([photos[0], b"nothing", photos[1]], 32)
-    with pytest.raises(ImageError, match="image 2 of 3 <ndarray>.*float64"):
+    with pytest.raises(ImageError, match=r"image 2 of 3 <ndarray>.*float64"):
         to_uint8([photos[0], photos[1], np.zeros((4, 4, 3))], 32)
 
 
