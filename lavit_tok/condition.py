@@ -8,8 +8,8 @@ Two styles, both published (LaVIT, ICLR 2024, section 3.1 and its public release
     sdxl   tokens = [Linear(X_rec), Linear(X_rec)], pooled = attention pool(X_rec), sizes as time ids     null = zeros
 
 To either, `spatial_channels` adds a third way in: Linear(X_rec) laid out on the patch grid and joined to the noisy
-latents as further input channels, as InstructPix2Pix does with its picture (zeros for the null). A small U-Net then need
-not learn where a patch lies.
+latents as further input channels, as InstructPix2Pix does with its picture (zeros for the null). A small U-Net then
+need not learn where a patch lies.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Condition(ModelMixin, ConfigMixin):
         heads: attention heads of the reconstructor.
         mlp_width: hidden width of its MLPs.
         layer_norm_eps: epsilon of its LayerNorms.
-        cross_dims: widths of the projections of X_rec, together the U-Net's cross_attention_dim: one for sd, two for sdxl.
+        cross_dims: widths of the projections of X_rec, together the U-Net's cross_attention_dim; sd has one, sdxl two.
         null_length: m, tokens of the null embedding (sd), 1..n; with m = n no mask is needed.
         pooled_dim: width of the pooled vector (sdxl).
         pool_heads: attention heads of the pool (sdxl).

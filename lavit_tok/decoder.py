@@ -203,8 +203,8 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
     ) -> PixelDecoder:
         """The shipped decoder ("default", no network), a directory, or a Hub id.
 
-        Unlike diffusers' own loader this takes no class from the directory: the four parts are what this class says they
-        are, and model_index.json is ignored.
+        Unlike diffusers' own loader this takes no class from the directory: the four parts are what this class says
+        they are, and model_index.json is ignored.
 
         Raises:
             WeightsError: with every missing, unexpected or mis-shaped tensor or setting listed.

@@ -1,0 +1,335 @@
+"""Training of a pixel decoder: the U-Net learns to denoise latents, given the features that a picture's codes tell.
+
+    x -frozen tokenizer-> X_rec -Projection, dropped at 0.1-> condition -.
+    x -frozen VAE-> z;  z_t = a_t z + s_t e  --------------------------> U-Net -> e (or v = a_t e - s_t z)
+
+LaVIT (ICLR 2024) trains its U-Net so for 20k steps, on the tokenizer's pictures and without captions. Everything
+random is drawn from a generator seeded by (seed, step, rank), and the averaged weights are part of the checkpoint, so a
+resumed run repeats the uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from diffusers import DDIMScheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from lavit_tok.condition import Condition
+from lavit_tok.decoder import PixelDecoder
+from lavit_tok.training.common import logged_picture, step_generator, warmup_cosine
+from lavit_tok.training.encoded import Encoded, EncodedSet, FrozenParts, load_unet
+
+DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class PixelDecoderTraining(L.LightningModule):
+    """Trains a U-Net and the projection of its condition; tokenizer and VAE stay frozen.
+
+    Args:
+        tokenizer: directory or Hub id of the tokenizer whose codes are to be drawn, or "default".
+        vae: directory of a diffusers AutoencoderKL, or its Hub id (owner/name or owner/name/subfolder).
+        unet: config of a UNet2DConditionModel; in_channels, out_channels and cross_attention_dim follow from the rest.
+        unet_from: directory or Hub id (owner/name/subfolder) of a diffusers U-Net to start from, instead of `unet`.
+        out: where the finished decoder is saved; None keeps checkpoints only.
+        out_dtype: number format of the saved weights.
+        style: "sd" conditions by cross-attention; "sdxl" also by a pooled vector and sizes.
+        cross_dims: widths of the projections of the features, one for sd, two for sdxl.
+        null_length: tokens of the learned null condition (sd); the number of patches needs no mask and is fastest.
+        pooled_dim: width of the pooled vector (sdxl).
+        pool_heads: attention heads of the pool (sdxl).
+        spatial_channels: further input channels that lay the features out in space; 0 (LaVIT) for none.
+        spatial_scale: cells of these channels per patch side.
+        feature_norm: normalise each feature vector before projecting; LaVIT does not.
+        prediction_type: what the U-Net predicts: the noise ("epsilon", LaVIT) or "v_prediction".
+        noise_schedule: diffusers' name of the schedule of betas.
+        zero_terminal_snr: rescale it so that the last step is pure noise; needs v_prediction.
+        min_snr: weight of step t capped at this signal-to-noise ratio (Hang et al. 2023); 0 weighs all steps equally.
+        drop: probability that a picture is trained with the null condition.
+        mirror: probability that a picture is replaced by its mirror image.
+        lr: peak learning rate.
+        warmup_steps: steps of linear warm-up, before a cosine to zero.
+        weight_decay: AdamW's, on matrices and kernels only.
+        betas: AdamW's decay rates.
+        ema_decay: greatest decay of the averaged weights; step t uses min(ema_decay, (1 + t) / (10 + t)).
+        sample_every: a sheet of originals and samples every so many steps; 0 for none.
+        sample_count: pictures on that sheet.
+        sample_steps: denoising steps of its samples.
+        sample_guidance: their guidance scale.
+        cache: encode all training pictures once before training, instead of at every step; the data module needs
+            `cache` too and no augmentation of its own.
+        channels_last: memory layout of the U-Net; faster on CPUs and on tensor cores.
+        seed: seed of every random draw here.
+    """
+
+    def __init__(
+        self,
+        vae: str,
+        tokenizer: str = "default",
+        unet: dict[str, Any] | None = None,
+        unet_from: str | None = None,
+        out: str | None = None,
+        out_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        style: Literal["sd", "sdxl"] = "sd",
+        cross_dims: list[int] | tuple[int, ...] = (192,),
+        null_length: int = 1,
+        pooled_dim: int = 0,
+        pool_heads: int = 1,
+        spatial_channels: int = 0,
+        spatial_scale: int = 1,
+        feature_norm: bool = False,
+        prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+        noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear",
+        zero_terminal_snr: bool = False,
+        min_snr: float = 0.0,
+        drop: float = 0.1,
+        mirror: float = 0.0,
+        lr: float = 1e-4,
+        warmup_steps: int = 500,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.99),
+        ema_decay: float = 0.9999,
+        sample_every: int = 1000,
+        sample_count: int = 8,
+        sample_steps: int = 25,
+        sample_guidance: float = 3.0,
+        cache: bool = False,
+        channels_last: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("drop", drop), ("mirror", mirror), ("ema_decay", ema_decay)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a number in 0..1, got {value}")
+        if zero_terminal_snr and prediction_type != "v_prediction":
+            raise ValueError(
+                "zero_terminal_snr: expected prediction_type v_prediction: pure noise tells nothing about e"
+            )
+        self.save_hyperparameters()
+        self.settings: Any = self.hparams
+        self.parts = FrozenParts(tokenizer, vae)
+        condition = Condition.for_tokenizer(
+            self.parts.tokenizer,
+            style=style,
+            cross_dims=list(cross_dims),
+            null_length=null_length,
+            pooled_dim=pooled_dim,
+            pool_heads=pool_heads,
+            spatial_channels=spatial_channels,
+            spatial_scale=spatial_scale,
+            feature_norm=feature_norm,
+        )
+        self.condition = [condition]  # in a list: its codebook and reconstructor are frozen and no part of this module
+        self.projection = condition.projection.train()
+        latent = self.parts.vae.config.latent_channels
+        sizes = {
+            "in_channels": latent + spatial_channels,
+            "out_channels": latent,
+            "cross_attention_dim": sum(cross_dims),
+        }
+        self.unet = load_unet(unet, unet_from, sizes)
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        self.scheduler = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule=noise_schedule,
+            prediction_type=prediction_type,
+            rescale_betas_zero_snr=zero_terminal_snr,
+            timestep_spacing="trailing" if zero_terminal_snr else "leading",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        )
+        self.ema = EMAModel(self.parameters(), decay=ema_decay, foreach=True)
+        self.encoded: EncodedSet | None = None
+        self.shown: Tensor | None = None
+
+    # The loss
+
+    def diffusion_loss(self, encoded: Encoded, generator: torch.Generator, drop: float) -> Float[Tensor, ""]:
+        """Weighted mean square error of the prediction, at one step for each picture.
+
+        The steps are drawn one from each of b equal stretches of 0..T-1, in random order: uniform, as published, but
+        the loss of a batch varies less.
+        """
+        z, device = encoded.latents, encoded.latents.device
+        batch, total = len(z), self.scheduler.config.num_train_timesteps
+        strata = torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)
+        t = (strata * (total / batch)).long().clamp(max=total - 1).to(device)
+        noise = torch.randn(z.shape, generator=generator).to(device)
+        dropped = (torch.rand(batch, generator=generator) < drop).to(device)
+        condition = self.projection(encoded.features)
+        if drop > 0:
+            condition = condition.where(dropped, self.projection.unconditional(condition))
+        noisy = self.scheduler.add_noise(z, noise, t)
+        size = [side * 2 ** (len(self.parts.vae.config.block_out_channels) - 1) for side in z.shape[-2:]]
+        time_ids = torch.tensor([[*size, 0, 0, *size]] * batch, dtype=z.dtype, device=device)
+        prediction = self.unet(timestep=t, **condition.inputs(noisy, time_ids)).sample.float()
+        velocity = self.scheduler.config.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(z, noise, t) if velocity else noise
+        losses = (prediction - target).square().mean((1, 2, 3))
+        if self.settings.min_snr > 0:
+            snr = compute_snr(self.scheduler, t)
+            losses = losses * snr.clamp(max=self.settings.min_snr) / (snr + 1 if velocity else snr)
+        return losses.mean()
+
+    # Lightning's hooks
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        parts = int(self.trainer.accumulate_grad_batches)
+        step = self.global_step * parts + batch_idx % parts
+        generator = step_generator(self.settings.seed, step, self.global_rank, "cpu")
+        images = batch["images"]
+        mirrored = torch.rand(len(images), generator=generator) < self.settings.mirror
+        if self.encoded is not None:
+            encoded = self.encoded(batch["index"], mirrored, self.device)
+        else:
+            flipped = mirrored.to(images.device).view(-1, 1, 1, 1)
+            encoded = self.parts(torch.where(flipped, images.flip(3), images))
+        loss = self.diffusion_loss(encoded, generator, self.settings.drop)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The same loss, without drops and with the same draws at every validation."""
+        generator = step_generator(self.settings.seed, batch_idx, 2**31 + self.global_rank, "cpu")
+        loss = self.diffusion_loss(self.parts(batch["images"]), generator, 0.0)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
+
+    def on_validation_epoch_start(self) -> None:
+        self.parts.to(self.device)
+        self._swap_in()
+
+    def on_validation_epoch_end(self) -> None:
+        self.ema.restore(self.parameters())
+
+    def on_fit_start(self) -> None:
+        self.parts.to(self.device)
+        self.ema.to(self.device)
+        sets = getattr(getattr(self.trainer, "datamodule", None), "sets", {})
+        shown = sets.get("validation", sets.get("train"))
+        if shown is not None and self.settings.sample_every:
+            self.shown = torch.stack([shown[i]["images"] for i in range(min(self.settings.sample_count, len(shown)))])
+        if self.settings.cache:
+            self.encoded = self._encode_all(sets.get("train"))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every, step = self.settings.sample_every, self.global_step
+        last_part = (batch_idx + 1) % int(self.trainer.accumulate_grad_batches) == 0
+        if every and last_part and step % every == 0 and self.trainer.is_global_zero:
+            self.shown = batch["images"][: self.settings.sample_count] if self.shown is None else self.shown
+            self._draw_sheet(self.shown)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.ema.step(self.parameters())
+
+    def configure_optimizers(self) -> Any:
+        s = self.settings
+        groups = [
+            {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": s.weight_decay},
+            {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=tuple(s.betas))
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, s.warmup_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.ema.load_state_dict(checkpoint["ema"])
+
+    def on_fit_end(self) -> None:
+        if self.settings.out is not None and self.trainer.is_global_zero:
+            self.export(self.settings.out)
+
+    # What comes out
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters hold their moving averages."""
+        self._swap_in()
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters())
+
+    def _swap_in(self) -> None:
+        self.ema.to(self.device)
+        self.ema.store(self.parameters())
+        self.ema.copy_to(self.parameters())
+
+    def decoder(self) -> PixelDecoder:
+        """A decoder of the parameters as they are now; it shares them."""
+        self.condition[0].to(self.device)
+        decoder = PixelDecoder(self.condition[0], self.unet, self.parts.vae, copy.deepcopy(self.scheduler))
+        decoder.set_progress_bar_config(disable=True)
+        return decoder
+
+    def export(self, directory: str | Path) -> None:
+        """Save a PixelDecoder of the averaged weights."""
+        with self.averaged():
+            decoder = copy.deepcopy(self.decoder())
+        for part in (decoder.condition, decoder.unet, decoder.vae):
+            nn.Module.to(part.cpu(), memory_format=torch.contiguous_format)
+        decoder.save_pretrained(directory, dtype=DTYPES[self.settings.out_dtype])
+
+    @torch.no_grad()
+    def sample(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
+        """Pictures drawn from these pictures' codes by the averaged weights, 0..1, with the same noise each time."""
+        s, training = self.settings, self.unet.training
+        generators = [step_generator(s.seed, i, 2**32, "cpu") for i in range(len(images))]
+        self.unet.eval()
+        with (
+            self.averaged(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision)),
+        ):
+            decoder = self.decoder()
+            height, width = images.shape[-2:]
+            drawn = decoder(
+                self.parts.codes(images),
+                s.sample_steps,
+                s.sample_guidance,
+                generators,
+                None,
+                height,
+                width,
+                output_type="pt",
+            ).images
+        self.unet.train(training)
+        return drawn.float().cpu()
+
+    def _draw_sheet(self, images: UInt8[Tensor, "batch 3 h w"]) -> None:
+        drawn, original = self.sample(images.to(self.device)), images.cpu().float() / 255
+        error = (drawn - original).square().mean((1, 2, 3)).clamp(min=1e-8)
+        self.log("sample/psnr", -10 * error.log10().mean(), rank_zero_only=True)
+        sheet = torch.cat([torch.cat(list(row), 2) for row in (original, drawn)], 1)
+        pixels = (sheet * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        logged_picture(self, "samples", Image.fromarray(pixels))
+
+    def _encode_all(self, images: Any) -> EncodedSet:
+        if images is None or getattr(images, "pixels", None) is None:
+            raise ValueError("cache: expected a data module with cache=True, whose pictures lie decoded in memory")
+        if images.augment.flip or images.augment.cache_size != images.augment.size:
+            raise ValueError(
+                "cache: expected no augmentation in the data module (use `mirror` here), got flip or crops"
+            )
+
+        def report(done: int, total: int) -> None:
+            if done == total or done // 128 % 20 == 0:
+                print(f"encoded {done} of {total} training pictures", flush=True)
+
+        folder = Path(self.trainer.default_root_dir) / "cache"
+        return EncodedSet(images.pixels, images.index, self.parts, folder, report=report)
