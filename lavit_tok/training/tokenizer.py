@@ -44,7 +44,8 @@ class TokenizerTraining(L.LightningModule):
         out: where the finished tokenizer is saved; None keeps checkpoints only.
         rho: target share of kept patches.
         ratio_weight: weight of (rho - mean keep)^2.
-        centred_weight: weight of an additional cosine loss after subtracting the running mean feature; 0 as published.
+        centred_weight: weight of a second cosine loss, with the running mean feature subtracted from both sides; 0 as
+            published. Plain cosine alone leaves the length of a reconstructed feature free.
         temperature: of the Gumbel-softmax decision.
         lr: peak learning rate before quantisation.
         quantized_lr: peak learning rate after the switch.
