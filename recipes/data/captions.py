@@ -1,0 +1,71 @@
+"""Captions for the pictures of each source, out of what the packages say about them."""
+
+from __future__ import annotations
+
+import re
+
+FASHION_LABELS = (
+    "a t-shirt or top", "trousers", "a pullover", "a dress", "a coat",
+    "a sandal", "a shirt", "a sneaker", "a bag", "an ankle boot",
+)  # fmt: skip
+
+# Clip arts carry their author's name at the end of the file name, often cut off.
+AUTHORS = (
+    "aj ashton", "andrew fitzsimon", "ani ani", "anthony liekens", "architetto francesco rollandin",
+    "barber or ha", "benji park", "bw ganson", "dan gerhards", "dan gerhrads", "dave pena",
+    "enrique meza c", "frederic moser", "frouke", "fudriot omic ch", "ganson", "gerald g",
+    "hash 0x89c79", "jacob leisler mo", "jarno vasamaa", "jean victor balin", "jon phillips",
+    "jonadab", "jonathon s", "juliane krug", "kevin", "linda kim", "mateya", "matt todd",
+    "matthew gates", "mauro olivo", "mimooh", "nathan eady", "nicu buculei", "patricia fidi",
+    "peterm", "rollandin francesco", "roman bertle", "romus", "ruairi hann r", "sergio luiz araujo",
+    "snuatautisticido", "stefan bazelkov", "susan park", "tess brady", "the structor", "uliphant",
+    "victor balin", "william page", "yen cheng", "yves guillou", "zazou",
+)  # fmt: skip
+CUT_AT = 23  # longer file names (without their number) were cut off, maybe within the author
+SUITS = {"c": "clubs", "d": "diamonds", "h": "hearts", "s": "spades"}
+RANKS = {"1": "ace", "a": "ace", "j": "jack", "q": "queen", "k": "king"}
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+RANKS |= {str(number): word for number, word in enumerate(NUMBERS, 2)}
+SILENT_FOLDERS = {"unsorted", "duplicates", "special", "examples", "stock"}
+
+
+def _drop_author(words: list[str], shortest: int) -> list[str]:
+    """Cut an author's name, or the beginning of one, off the end of a file name's words."""
+    for start in range(1, len(words)):
+        tail = " ".join(words[start:])
+        if len(tail) >= shortest and any(author.startswith(tail) for author in AUTHORS):
+            return words[:start]
+    return words
+
+
+def _words(name: str) -> list[str]:
+    """The lower-case words of a file or folder name, without numbers and stray letters."""
+    card = re.fullmatch(r".*_([cdhs])_(\d+|[ajqk])", name.lower())
+    if card and card[2] in RANKS:
+        return [RANKS[card[2]], "of", SUITS[card[1]]]
+    name = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
+    shortest = 2 if len(re.sub(r"_?\d+$", "", name)) >= CUT_AT else 4
+    words = [word for word in re.split(r"[\W_]+", name) if word and not word.isdigit()]
+    words = [re.sub(r"(?<=[a-z])\d+$", "", word) for word in words]
+    words = _drop_author(words, shortest)
+    return [word for word in words if len(word) > 1 and not re.match(r"\d|0x", word) or word == "a"]
+
+
+def openclipart_caption(path: str) -> str:
+    """A caption from a path such as ``animals/birds/blue_bird_01.png``: name, then folders."""
+    *folders, name = path.rsplit(".", 1)[0].split("/")
+    parts = [_words(name)]
+    parts += [_words(folder) for folder in reversed(folders) if folder not in SILENT_FOLDERS]
+    phrases = dict.fromkeys(" ".join(part) for part in parts if part)
+    return ", ".join(phrases) or "clip art"
+
+
+def tuxpaint_caption(text: str) -> str:
+    """The English caption of a stamp: the first line of its text file, if it says anything."""
+    first = text.lstrip("\ufeff").strip().split("\n", 1)[0].strip()
+    return re.sub(r"\s+", " ", first) or "stamp"
+
+
+def emoji_caption(name: str) -> str:
+    """The name of an emoji in lower case."""
+    return re.sub(r"\s+", " ", name).strip().lower()

@@ -1,0 +1,107 @@
+"""What each package holds: one task for every picture file that goes into the data set."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from captions import FASHION_LABELS, emoji_caption, openclipart_caption, tuxpaint_caption
+
+CROPS = {"photograph": 100, "digital painting": 45}  # cut from every wallpaper
+FASHION_COUNT = 4000
+STAR_SHARE = 7  # of the many hundred near-identical star polygons, one in this many stays
+CLIPART = "openclipart-png/usr/share/openclipart/png"
+STAMPS = "tuxpaint-stamps-default/usr/share/tuxpaint/stamps"
+FASHION = "dataset-fashion-mnist/usr/share/datasets/fashion-mnist"
+EMOJI = "emoji-datasource-google/package"
+
+
+class Task(NamedTuple):
+    """A picture file to read: whole for `crops` = 0, or that many crops of it."""
+
+    path: Path
+    key: str
+    source: str
+    caption: str
+    licence: str
+    crops: int = 0
+
+
+def clipart_tasks(raw: Path) -> Iterator[Task]:
+    """Clip arts; the links between folders are not followed."""
+    for path in sorted((raw / CLIPART).rglob("*.png")):
+        inner = path.relative_to(raw / CLIPART)
+        if path.is_symlink() or not path.is_file():
+            continue
+        name_hash = hashlib.sha256(inner.as_posix().encode()).digest()
+        if inner.parts[:2] == ("shapes", "stars") and name_hash[0] % STAR_SHARE:
+            continue
+        key = path.relative_to(raw).as_posix()
+        yield Task(path, key, "openclipart", openclipart_caption(inner.as_posix()), "public-domain")
+
+
+def stamp_tasks(raw: Path) -> Iterator[Task]:
+    """Stamps that have a caption file beside them."""
+    for path in sorted((raw / STAMPS).rglob("*.png")):
+        text = path.with_suffix(".txt")
+        if path.is_file() and not path.is_symlink() and text.is_file():
+            caption = tuxpaint_caption(text.read_text(encoding="utf-8", errors="replace"))
+            yield Task(path, path.relative_to(raw).as_posix(), "tuxpaint", caption, "GPL-2+")
+
+
+def emoji_tasks(raw: Path) -> Iterator[Task]:
+    """Emoji in their base form, without the variations of skin tone."""
+    names = raw / EMOJI / "emoji.json"
+    for entry in json.loads(names.read_text(encoding="utf-8")) if names.is_file() else []:
+        path = raw / EMOJI / "img/google/64" / entry["image"]
+        if entry["has_img_google"]:
+            caption = emoji_caption(entry["name"] or entry["short_name"])
+            yield Task(path, path.relative_to(raw).as_posix(), "emoji", caption, "Apache-2.0")
+
+
+def wallpaper_tasks(raw: Path) -> Iterator[Task]:
+    """The wallpapers of wallpapers.csv; of a folder with several sizes, the largest."""
+    with open(Path(__file__).with_name("wallpapers.csv"), newline="", encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            path = raw / row["package"] / row["path"]
+            if path.is_dir():
+                sizes = [p for p in (path / "contents/images").iterdir() if "x" in p.stem]
+                path = max(sizes, key=lambda p: (math.prod(map(int, p.stem.split("x"))), p))
+            if (raw / row["package"]).is_dir():
+                caption = f"{row['kind']}: {row['title']}"
+                key = path.relative_to(raw).as_posix()
+                yield Task(path, key, "wallpapers", caption, row["licence"], CROPS[row["kind"]])
+
+
+def fashion_pictures(
+    raw: Path, count: int = FASHION_COUNT
+) -> Iterator[tuple[Task, bytes, np.ndarray]]:
+    """The `count` pictures of Fashion-MNIST whose content hashes come first."""
+    found: list[tuple[bytes, str, int, np.ndarray]] = []
+    for part in ("train", "t10k"):
+        path = raw / FASHION / f"{part}-images-idx3-ubyte.gz"
+        if not path.is_file():
+            continue
+        pixels = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=16)
+        labels = gzip.decompress((raw / FASHION / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
+        for index, picture in enumerate(pixels.reshape(-1, 28, 28)):
+            digest = hashlib.sha256(picture.tobytes()).digest()
+            key = f"{path.relative_to(raw).as_posix()}#{index}"
+            found.append((digest, key, labels[index], picture))
+    found.sort(key=lambda item: item[:2])
+    for digest, key, label, picture in found[:count]:
+        caption = f"a photo of {FASHION_LABELS[label]}"
+        yield Task(raw, key, "fashion-mnist", caption, "MIT"), digest, picture
+
+
+def file_tasks(raw: Path) -> list[Task]:
+    """The tasks of all packages that `raw` holds."""
+    sources = (clipart_tasks, stamp_tasks, emoji_tasks, wallpaper_tasks)
+    return [task for source in sources for task in source(raw)]

@@ -1,0 +1,145 @@
+"""The recipe for the captioned data set: splits, captions, and a tiny build. No network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recipe_path():
+    """Let the recipe's scripts be imported, and forget their short names afterwards."""
+    names = ("build", "captions", "fetch", "sources")
+    before = {name: sys.modules.pop(name, None) for name in names}
+    sys.path.insert(0, str(RECIPE))
+    yield
+    sys.path.remove(str(RECIPE))
+    for name in names:
+        sys.modules.pop(name, None)
+        if before[name] is not None:
+            sys.modules[name] = before[name]
+
+
+def test_split_depends_on_the_hash_alone():
+    from build import split_of
+
+    digests = [hashlib.sha256(str(number).encode()).digest() for number in range(20000)]
+    splits = [split_of(digest) for digest in digests]
+    assert splits == [split_of(digest[:8] + bytes(24)) for digest in digests]
+    assert splits[::-1] == [split_of(digest) for digest in reversed(digests)]
+    assert splits.count("test") / len(splits) == pytest.approx(0.10, abs=0.01)
+    assert splits.count("validation") / len(splits) == pytest.approx(0.05, abs=0.01)
+    assert set(splits) == {"train", "validation", "test"}
+    for number, name in ((9, "test"), (10, "validation"), (14, "validation"), (15, "train")):
+        assert split_of(number.to_bytes(8, "big")) == name
+
+
+@pytest.mark.parametrize(
+    ("path", "caption"),
+    [
+        ("animals/birds/blue_bird_01.png", "blue bird, birds, animals"),
+        ("plants/flowers/pink-rose_tess_brady_01.png", "pink rose, flowers, plants"),
+        ("tools/insecticide_nicu_buculei_02.png", "insecticide, tools"),
+        ("tools/natural_gas_pump_well_jo_01.png", "natural gas pump well, tools"),
+        ("people/clothing/wedding_rings_jarno_vas1.png", "wedding rings, clothing, people"),
+        (
+            "recreation/games/cards/white/white_s_10.png",
+            "ten of spades, white, cards, games, recreation",
+        ),
+        ("unsorted/duplicates/tavolozza_architetto_fra_01.png", "tavolozza"),
+        ("food/fruit/lemon.png", "lemon, fruit, food"),
+        ("food/food.png", "food"),
+        ("shapes/arrows/arrow08_1.png", "arrow, arrows, shapes"),
+        ("unsorted/01.png", "clip art"),
+    ],
+)
+def test_clip_art_captions(path, caption):
+    from captions import openclipart_caption
+
+    assert openclipart_caption(path) == caption
+
+
+def test_other_captions():
+    from captions import emoji_caption, tuxpaint_caption
+
+    assert tuxpaint_caption("A red  fox.\nde.utf8=Ein Fuchs.\n") == "A red fox."
+    assert tuxpaint_caption("\ufeffAn owl.\r\nfr.utf8=Un hibou.") == "An owl."
+    assert tuxpaint_caption("\n") == "stamp"
+    assert emoji_caption("GRINNING FACE") == "grinning face"
+
+
+def test_crop_boxes_are_reproducible_and_inside():
+    from build import crop_boxes
+
+    boxes = crop_boxes((640, 480), 50, b"seed")
+    assert boxes == crop_boxes((640, 480), 50, b"seed") != crop_boxes((640, 480), 50, b"other")
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= 640 and 0 <= top < bottom <= 480
+        assert 480 / 3 * 0.8 - 2 <= min(right - left, bottom - top)
+        assert max(right - left, bottom - top) <= 480
+
+
+def make_raw(raw: Path) -> None:
+    """Two good pictures (one transparent, one large), a twin of one, and a broken one."""
+    from sources import CLIPART
+
+    folder = raw / CLIPART / "animals"
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "big_dog_01.png")
+    glass = np.zeros((40, 30, 4), dtype=np.uint8)
+    glass[10:20, 5:25] = (255, 0, 0, 255)
+    Image.fromarray(glass).save(folder / "red_fish.png")
+    Image.fromarray(glass).save(folder / "red_fish_again.png", compress_level=1)
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing of use")
+
+
+def test_tiny_build(tmp_path):
+    from build import build, split_of
+    from datasets import Dataset
+
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    make_raw(raw)
+    manifest = build(raw, out, workers=0)
+    assert sum(manifest["total"].values()) == 2
+    assert manifest["rejected"] == {"duplicate": 1, "unreadable": 1}
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert [Path(item["key"]).name for item in rejects] == ["broken.png", "red_fish_again.png"]
+
+    rows = {}
+    for path in sorted((out / "data").glob("*.parquet")):
+        part = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        assert part.column_names == ["image", "caption", "source", "key", "licence"]
+        for row in part:
+            rows[row["caption"]] = row
+            digest = hashlib.sha256((raw / row["key"]).read_bytes()).digest()
+            assert path.name.split("-")[0] == split_of(digest)
+    dog, fish = rows["big dog, animals"]["image"], rows["red fish, animals"]["image"]
+    assert dog.size == (160, 80) and fish.size == (30, 40) and fish.mode == "RGB"
+    assert fish.getpixel((0, 0)) == (255, 255, 255) and fish.getpixel((10, 15)) == (255, 0, 0)
+    assert build(raw, tmp_path / "again", workers=0)["sha256"] == manifest["sha256"]
+
+
+def test_fetch_reports_a_failing_package_and_goes_on(tmp_path, monkeypatch, capsys):
+    import fetch
+
+    def fake(name, command, pattern, raw):
+        if name == "openclipart-png":
+            raise fetch.FetchError("no such package")
+        return "1.0"
+
+    monkeypatch.setattr(fetch, "fetch_package", fake)
+    assert fetch.main(["--raw", str(tmp_path)]) == 1
+    assert "error: openclipart-png: no such package" in capsys.readouterr().err
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert "openclipart-png" not in versions and "mate-backgrounds" in versions
