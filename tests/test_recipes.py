@@ -1,0 +1,55 @@
+"""Every training recipe of the library parses, and trains two steps at reduced width with its own settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lavit_tok import VisualTokenizer
+from lavit_tok.cli import main
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*/tokenizer.yaml"))
+CONFIG = {"codebook_size": 16, "code_dim": 4, "merger_depth": 1, "reconstructor_depth": 1, "num_heads": 2}
+
+
+def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> list[str]:
+    """The recipe's settings but for width, devices, data and the steps at which something happens."""
+    words = ["-c", str(recipe), f"--data.data={data}", "--data.image_size=32", "--data.batch_size=4"]
+    words += ["--data.num_workers=0", "--data.streaming=false", f"--trainer.default_root_dir={root}"]
+    words += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
+    words += ["--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=1", "--trainer.enable_checkpointing=false"]
+    words += ["--model.encoder=null", f"--model.config.encoder={json.dumps(encoder)}"]
+    words += [f"--model.config.{name}={value}" for name, value in CONFIG.items()]
+    steps = {"settle_at": 0, "quantize_at": 1, "warmup_steps": 1, "blend_steps": 1, "kmeans_samples": 64}
+    return [*words, *(f"--model.{k}={v}" for k, v in steps.items()), f"--model.out={root / 'tokenizer'}"]
+
+
+def test_there_is_a_recipe_of_each_size() -> None:
+    assert [r.parent.name for r in RECIPES] == ["base", "default", "paper"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
+def test_tokenizer_recipe_trains(recipe: Path, tmp_path: Path, tiny_config: Any) -> None:
+    header = "".join(line for line in recipe.read_text().splitlines(True) if line.startswith("#"))
+    for word in ("command:", "hardware:", "time:", "expected:"):
+        assert word in header
+    settings = yaml.safe_load(recipe.read_text())
+    assert 0 < settings["model"]["settle_at"] < settings["model"]["quantize_at"] < settings["trainer"]["max_steps"]
+    rng = np.random.default_rng(0)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for i in range(24):
+        pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / "train" / f"{i}.png")
+    threads = torch.get_num_threads()
+    assert main(["fit", *reduced(recipe, tmp_path / "data", tmp_path / "run", dict(tiny_config.encoder))]) == 0
+    torch.set_num_threads(threads)
+    tokenizer = VisualTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    assert tokenizer.config.codebook_size == 16 and len(tokenizer.encode(tmp_path / "data" / "train" / "0.png")) == 1
