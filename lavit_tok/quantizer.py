@@ -78,7 +78,7 @@ def usage(codes: Int64[Tensor, " total"], size: int) -> Usage:
     """Usage of a codebook of `size` rows by these codes; all zeros for no codes. Raises ValueError for other codes."""
     counts = torch.bincount(codes.flatten(), minlength=size).double()
     if len(counts) > size:
-        raise ValueError(f"expected codes in 0..{size - 1}, got {len(counts) - 1}: shares of {size} rows would be wrong")
+        raise ValueError(f"expected codes in 0..{size - 1}, got {len(counts) - 1}: shares would be wrong")
     share = counts / counts.sum().clamp(min=1)
     entropy = -(share * share.clamp(min=1e-30).log()).sum()
     used = float((counts > 0).double().mean())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 DEFAULTS = Path(__file__).parent / "default"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # so that a path that is not there is never asked for over the network
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -40,7 +42,7 @@ def find_directory(name: str | os.PathLike[str], part: str, **hub: Any) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if path.exists() or path.is_absolute() or str(name).count("/") != 1:
+    if path.exists() or not HUB_ID.fullmatch(str(name)):
         raise WeightsError(f"{name}: expected 'default', an existing directory or a Hub id owner/name")
     try:
         allowed = ["*.json", "*.safetensors"]  # nothing else is ever read
@@ -50,7 +52,10 @@ def find_directory(name: str | os.PathLike[str], part: str, **hub: Any) -> Path:
 
 
 def save_weights(
-    module: nn.Module, directory: str | os.PathLike[str], dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+    module: nn.Module,
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a module's state as model.safetensors (or shards of a size and an index), floats optionally as `dtype`.
 
