@@ -1,0 +1,277 @@
+"""VisualTokenizer: the rooms wired. Against a per-image loop, itself in other batches, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from PIL import Image
+
+from lavit_tok import CodeError, ImageError, TokenizerConfig, VisualCodes, VisualTokenizer
+from lavit_tok.images import to_uint8
+from lavit_tok.weights import save_weights
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def crops(photos: list[Path], count: int = 12) -> list[Image.Image]:
+    """Cut-outs of photographs at random places and shapes."""
+    chance = random.Random(0)
+    found = []
+    for i in range(count):
+        photo = Image.open(photos[i % len(photos)]).convert("RGB")
+        width, height = chance.randrange(30, photo.width), chance.randrange(30, photo.height)
+        left, top = chance.randrange(photo.width - width + 1), chance.randrange(photo.height - height + 1)
+        found.append(photo.crop((left, top, left + width, top + height)))
+    return found
+
+
+@pytest.mark.parametrize("attention", ["strict", "compat"])
+def test_codes_equal_the_loop_over_images(tiny_tokenizer: VisualTokenizer, photos: list[Path], attention: Any):
+    tiny_tokenizer.merger.formula = attention
+    pictures = crops(photos, 6)
+    codes = tiny_tokenizer.encode(pictures)
+    assert codes.to_list() == [reference.encode(tiny_tokenizer, picture) for picture in pictures]
+    assert len(set(codes.lengths.tolist())) > 1 and int(codes.lengths.min()) >= 1
+
+
+def test_encode_is_the_rooms_one_after_another(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    for options in ({}, {"budget": 3}, {"budget": 0.5}, {"sample": True}):
+        chance = [{"generator": generator()} if "sample" in options else {} for _ in range(2)]
+        with torch.no_grad():
+            x = tiny_tokenizer.preprocess(photos)
+            f = tiny_tokenizer.features(x)
+            k = tiny_tokenizer.select(tiny_tokenizer.score(f), **options, **chance[0])  # type: ignore[arg-type]
+            z = tiny_tokenizer.project(tiny_tokenizer.merge(f, k))
+            by_hand = tiny_tokenizer.quantize(z, k.sum(1))
+        codes = tiny_tokenizer.encode(photos, **options, **chance[1])  # type: ignore[arg-type]
+        assert (x.shape, f.shape, k.shape) == ((4, 3, 32, 32), (4, 16, 32), (4, 16))
+        assert z.shape == (int(k.sum()), 4)
+        assert codes.to_list() == by_hand.to_list() and torch.equal(codes.lengths, by_hand.lengths)
+        assert codes.keep is not None and torch.equal(codes.keep, k) and codes.codebook_size == 16
+        assert codes.values.dtype == codes.lengths.dtype == torch.int64
+        assert torch.equal(tiny_tokenizer.encode_pixels(x, **options, **_again(options)).values, codes.values)  # type: ignore[arg-type]
+
+
+def _again(options: dict[str, Any]) -> dict[str, Any]:
+    return {"generator": generator()} if "sample" in options else {}
+
+
+def test_alone_or_together_in_any_order(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    pictures = crops(photos)
+    alone = [tiny_tokenizer.encode(picture).to_list()[0] for picture in pictures]
+    features = [tiny_tokenizer.reconstruct(VisualCodes.from_list([row])) for row in alone]
+    chance = random.Random(1)
+    for _ in range(6):
+        order = chance.sample(range(len(pictures)), chance.randrange(1, len(pictures)))
+        codes = tiny_tokenizer.encode([pictures[i] for i in order])
+        assert codes.to_list() == [alone[i] for i in order]
+        together = tiny_tokenizer.reconstruct(codes)
+        for place, i in enumerate(order):
+            torch.testing.assert_close(together[place], features[i][0], rtol=0, atol=1e-5)
+
+
+def test_deterministic_and_sampled(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    first = tiny_tokenizer.encode(photos)
+    torch.manual_seed(99)
+    assert tiny_tokenizer.encode(photos).to_list() == first.to_list()
+    tiny_tokenizer.train()
+    assert tiny_tokenizer.encode(photos).to_list() == first.to_list()
+    one, same, other = (tiny_tokenizer.encode(photos, sample=True, generator=generator(s)) for s in (1, 1, 2))
+    assert one.to_list() == same.to_list()
+    assert one.keep is not None and other.keep is not None and not torch.equal(one.keep, other.keep)
+
+
+def test_budgets(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    for budget in (1, 5, 16, 99):
+        assert tiny_tokenizer.encode(photos, budget=budget).lengths.tolist() == [min(budget, 16)] * 4
+    shared = tiny_tokenizer.encode(photos, budget=0.25)
+    assert int(shared.lengths.sum()) == 16 and int(shared.lengths.min()) >= 1
+    assert len(set(shared.lengths.tolist())) > 1
+    for bad in (0, -3, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="budget"):
+            tiny_tokenizer.encode(photos, budget=bad)
+
+
+def test_inputs_of_every_kind_give_the_same_codes(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    expected = tiny_tokenizer.encode(photos[0]).to_list()
+    picture = Image.open(photos[0]).convert("RGB")
+    array = np.asarray(picture)
+    for same in (str(photos[0]), photos[0].read_bytes(), picture, array, torch.from_numpy(array.copy()), [photos[0]]):
+        assert tiny_tokenizer.encode(same).to_list() == expected
+    small = to_uint8(photos, 32)
+    for batch in (small, list(small), small.numpy(), small.permute(0, 2, 3, 1).numpy()):
+        assert tiny_tokenizer.encode(batch).to_list() == tiny_tokenizer.encode(photos).to_list()
+
+
+def test_a_bad_picture_stops_the_batch_by_name(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path):
+    bad = tmp_path / "broken.png"
+    bad.write_bytes(photos[0].read_bytes()[:500])
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        tiny_tokenizer.encode([photos[0], bad])
+    with pytest.raises(ImageError, match="expected uint8"):
+        tiny_tokenizer.encode(torch.rand(2, 3, 32, 32))
+    with pytest.raises(ValueError, match="at least one image"):
+        tiny_tokenizer.encode([])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_pixels_that_are_no_pixels(tiny_tokenizer: VisualTokenizer, bad: float):
+    pixels = torch.zeros(2, 3, 32, 32)
+    pixels[1, 0, 3, 3] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        tiny_tokenizer.encode_pixels(pixels)
+    with pytest.raises(ValueError, match="empty batch"):
+        tiny_tokenizer.encode_pixels(pixels[:0])
+    with pytest.raises(ValueError, match=r"expected float \[batch 3 32 32\]"):
+        tiny_tokenizer.features(torch.zeros(2, 3, 32, 40))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 32, 32, 3)])
+def test_pixels_of_another_type_or_shape(tiny_tokenizer: VisualTokenizer, shape: tuple[int, ...]):
+    for pixels in (torch.zeros(shape), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"expected float \[batch 3 32 32\] from preprocess\(\), got"):
+            tiny_tokenizer.features(pixels)
+
+
+def test_features_with_nan_are_refused_by_every_room(tiny_tokenizer: VisualTokenizer):
+    features = torch.randn(2, 16, 32, generator=generator())
+    features[1, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        tiny_tokenizer.select(tiny_tokenizer.score(features))
+    keep = torch.ones(2, 16, dtype=torch.bool)
+    with pytest.raises(ValueError, match="NaN"):
+        tiny_tokenizer.quantize(tiny_tokenizer.project(tiny_tokenizer.merge(features, keep)), keep.sum(1))
+
+
+def test_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer):
+    good = VisualCodes.from_list([[0, 15], [3]])
+    assert tiny_tokenizer.reconstruct(good).shape == (2, 16, 32)
+    assert torch.equal(tiny_tokenizer.lookup(good), tiny_tokenizer.quantizer.codebook.rows[[0, 15, 3]])
+    for codes, said in (
+        (VisualCodes.from_list([[16]]), r"0\.\.15, got 16\.\.16"),
+        (VisualCodes.from_list([[3]], 32), "a codebook of 32 rows, this one has 16"),
+        (VisualCodes.from_list([]), "no images"),
+        (VisualCodes.from_list([[1], []]), r"lengths 0\.\.1"),
+        (VisualCodes.from_list([[1], [2] * 17]), r"lengths 1\.\.17"),
+    ):
+        with pytest.raises(CodeError, match=said):
+            tiny_tokenizer.reconstruct(codes)
+
+
+def test_reconstruct_equals_the_slow_version(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    codes = tiny_tokenizer.encode(photos)
+    output = tiny_tokenizer.reconstruct(codes)
+    assert output.shape == (4, 16, 32) and not output.requires_grad
+    for one, own in zip(output, codes, strict=True):
+        vectors = tiny_tokenizer.quantizer.codebook.rows[own]
+        slow = reference.reconstruct(tiny_tokenizer.reconstructor, vectors)
+        torch.testing.assert_close(one.double(), slow, rtol=0, atol=2e-5)
+
+
+def test_save_and_load(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path):
+    expected = tiny_tokenizer.encode(photos)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    loaded = VisualTokenizer.from_pretrained(tmp_path)
+    assert loaded.config == tiny_tokenizer.config and not loaded.training
+    assert loaded.encode(photos).to_list() == expected.to_list()
+    assert torch.equal(loaded.reconstruct(expected), tiny_tokenizer.reconstruct(expected))
+    state = loaded.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in tiny_tokenizer.state_dict().items())
+    assert VisualTokenizer.from_pretrained(str(tmp_path)).encode(photos).to_list() == expected.to_list()
+
+
+def test_save_and_load_in_half_the_bytes(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path):
+    tiny_tokenizer.save_pretrained(tmp_path / "full")
+    tiny_tokenizer.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("half", "full")]
+    assert sizes[0] < 0.6 * sizes[1]
+    one, two = (VisualTokenizer.from_pretrained(tmp_path / "half") for _ in range(2))
+    assert one.dtype == torch.float32 and one.encode(photos).to_list() == two.encode(photos).to_list()
+    for name, value in tiny_tokenizer.state_dict().items():
+        expected = value.half().float() if value.is_floating_point() else value
+        assert torch.equal(one.state_dict()[name], expected), name
+    tiny_tokenizer.save_pretrained(tmp_path / "again")  # the type of one save does not stick to the next
+    assert (tmp_path / "again" / "model.safetensors").stat().st_size == sizes[1]
+
+
+def test_save_and_load_in_shards(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    save_weights(tiny_tokenizer, tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    loaded = VisualTokenizer.from_pretrained(tmp_path)
+    assert loaded.encode(photos).to_list() == tiny_tokenizer.encode(photos).to_list()
+
+
+def test_bfloat16_keeps_decisions_in_float32(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path):
+    before = {k: v.clone() for k, v in tiny_tokenizer.state_dict().items()}
+    tiny_tokenizer.to(torch.bfloat16)
+    assert tiny_tokenizer.dtype == torch.bfloat16
+    for name, value in tiny_tokenizer.state_dict().items():
+        pinned = name.startswith(("selector.", "quantizer.codebook."))
+        assert value.dtype == (torch.float32 if pinned else torch.bfloat16), name
+        assert not pinned or torch.equal(value, before[name])
+    codes = tiny_tokenizer.encode(photos)
+    assert codes.to_list() == tiny_tokenizer.encode(photos).to_list() and int(codes.lengths.min()) >= 1
+    assert tiny_tokenizer.preprocess(photos).dtype == torch.bfloat16
+    assert tiny_tokenizer.reconstruct(codes).dtype == torch.bfloat16
+    tiny_tokenizer.float().save_pretrained(tmp_path)
+    loaded = VisualTokenizer.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.encode(photos).to_list() == codes.to_list()
+    assert loaded.selector.judge[0].weight.dtype == torch.float32
+
+
+def test_autocast_around_it(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = tiny_tokenizer.encode(photos)
+        assert tiny_tokenizer.reconstruct(codes).isfinite().all()
+    assert codes.keep is not None
+
+
+def test_frozen_encoder_and_gradients(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    """Everything but encoder and codebook can learn through the rooms called by hand."""
+    t = tiny_tokenizer.train()
+    features = t.features(t.preprocess(photos))
+    log_probs = t.score(features)
+    keep = t.select(log_probs)
+    z = t.project(t.merge(features, keep))
+    (z.square().mean() + z[:, 0].mean() + log_probs.mean()).backward()
+    silent = {n.split(".")[0] for n, p in t.named_parameters() if p.grad is None}
+    assert silent == {"encoder", "reconstructor"}
+    assert not t.quantizer.codebook.rows.requires_grad
+
+
+def test_copies_are_independent(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    expected = tiny_tokenizer.encode(photos).to_list()
+    twin = copy.deepcopy(tiny_tokenizer)
+    assert twin.encode(photos).to_list() == expected
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert tiny_tokenizer.encode(photos).to_list() == expected
+
+
+def test_other_settings_work_end_to_end(tiny_config: TokenizerConfig, photos: list[Path]):
+    for change in ({"merger_depth": 0}, {"crop": True}, {"encoder_norm": True}, {"attention": "compat"}):
+        config = dataclasses.replace(tiny_config, **change)  # type: ignore[arg-type]
+        tokenizer = VisualTokenizer(config)
+        codes = tokenizer.encode(photos, budget=5)
+        assert codes.lengths.tolist() == [5] * 4 and tokenizer.reconstruct(codes).isfinite().all()
+
+
+def test_sharing_on_the_hub():
+    """The usual calls of huggingface_hub are there; what they write, from_pretrained reads (test_save_and_load)."""
+    parameters = inspect.signature(VisualTokenizer.push_to_hub).parameters
+    assert {"repo_id", "commit_message", "private", "token", "branch"} <= set(parameters)
+    assert {"save_directory", "dtype"} <= set(inspect.signature(VisualTokenizer.save_pretrained).parameters)
