@@ -139,7 +139,10 @@ class Projection(nn.Module):
         return Conditioning(tokens, None, pooled, None if self.spatial is None else self._lay_out(self.spatial(x)))
 
     def unconditional(self, like: Conditioning) -> Conditioning:
-        """The null condition for each picture of a batch: see this file's head."""
+        """The null condition for each picture of a batch: see this file's head. For sd with m = 2 and n = 4,
+
+        tokens  null_0 null_1 0 0        mask  1 1 0 0
+        """
         pooled, spatial = (None if x is None else torch.zeros_like(x) for x in (like.pooled, like.spatial))
         if self.null is None:
             return Conditioning(torch.zeros_like(like.tokens), None, pooled, spatial)
@@ -149,7 +152,13 @@ class Projection(nn.Module):
         return Conditioning(null, None if self.null_length == n else mask.expand(batch, -1), pooled, spatial)
 
     def _lay_out(self, x: Float[Tensor, "batch patches c"]) -> Float[Tensor, "batch channels rows columns"]:
-        """Patch (r, c), raster order, to cell (r, c) of the grid, or to spatial_scale x spatial_scale cells there."""
+        """Patch (r, c), raster order, to cell (r, c) of the grid, or to scale x scale cells there; 4 patches, scale 2:
+
+        0 0 1 1
+        0 0 1 1
+        2 2 3 3
+        2 2 3 3
+        """
         side, scale = int(self.patches**0.5), self.spatial_scale
         return rearrange(x, "b (r c) (k p q) -> b k (r p) (c q)", r=side, p=scale, q=scale)
 

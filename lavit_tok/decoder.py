@@ -168,7 +168,8 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             nn.Module.to(self.vae, torch.float32)  # diffusers' own `to` warns at each change of dtype
         try:
             latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
-            return self.vae.decode(latents, return_dict=False)[0].float()
+            with torch.autocast(latents.device.type, enabled=False):
+                return self.vae.decode(latents, return_dict=False)[0].float()
         finally:
             if upcast:
                 nn.Module.to(self.vae, dtype)

@@ -40,6 +40,8 @@ class PixelDecoderTraining(L.LightningModule):
         vae: directory of a diffusers AutoencoderKL, or its Hub id (owner/name or owner/name/subfolder).
         unet: config of a UNet2DConditionModel; in_channels, out_channels and cross_attention_dim follow from the rest.
         unet_from: directory or Hub id (owner/name/subfolder) of a diffusers U-Net to start from, instead of `unet`.
+        sample_size: side of the latents that the saved decoder draws by default; the U-Net's own if not given.
+        gradient_checkpointing: compute activations twice instead of keeping them; for large U-Nets.
         out: where the finished decoder is saved; None keeps checkpoints only.
         out_dtype: number format of the saved weights.
         style: "sd" conditions by cross-attention; "sdxl" also by a pooled vector and sizes.
@@ -77,6 +79,8 @@ class PixelDecoderTraining(L.LightningModule):
         tokenizer: str = "default",
         unet: dict[str, Any] | None = None,
         unet_from: str | None = None,
+        sample_size: int | None = None,
+        gradient_checkpointing: bool = False,
         out: str | None = None,
         out_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         style: Literal["sd", "sdxl"] = "sd",
@@ -137,6 +141,10 @@ class PixelDecoderTraining(L.LightningModule):
             "cross_attention_dim": sum(cross_dims),
         }
         self.unet = load_unet(unet, unet_from, sizes)
+        if sample_size is not None:
+            self.unet.register_to_config(sample_size=sample_size)
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         self.scheduler = DDIMScheduler(
@@ -289,25 +297,15 @@ class PixelDecoderTraining(L.LightningModule):
     @torch.no_grad()
     def sample(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
         """Pictures drawn from these pictures' codes by the averaged weights, 0..1, with the same noise each time."""
-        s, training = self.settings, self.unet.training
+        s, training, codes = self.settings, self.unet.training, self.parts.codes(images)
         generators = [step_generator(s.seed, i, 2**32, "cpu") for i in range(len(images))]
+        height, width = images.shape[-2:]
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision))
         self.unet.eval()
-        with (
-            self.averaged(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision)),
-        ):
+        with self.averaged(), bf16:
             decoder = self.decoder()
-            height, width = images.shape[-2:]
-            drawn = decoder(
-                self.parts.codes(images),
-                s.sample_steps,
-                s.sample_guidance,
-                generators,
-                None,
-                height,
-                width,
-                output_type="pt",
-            ).images
+            options = {"height": height, "width": width, "output_type": "pt"}
+            drawn = decoder(codes, s.sample_steps, s.sample_guidance, generators, **options).images
         self.unet.train(training)
         return drawn.float().cpu()
 
@@ -332,4 +330,5 @@ class PixelDecoderTraining(L.LightningModule):
                 print(f"encoded {done} of {total} training pictures", flush=True)
 
         folder = Path(self.trainer.default_root_dir) / "cache"
-        return EncodedSet(images.pixels, images.index, self.parts, folder, report=report)
+        mine = folder if self.trainer.is_global_zero else None
+        return EncodedSet(images.pixels, images.index, self.parts, mine, report=report)
