@@ -45,6 +45,23 @@ def test_pad_and_unpad_are_inverse(lengths: list[int]):
     assert layout.column.tolist() == [c for n in lengths for c in range(n)]
 
 
+def test_spread_repeats_rows_where_pad_would_fill():
+    """With lengths 3 and 1 the rows a b c d become  a b c
+                                                     d d d
+    """
+    rows = torch.tensor([1, 2, 3, 4])
+    assert Layout(torch.tensor([3, 1])).spread(rows).tolist() == [[1, 2, 3], [4, 4, 4]]
+    assert Layout(torch.tensor([2, 2])).full and not Layout(torch.tensor([3, 1])).full
+    for lengths in ([], [0], [0, 0], [2, 2], [0, 3, 0], [3, 0, 1], [1, 0, 0, 4]):
+        layout = Layout(torch.tensor(lengths, dtype=torch.int64))
+        rows = torch.arange(2 * sum(lengths)).view(-1, 2) + 1
+        spread = layout.spread(rows)
+        assert spread.shape == (len(lengths), max(lengths, default=0), 2)
+        assert torch.equal(layout.unpad(spread), rows)
+        assert torch.equal(spread[layout.mask], layout.pad(rows)[layout.mask])
+        assert set(spread.flatten().tolist()) <= set(rows.flatten().tolist()), "a free slot repeats a row"
+
+
 def test_random_batches_round_trip():
     chance = random.Random(0)
     for _ in range(200):
