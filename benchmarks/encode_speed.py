@@ -1,0 +1,243 @@
+"""How close is strict encoding to its arithmetic floor?
+
+    floor = FLOPs(encode) / FLOPs(bare)      ratio = time(encode) / time(bare)      overhead = ratio / floor
+
+`encode` is tokenizer.encode_pixels with a fixed share of the patches kept; `bare` is tokenizer.features of the same
+pixels in the same run. The two are timed in turns, warm, and the ratio is the median of the pairs' ratios, so that a
+busy machine slows both sides. Matrix products, convolutions and attention are counted by torch's FLOP counter,
+attention under the plain ("math") kernel, because the fused CPU kernel is not counted; masked entries count as work.
+Random weights, except for --cases shipped: speed does not depend on what the numbers are, only on how many patches are
+kept, which is why the budget is fixed. Writes encode_speed.md and .json.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lavit_tok import TokenizerConfig, VisualTokenizer
+
+TARGET = 1.15
+BATCHES = {"shipped": [1, 32], "small": [1, 32], "base": [8], "lavit-strict": [1, 4, 16], "lavit-compat": [1, 4, 16]}
+"""Batch sizes of each case where none are given."""
+
+
+def base_config(**changes: Any) -> TokenizerConfig:
+    """CLIP ViT-B/16 at 224 pixels, 196 patches, with 4 merger blocks: the size of the base recipe."""
+    encoder = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+    }
+    sizes: dict[str, Any] = {"codebook_size": 8192, "code_dim": 32, "merger_depth": 4, "reconstructor_depth": 4}
+    return TokenizerConfig(encoder=encoder, num_heads=12, **{**sizes, **changes})
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """FLOPs (two for a multiply-add) of matrix products, convolutions and attention."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def fused_attention_is_counted(device: str) -> bool:
+    """Whether this torch counts its fused attention; printed, since a count without it would flatter neither side."""
+    x = torch.zeros(1, 1, 8, 4, device=device)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    return counter.get_total_flops() > 0
+
+
+def clock(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleaved(
+    first: Callable[[], Any], second: Callable[[], Any], repeats: int, device: str, seconds: float = 0.0, warm: int = 2
+) -> tuple[list[float], list[float]]:
+    """Seconds of each call, taken in turns after `warm` rounds that do not count.
+
+    At least `repeats` rounds, and up to 100 until they last `seconds` together, since small models are noisy.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(warm + max(repeats, 100)):
+        if turn >= warm + repeats and sum(map(sum, times)) > seconds:
+            break
+        for call, found in zip((first, second), times, strict=True):
+            start = clock(device)
+            call()
+            if turn >= warm:
+                found.append(clock(device) - start)
+    return times
+
+
+@torch.no_grad()
+def measure(tokenizer: VisualTokenizer, batch: int, keep: float, repeats: int, at_least: float = 0.0) -> dict[str, Any]:
+    """FLOPs, times and their ratios of one model at one batch size."""
+    config, device = tokenizer.config, str(tokenizer.device)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(batch, 3, config.image_size, config.image_size, generator=generator).to(
+        device, tokenizer.dtype
+    )
+
+    def bare() -> Tensor:
+        return tokenizer.features(pixels)
+
+    def encode() -> Any:
+        return tokenizer.encode_pixels(pixels, budget=keep)
+
+    def dense() -> Any:
+        features = bare()
+        mask = tokenizer.select(tokenizer.score(features), keep)
+        return tokenizer.quantizer.codebook.nearest(tokenizer.project(tokenizer.merger.dense(features, mask)[mask]))
+
+    counts = {"bare": flops(bare), "encode": flops(encode), "encode_all_rows": flops(dense)}
+    floor = counts["encode"] / counts["bare"]
+    seconds = interleaved(bare, encode, repeats, device, at_least)
+    times = [statistics.median(found) for found in seconds]
+    ratio = statistics.median(e / b for b, e in zip(*seconds, strict=True))
+    return {
+        "batch": batch,
+        "patches": config.num_patches,
+        "kept_share": float(encode().lengths.double().mean()) / config.num_patches,
+        "gflops_per_image": {name: count / batch / 1e9 for name, count in counts.items()},
+        "seconds": {"bare": times[0], "encode": times[1]},
+        "images_per_second": {"bare": batch / times[0], "encode": batch / times[1]},
+        "floor": floor,
+        "ratio": ratio,
+        "overhead": ratio / floor,
+        "repeats": len(seconds[0]),
+    }
+
+
+def build(case: str, arguments: Namespace, dtype: torch.dtype) -> VisualTokenizer:
+    if case == "shipped":
+        return common.load_tokenizer(arguments).to(dtype=dtype)
+    configs = {
+        "small": TokenizerConfig,
+        "base": base_config,
+        "lavit-strict": TokenizerConfig.lavit,
+        "lavit-compat": lambda: TokenizerConfig.lavit(attention="compat"),
+    }
+    torch.manual_seed(0)
+    return VisualTokenizer(configs[case]()).to(arguments.device, dtype)
+
+
+# Memory, in a process of its own: the greatest resident size of a process never falls again
+
+
+def _peak() -> float:
+    """GiB. Not from getrusage, whose maximum a new process inherits from its parent on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
+def _memory(directory: str, dtype: torch.dtype, batch: int) -> dict[str, float]:
+    found = {"imports_gib": _peak()}
+    tokenizer = VisualTokenizer.from_pretrained(directory, dtype=dtype)
+    found["loaded_gib"] = _peak()
+    size = tokenizer.config.image_size
+    tokenizer.encode_pixels(torch.randn(batch, 3, size, size, dtype=dtype), budget=1 / 3)
+    return found | {"encoded_gib": _peak(), "batch": batch}
+
+
+def peak_memory(tokenizer: VisualTokenizer, batch: int) -> dict[str, float]:
+    """Greatest resident memory after loading this model from disk, and after encoding a batch."""
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        tokenizer.save_pretrained(folder)
+        weights = sum(p.nbytes for p in tokenizer.state_dict().values()) / 2**30
+        return {"weights_gib": weights} | pool.submit(_memory, folder, tokenizer.dtype, batch).result()
+
+
+# The script
+
+
+def main(arguments: Namespace) -> dict[str, Any]:
+    if arguments.full:
+        arguments.cases = ["lavit-strict", "lavit-compat"]
+    runs = []
+    for name in arguments.dtypes:
+        dtype = getattr(torch, name)
+        for case in arguments.cases:
+            tokenizer = build(case, arguments, dtype)
+            batches = arguments.batch_sizes or BATCHES[case]
+            for batch in batches:
+                run = measure(tokenizer, batch, arguments.keep, arguments.repeats, arguments.seconds)
+                runs.append({"case": case, "dtype": name, **run})
+                print(
+                    f"{case} {name} batch {batch}: ratio {run['ratio']:.3f}, overhead {run['overhead']:.3f}", flush=True
+                )
+            if arguments.full or arguments.memory:
+                runs[-1]["peak_memory"] = peak_memory(tokenizer, max(batches))
+            del tokenizer
+    values = {"target": TARGET, "fused_attention_counted": fused_attention_is_counted(arguments.device), "runs": runs}
+    common.write(
+        "encode_speed_full" if arguments.full else "encode_speed", arguments.out, "Encoding speed", text(values), values
+    )
+    return values
+
+
+def text(values: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"{r['case']}, {r['dtype']}",
+            r["batch"],
+            f"{r['kept_share']:.3f}",
+            *(f"{r['gflops_per_image'][k]:.3g}" for k in ("bare", "encode", "encode_all_rows")),
+            *(f"{r['images_per_second'][k]:.3g}" for k in ("bare", "encode")),
+            *(f"{r[k]:.3f}" for k in ("floor", "ratio", "overhead")),
+        )
+        for r in values["runs"]
+    ]
+    head = ("model", "batch", "kept", "GFLOPs bare", "encode", "all rows", "images/s bare", "encode")
+    body = f"Target: overhead = (time ratio) / (FLOP ratio) at most {values['target']}. GFLOPs are for one image. "
+    body += "'all rows' is what encoding would cost if the merger computed every patch.\n\n"
+    body += common.table((*head, "FLOP ratio", "time ratio", "overhead"), rows)
+    counted = "counts" if values["fused_attention_counted"] else "does not count"
+    body += f"\n\nThis torch {counted} fused attention here; both sides were counted under the math kernel. "
+    least = min(r["repeats"] for r in values["runs"])
+    body += f"Medians of interleaved pairs after two warm rounds; at least {least} pairs."
+    memory = [(r["case"], r["dtype"], r["peak_memory"]) for r in values["runs"] if "peak_memory" in r]
+    if memory:
+        head = ("model", "dtype", "weights, GiB", "after imports", "peak after loading", "peak after encoding", "batch")
+        names = ("weights_gib", "imports_gib", "loaded_gib", "encoded_gib", "batch")
+        body += "\n\nPeak resident memory of a process:\n\n"
+        body += common.table(head, [(case, dtype, *(m[name] for name in names)) for case, dtype, m in memory])
+    return body
+
+
+def arguments() -> Any:
+    found = common.parser(__doc__, data=False)
+    cases = ["shipped", "small", "base", "lavit-strict", "lavit-compat"]
+    found.add_argument("--cases", nargs="+", choices=cases, default=["small", "base"], help="small: the shipped sizes")
+    found.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    found.add_argument("--batch-sizes", type=int, nargs="+", help=f"by default {BATCHES}")
+    found.add_argument("--keep", type=float, default=1 / 3, help="share of the patches kept, spent across the batch")
+    found.add_argument("--repeats", type=int, default=5)
+    found.add_argument("--seconds", type=float, default=4.0, help="repeat at least this long, 100 times at most")
+    found.add_argument("--memory", action="store_true", help="also the peak memory of loading and encoding")
+    found.add_argument("--full", action="store_true", help="the paper's size, strict and compat, at batch 1, 4 and 16")
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(common.run(main, arguments().parse_args()))
