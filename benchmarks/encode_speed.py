@@ -4,7 +4,8 @@
 
 `encode` is tokenizer.encode_pixels with a fixed share of the patches kept; `bare` is tokenizer.features of the same
 pixels in the same run. The two are timed in turns, warm, and the ratio is the median of the pairs' ratios, so that a
-busy machine slows both sides. Matrix products, convolutions and attention are counted by torch's FLOP counter,
+busy machine slows both sides; beside it stands the same of the process's CPU time, which other programs disturb less.
+Matrix products, convolutions and attention are counted by torch's FLOP counter,
 attention under the plain ("math") kernel, because the fused CPU kernel is not counted; masked entries count as work.
 Random weights, except for --cases shipped: speed does not depend on what the numbers are, only on how many patches are
 kept, which is why the budget is fixed. Writes encode_speed.md and .json.
@@ -65,28 +66,31 @@ def fused_attention_is_counted(device: str) -> bool:
     return counter.get_total_flops() > 0
 
 
-def clock(device: str) -> float:
+def clock(device: str) -> tuple[float, float]:
+    """Seconds of the wall clock, and of CPU time that this process's threads used."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.perf_counter(), time.process_time()
 
 
 def interleaved(
     first: Callable[[], Any], second: Callable[[], Any], repeats: int, device: str, seconds: float = 0.0, warm: int = 2
-) -> tuple[list[float], list[float]]:
-    """Seconds of each call, taken in turns after `warm` rounds that do not count.
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """(wall, CPU) seconds of each call, taken in turns after `warm` rounds that do not count.
 
     At least `repeats` rounds, and up to 100 until they last `seconds` together, since small models are noisy.
     """
-    times: tuple[list[float], list[float]] = ([], [])
+    times: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+    began = time.perf_counter()
     for turn in range(warm + max(repeats, 100)):
-        if turn >= warm + repeats and sum(map(sum, times)) > seconds:
+        if turn >= warm + repeats and time.perf_counter() - began > seconds:
             break
         for call, found in zip((first, second), times, strict=True):
             start = clock(device)
             call()
             if turn >= warm:
-                found.append(clock(device) - start)
+                end = clock(device)
+                found.append((end[0] - start[0], end[1] - start[1]))
     return times
 
 
@@ -113,8 +117,8 @@ def measure(tokenizer: VisualTokenizer, batch: int, keep: float, repeats: int, a
     counts = {"bare": flops(bare), "encode": flops(encode), "encode_all_rows": flops(dense)}
     floor = counts["encode"] / counts["bare"]
     seconds = interleaved(bare, encode, repeats, device, at_least)
-    times = [statistics.median(found) for found in seconds]
-    ratio = statistics.median(e / b for b, e in zip(*seconds, strict=True))
+    times = [statistics.median(wall for wall, _ in found) for found in seconds]
+    ratio, cpu_ratio = (statistics.median(e[i] / b[i] for b, e in zip(*seconds, strict=True)) for i in (0, 1))
     return {
         "batch": batch,
         "patches": config.num_patches,
@@ -125,6 +129,7 @@ def measure(tokenizer: VisualTokenizer, batch: int, keep: float, repeats: int, a
         "floor": floor,
         "ratio": ratio,
         "overhead": ratio / floor,
+        "cpu_overhead": cpu_ratio / floor,
         "repeats": len(seconds[0]),
     }
 
@@ -204,14 +209,14 @@ def text(values: dict[str, Any]) -> str:
             f"{r['kept_share']:.3f}",
             *(f"{r['gflops_per_image'][k]:.3g}" for k in ("bare", "encode", "encode_all_rows")),
             *(f"{r['images_per_second'][k]:.3g}" for k in ("bare", "encode")),
-            *(f"{r[k]:.3f}" for k in ("floor", "ratio", "overhead")),
+            *(f"{r[k]:.3f}" for k in ("floor", "ratio", "overhead", "cpu_overhead")),
         )
         for r in values["runs"]
     ]
     head = ("model", "batch", "kept", "GFLOPs bare", "encode", "all rows", "images/s bare", "encode")
     body = f"Target: overhead = (time ratio) / (FLOP ratio) at most {values['target']}. GFLOPs are for one image. "
     body += "'all rows' is what encoding would cost if the merger computed every patch.\n\n"
-    body += common.table((*head, "FLOP ratio", "time ratio", "overhead"), rows)
+    body += common.table((*head, "FLOP ratio", "time ratio", "overhead", "overhead, CPU time"), rows)
     counted = "counts" if values["fused_attention_counted"] else "does not count"
     body += f"\n\nThis torch {counted} fused attention here; both sides were counted under the math kernel. "
     least = min(r["repeats"] for r in values["runs"])
