@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from lavit_tok.condition import Condition
 from lavit_tok.records import VisualCodes
-from lavit_tok.weights import WeightsError, find_directory, load_weights, read_json
+from lavit_tok.weights import WeightsError, empty, find_directory, load_weights, read_json
 
 MODELS: dict[str, type[Any]] = {"condition": Condition, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -89,14 +88,14 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         self,
         codes: VisualCodes,
         num_inference_steps: int = 25,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | int = 3.0,
         generator: Generators | None = None,
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
         original_size: tuple[int, int] | None = None,
         output_type: str = "pil",
-        eta: float = 0.0,
+        eta: float | int = 0.0,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Draw one picture for each image's codes.
@@ -212,39 +211,45 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         """
         directory = find_directory(name, "decoder", **hub)
         parts: dict[str, Any] = {part: load_model(directory / part, kind, dtype) for part, kind in MODELS.items()}
+        parts["scheduler"] = load_scheduler(directory / "scheduler")
         try:
-            return cls(**parts, scheduler=load_scheduler(directory / "scheduler")).to(device)
+            return cls(**parts).to(device)
         except ValueError as error:
             raise WeightsError(f"{directory}: {error}") from None
 
 
 def load_model(directory: Path, kind: type[Any], dtype: torch.dtype = torch.float32) -> Any:
     """A diffusers model of this class, whatever the directory says, in eval mode. Raises WeightsError."""
-    config = read_config(directory / "config.json", kind, {kind.__name__})
-    try:
-        model: nn.Module = kind.from_config(config)
-    except Exception as error:  # the constructors raise many kinds for sizes that do not fit
-        raise WeightsError(f"{directory}: not the config of a {kind.__name__}: {error}") from error
-    nn.Module.to(model, dtype)
+    model = build_empty(directory, kind, dtype)
     load_weights(model, directory, SINGLE)
     return model.eval()
+
+
+def build_empty(directory: Path, kind: type[Any], dtype: torch.dtype) -> nn.Module:
+    """A diffusers model of this class and of the sizes in config.json, without weights. Raises WeightsError."""
+    config = read_config(directory / "config.json", kind)
+    try:
+        return empty(lambda: kind.from_config(config), dtype)
+    except Exception as error:  # the constructors raise many kinds for sizes that do not fit
+        raise WeightsError(f"{directory}: not the config of a {kind.__name__}: {error}") from error
 
 
 def load_scheduler(directory: Path) -> Any:
     """A scheduler of the list above. Raises WeightsError for any other."""
     path = directory / "scheduler_config.json"
-    kind = read_json(path).get("_class_name")
+    config = read_json(path)
+    kind = config.get("_class_name")
     if kind not in SCHEDULERS:
         raise WeightsError(f"{path}: expected _class_name to be one of {sorted(SCHEDULERS)}, got {kind!r}")
-    scheduler = getattr(diffusers, kind)
-    return scheduler.from_config(read_config(path, scheduler, SCHEDULERS))
+    # Settings of other schedulers are kept by diffusers, so that one can be swapped for another and back.
+    return getattr(diffusers, kind).from_config({k: v for k, v in config.items() if not k.startswith("_")})
 
 
-def read_config(path: Path, kind: type[ConfigMixin], names: Collection[str]) -> dict[str, Any]:
-    """Settings of a diffusers config file. Raises WeightsError for another class's file or unknown settings."""
+def read_config(path: Path, kind: type[ConfigMixin]) -> dict[str, Any]:
+    """Settings of a model's config file. Raises WeightsError for another class's file or unknown settings."""
     values = read_json(path)
-    if values.get("_class_name") not in names:
-        raise WeightsError(f"{path}: expected _class_name {sorted(names)}, got {values.get('_class_name')!r}")
+    if values.get("_class_name") != kind.__name__:
+        raise WeightsError(f"{path}: expected _class_name {kind.__name__!r}, got {values.get('_class_name')!r}")
     values = {key: value for key, value in values.items() if not key.startswith("_")}
     unknown = sorted(set(values) - set(inspect.signature(kind.__init__).parameters))
     if unknown:

@@ -203,7 +203,7 @@ def test_refuses_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer) -> None:
         made(VisualCodes.from_list([[3, 16]]))
     with pytest.raises(CodeError, match=r"1\.\.16 codes an image, got lengths 17\.\.17"):
         made(VisualCodes.from_list([[0] * 17]))
-    with pytest.raises(CodeError, match="at least one image.*got no images"):
+    with pytest.raises(CodeError, match=r"at least one image.*got no images"):
         made(VisualCodes.from_list([]))
     with pytest.raises(CodeError, match=r"got lengths 0\.\.2"):
         made(VisualCodes.from_list([[1, 2], []]))

@@ -1,0 +1,341 @@
+"""Training of the pixel decoder: its loss by hand, exact resuming, averages, what is frozen, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from lavit_tok import PixelDecoder, VisualTokenizer
+from lavit_tok.cli import main
+from lavit_tok.training.common import step_generator
+from lavit_tok.training.data import ImageDataModule
+from lavit_tok.training.decoder import PixelDecoderTraining
+from lavit_tok.training.encoded import EncodedSet, FrozenParts
+
+UNET: dict[str, Any] = {
+    "sample_size": 16,
+    "block_out_channels": [16, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 pictures of 32 pixels to train on, 4 to validate: a rectangle on a ground, never its own mirror image."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("validation", 4)):
+        (root / split).mkdir()
+        for i in range(count):
+            picture = np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)
+            top, left = rng.integers(0, 16, size=2)
+            picture[top : top + 9, left : left + 7] = rng.integers(256, size=3)
+            Image.fromarray(picture).save(root / split / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture
+def parts(tmp_path: Path, tiny_tokenizer: VisualTokenizer) -> dict[str, str]:
+    """Folders of a tokenizer (32 pixels, 16 patches) and of a VAE with factor 2."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+            scaling_factor=0.8,
+        )
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    vae.save_pretrained(tmp_path / "vae")
+    return {"tokenizer": str(tmp_path / "tokenizer"), "vae": str(tmp_path / "vae")}
+
+
+def training(parts: dict[str, str], **settings: Any) -> PixelDecoderTraining:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        chosen = {"unet": UNET, "cross_dims": [16], "sample_every": 0, "warmup_steps": 1, "lr": 1e-2, "mirror": 0.5}
+        return PixelDecoderTraining(**parts, **{**chosen, "ema_decay": 0.6, **settings})
+
+
+def fit(
+    module: PixelDecoderTraining, folder: Path, root: Path, steps: int, ckpt: str | None = None, **options: Any
+) -> Any:
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        default_root_dir=root,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"logger": False, "enable_checkpointing": False, **options},
+    )
+    trainer.fit(module, ImageDataModule(str(folder), 32, 8, cache=True), ckpt_path=ckpt, weights_only=False)
+    return trainer
+
+
+def parameters(module: PixelDecoderTraining) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+class Steps(L.Callback):
+    """The parameters after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        self.seen.append(parameters(module))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("min_snr", [0.0, 5.0])
+def test_loss_by_hand(prediction: str, min_snr: float, parts: dict[str, str]) -> None:
+    """Against the formulas, one picture at a time, with the steps, noise and drops drawn as documented."""
+    module = training(parts, prediction_type=prediction, min_snr=min_snr).eval()
+    images = torch.randint(256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    encoded = module.parts(images)
+    with torch.no_grad():
+        loss = module.diffusion_loss(encoded, torch.Generator().manual_seed(2), drop=0.5)
+        g = torch.Generator().manual_seed(2)
+        t = ((torch.randperm(4, generator=g) + torch.rand(4, generator=g)) * 250).long()
+        noise, dropped = torch.randn(4, 4, 16, 16, generator=g), torch.rand(4, generator=g) < 0.5
+        assert 0 < dropped.sum() < 4 and sorted((t // 250).tolist()) == [0, 1, 2, 3]
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+        total = 0.0
+        for i in range(4):
+            product = (1 - betas)[: t[i] + 1].prod()
+            a, s, z = product.sqrt(), (1 - product).sqrt(), encoded.latents[i]
+            tokens = module.projection.null if dropped[i] else module.projection(encoded.features[i : i + 1]).tokens
+            predicted = module.unet((a * z + s * noise[i])[None], t[i], tokens).sample[0]
+            velocity = prediction == "v_prediction"
+            target = a * noise[i] - s * z if velocity else noise[i]
+            snr = (a / s) ** 2
+            weight = min(snr, min_snr) / (snr + 1 if velocity else snr) if min_snr else 1.0
+            total += float(weight * (predicted - target).square().mean()) / 4
+    assert float(loss) == pytest.approx(total, rel=1e-3)
+
+
+def test_features_and_latents_are_the_frozen_parts_own(parts: dict[str, str]) -> None:
+    frozen, tokenizer = FrozenParts(**parts), VisualTokenizer.from_pretrained(parts["tokenizer"])
+    images = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    encoded = frozen(images)
+    assert torch.equal(encoded.features, tokenizer.reconstruct(tokenizer.encode(images)))
+    latents = frozen.vae.encode(images.float() / 127.5 - 1).latent_dist.mean * 0.8
+    torch.testing.assert_close(encoded.latents, latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(images).features, encoded.features)  # mixed precision changes no code
+    larger = images.repeat_interleave(2, 2).repeat_interleave(2, 3)  # drawn at another size than the tokenizer's
+    assert frozen(larger).latents.shape == (3, 4, 32, 32) and frozen(larger).features.shape == encoded.features.shape
+
+
+def test_encoded_once(parts: dict[str, str], tmp_path: Path) -> None:
+    frozen = FrozenParts(**parts)
+    pixels = torch.randint(256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    index = torch.tensor([0, 2, 3, 7, 9])
+    made = EncodedSet(pixels, index, frozen, tmp_path / "cache", batch_size=2)
+    got = made(torch.tensor([7, 0, 7]), torch.tensor([False, True, True]), "cpu")
+    expected = frozen(torch.stack([pixels[3], pixels[0].flip(2), pixels[3].flip(2)]))
+    for name in ("features", "latents"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match=r"pictures \[1\] were not encoded"):
+        made(torch.tensor([1]), torch.tensor([False]), "cpu")
+    frozen.tokenizer.reconstructor = None  # the stored file is enough; nothing is encoded again
+    again = EncodedSet(pixels, index, FrozenParts(**parts), tmp_path / "cache")
+    assert torch.equal(again.features, made.features) and len(list((tmp_path / "cache").iterdir())) == 1
+    EncodedSet(255 - pixels, index, FrozenParts(**parts), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # other pictures, another file
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_resuming_is_exact(cache: bool, parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    """Stopped after 2 of 5 steps (an epoch has 2) and resumed, every parameter, average and moment is bit-equal."""
+    keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    whole = training(parts, cache=cache)
+    trainer = fit(whole, folder, tmp_path, 5, callbacks=[keep], enable_checkpointing=True)
+    for stop in (1, 2, 3):
+        resumed = training(parts, cache=cache)
+        again = fit(resumed, folder, tmp_path, 5, ckpt=str(tmp_path / "kept" / f"step={stop}.ckpt"))
+        assert again.global_step == 5
+        for name, value in parameters(whole).items():
+            assert torch.equal(value, parameters(resumed)[name]), (stop, name)
+        for a, b in zip(whole.ema.shadow_params, resumed.ema.shadow_params, strict=True):
+            assert torch.equal(a, b)
+        moments = [[s["exp_avg_sq"] for s in t.optimizers[0].state.values()] for t in (trainer, again)]
+        assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+
+
+def test_another_seed_is_another_run(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    runs = [training(parts, seed=seed) for seed in (0, 0, 1)]
+    for module in runs:
+        fit(module, folder, tmp_path, 1)
+    one, same, other = (parameters(m)["unet.conv_in.weight"] for m in runs)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_average_is_the_formula(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    """a_1 = w_1; then a_t = d a_{t-1} + (1 - d) w_t with d = min(0.6, (1 + k) / (10 + k)), k = t - 1."""
+    steps, module = Steps(), training(parts)
+    fit(module, folder, tmp_path, 6, callbacks=[steps])
+    expected = steps.seen[0]
+    for k, now in enumerate(steps.seen[1:], start=1):
+        decay = min(0.6, (1 + k) / (10 + k))
+        expected = {name: decay * expected[name] + (1 - decay) * now[name] for name in now}
+    names = [name for name, _ in module.named_parameters()]
+    for name, average in zip(names, module.ema.shadow_params, strict=True):
+        torch.testing.assert_close(average, expected[name], rtol=1e-4, atol=1e-6)
+    before = parameters(module)
+    with module.averaged():
+        assert torch.equal(module.unet.conv_in.weight, module.ema.shadow_params[names.index("unet.conv_in.weight")])
+    assert all(torch.equal(before[n], p) for n, p in module.named_parameters())
+
+
+def test_frozen_parts_are_absent(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    module = training(parts)
+    frozen = [*module.parts.tokenizer.state_dict().values(), *module.parts.vae.state_dict().values()]
+    frozen += [*module.condition[0].codebook.buffers(), *module.condition[0].reconstructor.parameters()]
+    before = [t.clone() for t in frozen]
+    keep = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    trainer = fit(module, folder, tmp_path, 2, callbacks=[keep], enable_checkpointing=True)
+    held = {id(t) for t in frozen}
+    optimized = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert not held & {id(p) for p in optimized}
+    trained = {name for name, _ in module.named_parameters()}
+    assert {n.split(".")[0] for n in trained} == {"unet", "projection"} and len(optimized) == len(trained)
+    checkpoint = torch.load(tmp_path / "kept" / "last.ckpt", weights_only=False)
+    assert set(checkpoint["state_dict"]) == trained and len(checkpoint["ema"]["shadow_params"]) == len(trained)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, before, strict=True))
+
+
+def test_it_learns_and_exports_the_average(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    """The loss falls; the exported decoder is the averaged one, and draws codes without tokenizer or Lightning."""
+    settings = {"spatial_channels": 4, "spatial_scale": 2, "feature_norm": True, "null_length": 16, "cache": True}
+    module = training(parts, out=str(tmp_path / "out"), **settings)
+    pictures = ImageDataModule(str(folder), 32, 8, cache=True)
+    pictures.setup("fit")
+    images = torch.stack([pictures.sets["train"][i]["images"] for i in range(16)])
+
+    def loss() -> float:
+        with torch.no_grad(), module.averaged():
+            return float(module.diffusion_loss(module.parts(images), torch.Generator().manual_seed(9), 0.0))
+
+    before = loss()
+    fit(module, folder, tmp_path, 40)
+    assert loss() < 0.75 * before
+    codes = module.parts.codes(images[:2])
+    decoder = PixelDecoder.from_pretrained(tmp_path / "out")
+    decoder.set_progress_bar_config(disable=True)
+    generators = [step_generator(0, i, 2**32, "cpu") for i in range(2)]
+    drawn = decoder(codes, 25, 3.0, generators, output_type="pt").images
+    assert drawn.shape == (2, 3, 32, 32)
+    torch.testing.assert_close(drawn, module.sample(images[:2]), rtol=1e-3, atol=1e-3)
+    stored, average = (
+        decoder.unet.state_dict()["conv_in.weight"],
+        dict(zip(parameters(module), module.ema.shadow_params, strict=True)),
+    )
+    assert torch.equal(stored, average["unet.conv_in.weight"]) and not torch.equal(stored, module.unet.conv_in.weight)
+
+
+def test_sheets_and_validation(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    """Every 2 steps a sheet of 3 originals above 3 samples; validating uses the averages and puts the weights back."""
+    module = training(parts, sample_every=2, sample_count=3, sample_steps=2)
+    steps = Steps()
+    trainer = fit(module, folder, tmp_path, 4, callbacks=[steps], check_val_every_n_epoch=None, val_check_interval=1)
+    sheets = sorted((tmp_path / "pictures").glob("samples-*.png"))
+    assert [s.name for s in sheets] == ["samples-0000002.png", "samples-0000004.png"]
+    sheet = np.asarray(Image.open(sheets[0]))
+    assert sheet.shape == (64, 96, 3)
+    originals = [np.asarray(Image.open(p)) for p in sorted((folder / "validation").iterdir())[:3]]
+    assert np.abs(sheet[:32].astype(int) - np.concatenate(originals, 1)).max() <= 1
+    generator, batch = step_generator(0, 0, 2**31, "cpu"), next(iter(trainer.datamodule.val_dataloader()))
+    with torch.no_grad(), module.averaged():
+        expected = module.diffusion_loss(module.parts(batch["images"]), generator, 0.0)
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(float(expected), rel=1e-4)
+    assert math.isfinite(float(trainer.callback_metrics["sample/psnr"]))
+    plain = training(parts)
+    quiet = Steps()
+    fit(plain, folder, tmp_path / "plain", 4, callbacks=[quiet], limit_val_batches=0)
+    for a, b in zip(steps.seen, quiet.seen, strict=True):  # neither sheets nor validation change the training
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_sdxl_and_accumulated_steps(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    unet = {**UNET, **extra, "projection_class_embeddings_input_dim": 8 + 6 * 4}
+    settings = {"style": "sdxl", "cross_dims": [8, 8], "pooled_dim": 8, "pool_heads": 2, "unet": unet}
+    module = training(parts, out=str(tmp_path / "out"), **settings)
+    losses: list[float] = []
+    module.log = lambda name, value, **_: losses.append(float(value))  # type: ignore[method-assign]
+    fit(module, folder, tmp_path, 2, accumulate_grad_batches=2, limit_val_batches=0)
+    assert len(losses) == 4 and len(set(losses)) == 4
+    assert PixelDecoder.from_pretrained(tmp_path / "out").condition.config.style == "sdxl"
+
+
+def test_starts_from_a_pretrained_unet(parts: dict[str, str], tmp_path: Path) -> None:
+    """New input channels begin at zero, so the pretrained U-Net predicts what it did."""
+    first = training(parts)
+    first.unet.save_pretrained(tmp_path / "unet")
+    second = training(parts, unet=None, unet_from=str(tmp_path / "unet"), spatial_channels=2, sample_size=8)
+    latents, tokens = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 16)
+    with torch.no_grad():
+        wide = second.unet(torch.cat([latents, torch.randn(2, 2, 16, 16)], 1), 5, tokens).sample
+        torch.testing.assert_close(wide, first.unet(latents, 5, tokens).sample)
+    assert second.unet.config.in_channels == 6 and second.decoder().unet.config.sample_size == 8
+
+
+def test_bad_settings_are_refused(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="zero_terminal_snr: expected prediction_type v_prediction"):
+        training(parts, zero_terminal_snr=True)
+    with pytest.raises(ValueError, match=r"drop: expected a number in 0\.\.1, got 10"):
+        training(parts, drop=10)
+    with pytest.raises(ValueError, match=r"either unet .* or unet_from"):
+        training(parts, unet=None)
+    with pytest.raises(ValueError, match=r"settings do not fit .*'in_channels': \(5, 4\)"):
+        training(parts, unet={**UNET, "in_channels": 5})
+    with pytest.raises(ValueError, match="expected an existing directory, or a Hub id"):
+        training({**parts, "vae": "nowhere"})
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="cache: expected no augmentation in the data module"):
+        trainer.fit(training(parts, cache=True), ImageDataModule(str(folder), 32, 8, flip=0.5, cache=True))
+    with pytest.raises(ValueError, match="cache: expected a data module with cache=True"):
+        trainer.fit(training(parts, cache=True), ImageDataModule(str(folder), 32, 8))
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*/decoder.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
+def test_recipe_trains(recipe: Path, parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    """The recipe's own settings but for width, devices, data and pretrained parts; two steps and an export."""
+    header = "".join(line for line in recipe.read_text().splitlines(True) if line.startswith("#"))
+    assert all(word in header for word in ("command:", "hardware:", "time:", "expected:"))
+    words = ["-c", str(recipe), f"--data.data={folder}", "--data.image_size=32", "--data.batch_size=4"]
+    words += ["--data.num_workers=0", "--data.streaming=false", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    words += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
+    words += ["--trainer.limit_val_batches=1", "--trainer.enable_checkpointing=false", "--trainer.logger=false"]
+    words += [f"--model.tokenizer={parts['tokenizer']}", f"--model.vae={parts['vae']}", "--model.unet_from=null"]
+    words += [f"--model.unet={json.dumps(UNET)}", "--model.cross_dims=[16]", "--model.null_length=16"]
+    words += ["--model.sample_every=2", "--model.sample_steps=2", f"--model.out={tmp_path / 'out'}"]
+    assert main(["fit-decoder", *words]) == 0
+    assert PixelDecoder.from_pretrained(tmp_path / "out").unet.config.block_out_channels == [16, 16]
+    assert (tmp_path / "run" / "pictures" / "samples-0000002.png").is_file()
+
+
+def test_there_is_a_recipe_of_each_size() -> None:
+    assert [r.parent.name for r in RECIPES] == ["base", "default", "paper"]
