@@ -90,9 +90,9 @@ def resize(image: Image.Image, size: int, crop: bool = False) -> UInt8[Tensor, "
 
 def to_uint8(images: Any, size: int, crop: bool = False) -> UInt8[Tensor, "batch 3 {size} {size}"]:
     """Open and resize one image or a sequence of them. Raises ImageError for the first bad one, ValueError for none."""
-    if isinstance(images, Tensor) and images.ndim == 4 and images.dtype == torch.uint8:
-        if images.shape[1] == 3 and tuple(images.shape[2:]) == (size, size) and len(images):
-            return images  # already the model's pixels, not yet normalised
+    pixels = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
+    if pixels and len(images) and tuple(images.shape[1:]) == (3, size, size):
+        return images  # already the model's pixels, not yet normalised
     batch = as_list(images)
     if not batch:
         raise ValueError("expected at least one image, got an empty batch")

@@ -15,6 +15,8 @@ Source: LaVIT (ICLR 2024), section 3.1, and the formulas of attention.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ class Merger(nn.Module):
         super().__init__()
         self.formula: Formula = formula
         self.norm_in = nn.LayerNorm(width, eps)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps) for _ in range(depth))
+        self.blocks: Any = nn.ModuleList(Block(width, heads, mlp_width, eps) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width, eps)
 
     def forward(

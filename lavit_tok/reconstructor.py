@@ -8,6 +8,8 @@ in the code itself. LaVIT (ICLR 2024), section 3.1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class Reconstructor(nn.Module):
         self.project_in = nn.Linear(code_dim, width)
         self.position = nn.Parameter(torch.randn(patches, width) * 0.02)
         self.queries = nn.Parameter(torch.randn(patches, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps) for _ in range(depth))
+        self.blocks: Any = nn.ModuleList(Block(width, heads, mlp_width, eps) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width, eps)
         self.project_out = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
 

@@ -36,7 +36,7 @@ class Selector(KeepFloat32):
 
     def forward(self, features: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch patches 2"]:
         with torch.autocast(features.device.type, enabled=False):
-            x = self.local(features.to(self.judge[0].weight.dtype))
+            x = self.local(features.to(next(self.judge.parameters()).dtype))
             own, shared = x.chunk(2, dim=-1)
             x = torch.cat([own, shared.mean(1, keepdim=True).expand_as(shared)], dim=-1)
             return F.log_softmax(self.judge(x).float(), dim=-1)
@@ -44,7 +44,9 @@ class Selector(KeepFloat32):
     @torch.no_grad()
     def shift(self, amount: float) -> None:
         """Add a number to every keep score (log p_keep - log p_drop)."""
-        bias: Tensor = self.judge[-1].bias
+        last = self.judge[-1]
+        assert isinstance(last, nn.Linear)
+        bias = last.bias
         bias[KEEP] += amount / 2
         bias[DROP] -= amount / 2
 
@@ -85,10 +87,10 @@ def keep_by_budget(scores: Float[Tensor, "batch patches"], budget: Budget) -> Bo
     best = F.one_hot(scores.argmax(1), patches).bool() if batch else torch.zeros_like(scores, dtype=torch.bool)
     if budget is None:
         return (scores > 0) | best
-    number = isinstance(budget, (Integral, float)) and not isinstance(budget, bool)
+    number = isinstance(budget, (int, Integral, float)) and not isinstance(budget, bool)
     if not number or not math.isfinite(budget) or budget <= 0:
         raise ValueError(f"budget: expected a positive number of codes or a fraction in (0, 1], got {budget!r}")
-    if isinstance(budget, Integral):
+    if isinstance(budget, (int, Integral)):  # a numpy integer is the latter only
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : min(int(budget), patches)]
         return torch.zeros_like(best).scatter(1, order, True)
     if budget > 1:

@@ -13,8 +13,11 @@ from lavit_tok.records import Layout
 
 
 def test_the_drawing():
-    """values  a b c d      lengths  3 1        padded:   a  b  c
-                                                          d -1 -1
+    """The picture at the head of records.py.
+
+    image 0 has 3 rows, image 1 has 1:     values  a b c d      lengths  3 1
+    padded(fill=-1):                       a  b  c
+                                           d -1 -1
     """
     a, b, c, d = 5, 6, 7, 8
     codes = VisualCodes(torch.tensor([a, b, c, d]), torch.tensor([3, 1]))
@@ -46,8 +49,10 @@ def test_pad_and_unpad_are_inverse(lengths: list[int]):
 
 
 def test_spread_repeats_rows_where_pad_would_fill():
-    """With lengths 3 and 1 the rows a b c d become  a b c
-                                                     d d d
+    """The picture of Layout.spread.
+
+    With lengths 3 and 1 the rows a b c d become  a b c
+                                                  d d d
     """
     rows = torch.tensor([1, 2, 3, 4])
     assert Layout(torch.tensor([3, 1])).spread(rows).tolist() == [[1, 2, 3], [4, 4, 4]]
