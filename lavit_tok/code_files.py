@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from lavit_tok.batch_jobs import atomic
 
@@ -151,7 +151,7 @@ def _row(values: Any, place: str) -> CodeRow | BadRow:
     return CodeRow(key, codes, keep)
 
 
-def _whole_numbers(values: Any) -> bool:
+def _whole_numbers(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(v) is int and -(2**31) <= v < 2**31 for v in values)
 
 
