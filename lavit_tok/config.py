@@ -56,7 +56,7 @@ class TokenizerConfig:
     merger_depth: int = 2
     """Blocks of the merger; 0 quantises the kept patches as they are."""
     reconstructor_depth: int = 3
-    """Blocks of the reconstructor (codes -> features of every patch)."""
+    """Blocks of the reconstructor (codes -> features of every patch); 0: none, codes can be made but not read back."""
     num_heads: int = 3
     """Attention heads of merger and reconstructor."""
     mlp_ratio: float = 4.3637
@@ -65,6 +65,10 @@ class TokenizerConfig:
     """How the merger masks: strict gives forbidden keys exactly no weight, compat is the released formula."""
     layer_norm_eps: float = 1e-5
     """Epsilon of the LayerNorms of selector, merger and reconstructor."""
+    continuous_width: int = 0
+    """Width of the vectors that `VisualTokenizer.embed` gives a language model (see continuous.py); 0 for none."""
+    continuous_depth: int = 0
+    """Blocks of the second merger behind them."""
 
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):
@@ -74,7 +78,8 @@ class TokenizerConfig:
             object.__setattr__(self, name, tuple(float(x) for x in value))
         named = isinstance(self.encoder, dict) and "model_type" in self.encoder
         self._require("encoder", named, "a dict with model_type")
-        for name, least in (("codebook_size", 2), ("code_dim", 1), ("merger_depth", 0), ("reconstructor_depth", 1)):
+        least_values = {"codebook_size": 2, "code_dim": 1, "merger_depth": 0, "reconstructor_depth": 0}
+        for name, least in {**least_values, "continuous_width": 0, "continuous_depth": 0}.items():
             value = getattr(self, name)
             self._require(name, type(value) is int and value >= least, f"an integer of at least {least}")
         self._require("width", self.width % 4 == 0, "a multiple of 4 (the selector halves it twice)")

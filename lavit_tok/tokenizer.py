@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from lavit_tok import images as pixels_room
 from lavit_tok import selector as selector_room
 from lavit_tok.config import ConfigError, TokenizerConfig
+from lavit_tok.continuous import ContinuousPath
 from lavit_tok.encoder import VisionEncoder
 from lavit_tok.merger import Merger
 from lavit_tok.quantizer import Quantizer
 from lavit_tok.reconstructor import Reconstructor
 from lavit_tok.records import CodeError, Layout, VisualCodes
 from lavit_tok.selector import Budget, Selector
-from lavit_tok.weights import find_directory, load_weights, save_weights
+from lavit_tok.weights import empty, find_directory, load_weights, save_weights
 
 
 class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
@@ -46,9 +47,15 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         self.selector = Selector(c.width, c.layer_norm_eps)
         self.merger = Merger(c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention)
         self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
-        self.reconstructor = Reconstructor(
-            c.width, c.num_patches, c.code_dim, c.reconstructor_depth, c.num_heads, c.mlp_width, c.layer_norm_eps
-        )
+        self.reconstructor = None
+        if c.reconstructor_depth:
+            self.reconstructor = Reconstructor(
+                c.width, c.num_patches, c.code_dim, c.reconstructor_depth, c.num_heads, c.mlp_width, c.layer_norm_eps
+            )
+        self.continuous = None
+        if c.continuous_width:
+            sizes = (c.width, c.continuous_depth, c.num_heads, c.mlp_width, c.layer_norm_eps)
+            self.continuous = ContinuousPath(*sizes, c.attention, c.continuous_width)
         self.eval()
 
     @property
@@ -57,7 +64,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.reconstructor.queries.dtype
+        return self.quantizer.projection[0].weight.dtype
 
     @torch.no_grad()
     def encode(
@@ -151,6 +158,8 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def reconstruct(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
         """The encoder's features of every patch, as far as the codes tell. Raises CodeError for codes that misfit."""
+        if self.reconstructor is None:
+            raise ValueError("this tokenizer has no reconstructor (config.reconstructor_depth is 0): it only encodes")
         longest, patches = codes.layout.width, self.config.num_patches
         if len(codes) == 0 or int(codes.lengths.min()) < 1 or longest > patches:
             got = "no images" if len(codes) == 0 else f"lengths {int(codes.lengths.min())}..{longest}"
@@ -158,6 +167,49 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         layout = Layout(codes.lengths.to(self.device))
         index = torch.arange(layout.width, device=self.device)[None]
         return self.reconstructor(layout.pad(self.lookup(codes)), index, layout.mask)
+
+    @torch.no_grad()
+    def embed(
+        self,
+        images: Any,
+        budget: Budget = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        keep: Bool[Tensor, "batch patches"] | None = None,
+    ) -> Float[Tensor, "total llm_width"]:
+        """Continuous vectors for a language model: one for each code that encode gives, in the same order.
+
+        Args:
+            images, budget, sample, generator: see encode.
+            keep: patches to keep instead, e.g. `codes.keep`, so that codes and vectors share one sampled mask.
+
+        Raises:
+            ImageError, ValueError: as encode; or a tokenizer without a continuous path.
+        """
+        self._continuous()  # before anything is computed
+        return self.embed_features(self.features(self.preprocess(images)), budget, sample, generator, keep)
+
+    @torch.no_grad()
+    def embed_features(
+        self,
+        features: Float[Tensor, "batch patches width"],
+        budget: Budget = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        keep: Bool[Tensor, "batch patches"] | None = None,
+    ) -> Float[Tensor, "total llm_width"]:
+        """embed, from features."""
+        if keep is None:
+            keep = self.select(self.score(features), budget, sample, generator)
+        return self._continuous()(features, keep.to(features.device))
+
+    def _continuous(self) -> ContinuousPath:
+        if self.continuous is None:
+            raise ValueError(
+                "this tokenizer has no continuous path (config.continuous_width is 0): it gives codes, not vectors for "
+                "a language model; released LaVIT weights keep it in language_model/visual_weight.bin"
+            )
+        return self.continuous
 
     # Files
 
@@ -186,6 +238,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
             ConfigError, WeightsError: with every difference listed; nothing in the directory is executed.
         """
         directory = find_directory(name, "tokenizer", **hub)
-        tokenizer = cls(TokenizerConfig.from_json(directory / "config.json")).to(dtype=dtype)
+        config = TokenizerConfig.from_json(directory / "config.json")
+        tokenizer = empty(lambda: cls(config), dtype)
         load_weights(tokenizer, directory)
         return tokenizer.to(device)

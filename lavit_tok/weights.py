@@ -7,11 +7,12 @@ with a list, because a model that is silently half random still gives plausible 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 DEFAULTS = Path(__file__).parent / "default"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # so that a path that is not there is never asked for over the network
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAPPED = 128 << 20  # bytes of a weights file that are mapped into memory at a time
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class WeightsError(ValueError):
@@ -88,15 +91,62 @@ def load_weights(module: nn.Module, directory: str | os.PathLike[str], single: s
     problems += compare({k: tuple(v.shape) for k, v in target.items()}, sources)
     if problems:
         raise WeightsError(f"{directory}: these weights do not fit the model:\n" + "\n".join(problems))
-    for file in files:
+    filled: dict[str, Tensor] = {}
+    for file, names in _groups(files):
         with safe_open(file, framework="pt") as opened, torch.no_grad():
-            for name in opened.keys():  # noqa: SIM118 (a safetensors file is no dict)
+            for name in names:
                 value: Tensor = opened.get_tensor(name)
                 if value.is_floating_point() != target[name].is_floating_point() or value.is_complex():
                     raise WeightsError(f"{file}: tensor {name}: expected {target[name].dtype}, got {value.dtype}")
-                if not bool(value.to(target[name].dtype).isfinite().all()):
-                    raise WeightsError(f"{file}: tensor {name} holds NaN or infinity")
-                target[name].copy_(value)
+                filled[name] = fill(target[name], value, f"{file}: tensor {name}")
+                del value  # or the mapping of this group would outlive it
+    if any(tensor.is_meta for tensor in target.values()):
+        module.load_state_dict(filled, assign=True)
+
+
+def empty(build: Callable[[], Module], dtype: torch.dtype) -> Module:
+    """A module without memory for its weights (on the meta device), to be filled tensor by tensor as they are read.
+
+    Loading then needs the weights' own size, not twice or three times it, and draws no random numbers. A module that
+    computes tensors which its files do not hold (tables of positions, say) is built as usual, since those would be
+    lost.
+    """
+    with torch.device("meta"):
+        module = build()
+    saved = module.state_dict().keys()
+    computed = any(name not in saved for name, _ in module.named_buffers())
+    computed |= any(isinstance(value, Tensor) for part in module.modules() for value in vars(part).values())
+    return cast(Module, nn.Module.to(build() if computed else module, dtype))
+
+
+def fill(target: Tensor, value: Tensor, label: str, device: torch.device | str = "cpu") -> Tensor:
+    """`value` in the target's dtype: copied into it, or, if it is on the meta device, into new memory on `device`.
+
+    Raises WeightsError for NaN or infinity, naming the tensor by `label`.
+    """
+    if target.is_meta:
+        target = torch.empty(target.shape, dtype=target.dtype, device=device)
+    target.copy_(value)
+    if not bool(target.isfinite().all()):
+        raise WeightsError(f"{label} holds NaN or infinity as {str(target.dtype).removeprefix('torch.')}")
+    return target
+
+
+def _groups(files: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """Tensor names of each file, some MAPPED bytes at a time.
+
+    An open file is mapped into memory and what was read of it counts as the process's until it is closed.
+    """
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            sizes = {name: 4 * math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        group: list[str] = []
+        for name, size in sizes.items():
+            if group and sum(sizes[n] for n in group) + size > MAPPED:
+                yield file, group
+                group = []
+            group.append(name)
+        yield file, group
 
 
 def weight_files(directory: Path, single: str = SINGLE) -> list[Path]:

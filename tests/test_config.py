@@ -60,7 +60,7 @@ def test_a_config_cannot_be_changed(tiny_config: TokenizerConfig):
         ("codebook_size", "16"),
         ("code_dim", 0),
         ("merger_depth", -1),
-        ("reconstructor_depth", 0),
+        ("reconstructor_depth", -1),
         ("num_heads", 0),
         ("num_heads", 5),
         ("num_heads", 2.0),

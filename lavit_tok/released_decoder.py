@@ -1,0 +1,129 @@
+"""The pixel decoders of LaVIT's release: condition, U-Net, VAE and scheduler (names: released_names.py)."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from lavit_tok import released_names as names
+from lavit_tok.condition import Condition
+from lavit_tok.config import TokenizerConfig
+from lavit_tok.decoder import SCHEDULERS, PixelDecoder, build_empty
+from lavit_tok.pickled import Part, PickledTensors, Source, expand
+from lavit_tok.weights import WeightsError, empty, read_json, weight_files
+
+
+def build(
+    root: Path,
+    kind: names.DecoderKind,
+    files: dict[str, PickledTensors],
+    config: TokenizerConfig,
+    dtype: torch.dtype,
+) -> dict[str, nn.Module]:
+    """Condition, U-Net and VAE of the sizes that tensors and configs show, without weights. Raises WeightsError."""
+    folder = root / names.FOLDERS[kind]
+    unet = build_empty(folder / "unet", UNet2DConditionModel, dtype)
+    vae = build_empty(folder / "vae", AutoencoderKL, dtype)
+    settings = _condition_sizes(kind, files, config)
+    condition = empty(
+        lambda: Condition(
+            width=config.width,
+            patches=config.num_patches,
+            codebook_size=config.codebook_size,
+            code_dim=config.code_dim,
+            depth=config.reconstructor_depth,
+            heads=config.num_heads,
+            mlp_width=config.mlp_width,
+            layer_norm_eps=config.layer_norm_eps,
+            **settings,
+        ),
+        dtype,
+    )
+    return {"condition": condition, "unet": unet.eval(), "vae": vae.eval()}
+
+
+def _condition_sizes(
+    kind: names.DecoderKind, files: dict[str, PickledTensors], config: TokenizerConfig
+) -> dict[str, Any]:
+    shapes, label = files[kind].shapes, files[kind].label
+    biases = (
+        ["unet_proj.bias"]
+        if kind == "lowres"
+        else ["unet_proj_1.bias", "unet_proj_2.bias", "unet_attnpool.c_proj.bias"]
+    )
+    absent = [name for name in biases if len(shapes.get(name, ())) != 1]
+    if absent:
+        raise WeightsError(f"{label}: tensors that say how wide the condition is are missing or mis-shaped: {absent}")
+    widths = [shapes[name][0] for name in biases]
+    if kind == "highres":
+        return {"style": "sdxl", "cross_dims": widths[:2], "pooled_dim": widths[2], "pool_heads": config.num_heads}
+    null = files["null"].shapes.get("tensor", ())
+    if len(null) != 3 or null[0] != 1 or not 1 <= null[1] <= config.num_patches or null[2] != widths[0]:
+        expected = f"[1, 1..{config.num_patches}, {widths[0]}]"
+        raise WeightsError(f"{files['null'].label}: expected one tensor {expected}, got {files['null'].shapes}")
+    return {"style": "sd", "cross_dims": widths, "null_length": null[1]}
+
+
+def add_parts(
+    root: Path, kind: names.DecoderKind, files: dict[str, PickledTensors], models: nn.ModuleDict, parts: list[Part]
+) -> list[Part]:
+    """The tokenizer's parts and the decoder's; both draw on the file that holds reconstructor and projections."""
+    own = expand(names.CONDITION[kind], 0, "condition.")
+    joined = [Part(p.file, {**p.sources, **own}) if p.file is files[kind] else p for p in parts]
+    if kind == "lowres":
+        joined.append(Part(files["null"], {"condition.projection.null": Source(("tensor",))}))
+    for name in ("unet", "vae"):
+        folder = root / names.FOLDERS[kind] / name
+        label = f"{names.FOLDERS[kind]}/{name}/{names.DIFFUSERS_FILE}"
+        file = PickledTensors(weight_files(folder, names.DIFFUSERS_FILE), label, _modern if name == "vae" else str)
+        joined.append(Part(file, {f"{name}.{tensor}": Source((tensor,)) for tensor in models[name].state_dict()}))
+    return joined
+
+
+def _modern(name: str) -> str:
+    """Today's name of a tensor of an old VAE."""
+    match = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
+    return match[1] + names.OLD_VAE[match[2]] + match[3] if match and match[2] in names.OLD_VAE else name
+
+
+def shared(ours: dict[str, Tensor], filled: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The condition's codebook and reconstructor: the tokenizer's own tensors, so that they take memory once."""
+    absent = ours.keys() - filled.keys()
+    tokenizer = {
+        "condition.codebook.": "tokenizer.quantizer.codebook.",
+        "condition.reconstructor.": "tokenizer.reconstructor.",
+    }
+    return {n: filled[new + n.removeprefix(old)] for n in absent for old, new in tokenizer.items() if n.startswith(old)}
+
+
+def pipeline(root: Path, kind: names.DecoderKind, models: nn.ModuleDict) -> PixelDecoder:
+    """The filled models as a PixelDecoder. Raises WeightsError for parts that do not fit each other."""
+    folder = root / names.FOLDERS[kind]
+    condition, unet, vae = (models[name] for name in ("condition", "unet", "vae"))
+    try:
+        return PixelDecoder(condition, unet, vae, load_ddim(folder / "scheduler"))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise WeightsError(f"{folder}: {error}") from None
+
+
+def load_ddim(directory: Path) -> DDIMScheduler:
+    """The published sampler, DDIM, with the noise schedule of a scheduler's config, whichever class that names.
+
+    Settings that only another scheduler has are left out: the files of Stable Diffusion 1.5 and XL hold some. Raises
+    WeightsError for settings that no scheduler has.
+    """
+    path = directory / "scheduler_config.json"
+    values = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    known = set().union(*(inspect.signature(getattr(diffusers, name).__init__).parameters for name in SCHEDULERS))
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise WeightsError(f"{path}: unknown settings {unknown}: without them another noise schedule would be used")
+    accepted = inspect.signature(DDIMScheduler.__init__).parameters
+    return DDIMScheduler(**{key: value for key, value in values.items() if key in accepted})
