@@ -292,6 +292,25 @@ def test_fit_then_resume_then_encode(recipe: Path, photos: list[Path], tmp_path:
     assert json_lines(capsys.readouterr().out)[1]["length"] >= 1
 
 
+def test_fit_decoder_then_reconstruct(recipe: Path, weights: Path, photos: list[Path], tmp_path: Path) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    unet = json.loads((weights / "decoder/unet/config.json").read_text())
+    shape = ("block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "norm_num_groups")
+    values["model"] = {
+        "tokenizer": str(weights / "tokenizer"),
+        "vae": str(weights / "decoder/vae"),
+        "unet": {name: unet[name] for name in (*shape, "sample_size", "attention_head_dim")},
+        "cross_dims": [16],
+        "out": str(tmp_path / "decoder"),
+        "sample_every": 0,
+    }
+    recipe.write_text(yaml.safe_dump(values))
+    assert main(words("fit-decoder", "-c", recipe)) == 0
+    options = ["--tokenizer", weights / "tokenizer", "--decoder", tmp_path / "decoder", "--steps", 1]
+    assert main(words("reconstruct", photos[0], *options, "--out", tmp_path / "out")) == 0
+    assert (tmp_path / "out/sheet.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
