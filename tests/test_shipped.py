@@ -1,4 +1,4 @@
-"""The model inside the package: it loads, its codes are sparse and tell pictures apart, and it draws what it encoded."""
+"""The model inside the package: it loads, its codes are few and tell pictures apart, it draws what it encoded."""
 
 from __future__ import annotations
 
