@@ -4,6 +4,7 @@
     decode CODES --out DIR    codes -> PNG files
     reconstruct [IMAGES...]   original, kept patches and reconstruction side by side
     fit, fit-decoder          training, by Lightning
+    convert RELEASE OUT       LaVIT's released files -> safetensors and JSON
 
 Bad input is one line on stderr and exit code 2. Everything heavy is imported by the command that needs it, so that
 `lavit-tok --help` answers at once.
@@ -148,6 +149,22 @@ def _reconstruct_arguments(sub: argparse.ArgumentParser) -> None:
     _decoder_arguments(sub)
 
 
+def _convert_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("release", type=Path, metavar="RELEASE_DIR", help="LaVIT's released files, .bin, as downloaded")
+    sub.add_argument("out", type=Path, metavar="OUT_DIR", help="new folder for tokenizer/ and decoder/")
+    sub.add_argument(
+        "--decoder",
+        choices=("auto", "highres", "lowres", "none"),
+        default="auto",
+        help="auto: the high-res decoder if it is there, else the low-res one, else none",
+    )
+    sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights")
+    sub.add_argument(
+        "--attention", choices=("compat", "strict"), default="compat", help="compat: the formula they were trained with"
+    )
+    sub.add_argument("--num-heads", type=positive, metavar="N", help="attention heads; by default from the width")
+
+
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpm": "DPMSolverMultistepScheduler",
@@ -166,6 +183,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "fit": Command("train a tokenizer: fit -c recipe.yaml", "lavit_tok.commands:fit"),
     "fit-decoder": Command("train a pixel decoder: fit-decoder -c recipe.yaml", "lavit_tok.commands:fit_decoder"),
+    "convert": Command("LaVIT's released files -> this package's", "lavit_tok.convert:convert", _convert_arguments),
 }
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     features [b n d], keep [b n] -> Merger -> [total d] -> Linear -> [total width of the language model]
 
-LaVIT (ICLR 2024) reads pictures this way and writes them as codes. The merger is a second one, trained with the language
-model, while the merger behind the codes stays as it was; both share one keep mask, so there is a vector for each code.
+LaVIT (ICLR 2024) reads pictures this way and writes them as codes. The merger is a second one, trained with the
+language model, while the merger behind the codes stays as it was; both share one keep mask: a vector for each code.
 """
 
 from __future__ import annotations

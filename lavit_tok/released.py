@@ -209,7 +209,7 @@ def _tokenizer_parts(files: dict[str, PickledTensors], config: TokenizerConfig) 
 
 
 def _constants(ours: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """The norm after the encoder's last block, which LaVIT does not apply and transformers has a place for: no change."""
+    """The norm after the encoder's last block, which LaVIT does not apply but transformers has a place for."""
     norm = "tokenizer.encoder.model.post_layernorm."
     filled = {norm + "weight": torch.ones_like, norm + "bias": torch.zeros_like}
     return {name: make(ours[name], device=device) for name, make in filled.items()}

@@ -37,6 +37,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         encoder: a frozen VisionEncoder to use; built with random weights from config.encoder by default.
     """
 
+    reconstructor: Reconstructor
+    continuous: ContinuousPath | None
+
     def __init__(self, config: TokenizerConfig | None = None, encoder: VisionEncoder | None = None) -> None:
         super().__init__()
         self.config = config or TokenizerConfig()
@@ -47,15 +50,17 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         self.selector = Selector(c.width, c.layer_norm_eps)
         self.merger = Merger(c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention)
         self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
-        self.reconstructor = None
+        self.reconstructor = None  # type: ignore[assignment]  # in a tokenizer that only encodes
         if c.reconstructor_depth:
             self.reconstructor = Reconstructor(
                 c.width, c.num_patches, c.code_dim, c.reconstructor_depth, c.num_heads, c.mlp_width, c.layer_norm_eps
             )
         self.continuous = None
         if c.continuous_width:
-            sizes = (c.width, c.continuous_depth, c.num_heads, c.mlp_width, c.layer_norm_eps)
-            self.continuous = ContinuousPath(*sizes, c.attention, c.continuous_width)
+            depth, out = c.continuous_depth, c.continuous_width
+            self.continuous = ContinuousPath(
+                c.width, depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention, out
+            )
         self.eval()
 
     @property
@@ -64,7 +69,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.quantizer.projection[0].weight.dtype
+        return next(self.quantizer.projection.parameters()).dtype
 
     @torch.no_grad()
     def encode(

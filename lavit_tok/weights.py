@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -116,7 +116,7 @@ def empty(build: Callable[[], Module], dtype: torch.dtype) -> Module:
     saved = module.state_dict().keys()
     computed = any(name not in saved for name, _ in module.named_buffers())
     computed |= any(isinstance(value, Tensor) for part in module.modules() for value in vars(part).values())
-    return cast(Module, nn.Module.to(build() if computed else module, dtype))
+    return nn.Module.to(build() if computed else module, dtype)
 
 
 def fill(target: Tensor, value: Tensor, label: str, device: torch.device | str = "cpu") -> Tensor:
