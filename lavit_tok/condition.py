@@ -132,7 +132,7 @@ class Projection(nn.Module):
         self.spatial = nn.Linear(width, spatial_channels * spatial_scale**2) if spatial_channels else None
 
     def forward(self, features: Float[Tensor, "batch patches width"]) -> Conditioning:
-        x = features.to(self.tokens[0].weight.dtype)
+        x = features.to(next(self.tokens.parameters()).dtype)
         x = F.layer_norm(x, x.shape[-1:]) if self.feature_norm else x
         tokens = torch.cat([linear(x) for linear in self.tokens], -1)
         pooled = None if self.pool is None else self.pool(x)

@@ -182,7 +182,7 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
 
     # Files
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
         """Write model_index.json and a folder a part, safetensors only, floats as `dtype` (e.g. torch.float16)."""
@@ -193,7 +193,7 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         super().save_pretrained(str(save_directory), **{**kwargs, "safe_serialization": True})
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         name: str | os.PathLike[str] = "default",
         *,

@@ -83,7 +83,7 @@ def test_crop_boxes_are_reproducible_and_inside():
     assert boxes == crop_boxes((640, 480), 50, b"seed") != crop_boxes((640, 480), 50, b"other")
     for left, top, right, bottom in boxes:
         assert 0 <= left < right <= 640 and 0 <= top < bottom <= 480
-        assert 480 / 3 * 0.8 - 2 <= min(right - left, bottom - top)
+        assert min(right - left, bottom - top) >= 480 / 3 * 0.8 - 2
         assert max(right - left, bottom - top) <= 480
 
 

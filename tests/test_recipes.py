@@ -25,7 +25,11 @@ def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> li
     words += ["--data.num_workers=0", "--data.streaming=false", f"--trainer.default_root_dir={root}"]
     words += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
     words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
-    words += ["--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=1", "--trainer.enable_checkpointing=false"]
+    words += [
+        "--trainer.enable_progress_bar=false",
+        "--trainer.limit_val_batches=1",
+        "--trainer.enable_checkpointing=false",
+    ]
     words += ["--model.encoder=null", f"--model.config.encoder={json.dumps(encoder)}"]
     words += [f"--model.config.{name}={value}" for name, value in CONFIG.items()]
     steps = {"settle_at": 0, "quantize_at": 1, "warmup_steps": 1, "blend_steps": 1, "kmeans_samples": 64}

@@ -34,7 +34,7 @@ def logged_picture(module: L.LightningModule, name: str, image: Image.Image) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     for logger in module.loggers:
-        writer = getattr(logger, "experiment", None)
+        writer: Any = getattr(logger, "experiment", None)
         if hasattr(writer, "add_image"):
             writer.add_image(name, np.asarray(image), module.global_step, dataformats="HWC")
     return path

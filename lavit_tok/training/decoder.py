@@ -291,7 +291,7 @@ class PixelDecoderTraining(L.LightningModule):
         with self.averaged():
             decoder = copy.deepcopy(self.decoder())
         for part in (decoder.condition, decoder.unet, decoder.vae):
-            nn.Module.to(part.cpu(), memory_format=torch.contiguous_format)
+            nn.Module.to(part.cpu(), memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         decoder.save_pretrained(directory, dtype=DTYPES[self.settings.out_dtype])
 
     @torch.no_grad()
@@ -303,8 +303,8 @@ class PixelDecoderTraining(L.LightningModule):
         bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision))
         self.unet.eval()
         with self.averaged(), bf16:
-            decoder = self.decoder()
-            options = {"height": height, "width": width, "output_type": "pt"}
+            decoder: Any = self.decoder()
+            options: dict[str, Any] = {"height": height, "width": width, "output_type": "pt"}
             drawn = decoder(codes, s.sample_steps, s.sample_guidance, generators, **options).images
         self.unet.train(training)
         return drawn.float().cpu()

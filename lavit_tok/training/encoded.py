@@ -123,7 +123,8 @@ class EncodedSet:
 
     @staticmethod
     def _encode(pixels: Tensor, parts: FrozenParts, batch_size: int, report: Any) -> dict[str, Tensor]:
-        device, stored = parts.tokenizer.device, {}
+        device = parts.tokenizer.device
+        stored: dict[str, Tensor] = {}
         for start, part in _batches(pixels, batch_size):
             both = torch.stack([part, part.flip(3)], 1).flatten(0, 1).to(device)  # picture, its mirror image, next ...
             encoded = parts(both)
@@ -181,7 +182,7 @@ def load_unet(config: dict[str, Any] | None, start: str | None, sizes: dict[str,
 @torch.no_grad()
 def _widen_input(unet: UNet2DConditionModel, channels: int) -> None:
     old: Any = unet.conv_in
-    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, padding=old.padding)
+    new: Any = nn.Conv2d(channels, old.out_channels, old.kernel_size, padding=old.padding)
     new.weight.zero_()
     new.weight[:, : old.in_channels] = old.weight
     new.bias.copy_(old.bias)

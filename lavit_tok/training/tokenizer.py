@@ -55,7 +55,7 @@ class TokenizerTraining(L.LightningModule):
         settle_at: step at which decisions stop being sampled and the keep ratio is calibrated to rho.
         quantize_at: step at which the codebook is initialised and quantisation begins.
         selector_after: whether the selector goes on learning after settle_at.
-        budget_share: share of the batches after settle_at that are trained at a random budget, so that users may set one.
+        budget_share: share of the batches after settle_at that are trained at a random budget, so users may set one.
         kmeans_samples: how many of the latest vectors before the switch k-means sees.
         kmeans_iterations: its iterations.
         blend_steps: steps over which z is replaced by its codebook row.
@@ -241,7 +241,9 @@ class TokenizerTraining(L.LightningModule):
         index = keep.long().cumsum(1) - keep.long()  # the place each row has, or would have, in the code sequence
         return self.tokenizer.reconstructor(vectors, index, policy), codes, commitment
 
-    def _ragged(self, features: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"]) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _ragged(
+        self, features: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The way of encode(): only kept rows are computed."""
         layout = Layout.of(keep)
         vectors, codes, commitment = self._quantize(self.tokenizer.project(self.tokenizer.merge(features, keep)))

@@ -96,7 +96,7 @@ def process(task: Task) -> tuple[list[Record], list[dict[str, str]]]:
         data = task.path.read_bytes()
         with Image.open(io.BytesIO(data)) as opened:
             image = to_rgb(opened)
-    except Exception as error:  # noqa: BLE001 - decoders raise many kinds of it
+    except Exception as error:
         return [], [{"key": task.key, "reason": f"unreadable: {type(error).__name__}: {error}"}]
     digest = hashlib.sha256(data).digest()
     boxes: list[Any] = crop_boxes(image.size, task.crops, digest) if task.crops else [None]
