@@ -78,8 +78,8 @@ def load_pictures(data: str, size: int, split: str | None = None, limit: int | N
         raise ValueError(f"{data}: expected a split of {sorted(splits)}, got {name!r}")
     rows, column = undecoded(splits[name], "image")
     total = len(rows)
-    count = total if limit is None else min(limit, total)
-    places = [i * total // count for i in range(count)]
+    count = total if limit is None else limit
+    places = evenly(count, total)
 
     def crop(place: int) -> tuple[Tensor | None, dict[str, str] | None, str | None]:
         row = rows[place]
@@ -94,6 +94,12 @@ def load_pictures(data: str, size: int, split: str | None = None, limit: int | N
         raise ValueError(f"{data}: not one usable picture in split {name!r} ({len(rejects)} bad rows)")
     groups = [str(g) for p, _, g in found if p is not None and g is not None]
     return Pictures(torch.stack(pixels), groups if len(groups) == len(pixels) else None, rejects, name, total)
+
+
+def evenly(count: int, total: int) -> list[int]:
+    """`count` places of 0..total-1, evenly spaced; all of them if there are no more."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
 
 
 def reference_pictures(data: str, size: int, limit: int, fallback: Pictures) -> Pictures:

@@ -80,13 +80,16 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a.float(), b.float(), dim=-1).double().mean(1)
 
 
+@torch.no_grad()
 def measure_features(tokenizer: VisualTokenizer, batches: Any, mean: Tensor) -> tuple[dict[str, Any], VisualCodes]:
     """Mean and standard deviation over images of every cosine, and the codes of all pictures."""
     found: dict[str, list[Tensor]] = {}
     codes = []
     for batch in batches:
         pixels = tokenizer.preprocess(batch)
-        features, coded = tokenizer.features(pixels), tokenizer.encode_pixels(pixels)
+        features = tokenizer.features(pixels)
+        keep = tokenizer.select(tokenizer.score(features))  # encode_pixels, without running the encoder twice
+        coded = tokenizer.quantize(tokenizer.project(tokenizer.merge(features, keep)), keep.sum(1))
         for name, value in cosines(features, tokenizer.reconstruct(coded), mean).items():
             found.setdefault(name, []).append(value.cpu())
         codes.append(coded.to("cpu"))
@@ -102,17 +105,21 @@ def measure_features(tokenizer: VisualTokenizer, batches: Any, mean: Tensor) -> 
 
 
 def retrieval(drawn: Tensor, sources: Tensor, side: int = 16) -> float:
-    """Share of drawn pictures [n 3 h w] whose nearest source, in side x side RGB, is their own; ties count as found."""
+    """Share of drawn pictures [n 3 h w] whose nearest source [m 3 h w], in side x side RGB, is their own.
+
+    Drawn picture i is of source i; further sources only make it harder. A tie counts as found.
+    """
     small = [F.adaptive_avg_pool2d(x.float(), side).flatten(1).double() for x in (drawn, sources)]
     distances = torch.cdist(*small, compute_mode="donot_use_mm_for_euclid_dist")
     return float((distances.diagonal() <= distances.amin(1)).double().mean())
 
 
 def pixel_scores(drawn: Tensor, sources: Tensor) -> dict[str, float]:
-    """PSNR in dB and SSIM, means over pictures; both float [n 3 h w] in 0..1, so data_range is 1."""
+    """PSNR in dB and SSIM, means over pictures, and retrieval; float [n 3 h w] in 0..1, so data_range is 1."""
+    candidates, sources = sources, sources[: len(drawn)]
     psnr = peak_signal_noise_ratio(drawn, sources, data_range=1.0, reduction="none", dim=(1, 2, 3))
     ssim = structural_similarity_index_measure(drawn, sources, data_range=1.0, reduction="none")
-    return {"psnr": float(psnr.mean()), "ssim": float(ssim.mean()), "retrieval": retrieval(drawn, sources)}
+    return {"psnr": float(psnr.mean()), "ssim": float(ssim.mean()), "retrieval": retrieval(drawn, candidates)}
 
 
 class EncoderSpace(nn.Module):
@@ -187,20 +194,23 @@ def measure_pixels(tokenizer: VisualTokenizer, codes: VisualCodes, pictures: com
         raise ValueError(
             f"rFID over {count} pictures means nothing: give at least {FID_LEAST} (--pictures), or --force"
         )
-    places = [i * len(pictures) // count for i in range(count)]
+    candidates = common.evenly(max(count, a.sources), len(pictures))
+    places = [candidates[i] for i in common.evenly(count, len(candidates))]
+    others = [i for i in candidates if i not in set(places)]
     sources = pictures.pixels[places]
+    searched = pictures.pixels[places + others].float() / 255
     decoder = PixelDecoder.from_pretrained(a.decoder).to(a.device)
     decoder.set_progress_bar_config(disable=True)
     runs: list[dict[str, float]] = []
     first = None
     for seed in range(a.seeds):
         drawn = draw(decoder, codes.take(places), pictures.pixels.shape[-1], seed, a)
-        scores = pixel_scores(drawn, sources.float() / 255)
+        scores = pixel_scores(drawn, searched)
         runs.append(scores | distances(tokenizer, a, sources, to_uint8(drawn)))
         first = to_uint8(drawn) if first is None else first
         print(f"seed {seed}: " + ", ".join(f"{k} {v:.4g}" for k, v in runs[-1].items()), flush=True)
     summary = {name: common.spread([r[name] for r in runs]) for name in runs[0]}
-    settings = {"pictures": count, "steps": a.steps, "guidance": a.guidance, "seeds": a.seeds}
+    settings = {"pictures": count, "sources": len(searched), "steps": a.steps, "guidance": a.guidance, "seeds": a.seeds}
     return {**settings, "per_seed": runs, "summary": summary}, sources, first
 
 
@@ -247,7 +257,7 @@ def pixel_text(pixels: dict[str, Any]) -> str:
     names = {
         "psnr": "PSNR, dB (data_range=1)",
         "ssim": "SSIM (data_range=1)",
-        "retrieval": f"retrieval, top-1 among {pixels['pictures']} in 16x16 RGB (chance {1 / pixels['pictures']:.4f})",
+        "retrieval": f"retrieval, top-1 among {pixels['sources']} in 16x16 RGB (chance {1 / pixels['sources']:.4f})",
     }
     rows = [(names.get(name, name), common.plus_minus(value)) for name, value in pixels["summary"].items()]
     rows.append(("LPIPS", "not measured: its weights are not part of the library"))
@@ -261,7 +271,8 @@ def pixel_text(pixels: dict[str, Any]) -> str:
 def arguments() -> Any:
     found = common.parser(__doc__)
     found.add_argument("--decoder", help="'default', a directory or a Hub id; without it only features are measured")
-    found.add_argument("--pictures", type=int, default=500, help="how many are drawn, evenly spaced over the set")
+    found.add_argument("--pictures", type=int, default=200, help="how many are drawn, evenly spaced over the set")
+    found.add_argument("--sources", type=int, default=500, help="pictures among which a drawn one's source is sought")
     found.add_argument("--seeds", type=int, default=3, help="seeds of the decoder's noise")
     found.add_argument("--steps", type=int, default=25)
     found.add_argument("--guidance", type=float, default=3.0)

@@ -111,7 +111,7 @@ def main(arguments: Namespace) -> dict[str, Any]:
 
 
 def arguments() -> Any:
-    found = common.parser(__doc__, limit=500)
+    found = common.parser(__doc__, limit=300)
     found.add_argument("--budgets", type=int, nargs="+", default=[8, 16, 21, 32], help="codes an image")
     found.add_argument("--seeds", type=int, default=3, help="seeds of the random selection")
     found.add_argument(

@@ -82,24 +82,37 @@ def test_reconstruction_runs(
 ):
     script = scripts("reconstruction")
     tiny_decoder.save_pretrained(tmp_path / "decoder")
-    words = ("--data", folder, "--tokenizer", saved, "--decoder", tmp_path / "decoder", "--steps", 2, "--seeds", 2)
+    words = (
+        "--data",
+        folder,
+        "--tokenizer",
+        saved,
+        "--decoder",
+        tmp_path / "decoder",
+        "--steps",
+        2,
+        "--seeds",
+        2,
+        "--pictures",
+        6,
+    )
     found = run(script, tmp_path / "out", *words)
     assert found["features"]["plain"]["mean"] <= 1
     assert "'train'" in found["mean_feature_over"]
     pixels = found["pixels"]
-    assert pixels["pictures"] == PICTURES and len(pixels["per_seed"]) == 2
+    assert (pixels["pictures"], pixels["sources"], len(pixels["per_seed"])) == (6, PICTURES, 2)
     assert pixels["per_seed"][0]["psnr"] != pixels["per_seed"][1]["psnr"]
     assert pixels["summary"]["psnr"]["mean"] == pytest.approx(np.mean([r["psnr"] for r in pixels["per_seed"]]))
     assert any("not FID" in name for name in pixels["summary"])
     text = (tmp_path / "out" / "reconstruction.md").read_text()
-    assert "AdaTok" in text and "only 12 pictures" in text
+    assert "AdaTok" in text and "only 6 pictures" in text
     sheet = Image.open(tmp_path / "out" / "reconstruction.png")
-    assert sheet.width > 16 * 32
+    assert sheet.width > 12 * 32
 
 
 def test_rfid_over_few_pictures_is_refused(scripts: Any, folder: Path, saved: Path, tmp_path: Path, capsys: Any):
     script, common = scripts("reconstruction"), scripts("common")
-    words = ["--data", folder, "--tokenizer", saved, "--decoder", "nowhere", "--inception", "weights.pth"]
+    words = ["--data", folder, "--tokenizer", saved, "--decoder", "x", "--inception", "weights.pth"]
     arguments = script.arguments().parse_args([*map(str, words), "--out", str(tmp_path)])
     assert common.run(script.main, arguments) == 2
     assert "rFID over 12 pictures means nothing" in capsys.readouterr().err
@@ -200,6 +213,8 @@ def test_retrieval(scripts: Any):
     assert script.retrieval(pictures.roll(1, 0), pictures) == 0
     swapped = pictures[[1, 0, 2, 3, 4, 5, 6]]
     assert script.retrieval(swapped, pictures) == pytest.approx(5 / 7)
+    assert script.retrieval(pictures[:4], pictures) == 1  # fewer drawn than there are sources
+    assert script.retrieval(pictures[[0, 6]], pictures) == 0.5
 
 
 def test_pixel_scores_by_hand(scripts: Any):
