@@ -148,7 +148,7 @@ def test_encoded_once(parts: dict[str, str], tmp_path: Path) -> None:
     frozen = FrozenParts(**parts)
     pixels = torch.randint(256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     index = torch.tensor([0, 2, 3, 7, 9])
-    made = EncodedSet(pixels, index, frozen, tmp_path / "cache", batch_size=2)
+    made = EncodedSet(pixels, index, frozen, True, tmp_path / "cache", batch_size=2)
     got = made(torch.tensor([7, 0, 7]), torch.tensor([False, True, True]), "cpu")
     expected = frozen(torch.stack([pixels[3], pixels[0].flip(2), pixels[3].flip(2)]))
     for name in ("features", "latents"):
@@ -156,10 +156,16 @@ def test_encoded_once(parts: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pictures \[1\] were not encoded"):
         made(torch.tensor([1]), torch.tensor([False]), "cpu")
     frozen.tokenizer.reconstructor = None  # the stored file is enough; nothing is encoded again
-    again = EncodedSet(pixels, index, FrozenParts(**parts), tmp_path / "cache")
+    again = EncodedSet(pixels, index, FrozenParts(**parts), True, tmp_path / "cache")
     assert torch.equal(again.features, made.features) and len(list((tmp_path / "cache").iterdir())) == 1
-    EncodedSet(255 - pixels, index, FrozenParts(**parts), tmp_path / "cache")
+    EncodedSet(255 - pixels, index, FrozenParts(**parts), True, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2  # other pictures, another file
+    plain = EncodedSet(pixels, index, FrozenParts(**parts), mirrored=False)
+    assert len(plain.latents) == 5
+    sides = [m(index, torch.zeros(5, dtype=torch.bool), "cpu") for m in (made, plain)]
+    torch.testing.assert_close(sides[0].latents, sides[1].latents, rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="mirror images were not encoded"):
+        plain(index, torch.ones(5, dtype=torch.bool), "cpu")
 
 
 @pytest.mark.parametrize("cache", [False, True])

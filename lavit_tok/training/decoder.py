@@ -326,9 +326,10 @@ class PixelDecoderTraining(L.LightningModule):
             )
 
         def report(done: int, total: int) -> None:
-            if done == total or done // 128 % 20 == 0:
+            if done == total or done % 2560 == 0:
                 print(f"encoded {done} of {total} training pictures", flush=True)
 
         folder = Path(self.trainer.default_root_dir) / "cache"
         mine = folder if self.trainer.is_global_zero else None
-        return EncodedSet(images.pixels, images.index, self.parts, mine, report=report)
+        mirrored = self.settings.mirror > 0
+        return EncodedSet(images.pixels, images.index, self.parts, mirrored, mine, report=report)

@@ -3,7 +3,8 @@
     uint8 [b 3 h w] -+- VisualTokenizer: encode, reconstruct -> features [b n d]
                      +- AutoencoderKL                        -> latents [b c h/f w/f]
 
-For small data both can be computed once, of each picture and of its mirror image, and kept in memory as float16.
+For small data both can be computed once, of each picture and if wanted of its mirror image, and kept in memory as
+float16.
 """
 
 from __future__ import annotations
@@ -76,12 +77,13 @@ class FrozenParts:
 
 
 class EncodedSet:
-    """All pictures of a split, encoded once: row i of `plain` and of `mirrored` belongs to picture `index[i]`.
+    """All pictures of a split, encoded once.
 
     Args:
         pixels: the pictures.
         index: the number that a batch calls each of them by.
         parts: what encodes them.
+        mirrored: encode the mirror image of each picture too.
         folder: where to keep the result, under a name made from weights and pictures; None keeps it in memory only.
         batch_size: pictures encoded at a time.
         report: called with (done, total) after each batch.
@@ -92,17 +94,19 @@ class EncodedSet:
         pixels: UInt8[Tensor, "n 3 h w"],
         index: Int64[Tensor, " n"],
         parts: FrozenParts,
+        mirrored: bool = True,
         folder: Path | None = None,
         batch_size: int = 128,
         report: Callable[[int, int], None] | None = None,
     ) -> None:
+        self.sides = 2 if mirrored else 1
         self.position = torch.full((int(index.max()) + 1,), -1, dtype=torch.int64)
         self.position[index] = torch.arange(len(index))
         path = None
         if folder is not None:
             digest = parts.fingerprint()
             digest.update(pixels.contiguous().numpy().tobytes())
-            path = folder / f"encoded-{digest.hexdigest()[:16]}.safetensors"
+            path = folder / f"encoded-{digest.hexdigest()[:16]}-{self.sides}.safetensors"
         if path is not None and path.is_file():
             stored = load_file(path)
         else:
@@ -116,26 +120,30 @@ class EncodedSet:
     def __call__(self, index: Int64[Tensor, " batch"], mirrored: Tensor, device: torch.device | str) -> Encoded:
         """Rows of these pictures, or of their mirror images where `mirrored` (bool [batch]) says so; float32."""
         rows = self.position[index.cpu()]
+        if self.sides == 1 and bool(mirrored.any()):
+            raise ValueError("mirror images were not encoded before training")
         if bool((rows < 0).any()):
             raise ValueError(f"pictures {index[rows < 0].tolist()} were not encoded before training")
-        rows = 2 * rows + mirrored.cpu().long()
+        rows = self.sides * rows + mirrored.cpu().long()
         return Encoded(self.features[rows].float().to(device), self.latents[rows].float().to(device))
 
-    @staticmethod
-    def _encode(pixels: Tensor, parts: FrozenParts, batch_size: int, report: Any) -> dict[str, Tensor]:
+    def _encode(self, pixels: Tensor, parts: FrozenParts, batch_size: int, report: Any) -> dict[str, Tensor]:
         device = parts.tokenizer.device
         stored: dict[str, Tensor] = {}
         for start, part in _batches(pixels, batch_size):
-            both = torch.stack([part, part.flip(3)], 1).flatten(0, 1).to(device)  # picture, its mirror image, next ...
-            encoded = parts(both)
+            if self.sides == 2:
+                part = torch.stack([part, part.flip(3)], 1).flatten(0, 1)  # picture, its mirror image, next picture ...
+            encoded = parts(part.to(device))
             for name, values in (("features", encoded.features), ("latents", encoded.latents)):
                 half = values.half().cpu()
                 if not bool(half.isfinite().all()):
-                    raise ValueError(f"{name} of pictures {start}..{start + len(part) - 1} do not fit float16")
-                rows = stored.setdefault(name, torch.empty((2 * len(pixels), *half.shape[1:]), dtype=half.dtype))
-                rows[2 * start : 2 * start + len(half)] = half
+                    raise ValueError(f"{name} of a picture from the {start}th on do not fit float16")
+                rows = stored.setdefault(
+                    name, torch.empty((self.sides * len(pixels), *half.shape[1:]), dtype=half.dtype)
+                )
+                rows[self.sides * start : self.sides * start + len(half)] = half
             if report is not None:
-                report(start + len(part), len(pixels))
+                report(start + len(part) // self.sides, len(pixels))
         return stored
 
 
