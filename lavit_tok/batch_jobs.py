@@ -63,7 +63,7 @@ class Rejects:
         raise ValueError(f"none of {len(self.rows)} could be used; the first is {key}: {reason}")
 
     def summary(self) -> str:
-        """ "", or "; 2 skipped, listed in FILE"."""
+        """Nothing, or "; 2 skipped, listed in FILE"."""
         if not self.rows:
             return ""
         return f"; {len(self.rows)} skipped" + (f", listed in {self.path}" if self.path else "")

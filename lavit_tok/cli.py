@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def budget(text: str) -> int | float:
-    """ "32" is 32 codes an image, "0.25" a quarter of the batch's patches."""
+    """The text "32" is 32 codes an image, "0.25" a quarter of the batch's patches."""
     value: int | float
     try:
         value = int(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def convert(arguments: argparse.Namespace) -> int:
         raise WeightsError(f"{release}: expected the directory of a LaVIT release, no such directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise WeightsError(f"{out}: expected a new or empty directory to write to")
-    kind = _which(release) if arguments.decoder == "auto" else arguments.decoder
+    kind: Any = _which(release) if arguments.decoder == "auto" else arguments.decoder
     tokenizer, decoder = load_released(
         release,
         None if kind == "none" else kind,

@@ -1,7 +1,7 @@
 """VisualTokenizer: the rooms 1 to 6, wired. No maths here.
 
-    images -preprocess-> pixels -features-> [b n d] -score-> [b n 2] -select-> keep [b n] -merge-> [total d]
-           -project-> [total c] -quantize-> VisualCodes -lookup-> [total c] -reconstruct-> [b n d]
+images -preprocess-> pixels -features-> [b n d] -score-> [b n 2] -select-> keep [b n] -merge-> [total d]
+       -project-> [total c] -quantize-> VisualCodes -lookup-> [total c] -reconstruct-> [b n d]
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         save_weights(self, save_directory, getattr(self, "_save_dtype", None))
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         name: str | os.PathLike[str] = "default",
         *,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 DEFAULTS = Path(__file__).parent / "default"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # so that a path that is not there is never asked for over the network
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAPPED = 128 << 20  # bytes of a weights file that are mapped into memory at a time
+MAPPED = 16 << 20  # at least this many bytes of a weights file are mapped into memory at a time,
+MAPPED_SHARE = 64  # or this part of a large file, since each mapping costs some milliseconds
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -30,8 +31,8 @@ class WeightsError(ValueError):
     """A weights directory that does not hold exactly what the model needs; the message lists every difference."""
 
 
-def find_directory(name: str | os.PathLike[str], part: str, **hub: Any) -> Path:
-    """"default" (shipped with the package), a local directory, or a Hub id -> a local directory.
+    """A local directory for "default" (shipped with the package), a local directory, or a Hub id.
+    """ "default" (shipped with the package), a local directory, or a Hub id -> a local directory.
 
     Args:
         part: which shipped model "default" means: a folder of lavit_tok/default.
@@ -133,16 +134,17 @@ def fill(target: Tensor, value: Tensor, label: str, device: torch.device | str =
 
 
 def _groups(files: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
-    """Tensor names of each file, some MAPPED bytes at a time.
+    """Tensor names of each file, so many at a time as may be mapped together.
 
     An open file is mapped into memory and what was read of it counts as the process's until it is closed.
     """
     for file in files:
         with safe_open(file, framework="pt") as opened:
             sizes = {name: 4 * math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        most = max(MAPPED, file.stat().st_size // MAPPED_SHARE)
         group: list[str] = []
         for name, size in sizes.items():
-            if group and sum(sizes[n] for n in group) + size > MAPPED:
+            if group and sum(sizes[n] for n in group) + size > most:
                 yield file, group
                 group = []
             group.append(name)
