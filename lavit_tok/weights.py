@@ -31,8 +31,8 @@ class WeightsError(ValueError):
     """A weights directory that does not hold exactly what the model needs; the message lists every difference."""
 
 
+def find_directory(name: str | os.PathLike[str], part: str, **hub: Any) -> Path:
     """A local directory for "default" (shipped with the package), a local directory, or a Hub id.
-    """ "default" (shipped with the package), a local directory, or a Hub id -> a local directory.
 
     Args:
         part: which shipped model "default" means: a folder of lavit_tok/default.
