@@ -140,7 +140,7 @@ def run(main: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace
         torch.set_num_threads(arguments.threads)
     try:
         main(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

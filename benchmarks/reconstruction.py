@@ -15,10 +15,10 @@ from typing import Any
 
 import common
 import torch
+from metrics import EncoderSpace, cosines, feature_mean, frechet, lpips, pixel_scores
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lavit_tok import VisualCodes, VisualTokenizer
@@ -42,44 +42,6 @@ PUBLISHED = (
 """rFID on ImageNet-256 as their authors give it. Another data set, size and feature space than a run here."""
 
 
-# Features
-
-
-def feature_mean(tokenizer: VisualTokenizer, batches: Any) -> Tensor:
-    """The mean feature [d] over all patches of all pictures, in float64."""
-    total, count = torch.zeros(tokenizer.config.width, dtype=torch.float64), 0
-    for batch in batches:
-        rows = tokenizer.features(tokenizer.preprocess(batch)).flatten(0, 1).double().cpu()
-        total, count = total + rows.sum(0), count + len(rows)
-    return total / count
-
-
-def cosines(features: Tensor, rebuilt: Tensor, mean: Tensor) -> dict[str, Tensor]:
-    """Cosines of a batch [b n d], averaged over patches: [b] each. `mean` [d] is the data set's mean feature.
-
-    The two floors say what no codes at all, and one vector an image, would score. The centred cosine of the mean
-    feature itself is 0 by definition (it is the zero vector then), so it is not computed.
-    """
-    own = features.mean(1, keepdim=True)
-    floors = {
-        "plain_floor_set_mean": cosine(features, mean.to(features)),
-        "plain_floor_image_mean": cosine(features, own),
-        "centred_floor_image_mean": cosine(features - mean.to(features), own - mean.to(features)),
-    }
-    return plain_and_centred(features, rebuilt, mean) | floors
-
-
-def plain_and_centred(features: Tensor, rebuilt: Tensor, mean: Tensor) -> dict[str, Tensor]:
-    """The two cosines of `cosines` without the floors: [b] each."""
-    mean = mean.to(features)
-    return {"plain": cosine(features, rebuilt), "centred": cosine(features - mean, rebuilt - mean)}
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over patches of the cosine of [b n d] with anything that broadcasts to it: [b], float64."""
-    return F.cosine_similarity(a.float(), b.float(), dim=-1).double().mean(1)
-
-
 @torch.no_grad()
 def measure_features(tokenizer: VisualTokenizer, batches: Any, mean: Tensor) -> tuple[dict[str, Any], VisualCodes]:
     """Mean and standard deviation over images of every cosine, and the codes of all pictures."""
@@ -99,48 +61,6 @@ def measure_features(tokenizer: VisualTokenizer, batches: Any, mean: Tensor) -> 
     }
     values["centred_floor_set_mean"] = {"mean": 0.0, "std": 0.0}
     return values, VisualCodes.cat(codes)
-
-
-# Pixels
-
-
-def retrieval(drawn: Tensor, sources: Tensor, side: int = 16) -> float:
-    """Share of drawn pictures [n 3 h w] whose nearest source [m 3 h w], in side x side RGB, is their own.
-
-    Drawn picture i is of source i; further sources only make it harder. A tie counts as found.
-    """
-    small = [F.adaptive_avg_pool2d(x.float(), side).flatten(1).double() for x in (drawn, sources)]
-    distances = torch.cdist(*small, compute_mode="donot_use_mm_for_euclid_dist")
-    return float((distances.diagonal() <= distances.amin(1)).double().mean())
-
-
-def pixel_scores(drawn: Tensor, sources: Tensor) -> dict[str, float]:
-    """PSNR in dB and SSIM, means over pictures, and retrieval; float [n 3 h w] in 0..1, so data_range is 1."""
-    candidates, sources = sources, sources[: len(drawn)]
-    psnr = peak_signal_noise_ratio(drawn, sources, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    ssim = structural_similarity_index_measure(drawn, sources, data_range=1.0, reduction="none")
-    return {"psnr": float(psnr.mean()), "ssim": float(ssim.mean()), "retrieval": retrieval(drawn, candidates)}
-
-
-class EncoderSpace(nn.Module):
-    """uint8 [b 3 h w] -> the tokenizer's own patch features, averaged over patches [b d]."""
-
-    def __init__(self, tokenizer: VisualTokenizer) -> None:
-        super().__init__()
-        self._tokenizer = [tokenizer]  # not a sub-module: torchmetrics moves and casts what it holds
-        self.num_features = tokenizer.config.width
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokenizer = self._tokenizer[0]
-        return tokenizer.features(tokenizer.preprocess(images)).mean(1).float()
-
-
-def frechet(metric: FrechetInceptionDistance, sources: Tensor, drawn: Tensor, batch: int) -> float:
-    """The metric over uint8 [n 3 h w] pairs; sources are the same crops that were encoded."""
-    for images, real in ((sources, True), (drawn, False)):
-        for part in images.split(batch):
-            metric.update(part, real=real)
-    return float(metric.compute())
 
 
 def distances(tokenizer: VisualTokenizer, a: Namespace, sources: Tensor, drawn: Tensor) -> dict[str, Any]:
@@ -205,7 +125,7 @@ def measure_pixels(tokenizer: VisualTokenizer, codes: VisualCodes, pictures: com
     first = None
     for seed in range(a.seeds):
         drawn = draw(decoder, codes.take(places), pictures.pixels.shape[-1], seed, a)
-        scores = pixel_scores(drawn, searched)
+        scores = pixel_scores(drawn, searched) | ({"lpips": lpips(drawn, searched[:count])} if a.lpips else {})
         runs.append(scores | distances(tokenizer, a, sources, to_uint8(drawn)))
         first = to_uint8(drawn) if first is None else first
         print(f"seed {seed}: " + ", ".join(f"{k} {v:.4g}" for k, v in runs[-1].items()), flush=True)
@@ -257,10 +177,12 @@ def pixel_text(pixels: dict[str, Any]) -> str:
     names = {
         "psnr": "PSNR, dB (data_range=1)",
         "ssim": "SSIM (data_range=1)",
+        "lpips": "LPIPS (AlexNet)",
         "retrieval": f"retrieval, top-1 among {pixels['sources']} in 16x16 RGB (chance {1 / pixels['sources']:.4f})",
     }
     rows = [(names.get(name, name), common.plus_minus(value)) for name, value in pixels["summary"].items()]
-    rows.append(("LPIPS", "not measured: its weights are not part of the library"))
+    if "lpips" not in pixels["summary"]:
+        rows.append(("LPIPS", "not measured: --lpips, with torchvision and its weights at hand"))
     text = "## Pixels\n\n" + common.table(("measure", f"mean ± std over {pixels['seeds']} seeds"), rows)
     text += f"\n\n{pixels['pictures']} pictures, {pixels['steps']} steps, guidance {pixels['guidance']:g}. "
     text += "The reference is the same crops.\n\n![pairs](reconstruction.png)\n\n## Published, not comparable\n\n"
@@ -280,6 +202,7 @@ def arguments() -> Any:
         "--mean-pictures", type=int, default=1024, help="pictures of the train split for the mean feature"
     )
     found.add_argument("--inception", type=Path, help="Inception-v3 weights of torch-fidelity, for rFID")
+    found.add_argument("--lpips", action="store_true", help="also LPIPS; needs torchvision and its AlexNet weights")
     found.add_argument("--force", action="store_true", help=f"rFID even under {FID_LEAST} pictures")
     return found
 

@@ -1,7 +1,7 @@
 """Is the learned selection worth having? It, random and largest-norm selection at the same budgets.
 
 All three spend the same number of codes on every image and use the same trained merger, codebook and reconstructor, so
-that only the choice of patches differs. Distortion is the feature cosine, plain and centred (see reconstruction.py).
+that only the choice of patches differs. Distortion is the feature cosine, plain and centred (see metrics.py).
 Two more curves show the learned scores spent across a batch, and the selector's own decision without a budget.
 Writes selection.md, .json and the curve selection.png.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import common
 import torch
-from reconstruction import feature_mean, plain_and_centred
+from metrics import feature_mean, plain_and_centred
 from torch import Tensor
 
 from lavit_tok import VisualTokenizer

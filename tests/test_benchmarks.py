@@ -182,7 +182,7 @@ def test_jpeg_size_is_that_of_the_file(scripts: Any, tmp_path: Path):
 
 
 def test_cosines_and_their_floors_by_hand(scripts: Any):
-    script = scripts("reconstruction")
+    script = scripts("metrics")
     mean = torch.tensor([1.0, 0.0])
     features = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[2.0, 1.0], [2.0, 1.0]]])  # image 1 is the same everywhere
     found = script.cosines(features, features.clone(), mean)
@@ -200,13 +200,13 @@ def test_cosines_and_their_floors_by_hand(scripts: Any):
 
 def test_mean_feature_is_over_all_patches_of_all_batches(scripts: Any, folder: Path, tiny_tokenizer: VisualTokenizer):
     pictures = scripts("common").load_pictures(str(folder), 32)
-    found = scripts("reconstruction").feature_mean(tiny_tokenizer, pictures.batches(5))
+    found = scripts("metrics").feature_mean(tiny_tokenizer, pictures.batches(5))
     expected = tiny_tokenizer.features(tiny_tokenizer.preprocess(pictures.pixels)).double().mean((0, 1))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_retrieval(scripts: Any):
-    script = scripts("reconstruction")
+    script = scripts("metrics")
     pictures = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert script.retrieval(pictures, pictures) == 1
     assert script.retrieval(pictures + 0.01, pictures) == 1
@@ -218,7 +218,7 @@ def test_retrieval(scripts: Any):
 
 
 def test_pixel_scores_by_hand(scripts: Any):
-    script = scripts("reconstruction")
+    script = scripts("metrics")
     black, white = torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32)
     assert script.pixel_scores(black + 0.1, black)["psnr"] == pytest.approx(20, abs=1e-3)  # 10 log10(1 / 0.01)
     assert script.pixel_scores(white, black)["ssim"] == pytest.approx(0, abs=1e-3)
@@ -226,7 +226,7 @@ def test_pixel_scores_by_hand(scripts: Any):
 
 
 def test_frechet_distance_in_the_encoders_space(scripts: Any, folder: Path, tiny_tokenizer: VisualTokenizer):
-    script = scripts("reconstruction")
+    script = scripts("metrics")
     pictures = scripts("common").load_pictures(str(folder), 32).pixels
 
     def distance(images: torch.Tensor) -> float:
