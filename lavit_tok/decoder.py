@@ -64,6 +64,8 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "condition->unet->vae"
+    # Offload by layers moves weights when their own layer runs; the null embedding is read without any running.
+    _exclude_from_cpu_offload = ["condition"]  # noqa: RUF012 (diffusers' name and type)
 
     def __init__(
         self, condition: Condition, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: diffusers.SchedulerMixin

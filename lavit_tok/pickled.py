@@ -2,7 +2,7 @@
 
 `torch.load(weights_only=True)` builds tensors and plain containers; a pickle that asks for anything else is refused.
 Files are mapped, not read: only tensors that are taken come from disk. Mapped pages count as memory of the process
-until the mapping goes, so the files are mapped anew after every MAPPED bytes taken.
+until the mapping goes, so the files are mapped anew whenever MAPPED bytes, or a small share of them, have been taken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavit_tok.weights import MAPPED, WeightsError, compare
+from lavit_tok.weights import MAPPED, MAPPED_SHARE, WeightsError, compare
 
 Shape = tuple[int, ...]
 
@@ -41,6 +41,7 @@ class PickledTensors:
         self._mapped = all(zipfile.is_zipfile(path) for path in paths)
         self._tensors = self._open()
         self._taken = 0
+        self._most = max(MAPPED, sum(path.stat().st_size for path in paths) // MAPPED_SHARE)
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -48,8 +49,10 @@ class PickledTensors:
 
     def take(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype. Copy it at once: holding it keeps the whole mapping alive."""
+        if not self._tensors[name].is_floating_point():
+            raise WeightsError(f"{self.label}: {name}: expected floats, got {self._tensors[name].dtype}")
         size = self._tensors[name].nbytes
-        if self._mapped and self._taken and self._taken + size > MAPPED:
+        if self._mapped and self._taken and self._taken + size > self._most:
             self._tensors, self._taken = {}, 0  # the old mapping goes before the new one comes
             self._tensors = self._open()
         self._taken += size
