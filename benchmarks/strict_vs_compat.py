@@ -1,23 +1,26 @@
 """How many codes change when released weights are read with strict instead of compat attention?
 
     changed = share of the kept tokens whose code differs        (the keep mask is the same: no attention decides it)
-    shift   = mean over tokens of |z_strict - z_compat|, z of unit norm in code space
+    shift   = |z_strict - z_compat| of a token, z of unit norm in code space
 
-Pictures come from --data, or, without it, are noise: then the numbers say that the script works and no more. Writes
-strict_vs_compat.md and .json.
+The formulas part where scores are large: --query-scale multiplies the merger's queries, and so all scores, which shows
+how far a model is from trouble. Pictures come from --data, or, without it, are noise. Writes strict_vs_compat.md and
+.json.
 """
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
 from typing import Any
 
 import common
 import torch
-from torch import Tensor
 
 from lavit_tok import VisualTokenizer
 from lavit_tok.released import load_released
+
+SHIFTS = ("shift", "largest_shift")
 
 
 def open_tokenizer(arguments: Namespace) -> VisualTokenizer:
@@ -38,35 +41,40 @@ def batches(arguments: Namespace, tokenizer: VisualTokenizer) -> tuple[Any, str]
 
 
 @torch.no_grad()
-def main(arguments: Namespace) -> dict[str, Any]:
-    tokenizer = open_tokenizer(arguments)
-    tokens = changed = kept_share = count = 0.0
-    shifts: list[Tensor] = []
-    found, what = batches(arguments, tokenizer)
-    for images in found:
+def compare(tokenizer: VisualTokenizer, arguments: Namespace, scale: float) -> dict[str, float]:
+    """Both formulas over all pictures, the merger's queries multiplied by `scale`."""
+    merger = copy.deepcopy(tokenizer.merger)
+    for block in merger.blocks:
+        for attention in (block.self_attention, block.cross_attention):
+            attention.query.weight *= scale
+            attention.query.bias *= scale
+    shifts, tokens, changed, kept, patches = [], 0, 0, 0, 0
+    for images in batches(arguments, tokenizer)[0]:
         features = tokenizer.features(tokenizer.preprocess(images))
         keep = tokenizer.select(tokenizer.score(features))
         z, codes = {}, {}
         for formula in ("strict", "compat"):
-            tokenizer.merger.formula = formula
-            z[formula] = tokenizer.project(tokenizer.merge(features, keep))
+            merger.formula = formula
+            z[formula] = tokenizer.project(merger(features, keep))
             codes[formula] = tokenizer.quantize(z[formula], keep.sum(1)).values
-        tokens += len(codes["strict"])
-        changed += float((codes["strict"] != codes["compat"]).sum())
+        tokens, changed = tokens + len(z["strict"]), changed + int((codes["strict"] != codes["compat"]).sum())
+        kept, patches = kept + int(keep.sum()), patches + keep.numel()
         shifts.append((z["strict"] - z["compat"]).norm(dim=1))
-        kept_share += float(keep.double().mean()) * len(keep)
-        count += len(keep)
-    values = {
-        "pictures": what,
-        "tokens": int(tokens),
-        "kept_share": kept_share / count,
-        "changed": changed / tokens,
-        "shift": float(torch.cat(shifts).mean()),
-        "largest_shift": float(torch.cat(shifts).max()),
-    }
-    head = ("tokens", "kept", "codes that change", "mean shift", "largest shift")
-    keys = ("kept_share", "changed", "shift", "largest_shift")
-    body = f"{what}.\n\n" + common.table(head, [(values["tokens"], *(f"{values[k]:.4f}" for k in keys))])
+    shift = torch.cat(shifts)
+    found = {"query_scale": scale, "tokens": tokens, "kept_share": kept / patches, "changed": changed / tokens}
+    return {**found, "shift": float(shift.mean()), "largest_shift": float(shift.max())}
+
+
+def main(arguments: Namespace) -> dict[str, Any]:
+    tokenizer = open_tokenizer(arguments)
+    runs = [compare(tokenizer, arguments, scale) for scale in arguments.query_scale]
+    values = {"pictures": batches(arguments, tokenizer)[1], "runs": runs}
+    head = ("queries times", "tokens", "kept", "codes that change", "mean shift", "largest shift")
+    rows = []
+    for r in runs:
+        shares = (f"{r['kept_share']:.3f}", f"{r['changed']:.4f}")
+        rows.append((r["query_scale"], r["tokens"], *shares, *(f"{r[k]:.1e}" for k in SHIFTS)))
+    body = f"{values['pictures']}.\n\n" + common.table(head, rows)
     common.write("strict_vs_compat", arguments.out, "Strict against compat attention", body, values)
     return values
 
@@ -78,6 +86,7 @@ def arguments() -> Any:
     found.add_argument("--data", help="image folder, parquet or arrow path, or Hub name; noise if not given")
     found.add_argument("--split", help="test, else validation, else the first, if not given")
     found.add_argument("--limit", type=int, help="at most this many pictures, evenly spaced")
+    found.add_argument("--query-scale", type=float, nargs="+", default=[1.0], help="factors of the merger's queries")
     return found
 
 
