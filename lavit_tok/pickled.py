@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavit_tok.weights import MAPPED, MAPPED_SHARE, WeightsError, compare
+from lavit_tok.weights import MAPPED, MAPPED_SHARE, WeightsError, compare, is_finite
 
 Shape = tuple[int, ...]
 
@@ -184,7 +184,7 @@ class Part:
         for name, source in self.sources.items():
             filled[name] = torch.empty(ours[name].shape, dtype=ours[name].dtype, device=device)
             source.read(self.file, filled[name])
-            if not bool(filled[name].isfinite().all()):
+            if not is_finite(filled[name]):
                 as_what = str(filled[name].dtype).removeprefix("torch.")
                 theirs = " ".join(source.names)
                 raise WeightsError(f"{self.file.label}: {theirs} holds NaN or infinity as {as_what}")

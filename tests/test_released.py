@@ -298,6 +298,18 @@ def test_values_that_cannot_be_weights(copy: Path, value: Any, said: str):
         load_released(copy)
 
 
+def test_is_finite():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = torch.linspace(-3, 3, 1001).to(dtype)
+        assert weights.is_finite(values)
+        for place in (0, 500, 1000):
+            for bad in ("nan", "inf", "-inf"):
+                broken = values.clone()
+                broken[place] = float(bad)
+                assert not weights.is_finite(broken), (dtype, place, bad)
+    assert weights.is_finite(torch.zeros(0)) and weights.is_finite(torch.ones(2, dtype=torch.int64))
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_absent_and_damaged_files(copy: Path):
     (copy / "pixel_decoding/uncond_embeddings.bin").unlink()
