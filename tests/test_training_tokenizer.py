@@ -13,7 +13,7 @@ from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.selector import keep_scores, straight_through
-from lavit_tok.training.common import step_generator, warmup_cosine
+from lavit_tok.training.common import Recent, step_generator, warmup_cosine
 from lavit_tok.training.data import ImageDataModule
 from lavit_tok.training.tokenizer import TokenizerTraining
 
@@ -105,7 +105,6 @@ def test_settled_selector_keeps_rho_and_freezes(tiny_config: TokenizerConfig, fo
     settings = {"budget_share": 0.0, "rho": 0.25, "settle_at": 3, "quantize_at": 7}
     module, _, values = fit(tiny_config, folder, tmp_path, 7, **settings)
     ratios = [v["train/keep_ratio"] for v in values[3:]]
-    print(ratios)
     assert 0.25 <= ratios[0] <= 0.25 + 8 / 128
     assert np.mean(ratios) == pytest.approx(0.25, abs=0.1)
     assert not any(p.requires_grad for p in module.tokenizer.selector.parameters())
@@ -154,6 +153,22 @@ def test_chain_train_save_load_encode_reconstruct(
     assert loaded.reconstruct(codes).shape == (len(photos), 16, 32)
     scores = keep_scores(loaded.score(loaded.features(loaded.preprocess(photos))))
     assert torch.equal(codes.keep, (scores > 0) | torch.nn.functional.one_hot(scores.argmax(1), 16).bool())
+
+
+def test_recent_rows_overwrite_the_oldest() -> None:
+    """The drawing of the docstring, then nothing at all, then more rows at once than are held."""
+    recent = Recent(4)
+    assert recent.latest().tolist() == []
+    recent.add(torch.tensor([1.0, 2.0, 3.0]))
+    assert recent.latest().tolist() == [1, 2, 3]
+    recent.add(torch.tensor([4.0, 5.0]))
+    assert recent.latest().tolist() == [5, 2, 3, 4]
+    recent.add(torch.zeros(0))
+    recent.add(torch.arange(10, 16).float())
+    assert sorted(recent.latest().tolist()) == [12, 13, 14, 15]
+    pairs = Recent(2, 3)
+    pairs.add(torch.ones(1, 3))
+    assert pairs.latest().shape == (1, 3)
 
 
 def test_learning_rate_shape() -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from PIL import Image
+from torch import Tensor, nn
 
 
 def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
@@ -38,6 +40,37 @@ def logged_picture(module: L.LightningModule, name: str, image: Image.Image) -> 
         if hasattr(writer, "add_image"):
             writer.add_image(name, np.asarray(image), module.global_step, dataformats="HWC")
     return path
+
+
+class Recent(nn.Module):
+    """The latest rows of a stream, in a buffer, so that a checkpoint holds them.
+
+        size 4, after rows 1 2 3 and then 4 5:    5 2 3 4    latest() is all of them, oldest overwritten first
+
+    Args:
+        size: how many rows are held.
+        shape: of one row; () for numbers.
+    """
+
+    rows: Tensor
+    seen: Tensor
+
+    def __init__(self, size: int, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(size, *shape))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def add(self, rows: Shaped[Tensor, "n *shape"]) -> None:
+        """Overwrite the oldest rows by these."""
+        size = len(self.rows)
+        rows = rows[-size:].to(self.rows.dtype)
+        self.rows[(self.seen + torch.arange(len(rows), device=self.rows.device)) % size] = rows
+        self.seen += len(rows)
+
+    def latest(self) -> Shaped[Tensor, "n *shape"]:
+        """The rows held, in no particular order."""
+        return self.rows[: min(len(self.rows), int(self.seen))]
 
 
 class PrintMetrics(L.Callback):

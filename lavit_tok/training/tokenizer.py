@@ -32,7 +32,8 @@ from lavit_tok.quantizer import TrainingCodebook, Usage, spherical_kmeans, usage
 from lavit_tok.records import Layout
 from lavit_tok.selector import keep_by_budget, keep_scores, straight_through
 from lavit_tok.tokenizer import VisualTokenizer
-from lavit_tok.training.common import logged_picture, step_generator, warmup_cosine
+from lavit_tok.training.common import Recent, logged_picture, step_generator, warmup_cosine
+from lavit_tok.visualize import kept_overlay, sheet
 
 
 class TokenizerTraining(L.LightningModule):
@@ -110,9 +111,8 @@ class TokenizerTraining(L.LightningModule):
         self.tokenizer = VisualTokenizer(config, vision)
         self.codebook: TrainingCodebook | None = None
         self.register_buffer("mean_feature", torch.zeros(config.width))
-        self.register_buffer("recent_scores", torch.zeros(max(1, kmeans_samples)))
-        self.register_buffer("recent_z", torch.zeros(max(1, kmeans_samples), config.code_dim))
-        self.register_buffer("filled", torch.zeros(2, dtype=torch.int64))
+        self.recent_scores = Recent(kmeans_samples)
+        self.recent_z = Recent(kmeans_samples, config.code_dim)
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # 0: A, 1: A', 2: B
         self.validation_codes: list[Tensor] = []
 
@@ -158,7 +158,7 @@ class TokenizerTraining(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         s, step = self.settings, self.global_step
         if int(self.stage) == 0 and step >= s.settle_at:
-            self.filled[0] = 0  # scores of a selector that still moved
+            self.recent_scores.seen.zero_()  # scores of a selector that still moved
             self.stage.fill_(1)
         if int(self.stage) == 1 and step >= s.quantize_at:
             self._start_codebook()
@@ -170,7 +170,8 @@ class TokenizerTraining(L.LightningModule):
         generator = step_generator(s.seed, self.global_step, self.global_rank, self.device)
         features = self.features(batch["images"])
         log_probs = self.tokenizer.score(features)
-        self._remember(0, self.recent_scores, keep_scores(log_probs).detach().flatten())
+        if int(self.stage) < 2:
+            self.recent_scores.add(keep_scores(log_probs).flatten())
         learning = int(self.stage) == 0 or s.selector_after == "live"
         if learning:
             policy = straight_through(log_probs, generator, int(self.stage) == 0, s.temperature)
@@ -253,9 +254,9 @@ class TokenizerTraining(L.LightningModule):
     def _quantize(self, z: Float[Tensor, "total c"]) -> tuple[Tensor, Tensor | None, Tensor]:
         """z as it is before the switch; after it, blended towards its row."""
         zero = torch.zeros((), device=z.device)
-        if self.training:
-            self._remember(1, self.recent_z, z.detach())
         if int(self.stage) < 2 or self.codebook is None:
+            if self.training:
+                self.recent_z.add(z)
             return z, None, zero
         quantized, codes, commitment = self.codebook(z, seed=self.settings.seed + self.global_step)
         if not self.training:
@@ -264,41 +265,27 @@ class TokenizerTraining(L.LightningModule):
         return z + share * (quantized - z), codes, commitment
 
     @torch.no_grad()
-    def _remember(self, which: int, ring: Tensor, rows: Tensor) -> None:
-        """Overwrite the oldest rows of a ring buffer; nothing once the codebook exists and needs none."""
-        if int(self.stage) == 2:
-            return
-        rows = rows[-len(ring) :].to(ring.dtype)
-        places = (self.filled[which] + torch.arange(len(rows), device=ring.device)) % len(ring)
-        ring[places] = rows
-        self.filled[which] += len(rows)
-
-    def _recent(self, which: int, ring: Tensor) -> Tensor:
-        return ring[: min(len(ring), int(self.filled[which]))]
-
-    @torch.no_grad()
     def _calibrate(self) -> float:
         """Shift the selector so that the deterministic rule keeps rho of the recent patches; returns by how much.
 
         Under Gumbel noise a share rho is kept when scores lie anywhere near rho's own; without it, only when a share
         rho of them lies above 0. Nothing after quantize_at, so that codes then mean the same until the end.
         """
-        scores = self._recent(0, self.recent_scores)
+        scores = self.recent_scores.latest()
         if int(self.stage) == 2 or not len(scores):
             return 0.0
         rank = min(len(scores) - 1, math.ceil((1 - self.settings.rho) * len(scores)))
         amount = -float(self.trainer.strategy.broadcast(scores.kthvalue(rank + 1).values))
         self.tokenizer.selector.shift(amount)
-        self.recent_scores += amount
+        self.recent_scores.rows += amount
         return amount
 
     def _start_codebook(self) -> None:
         """k-means over the recent vectors; every rank takes the first one's rows."""
         assert self.codebook is not None
         generator = torch.Generator().manual_seed(self.settings.seed)
-        samples = self._recent(1, self.recent_z)
         size = self.tokenizer.config.codebook_size
-        rows, counts = spherical_kmeans(samples, size, self.settings.kmeans_iterations, generator)
+        rows, counts = spherical_kmeans(self.recent_z.latest(), size, self.settings.kmeans_iterations, generator)
         rows, counts = self.trainer.strategy.broadcast((rows, counts))
         self.codebook.load_rows(rows, counts * self._rows_per_step() / counts.sum())
 
@@ -316,8 +303,6 @@ class TokenizerTraining(L.LightningModule):
         self.log_dict({f"{part}/codebook_usage": used.used, f"{part}/perplexity": used.perplexity})
 
     def _picture(self, images: UInt8[Tensor, "batch 3 h w"], keep: Bool[Tensor, "batch n"]) -> None:
-        from lavit_tok.visualize import kept_overlay, sheet
-
         if self.trainer.is_global_zero:
             side = self.tokenizer.config.image_size // self.tokenizer.config.patch_size
             shown = [kept_overlay(images[i], keep[i], (side, side)) for i in range(min(16, len(images)))]
