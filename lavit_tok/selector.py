@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -112,7 +111,6 @@ def straight_through(
     generator: torch.Generator | None,
     sample: bool = True,
     temperature: float = 1.0,
-    kind: Literal["hard"] = "hard",
 ) -> Float[Tensor, "batch patches"]:
     """The training decision M in {0, 1} with the gradient of the soft one (Gumbel-softmax, hard, straight-through)."""
     scores = keep_scores(log_probs)

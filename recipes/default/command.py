@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.optim.lr_scheduler import LambdaLR
 
+from lavit_tok.training import common
 from lavit_tok.training.common import PrintMetrics
 
 
@@ -39,9 +39,6 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: int, flo
     """Lightning's record of a per-step schedule: linear up for `warmup` steps, then a cosine to `floor` at `total`."""
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, total - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return common.warmup_cosine(step, total, warmup, floor)
 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
