@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from lavit_tok.attention import attend
 from lavit_tok.quantizer import Codebook
 from lavit_tok.reconstructor import Reconstructor
-from lavit_tok.records import CodeError, Layout, VisualCodes
+from lavit_tok.records import VisualCodes
 from lavit_tok.tokenizer import VisualTokenizer
 
 
@@ -264,14 +264,9 @@ class Condition(ModelMixin, ConfigMixin):
     def features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
         """X_rec, the features of every patch. Raises CodeError for codes of another codebook, none, or too many."""
         codes.check(self.config.codebook_size)
-        patches = self.config.patches
-        if len(codes) == 0 or int(codes.lengths.min()) < 1 or codes.layout.width > patches:
-            got = "no images" if len(codes) == 0 else f"lengths {int(codes.lengths.min())}..{codes.layout.width}"
-            raise CodeError(f"expected at least one image and 1..{patches} codes an image, got {got}")
+        codes.check_lengths(self.config.patches)
         codes = codes.to(self.codebook.rows.device)
-        layout = Layout(codes.lengths)
-        index = torch.arange(layout.width, device=codes.device)[None]
-        return self.reconstructor(layout.pad(self.codebook.lookup(codes.values)), index, layout.mask)
+        return self.reconstructor.ragged(self.codebook.lookup(codes.values), codes.layout)
 
     def forward(self, codes: VisualCodes) -> Conditioning:
         """Codes of a batch -> their conditions."""

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lavit_tok.attention import Block
+from lavit_tok.records import Layout
 
 
 class Reconstructor(nn.Module):
@@ -30,6 +31,11 @@ class Reconstructor(nn.Module):
         self.blocks: Any = nn.ModuleList(Block(width, heads, mlp_width, eps) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width, eps)
         self.project_out = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+    def ragged(self, vectors: Float[Tensor, "total code_dim"], layout: Layout) -> Float[Tensor, "batch patches width"]:
+        """forward, from the rows of all images one after another."""
+        index = torch.arange(layout.width, device=vectors.device)[None]
+        return self(layout.pad(vectors), index, layout.mask)
 
     def forward(
         self,

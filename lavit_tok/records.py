@@ -141,6 +141,12 @@ class VisualCodes:
             if low < 0 or high >= codebook_size:
                 raise CodeError(f"codes must lie in 0..{codebook_size - 1}, got {low}..{high}")
 
+    def check_lengths(self, patches: int) -> None:
+        """Raise CodeError unless there are images, each of 1..patches codes, as a reconstructor can read."""
+        if len(self) == 0 or int(self.lengths.min()) < 1 or self.layout.width > patches:
+            got = "no images" if len(self) == 0 else f"lengths {int(self.lengths.min())}..{self.layout.width}"
+            raise CodeError(f"expected at least one image and 1..{patches} codes an image, got {got}")
+
     @classmethod
     def from_list(cls, codes: Sequence[Any], codebook_size: int | None = None) -> VisualCodes:
         """From one sequence of integers (list or tensor) per image."""

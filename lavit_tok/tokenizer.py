@@ -24,7 +24,7 @@ from lavit_tok.encoder import VisionEncoder
 from lavit_tok.merger import Merger
 from lavit_tok.quantizer import Quantizer
 from lavit_tok.reconstructor import Reconstructor
-from lavit_tok.records import CodeError, Layout, VisualCodes
+from lavit_tok.records import Layout, VisualCodes
 from lavit_tok.selector import Budget, Selector
 from lavit_tok.weights import empty, find_directory, load_weights, save_weights
 
@@ -165,13 +165,8 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         """The encoder's features of every patch, as far as the codes tell. Raises CodeError for codes that misfit."""
         if self.reconstructor is None:
             raise ValueError("this tokenizer has no reconstructor (config.reconstructor_depth is 0): it only encodes")
-        longest, patches = codes.layout.width, self.config.num_patches
-        if len(codes) == 0 or int(codes.lengths.min()) < 1 or longest > patches:
-            got = "no images" if len(codes) == 0 else f"lengths {int(codes.lengths.min())}..{longest}"
-            raise CodeError(f"expected at least one image and 1..{patches} codes an image, got {got}")
-        layout = Layout(codes.lengths.to(self.device))
-        index = torch.arange(layout.width, device=self.device)[None]
-        return self.reconstructor(layout.pad(self.lookup(codes)), index, layout.mask)
+        codes.check_lengths(self.config.num_patches)
+        return self.reconstructor.ragged(self.lookup(codes), Layout(codes.lengths.to(self.device)))
 
     @torch.no_grad()
     def embed(

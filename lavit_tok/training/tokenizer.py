@@ -248,8 +248,7 @@ class TokenizerTraining(L.LightningModule):
         """The way of encode(): only kept rows are computed."""
         layout = Layout.of(keep)
         vectors, codes, commitment = self._quantize(self.tokenizer.project(self.tokenizer.merge(features, keep)))
-        index = torch.arange(layout.width, device=keep.device)[None]
-        return self.tokenizer.reconstructor(layout.pad(vectors), index, layout.mask), codes, commitment
+        return self.tokenizer.reconstructor.ragged(vectors, layout), codes, commitment
 
     def _quantize(self, z: Float[Tensor, "total c"]) -> tuple[Tensor, Tensor | None, Tensor]:
         """z as it is before the switch; after it, blended towards its row."""
