@@ -6,6 +6,7 @@ images -preprocess-> pixels -features-> [b n d] -score-> [b n 2] -select-> keep 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -70,6 +71,14 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.quantizer.projection.parameters()).dtype
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the codebook: equal for tokenizers whose codes mean the same rows.
+
+        Taken of the rows rounded to float16, so that a copy saved in half precision has the same.
+        """
+        rows = self.quantizer.codebook.rows.detach().to("cpu", torch.float16)
+        return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
 
     @torch.no_grad()
     def encode(

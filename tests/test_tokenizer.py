@@ -275,3 +275,12 @@ def test_sharing_on_the_hub():
     parameters = inspect.signature(VisualTokenizer.push_to_hub).parameters
     assert {"repo_id", "commit_message", "private", "token", "branch"} <= set(parameters)
     assert {"save_directory", "dtype"} <= set(inspect.signature(VisualTokenizer.save_pretrained).parameters)
+
+
+def test_fingerprint_names_the_codebook(tiny_tokenizer: VisualTokenizer, tmp_path: Path):
+    first = tiny_tokenizer.fingerprint()
+    assert len(first) == 16 and int(first, 16) >= 0
+    tiny_tokenizer.save_pretrained(tmp_path, dtype=torch.float16)
+    assert VisualTokenizer.from_pretrained(tmp_path).fingerprint() == first
+    tiny_tokenizer.quantizer.codebook.rows[0, 0] += 0.01
+    assert tiny_tokenizer.fingerprint() != first

@@ -5,8 +5,12 @@
 Two heads sit on exactly these features. One answers "what is it": the mean patch must match the caption's sentence
 embedding among the batch's captions. The other answers "where, in which colour": every patch must tell its own low-pass
 pixels. Half of the training pictures have patches hidden, so a patch has to be inferred from its neighbours; features
-that predict each other are what a tokenizer can describe with few codes. The published LaVIT uses EVA-CLIP's frozen
-encoder instead.
+that predict each other are what a tokenizer can describe with few codes.
+
+Both heads read the features through one normalisation and through noise, in training only. A head could otherwise read
+any direction at any gain, and features are later compared by their cosine, in which only large directions count. Noise
+gives each direction the share of the variance that its use is worth: a caption, averaged over all patches, needs
+little; a patch's own colour needs much. The published LaVIT uses EVA-CLIP's frozen encoder instead.
 
     python recipes/default/teacher.py fit -c recipes/default/teacher.yaml
 """
@@ -47,10 +51,12 @@ class Teacher(LightningModule):
         weight_decay: AdamW's, for matrices only.
         warmup_steps: steps of linear warm-up.
         pixel_weight: weight of the pixel loss (smooth L1, in normalised units) beside the caption loss (in nats).
+        detail_weight: differences of the 2x2 colours from their patch's mean count this much of the mean itself.
+        feature_noise: standard deviation of the noise between normalised features and heads, in training.
         target_temperature: text-text similarities divided by this give the soft targets, shared by near-equal captions.
         mask_probability: share of the training pictures that have patches hidden.
         mask_share: least and greatest share of patches hidden in such a picture.
-        seed: fixes which patches are hidden at which step.
+        seed: fixes which patches are hidden, and the noise, at each step.
     """
 
     def __init__(
@@ -60,12 +66,14 @@ class Teacher(LightningModule):
         patch_size: int = 8,
         hidden_size: int = 192,
         layers: int = 6,
-        heads: int = 6,
+        heads: int = 3,
         intermediate_size: int = 768,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.05,
         warmup_steps: int = 200,
-        pixel_weight: float = 10.0,
+        pixel_weight: float = 6.0,
+        detail_weight: float = 0.5,
+        feature_noise: float = 0.7,
         target_temperature: float = 0.05,
         mask_probability: float = 0.5,
         mask_share: tuple[float, float] = (0.3, 0.6),
@@ -83,10 +91,9 @@ class Teacher(LightningModule):
             hidden_act="gelu",
         )
         self.vision = CLIPVisionModel(config)
-        self.caption_norm = nn.LayerNorm(hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
         self.caption_projection = nn.Linear(hidden_size, 384)
         self.logit_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), as CLIP starts
-        self.pixel_norm = nn.LayerNorm(hidden_size)
         self.pixel_head = nn.Linear(hidden_size, 2 * 2 * 3)
         self.grid = image_size // patch_size
         self.text: dict[str, Tensor] = {}
@@ -101,31 +108,33 @@ class Teacher(LightningModule):
         """Residual stream after the last block, before any final norm, without CLS."""
         return self.vision(pixel_values=pixels).last_hidden_state[:, 1:]
 
-    def describe(self, features: Float[Tensor, "batch patch dim"]) -> Float[Tensor, "batch 384"]:
-        """Unit vectors in the space of the sentence embeddings."""
-        return F.normalize(self.caption_projection(self.caption_norm(features).mean(1)).float(), dim=1)
+    def describe(self, normed: Float[Tensor, "batch patch dim"]) -> Float[Tensor, "batch 384"]:
+        """Unit vectors in the space of the sentence embeddings, from normalised features."""
+        return F.normalize(self.caption_projection(normed.mean(1)).float(), dim=1)
 
-    def hide(self, batch: int) -> Bool[Tensor, "batch patch"]:
-        """Patches to hide at this step, True is hidden; a pure function of (seed, step)."""
-        generator = torch.Generator().manual_seed(self.hparams.seed * 1_000_003 + self.global_step)
+    def hide(self, batch: int, generator: torch.Generator) -> Bool[Tensor, "batch patch"]:
+        """Patches to hide, True is hidden."""
         least, greatest = self.hparams.mask_share
         share = least + (greatest - least) * torch.rand(batch, 1, generator=generator)
         share = share * (torch.rand(batch, 1, generator=generator) < self.hparams.mask_probability)
         return torch.rand(batch, self.grid**2, generator=generator) < share
 
     def low_pass(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patch 12"]:
-        """Each patch as 2x2 average colours, in normalised units, ordered channel, row, column."""
-        return F.unfold(F.adaptive_avg_pool2d(pixels, 2 * self.grid), 2, stride=2).transpose(1, 2)
+        """Each patch as 2x2 average colours in normalised units, details weighted; ordered channel, row, column."""
+        colours = F.unfold(F.adaptive_avg_pool2d(pixels, 2 * self.grid), 2, stride=2).transpose(1, 2)
+        mean = colours.unflatten(2, (3, 4)).mean(3).repeat_interleave(4, 2)
+        return mean + self.hparams.detail_weight * (colours - mean)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         pixels = normalise(batch["images"])
-        hidden = self.hide(len(pixels)).to(self.device).view(-1, 1, self.grid, self.grid)
+        generator = torch.Generator().manual_seed(self.hparams.seed * 1_000_003 + self.global_step)
+        hidden = self.hide(len(pixels), generator).to(self.device).view(-1, 1, self.grid, self.grid)
         visible = (~hidden).repeat_interleave(self.hparams.patch_size, 2).repeat_interleave(self.hparams.patch_size, 3)
-        features = self.features(pixels * visible)
-        pixel_loss = F.smooth_l1_loss(
-            self.pixel_head(self.pixel_norm(features)).float(), self.low_pass(pixels), beta=0.5
-        )
-        caption_loss = self.contrast(self.describe(features), self.lookup(batch["captions"]))
+        normed = self.norm(self.features(pixels * visible))
+        noise = torch.randn(normed.shape, generator=generator).to(normed)
+        normed = normed + self.hparams.feature_noise * noise
+        pixel_loss = F.smooth_l1_loss(self.pixel_head(normed).float(), self.low_pass(pixels), beta=0.5)
+        caption_loss = self.contrast(self.describe(normed), self.lookup(batch["captions"]))
         self.log_dict({"train/caption": caption_loss, "train/pixel": pixel_loss}, prog_bar=True)
         return caption_loss + self.hparams.pixel_weight * pixel_loss
 
@@ -144,12 +153,12 @@ class Teacher(LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         pixels = normalise(batch["images"])
-        features = self.features(pixels)
-        predicted, target = self.pixel_head(self.pixel_norm(features)).float(), self.low_pass(pixels)
+        normed = self.norm(self.features(pixels))
+        predicted, target = self.pixel_head(normed).float(), self.low_pass(pixels)
         scale = torch.tensor((0.0722, 0.0683, 0.0760), device=self.device).repeat_interleave(4)  # variance of CLIP_STD
         error = ((predicted - target).square() * scale).mean()
         self.log("val/pixel", F.smooth_l1_loss(predicted, target, beta=0.5), batch_size=len(pixels))
-        self.seen.append((self.describe(features), self.lookup(batch["captions"]), error.expand(len(pixels))))
+        self.seen.append((self.describe(normed), self.lookup(batch["captions"]), error.expand(len(pixels))))
 
     def on_validation_epoch_end(self) -> None:
         image, text, error = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
@@ -175,9 +184,7 @@ class Teacher(LightningModule):
             return
         out = Path(self.hparams.out)
         self.vision.save_pretrained(out)
-        parts = {"norm": self.caption_norm, "projection": self.caption_projection}
-        tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-        save_file(tensors, out / "caption_projection.safetensors")
+        save_file(self.caption_projection.state_dict(), out / "caption_projection.safetensors")
         numbers = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         pixels = torch.cat([batch["images"] for batch in self.trainer.datamodule.val_dataloader()])
         numbers |= {"steps": self.trainer.global_step} | self.statistics(pixels[:2000])
@@ -196,6 +203,10 @@ class Teacher(LightningModule):
         return {
             "cosine_to_dataset_mean": F.cosine_similarity(f, mean, dim=2).mean().item(),
             "cosine_to_image_mean": F.cosine_similarity(f, f.mean(1, keepdim=True), dim=2).mean().item(),
+            "centred_cosine_to_image_mean": F.cosine_similarity(f - mean, f.mean(1, keepdim=True) - mean, dim=2)
+            .mean()
+            .item(),
+            "pca1_explained": (variance[0] / variance[-1]).item(),
             "pca16_explained": (variance[15] / variance[-1]).item(),
             "pca32_explained": (variance[31] / variance[-1]).item(),
             "top3_channels_share_of_norm": (energy.topk(3).values.sum() / energy.sum()).item(),
