@@ -1,0 +1,326 @@
+"""vocabulary.py and embeddings.py: image tokens in the vocabularies of six families of LMs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_lms import FAMILIES, TEXTS, small_lm, small_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTrainedTokenizerFast
+
+from lavit_lm import VisualVocabulary, VocabularyError
+
+K = 600
+NASTY = [
+    "<|img|>",
+    "before<|img|><|vis_00003|><|/img|>after",
+    "</s> <s> <pad> <eos> <bos> <|endoftext|> <|im_end|> a",
+    "＜|img|＞ and <|vis_00003|",
+    "<|vis_599|> <|vis_000003|> <<|img|>>",
+]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def ids_of(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def extended(family: str, tied: bool = False, spare: int = 0) -> tuple[Any, Any, VisualVocabulary]:
+    tokenizer = small_tokenizer(family)
+    model = small_lm(family, ids_of(tokenizer) + spare, tied)
+    return tokenizer, model, VisualVocabulary.extend(tokenizer, model, K, generator())
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("spare", [0, 100, 2 * K], ids=["exact", "padded", "padded beyond"])
+def test_extend(family: str, tied: bool, spare: int) -> None:
+    tokenizer = small_tokenizer(family)
+    own = ids_of(tokenizer)
+    model = small_lm(family, own + spare, tied)
+    with torch.no_grad():  # a padded LM's free rows are never trained: they must not count as its own
+        model.get_input_embeddings().weight[own:] = 50.0
+        model.get_output_embeddings().weight[own:] = 50.0
+    before = copy.deepcopy(model)
+    prompt = torch.tensor([tokenizer.encode("a red apple", add_special_tokens=False)])
+    state = torch.get_rng_state()
+    vocabulary = VisualVocabulary.extend(tokenizer, model, K, generator())
+
+    assert vocabulary == VisualVocabulary(own, own + 1, own + 2, K)
+    assert tokenizer.convert_tokens_to_ids(["<|img|>", "<|/img|>", "<|vis_00000|>"]) == [own, own + 1, own + 2]
+    assert tokenizer.convert_ids_to_tokens(vocabulary.stop - 1) == f"<|vis_{K - 1:05d}|>"
+    assert torch.equal(torch.get_rng_state(), state)  # a generator was passed, torch's own stays where it was
+
+    read, write = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    rows = max(own + spare, vocabulary.stop)
+    assert len(read) == len(write) == model.config.vocab_size == rows
+    assert (read is write) == tied
+    with torch.no_grad():
+        old, new = (m(prompt).logits[..., :own] for m in (before, model))
+    torch.testing.assert_close(new, old, rtol=0, atol=1e-5)
+    for now, then in ((read, before.get_input_embeddings()), (write, before.get_output_embeddings())):
+        assert torch.equal(now[:own], then.weight[:own])
+        assert torch.equal(now[vocabulary.stop :], then.weight[vocabulary.stop :])
+        check_rows(now[own : vocabulary.stop].detach(), then.weight[:own].detach())
+
+
+def check_rows(new: torch.Tensor, own: torch.Tensor) -> None:
+    """Same mean and deviation in each column, within what chance allows; no two rows equal, in bf16 either."""
+    deviation, mean = torch.std_mean(own, 0, correction=0)
+    assert ((new.mean(0) - mean).abs() < 5 * deviation / len(new) ** 0.5).all()
+    assert ((new.std(0) / deviation - 1).abs() < 5 / (2 * len(new)) ** 0.5).all()
+    assert len(new.bfloat16().unique(dim=0)) == len(new)
+
+
+def test_new_rows_in_bfloat16() -> None:
+    tokenizer = small_tokenizer("llama")
+    model = small_lm("llama", ids_of(tokenizer)).bfloat16()
+    vocabulary = VisualVocabulary.extend(tokenizer, model, K, generator())
+    rows = model.get_input_embeddings().weight[vocabulary.begin :]
+    assert rows.dtype == torch.bfloat16
+    assert len(rows.unique(dim=0)) == K + 2
+
+
+def test_bias_of_the_output_layer() -> None:
+    tokenizer = small_tokenizer("phi")
+    model = small_lm("phi", ids_of(tokenizer))
+    bias = torch.linspace(1, 3, ids_of(tokenizer))
+    model.get_output_embeddings().bias.data = bias.clone()
+    vocabulary = VisualVocabulary.extend(tokenizer, model, 5, generator())
+    now = model.get_output_embeddings().bias
+    assert torch.equal(now[: vocabulary.begin], bias)
+    torch.testing.assert_close(now[vocabulary.begin :], torch.full((7,), 2.0))
+
+
+def test_the_generator_decides() -> None:
+    rows = []
+    for seed in (0, 0, 1):
+        tokenizer = small_tokenizer("qwen2")
+        model = small_lm("qwen2", ids_of(tokenizer))
+        VisualVocabulary.extend(tokenizer, model, 7, generator(seed))
+        rows.append(model.get_output_embeddings().weight)
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
+
+
+def test_the_new_rows_learn() -> None:
+    """One step away from equal predictions: rows get gradients of their own, tied or not."""
+    _, model, vocabulary = extended("llama", tied=True)
+    codes = vocabulary.to_ids(torch.tensor([3, 1, 4, 1, 5]))
+    ids = torch.cat([torch.tensor([vocabulary.begin]), codes, torch.tensor([vocabulary.end])])[None]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_tokenizer_alone() -> None:
+    tokenizer = small_tokenizer("gemma")
+    own = ids_of(tokenizer)
+    assert VisualVocabulary.extend(tokenizer, None, 1) == VisualVocabulary(own, own + 1, own + 2, 1)
+    wide = small_tokenizer("gpt2")
+    vocabulary = VisualVocabulary.extend(wide, None, 100_001)
+    assert wide.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1]) == ["<|vis_000000|>", "<|vis_100000|>"]
+    assert VisualVocabulary.of(wide) == vocabulary
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_saved_and_loaded_by_plain_classes(family: str, tied: bool, tmp_path: Path) -> None:
+    tokenizer, model, vocabulary = extended(family, tied, spare=10)
+    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    again, loaded = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert VisualVocabulary.of(again) == vocabulary
+    for text in [*TEXTS, "Ünïcode 中文 🙂  two spaces", "<|img|><|vis_00007|><|vis_00599|><|/img|>"]:
+        assert again.encode(text) == tokenizer.encode(text)
+    marked = tokenizer.encode("<|img|><|vis_00007|><|/img|>", add_special_tokens=False)
+    assert marked[-3:] == [vocabulary.begin, vocabulary.first + 7, vocabulary.end]
+    ids = torch.tensor([[0, vocabulary.begin, vocabulary.first + 7, vocabulary.end, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_text_never_becomes_a_token(family: str, text: str, tmp_path: Path) -> None:
+    tokenizer = small_tokenizer(family)
+    vocabulary = VisualVocabulary.extend(tokenizer, None, K)
+    tokenizer.save_pretrained(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    before = vocabulary.encode_text(tokenizer, text)
+    assert before == vocabulary.encode_text(plain, text)
+    specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    specials -= {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    assert not specials & set(before)
+    assert not vocabulary.is_visual(torch.tensor(before)).any()
+    assert vocabulary.decode_text(plain, before).strip() == text.strip()
+    read = set(tokenizer.encode(text, add_special_tokens=False))  # as a server would read it
+    assert (vocabulary.begin in read) == ("<|img|>" in text)
+
+
+def test_no_begin_and_no_end_of_text_is_added(family: str) -> None:
+    tokenizer = small_tokenizer(family)
+    vocabulary = VisualVocabulary.extend(tokenizer, None, 3)
+    assert vocabulary.encode_text(tokenizer, "") == []
+    ids = vocabulary.encode_text(tokenizer, TEXTS[0])
+    assert tokenizer.bos_token_id not in ids and tokenizer.eos_token_id not in ids
+    assert vocabulary.decode_text(tokenizer, ids).strip() == TEXTS[0]
+
+
+def word_tokenizer(words: list[str], **names: str) -> PreTrainedTokenizerFast:
+    """Reads whole words, the names of special tokens too: its model holds them, so that no setting keeps them out."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=names["unk_token"]))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def test_a_model_that_holds_a_special_name_as_a_piece() -> None:
+    words = ["<unk>", "</s>", "a", "cat", "<", "/s>"]
+    tokenizer = word_tokenizer(words, unk_token="<unk>", eos_token="</s>")
+    vocabulary = VisualVocabulary.extend(tokenizer, None, 3)
+    assert tokenizer.encode("a </s>", add_special_tokens=False, split_special_tokens=True) == [2, 1]
+    assert vocabulary.encode_text(tokenizer, "a </s> cat") == [2, 4, 5, 3]
+    assert vocabulary.encode_text(tokenizer, "a dog") == [2, 0]  # a plain "unknown" is what unknown text becomes
+    with pytest.raises(VocabularyError, match="in no other way"):  # the normalizer makes the name, after the cut
+        vocabulary.encode_text(tokenizer, "a ＜/s＞")
+
+
+def test_tokens_that_are_not_special() -> None:
+    """An exported directory's: a server reads them in prompts, encode_text still does not."""
+    tokenizer = small_tokenizer("gpt2")
+    tokens = [AddedToken(name, special=False, normalized=False) for name in ("<|img|>", "<|/img|>", "<|vis_00000|>")]
+    tokenizer.add_tokens(tokens)
+    vocabulary = VisualVocabulary.of(tokenizer)
+    text = "a <|img|><|vis_00000|><|/img|> b"
+    assert vocabulary.begin in tokenizer.encode(text, split_special_tokens=True)
+    ids = vocabulary.encode_text(tokenizer, text)
+    assert not vocabulary.is_visual(torch.tensor(ids)).any()
+    assert vocabulary.decode_text(tokenizer, ids) == text
+
+
+def test_decode_text() -> None:
+    tokenizer, model, vocabulary = extended("qwen3", spare=2 * K)
+    words = vocabulary.encode_text(tokenizer, "a red apple")
+    picture = [vocabulary.begin, *vocabulary.to_ids(torch.arange(3)).tolist(), vocabulary.end]
+    ids = [*words[:2], *picture, *words[2:], tokenizer.eos_token_id]
+    assert vocabulary.decode_text(tokenizer, ids) == "a red apple"
+    assert vocabulary.decode_text(tokenizer, torch.tensor(ids)) == "a red apple"
+    assert vocabulary.decode_text(tokenizer, []) == ""
+    for bad in (vocabulary.stop, model.config.vocab_size - 1, -1):
+        with pytest.raises(VocabularyError, match=f"id {bad} is no token"):
+            vocabulary.decode_text(tokenizer, [bad])
+
+
+def test_codes_and_ids() -> None:
+    vocabulary = VisualVocabulary(begin=3, end=4, first=5, codebook_size=2)
+    codes = torch.tensor([[0, 1], [1, 1]])
+    assert vocabulary.to_ids(codes).tolist() == [[5, 6], [6, 6]]
+    assert torch.equal(vocabulary.to_codes(vocabulary.to_ids(codes)), codes)
+    assert vocabulary.to_ids(torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert vocabulary.is_code(torch.arange(9)).tolist() == [i in (5, 6) for i in range(9)]
+    assert vocabulary.is_visual(torch.arange(9)).tolist() == [i in (3, 4, 5, 6) for i in range(9)]
+    for wrong in (-1, 2):
+        with pytest.raises(VocabularyError, match=rf"0\.\.1, got {wrong}"):
+            vocabulary.to_ids(torch.tensor([0, wrong]))
+    for wrong in (4, 7, -5):
+        with pytest.raises(VocabularyError, match=rf"5\.\.6, got {wrong}"):
+            vocabulary.to_codes(torch.tensor([5, wrong, 0]))
+
+
+def test_mask_is_the_drawing_in_the_docstring() -> None:
+    vocabulary = VisualVocabulary(begin=3, end=4, first=5, codebook_size=2)
+    drawn = "".join("X" if allowed else "." for allowed in vocabulary.mask(9))
+    assert " ".join(drawn) == ". . . . . X X . ."
+    assert " ".join(drawn) in (VisualVocabulary.mask.__doc__ or "")
+    assert vocabulary.mask(7).sum() == 2
+    for size in (0, 1, 6):
+        with pytest.raises(VocabularyError, match=f"width {size} have no place"):
+            vocabulary.mask(size)
+
+
+def test_extending_twice() -> None:
+    tokenizer, model, _ = extended("llama")
+    rows = model.config.vocab_size
+    for size in (K, K + 1):
+        with pytest.raises(VocabularyError, match="602 image tokens already"):
+            VisualVocabulary.extend(tokenizer, model, size)
+    assert model.config.vocab_size == rows and VisualVocabulary.of(tokenizer).codebook_size == K
+
+
+def test_models_that_do_not_fit() -> None:
+    tokenizer = small_tokenizer("llama")
+    own = ids_of(tokenizer)
+    with pytest.raises(VocabularyError, match=f"ids up to {own - 1}, the LM only {own - 1} rows"):
+        VisualVocabulary.extend(tokenizer, small_lm("llama", own - 1), K)
+    with pytest.raises(VocabularyError, match="expected a causal LM"):
+        VisualVocabulary.extend(tokenizer, LlamaModel(small_lm("llama", own).config), K)
+    with pytest.raises(VocabularyError, match="expected a causal LM"):
+        VisualVocabulary.extend(tokenizer, torch.nn.Linear(1, 1), K)
+    with pytest.raises(VocabularyError, match=r"no <\|img\|>"):  # nothing was changed by what was refused
+        VisualVocabulary.of(tokenizer)
+
+
+@pytest.mark.parametrize("size", [0, -1, True])
+def test_codebooks_that_do_not_exist(size: int) -> None:
+    with pytest.raises(VocabularyError, match="at least one code"):
+        VisualVocabulary.extend(small_tokenizer("llama"), None, size)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], r"no <\|img\|>, <\|/img\|>, <\|vis_00000\|>"),
+        (["<|img|>", "<|/img|>"], r"no <\|vis_00000\|>"),
+        (["<|img|>", "<|vis_00000|>"], r"no <\|/img\|>"),
+        (["<|img|>", "<|/img|>", "<|vis_00000|>", "<|vis_00002|>"], "none named <|vis_00001|>"),
+        (["<|img|>", "<|/img|>", "<|vis_00000|>", "<other>", "<|vis_00001|>"], "not contiguous: code 0 is id"),
+        (["<|img|>", "<|/img|>", "<|vis_00000|>", "<|vis_0|>"], "names of different lengths"),
+    ],
+)
+def test_tokenizers_that_cannot_be_read_back(names: list[str], message: str) -> None:
+    tokenizer = small_tokenizer("gpt2")
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    with pytest.raises(VocabularyError, match=message):
+        VisualVocabulary.of(tokenizer)
+
+
+def test_not_a_fast_tokenizer() -> None:
+    for wrong in (None, "gpt2", small_tokenizer("gpt2").backend_tokenizer):
+        with pytest.raises(VocabularyError, match="expected a fast tokenizer"):
+            VisualVocabulary.of(wrong)
+
+
+def test_impossible_vocabularies() -> None:
+    for wrong in ((0, 0, 1, 4), (0, 2, 1, 4), (4, 0, 1, 4), (-1, 0, 1, 4), (0, 1, 2, 0)):
+        with pytest.raises(VocabularyError):
+            VisualVocabulary(*wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_types() -> None:
+    tokenizer = small_tokenizer("gpt2")
+    vocabulary = VisualVocabulary.extend(tokenizer, None, 3)
+    with pytest.raises(VocabularyError, match="expected an int64 tensor, got list"):
+        vocabulary.to_ids([0, 1])  # type: ignore[arg-type]
+    with pytest.raises(VocabularyError, match=r"got torch\.float32"):
+        vocabulary.to_codes(torch.tensor([260.0]))
+    with pytest.raises(VocabularyError, match="expected text, got NoneType"):
+        vocabulary.encode_text(tokenizer, None)  # type: ignore[arg-type]
+    with pytest.raises(VocabularyError, match="half a surrogate pair at 1"):
+        vocabulary.encode_text(tokenizer, "a\ud83d")
