@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lavit_tok.config import ConfigError, TokenizerConfig
+    from lavit_tok.continuous import ContinuousPath
     from lavit_tok.decoder import PixelDecoder
     from lavit_tok.images import ImageError
     from lavit_tok.records import CodeError, VisualCodes
+    from lavit_tok.shard_files import ShardError
+    from lavit_tok.shards import Shards
     from lavit_tok.tokenizer import VisualTokenizer
     from lavit_tok.weights import WeightsError
 
@@ -17,8 +20,11 @@ __version__ = "0.1.0"
 __all__ = [
     "CodeError",
     "ConfigError",
+    "ContinuousPath",
     "ImageError",
     "PixelDecoder",
+    "ShardError",
+    "Shards",
     "TokenizerConfig",
     "VisualCodes",
     "VisualTokenizer",
@@ -32,8 +38,11 @@ _ROOMS = {
     "CodeError": "records",
     "VisualCodes": "records",
     "WeightsError": "weights",
+    "ContinuousPath": "continuous",
     "VisualTokenizer": "tokenizer",
     "PixelDecoder": "decoder",
+    "ShardError": "shard_files",
+    "Shards": "shards",
 }
 
 

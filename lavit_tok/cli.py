@@ -3,6 +3,7 @@
     encode IMAGES...          pictures -> codes (.parquet, .jsonl, or JSON lines on stdout)
     decode CODES --out DIR    codes -> PNG files
     reconstruct [IMAGES...]   original, kept patches and reconstruction side by side
+    shards DATASET --out DIR  a captioned data set -> parquet shards of codes, to train language models from
     fit, fit-decoder          training, by Lightning
     convert RELEASE OUT       LaVIT's released files -> safetensors and JSON
 
@@ -98,6 +99,13 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return value
+
+
 def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**63:
@@ -107,6 +115,11 @@ def seed(text: str) -> int:
 
 def _tokenizer_arguments(sub: argparse.ArgumentParser, images: str) -> None:
     sub.add_argument("images", nargs=images, metavar="IMAGE", help="files, folders, or - for a list of files on stdin")
+    _encoding_arguments(sub)
+    _common_arguments(sub, "codes an image do not depend on it, unless --budget is a fraction or --sample is given")
+
+
+def _encoding_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tokenizer", default="default", metavar="T", help="'default', a directory or a Hub id")
     sub.add_argument(
         "--budget",
@@ -114,13 +127,16 @@ def _tokenizer_arguments(sub: argparse.ArgumentParser, images: str) -> None:
         metavar="B",
         help="codes an image, or the fraction of a batch's patches to keep; by default every image has its own number",
     )
-    _common_arguments(sub, "codes an image do not depend on it, unless --budget is a fraction or --sample is given")
 
 
 def _common_arguments(sub: argparse.ArgumentParser, batch: str) -> None:
+    _batch_arguments(sub, batch)
+    sub.add_argument("--seed", type=seed, default=0, help="of whatever is drawn at random")
+
+
+def _batch_arguments(sub: argparse.ArgumentParser, batch: str) -> None:
     sub.add_argument("--batch-size", type=positive, default=32, metavar="N", help=f"pictures at a time; {batch}")
     sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
-    sub.add_argument("--seed", type=seed, default=0, help="of whatever is drawn at random")
 
 
 def _decoder_arguments(sub: argparse.ArgumentParser) -> None:
@@ -147,6 +163,21 @@ def _reconstruct_arguments(sub: argparse.ArgumentParser) -> None:
     _tokenizer_arguments(sub, "*")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the sheets")
     _decoder_arguments(sub)
+
+
+def _shards_arguments(sub: argparse.ArgumentParser) -> None:
+    data = "image folder, parquet file, webdataset tars, arrow folder, or a Hub name"
+    sub.add_argument("data", metavar="DATASET", help=data)
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards; resumed if stopped")
+    sub.add_argument("--split", metavar="NAME", help="one split; by default every split of the data set")
+    sub.add_argument("--image-column", default="image", metavar="C", help="if absent, the column of pictures is found")
+    sub.add_argument("--caption-column", metavar="C", help="caption, text or txt by default; '' for pictures alone")
+    sub.add_argument("--key-column", metavar="C", help="what to call a picture; a column of keys or its path by default")
+    _encoding_arguments(sub)
+    sub.add_argument("--mirror", action="store_true", help="tokenise each picture's mirror image, too")
+    sub.add_argument("--shard-size", type=positive, default=4096, metavar="N", help="pictures a shard")
+    sub.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that open and resize")
+    _batch_arguments(sub, "codes do not depend on it, unless --budget is a fraction")
 
 
 def _convert_arguments(sub: argparse.ArgumentParser) -> None:
@@ -180,6 +211,11 @@ COMMANDS: dict[str, Command] = {
         "original, kept patches and reconstruction side by side",
         "lavit_tok.commands:reconstruct",
         _reconstruct_arguments,
+    ),
+    "shards": Command(
+        "a captioned data set -> shards of codes to train language models from",
+        "lavit_tok.commands:shards",
+        _shards_arguments,
     ),
     "fit": Command("train a tokenizer: fit -c recipe.yaml", "lavit_tok.commands:fit"),
     "fit-decoder": Command("train a pixel decoder: fit-decoder -c recipe.yaml", "lavit_tok.commands:fit_decoder"),

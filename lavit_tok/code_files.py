@@ -1,6 +1,6 @@
 """Files of codes: one picture a row, as parquet or JSON lines, with a header that says which codebook they index.
 
-    header     {"format": "lavit_tok.codes", "version": 1, "tokenizer": "default", "codebook_size": 1024, "patches": 64}
+    header     {"format": "lavit_tok.codes", "version": 1, "tokenizer": "default", "codebook_size": 2048, "patches": 64}
     row        {"key": "cat.png", "codes": [17, 803, 4], "length": 3, "keep": [0, 9, 33]}
 
 `keep` lists the patches behind the codes (raster order), or is null. In JSON lines the header is the first line; in

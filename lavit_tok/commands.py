@@ -137,6 +137,15 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def shards(arguments: argparse.Namespace) -> int:
+    """A captioned data set -> parquet files of codes."""
+    try:
+        from lavit_tok.training.shard_job import run
+    except ImportError as error:
+        raise ImportError(f"reading data sets needs more packages: pip install 'lavit-tok[train]' ({error})") from None
+    return run(arguments)
+
+
 def fit(words: list[str]) -> int:
     """Train a tokenizer; the words are LightningCLI's."""
     return _train("fit", "lavit_tok.training.tokenizer:TokenizerTraining", words)

@@ -196,7 +196,7 @@ class Condition(ModelMixin, ConfigMixin):
         style: str = "sd",
         width: int = 192,
         patches: int = 64,
-        codebook_size: int = 1024,
+        codebook_size: int = 2048,
         code_dim: int = 16,
         depth: int = 3,
         heads: int = 6,

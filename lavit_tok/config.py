@@ -24,7 +24,7 @@ def _default_encoder() -> dict[str, Any]:
         "hidden_size": 192,
         "intermediate_size": 768,
         "num_hidden_layers": 6,
-        "num_attention_heads": 6,
+        "num_attention_heads": 3,
         "image_size": 64,
         "patch_size": 8,
         "hidden_act": "gelu",
@@ -49,7 +49,7 @@ class TokenizerConfig:
     """Standard deviation of each channel."""
     crop: bool = False
     """True: resize the shorter side and cut the centre; False (LaVIT): resize to the square, whatever the aspect."""
-    codebook_size: int = 1024
+    codebook_size: int = 2048
     """K, the number of codes."""
     code_dim: int = 16
     """Width of a codebook row; rows and queries are L2-normalised."""

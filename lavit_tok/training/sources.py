@@ -68,12 +68,19 @@ def undecoded(rows: Any, image_column: str) -> tuple[Any, str]:
     return rows.cast_column(image_column, datasets.Image(decode=False)), image_column
 
 
-def read_row(row: dict[str, Any], column: str, fallback: str) -> tuple[Image.Image | None, dict[str, str] | None]:
+def row_key(row: dict[str, Any], column: str, fallback: str, key_columns: Iterable[str] = KEY_COLUMNS) -> str:
+    """What to call a row: the first of the key columns that says something, or the picture's path, or the fallback."""
+    path = (row[column] or {}).get("path")
+    return next((str(row[name]) for name in key_columns if row.get(name) is not None), path or fallback)
+
+
+def read_row(
+    row: dict[str, Any], column: str, fallback: str, key: str | None = None
+) -> tuple[Image.Image | None, dict[str, str] | None]:
     """Open one row's picture: (picture, None), or (None, reject) with the row's key and the reason."""
     value = row[column] or {}
-    path = value.get("path")
-    key = next((str(row[name]) for name in KEY_COLUMNS if row.get(name) is not None), path or fallback)
-    source = value.get("bytes") if value.get("bytes") is not None else path
+    key = key or row_key(row, column, fallback)
+    source = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     try:
         if source is None:
             raise ImageError(f"{key}: no picture in this row")

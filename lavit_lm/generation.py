@@ -1,0 +1,222 @@
+"""One loop that continues sequences: batched, cached, guided, constrained, seeded.
+
+    step   logits [2B v] = cond over uncond -> guided [B v] -> constrained -> temperature, top-k, top-p -> one id each
+
+Guidance (classifier-free, LaVIT section 3.2): u + s (c - u), both halves in one batch that shares every drawn id.
+Constraints come after guidance, so that it cannot favour what is forbidden, and before top-k, so that k counts allowed
+ids only. A row's ids depend on its own prompt and generator, not on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from transformers import DynamicCache
+
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.segments import Row
+from lavit_lm.sequence_model import SequenceModel
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How ids are drawn.
+
+    Args:
+        temperature: logits are divided by it; 0 takes the likeliest id.
+        top_k: only the k likeliest ids; None for all. LaVIT uses 200 (paper) or 50 (its API) for codes.
+        top_p: only the likeliest ids whose probabilities reach p together; None for all.
+        guidance_scale: s above; 1 for none.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a probability above 0, got {self.top_p}")
+
+    def draw(self, logits: Float[Tensor, "b v"], generators: Sequence[torch.Generator | None]) -> Int64[Tensor, " b"]:
+        """One id for each row, from its own generator."""
+        if self.temperature == 0:
+            return logits.argmax(1)
+        logits = logits.float() / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[1]:
+            least = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        chances, order = logits.softmax(1).sort(1, descending=True)
+        if self.top_p is not None:
+            before = chances.cumsum(1) - chances
+            chances = chances.masked_fill(before >= self.top_p, 0.0)
+        edges = chances.double().cumsum(1)
+        device = logits.device
+        points = [
+            torch.rand((), generator=g, device=g.device if g else device, dtype=torch.float64) for g in generators
+        ]
+        point = torch.stack([p.to(device) for p in points])[:, None] * edges[:, -1:]
+        at = torch.searchsorted(edges, point, right=True).clamp(max=logits.shape[1] - 1)
+        last = (chances > 0).sum(1, keepdim=True) - 1  # rounding must not reach past the last possible id
+        return order.gather(1, at.minimum(last))[:, 0]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What may be said next.
+
+    kind "image": the prompts end inside an image; codes, and its end once there are `least`, until `most`.
+    kind "text":  words only, until the end of text.
+    kind "mixed": words, until the end of text or the beginning of an image.
+    """
+
+    kind: Literal["image", "text", "mixed"]
+    least: int = 1
+    most: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= self.most or self.most < 1:
+            raise ValueError(f"expected 0 <= least <= most and most >= 1, got least {self.least}, most {self.most}")
+
+    def stops(self, lexicon: Lexicon) -> list[int]:
+        """Ids that end a row."""
+        v = lexicon.vocabulary
+        return {"image": [v.end], "text": [lexicon.stop], "mixed": [lexicon.stop, v.begin]}[self.kind]
+
+    def allowed(self, lexicon: Lexicon, size: int, said: int, device: torch.device) -> Bool[Tensor, " v"]:
+        """True at ids that may come after `said` ids, for logits of width `size`."""
+        v, stops = lexicon.vocabulary, torch.tensor(self.stops(lexicon), device=device)
+        if self.kind == "image":
+            may = v.mask(size, device)
+        else:
+            ids = torch.arange(size, device=device)
+            special = torch.tensor(lexicon.tokenizer.all_special_ids, device=device)
+            may = (ids < len(lexicon.tokenizer)) & ~v.is_visual(ids) & ~torch.isin(ids, special)
+        may[stops] = said >= self.least
+        if self.kind == "image" and said >= self.most:
+            may[:] = False
+            may[stops] = True
+        return may
+
+
+@torch.no_grad()
+def continue_rows(
+    model: SequenceModel,
+    lexicon: Lexicon,
+    prompts: Sequence[Row],
+    rule: Rule,
+    sampling: Sampling = Sampling(),  # noqa: B008  # frozen
+    unconditional: Sequence[Row] | None = None,
+    generator: Generators = None,
+    cached: bool = True,
+) -> list[list[int]]:
+    """Continue each prompt by the rule.
+
+    Args:
+        prompts: rows of any lengths; what stands there stays as it is.
+        unconditional: for each prompt, the row of the unconditional stream; needed for guidance only.
+        generator: one for all rows, which then get seeds of their own, or one for each.
+        cached: keep keys and values; False computes everything anew at every step (slow, for checks).
+
+    Returns: the ids said after each prompt, with the one that ended it, if any.
+
+    Raises:
+        ValueError: no prompts, guidance without unconditional rows, or a prompt without room for an answer.
+    """
+    if not prompts:
+        raise ValueError("expected at least one prompt, got none")
+    guided = sampling.guidance_scale != 1
+    if guided and (unconditional is None or len(unconditional) != len(prompts)):
+        raise ValueError("guidance needs an unconditional row for each prompt")
+    rows = [*prompts, *(unconditional or [])] if guided else list(prompts)
+    room = getattr(model.causal.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, rows))
+    if room is not None and longest + rule.most > room:
+        raise ValueError(
+            f"a prompt of {longest} places and an answer of up to {rule.most} exceed the model's context of {room}: "
+            "shorten the prompt or ask for less"
+        )
+    state = _Decoding(model, rows, lexicon.pad, cached)
+    generators = _per_row(generator, len(prompts))
+    stops, said = torch.tensor(rule.stops(lexicon), device=state.device), [[] for _ in prompts]
+    open_rows = torch.ones(len(prompts), dtype=torch.bool, device=state.device)
+    logits = state.prefill()
+    for step in range(rule.most + (rule.kind == "image")):  # an image's end comes after its last code
+        if guided:
+            conditional, free = logits.chunk(2)
+            logits = free + sampling.guidance_scale * (conditional - free)
+        may = rule.allowed(lexicon, logits.shape[1], step, state.device)
+        drawn = sampling.draw(logits.masked_fill(~may, -torch.inf), generators)
+        for i in open_rows.nonzero().flatten().tolist():
+            said[i].append(int(drawn[i]))
+        open_rows &= ~torch.isin(drawn, stops)
+        if not bool(open_rows.any()):
+            break
+        logits = state.step(torch.cat([drawn, drawn]) if guided else drawn)
+    return said
+
+
+class _Decoding:
+    """Left-padded rows in a model: prefill once, then one id a row and step."""
+
+    def __init__(self, model: SequenceModel, rows: Sequence[Row], pad: int, cached: bool) -> None:
+        self.model, self.cached = model, cached
+        self.device = model.causal.get_input_embeddings().weight.device
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), pad, device=self.device)
+        fed = torch.zeros(len(rows), length, dtype=torch.bool, device=self.device)
+        self.mask = torch.zeros(len(rows), length, dtype=torch.int64, device=self.device)
+        for i, row in enumerate(rows):
+            place = slice(length - len(row), length)
+            ids[i, place], fed[i, place], self.mask[i, place] = row.ids.to(self.device), row.fed.to(self.device), 1
+        shown = [row for row in rows if len(row.pictures)] or [rows[0]]
+        pictures, kept = torch.cat([r.pictures for r in shown]), torch.cat([r.kept for r in shown])
+        self.embedded = model.embed(ids, fed, pictures.to(self.device), kept.to(self.device))
+        self.cache = DynamicCache(config=model.causal.config) if cached else None
+
+    def prefill(self) -> Float[Tensor, "b v"]:
+        return self._forward(self.embedded)
+
+    def step(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b v"]:
+        new = self.model.causal.get_input_embeddings()(ids)[:, None]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
+        if self.cache is not None:
+            return self._forward(new)
+        self.embedded = torch.cat([self.embedded, new], 1)
+        return self._forward(self.embedded)
+
+    def _forward(self, embedded: Float[Tensor, "b l d"]) -> Float[Tensor, "b v"]:
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -embedded.shape[1] :]
+        output: Any = self.model.causal.base_model(
+            inputs_embeds=embedded,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=self.cached,
+        )
+        return self.model.head(output.last_hidden_state[:, -1]).float()
+
+
+def _per_row(generator: Generators, rows: int) -> list[torch.Generator | None]:
+    if generator is None:
+        return [None] * rows
+    if isinstance(generator, torch.Generator):
+        seeds = torch.randint(2**62, (rows,), generator=generator, device=generator.device).tolist()
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+    if len(generator) != rows:
+        raise ValueError(f"expected one generator, or one for each of {rows} rows, got {len(generator)}")
+    return list(generator)

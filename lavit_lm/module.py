@@ -1,0 +1,251 @@
+"""Train any causal LM of `transformers` with any objective on packed rows of text and images.
+
+    batch -> SequenceModel -> the objective's losses -> one number to descend; the loop is Lightning's
+
+Frozen parts (the visual tokenizer always, the LM's own weights under LoRA) have no gradient, no optimizer state, and
+are not saved in checkpoints.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
+
+from lavit_lm.bridge import ContinuousBridge
+from lavit_lm.embeddings import extend_model
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.objectives.losses import Sum
+from lavit_lm.packing import Packed
+from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.vocabulary import VisualVocabulary, VocabularyError
+from lavit_tok import VisualTokenizer
+
+NATS_PER_BIT = 0.6931471805599453
+
+
+class LanguageModeling(L.LightningModule):
+    """One language model, one objective.
+
+    Args:
+        lm: directory or Hub id of a causal LM, or the JSON of a `transformers` config (with its model_type) for a new
+            one with random weights.
+        text_tokenizer: directory or Hub id of its tokenizer; by default the LM's own. One without image tokens gets
+            them, and the LM their rows.
+        visual_tokenizer: "default", directory or Hub id: whose codes the shards hold.
+        objective: what is laid out and predicted; LaVIT's by default.
+        out: where the finished model is saved; None keeps checkpoints only.
+        continuous: feed pictures that stand before text as vectors through a bridge, instead of codes.
+        lora: settings of peft's LoraConfig, e.g. {"r": 16, "lora_alpha": 32}; the new rows are trained beside it.
+        lr: peak learning rate of the LM.
+        visual_lr: peak learning rate of the bridge.
+        warmup_steps: linear warm-up, before a cosine.
+        min_lr_share: at which share of its peak the cosine ends.
+        weight_decay: AdamW's, on matrices only.
+        betas: AdamW's.
+        checkpoint_blocks: recompute the LM's blocks in the backward pass, for less memory.
+        compile: torch.compile the LM.
+        seed: draws the new rows, and the weights of a new LM.
+    """
+
+    def __init__(
+        self,
+        lm: str | dict[str, Any],
+        text_tokenizer: str | None = None,
+        visual_tokenizer: str = "default",
+        objective: LaVIT | None = None,
+        out: str | None = None,
+        continuous: bool = False,
+        lora: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        visual_lr: float = 1e-4,
+        warmup_steps: int = 100,
+        min_lr_share: float = 0.1,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        checkpoint_blocks: bool = False,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["objective"])
+        self.settings: Any = self.hparams
+        self.objective = objective or LaVIT()
+        source = text_tokenizer or lm
+        if not isinstance(source, str):
+            raise ValueError("text_tokenizer: a new LM has no tokenizer of its own; name a directory or Hub id")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        visual = VisualTokenizer.from_pretrained(visual_tokenizer)
+        self.fingerprint, self.codebook_size = visual.fingerprint(), visual.config.codebook_size
+        self._visual = [visual]  # in a list: frozen, neither saved nor moved by Lightning
+        self.own_tokens = len(tokenizer)
+        try:
+            self.lexicon = Lexicon.of(tokenizer)
+            self.rows_are_new = False
+        except VocabularyError:
+            VisualVocabulary.extend(tokenizer, None, self.codebook_size)
+            self.lexicon = Lexicon.of(tokenizer)
+            self.rows_are_new = True
+        if self.lexicon.vocabulary.codebook_size != self.codebook_size:
+            raise VocabularyError(
+                f"the text tokenizer has {self.lexicon.vocabulary.codebook_size} codes, the visual tokenizer "
+                f"{visual_tokenizer!r} {self.codebook_size}: ids would stand for other codes"
+            )
+        self.model: SequenceModel | None = None
+        self.held_out: dict[str, list[Sum]] = {}
+
+    # Lightning's hooks
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        s = self.settings
+        lm = self._lm()
+        bridge = ContinuousBridge(self._visual[0], lm.config.get_text_config().hidden_size) if s.continuous else None
+        if s.checkpoint_blocks:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+            lm.train()
+        if s.lora is not None:
+            lm = self._with_lora(lm)
+        self.model = SequenceModel(lm, bridge)
+        if s.compile:
+            self.model.causal.base_model.compile(dynamic=False)
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None:
+            shard(self.model, mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        s = self.settings
+        assert self.model is not None
+        groups = []
+        for part, lr in ((self.model.lm, s.lr), (self.model.bridge, s.visual_lr)):
+            trained = [p for p in part.parameters() if p.requires_grad] if part is not None else []
+            for matrices, decay in ((True, s.weight_decay), (False, 0.0)):
+                parameters = [p for p in trained if (p.ndim >= 2) == matrices]
+                if parameters:
+                    groups.append({"params": parameters, "lr": lr, "weight_decay": decay})
+        optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=s.betas)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, s.warmup_steps, total, min_lr_rate=s.min_lr_share
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Packed, batch_index: int) -> Tensor:
+        assert self.model is not None
+        losses = self.model(batch, self.objective)
+        loss = self.objective.total(losses)
+        if not bool(loss.isfinite()):
+            keys = ", ".join(key for block in batch.keys for key in block)
+            raise ValueError(
+                f"step {self.global_step}: the loss is {float(loss)}; stopped before it spoils the "
+                f"weights. The batch held: {keys}"
+            )
+        values = {"loss": loss, "fill": torch.tensor(batch.fill), **{k: v.mean for k, v in losses.items()}}
+        self.log_dict({f"train/{k}": v for k, v in values.items()}, prog_bar=True, batch_size=len(batch.ids))
+        return loss
+
+    def validation_step(self, batch: Packed, batch_index: int) -> None:
+        assert self.model is not None
+        for name, loss in self.model(batch, self.objective).items():
+            self.held_out.setdefault(name, []).append(loss)
+
+    def on_validation_epoch_end(self) -> None:
+        """Exact means over all targets of the split, not means of batch means."""
+        sums = {
+            name: Sum(
+                *(self.all_gather(torch.stack([getattr(s, part) for s in parts])).sum() for part in ("total", "count"))
+            )
+            for name, parts in self.held_out.items()
+        }
+        self.held_out.clear()
+        values = {name: s.mean for name, s in sums.items()}
+        if "image" in values:
+            values["bits_per_image_token"] = values["image"] / NATS_PER_BIT
+        values["loss"] = self.objective.total(sums)
+        self.log_dict({f"val/{k}": v for k, v in values.items()}, prog_bar=True)
+
+    def transfer_batch_to_device(self, batch: Packed, device: torch.device, dataloader_idx: int) -> Packed:
+        return batch.to(device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Frozen weights are not saved: they are read from where they came from."""
+        for name in self._frozen_names() & set(checkpoint["state_dict"]):
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = self.state_dict()
+        checkpoint["state_dict"].update({name: own[name] for name in self._frozen_names()})
+
+    def on_fit_end(self) -> None:
+        if self.settings.out and self.trainer.is_global_zero:
+            self.save(self.settings.out)
+
+    # The parts
+
+    def save(self, out: str | Path) -> None:
+        """A directory for MultimodalLM.from_pretrained, which plain `transformers` can load too."""
+        from lavit_lm.files import save_model
+
+        assert self.model is not None
+        save_model(out, self.model, self.lexicon, self.settings.visual_tokenizer, self.fingerprint)
+
+    def _frozen_names(self) -> set[str]:
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name for name, _ in self.named_parameters()} - trained if len(trained) else set()
+
+    def _lm(self) -> Any:
+        """The LM with rows for the image tokens, float32."""
+        s = self.settings
+        if isinstance(s.lm, str):
+            lm = AutoModelForCausalLM.from_pretrained(s.lm, use_safetensors=True, dtype=torch.float32)
+        else:
+            tokenizer = self.lexicon.tokenizer
+            special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+            config = AutoConfig.for_model(**{**s.lm, "vocab_size": self.own_tokens, **special})
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(s.seed)
+                lm = AutoModelForCausalLM.from_config(config)
+        vocabulary = self.lexicon.vocabulary
+        if self.rows_are_new or not isinstance(s.lm, str):
+            extend_model(lm, vocabulary.begin, vocabulary.stop, torch.Generator().manual_seed(s.seed))
+        elif lm.get_input_embeddings().num_embeddings < vocabulary.stop:
+            rows = lm.get_input_embeddings().num_embeddings
+            raise VocabularyError(
+                f"the text tokenizer has ids up to {vocabulary.stop - 1}, the LM {s.lm} only {rows} rows: name the "
+                "tokenizer it had before it got image tokens, or an LM that was trained with them"
+            )
+        return lm
+
+    def _with_lora(self, lm: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        vocabulary = self.lexicon.vocabulary
+        new = list(range(vocabulary.begin, vocabulary.stop))
+        names = {id(module): name for name, module in lm.named_modules()}
+        tables = [lm.get_input_embeddings()]
+        if lm.get_output_embeddings().weight is not tables[0].weight:
+            tables.append(lm.get_output_embeddings())
+        rows = {names[id(table)].rsplit(".", 1)[-1]: new for table in tables}
+        settings = {"task_type": "CAUSAL_LM", "trainable_token_indices": rows, **self.settings.lora}
+        return get_peft_model(lm, LoraConfig(**settings))
+
+
+def shard(model: SequenceModel, mesh: Any) -> None:
+    """FSDP2: each block of the LM its own unit, all the rest (embeddings, norm, head, bridge) one more."""
+    from torch.distributed.fsdp import fully_shard
+
+    stacks = [m for m in model.causal.base_model.modules() if isinstance(m, nn.ModuleList)]
+    for block in max(stacks, key=len):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)

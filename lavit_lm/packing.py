@@ -1,0 +1,131 @@
+"""Rows of many lengths -> blocks of one length, nearly without waste, and without leaks between documents.
+
+    rows of 3, 2, 4 places, blocks of 8            block 0                        block 1
+                                       ids         b0 b1 b2 b3 a0 a1 a2 .        c0 c1 .  .  .  .  .  .
+                                       documents   0  0  0  0  1  1  1  -1       0  0  -1 -1 -1 -1 -1 -1
+                                       positions   0  1  2  3  0  1  2  0        0  1  0  1  2  3  4  5
+
+The longest rows are placed first, each into the fullest block that still has room (best-fit decreasing). Positions
+start anew with each document; masks.py keeps documents from seeing each other. Free places form a document of their
+own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Int8, Int64, UInt8
+from torch import Tensor
+
+from lavit_lm.segments import Role, Row
+
+FREE = -1  # document of the free places
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch of blocks; see Row for what the flags mean.
+
+    Args:
+        ids: int64 [b l]; free places hold the pad id.
+        roles: int8 [b l].
+        predict, regress, prefix, fed: bool [b l].
+        pictures: uint8 [k 3 h w], behind the fed places, block after block; k is 0 if there are none.
+        kept: bool [k patches].
+        documents: int64 [b l], 0, 1, ... within a block; -1 at free places.
+        positions: int64 [b l], places within the document.
+        keys: for each block the names of its documents, in order.
+    """
+
+    ids: Int64[Tensor, "b l"]
+    roles: Int8[Tensor, "b l"]
+    predict: Bool[Tensor, "b l"]
+    regress: Bool[Tensor, "b l"]
+    prefix: Bool[Tensor, "b l"]
+    fed: Bool[Tensor, "b l"]
+    pictures: UInt8[Tensor, "k 3 h w"]
+    kept: Bool[Tensor, "k patches"]
+    documents: Int64[Tensor, "b l"]
+    positions: Int64[Tensor, "b l"]
+    keys: tuple[tuple[str, ...], ...]
+
+    @property
+    def fill(self) -> float:
+        """Share of the places that hold a document."""
+        return (self.documents != FREE).float().mean().item()
+
+    def to(self, device: torch.device | str) -> Packed:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Packed(**{n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()})
+
+
+def plan(lengths: Sequence[int], block: int) -> list[list[int]]:
+    """Which rows share a block: lists of row numbers, each row once, in O(n log n).
+
+    Raises:
+        ValueError: a row longer than a block, or without any place.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    blocks: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free places, block number), sorted
+    for i in order:
+        if not 0 < lengths[i] <= block:
+            raise ValueError(f"row {i}: expected 1 to {block} places, which is what a block holds, got {lengths[i]}")
+        at = bisect_left(room, (lengths[i], -1))
+        if at == len(room):
+            free, number = block, len(blocks)
+            blocks.append([])
+        else:
+            free, number = room.pop(at)
+        blocks[number].append(i)
+        if free > lengths[i]:
+            insort(room, (free - lengths[i], number))
+    return blocks
+
+
+def pack(blocks: Sequence[Sequence[Row]], length: int, pad: int) -> Packed:
+    """The rows of each block, laid out one after another.
+
+    Args:
+        blocks: for each block its rows, at least one block.
+        length: places of a block.
+        pad: id at free places.
+
+    Raises:
+        ValueError: no block at all, or rows that do not fit into theirs.
+    """
+    if not blocks:
+        raise ValueError("expected at least one block to lay out, got none")
+    for rows in blocks:
+        if sum(map(len, rows)) > length:
+            raise ValueError(f"rows of {[len(row) for row in rows]} places do not fit into a block of {length}")
+    size = (len(blocks), length)
+    ids = torch.full(size, pad, dtype=torch.int64)
+    roles = torch.full(size, int(Role.TEXT), dtype=torch.int8)
+    flags = {name: torch.zeros(size, dtype=torch.bool) for name in ("predict", "regress", "prefix", "fed")}
+    documents = torch.full(size, FREE, dtype=torch.int64)
+    positions = torch.zeros(size, dtype=torch.int64)
+    for b, rows in enumerate(blocks):
+        start = 0
+        for number, row in enumerate(rows):
+            place = slice(start, start + len(row))
+            ids[b, place], roles[b, place], documents[b, place] = row.ids, row.roles, number
+            positions[b, place] = torch.arange(len(row))
+            for name, flag in flags.items():
+                flag[b, place] = getattr(row, name)
+            start += len(row)
+        positions[b, start:] = torch.arange(length - start)
+    fed = [row for rows in blocks for row in rows if len(row.pictures)] or [rows[0] for rows in blocks[:1]]
+    pictures, kept = torch.cat([row.pictures for row in fed]), torch.cat([row.kept for row in fed])
+    keys = tuple(tuple(row.key for row in rows) for rows in blocks)
+    return Packed(
+        ids, roles, **flags, pictures=pictures, kept=kept, documents=documents, positions=positions, keys=keys
+    )
+
+
+def pad(rows: Sequence[Row], pad: int) -> Packed:
+    """One row a block, as long as the longest: what packing is measured against."""
+    return pack([[row] for row in rows], max(map(len, rows), default=1), pad)

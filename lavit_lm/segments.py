@@ -1,0 +1,151 @@
+"""A sample is a list of Text and Image segments; a Row is the same sample, position by position.
+
+    [Text("a cat"), Image(codes 7 3 9)]  ->
+
+    place      0     1     2     3      4     5     6     7      8
+    id         <s>   a     cat   <|img| 7     3     9     |img>  </s>
+    role       TEXT  TEXT  TEXT  BEGIN  CODE  CODE  CODE  END    TEXT
+    predict    .     x     x     x      x     x     x     x      x
+
+An objective (objectives/) says which places are predicted, which are given as vectors, and which are seen by all of the
+row; nothing here knows a model. What stands at place i is what the model must say at place i - 1: the one shift in this
+package is in objectives/losses.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from jaxtyping import Bool, Int8, Int64, UInt8
+from torch import Tensor
+
+
+class Role(IntEnum):
+    """What stands at a place."""
+
+    TEXT = 0
+    """A text token, the row's first and last among them."""
+    BEGIN = 1
+    """The id that opens an image."""
+    VISUAL = 2
+    """A code, or a continuous vector in the place of one."""
+    END = 3
+    """The id that closes an image."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words of a sample.
+
+    Args:
+        text: any string; it can never become an image id, whatever it says.
+        learn: whether the model is trained to say it; False for a question or an instruction.
+    """
+
+    text: str
+    learn: bool = True
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture of a sample: its codes, and the picture itself where a model is fed vectors made from it.
+
+    Args:
+        codes: int64 [n], n >= 1, of one image.
+        picture: uint8 [3 h w], from which a bridge (bridge.py) makes one vector for each code; None feeds the codes.
+        keep: bool [patches], the patches behind the codes; as many are True as there are codes.
+        learn: whether the model is trained to say its codes.
+
+    Raises:
+        ValueError: no codes at all, or a picture without the mask that tells which patches its codes stand for.
+    """
+
+    codes: Int64[Tensor, " n"]
+    picture: UInt8[Tensor, "3 h w"] | None = None
+    keep: Bool[Tensor, " patches"] | None = None
+    learn: bool = True
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim != 1 or len(self.codes) == 0:
+            raise ValueError(f"an image needs at least one code, got codes of shape {list(self.codes.shape)}")
+        if self.picture is not None and (self.keep is None or int(self.keep.sum()) != len(self.codes)):
+            kept = "none" if self.keep is None else int(self.keep.sum())
+            raise ValueError(f"a picture of {len(self.codes)} codes needs a mask of as many patches, got {kept}")
+
+
+Segment = Text | Image
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample as places of a sequence; every tensor has one entry for each place.
+
+    Args:
+        ids: int64 [n], what stands there; where a vector is fed, the id is still what would be predicted.
+        roles: int8 [n], see Role.
+        predict: bool [n], True where the id is a target of cross-entropy (read at the place before).
+        regress: bool [n], True where the fed vector is a target of regression (read at the place before).
+        prefix: bool [n], True where the place is seen by the whole row, also by places before it.
+        fed: bool [n], True where a vector is fed instead of the id's embedding.
+        pictures: uint8 [k 3 h w], what those vectors are made from, in order; k is 0 if there are none.
+        kept: bool [k patches], the patches that get a vector; kept.sum() = fed.sum().
+        key: name of the sample, for messages.
+    """
+
+    ids: Int64[Tensor, " n"]
+    roles: Int8[Tensor, " n"]
+    predict: Bool[Tensor, " n"]
+    regress: Bool[Tensor, " n"]
+    prefix: Bool[Tensor, " n"]
+    fed: Bool[Tensor, " n"]
+    pictures: UInt8[Tensor, "k 3 h w"]
+    kept: Bool[Tensor, "k patches"]
+    key: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class RowBuilder:
+    """Collects places one after another; `row` closes it."""
+
+    ids: list[int] = field(default_factory=list)
+    roles: list[int] = field(default_factory=list)
+    flags: list[tuple[bool, bool, bool, bool]] = field(default_factory=list)
+    fed: list[Image] = field(default_factory=list)
+
+    def add(
+        self,
+        ids: Sequence[int],
+        role: Role,
+        *,
+        predict: bool = False,
+        regress: bool = False,
+        prefix: bool = False,
+        feed: Image | None = None,
+    ) -> RowBuilder:
+        """Append places of one role; `feed` is an image with a picture, whose vectors stand there. Returns itself."""
+        self.ids += ids
+        self.roles += [int(role)] * len(ids)
+        self.flags += [(predict, regress, prefix, feed is not None)] * len(ids)
+        if feed is not None:
+            self.fed.append(feed)
+        return self
+
+    def row(self, key: str = "") -> Row:
+        flags = torch.tensor(self.flags, dtype=torch.bool).reshape(-1, 4)
+        flags[:1, :2] = False  # nothing stands before the first place to predict it from
+        pictures = [image.picture for image in self.fed if image.picture is not None]
+        kept = [image.keep for image in self.fed if image.keep is not None]
+        return Row(
+            torch.tensor(self.ids, dtype=torch.int64),
+            torch.tensor(self.roles, dtype=torch.int8),
+            *flags.unbind(1),
+            torch.stack(pictures) if pictures else torch.zeros(0, 3, 0, 0, dtype=torch.uint8),
+            torch.stack(kept) if kept else torch.zeros(0, 0, dtype=torch.bool),
+            key,
+        )

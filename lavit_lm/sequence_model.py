@@ -1,0 +1,81 @@
+"""SequenceModel: any causal LM of `transformers` over packed rows, with vectors in the places of some ids.
+
+    ids -> embeddings, fed places overwritten -> the LM's blocks under masks.py's mask -> states -> objective's losses
+
+Its forward ends at the losses, so that logits exist at predicted places only, and so that DDP and FSDP2 see one module
+whose parameters, head and tied embedding included, are used in one call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor, nn
+
+from lavit_lm.masks import model_mask
+from lavit_lm.objectives.losses import Sum
+from lavit_lm.packing import Packed
+
+
+class SequenceModel(nn.Module):
+    """A causal LM and the bridge that feeds it, if any.
+
+    Args:
+        lm: AutoModelForCausalLM of any family, or a peft model around one.
+        bridge: pictures and keep masks -> vectors of the LM's width; None where nothing is fed but ids.
+    """
+
+    def __init__(self, lm: Any, bridge: nn.Module | None = None) -> None:
+        super().__init__()
+        self.lm = lm
+        self.bridge = bridge
+
+    @property
+    def causal(self) -> Any:
+        """The causal LM itself, inside of peft's wrapper where there is one."""
+        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    def forward(self, batch: Packed, objective: Any) -> dict[str, Sum]:
+        """Named losses of a batch."""
+        return objective.losses(self.states(batch), self.head, batch)
+
+    def embed(
+        self,
+        ids: Int64[Tensor, "b l"],
+        fed: Bool[Tensor, "b l"],
+        pictures: UInt8[Tensor, "k 3 h w"],
+        kept: Bool[Tensor, "k patches"],
+    ) -> Float[Tensor, "b l d"]:
+        """What the LM reads: rows of its embedding, and the bridge's vectors at fed places."""
+        embedded = self.causal.get_input_embeddings()(ids)
+        if not bool(fed.any()):
+            return embedded
+        if self.bridge is None:
+            raise ValueError("the batch has pictures to feed as vectors, but the model has no bridge for them")
+        return embedded.masked_scatter(fed[..., None], self.bridge(pictures, kept).to(embedded.dtype))
+
+    def states(self, batch: Packed) -> Float[Tensor, "b l d"]:
+        """Hidden states after the LM's last norm."""
+        embedded = self.embed(batch.ids, batch.fed, batch.pictures, batch.kept)
+        return self.causal.base_model(
+            inputs_embeds=embedded,
+            attention_mask=model_mask(self.causal, batch, embedded.dtype),
+            position_ids=batch.positions,
+            use_cache=False,
+        ).last_hidden_state
+
+    def head(self, states: Float[Tensor, "t d"]) -> Float[Tensor, "t vocabulary"]:
+        """Logits as the LM's own forward makes them.
+
+        Raises:
+            ValueError: a family that scales its logits in a way that is not known here.
+        """
+        config = self.causal.config.get_text_config()
+        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ValueError(f"{config.model_type}: {name}={getattr(config, name)} would be left out of the loss")
+        logits = self.causal.get_output_embeddings()(states)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
