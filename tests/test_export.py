@@ -1,0 +1,189 @@
+"""export.py: a plain directory, read and run without this package."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from small_lms import FAMILIES, TEXTS, small_lm, small_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lavit_lm import VisualVocabulary, VocabularyError
+from lavit_lm.export import ExportError, export
+from lavit_lm.text_tokenizer import train_text_tokenizer
+
+PICTURE = "<|img|><|vis_00003|><|vis_00000|><|vis_00007|><|/img|>"
+PROMPTS = [PICTURE, "a red apple<|img|>"]
+ALONE = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+answers = []
+for prompt in json.loads(sys.argv[2]):
+    inputs = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    answers.append({"ids": out.tolist(), "text": tokenizer.decode(out, skip_special_tokens=True)})
+assert not [name for name in sys.modules if name.startswith("lavit")]
+print(json.dumps(answers))
+"""
+
+
+def pair(family: str = "llama", tied: bool = False, spare: int = 0) -> tuple[Any, Any, VisualVocabulary]:
+    """An extended random LM and its tokenizer; "own" is a Llama with the text tokenizer trained here."""
+    tokenizer = train_text_tokenizer(TEXTS, 290) if family == "own" else small_tokenizer(family)
+    rows = max(tokenizer.get_vocab().values()) + 1 + spare
+    model = small_lm("llama" if family == "own" else family, rows, tied)
+    vocabulary = VisualVocabulary.extend(tokenizer, model, 8, torch.Generator().manual_seed(0))
+    return model, tokenizer, vocabulary
+
+
+def with_lora(model: Any) -> Any:
+    """Adapters that do something: peft starts them at zero."""
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in wrapped.named_parameters():
+            if "lora_B" in name:
+                value.copy_(torch.randn(value.shape, generator=generator))
+    return wrapped
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: list[int], steps: int) -> list[int]:
+    """The slow and obvious version of generate: no cache, one argmax a step."""
+    ids = list(ids)
+    for _ in range(steps):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == model.config.eos_token_id:
+            break
+    return ids
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", [*FAMILIES, "own"])
+def test_reads_back(family: str, tied: bool, tmp_path: Path) -> None:
+    model, tokenizer, vocabulary = pair(family, tied, spare=3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    folder = export(model.train(), tokenizer, tmp_path / "out")
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not [path for path in tmp_path.iterdir() if path != folder]
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vocab_size"] == len(model.get_input_embeddings().weight)
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((folder / name).read_text())
+        assert written["eos_token_id"] == tokenizer.eos_token_id
+        assert written.get("bos_token_id") == tokenizer.bos_token_id
+        assert written["pad_token_id"] in (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    again = AutoTokenizer.from_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    begins = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    picture = [vocabulary.begin, *vocabulary.to_ids(torch.tensor([3, 0, 7])).tolist(), vocabulary.end]
+    assert again(PICTURE).input_ids == [*begins, *picture]
+    assert again.decode(picture, skip_special_tokens=True) == PICTURE
+    words = vocabulary.encode_text(tokenizer, "a red apple")
+    assert again("a red apple<|img|>").input_ids == [*begins, *words, vocabulary.begin]
+    assert not vocabulary.is_visual(torch.tensor(vocabulary.encode_text(again, PICTURE))).any()
+    ids = torch.tensor([again(PICTURE).input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["own", "gpt2", "lora"])
+def test_generates_the_same_without_this_package(case: str, tmp_path: Path) -> None:
+    model, tokenizer, vocabulary = pair("own" if case == "lora" else case)
+    if case == "lora":
+        plain = copy.deepcopy(model)
+        model = with_lora(model)
+    folder = export(model, tokenizer, tmp_path / "out")
+    command = [sys.executable, "-c", ALONE, str(folder), json.dumps(PROMPTS)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    answers = json.loads(shown.splitlines()[-1])
+    starts = [
+        [tokenizer.bos_token_id, vocabulary.begin, *(vocabulary.first + c for c in (3, 0, 7)), vocabulary.end],
+        [tokenizer.bos_token_id, *vocabulary.encode_text(tokenizer, "a red apple"), vocabulary.begin],
+    ]
+    assert [answer["ids"] for answer in answers] == [greedy(model.eval(), start, 8) for start in starts]
+    assert answers[0]["text"].startswith(PICTURE)
+    if case == "lora":  # and the adapters are what decided
+        assert [answer["ids"] for answer in answers] != [greedy(plain, start, 8) for start in starts]
+
+
+def test_adapters_are_merged_into_a_copy(tmp_path: Path) -> None:
+    model, tokenizer, vocabulary = pair("own")
+    wrapped = with_lora(model)
+    folder = export(wrapped, tokenizer, tmp_path / "out")
+    weights = load_file(folder / "model.safetensors")
+    assert not [name for name in weights if "lora" in name or "base" in name]
+    assert any("lora_A" in name for name, _ in wrapped.named_parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[0, vocabulary.begin, vocabulary.first, vocabulary.end, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, wrapped.eval()(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_dtype(tmp_path: Path) -> None:
+    model, tokenizer, _ = pair("own")
+    folder = export(model, tokenizer, tmp_path / "out", dtype=torch.bfloat16)
+    assert model.dtype == torch.float32
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_chat_and_card(tmp_path: Path) -> None:
+    model, tokenizer, vocabulary = pair("own")
+    folder = export(model, tokenizer, tmp_path / "out")
+    again = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "a red apple"}, {"role": "user", "content": "<|img|>"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a red apple<|img|>"}]}]
+    expected = again("a red apple<|img|>").input_ids
+    for chat in (messages, parts):
+        assert again.apply_chat_template(chat, add_generation_prompt=True, return_dict=True).input_ids == expected
+    card = (folder / "README.md").read_text()
+    assert f"{vocabulary.first} ... {vocabulary.stop - 1}" in card and "<|vis_00007|>" in card
+    assert "{" not in card
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    model, tokenizer, vocabulary = pair("own")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thing").write_text("mine")
+    with pytest.raises(ExportError, match="is there already"):
+        export(model, tokenizer, full)
+    with pytest.raises(ExportError, match="is there already"):
+        export(model, tokenizer, full / "thing")
+    assert (full / "thing").read_text() == "mine"
+    out = tmp_path / "out"
+    with pytest.raises(VocabularyError, match=r"VisualVocabulary\.extend"):
+        export(model, train_text_tokenizer(TEXTS, 290), out)
+    with pytest.raises(ExportError, match="extend both together"):
+        export(small_lm("llama", vocabulary.begin), tokenizer, out)
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ExportError, match="no end-of-text"):
+        export(model, endless, out)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-1, 0] = 1e30
+    with pytest.raises(ExportError, match=r"NaN or infinity as torch.float16: \['model.embed_tokens.weight'\]"):
+        export(model, tokenizer, out, dtype=torch.float16)
+    assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_another_model_than_was_given(tmp_path: Path) -> None:
+    """A change that saving does not keep, here a hook, is found by reading back, and leaves nothing behind."""
+    model, tokenizer, _ = pair("own")
+    model.model.norm.register_forward_hook(lambda _module, _inputs, output: output * torch.arange(16))
+    with pytest.raises(ExportError, match="logits differ by"):
+        export(model, tokenizer, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
