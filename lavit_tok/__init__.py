@@ -39,6 +39,7 @@ _ROOMS = {
     "VisualCodes": "records",
     "WeightsError": "weights",
     "ContinuousPath": "continuous",
+    "to_uint8": "images",
     "VisualTokenizer": "tokenizer",
     "PixelDecoder": "decoder",
     "ShardError": "shard_files",

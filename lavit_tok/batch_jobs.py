@@ -94,6 +94,28 @@ def atomic(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make a folder that this process alone writes to; the system frees it whenever, and however, the process ends.
+
+    Removes what a killed run left half-written. Raises ValueError if another process is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            import fcntl
+
+            # A record lock is the process's own: the processes that it starts do not inherit it, nor can outlive it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows: two jobs in one folder are not noticed
+            pass
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another job is writing there: wait for its end, or choose another") from None
+        for part in folder.glob(".*.part"):
+            part.unlink()
+        yield
+
+
 def listed_pictures(names: Sequence[str]) -> list[Path]:
     """Files as given, folders walked; - reads more names from stdin, one a line. Raises ImageError for none."""
     lines = [line.rstrip("\n") for line in sys.stdin] if "-" in names else []

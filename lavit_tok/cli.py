@@ -172,7 +172,9 @@ def _shards_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--split", metavar="NAME", help="one split; by default every split of the data set")
     sub.add_argument("--image-column", default="image", metavar="C", help="if absent, the column of pictures is found")
     sub.add_argument("--caption-column", metavar="C", help="caption, text or txt by default; '' for pictures alone")
-    sub.add_argument("--key-column", metavar="C", help="what to call a picture; a column of keys or its path by default")
+    sub.add_argument(
+        "--key-column", metavar="C", help="what to call a picture; a column of keys or its path by default"
+    )
     _encoding_arguments(sub)
     sub.add_argument("--mirror", action="store_true", help="tokenise each picture's mirror image, too")
     sub.add_argument("--shard-size", type=positive, default=4096, metavar="N", help="pictures a shard")

@@ -55,6 +55,8 @@ class TokenizerConfig:
     """Width of a codebook row; rows and queries are L2-normalised."""
     merger_depth: int = 2
     """Blocks of the merger; 0 quantises the kept patches as they are."""
+    merger_position: bool = True
+    """Tell the merger where each patch stands (learned positions); False (LaVIT) where the features tell."""
     reconstructor_depth: int = 3
     """Blocks of the reconstructor (codes -> features of every patch); 0: none, codes can be made but not read back."""
     num_heads: int = 3
@@ -86,7 +88,7 @@ class TokenizerConfig:
         heads = self.num_heads
         divides = type(heads) is int and heads > 0 and self.width % heads == 0
         self._require("num_heads", divides, f"a divisor of {self.width}")
-        for name in ("encoder_norm", "crop"):
+        for name in ("encoder_norm", "crop", "merger_position"):
             self._require(name, type(getattr(self, name)) is bool, "true or false")
         for name in ("mlp_ratio", "layer_norm_eps"):
             value = getattr(self, name)
@@ -130,6 +132,11 @@ class TokenizerConfig:
     def num_patches(self) -> int:
         """n, patches of an image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def positions(self) -> int | None:
+        """n if the merger is told positions, else None."""
+        return self.num_patches if self.merger_position else None
 
     @property
     def mlp_width(self) -> int:
@@ -187,6 +194,7 @@ class TokenizerConfig:
             "codebook_size": 16384,
             "code_dim": 32,
             "merger_depth": 12,
+            "merger_position": False,
             "reconstructor_depth": 12,
             "num_heads": 16,
         }

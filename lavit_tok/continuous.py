@@ -22,10 +22,18 @@ class ContinuousPath(nn.Module):
     """
 
     def __init__(
-        self, width: int, depth: int, heads: int, mlp_width: int, eps: float, formula: Formula, out: int
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_width: int,
+        eps: float,
+        formula: Formula,
+        out: int,
+        patches: int | None = None,
     ) -> None:
         super().__init__()
-        self.merger = Merger(width, depth, heads, mlp_width, eps, formula)
+        self.merger = Merger(width, depth, heads, mlp_width, eps, formula, patches)
         self.projection = nn.Linear(width, out)
 
     def forward(

@@ -9,12 +9,17 @@ patches of which 0, 2 and 3 are kept (k) and 1 and 4 dropped:
     query 2 (k)             x . x . .        query 2 (k)              . x . . x
     query 3 (k)             x . x x .        query 3 (k)              . x . . x
 
+With `patches` given, places are told: LayerNorm(features) + position[patch] enters the first block and is what the
+queries look at. The reconstructor knows a code by its rank only, so a code must say itself where it stands; features of
+large pretrained encoders tell, those of a small one may not (docs/log.md).
+
 Cost: in strict mode only kept rows and only the keys they may see are computed; compat and training compute all rows.
 Source: LaVIT (ICLR 2024), section 3.1, and the formulas of attention.py.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +29,21 @@ from torch.nn import functional as F
 
 from lavit_tok.attention import Attention, Block, Formula
 from lavit_tok.records import Layout
+
+
+def grid_positions(patches: int, width: int) -> Float[Tensor, "patches width"]:
+    """Sines and cosines of row and column, as learned positions start: near patches are alike.
+
+    A quarter of the width each: sin(row w), cos(row w), sin(column w), cos(column w), with wavelengths from twice the
+    side down to two patches. Raises ValueError for patches that form no square, or a width that is no multiple of 4.
+    """
+    side = math.isqrt(patches)
+    if side * side != patches or width % 4:
+        raise ValueError(f"positions need a square number of patches and a width of 4 k, got {patches} and {width}")
+    frequency = math.pi * (1 / max(2, side)) ** torch.linspace(1, 0, width // 4)
+    angle = torch.arange(side)[:, None] * frequency
+    wave = torch.cat([angle.sin(), angle.cos()], 1)
+    return torch.cat([wave.repeat_interleave(side, 0), wave.repeat(side, 1)], 1)
 
 
 def self_policy(policy: Tensor) -> Tensor:
@@ -42,12 +62,26 @@ def cross_policy(policy: Tensor) -> Tensor:
 
 
 class Merger(nn.Module):
-    """Blocks over the kept patches, keys and values of the cross-attention from LayerNorm(all features)."""
+    """Blocks over the kept patches, keys and values of the cross-attention from LayerNorm(all features).
 
-    def __init__(self, width: int, depth: int, heads: int, mlp_width: int, eps: float, formula: Formula) -> None:
+    Args:
+        patches: of an image, n, a square number; gives every patch a learned position. None as published.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_width: int,
+        eps: float,
+        formula: Formula,
+        patches: int | None = None,
+    ) -> None:
         super().__init__()
         self.formula: Formula = formula
         self.norm_in = nn.LayerNorm(width, eps)
+        self.position = None if patches is None else nn.Parameter(grid_positions(patches, width))
         self.blocks: Any = nn.ModuleList(Block(width, heads, mlp_width, eps) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width, eps)
 
@@ -59,11 +93,21 @@ class Merger(nn.Module):
             return self.dense(features, keep)[keep]
         return self._ragged(features, keep)
 
+    def enter(
+        self, features: Float[Tensor, "batch patches width"]
+    ) -> tuple[Float[Tensor, "batch patches width"], Float[Tensor, "batch patches width"]]:
+        """(what enters the first block, what the queries look at), of all patches."""
+        context = self.norm_in(features)
+        if self.position is None:
+            return features, context
+        context = context + self.position
+        return context, context
+
     def dense(
         self, features: Float[Tensor, "batch patches width"], policy: Tensor
     ) -> Float[Tensor, "batch patches width"]:
         """Every row as if it were kept, under a bool or straight-through float policy [b n]; differentiable in it."""
-        x, context = features, self.norm_in(features)
+        x, context = self.enter(features)
         own, other = self_policy(policy), cross_policy(policy)
         for block in self.blocks:
             x = block(x, context, own, other, self.formula)
@@ -78,9 +122,14 @@ class Merger(nn.Module):
         the matrix products would otherwise cost as much as the arithmetic (benchmarks/encode_speed.py).
         """
         kept, dropped = Layout.of(keep), Layout.of(~keep)
-        rows, flat = features.flatten(0, 1), keep.flatten()
-        x = rows.index_select(0, flat.nonzero().squeeze(1))
-        context = self.norm_in(rows.index_select(0, (~flat).nonzero().squeeze(1)))
+        flat = keep.flatten()
+        taken, left = flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1)
+        if self.position is None:
+            rows = features.flatten(0, 1)
+            x, context = rows.index_select(0, taken), self.norm_in(rows.index_select(0, left))
+        else:
+            rows = self.enter(features)[0].flatten(0, 1)
+            x, context = rows.index_select(0, taken), rows.index_select(0, left)
         bias, blind = _cross_mask(dropped, kept, x.dtype)
         for block in self.blocks:
             attention = block.self_attention

@@ -1,8 +1,8 @@
 """Shards to train from: one split of what `lavit-tok shards` wrote, checked before the first row is used.
 
-    shards = Shards.open("DIR", "train")
-    shards.require(fingerprint=tokenizer.fingerprint())
-    rows = shards.dataset()         # datasets.Dataset: key, caption, codes, length, keep[, mirrored]
+shards = Shards.open("DIR", "train")
+shards.require(fingerprint=tokenizer.fingerprint())
+rows = shards.dataset()         # datasets.Dataset: key, caption, codes, length, keep[, mirrored]
 """
 
 from __future__ import annotations

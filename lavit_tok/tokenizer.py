@@ -49,7 +49,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         if self.encoder.config.hidden_size != c.width:
             raise ConfigError(f"encoder: expected features of width {c.width}, got {self.encoder.config.hidden_size}")
         self.selector = Selector(c.width, c.layer_norm_eps)
-        self.merger = Merger(c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention)
+        self.merger = Merger(
+            c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention, c.positions
+        )
         self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
         self.reconstructor = None  # type: ignore[assignment]  # in a tokenizer that only encodes
         if c.reconstructor_depth:
@@ -60,7 +62,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         if c.continuous_width:
             depth, out = c.continuous_depth, c.continuous_width
             self.continuous = ContinuousPath(
-                c.width, depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention, out
+                c.width, depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention, out, c.positions
             )
         self.eval()
 

@@ -97,10 +97,14 @@ def merge(merger: Any, features: Tensor, keep: list[bool]) -> Tensor:
     features = features.double()
     n = len(keep)
     context = layer_norm(merger.norm_in, features)
+    entering = features
+    if merger.position is not None:
+        entering = context = context + merger.position.double()
     if merger.formula == "compat":  # all rows are computed: they leak into each other
-        x, rows = features, list(range(n))
+        rows = list(range(n))
     else:
-        x, rows = features[torch.tensor(keep)], [i for i in range(n) if keep[i]]
+        rows = [i for i in range(n) if keep[i]]
+    x = entering[rows]
     for room in merger.blocks:
         if merger.formula == "compat":
             own = torch.tensor([[float((j < i and keep[j]) or i == j) for j in rows] for i in rows])

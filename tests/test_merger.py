@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavit_tok.attention import Formula
-from lavit_tok.merger import Merger, cross_policy, self_policy
+from lavit_tok.merger import Merger, cross_policy, grid_positions, self_policy
 from lavit_tok.selector import straight_through
 
 WIDTH, PATCHES = 16, 9
 
 
-def merger(formula: Formula = "strict", depth: int = 2) -> Merger:
+def merger(formula: Formula = "strict", depth: int = 2, patches: int | None = None) -> Merger:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        room = Merger(WIDTH, depth, 2, 40, 1e-5, formula)
+        room = Merger(WIDTH, depth, 2, 40, 1e-5, formula, patches)
         for parameter in room.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)  # no bias or norm at its neutral start
     return room
@@ -74,9 +74,10 @@ def test_the_smallest_pictures(n: int):
         assert torch.equal(cross_policy(keep.float()), other.float())
 
 
+@pytest.mark.parametrize("patches", [None, PATCHES])
 @pytest.mark.parametrize("formula", ["strict", "compat"])
-def test_equals_the_slow_version(formula: Formula):
-    room, x, keep = merger(formula), features(4), masks(4)
+def test_equals_the_slow_version(formula: Formula, patches: int | None):
+    room, x, keep = merger(formula, patches=patches), features(4), masks(4)
     with torch.no_grad():
         merged = room(x, keep)
         slow = torch.cat([reference.merge(room, x[i], keep[i].tolist()) for i in range(4)])
@@ -204,3 +205,23 @@ def test_strict_computes_kept_rows_only():
     few = torch.zeros_like(keep)
     few[:, ::16] = True
     assert flops(room, x, few) < 0.3 * flops(merger("compat"), x, few)
+
+
+def test_positions_tell_places_apart():
+    """Equal features at every patch: without positions all kept rows of an image but their order are alike."""
+    x, keep = features(1, 1).expand(1, PATCHES, WIDTH).contiguous(), torch.ones(1, PATCHES, dtype=torch.bool)
+    with torch.no_grad():
+        same, told = merger(depth=0)(x, keep), merger(depth=0, patches=PATCHES)(x, keep)
+    assert torch.pdist(same).max() < 1e-5 and torch.pdist(told).min() > 0.1
+
+
+def test_a_grid_of_positions():
+    grid = grid_positions(16, 8).unflatten(0, (4, 4))
+    assert torch.equal(grid[0, :, :4], grid[0, :1, :4].expand(4, 4)), "the first half knows the row alone"
+    assert torch.equal(grid[:, 0, 4:], grid[:1, 0, 4:].expand(4, 4)), "the second half the column alone"
+    near, far = (grid[0, 0] - grid[0, 1]).norm(), (grid[0, 0] - grid[3, 3]).norm()
+    assert near < far
+    assert torch.pdist(grid.flatten(0, 1)).min() > 0.1, "no two places are alike"
+    assert grid_positions(1, 4).shape == (1, 4)
+    with pytest.raises(ValueError, match="square number of patches"):
+        grid_positions(12, 8)

@@ -7,21 +7,16 @@ of rejects, then the manifest, each beside its place and moved there. What the m
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lavit_tok.batch_jobs import atomic, device, progress
+from lavit_tok.batch_jobs import alone, atomic, device, progress
 from lavit_tok.shard_files import (
     MANIFEST,
     Manifest,
@@ -36,7 +31,7 @@ from lavit_tok.shard_files import (
     write_shard,
 )
 from lavit_tok.tokenizer import VisualTokenizer
-from lavit_tok.training.shard_source import Picture, Pictures, collate
+from lavit_tok.training.shard_source import Pictures, encode, weights_digest
 from lavit_tok.training.sources import load_splits
 
 Rejects = dict[int, dict[str, Any]]
@@ -50,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     names = list(found) if arguments.split is None else [arguments.split]
     if missing := set(names) - set(found):
         raise ValueError(f"{arguments.data}: expected a split {missing.pop()!r}, got {', '.join(found)}")
+    if bad := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise ValueError(f"{arguments.data}: split {bad[0]!r} cannot be part of a file's name")
     tokenizer = VisualTokenizer.from_pretrained(arguments.tokenizer, device=target)
     config = tokenizer.config
     settings = Settings(
@@ -64,44 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
         shard_size=arguments.shard_size,
     )
     columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
-    with _alone(arguments.out):
+    with alone(arguments.out):
         for name in names:
             pictures = Pictures(found[name], arguments.data, *columns, config.image_size, config.crop)
             job = ShardJob(arguments.out, name, pictures, settings, arguments.data)
             job.run(tokenizer, arguments.batch_size, arguments.num_workers)
             print(job.summary(), file=sys.stderr)
     return 0
-
-
-def weights_digest(tokenizer: VisualTokenizer) -> str:
-    """16 hexadecimal digits of the config and of the weights that codes follow from."""
-    sha = hashlib.sha256(json.dumps(tokenizer.config.to_dict(), sort_keys=True).encode())
-    for room in (tokenizer.encoder, tokenizer.selector, tokenizer.merger, tokenizer.quantizer):
-        for name, tensor in room.state_dict().items():
-            sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()[:16]
-
-
-def encode(
-    tokenizer: VisualTokenizer, pictures: list[Picture], pixels: Tensor | None, settings: Settings
-) -> list[ShardRow]:
-    """Rows of the pictures that can be read; with mirror, each followed by its mirror image's."""
-    good = [picture for picture in pictures if picture.reason is None]
-    if pixels is None:
-        return []
-    views = [pixels, pixels.flip(3)] if settings.mirror else [pixels]
-    columns = []
-    for mirrored, view in enumerate(views):
-        codes = tokenizer.encode(view, settings.budget).to("cpu")
-        assert codes.keep is not None
-        columns.append(
-            [
-                ShardRow(picture.key, picture.caption, values, mask.nonzero().flatten().tolist(), bool(mirrored))
-                for picture, values, mask in zip(good, codes.to_list(), codes.keep, strict=True)
-            ]
-        )
-    return [row for rows in zip(*columns, strict=True) for row in rows]
 
 
 class ShardJob:
@@ -132,19 +98,19 @@ class ShardJob:
 
     def run(self, tokenizer: VisualTokenizer, batch_size: int, num_workers: int) -> None:
         """Raises OSError where a file cannot be written, ValueError if no picture at all can be read."""
-        batches = []
+        batches: list[Any] = []  # of row numbers, none of them across two shards
         for number, name in enumerate(self.names):
             end = min((number + 1) * self.size, len(self.pictures))
             starts = range(number * self.size, end, batch_size) if name not in self.done else ()
             batches += [range(start, min(start + batch_size, end)) for start in starts]
-        loader: Any = DataLoader(self.pictures, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
+        loader: Any = DataLoader(self.pictures, batch_size=None, sampler=batches, num_workers=num_workers)
         rows: list[ShardRow] = []
         rejects: Rejects = {}
-        for pictures, pixels in progress(loader, f"shards {self.name}"):
-            rows += encode(tokenizer, pictures, pixels, self.settings)
-            bad = (picture for picture in pictures if picture.reason is not None)
-            rejects |= {p.row: {"key": p.key, "reason": p.reason, "row": p.row} for p in bad}
-            last = pictures[-1].row
+        for opened in progress(loader, f"shards {self.name}"):
+            rows += encode(tokenizer, opened, self.settings)
+            bad = (entry for entry in opened.entries if entry.reason is not None)
+            rejects |= {e.row: {"key": e.key, "reason": e.reason, "row": e.row} for e in bad}
+            last = opened.entries[-1].row
             if (last + 1) % self.size == 0 or last + 1 == len(self.pictures):
                 self._save(self.names[last // self.size], rows, rejects)
                 rows, rejects = [], {}
@@ -187,7 +153,8 @@ class ShardJob:
 
     def _write_rejects(self, rejects: Rejects) -> None:
         if not rejects:
-            return self._rejects_file.unlink(missing_ok=True)
+            self._rejects_file.unlink(missing_ok=True)
+            return
         with atomic(self._rejects_file) as part:
             lines = [json.dumps(rejects[row], ensure_ascii=False) + "\n" for row in sorted(rejects)]
             part.write_text("".join(lines), encoding="utf-8")
@@ -196,7 +163,7 @@ class ShardJob:
         """Those of an earlier run. A line that cannot be read is missed when its shard's are counted."""
         known: Rejects = {}
         text = self._rejects_file.read_text(encoding="utf-8") if self._rejects_file.exists() else ""
-        for line in text.splitlines():
+        for line in text.split("\n"):
             try:
                 values = json.loads(line)
                 known |= {values["row"]: {name: values[name] for name in ("key", "reason", "row")}}
@@ -221,24 +188,7 @@ def _require_same(out: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
         if {"pictures", "digest"} & {*changed}:
             changed.insert(0, "data")
         listed = ", ".join(f"{name} {was[name]!r} then, {now[name]!r} now" for name in changed)
-        raise ShardError(f"{out}: begun with other settings: {listed}. One folder holds one kind of shards: choose "
-                         "the same settings, or another --out")
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """This process alone writes into the folder, which the system gives free whenever, and however, it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        try:
-            import fcntl
-
-            # A record lock belongs to the process: loading processes do not inherit it, and cannot outlive it with it.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: two jobs in one folder are not noticed
-            pass
-        except OSError:
-            raise ShardError(f"{out}: another `lavit-tok shards` is writing here: let it end, or give another --out") from None
-        for left in out.glob(".*.part"):  # of a run that was killed
-            left.unlink()
-        yield
+        raise ShardError(
+            f"{out}: begun with other settings: {listed}. Rows of both would lie side by side unnoticed: give the same "
+            "settings, or another --out"
+        )

@@ -1,13 +1,14 @@
-"""What `lavit-tok shards` reads: one split of a captioned data set, its pictures opened and resized in any process.
+"""What shards are made from: pictures of a captioned data set, opened in any process, and their codes.
 
-    row of the data set  ->  (row number, key, caption, uint8 [3 s s] or the reason why there is none)
+rows of the data set  -Pictures->  Opened: keys, captions, uint8 [m 3 s s], reasons  -encode->  rows of a shard
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,40 @@ from typing import Any
 import datasets
 import pyarrow.compute as pc
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavit_tok.images import resize
+from lavit_tok.shard_files import Settings, ShardRow
+from lavit_tok.tokenizer import VisualTokenizer
 from lavit_tok.training.sources import KEY_COLUMNS, read_row, row_key, undecoded
 
 CAPTION_COLUMNS = ("caption", "text", "txt")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One row of the data set. `reason` says why its picture cannot be read; None if it can."""
+class Entry:
+    """What one row of the data set says besides its pixels."""
 
     row: int
     key: str
     caption: str
-    pixels: Tensor | None
-    """uint8 [3 s s]."""
-    reason: str | None = None
+    reason: str | None
+    """Why its picture cannot be read; None if it can."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Consecutive rows of the data set."""
+
+    entries: list[Entry]
+    pixels: UInt8[Tensor, "m 3 size size"]
+    """The m pictures that can be read. One tensor: each costs a file descriptor on its way between processes."""
 
 
 class Pictures(Dataset):
-    """The pictures of one split, by row number.
+    """The pictures of one split: pictures[range(5, 8)] opens three of them.
 
     Args:
         rows: the split, a map-style `datasets.Dataset`.
@@ -73,14 +85,17 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> Picture:
-        row = self.rows[number]
-        key, caption = self._key(row, number), self._caption(row)
-        image, reject = read_row(row, self.image_column, key, key)
-        if image is None:
-            assert reject is not None
-            return Picture(number, key, caption, None, reject["reason"].removeprefix(f"{key}: "))
-        return Picture(number, key, caption, resize(image, self.size, self.crop))
+    def __getitem__(self, numbers: range) -> Opened:
+        entries, pixels = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
+        for number in numbers:
+            row = self.rows[number]
+            key = self._key(row, number)
+            image, reject = read_row(row, self.image_column, key, key)
+            reason = reject["reason"].removeprefix(f"{key}: ") if reject else None
+            entries.append(Entry(number, key, self._caption(row), reason))
+            if image is not None:
+                pixels.append(resize(image, self.size, self.crop)[None])
+        return Opened(entries, torch.cat(pixels))
 
     def digest(self) -> str:
         """16 hexadecimal digits of every row's key, caption and encoded size: equal for the same data set elsewhere."""
@@ -97,6 +112,7 @@ class Pictures(Dataset):
             sizes = pc.binary_length(pc.struct_field(image, "bytes")).to_pylist()
             paths = pc.struct_field(image, "path").to_pylist()
             for row, path, size in zip(table.drop_columns([self.image_column]).to_pylist(), paths, sizes, strict=True):
+                size = os.path.getsize(path) if size is None and path and os.path.isfile(path) else size
                 yield number, {**row, self.image_column: {"path": path}}, size
                 number += 1
 
@@ -107,11 +123,30 @@ class Pictures(Dataset):
         return row[self.caption_column] or "" if self.caption_column else ""
 
 
-def collate(pictures: Sequence[Picture]) -> tuple[list[Picture], Tensor | None]:
-    """(pictures without pixels, uint8 [m 3 s s] of those that can be read): one tensor to pass between processes."""
-    pixels = [picture.pixels for picture in pictures if picture.pixels is not None]
-    bare = [Picture(p.row, p.key, p.caption, None, p.reason) for p in pictures]
-    return bare, torch.stack(pixels) if pixels else None
+def weights_digest(tokenizer: VisualTokenizer) -> str:
+    """16 hexadecimal digits of the config and of the weights that codes follow from."""
+    sha = hashlib.sha256(json.dumps(tokenizer.config.to_dict(), sort_keys=True).encode())
+    for room in (tokenizer.encoder, tokenizer.selector, tokenizer.merger, tokenizer.quantizer):
+        for name, tensor in room.state_dict().items():
+            sha.update(name.encode())
+            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+def encode(tokenizer: VisualTokenizer, opened: Opened, settings: Settings) -> list[ShardRow]:
+    """Rows of the pictures that can be read; with mirror, each is followed by its mirror image's."""
+    good = [entry for entry in opened.entries if entry.reason is None]
+    if not good:
+        return []
+    views = [opened.pixels, opened.pixels.flip(3)] if settings.mirror else [opened.pixels]
+    columns: list[list[ShardRow]] = []
+    for mirrored, pixels in enumerate(views):
+        codes = tokenizer.encode(pixels, settings.budget).to("cpu")
+        assert codes.keep is not None  # codes of pictures always know their patches
+        kept = [mask.nonzero().flatten().tolist() for mask in codes.keep]
+        rows = zip(good, codes.to_list(), kept, strict=True)
+        columns.append([ShardRow(entry.key, entry.caption, *row, bool(mirrored)) for entry, *row in rows])
+    return [row for pair in zip(*columns, strict=True) for row in pair]
 
 
 def _caption_column(features: Any, name: str | None, data: str) -> str | None:
