@@ -1,4 +1,4 @@
-"""benchmarks/serve_check.py: what it asks, and that it finds wrong answers. The server itself needs the extra `serve`."""
+"""benchmarks/serve_check.py: what it asks, and that it finds wrong answers. The server needs the extra `serve`."""
 
 from __future__ import annotations
 
