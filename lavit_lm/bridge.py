@@ -29,7 +29,7 @@ class ContinuousBridge(nn.Module):
             tokenizer.requires_grad_(False).eval()
         ]  # in a list, out of sight of parameters() and state_dict()
         self.path = ContinuousPath(
-            c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention, width
+            c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention, width, c.positions
         )
         self.path.merger.load_state_dict(tokenizer.merger.state_dict())
 

@@ -3,9 +3,9 @@
     shards (codes, captions) --+-- order of an epoch --> windows of rows --> layout --> plan --> blocks --> batches
     texts ---------------------+   (seed, epoch)         (seed, epoch, row)
 
-The order of an epoch, the draws of each row (which segment first, prompt dropped) and the packing of each window are pure
-functions of seed, epoch and place. Where a run stands is one count, the batches trained on, which Lightning keeps, and
-the window in which the count lies, which is saved with it so that nothing before it has to be planned again.
+The order of an epoch, the draws of each row (which segment first, prompt dropped) and the packing of each window are
+pure functions of seed, epoch and place. Where a run stands is one count, the batches trained on, which Lightning keeps,
+and the window in which the count lies, which is saved with it so that nothing before it has to be planned again.
 """
 
 from __future__ import annotations

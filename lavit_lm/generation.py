@@ -119,7 +119,7 @@ def continue_rows(
     lexicon: Lexicon,
     prompts: Sequence[Row],
     rule: Rule,
-    sampling: Sampling = Sampling(),  # noqa: B008  # frozen
+    sampling: Sampling = Sampling(),
     unconditional: Sequence[Row] | None = None,
     generator: Generators = None,
     cached: bool = True,
@@ -135,7 +135,7 @@ def continue_rows(
     Returns: the ids said after each prompt, with the one that ended it, if any.
 
     Raises:
-        ValueError: no prompts, guidance without unconditional rows, or a prompt without room for an answer.
+        ValueError: no prompts, an empty one, one without room for an answer, or guidance without unconditional rows.
     """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
@@ -143,6 +143,8 @@ def continue_rows(
     if guided and (unconditional is None or len(unconditional) != len(prompts)):
         raise ValueError("guidance needs an unconditional row for each prompt")
     rows = [*prompts, *(unconditional or [])] if guided else list(prompts)
+    if min(map(len, rows)) == 0:
+        raise ValueError("a prompt of no places: nothing stands there from which to go on")
     room = getattr(model.causal.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, rows))
     if room is not None and longest + rule.most > room:

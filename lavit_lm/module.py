@@ -23,6 +23,7 @@ from transformers import (
 
 from lavit_lm.bridge import ContinuousBridge
 from lavit_lm.embeddings import extend_model
+from lavit_lm.files import check_free, save_model
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.objectives.losses import Sum
@@ -81,6 +82,8 @@ class LanguageModeling(L.LightningModule):
         self.save_hyperparameters(ignore=["objective"])
         self.settings: Any = self.hparams
         self.objective = objective or LaVIT()
+        if out is not None:
+            check_free(out)  # now, not when the training is done
         source = text_tokenizer or lm
         if not isinstance(source, str):
             raise ValueError("text_tokenizer: a new LM has no tokenizer of its own; name a directory or Hub id")
@@ -195,8 +198,6 @@ class LanguageModeling(L.LightningModule):
 
     def save(self, out: str | Path) -> None:
         """A directory for MultimodalLM.from_pretrained, which plain `transformers` can load too."""
-        from lavit_lm.files import save_model
-
         assert self.model is not None
         save_model(out, self.model, self.lexicon, self.settings.visual_tokenizer, self.fingerprint)
 

@@ -46,35 +46,41 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code. 0: done, perhaps with rows skipped, as the summary says; 2: bad input."""
+    return run_command("lavit-tok", "Pictures <-> a dynamic number of discrete codes.", COMMANDS, argv)
+
+
+def run_command(program: str, description: str, commands: dict[str, Command], argv: Sequence[str] | None = None) -> int:
+    """Parse the words and run what they name, for any program of such commands."""
     words = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS.get(words[0]) if words else None
+    command = commands.get(words[0]) if words else None
     if command is not None and command.arguments is None:
-        return guarded(command, words[1:])
-    arguments = parser().parse_args(words)
-    return guarded(COMMANDS[arguments.command], arguments)
+        return guarded(program, command, words[1:])
+    arguments = parser(program, description, commands).parse_args(words)
+    return guarded(program, commands[arguments.command], arguments)
 
 
-def guarded(command: Command, arguments: Any) -> int:
-    """Bad input as one line and exit code 2. An error that this package did not raise is a bug, and shown in full."""
+def guarded(program: str, command: Command, arguments: Any) -> int:
+    """Bad input as one line and exit code 2. An error that these packages did not raise is a bug, and shown in full."""
     try:
         return resolve_name(command.run)(arguments)
     except BrokenPipeError:  # `lavit-tok encode ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, ImportError, OSError) as error:
-        source = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not isinstance(error, OSError) and Path(__file__).parent not in Path(source).parents:
+        source = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        ours = Path(__file__).parent, Path(__file__).parents[1] / "lavit_lm"
+        if not isinstance(error, OSError) and not any(folder in source.parents for folder in ours):
             raise
         text = " ".join(str(error).split())
-        print(f"lavit-tok: error: {text[:SHOWN]}{' ...' * (len(text) > SHOWN)}", file=sys.stderr)
+        print(f"{program}: error: {text[:SHOWN]}{' ...' * (len(text) > SHOWN)}", file=sys.stderr)
         return BAD_INPUT
 
 
-def parser() -> argparse.ArgumentParser:
-    top = Parser(prog="lavit-tok", description="Pictures <-> a dynamic number of discrete codes.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.help, description=command.help)
+def parser(program: str, description: str, commands: dict[str, Command]) -> argparse.ArgumentParser:
+    top = Parser(prog=program, description=description)
+    subs = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, command in commands.items():
+        sub = subs.add_parser(name, help=command.help, description=command.help)
         if command.arguments is not None:
             command.arguments(sub)
     return top

@@ -156,28 +156,36 @@ def fit_decoder(words: list[str]) -> int:
     return _train("fit-decoder", "lavit_tok.training.decoder:PixelDecoderTraining", words)
 
 
-def _train(command: str, name: str, words: list[str]) -> int:
+def _train(command: str, model: str, words: list[str]) -> int:
+    return lightning_command("lavit-tok", command, "fit", model, "lavit_tok.training.data:ImageDataModule", words)
+
+
+def lightning_command(program: str, command: str, action: str, model: str, data: str, words: list[str]) -> int:
+    """Run LightningCLI's `action` on a model and a data module, each named module:class.
+
+    Raises:
+        ImportError: the packages for training are not installed.
+        ValueError: words or a recipe that do not fit.
+    """
     try:
         from lightning.pytorch.cli import LightningCLI
 
-        from lavit_tok.training.data import ImageDataModule
-
-        model = resolve_name(name)
+        model_class, data_class = resolve_name(model), resolve_name(data)
     except ImportError as error:
         raise ImportError(f"training needs more packages: pip install 'lavit-tok[train]' ({error})") from None
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # it would rather read sys.argv itself
-    parser: dict[str, Any] = {"exit_on_error": False, "prog": "lavit-tok"}
+    parser: dict[str, Any] = {"exit_on_error": False, "prog": program}
     try:
         LightningCLI(
-            model,
-            ImageDataModule,
-            args=["fit", *words],
+            model_class,
+            data_class,
+            args=[action, *words],
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},  # a resumed run writes its config where the first one did
-            parser_kwargs={**parser, "fit": parser},
+            parser_kwargs={**parser, action: parser},
         )
     except argparse.ArgumentError as error:
-        raise ValueError(f"{error} (see lavit-tok {command} --help)") from None
+        raise ValueError(f"{error} (see {program} {command} --help)") from None
     return 0
 
 

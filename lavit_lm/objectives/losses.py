@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,3 +55,14 @@ def cross_entropy(states: Float[Tensor, "b l d"], head: Callable[[Tensor], Tenso
     nats = F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none")
     is_text = batch.roles.flatten()[at] == Role.TEXT
     return {name: Sum(nats[where].sum(), where.sum()) for name, where in (("text", is_text), ("image", ~is_text))}
+
+
+def log_likelihood(
+    states: Float[Tensor, "b l d"], head: Callable[[Tensor], Tensor], batch: Packed
+) -> Float[Tensor, " b"]:
+    """log p of each block's predicted ids given what stands before them, in nats."""
+    before, at = sources(batch, batch.predict)
+    logits = head(states.flatten(0, 1)[before]).float()
+    nats = F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none")
+    rows = torch.div(at, batch.ids.shape[1], rounding_mode="floor")
+    return -torch.zeros(len(batch.ids), device=nats.device).index_add(0, rows, nats)

@@ -1,0 +1,98 @@
+"""What the commands of cli.py do. A bad picture is skipped, counted, and told on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import torch
+
+from lavit_tok.batch_jobs import Rejects, chunks, device, listed_pictures, opened, png_name, save_png
+from lavit_tok.commands import lightning_command
+
+
+def fit(words: list[str]) -> int:
+    """Train; the words are LightningCLI's."""
+    return _lightning("fit", words)
+
+
+def validate(words: list[str]) -> int:
+    """Held-out losses on the validation split; the words are LightningCLI's."""
+    return _lightning("validate", words)
+
+
+def test(words: list[str]) -> int:
+    """Losses on the test split; the words are LightningCLI's."""
+    return _lightning("test", words)
+
+
+def _lightning(command: str, words: list[str]) -> int:
+    names = "lavit_lm.module:LanguageModeling", "lavit_lm.data:LanguageDataModule"
+    return lightning_command("lavit-lm", command, command, *names, words)
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Pictures of a prompt -> PNG files, and codes.jsonl beside them."""
+    lm = _model(arguments, arguments.decoder)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    codes = lm.generate_codes(
+        arguments.prompt,
+        arguments.n,
+        arguments.guidance,
+        generator,
+        top_k=arguments.top_k,
+        temperature=arguments.temperature,
+    )
+    pictures = lm.decoder(codes, arguments.steps, arguments.decoder_guidance, generator).images
+    for number, picture in enumerate(pictures):
+        path = arguments.out / png_name(number, arguments.prompt)
+        save_png(picture, path)
+        print(f"{len(codes[number]):7d} codes  {path}")
+    lines = [json.dumps({"prompt": arguments.prompt, "codes": row}) for row in codes.to_list()]
+    (arguments.out / "codes.jsonl").write_text("\n".join(lines) + "\n")
+    return 0
+
+
+def caption(arguments: argparse.Namespace) -> int:
+    """A line of text for each picture on stdout: path, tab, text."""
+    paths = listed_pictures(arguments.images)
+    lm = _model(arguments, None)
+    rejects, count = Rejects(None, only=len(paths) == 1), 0
+    with rejects:
+        for chunk in chunks(enumerate(paths), arguments.batch_size):
+            pictures = opened(chunk, rejects)
+            if not pictures:
+                continue
+            images = [image for _, _, image in pictures]
+            if arguments.question is None:
+                texts = lm.caption(images, arguments.max_tokens)
+            else:
+                texts = [lm.answer(image, arguments.question, max_tokens=arguments.max_tokens) for image in images]
+            for (_, path, _), text in zip(pictures, texts, strict=True):
+                print(f"{path}\t{text}")
+            count += len(pictures)
+        rejects.require(count)
+    print(f"{count} of {len(paths)} pictures{rejects.summary()}", file=sys.stderr)
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """A model -> a plain `transformers` directory."""
+    from lavit_lm.model import MultimodalLM
+
+    lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
+    lm.export(arguments.out, getattr(torch, arguments.dtype))
+    print(f"exported to {arguments.out}", file=sys.stderr)
+    return 0
+
+
+def _model(arguments: argparse.Namespace, decoder: str | None) -> "MultimodalLM":  # type: ignore[name-defined]
+    from lavit_lm.model import MultimodalLM
+
+    return MultimodalLM.from_pretrained(
+        arguments.model,
+        visual_tokenizer=arguments.visual_tokenizer,
+        decoder=decoder,
+        device=device(arguments.device),
+    )

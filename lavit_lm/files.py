@@ -1,0 +1,138 @@
+"""A trained model as a directory, and back. Plain `transformers` can load it; two more files say what the codes are.
+
+config.json, model.safetensors, tokenizer.json, ...     the LM and its text tokenizer
+lavit_lm.json                                           which visual tokenizer, and the fingerprint of its codebook
+bridge.safetensors                                      the continuous path, where there is one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lavit_lm.bridge import ContinuousBridge
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.sequence_model import SequenceModel
+from lavit_tok import VisualTokenizer, WeightsError
+
+FORMAT, VERSION = "lavit_lm", 1
+DEFAULT = Path(__file__).parent / "default"
+
+
+def save_model(
+    out: str | Path,
+    model: SequenceModel,
+    lexicon: Lexicon,
+    visual_tokenizer: str,
+    fingerprint: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the directory, in the place of an older model if there is one; LoRA weights are merged into the LM's own.
+
+    Raises:
+        WeightsError: the directory holds something else.
+    """
+    from lavit_lm.export import export
+
+    target = Path(out)
+    check_free(target)
+    out = target.with_name(f".{target.name}.new")
+    shutil.rmtree(out, ignore_errors=True)
+    export(model.lm, lexicon.tokenizer, out, dtype)
+    if model.bridge is not None:
+        tensors = {name: t.detach().cpu().to(dtype or t.dtype) for name, t in model.bridge.state_dict().items()}
+        save_file(tensors, out / "bridge.safetensors")
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        "visual_tokenizer": visual_tokenizer,
+        "fingerprint": fingerprint,
+        "codebook_size": lexicon.vocabulary.codebook_size,
+        "continuous": model.bridge is not None,
+    }
+    (out / "lavit_lm.json").write_text(json.dumps(values, indent=2) + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    out.rename(target)
+
+
+def check_free(out: str | Path) -> None:
+    """Raise WeightsError for a directory that holds anything but an older model: it would be lost."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and ((out / "lavit_lm.json").exists() or not any(out.iterdir()))):
+        raise WeightsError(f"{out}: expected a new or empty directory, or an older model to replace")
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    visual_tokenizer: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[SequenceModel, Lexicon, VisualTokenizer]:
+    """Read the directory.
+
+    Args:
+        name: "default", a directory, or a Hub id.
+        visual_tokenizer: where its visual tokenizer is, if not where lavit_lm.json says.
+
+    Raises:
+        WeightsError: files or tensors that are missing, unexpected or mis-shaped, or another tokenizer's codebook.
+    """
+    directory = _directory(name)
+    values = _read(directory / "lavit_lm.json")
+    visual = VisualTokenizer.from_pretrained(visual_tokenizer or values["visual_tokenizer"], dtype=dtype, device=device)
+    if visual.fingerprint() != values["fingerprint"]:
+        raise WeightsError(
+            f"{directory}: trained on codes of the codebook {values['fingerprint']}, the visual tokenizer "
+            f"{visual_tokenizer or values['visual_tokenizer']!r} has {visual.fingerprint()}: its pictures "
+            "would be read and drawn as unrelated ones"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    lm, report = AutoModelForCausalLM.from_pretrained(
+        directory, use_safetensors=True, dtype=dtype, output_loading_info=True
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if wrong:
+        raise WeightsError(f"{directory}: tensors do not fit the config, and would be left out or made up: {wrong}")
+    bridge = None
+    if values["continuous"]:
+        bridge = ContinuousBridge(visual, lm.config.get_text_config().hidden_size)
+        try:
+            bridge.load_state_dict(load_file(directory / "bridge.safetensors"))
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(f"{directory}/bridge.safetensors: {error}") from None
+    model = SequenceModel(lm, bridge).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return model, Lexicon.of(tokenizer), visual
+
+
+def _directory(name: str | os.PathLike[str]) -> Path:
+    if str(name) == "default":
+        return DEFAULT
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the hub's errors are of many kinds
+        raise WeightsError(f"{name}: neither a directory nor a Hub id that can be fetched: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read: {error}") from None
+    wanted = {"visual_tokenizer", "fingerprint", "codebook_size", "continuous"}
+    missing = wanted - set(values) if isinstance(values, dict) else wanted
+    if missing or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+        raise WeightsError(
+            f"{path}: expected {FORMAT} version {VERSION}, with {sorted(wanted)}; missing {sorted(missing)}"
+        )
+    return values

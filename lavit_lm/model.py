@@ -1,0 +1,283 @@
+"""MultimodalLM: a language model, its visual tokenizer and a pixel decoder, as a user wants them. No maths here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image as Picture
+from torch import Tensor
+
+from lavit_lm.files import load_model
+from lavit_lm.generation import Generators, Rule, Sampling, continue_rows
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.objectives.losses import log_likelihood
+from lavit_lm.packing import pad
+from lavit_lm.segments import Image, Role, Row, RowBuilder
+from lavit_lm.sequence_model import SequenceModel
+from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
+
+Prompt = str | Sequence[Any]
+"""Text, or a list of texts and pictures (anything VisualTokenizer.encode takes, or VisualCodes of one picture)."""
+PICTURE_SAMPLING = Sampling(top_k=50, guidance_scale=3.0)
+TEXT_SAMPLING = Sampling(temperature=0)
+
+
+class MultimodalLM:
+    """Text and pictures in, text and pictures out.
+
+    Args:
+        model: the LM, and its bridge if it reads pictures as vectors.
+        lexicon: its text tokenizer and visual vocabulary.
+        visual: the tokenizer whose codes it speaks.
+        decoder: codes -> pixels; a name is loaded when first needed, None gives codes only.
+    """
+
+    def __init__(
+        self, model: SequenceModel, lexicon: Lexicon, visual: VisualTokenizer, decoder: PixelDecoder | str | None = None
+    ) -> None:
+        self.model, self.lexicon, self.visual = model.eval(), lexicon, visual
+        self._decoder = decoder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] = "default",
+        *,
+        visual_tokenizer: str | None = None,
+        decoder: str | None = "default",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> MultimodalLM:
+        """The shipped model, a directory, or a Hub id. Raises WeightsError, see files.load_model."""
+        return cls(*load_model(name, visual_tokenizer, dtype, device), decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.causal.get_input_embeddings().weight.device
+
+    @property
+    def decoder(self) -> Any:
+        """The pixel decoder. Raises ValueError where there is none, or one of another codebook size."""
+        if self._decoder is None:
+            raise ValueError("this model has no pixel decoder: it gives codes (generate_codes), not pictures")
+        if isinstance(self._decoder, str):
+            self._decoder = PixelDecoder.from_pretrained(self._decoder, device=self.device)
+            self._decoder.set_progress_bar_config(disable=True)
+        return self._decoder
+
+    # Pictures
+
+    def generate_images(
+        self,
+        prompt: Prompt,
+        n: int = 1,
+        guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
+        generator: torch.Generator | None = None,
+        **decoding: Any,
+    ) -> list[Picture.Image]:
+        """n pictures of a prompt, which may mix texts and pictures.
+
+        Args:
+            guidance_scale: of the language model; the pixel decoder's is `decoding`'s "decoder_guidance".
+            decoding: generate_codes' other arguments, and for the decoder "num_inference_steps", "decoder_guidance".
+        """
+        drawing = {name: decoding.pop(name) for name in ("num_inference_steps",) if name in decoding}
+        if "decoder_guidance" in decoding:
+            drawing["guidance_scale"] = decoding.pop("decoder_guidance")
+        codes = self.generate_codes(prompt, n, guidance_scale, generator, **decoding)
+        return self.decoder(codes, generator=generator, **drawing).images
+
+    def generate_codes(
+        self,
+        prompt: Prompt,
+        n: int = 1,
+        guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
+        generator: torch.Generator | None = None,
+        **sampling: Any,
+    ) -> VisualCodes:
+        """Codes of n pictures of one prompt; see generate_codes_batch."""
+        return self.generate_codes_batch([prompt] * n, guidance_scale, generator, **sampling)
+
+    def generate_codes_batch(
+        self,
+        prompts: Sequence[Prompt],
+        guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
+        generator: Generators = None,
+        *,
+        min_codes: int = 1,
+        max_codes: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = PICTURE_SAMPLING.top_k,
+        top_p: float | None = None,
+        cached: bool = True,
+    ) -> VisualCodes:
+        """A picture's codes for each prompt, whatever their lengths.
+
+        Args:
+            prompts: see Prompt; pictures in them are read as codes.
+            guidance_scale: 1 for none; the unconditional stream is an image without a prompt.
+            generator: one for all, or one for each prompt, so that it gives the same in any batch.
+            min_codes, max_codes: of a picture; at most as many as the visual tokenizer has patches.
+
+        Raises:
+            ValueError: no prompt, or one without room for a picture.
+        """
+        patches = self.visual.config.num_patches
+        most = patches if max_codes is None else max_codes
+        if not 1 <= min_codes <= most <= patches:
+            raise ValueError(f"expected 1 <= min_codes <= max_codes <= {patches}, got {min_codes} and {most}")
+        opened = [self._row(prompt, opened=True, vectors=False) for prompt in prompts]
+        free = self._row([], opened=True)
+        said = continue_rows(
+            self.model,
+            self.lexicon,
+            opened,
+            Rule("image", min_codes, most),
+            Sampling(temperature, top_k, top_p, guidance_scale),
+            [free] * len(opened),
+            generator,
+            cached,
+        )
+        vocabulary = self.lexicon.vocabulary
+        codes = [vocabulary.to_codes(torch.tensor([i for i in ids if i != vocabulary.end])) for ids in said]
+        return VisualCodes.from_list([c.tolist() for c in codes], vocabulary.codebook_size)
+
+    # Text
+
+    def caption(self, images: Any, max_tokens: int = 64, **sampling: Any) -> Any:
+        """A caption; for a list of pictures a list of them. Greedy, unless Sampling's arguments are given."""
+        several = isinstance(images, list)
+        prompts = [[image] for image in (images if several else [images])]
+        captions = self._text(prompts, max_tokens, **sampling)
+        return captions if several else captions[0]
+
+    def answer(
+        self,
+        image: Any,
+        question: str,
+        template: str = "Question: {question} Answer:",
+        max_tokens: int = 64,
+        **sampling: Any,
+    ) -> str:
+        """An answer to a question about one picture; the template is how the model's training data puts questions."""
+        return self._text([[image, template.format(question=question)]], max_tokens, **sampling)[0]
+
+    def complete(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 64,
+        max_images: int = 1,
+        guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
+        generator: torch.Generator | None = None,
+        pictures: bool = True,
+        **sampling: Any,
+    ) -> list[Any]:
+        """Go on with texts and pictures in turn until the model ends.
+
+        Args:
+            max_tokens: of each stretch of text.
+            max_images: pictures at most; at 0 only text.
+            pictures: draw them; False gives VisualCodes.
+
+        Returns: what was said: strings, and pictures or VisualCodes.
+        """
+        parts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+        said: list[Any] = []
+        for number in range(max_images + 1):
+            kind = "mixed" if number < max_images else "text"
+            chosen = Sampling(**{"temperature": 0.0, **sampling})
+            row = self._row(parts + said)
+            ids = continue_rows(self.model, self.lexicon, [row], Rule(kind, 0, max_tokens), chosen, None, generator)[0]
+            text = self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids)
+            said += [text] if text else []
+            if not ids or ids[-1] != self.lexicon.vocabulary.begin:
+                break
+            said.append(self.generate_codes(parts + said, 1, guidance_scale, generator))
+        if pictures:
+            said = [self.decoder(s, generator=generator).images[0] if isinstance(s, VisualCodes) else s for s in said]
+        return said
+
+    # Likelihood
+
+    @torch.no_grad()
+    def rank(self, context: Prompt, candidates: Sequence[Any], per_token: bool = False) -> Float[Tensor, " n"]:
+        """log p(candidate | context) in nats: texts or pictures (as Prompt takes them); greater is likelier.
+
+        Args:
+            per_token: divide by the candidate's tokens, so that long ones do not lose for being long.
+        """
+        if not candidates:
+            raise ValueError("expected at least one candidate, got none")
+        given = self._parts(context)
+        rows = []
+        for candidate in candidates:
+            builder = self._builder(given)
+            self._add(builder, candidate, predict=True, vectors=False)
+            rows.append(builder.add([self.lexicon.stop], Role.TEXT, predict=True).row())
+        batch = pad(rows, self.lexicon.pad).to(self.device)
+        nats = log_likelihood(self.model.states(batch), self.model.head, batch)
+        return nats / batch.predict.sum(1) if per_token else nats
+
+    def export(self, out: str | Path, dtype: torch.dtype | None = None) -> None:
+        """A plain `transformers` directory that other programs serve; see export.py."""
+        from lavit_lm.export import export
+
+        export(self.model.lm, self.lexicon.tokenizer, out, dtype)
+
+    # Rows
+
+    def _text(
+        self, prompts: Sequence[Prompt], max_tokens: int, generator: Generators = None, **sampling: Any
+    ) -> list[str]:
+        chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
+        rows = [self._row(prompt) for prompt in prompts]
+        said = continue_rows(self.model, self.lexicon, rows, Rule("text", 0, max_tokens), chosen, None, generator)
+        return [self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids).strip() for ids in said]
+
+    def _row(self, prompt: Prompt, opened: bool = False, vectors: bool = True) -> Row:
+        builder = self._builder(self._parts(prompt), vectors)
+        if opened:
+            builder.add([self.lexicon.vocabulary.begin], Role.BEGIN)
+        return builder.row()
+
+    @staticmethod
+    def _parts(prompt: Prompt) -> list[Any]:
+        return [prompt] if isinstance(prompt, str) else list(prompt)
+
+    def _builder(self, parts: list[Any], vectors: bool = True) -> RowBuilder:
+        builder = RowBuilder().add(self.lexicon.start, Role.TEXT)
+        for part in parts:
+            self._add(builder, part, vectors=vectors)
+        return builder
+
+    def _add(self, builder: RowBuilder, part: Any, predict: bool = False, vectors: bool = True) -> None:
+        if isinstance(part, str):
+            builder.add(self.lexicon.text(part), Role.TEXT, predict=predict)
+            return
+        image = self._image(part, vectors and self.model.bridge is not None)
+        vocabulary = self.lexicon.vocabulary
+        feed = image if image.picture is not None else None
+        builder.add([vocabulary.begin], Role.BEGIN, predict=predict)
+        builder.add(self.lexicon.codes(image.codes), Role.VISUAL, predict=predict, feed=feed)
+        builder.add([vocabulary.end], Role.END, predict=predict)
+
+    def _image(self, source: Any, vectors: bool) -> Image:
+        if isinstance(source, VisualCodes):
+            if len(source) != 1:
+                raise ValueError(f"expected codes of one picture in a prompt, got {len(source)}")
+            source.check(self.visual.config.codebook_size)
+            return Image(source[0].cpu())
+        from lavit_tok import to_uint8
+
+        c = self.visual.config
+        pixels = to_uint8(source, c.image_size, c.crop)
+        codes = self.visual.encode(pixels)
+        if not vectors:
+            return Image(codes[0].cpu())
+        assert codes.keep is not None
+        return Image(codes[0].cpu(), pixels[0], codes.keep[0].cpu())
