@@ -34,7 +34,7 @@ from lavit_tok.tokenizer import VisualTokenizer
 from lavit_tok.training.shard_source import Pictures, encode, weights_digest
 from lavit_tok.training.sources import load_splits
 
-Rejects = dict[int, dict[str, Any]]
+Skipped = dict[int, dict[str, Any]]
 """Row of the data set -> {"key", "reason", "row"}."""
 
 
@@ -105,7 +105,7 @@ class ShardJob:
             batches += [range(start, min(start + batch_size, end)) for start in starts]
         loader: Any = DataLoader(self.pictures, batch_size=None, sampler=batches, num_workers=num_workers)
         rows: list[ShardRow] = []
-        rejects: Rejects = {}
+        rejects: Skipped = {}
         for opened in progress(loader, f"shards {self.name}"):
             rows += encode(tokenizer, opened, self.settings)
             bad = (entry for entry in opened.entries if entry.reason is not None)
@@ -129,7 +129,7 @@ class ShardJob:
         text += f", {self.found} of them there before" if self.found else ""
         return text + (f"; {len(self.rejects)} skipped, listed in {self._rejects_file}" if self.rejects else "")
 
-    def _save(self, file: str, rows: list[ShardRow], rejects: Rejects) -> None:
+    def _save(self, file: str, rows: list[ShardRow], rejects: Skipped) -> None:
         try:
             with atomic(self.out / file) as part:
                 write_shard(part, rows, self.settings)
@@ -151,7 +151,7 @@ class ShardJob:
     def _rejects_file(self) -> Path:
         return self.out / f"{self.name}.rejects.jsonl"
 
-    def _write_rejects(self, rejects: Rejects) -> None:
+    def _write_rejects(self, rejects: Skipped) -> None:
         if not rejects:
             self._rejects_file.unlink(missing_ok=True)
             return
@@ -159,9 +159,9 @@ class ShardJob:
             lines = [json.dumps(rejects[row], ensure_ascii=False) + "\n" for row in sorted(rejects)]
             part.write_text("".join(lines), encoding="utf-8")
 
-    def _known_rejects(self) -> Rejects:
+    def _known_rejects(self) -> Skipped:
         """Those of an earlier run. A line that cannot be read is missed when its shard's are counted."""
-        known: Rejects = {}
+        known: Skipped = {}
         text = self._rejects_file.read_text(encoding="utf-8") if self._rejects_file.exists() else ""
         for line in text.split("\n"):
             try:

@@ -145,7 +145,7 @@ def encode(tokenizer: VisualTokenizer, opened: Opened, settings: Settings) -> li
         assert codes.keep is not None  # codes of pictures always know their patches
         kept = [mask.nonzero().flatten().tolist() for mask in codes.keep]
         rows = zip(good, codes.to_list(), kept, strict=True)
-        columns.append([ShardRow(entry.key, entry.caption, *row, bool(mirrored)) for entry, *row in rows])
+        columns.append([ShardRow(e.key, e.caption, values, patches, bool(mirrored)) for e, values, patches in rows])
     return [row for pair in zip(*columns, strict=True) for row in pair]
 
 

@@ -1,0 +1,542 @@
+"""`lavit-tok shards` and the reader of what it writes: the drawing, resuming after any kill, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import lavit_tok
+from lavit_tok import ShardError, Shards, VisualTokenizer
+from lavit_tok.cli import main
+from lavit_tok.code_files import CodeRow, Header, read_codes
+from lavit_tok.images import open_image
+from lavit_tok.shard_files import Manifest, sha256
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+CORRUPT = 2  # of the ten training pictures
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder where `datasets` keeps its copies, shared by this file's jobs."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def album(photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder with captions: ten training pictures, number 2 corrupt, number 5 with a long caption; two to
+    validate; 40 x 32 pixels."""
+    folder = tmp_path_factory.mktemp("album")
+    pictures = [open_image(photo) for photo in photos]
+    noise = np.random.default_rng(0).bytes(20_000).hex()  # which does not compress to less than its 20 kB
+    for split, count in (("train", 10), ("validation", 2)):
+        (folder / split).mkdir()
+        lines = []
+        for i in range(count):
+            left = 20 * i if split == "train" else 100
+            picture = pictures[i % 4].crop((left, 0, left + 200, 160)).resize((40, 32))
+            picture.save(folder / split / f"{i:02d}.png")
+            lines.append({"file_name": f"{i:02d}.png", "caption": noise if i == 5 else f"{split} {i}" if i else None})
+        (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / f"train/{CORRUPT:02d}.png").write_bytes(b"\x89PNG but not really")
+    return folder
+
+
+@pytest.fixture
+def weights(tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> Path:
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
+def shards(album: Path, weights: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Runs the command in process with pictures of the album, four a shard, and returns the folder."""
+
+    def run(out: str = "out", *more: Any, data: Path = album, split: str | None = "train", code: int = 0) -> Path:
+        words = ["shards", data, "--out", tmp_path / out, "--tokenizer", weights, "--shard-size", 4, "--batch-size", 3]
+        words += ["--split", split] if split else []
+        assert main([str(word) for word in [*words, *more]]) == code
+        return tmp_path / out
+
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def keys(path: Path) -> list[str]:
+    return [Path(key).stem for key in pq.ParquetFile(path).read(["key"])["key"].to_pylist()]
+
+
+def edit(folder: Path, change: Callable[[Any], None]) -> None:
+    values = json.loads((folder / "manifest.json").read_text())
+    change(values)
+    (folder / "manifest.json").write_text(json.dumps(values))
+
+
+def test_the_drawing(shards: Callable[..., Path], album: Path, weights: Path, capsys: Any) -> None:
+    """That of shard_files.py, and that every row holds what the tokenizer says about its picture."""
+    out = shards()
+    message = capsys.readouterr().err
+    assert "train: 9 rows of 10 pictures" in message and f"1 skipped, listed in {out}/train.rejects.jsonl" in message
+    names = [f"train-{i:05d}.parquet" for i in range(3)]
+    assert sorted(files(out)) == ["manifest.json", *names, "train.rejects.jsonl"]
+    assert [keys(out / name) for name in names] == [["00", "01", "03"], ["04", "05", "06", "07"], ["08", "09"]]
+
+    tokenizer = VisualTokenizer.from_pretrained(weights)
+    rows = [row for name in names for row in pq.ParquetFile(out / name).read().to_pylist()]
+    codes = tokenizer.encode([album / row["key"] for row in rows])
+    assert codes.keep is not None
+    assert [row["codes"] for row in rows] == codes.to_list()
+    assert [row["length"] for row in rows] == codes.lengths.tolist()
+    assert [row["keep"] for row in rows] == [mask.nonzero().flatten().tolist() for mask in codes.keep]
+    assert [row["caption"] for row in rows if len(row["caption"]) < 99] == [
+        "",
+        *(f"train {i}" for i in (1, 3, 4, 6, 7, 8, 9)),
+    ]
+    schema = {"key": "string", "caption": "string", "codes": "list<element: int32>", "length": "int32"}
+    found = pq.ParquetFile(out / names[0]).schema_arrow
+    assert {f.name: str(f.type) for f in found} == schema | {"keep": "list<element: int32>"}
+
+    both = shards("both", "--mirror")
+    assert [keys(both / name) for name in names] == [
+        ["00", "00", "01", "01", "03", "03"],
+        [f"0{i // 2}" for i in range(8, 16)],
+        ["08", "08", "09", "09"],
+    ]
+    mirrored = [row for name in names for row in pq.ParquetFile(both / name).read().to_pylist()]
+    assert [row.pop("mirrored") for row in mirrored] == [False, True] * 9
+    assert mirrored[::2] == rows
+    flipped = [np.asarray(open_image(album / row["key"]))[:, ::-1].copy() for row in rows]
+    assert [row["codes"] for row in mirrored[1::2]] == tokenizer.encode(flipped).to_list() != codes.to_list()
+
+
+def test_manifest_and_rejects(shards: Callable[..., Path], weights: Path, album: Path) -> None:
+    out = shards()
+    values = json.loads((out / "manifest.json").read_text())
+    (split,) = values["splits"].values()
+    listed = split.pop("shards")
+    tokenizer = VisualTokenizer.from_pretrained(weights)
+    assert (values["format"], values["version"]) == ("lavit_tok.shards", 1)
+    assert (values["tokenizer"], values["fingerprint"]) == (str(weights), tokenizer.fingerprint())
+    assert (values["codebook_size"], values["patches"], values["budget"], values["mirror"]) == (16, 16, None, False)
+    assert (split["data"], split["pictures"], split["caption_column"]) == (str(album), 10, "caption")
+    for shard in listed:
+        table = pq.ParquetFile(out / shard["file"]).read()
+        assert (shard["rows"], shard["codes"]) == (len(table), sum(table["length"].to_pylist()))
+        assert shard["sha256"] == sha256(out / shard["file"])
+    assert [shard["rejects"] for shard in listed] == [1, 0, 0]
+    (line,) = (out / "train.rejects.jsonl").read_text().splitlines()
+    reason = "not a picture in a format that Pillow knows"
+    assert json.loads(line) == {"key": "train/02.png", "reason": reason, "row": CORRUPT}
+
+
+def test_neither_processes_nor_the_place_of_the_data_matter(
+    shards: Callable[..., Path], album: Path, tmp_path: Path
+) -> None:
+    alone = files(shards("alone", "--mirror", "--budget", 0.25))
+    assert files(shards("together", "--mirror", "--budget", 0.25, "--num-workers", 2)) == alone
+    import shutil
+
+    moved = shards("moved", "--mirror", "--budget", 0.25, data=shutil.copytree(album, tmp_path / "moved album"))
+    there = files(moved)
+    assert {name: there[name] for name in there if name != "manifest.json"} == {
+        name: alone[name] for name in alone if name != "manifest.json"
+    }
+    before = files(shards("alone", "--mirror", "--budget", 0.25, data=tmp_path / "moved album"))
+    assert before == alone  # the same data set elsewhere: nothing to do
+
+
+def test_budgets(shards: Callable[..., Path]) -> None:
+    lengths = [
+        pq.ParquetFile(p).read(["length"])["length"].to_pylist()
+        for p in sorted(shards("5", "--budget", 5).glob("*.parquet"))
+    ]
+    assert lengths == [[5] * 3, [5] * 4, [5] * 2]
+    assert Shards.open(shards("half", "--budget", 0.5)).codes == 8 * 9
+
+
+def test_splits_share_a_manifest(shards: Callable[..., Path]) -> None:
+    apart = shards("apart", split="validation")
+    shards("apart", split="train")
+    together = shards("together", split=None)
+    first, second = (Manifest.read(out) for out in (apart, together))
+    assert (first.settings, first.splits) == (second.settings, second.splits)
+    assert list(first.splits) == ["validation", "train"]
+    assert (Shards.open(together, "train").rows, Shards.open(together, "validation").rows) == (9, 2)
+    assert not (together / "validation.rejects.jsonl").exists()
+
+
+def parquet(path: Path, album: Path, **columns: list[Any]) -> Path:
+    """Ten pictures of the album as bytes, with the given columns of text or numbers."""
+    pictures = [{"bytes": (album / f"train/{i:02d}.png").read_bytes(), "path": f"{i}.png"} for i in range(10)]
+    rows = datasets.Dataset.from_dict({"picture": pictures, **columns})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows.cast_column("picture", datasets.Image(decode=False)).to_parquet(path)
+    return path
+
+
+def test_parquet_and_its_columns(shards: Callable[..., Path], album: Path, tmp_path: Path, capsys: Any) -> None:
+    numbers = list(range(100, 110))
+    texts = [f"text {i}" for i in range(10)]
+    path = parquet(tmp_path / "data/a.parquet", album, text=texts, number=numbers, id=[f"id {i}" for i in range(10)])
+    good = [i for i in range(10) if i != CORRUPT]
+
+    def rows(out: Path) -> list[tuple[str, str]]:
+        return [(row["key"], row["caption"]) for row in Shards.open(out).dataset(tmp_path / "copies")]
+
+    assert rows(shards("found", data=path)) == [(f"id {i}", f"text {i}") for i in good]
+    named = shards("named", "--caption-column", "id", "--key-column", "number", "--image-column", "picture", data=path)
+    assert rows(named) == [(str(100 + i), f"id {i}") for i in good]
+    assert json.loads((named / "train.rejects.jsonl").read_text())["key"] == "102"
+    assert rows(shards("silent", "--caption-column", "", data=path)) == [(f"id {i}", "") for i in good]
+    capsys.readouterr()
+    for words, reason in (
+        (
+            ["--caption-column", "words"],
+            "expected a caption column 'words' of text, got columns picture, text, number, id",
+        ),
+        (["--caption-column", "number"], "expected a caption column 'number' of text"),
+        (["--key-column", "name"], "expected a key column 'name', got columns picture, text, number, id"),
+        (["--split", "test"], "expected a split 'test', got train"),
+        (["--device", "toaster"], "device 'toaster' cannot be used here"),
+    ):
+        shards("refused", *words, data=path, code=2)
+        message = capsys.readouterr().err
+        assert reason in message and message.count("\n") == 1
+    assert not (tmp_path / "refused").exists() or not files(tmp_path / "refused")
+
+
+KILLS = """
+import os, signal, sys, time
+from pathlib import Path
+from lavit_tok import Shards
+assert not {"datasets", "lightning", "diffusers"} & {*sys.modules}  # the reader alone is light
+from lavit_tok import VisualTokenizer
+from lavit_tok.cli import main
+from lavit_tok.training.sources import load_splits
+
+out, data, weights, words, replace = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:], os.replace
+VisualTokenizer.from_pretrained(weights), load_splits(data)  # what they import is imported once, for all children
+
+def child(at, pause=0):
+    'Kills itself just before the file number `at` is moved to its place.'
+    pid = os.fork()
+    if pid:
+        return pid
+    done = 0
+    def counted(*names):
+        nonlocal done
+        done += 1
+        if done == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(pause)
+        replace(*names)
+    os.replace = counted
+    os._exit(main(words))
+
+def end(pid):
+    status = os.waitpid(pid, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+pid = child(None, pause=0.1)  # killed from outside, wherever it is after its first shard
+while not (out / "train-00000.parquet").exists():
+    time.sleep(0.005)
+    assert os.waitpid(pid, os.WNOHANG)[0] == 0
+os.kill(pid, signal.SIGKILL)
+print("killed", end(pid), len([*out.glob("*.parquet")]))
+for turn in range(50):
+    code = end(child(1 + turn % 4))
+    print("killed" if code == -9 else "ended", code, len([*out.glob("*.parquet")]), len([*out.glob(".*.part")]))
+    if code != -9:
+        break
+"""
+
+
+def test_killed_at_any_moment_it_gives_the_same_bytes(
+    shards: Callable[..., Path], album: Path, weights: Path, cache: Path, tmp_path: Path
+) -> None:
+    """kill -9 from outside, then just before each kind of file appears, again and again until a run gets through."""
+    options = ["--shard-size", "2"]
+    whole, out = shards("whole", *options), tmp_path / "killed"
+    words = ["shards", album, "--out", out, "--tokenizer", weights, "--batch-size", 3, "--split", "train", *options]
+    shown = subprocess.run(
+        [sys.executable, "-c", KILLS, *map(str, [out, album, weights, *words])],
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert lines, shown.stderr
+    assert lines[0][:2] == ["killed", "-9"] and int(lines[0][2]) < 5  # really in the middle
+    assert lines[-1][:2] == ["ended", "0"], shown.stderr
+    assert len(lines) >= 5 and all(line[:2] == ["killed", "-9"] for line in lines[:-1])
+    assert any(int(line[3]) for line in lines[1:-1])  # half-written files were left behind, and then removed
+    assert files(out) == files(whole)
+
+
+def test_damage_is_mended(shards: Callable[..., Path], capsys: Any) -> None:
+    out = shards()
+    whole = files(out)
+
+    def again(expected: str) -> None:
+        capsys.readouterr()
+        shards()
+        assert files(out) == whole
+        assert expected in capsys.readouterr().err
+
+    stamps = {name: (out / name).stat().st_mtime_ns for name in whole}
+    again("3 of them there before")
+    assert {name: (out / name).stat().st_mtime_ns for name in whole} == stamps  # nothing is written twice
+    (out / "train-00001.parquet").unlink()
+    again("2 of them there before")
+    (out / "train-00000.parquet").write_bytes(whole["train-00000.parquet"][:-9])
+    again("2 of them there before")
+    (out / "train.rejects.jsonl").unlink()
+    again("2 of them there before")
+    (out / "train.rejects.jsonl").write_text('{"key": "train/02.png", "rea')
+    again("2 of them there before")
+    (out / ".train-00002.parquet.1.part").write_text("half")
+    again("3 of them there before")
+    edit(out, lambda values: values["splits"]["train"]["shards"].pop())  # killed before the manifest was moved
+    again("2 of them there before")
+    (out / "manifest.json").unlink()
+    again("3 shards;")
+
+
+def test_other_settings_are_refused(
+    shards: Callable[..., Path], tiny_tokenizer: VisualTokenizer, album: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = shards("out", "--budget", 1)
+    whole = files(out)
+    tiny_tokenizer.selector.shift(0.5)
+    tiny_tokenizer.save_pretrained(tmp_path / "other selector")
+    tiny_tokenizer.quantizer.codebook.rows.neg_()
+    tiny_tokenizer.save_pretrained(tmp_path / "other codebook")
+    other = parquet(tmp_path / "other.parquet", album, caption=[f"caption {i}" for i in range(10)])
+    for words, names in (
+        (["--budget", 2], ["budget 1 then, 2 now"]),
+        (["--budget", "1.0"], ["budget 1 then, 1.0 now", "batch_size None then, 3 now"]),
+        (["--budget", 1, "--mirror", "--shard-size", 5], ["mirror False then, True now", "shard_size 4 then, 5 now"]),
+        (["--budget", 1, "--caption-column", ""], ["caption_column 'caption' then, None now"]),
+        (["--budget", 1, "--tokenizer", tmp_path / "other selector"], ["tokenizer '", "weights '"]),
+        (["--budget", 1, "--tokenizer", tmp_path / "other codebook"], ["tokenizer '", "fingerprint '"]),
+    ):
+        capsys.readouterr()
+        shards("out", *words, code=2)
+        message = capsys.readouterr().err
+        assert message.startswith(f"lavit-tok: error: {out}: begun with other settings: ") and message.count("\n") == 1
+        assert all(name in message for name in names)
+    shards("out", "--budget", 1, data=other, code=2)
+    message = capsys.readouterr().err
+    assert f"data '{album}' then, '{other}' now" in message and "digest '" in message
+    assert files(out) == whole
+    assert keys(shards("out", "--budget", 1, "--batch-size", 2) / "train-00000.parquet")  # that one is free
+
+
+def test_a_full_disk_keeps_what_is_complete(shards: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    """The system refuses to write more than 8 kB into one file, which the second shard with its long caption needs."""
+    whole = files(shards("whole"))
+    assert len(whole["train-00001.parquet"]) > 9000 > 8192 > len(whole["train-00000.parquet"])
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+        out = shards("full", code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = capsys.readouterr().err
+    assert message.startswith(f"lavit-tok: error: {out / 'train-00001.parquet'} cannot be written: ")
+    assert "1 of 3 shards are complete and kept" in message and message.count("\n") == 1
+    assert sorted(files(out)) == ["manifest.json", "train-00000.parquet", "train.rejects.jsonl"]
+    with pytest.raises(ShardError, match="1 of 3 shards of split 'train' are done"):
+        Shards.open(out)
+    assert files(shards("full")) == whole
+    assert "1 of them there before" in capsys.readouterr().err
+
+
+def test_two_jobs_in_one_folder(shards: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "out").mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); "
+    words = [sys.executable, "-c", code + "sys.stdin.read()", str(tmp_path / "out/.lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        shards(code=2)
+        assert "another job is writing there" in capsys.readouterr().err
+        other.kill()
+    assert Shards.open(shards()).rows == 9
+
+
+def test_pictures_that_cannot_be_used(
+    shards: Callable[..., Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    folder = tmp_path / "bad/train"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(b"no picture")
+    out = shards("bad out", "--caption-column", "", data=folder.parent, code=2)
+    message = capsys.readouterr().err
+    assert "none of 3 pictures of split 'train' could be used; the first is train/0.png: not a picture" in message
+    assert len((out / "train.rejects.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(ShardError, match="no rows: none of its pictures could be read"):
+        Shards.open(out)
+    shards(data=tmp_path / "nowhere", code=2)
+    assert f"{tmp_path / 'nowhere'}: expected an image folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    shards("file", code=2)
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lavit_tok.training.shard_job", None)
+    shards(code=2)
+    assert "pip install 'lavit-tok[train]'" in capsys.readouterr().err
+
+
+def test_words_that_are_refused(capsys: Any) -> None:
+    for words, reason in (("a --shard-size 0", "at least 1"), ("a --num-workers -1", "0 or more"), ("a", "--out")):
+        with pytest.raises(SystemExit) as caught:
+            main(["shards", *words.split()])
+        assert caught.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_reading_for_training(shards: Callable[..., Path], weights: Path, album: Path, tmp_path: Path) -> None:
+    out = shards("a [1] *", "--mirror", "--shard-size", 1)  # number 2 has a shard of its own, which is empty
+    opened = Shards.open(str(out), "train")
+    tokenizer = VisualTokenizer.from_pretrained(weights)
+    opened.require(fingerprint=tokenizer.fingerprint(), codebook_size=16)
+    assert (opened.split, opened.tokenizer, opened.data) == ("train", str(weights), str(album))
+    assert (opened.rows, opened.rejects, len(opened.files)) == (18, 1, 9)
+    assert (opened.codebook_size, opened.patches, opened.budget, opened.mirror) == (16, 16, None, True)
+    rows = opened.dataset(tmp_path / "copies")
+    assert isinstance(rows, datasets.Dataset) and len(rows) == 18
+    assert rows.column_names == ["key", "caption", "codes", "length", "keep", "mirrored"]
+    assert rows[5]["key"] == "train/03.png" and rows[5]["mirrored"] and rows[5]["caption"] == "train 3"
+    assert sum(map(len, rows["codes"])) == opened.codes == sum(rows["length"])
+    assert Shards.open(out, "train", verify=False) == opened
+    header, codes = read_codes(out / "train-00000.parquet")  # so `lavit-tok decode` draws it
+    assert header == Header(str(weights), 16, 16)
+    assert list(codes)[1] == CodeRow(rows[1]["key"], rows[1]["codes"], rows[1]["keep"])
+
+
+def test_shards_of_another_tokenizer(shards: Callable[..., Path], weights: Path) -> None:
+    out = shards()
+    opened = Shards.open(out)
+    with pytest.raises(ShardError) as caught:
+        opened.require(fingerprint="0123456789abcdef")
+    message = str(caught.value)
+    assert message == (
+        f"{out}: expected codebook fingerprint 0123456789abcdef, got {opened.fingerprint} of tokenizer '{weights}': "
+        "these codes index another codebook: the language model would learn unrelated pictures"
+    )
+    with pytest.raises(ShardError, match="expected codebook size 1024, got 16"):
+        opened.require(fingerprint=opened.fingerprint, codebook_size=1024)
+
+
+def test_files_that_are_not_what_the_manifest_says(shards: Callable[..., Path]) -> None:
+    out = shards()
+    path, whole = out / "train-00001.parquet", files(out)
+
+    def refused(reason: str, verify: bool = True) -> None:
+        with pytest.raises(ShardError) as caught:
+            Shards.open(out, verify=verify)
+        assert str(caught.value).startswith(f"{path}: ") and reason in str(caught.value)
+
+    def restored() -> None:
+        for name, content in whole.items():
+            (out / name).write_bytes(content)
+
+    path.unlink()
+    refused("missing, though manifest.json lists it")
+    for content in (whole[path.name][:-20], b"", whole[path.name][:300] + b"\0" + whole[path.name][301:]):
+        path.write_bytes(content)
+        refused("truncated or altered: its sha256 is")
+    path.write_bytes(whole[path.name][:-20])
+    refused("truncated or altered", verify=False)
+    path.write_bytes(whole["train-00000.parquet"])
+    refused("has 3 rows, manifest.json says 4", verify=False)
+    restored()
+
+    table = pq.ParquetFile(path).read()
+    numbers = pa.list_(pa.int32())
+
+    def forged(reason: str, **columns: Any) -> None:
+        """A shard whose sha256 and rows are as the manifest says, though what it holds cannot be."""
+        new = table
+        for name, values in columns.items():
+            new = new.set_column(new.schema.get_field_index(name), name, values)
+        pq.write_table(new, path)
+        edit(out, lambda values: values["splits"]["train"]["shards"][1].update(sha256=sha256(path)))
+        refused(reason)
+        restored()
+
+    def lists(first: list[int | None]) -> Any:
+        return pa.array([first, [1], [2], [3]], numbers)
+
+    ones = pa.array([1, 1, 1, 1], pa.int32())
+    forged("a row without codes", codes=lists([]), keep=lists([]), length=pa.array([0, 1, 1, 1], pa.int32()))
+    forged("a row without codes", length=pa.array([None, 1, 1, 1], pa.int32()))
+    forged("codes: expected 0..15, got 1..16", codes=lists([16]), keep=lists([0]), length=ones)
+    forged("codes: expected 0..15, got -1..3", codes=lists([None]), keep=lists([0]), length=ones)
+    forged("keep: expected 0..15, got 1..99", codes=lists([0]), keep=lists([99]), length=ones)
+    forged("codes: their number is not the row's length", codes=lists([0, 1]), keep=lists([0]), length=ones)
+    forged("keep: their number is not the row's length", codes=lists([0]), keep=lists([0, 1]), length=ones)
+    forged("expected columns", length=pa.array([1, 1, 1, 1], pa.int64()))
+    assert Shards.open(out).rows == 9
+
+
+def test_manifests_that_cannot_be_read(shards: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(ShardError, match="no folder of shards: No such file"):
+        Shards.open(tmp_path / "nowhere")
+    out = shards()
+    with pytest.raises(ShardError, match="expected a split 'test', got train"):
+        Shards.open(out, "test")
+    text = (out / "manifest.json").read_text()
+    for change, reason in (
+        (lambda v: v.update(version=2), "it is lavit_tok.shards version 2"),
+        (lambda v: v.pop("format"), "KeyError: 'format'"),
+        (lambda v: v.update(codebook_size="16"), "codebook_size should be int, got '16'"),
+        (lambda v: v.update(mirror=0), "mirror should be bool, got 0"),
+        (lambda v: v.update(budget="all"), "budget should be int | float | None, got 'all'"),
+        (lambda v: v.update(shard_size=0), "shard_size should be at least 1"),
+        (lambda v: v["splits"]["train"].pop("pictures"), "pictures should be int, got None"),
+        (lambda v: v["splits"]["train"].update(shards=[7]), "AttributeError"),
+        (lambda v: v["splits"].update(train=[]), "AttributeError"),
+    ):
+        edit(out, change)
+        with pytest.raises(ShardError) as caught:
+            Shards.open(out)
+        assert str(caught.value).startswith(f"{out / 'manifest.json'}: expected a manifest") and reason in str(
+            caught.value
+        )
+        (out / "manifest.json").write_text(text)
+    (out / "manifest.json").write_text(text[:100])
+    with pytest.raises(ShardError, match="expected a manifest"):
+        Shards.open(out)
+    capsys.readouterr()
+    shards(code=2)  # nor does a job write over what it does not understand
+    assert "expected a manifest" in capsys.readouterr().err
+    (out / "manifest.json").write_text(text)
+    edit(out, lambda v: v["splits"]["train"]["shards"][0].update(file="../elsewhere.parquet"))
+    with pytest.raises(ShardError, match="3 of 3 shards"):
+        Shards.open(out)
+
+
+def test_the_readme_lists_the_command() -> None:
+    assert "| `lavit-tok shards DATASET --out DIR` |" in README
+    assert {"Shards", "ShardError"} <= {*lavit_tok.__all__}
+    assert issubclass(ShardError, ValueError)
