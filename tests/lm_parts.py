@@ -1,0 +1,42 @@
+"""Small lexicons, models and rows that the tests of lavit_lm share."""
+
+from __future__ import annotations
+
+import torch
+from small_lms import small_lm, small_tokenizer
+
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.segments import Image, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.vocabulary import VisualVocabulary
+
+CODES = 16
+
+
+def lexicon_and_model(
+    family: str = "llama", kernel: str = "sdpa", tied: bool = False, seed: int = 0
+) -> tuple[Lexicon, SequenceModel]:
+    tokenizer = small_tokenizer(family)
+    lm = small_lm(family, len(tokenizer), tied, seed)
+    VisualVocabulary.extend(tokenizer, lm, CODES, torch.Generator().manual_seed(seed))
+    lm.set_attn_implementation(kernel)
+    return Lexicon.of(tokenizer), SequenceModel(lm).eval()
+
+
+def image(seed: int, length: int | None = None, **more: object) -> Image:
+    generator = torch.Generator().manual_seed(seed)
+    length = int(torch.randint(1, 9, (), generator=generator)) if length is None else length
+    return Image(torch.randint(CODES, (length,), generator=generator), **more)  # type: ignore[arg-type]
+
+
+def pairs(count: int) -> list[list[Segment]]:
+    words = ["a red apple", "two dogs run along the beach", "an apple and a table in the old town", "rain"]
+    return [[image(i), Text(words[i % len(words)])] for i in range(count)]
+
+
+def plain_row(ids: list[int], prefix: int = 0, key: str = "") -> Row:
+    """Text ids, all but the first predicted, the first `prefix` of them seen by all."""
+    builder = RowBuilder()
+    for i, one in enumerate(ids):
+        builder.add([one], Role.TEXT, predict=True, prefix=i < prefix)
+    return builder.row(key)

@@ -1,0 +1,293 @@
+"""Segments, packing and masks of lavit_lm: the drawings, and that packing changes nothing and leaks nothing."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from lm_parts import CODES, image, lexicon_and_model, pairs, plain_row
+from small_lms import FAMILIES
+
+import lavit_lm.masks
+import lavit_lm.packing
+import lavit_lm.segments
+from lavit_lm.masks import model_mask, visible
+from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.objectives.losses import log_likelihood, sources
+from lavit_lm.packing import FREE, Packed, pack, pad, plan
+from lavit_lm.segments import Image, Role, Text
+from lavit_lm.vocabulary import VocabularyError
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Segments and LaVIT's layout
+
+
+def test_the_row_that_is_drawn():
+    lexicon, _ = lexicon_and_model("llama")
+    v = lexicon.vocabulary
+    sample = [Text("a cat"), Image(torch.tensor([7, 3, 9]))]
+    row = LaVIT(order="given").layout(sample, lexicon, generator())
+    words = lexicon.text("a cat")
+    codes = [v.first + c for c in (7, 3, 9)]
+    bos, eos = lexicon.tokenizer.bos_token_id, lexicon.tokenizer.eos_token_id
+    assert row.ids.tolist() == [bos, *words, v.begin, *codes, v.end, eos]
+    names = [Role(int(r)).name for r in row.roles]
+    assert names == ["TEXT"] * (1 + len(words)) + ["BEGIN", *["VISUAL"] * 3, "END", "TEXT"]
+    assert row.predict.tolist() == [False] + [True] * (len(row) - 1)
+    assert not row.regress.any() and not row.prefix.any() and not row.fed.any() and len(row.pictures) == 0
+
+
+def test_both_orders_and_dropped_prompts():
+    lexicon, _ = lexicon_and_model("llama")
+    sample = [image(1), Text("rain")]
+    kinds = {"image_first": 0, "text_first": 0, "dropped": 0}
+    text = lexicon.text("rain")
+    for seed in range(400):
+        row = LaVIT(prompt_drop=0.25).layout(sample, lexicon, generator(seed))
+        first = int(row.roles[1])
+        kind = "text_first" if first == Role.TEXT else ("image_first" if text[0] in row.ids.tolist() else "dropped")
+        kinds[kind] += 1
+        assert len(row) == 4 + len(sample[0].codes) + (0 if kind == "dropped" else len(text))
+    assert abs(kinds["image_first"] - 200) < 40 and abs(kinds["dropped"] - 50) < 25, kinds
+    assert LaVIT(order="image_first").layout(sample[::-1], lexicon, generator()).roles[1] == Role.BEGIN
+    assert LaVIT(order="text_first", prompt_drop=0.0).layout(sample, lexicon, generator()).roles[1] == Role.TEXT
+    interleaved = [Text("a"), image(1), Text("dog"), image(2)]
+    roles = LaVIT().layout(interleaved, lexicon, generator()).roles.tolist()
+    assert [r for i, r in enumerate(roles) if i == 0 or roles[i - 1] != r] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+
+
+def test_what_is_not_to_be_learnt_is_no_target():
+    lexicon, _ = lexicon_and_model("llama")
+    question, answer = Text("a dog?", learn=False), Text("two dogs")
+    row = LaVIT(order="given").layout([image(1, 3, learn=False), question, answer], lexicon, generator())
+    targets = row.ids[row.predict].tolist()
+    assert targets == [*lexicon.text("two dogs"), lexicon.stop]
+
+
+def test_pictures_are_fed_only_before_text():
+    lexicon, _ = lexicon_and_model("llama")
+    keep = torch.tensor([True, False, True, False])
+    shown = Image(torch.tensor([3, 4]), torch.zeros(3, 8, 8, dtype=torch.uint8), keep)
+    before = LaVIT(order="given").layout([shown, Text("rain")], lexicon, generator())
+    after = LaVIT(order="given").layout([Text("rain"), shown], lexicon, generator())
+    assert before.fed.sum() == 2 and before.pictures.shape == (1, 3, 8, 8) and torch.equal(before.kept[0], keep)
+    assert torch.equal(before.roles[before.fed], torch.full((2,), int(Role.VISUAL), dtype=torch.int8))
+    assert not after.fed.any() and len(after.pictures) == 0
+    assert torch.equal(before.ids[before.fed], lexicon.vocabulary.to_ids(shown.codes)), "targets are codes all the same"
+
+
+def test_samples_that_cannot_be_rows():
+    lexicon, _ = lexicon_and_model("llama")
+    with pytest.raises(ValueError, match="'k' has no segments"):
+        LaVIT().layout([], lexicon, generator(), "k")
+    with pytest.raises(ValueError, match="at least one code"):
+        Image(torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="a picture of 2 codes needs a mask of as many patches, got 1"):
+        Image(torch.tensor([1, 2]), torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([True, False]))
+    with pytest.raises(VocabularyError, match=rf"0\.\.{CODES - 1}, got {CODES}"):
+        LaVIT().layout([Image(torch.tensor([CODES]))], lexicon, generator())
+    with pytest.raises(ValueError, match="prompt_drop: expected a probability"):
+        LaVIT(prompt_drop=1.5)
+    with pytest.raises(ValueError, match="image_weight: expected 0 or more"):
+        LaVIT(image_weight=-1.0)
+
+
+# Packing
+
+
+def test_the_blocks_that_are_drawn():
+    rows = [plain_row([1, 1, 1], key="a"), plain_row([2, 2], key="c"), plain_row([3, 3, 3, 3], key="b")]
+    assert plan([3, 2, 4], 8) == [[2, 0], [1]]
+    batch = pack([[rows[2], rows[0]], [rows[1]]], 8, 0)
+    drawing = lavit_lm.packing.__doc__ or ""
+    for name, values in (("documents", batch.documents), ("positions", batch.positions)):
+        drawn = next(line for line in drawing.splitlines() if line.strip().startswith(name)).split()[1:]
+        assert [int(word) for word in drawn] == values.flatten().tolist(), name
+    assert batch.ids.tolist() == [[3, 3, 3, 3, 1, 1, 1, 0], [2, 2, 0, 0, 0, 0, 0, 0]]
+    assert batch.keys == (("b", "a"), ("c",)) and batch.fill == 9 / 16
+    assert batch.predict.tolist()[0] == [False, True, True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("block", [64, 100, 513])
+def test_best_fit_against_the_slow_version(block: int):
+    chance = random.Random(block)
+    lengths = [chance.randrange(1, block + 1) for _ in range(300)]
+    slow: list[list[int]] = []
+    for i in sorted(range(300), key=lambda i: (-lengths[i], i)):
+        room = [(block - sum(lengths[j] for j in b), n) for n, b in enumerate(slow)]
+        fits = [pair for pair in room if pair[0] >= lengths[i]]
+        if fits:
+            slow[min(fits)[1]].append(i)
+        else:
+            slow.append([i])
+    made = plan(lengths, block)
+    assert made == slow and sorted(i for b in made for i in b) == list(range(300))
+
+
+def test_short_rows_fill_blocks():
+    chance = random.Random(0)
+    lengths = [chance.randrange(10, 80) for _ in range(2000)]
+    blocks = plan(lengths, 512)
+    assert sum(lengths) / (512 * len(blocks)) >= 0.98
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_the_smallest_plans(count: int):
+    assert plan([5] * count, 5) == [[0]][:count]
+
+
+def test_rows_that_do_not_fit():
+    with pytest.raises(ValueError, match="row 1: expected 1 to 4 places, which is what a block holds, got 5"):
+        plan([2, 5], 4)
+    with pytest.raises(ValueError, match="got 0"):
+        plan([0], 4)
+    with pytest.raises(ValueError, match=r"rows of \[3, 3\] places do not fit into a block of 4"):
+        pack([[plain_row([1, 1, 1]), plain_row([1, 1, 1])]], 4, 0)
+    with pytest.raises(ValueError, match="at least one block"):
+        pack([], 4, 0)
+
+
+# Masks
+
+
+def test_the_mask_that_is_drawn():
+    rows = [plain_row([1, 2, 3, 4], prefix=2), plain_row([5, 6], prefix=1)]
+    batch = pack([rows], 6, 0)
+    seen = visible(batch.documents, batch.prefix)[0]
+    drawn = [
+        line.split()[2:8]
+        for line in (lavit_lm.masks.__doc__ or "").splitlines()
+        if line.split()[:2] in (["0", "P"], ["0", "."], ["1", "P"], ["1", "."])
+    ]
+    assert len(drawn) == 6
+    assert [["x" if s else "." for s in line] for line in seen.tolist()] == drawn
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_the_smallest_masks(length: int):
+    documents = torch.zeros(1, length, dtype=torch.int64)
+    assert visible(documents).shape == (1, length, length) and visible(documents).all()
+
+
+def test_masks_of_kernels():
+    _, model = lexicon_and_model("llama")
+    batch = pack([[plain_row([1, 2]), plain_row([3])]], 4, 0)
+    as_bool = model_mask(model.causal, batch, torch.float32)
+    assert as_bool is not None and as_bool.dtype == torch.bool
+    assert batch.documents[0, 3] == FREE and as_bool[0, 0, 3].tolist() == [False, False, False, True]
+    model.causal.set_attn_implementation("eager")
+    added = model_mask(model.causal, batch, torch.float32)
+    assert added is not None and torch.equal(added == 0, as_bool)
+    model.causal.config._attn_implementation = "flash_attention_2"
+    assert model_mask(model.causal, batch, torch.float32) is None
+    with pytest.raises(ValueError, match="causal only"):
+        model_mask(model.causal, pack([[plain_row([1, 2, 3], prefix=2)]], 4, 0), torch.float32)
+    model.causal.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="expected 'sdpa', 'eager' or a flash kernel"):
+        model_mask(model.causal, batch, torch.float32)
+
+
+def test_a_sliding_window_is_not_switched_off_silently():
+    _, model = lexicon_and_model("mistral")
+    batch = pack([[plain_row([1, 2, 3, 4, 5])]], 8, 0)
+    model.causal.config.sliding_window = 4
+    with pytest.raises(ValueError, match="sliding window of 4"):
+        model_mask(model.causal, batch, torch.float32)
+
+
+# Packed equals unpacked, in every family
+
+
+def losses_of(model: Any, batch: Packed) -> dict[str, tuple[float, int]]:
+    with torch.no_grad():
+        found = model(batch, LaVIT())
+    return {name: (float(s.total), int(s.count)) for name, s in found.items()}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_loss_equals_unpacked(family: str, kernel: str):
+    lexicon, model = lexicon_and_model(family, kernel)
+    rows = [LaVIT().layout(s, lexicon, generator(i), str(i)) for i, s in enumerate(pairs(12))]
+    blocks = plan([len(r) for r in rows], 64)
+    assert len(blocks) < len(rows) / 2
+    packed = losses_of(model, pack([[rows[i] for i in b] for b in blocks], 64, lexicon.pad))
+    alone = [losses_of(model, pad([row], lexicon.pad)) for row in rows]
+    for name, (total, count) in packed.items():
+        assert count == sum(one[name][1] for one in alone) > 0
+        assert abs(total - sum(one[name][0] for one in alone)) / count < 1e-5, name
+    # what the library says of one row, without any mask or position of ours
+    row = rows[0]
+    with torch.no_grad():
+        logits = model.causal(row.ids[None]).logits[0, :-1].float()
+    want = torch.nn.functional.cross_entropy(logits, row.ids[1:], reduction="sum")
+    assert abs(float(want) - sum(total for total, _ in alone[0].values())) < 1e-3
+
+
+def test_without_the_mask_documents_see_each_other(monkeypatch: pytest.MonkeyPatch):
+    """The test above can fail: a causal mask over the whole block gives another loss."""
+    lexicon, model = lexicon_and_model("llama")
+    rows = [LaVIT().layout(s, lexicon, generator(i)) for i, s in enumerate(pairs(4))]
+    batch = pack([rows], sum(map(len, rows)), lexicon.pad)
+    right = losses_of(model, batch)
+    monkeypatch.setattr("lavit_lm.masks.visible", lambda documents, prefix=None: visible(torch.zeros_like(documents)))
+    wrong = losses_of(model, batch)
+    assert abs(right["text"][0] - wrong["text"][0]) / right["text"][1] > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_no_gradient_from_later_places_or_other_documents(family: str):
+    lexicon, model = lexicon_and_model(family)
+    rows = [LaVIT().layout(s, lexicon, generator(i)) for i, s in enumerate(pairs(3))]
+    batch = pack([rows], sum(map(len, rows)) + 2, lexicon.pad)
+    inputs: list[torch.Tensor] = []
+    model.causal.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: inputs.append(out.detach().requires_grad_()) or inputs[-1]  # type: ignore[func-returns-value]
+    )
+    states = model.states(batch)
+    before, at = sources(batch, batch.predict)
+    direction = torch.randn(states.shape[2], generator=generator())  # their sum is constant after a LayerNorm
+    for source, target in zip(before.tolist(), at.tolist(), strict=True):
+        (slope,) = torch.autograd.grad(states[0, source] @ direction, inputs[0], retain_graph=True)
+        reached = slope[0].abs().sum(1) > 0
+        document = batch.documents[0] == batch.documents[0, target]
+        assert not reached[target:].any(), "the target, or something after it, is seen by what predicts it"
+        assert not (reached & ~document).any() and reached[source]
+
+
+def test_a_first_place_is_never_a_target():
+    batch = pack([[plain_row([1, 2]), plain_row([3, 4])]], 4, 0)
+    assert sources(batch, batch.predict)[1].tolist() == [1, 3]
+    wrong = batch.predict.clone()
+    wrong[0, 2] = True
+    with pytest.raises(ValueError, match="first place is marked"):
+        sources(batch, wrong)
+
+
+def test_log_likelihood_of_each_row():
+    lexicon, model = lexicon_and_model("llama")
+    rows = [LaVIT().layout(s, lexicon, generator(i)) for i, s in enumerate(pairs(3))]
+    with torch.no_grad():
+        together = pad(rows, lexicon.pad)
+        found = log_likelihood(model.states(together), model.head, together)
+        for row, value in zip(rows, found.tolist(), strict=True):
+            log_p = model.causal(row.ids[None]).logits[0].float().log_softmax(-1)
+            want = sum(float(log_p[i - 1, row.ids[i]]) for i in range(1, len(row)))
+            assert abs(value - want) < 1e-3
+
+
+def test_weights_of_modalities():
+    lexicon, model = lexicon_and_model("llama")
+    rows = [LaVIT().layout(s, lexicon, generator(i)) for i, s in enumerate(pairs(3))]
+    losses = model(pad(rows, lexicon.pad), LaVIT())
+    text, image_sum = losses["text"], losses["image"]
+    every = LaVIT().total(losses)
+    assert torch.isclose(every, (text.total + image_sum.total) / (text.count + image_sum.count))
+    assert torch.isclose(LaVIT(image_weight=0.0).total(losses), text.mean)
+    assert (every - LaVIT(image_weight=3.0).total(losses)).abs() > 1e-4
