@@ -7,12 +7,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import lavit_lm
 import lavit_tok
 
 PACKAGE = Path(lavit_tok.__file__).parent
+LM_PACKAGE = Path(lavit_lm.__file__).parent
 
 
 def modules_after(code: str) -> set[str]:
@@ -23,7 +26,14 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_import_is_light() -> None:
-    assert not modules_after("import lavit_tok") & {"torch", "transformers", "diffusers", "datasets", "lightning"}
+    heavy = {"torch", "transformers", "diffusers", "datasets", "lightning"}
+    for package in ("lavit_tok", "lavit_lm"):
+        assert not modules_after(f"import {package}") & heavy
+
+
+def test_a_vocabulary_needs_no_training_packages() -> None:
+    loaded = modules_after("from lavit_lm import VisualVocabulary; import lavit_lm.export")
+    assert not loaded & {"diffusers", "datasets", "lightning", "peft", "jsonargparse"}
 
 
 def test_encoding_needs_no_training_packages() -> None:
@@ -46,14 +56,17 @@ def test_decoding_needs_no_training_packages() -> None:
     assert not loaded & {"datasets", "lightning", "vector_quantize_pytorch", "torchmetrics", "jsonargparse"}
 
 
-@pytest.mark.parametrize("name", lavit_tok.__all__)
-def test_public_names_exist(name: str) -> None:
-    assert getattr(lavit_tok, name).__name__ == name
+@pytest.mark.parametrize(
+    ("package", "name"), [(package, name) for package in (lavit_tok, lavit_lm) for name in package.__all__]
+)
+def test_public_names_exist(package: Any, name: str) -> None:
+    assert getattr(package, name).__name__ == name
 
 
-def test_unknown_names() -> None:
+@pytest.mark.parametrize("package", [lavit_tok, lavit_lm])
+def test_unknown_names(package: Any) -> None:
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        lavit_tok.Nothing  # noqa: B018
+        package.Nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -65,3 +78,15 @@ def test_imports_go_one_way(path: Path) -> None:
     assert not {name.split(".")[0] for name in names} & {"lavit_lm", "torchvision", "timm"}
     if "training" not in path.parts and path.name != "commands.py":
         assert not [name for name in names if name.startswith("lavit_tok.training")]
+
+
+@pytest.mark.parametrize("path", sorted(LM_PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(LM_PACKAGE)))
+def test_language_models_use_only_public_names(path: Path) -> None:
+    """lavit_lm reads lavit_tok through its public names alone."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names}
+            assert not {name for name in names if name.startswith("lavit_tok.")} and "torchvision" not in names
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lavit_tok":
+            assert node.module == "lavit_tok", f"line {node.lineno}: {node.module}"
+            assert {alias.name for alias in node.names} <= set(lavit_tok.__all__)
