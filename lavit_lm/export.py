@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
@@ -37,6 +38,9 @@ CHAT = """\
     {%- endif %}
 {%- endfor %}"""
 """Messages one after another, since the LM learnt documents and no roles."""
+
+ADAPTERS = (".lora_", "modules_to_save", "trainable_tokens")
+"""Parts of parameters' names that only peft gives."""
 
 CARD = Path(__file__).parent / "export_card.md"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -62,7 +66,8 @@ def export(model: Any, tokenizer: Any, out: str | os.PathLike[str], dtype: torch
     Raises:
         VocabularyError: a tokenizer without image tokens.
         ExportError: a directory with something in it; an LM without rows for the image tokens; weights that are NaN or
-            infinite (in `dtype`); adapters that cannot be merged; ids or logits that differ after reading back.
+            infinite (in `dtype`); adapters that cannot be merged; a full disk; ids or logits that differ after reading
+            back. Nothing is left behind then.
     """
     target = Path(out)
     vocabulary = VisualVocabulary.of(tokenizer)
@@ -80,9 +85,11 @@ def export(model: Any, tokenizer: Any, out: str | os.PathLike[str], dtype: torch
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         _write(plain, served, vocabulary, partial)
-        _compare(plain, served, vocabulary, partial)
+        _compare(getattr(model, "_orig_mod", model), plain, served, vocabulary, partial)
         partial.chmod(0o755)
         partial.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{target}: not written, and nothing was left behind: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -122,7 +129,7 @@ def _plain_model(model: Any, dtype: torch.dtype | None) -> Any:
         plain = copy.deepcopy(plain).merge_and_unload(safe_merge=True)
     if dtype is not None and plain.dtype != dtype:
         plain = (copy.deepcopy(plain) if plain is own else plain).to(dtype)
-    left = [name for name, _ in plain.named_parameters() if ".lora_" in name or "modules_to_save" in name]
+    left = [name for name, _ in plain.named_parameters() if any(part in name for part in ADAPTERS)]
     if left:
         raise ExportError(f"adapters that are not merged, such as {left[0]}: no other engine would apply them")
     broken = [name for name, value in plain.named_parameters() if not bool(value.isfinite().all())]
@@ -156,24 +163,32 @@ def _write(model: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: 
 
 
 @torch.no_grad()
-def _compare(model: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path) -> None:
+def _compare(given: Any, plain: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path) -> None:
     """Raise ExportError unless what was written reads back, by plain Auto classes, as what was given."""
     again = AutoTokenizer.from_pretrained(directory)
     if VisualVocabulary.of(again) != vocabulary:
         raise ExportError(f"the tokenizer read back has {VisualVocabulary.of(again)}, expected {vocabulary}")
     first, last = tokenizer.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1])
-    probe = f"A picture,  of {BEGIN}{first}{last}{END} Ünïcode 中文"
+    probe = f"{BEGIN}{first}{last}{END} A picture,  of Ünïcode 中文"
     if again(probe).input_ids != tokenizer(probe).input_ids:
         raise ExportError(f"{probe!r} is read as {again(probe).input_ids}, expected {tokenizer(probe).input_ids}")
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=model.dtype).to(model.device).eval()
-    ids = torch.tensor([again(probe).input_ids], device=model.device)
-    training = model.training
-    expected, got = (_logits(lm.eval(), ids) for lm in (model, loaded))
-    model.train(training)
-    difference = float((got - expected).abs().max() / expected.std())
-    if not difference <= TOLERANCE.get(model.dtype, 0.05):
-        raise ExportError(f"logits differ by {difference:.1e} of their deviation after reading back: weights were lost")
+    context = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
+    ids = torch.tensor([again(probe).input_ids[:context]], device=plain.device)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=plain.dtype).to(plain.device)
+    written = _logits(loaded, ids)
+    # Against what was given, adapters unmerged, where its floats are the same; rounded ones only against themselves.
+    dtypes = {value.dtype for value in given.parameters()}
+    for expected in [_logits(lm, ids) for lm in ([given, plain] if dtypes == {plain.dtype} else [plain])]:
+        difference = float((written - expected).abs().max() / expected.std())
+        if not difference <= TOLERANCE.get(plain.dtype, 0.05):
+            raise ExportError(
+                f"logits differ by {difference:.1e} of their deviation after reading back: weights were lost"
+            )
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(ids, use_cache=False).logits.float()
+    training = model.training
+    try:
+        return model.eval()(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+    finally:
+        model.train(training)

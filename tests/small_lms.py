@@ -43,7 +43,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "qwen3": lambda **more: Qwen3Config(**SHAPE, head_dim=8, **more),
     "gemma": lambda **more: GemmaConfig(**SHAPE, head_dim=8, **more),
     "mistral": lambda **more: MistralConfig(**SHAPE, **more),
-    "gpt2": lambda **more: GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=128, **more),
+    "gpt2": lambda **more: GPT2Config(**{"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, **more}),
     "phi": lambda **more: PhiConfig(**{**SHAPE, "num_key_value_heads": 2}, **more),  # its output layer has a bias
 }
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "mistral", "gpt2"]
@@ -66,11 +66,11 @@ def small_tokenizer(family: str) -> Any:
     return tokenizer
 
 
-def small_lm(family: str, rows: int, tied: bool = False, seed: int = 0) -> Any:
+def small_lm(family: str, rows: int, tied: bool = False, seed: int = 0, **more: Any) -> Any:
     """A random LM; each column of its embeddings has a mean and a deviation of its own, as a trained one's have."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = CONFIGS[family](vocab_size=rows, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0)
+        config = CONFIGS[family](vocab_size=rows, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, **more)
         model = AutoModelForCausalLM.from_config(config).eval()
         columns = torch.linspace(0.5, 2, 16)
         with torch.no_grad():

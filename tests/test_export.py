@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,44 @@ def test_adapters_are_merged_into_a_copy(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(ids).logits, wrapped.eval()(ids).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rows_that_peft_trains_are_merged_too(tied: bool, tmp_path: Path) -> None:
+    """LoRA on the LM with the image tokens' rows trained beside it: the usual way to teach a large LM pictures."""
+    model, tokenizer, vocabulary = pair("llama", tied)
+    rows = {"embed_tokens": list(range(vocabulary.begin, vocabulary.stop))}
+    if not tied:
+        rows["lm_head"] = rows["embed_tokens"]
+    own = model.get_input_embeddings().weight.detach().clone()
+    wrapped = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", trainable_token_indices=rows))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in wrapped.parameters():
+            if value.requires_grad:
+                value.add_(0.3 * torch.randn(value.shape, generator=generator))
+    folder = export(wrapped, tokenizer, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    now = loaded.get_input_embeddings().weight
+    assert torch.equal(now[: vocabulary.begin], own[: vocabulary.begin])
+    assert (now[vocabulary.begin :] != own[vocabulary.begin :]).all()
+    ids = torch.tensor([[0, vocabulary.begin, vocabulary.first, vocabulary.end, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, wrapped.eval()(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_adapters_that_cannot_be_merged(tmp_path: Path) -> None:
+    model, tokenizer, _ = pair("own")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))  # of transformers, not wrapped by peft
+    with pytest.raises(ExportError, match=r"adapters that are not merged, such as .*lora_"):
+        export(model, tokenizer, tmp_path / "out")
+
+
+def test_a_context_shorter_than_the_comparison(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer("gpt2")
+    model = small_lm("gpt2", len(tokenizer), n_positions=12)
+    VisualVocabulary.extend(tokenizer, model, 8, torch.Generator().manual_seed(0))
+    assert (export(model, tokenizer, tmp_path / "out") / "config.json").exists()
+
+
 def test_dtype(tmp_path: Path) -> None:
     model, tokenizer, _ = pair("own")
     folder = export(model, tokenizer, tmp_path / "out", dtype=torch.bfloat16)
@@ -178,6 +217,21 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"NaN or infinity as torch.float16: \['model.embed_tokens.weight'\]"):
         export(model, tokenizer, out, dtype=torch.float16)
     assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+@pytest.mark.parametrize("limit", [64, 20_000], ids=["at the config", "at the weights"])
+def test_a_full_disk(limit: int, tmp_path: Path) -> None:
+    """The kernel refuses to let a file grow, as it does where no space is left."""
+    model, tokenizer, _ = pair("own")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(ExportError, match="not written, and nothing was left behind"):
+            export(model, tokenizer, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(tmp_path.iterdir())
+    export(model, tokenizer, tmp_path / "out")
 
 
 def test_another_model_than_was_given(tmp_path: Path) -> None:
