@@ -183,9 +183,10 @@ def test_splits_share_a_manifest(shards: Callable[..., Path]) -> None:
     assert not (together / "validation.rejects.jsonl").exists()
 
 
-def parquet(path: Path, album: Path, **columns: list[Any]) -> Path:
+def parquet(path: Path, album: Path, corrupt: tuple[int, ...] = (CORRUPT,), **columns: list[Any]) -> Path:
     """Ten pictures of the album as bytes, with the given columns of text or numbers."""
     pictures = [{"bytes": (album / f"train/{i:02d}.png").read_bytes(), "path": f"{i}.png"} for i in range(10)]
+    pictures = [p | {"bytes": p["bytes"][:40]} if i in corrupt else p for i, p in enumerate(pictures)]
     rows = datasets.Dataset.from_dict({"picture": pictures, **columns})
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.cast_column("picture", datasets.Image(decode=False)).to_parquet(path)
@@ -313,12 +314,29 @@ def test_damage_is_mended(shards: Callable[..., Path], capsys: Any) -> None:
     again("2 of them there before")
     (out / "train.rejects.jsonl").write_text('{"key": "train/02.png", "rea')
     again("2 of them there before")
+    with open(out / "train.rejects.jsonl", "a") as lines:  # what could not be read for a moment, and now can
+        lines.write('{"key": "train/05.png", "reason": "away", "row": 5}\n')
+    again("2 of them there before")
     (out / ".train-00002.parquet.1.part").write_text("half")
     again("3 of them there before")
     edit(out, lambda values: values["splits"]["train"]["shards"].pop())  # killed before the manifest was moved
     again("2 of them there before")
     (out / "manifest.json").unlink()
     again("3 shards;")
+
+
+def test_rejects_are_never_lost(shards: Callable[..., Path], album: Path, tmp_path: Path) -> None:
+    """Corrupt pictures in every shard; whichever of them is made again, the list stays whole and in order."""
+    path = parquet(tmp_path / "data.parquet", album, (0, 2, 7, 9), caption=["a"] * 10)
+    out = shards(data=path)
+    whole = files(out)
+    lines = [json.loads(line) for line in (out / "train.rejects.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["key"]) for line in lines] == [(i, f"{i}.png") for i in (0, 2, 7, 9)]
+    for lost in range(3):
+        (out / f"train-{lost:05d}.parquet").unlink()
+        assert files(shards(data=path)) == whole
+        edit(out, lambda values, lost=lost: values["splits"]["train"]["shards"].pop(lost))
+        assert files(shards(data=path)) == whole
 
 
 def test_other_settings_are_refused(
