@@ -6,14 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lavit_lm.model import MultimodalLM
     from lavit_lm.vocabulary import VisualVocabulary, VocabularyError
 
 __all__ = [
+    "MultimodalLM",
     "VisualVocabulary",
     "VocabularyError",
 ]
 
 _ROOMS = {
+    "MultimodalLM": "model",
     "VisualVocabulary": "vocabulary",
     "VocabularyError": "vocabulary",
 }

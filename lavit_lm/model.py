@@ -22,9 +22,10 @@ from lavit_lm.sequence_model import SequenceModel
 from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
 
 Prompt = str | Sequence[Any]
-"""Text, or a list of texts and pictures (anything VisualTokenizer.encode takes, or VisualCodes of one picture)."""
+"""Text, or a list of texts and pictures: anything VisualTokenizer.encode takes, files as pathlib.Path since a string is
+text, or VisualCodes of one picture."""
 PICTURE_SAMPLING = Sampling(top_k=50, guidance_scale=3.0)
-TEXT_SAMPLING = Sampling(temperature=0)
+TEXT_SAMPLING = Sampling(temperature=0.0)
 
 
 class MultimodalLM:
@@ -152,7 +153,7 @@ class MultimodalLM:
     def caption(self, images: Any, max_tokens: int = 64, **sampling: Any) -> Any:
         """A caption; for a list of pictures a list of them. Greedy, unless Sampling's arguments are given."""
         several = isinstance(images, list)
-        prompts = [[image] for image in (images if several else [images])]
+        prompts = [[_picture(image)] for image in (images if several else [images])]
         captions = self._text(prompts, max_tokens, **sampling)
         return captions if several else captions[0]
 
@@ -165,7 +166,7 @@ class MultimodalLM:
         **sampling: Any,
     ) -> str:
         """An answer to a question about one picture; the template is how the model's training data puts questions."""
-        return self._text([[image, template.format(question=question)]], max_tokens, **sampling)[0]
+        return self._text([[_picture(image), template.format(question=question)]], max_tokens, **sampling)[0]
 
     def complete(
         self,
@@ -281,3 +282,8 @@ class MultimodalLM:
             return Image(codes[0].cpu())
         assert codes.keep is not None
         return Image(codes[0].cpu(), pixels[0], codes.keep[0].cpu())
+
+
+def _picture(source: Any) -> Any:
+    """Where only a picture can be meant, a string is its file."""
+    return Path(source) if isinstance(source, str) else source

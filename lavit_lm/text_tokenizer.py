@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 BYTES = 256
 
-_special_ids: WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+_special_ids: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
 
 
 class VocabularyError(ValueError):
@@ -75,21 +75,26 @@ def encode_plain(tokenizer: Any, text: str, visual: Callable[[int], bool]) -> li
     return ids
 
 
+def forget(tokenizer: Any) -> None:
+    """Call after adding special tokens: which ids no text may have is worked out once for each tokenizer."""
+    _special_ids.pop(tokenizer, None)
+
+
 def _specials(tokenizer: Any) -> frozenset[int]:
     """Ids that no text may have: all special tokens, but not a plain "unknown", which is what unknown text becomes.
 
-    Kept for each tokenizer until it grows: listing the tokens takes longer than encoding a caption.
+    Kept, since listing some ten thousand tokens, or merely counting them, takes many times as long as a caption.
     """
     kept = _special_ids.get(tokenizer)
-    if kept is None or kept[0] != len(tokenizer):
+    if kept is None:
         named = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         unknown = named.pop("unk_token", None)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         if unknown is not None and unknown not in named.values():
             special.discard(tokenizer.convert_tokens_to_ids(unknown))
-        kept = _special_ids[tokenizer] = len(tokenizer), frozenset(special)
-    return kept[1]
+        kept = _special_ids[tokenizer] = frozenset(special)
+    return kept
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AddedToken
 
 from lavit_lm.embeddings import check_model, extend_model
-from lavit_lm.text_tokenizer import VocabularyError, encode_plain
+from lavit_lm.text_tokenizer import VocabularyError, encode_plain, forget
 
 __all__ = ["BEGIN", "CODE", "END", "VisualVocabulary", "VocabularyError"]
 
@@ -87,6 +87,7 @@ class VisualVocabulary:
         names = [BEGIN, END, *(f"<|vis_{code:0{width}d}|>" for code in range(codebook_size))]
         tokens = [AddedToken(name, special=True, normalized=False) for name in names]
         tokenizer.add_tokens(tokens, special_tokens=True)
+        forget(tokenizer)
         vocabulary = cls.of(tokenizer)
         if vocabulary.begin < own:
             raise VocabularyError(

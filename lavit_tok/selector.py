@@ -106,14 +106,38 @@ def logistic_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return uniform.log() - (-uniform).log1p()
 
 
+def shift_to_share(scores: Float[Tensor, "batch patches"], share: float) -> Float[Tensor, ""]:
+    """What to add to all scores so that sampling them keeps this share of the batch's patches, in expectation.
+
+    The root c of mean(sigmoid(s + c)) = share, with its gradient: through s + c no gradient can change the share, only
+    which patches it goes to. The straight-through gradient alone pushes the share up, for it takes a kept patch's worth
+    at the margin for its worth altogether.
+    """
+    with torch.no_grad():
+        low, high = -30 - scores.max(), 30 - scores.min()
+        for _ in range(40):
+            middle = (low + high) / 2
+            above = (scores + middle).sigmoid().mean() > share
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    chance = (scores + middle).sigmoid()
+    slope = (chance * (1 - chance)).mean().detach().clamp(min=1e-6)
+    return middle - (chance.mean() - chance.mean().detach()) / slope
+
+
 def straight_through(
     log_probs: Float[Tensor, "batch patches 2"],
     generator: torch.Generator | None,
     sample: bool = True,
     temperature: float = 1.0,
+    share: float | None = None,
 ) -> Float[Tensor, "batch patches"]:
-    """The training decision M in {0, 1} with the gradient of the soft one (Gumbel-softmax, hard, straight-through)."""
+    """The training decision M in {0, 1} with the gradient of the soft one (Gumbel-softmax, hard, straight-through).
+
+    With `share`, the batch's scores are shifted first so that this share of the patches is kept (shift_to_share).
+    """
     scores = keep_scores(log_probs)
+    if share is not None:
+        scores = scores + shift_to_share(scores, share)
     if sample:
         scores = scores + logistic_noise(scores, generator)
     soft = (scores / temperature).sigmoid()

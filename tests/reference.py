@@ -100,10 +100,8 @@ def merge(merger: Any, features: Tensor, keep: list[bool]) -> Tensor:
     entering = features
     if merger.position is not None:
         entering = context = context + merger.position.double()
-    if merger.formula == "compat":  # all rows are computed: they leak into each other
-        rows = list(range(n))
-    else:
-        rows = [i for i in range(n) if keep[i]]
+    # in compat all rows are computed: they leak into each other
+    rows = [i for i in range(n) if keep[i] or merger.formula == "compat"]
     x = entering[rows]
     for room in merger.blocks:
         if merger.formula == "compat":

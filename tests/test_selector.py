@@ -11,7 +11,15 @@ import reference
 import torch
 from torch import Tensor
 
-from lavit_tok.selector import Selector, keep_by_budget, keep_scores, logistic_noise, select, straight_through
+from lavit_tok.selector import (
+    Selector,
+    keep_by_budget,
+    keep_scores,
+    logistic_noise,
+    select,
+    shift_to_share,
+    straight_through,
+)
 
 
 def log_probs(*shape: int, seed: int = 0, shift: float = 0.0) -> Tensor:
@@ -198,3 +206,23 @@ def test_the_training_decision_is_the_sampled_one_with_a_soft_gradient():
     torch.testing.assert_close(p.grad, torch.stack([slope, -slope], -1))  # type: ignore[arg-type]
     quiet = straight_through(p, None, sample=False)
     assert torch.equal(quiet.bool(), select(p))
+
+
+def test_a_share_is_held_and_no_gradient_moves_it():
+    scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 3 + 2
+    scores.requires_grad_()
+    for share in (0.1, 1 / 3, 0.9):
+        shift = shift_to_share(scores, share)
+        chance = (scores + shift).sigmoid()
+        assert abs(float(chance.mean().detach()) - share) < 1e-5
+        (slope,) = torch.autograd.grad(chance.mean(), scores, retain_graph=True)
+        assert slope.abs().max() < 1e-6, "the mean cannot be moved"
+        (slope,) = torch.autograd.grad(chance[0, 0], scores)
+        moved = scores.detach().clone()
+        moved[1, 1] += 0.05
+        with torch.no_grad():  # against a finite difference, through the shift
+            found = (moved + shift_to_share(moved, share)).sigmoid()[0, 0] - chance[0, 0]
+        assert abs(float(found) / 0.05 - float(slope[1, 1])) < 1e-4
+    log_probs = torch.stack([scores.detach(), torch.zeros_like(scores)], -1).log_softmax(-1)
+    draws = [straight_through(log_probs, torch.Generator().manual_seed(s), share=0.25).mean() for s in range(200)]
+    assert abs(float(torch.stack(draws).mean()) - 0.25) < 0.01

@@ -45,6 +45,8 @@ class TokenizerTraining(L.LightningModule):
         out: where the finished tokenizer is saved; None keeps checkpoints only.
         rho: target share of kept patches.
         ratio_weight: weight of (rho - mean keep)^2.
+        hold_ratio: shift the scores of each batch so that rho is kept while decisions are sampled; the loss above then
+            has little to do. False as published, where the loss alone holds the ratio.
         centred_weight: weight of a second cosine loss, with the running mean feature subtracted from both sides; 0 as
             published. Plain cosine alone leaves the length of a reconstructed feature free.
         temperature: of the Gumbel-softmax decision.
@@ -75,6 +77,7 @@ class TokenizerTraining(L.LightningModule):
         out: str | None = None,
         rho: float = 1 / 3,
         ratio_weight: float = 2.0,
+        hold_ratio: bool = False,
         centred_weight: float = 0.0,
         temperature: float = 1.0,
         lr: float = 1e-3,
@@ -174,7 +177,9 @@ class TokenizerTraining(L.LightningModule):
             self.recent_scores.add(keep_scores(log_probs).flatten())
         learning = int(self.stage) == 0 or s.selector_after == "live"
         if learning:
-            policy = straight_through(log_probs, generator, int(self.stage) == 0, s.temperature)
+            sampled = int(self.stage) == 0
+            share = s.rho if s.hold_ratio and sampled else None
+            policy = straight_through(log_probs, generator, sampled, s.temperature, share)
             keep = policy.detach() > 0.5
             reconstructed, codes, commitment = self._dense(features, policy, keep)
             ratio_loss = (s.rho - policy.mean()).square()

@@ -1,0 +1,194 @@
+"""MultimodalLM as a user has it: pictures and text in and out, saved and loaded, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_parts import CODES, lexicon_and_model
+from PIL import Image as Picture
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lavit_lm import MultimodalLM
+from lavit_lm.bridge import ContinuousBridge
+from lavit_lm.cli import main
+from lavit_lm.files import save_model
+from lavit_tok import CodeError, VisualCodes, VisualTokenizer, WeightsError
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def lm(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any) -> MultimodalLM:
+    lexicon, model = lexicon_and_model("llama")
+    tiny_decoder.set_progress_bar_config(disable=True)
+    return MultimodalLM(model, lexicon, tiny_tokenizer, tiny_decoder)
+
+
+@pytest.fixture
+def directory(lm: MultimodalLM, tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> Path:
+    tiny_tokenizer.save_pretrained(tmp_path / "visual")
+    save_model(tmp_path / "lm", lm.model, lm.lexicon, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    return tmp_path / "lm"
+
+
+def test_text_to_pictures(lm: MultimodalLM):
+    codes = lm.generate_codes("a red apple", 3, generator=generator(), max_codes=9)
+    assert len(codes) == 3 and codes.codebook_size == CODES and int(codes.lengths.max()) <= 9
+    again = lm.generate_codes("a red apple", 3, generator=generator(), max_codes=9)
+    assert again.to_list() == codes.to_list() != lm.generate_codes("a red apple", 3, generator=generator(1)).to_list()
+    pictures = lm.generate_images("a red apple", 2, generator=generator(), num_inference_steps=2)
+    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    exact = lm.generate_codes("a red apple", 1, generator=generator(), min_codes=5, max_codes=5)
+    assert exact.lengths.tolist() == [5]
+
+
+def test_prompts_of_text_and_pictures(lm: MultimodalLM, photos: list[Path]):
+    shown = Picture.open(photos[0])
+    mixed = lm.generate_codes(["a red apple", shown, "in the rain"], generator=generator())
+    assert len(mixed) == 1
+    row = lm._row(["a red apple", shown, "in the rain"], opened=True)
+    v = lm.lexicon.vocabulary
+    seen = lm.visual.encode(shown)
+    words = [lm.lexicon.text("a red apple"), lm.lexicon.text("in the rain")]
+    image = [v.begin, *v.to_ids(seen[0]).tolist(), v.end]
+    assert row.ids.tolist() == [*lm.lexicon.start, *words[0], *image, *words[1], v.begin]
+    assert lm._row([seen]).ids.tolist() == [*lm.lexicon.start, *image], "codes stand for their picture"
+    batch = lm.generate_codes_batch(["a red apple", "rain"], generator=[generator(4), generator(5)])
+    assert batch[1].tolist() == lm.generate_codes_batch(["rain"], generator=[generator(5)])[0].tolist()
+
+
+def test_pictures_to_text(lm: MultimodalLM, photos: list[Path]):
+    captions = lm.caption([str(photo) for photo in photos[:2]], max_tokens=5)
+    assert len(captions) == 2 and all(isinstance(text, str) for text in captions)
+    assert lm.caption(str(photos[1]), max_tokens=5) == captions[1]
+    assert isinstance(lm.answer(str(photos[0]), "What colour is it?", max_tokens=5), str)
+    warm = lm.caption(str(photos[0]), 8, temperature=3.0, generator=generator())
+    assert warm == lm.caption(str(photos[0]), 8, temperature=3.0, generator=generator())
+
+
+def test_interleaved_out(lm: MultimodalLM, photos: list[Path]):
+    kinds = set()
+    lm.model.causal.get_output_embeddings().weight.data[lm.lexicon.vocabulary.begin] *= 3  # likelier to draw
+    for seed in range(12):
+        said = lm.complete(
+            ["a red apple", photos[0]], 20, 2, generator=generator(seed), pictures=False, temperature=4.0
+        )
+        kinds |= {type(part) for part in said}
+        assert sum(isinstance(part, VisualCodes) for part in said) <= 2
+    assert kinds == {str, VisualCodes}
+    drawn = [
+        part for part in lm.complete("a", 30, 1, generator=generator(3), temperature=4.0) if not isinstance(part, str)
+    ]
+    assert all(isinstance(part, Picture.Image) for part in drawn)
+
+
+def test_ranking_is_the_likelihood(lm: MultimodalLM, photos: list[Path]):
+    texts = ["a red apple", "rain", "two dogs run"]
+    found = lm.rank([photos[0]], texts)
+    start = lm._row([photos[0]]).ids.tolist()
+    for text, nats in zip(texts, found.tolist(), strict=True):
+        ids = [*start, *lm.lexicon.text(text), lm.lexicon.stop]
+        with torch.no_grad():
+            log_p = lm.model.causal(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        assert abs(nats - sum(float(log_p[i - 1, ids[i]]) for i in range(len(start), len(ids)))) < 1e-3
+    pictures = lm.rank("a red apple", photos[:3], per_token=True)
+    assert pictures.shape == (3,) and len(set(pictures.tolist())) == 3
+
+
+def test_saved_and_loaded(lm: MultimodalLM, directory: Path, photos: list[Path]):
+    loaded = MultimodalLM.from_pretrained(directory, decoder=None)
+    want = lm.generate_codes("a red apple", 2, generator=generator())
+    assert loaded.generate_codes("a red apple", 2, generator=generator()).to_list() == want.to_list()
+    assert loaded.caption(str(photos[0]), 6) == lm.caption(str(photos[0]), 6)
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    ids = torch.tensor([lm._row("rain").ids.tolist()])
+    assert torch.equal(plain(ids).logits.argmax(-1), lm.model.causal(ids).logits.argmax(-1))
+    assert len(tokenizer) == len(lm.lexicon.tokenizer)
+    with pytest.raises(ValueError, match="no pixel decoder"):
+        loaded.generate_images("rain")
+    save_model(directory, loaded.model, loaded.lexicon, "elsewhere", "0" * 16)  # an older model is replaced
+    assert json.loads((directory / "lavit_lm.json").read_text())["visual_tokenizer"] == "elsewhere"
+    (directory / "lavit_lm.json").unlink()
+    with pytest.raises(WeightsError, match="an older model to replace"):
+        save_model(directory, loaded.model, loaded.lexicon, "elsewhere", "0" * 16)
+
+
+def test_reading_pictures_as_vectors(tiny_tokenizer: VisualTokenizer, tmp_path: Path, photos: list[Path]):
+    lexicon, model = lexicon_and_model("llama")
+    model.bridge = ContinuousBridge(tiny_tokenizer, 16)
+    assert not [n for n in model.state_dict() if "encoder" in n], "the visual tokenizer is no part of the model"
+    vectors = MultimodalLM(model, lexicon, tiny_tokenizer)
+    row = vectors._row([photos[0], "a"])
+    codes = tiny_tokenizer.encode(str(photos[0]))
+    assert row.fed.sum() == len(codes[0]) and torch.equal(row.kept, codes.keep)
+    tiny_tokenizer.save_pretrained(tmp_path / "visual")
+    save_model(tmp_path / "lm", model, lexicon, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    loaded = MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
+    assert loaded.caption(str(photos[0]), 8) == vectors.caption(str(photos[0]), 8)
+    assert loaded.generate_codes([photos[0], "a"], generator=generator()).to_list(), "pictures are drawn by codes"
+    tensors = load_file(tmp_path / "lm" / "bridge.safetensors")
+    tensors.pop("path.projection.weight")
+    save_file(tensors, tmp_path / "lm" / "bridge.safetensors")
+    with pytest.raises(WeightsError, match=r"path\.projection\.weight"):
+        MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
+
+
+def test_directories_that_are_refused(directory: Path, tmp_path: Path):
+    other = VisualTokenizer(VisualTokenizer.from_pretrained(tmp_path / "visual").config)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(WeightsError, match=r"read and drawn as unrelated ones"):
+        MultimodalLM.from_pretrained(directory, visual_tokenizer=str(tmp_path / "other"))
+    tensors = load_file(directory / "model.safetensors")
+    lost = sorted(name for name in tensors if "mlp" in name)[0]
+    save_file({n: t for n, t in tensors.items() if n != lost}, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError, match=lost.replace(".", r"\.")):
+        MultimodalLM.from_pretrained(directory)
+    (directory / "lavit_lm.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"lavit_lm\.json: cannot be read"):
+        MultimodalLM.from_pretrained(directory)
+    (directory / "lavit_lm.json").write_text("[]")
+    with pytest.raises(WeightsError, match="expected lavit_lm version 1"):
+        MultimodalLM.from_pretrained(directory)
+    with pytest.raises(WeightsError, match="neither a directory nor a Hub id"):
+        MultimodalLM.from_pretrained(tmp_path / "nothing")
+
+
+def test_impossible_requests(lm: MultimodalLM, photos: list[Path]):
+    with pytest.raises(ValueError, match=r"1 <= min_codes <= max_codes <= 16, got 1 and 0"):
+        lm.generate_codes("a", max_codes=0)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        lm.generate_codes("a", 0)
+    with pytest.raises(CodeError):
+        lm.generate_codes([VisualCodes.from_list([[CODES + 3]], codebook_size=CODES + 9)])
+    with pytest.raises(ValueError, match="codes of one picture in a prompt, got 2"):
+        lm.generate_codes([VisualCodes.from_list([[1], [2]], codebook_size=CODES)])
+    with pytest.raises(ValueError, match="exceed the model's context of 128"):
+        lm.generate_codes("a red apple " * 60)
+    with pytest.raises(ValueError, match="at least one candidate"):
+        lm.rank("a", [])
+    lm.generate_codes("", generator=generator())  # no words: the unconditional stream
+
+
+def test_commands(directory: Path, tiny_decoder: Any, tmp_path: Path, photos: list[Path], capsys: Any):
+    tiny_decoder.save_pretrained(tmp_path / "decoder")
+    words = ["generate", "a red apple", "--model", str(directory), "--decoder", str(tmp_path / "decoder")]
+    assert main([*words, "--out", str(tmp_path / "out"), "-n", "2", "--steps", "2"]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    rows = [json.loads(line) for line in (tmp_path / "out" / "codes.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["a red apple"] * 2
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    capsys.readouterr()
+    assert main(["caption", str(photos[0]), str(tmp_path / "bad.png"), "--model", str(directory)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{photos[0]}\t") and "1 of 2 pictures; 1 skipped" in shown.err
+    assert main(["export", str(directory), str(tmp_path / "plain")]) == 0
+    assert (tmp_path / "plain" / "tokenizer.json").exists()
+    assert main(["caption", str(photos[0]), "--model", str(tmp_path / "nothing")]) == 2
+    assert "neither a directory nor a Hub id" in capsys.readouterr().err
