@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from pathlib import Path
 
 import pytest
 from small_lms import TEXTS
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from lavit_lm import VisualVocabulary, VocabularyError
-from lavit_lm.text_tokenizer import BYTES, encode_plain, train_text_tokenizer
+from lavit_lm.text_tokenizer import BYTES, encode_plain, forget, train_text_tokenizer
 
 CAPTIONS = [
     "a red apple on a table",
@@ -60,3 +63,27 @@ def test_sizes() -> None:
     assert len(train_text_tokenizer([], 300)) == BYTES + 3  # nothing to learn merges from
     with pytest.raises(VocabularyError, match="at least 259 ids, got 258"):
         train_text_tokenizer(TEXTS, BYTES + 2)
+
+
+def test_text_is_read_as_quickly_beside_many_codes() -> None:
+    """Checking a caption against the special tokens takes no longer where there are many; counting them would."""
+    both = [(tokenizer := train_text_tokenizer(TEXTS, 300), VisualVocabulary.extend(tokenizer, None, 16))]
+    both += [(tokenizer := train_text_tokenizer(TEXTS, 300), VisualVocabulary.extend(tokenizer, None, 16384))]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(50):
+        for times, (tokenizer, vocabulary) in zip(seconds, both, strict=True):
+            start = time.process_time()
+            vocabulary.encode_text(tokenizer, "a red apple on a wooden table")
+            times.append(time.process_time() - start)
+    assert statistics.median(seconds[1]) < 2.5 * statistics.median(seconds[0])
+
+
+def test_special_tokens_of_an_extension_are_known() -> None:
+    """Also where text was read before; a special token that the model holds as a piece is cut."""
+    backend = Tokenizer(models.WordLevel({"<|img|>": 0, "a": 1, "<": 2, "|img|>": 3, "<unk>": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert encode_plain(tokenizer, "a <|img|>", lambda _: False) == [1, 0]
+    tokenizer.add_tokens([AddedToken("<|img|>", special=True)], special_tokens=True)
+    forget(tokenizer)
+    assert encode_plain(tokenizer, "a <|img|>", lambda _: False) == [1, 2, 3]
