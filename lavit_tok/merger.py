@@ -40,7 +40,8 @@ def grid_positions(patches: int, width: int) -> Float[Tensor, "patches width"]:
     side = math.isqrt(patches)
     if side * side != patches or width % 4:
         raise ValueError(f"positions need a square number of patches and a width of 4 k, got {patches} and {width}")
-    frequency = math.pi * torch.exp(-math.log(max(2, side)) * torch.linspace(1, 0, width // 4))
+    falling = 1 - torch.arange(width // 4) / max(1, width // 4 - 1)
+    frequency = math.pi * torch.exp(-math.log(max(2, side)) * falling)
     angle = torch.arange(side)[:, None] * frequency
     wave = torch.cat([angle.sin(), angle.cos()], 1)
     return torch.cat([wave.repeat_interleave(side, 0), wave.repeat(side, 1)], 1)
