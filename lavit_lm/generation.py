@@ -97,19 +97,21 @@ class Rule:
         v = lexicon.vocabulary
         return {"image": [v.end], "text": [lexicon.stop], "mixed": [lexicon.stop, v.begin]}[self.kind]
 
-    def allowed(self, lexicon: Lexicon, size: int, said: int, device: torch.device) -> Bool[Tensor, " v"]:
-        """True at ids that may come after `said` ids, for logits of width `size`."""
-        v, stops = lexicon.vocabulary, torch.tensor(self.stops(lexicon), device=device)
+    def words(self, lexicon: Lexicon, size: int, device: torch.device) -> Bool[Tensor, " v"]:
+        """True at what an answer is made of: codes, or text that is no special token; for logits of width `size`."""
         if self.kind == "image":
-            may = v.mask(size, device)
-        else:
-            ids = torch.arange(size, device=device)
-            special = torch.tensor(lexicon.tokenizer.all_special_ids, device=device)
-            may = (ids < len(lexicon.tokenizer)) & ~v.is_visual(ids) & ~torch.isin(ids, special)
+            return lexicon.vocabulary.mask(size, device)
+        ids = torch.arange(size, device=device)
+        added = lexicon.tokenizer.added_tokens_decoder
+        special = [i for i, token in added.items() if token.special] + lexicon.tokenizer.all_special_ids
+        never = torch.isin(ids, torch.tensor(special, device=device)) | lexicon.vocabulary.is_visual(ids)
+        return (ids < len(lexicon.tokenizer)) & ~never
+
+    def allowed(self, words: Bool[Tensor, " v"], stops: Int64[Tensor, " s"], said: int) -> Bool[Tensor, " v"]:
+        """True at ids that may come after `said` ids."""
+        full = self.kind == "image" and said >= self.most
+        may = torch.zeros_like(words) if full else words.clone()
         may[stops] = said >= self.least
-        if self.kind == "image" and said >= self.most:
-            may[:] = False
-            may[stops] = True
         return may
 
 
@@ -157,11 +159,12 @@ def continue_rows(
     stops, said = torch.tensor(rule.stops(lexicon), device=state.device), [[] for _ in prompts]
     open_rows = torch.ones(len(prompts), dtype=torch.bool, device=state.device)
     logits = state.prefill()
+    words = rule.words(lexicon, logits.shape[1], state.device)
     for step in range(rule.most + (rule.kind == "image")):  # an image's end comes after its last code
         if guided:
             conditional, free = logits.chunk(2)
             logits = free + sampling.guidance_scale * (conditional - free)
-        may = rule.allowed(lexicon, logits.shape[1], step, state.device)
+        may = rule.allowed(words, stops, step)
         drawn = sampling.draw(logits.masked_fill(~may, -torch.inf), generators)
         for i in open_rows.nonzero().flatten().tolist():
             said[i].append(int(drawn[i]))

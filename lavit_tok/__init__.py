@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lavit_tok.config import ConfigError, TokenizerConfig
     from lavit_tok.continuous import ContinuousPath
     from lavit_tok.decoder import PixelDecoder
-    from lavit_tok.images import ImageError
+    from lavit_tok.images import ImageError, to_uint8
     from lavit_tok.records import CodeError, VisualCodes
     from lavit_tok.shard_files import ShardError
     from lavit_tok.shards import Shards
@@ -29,6 +29,7 @@ __all__ = [
     "VisualCodes",
     "VisualTokenizer",
     "WeightsError",
+    "to_uint8",
 ]
 
 _ROOMS = {

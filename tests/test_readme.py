@@ -57,7 +57,7 @@ def test_every_command_of_the_readme_is_understood() -> None:
         words = line.split()
         assert words[0] in COMMANDS
         if COMMANDS[words[0]].arguments is not None:
-            parser().parse_args(words)
+            parser("lavit-tok", "", COMMANDS).parse_args(words)
     listed = re.findall(r"^\| `lavit-tok ([a-z-]+)", README, re.MULTILINE)
     assert listed == list(COMMANDS)
 

@@ -1,0 +1,281 @@
+"""Training a language model: it learns, resumes exactly, and keeps frozen what is frozen; NaN stops it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lm_parts import image, pairs
+from PIL import Image as Picture
+from small_lms import small_tokenizer
+
+from lavit_lm import MultimodalLM
+from lavit_lm.cli import main
+from lavit_lm.data import BlockOrder, LanguageDataModule, Layout, Samples
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.module import LanguageModeling
+from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.packing import pack, pad
+from lavit_lm.segments import Image, Text
+from lavit_lm.vocabulary import VisualVocabulary
+from lavit_tok import ShardError, VisualTokenizer, WeightsError
+from lavit_tok.cli import main as lavit_tok
+
+SMALL: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}
+CAPTIONS = ["a red apple", "two dogs run", "the old town hall", "rain at sunset"]
+
+
+@pytest.fixture
+def folder(
+    tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A visual tokenizer, shards of 24 captioned crops of photographs, and a text tokenizer."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tiny_tokenizer.save_pretrained(tmp_path / "visual")
+    for split, count in (("train", 24), ("validation", 6)):
+        at = tmp_path / "pictures" / split
+        at.mkdir(parents=True)
+        lines = ["file_name,caption"]
+        for i in range(count):
+            photo = Picture.open(photos[i % 4]).convert("RGB")
+            photo.crop((7 * i, 5 * i, 7 * i + 150, 5 * i + 120)).save(at / f"{i}.png")
+            lines.append(f"{i}.png,{CAPTIONS[i % 4]}")
+        (at / "metadata.csv").write_text("\n".join(lines))
+    words = [str(tmp_path / "pictures"), "--tokenizer", str(tmp_path / "visual"), "--out", str(tmp_path / "shards")]
+    assert lavit_tok(["shards", *words]) == 0
+    small_tokenizer("llama").save_pretrained(tmp_path / "text")
+    return tmp_path
+
+
+def module(folder: Path, **more: Any) -> LanguageModeling:
+    settings = {"lm": SMALL, "text_tokenizer": str(folder / "text"), "visual_tokenizer": str(folder / "visual")}
+    return LanguageModeling(**{**settings, "warmup_steps": 2, "lr": 3e-3, **more})  # type: ignore[arg-type]
+
+
+def data(folder: Path, **more: Any) -> LanguageDataModule:
+    return LanguageDataModule(str(folder / "shards"), **{"block": 64, "batch_size": 2, "window": 10, **more})
+
+
+class Losses(L.Callback):
+    """Every step's loss; stops the run, as a crash would, after some steps."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.values: list[float] = []
+        self.keys: list[Any] = []
+        self.stop = stop
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        self.values.append(float(outputs["loss"]))
+        self.keys.append(batch.keys)
+        if self.stop is not None and trainer.global_step >= self.stop:
+            raise RuntimeError("power cut")
+
+
+def trainer(folder: Path, steps: int, callbacks: list[Any], **more: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return L.Trainer(max_steps=steps, max_epochs=-1, callbacks=callbacks, default_root_dir=folder, **{**quiet, **more})
+
+
+def saving(folder: Path) -> L.Callback:
+    return L.pytorch.callbacks.ModelCheckpoint(folder / "ckpt", every_n_train_steps=1, save_last=True, save_top_k=-1)
+
+
+def test_a_run_that_was_stopped_goes_on_exactly(folder: Path):
+    """Through borders of windows, of the data's epochs and of Lightning's, with two batches a step."""
+    steps = 14
+    whole, weights = Losses(), module(folder)
+    trainer(folder, steps, [whole], accumulate_grad_batches=2).fit(weights, data(folder))
+    cut = Losses(stop=5)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer(folder, steps, [cut, saving(folder)], accumulate_grad_batches=2).fit(module(folder), data(folder))
+    rest, resumed = Losses(), module(folder)
+    at = sorted((folder / "ckpt").glob("epoch*"), key=lambda path: path.stat().st_mtime)[-1]
+    trainer(folder, steps, [rest], accumulate_grad_batches=2).fit(resumed, data(folder), ckpt_path=at)
+    done = len(whole.values) - len(rest.values)
+    assert done in (8, 10), "the checkpoint is of a step's end"
+    assert cut.values[:done] + rest.values == whole.values
+    assert cut.keys[:done] + rest.keys == whole.keys
+    assert weights.model is not None and resumed.model is not None
+    for name, tensor in weights.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    with pytest.raises(ValueError, match="rows would repeat or be missed"):
+        trainer(folder, steps, []).fit(module(folder), data(folder, window=20), ckpt_path=at)
+
+
+def test_the_order_of_blocks(folder: Path):
+    lexicon = module(folder).lexicon
+    rows = [{"key": str(i), "caption": CAPTIONS[i % 4], "codes": [i % 16] * (1 + i % 5)} for i in range(50)]
+    layout = Layout(Samples(rows), LaVIT(), lexicon, seed=3)
+
+    def blocks(count: int, **more: Any) -> list[list[tuple[int, int]]]:
+        order = iter(BlockOrder(layout, 64, 2, window=16, **more))
+        return [next(order) for _ in range(count)]
+
+    every = blocks(60)
+    assert every == blocks(60), "the same anew"
+    epoch = [place for block in every for place in block if place[0] == 0]
+    assert sorted(i for _, i in epoch) == list(range(50)), "each row once an epoch"
+    assert [i for _, i in epoch] != [i for e, i in (p for b in every for p in b) if e == 1][:50], "each epoch anew"
+    assert all(sum(len(layout.row(p)) for p in block) <= 64 for block in every)
+    for consumed in (1, 7, 20):
+        assert blocks(10, consumed=lambda: consumed) == every[2 * consumed : 2 * consumed + 10]  # noqa: B023
+    first, second = blocks(30, rank=0, world=2), blocks(30, rank=1, world=2)
+    dealt = [b for k in range(15) for b in first[2 * k : 2 * k + 2] + second[2 * k : 2 * k + 2]]
+    assert dealt == every, "batches are dealt to the ranks in turn"
+    short = BlockOrder(layout, 9, 1, window=50)
+    assert short.too_long and all(length > 9 for length in short.too_long.values())
+    with pytest.raises(ValueError, match="no row fits, the shortest has"):
+        BlockOrder(layout, 2, 1, window=50)
+
+
+def test_texts_are_mixed_in(folder: Path):
+    (folder / "texts.jsonl").write_text("\n".join('{"text": "rain and rain"}' for _ in range(12)))
+    seen = Losses()
+    trainer(folder, 6, [seen]).fit(module(folder), data(folder, texts=str(folder / "texts.jsonl")))
+    keys = {key for batch in seen.keys for block in batch for key in block}
+    assert any(key.startswith("text ") for key in keys) and any(key.endswith(".png") for key in keys)
+
+
+def test_eight_samples_are_learnt_by_heart(folder: Path):
+    """Codes from text that is given: nothing is left to chance, so the loss can reach 0."""
+    training = module(folder)
+    training.configure_model()
+    assert training.model is not None
+    samples = [[Text(f"{'a red apple ' * i}rain", learn=False), image(i, 8)] for i in range(8)]
+    generator = torch.Generator().manual_seed(0)
+    batch = pad([LaVIT("given").layout(s, training.lexicon, generator) for s in samples], training.lexicon.pad)
+    optimizer = torch.optim.AdamW(training.model.parameters(), 5e-3)
+    for _ in range(150):
+        loss = LaVIT().total(training.model(batch, LaVIT()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+
+
+def test_frozen_means_absent(folder: Path):
+    training = module(folder, lora={"r": 2, "target_modules": ["q_proj", "v_proj"]})
+    fitted = trainer(folder, 3, [saving(folder)])
+    fitted.fit(training, data(folder))
+    assert training.model is not None
+    trained = {n for n, p in training.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in n or "trainable_tokens" in n for n in trained), trained
+    held = {id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for n, p in training.named_parameters() if n in trained}
+    saved = torch.load(sorted((folder / "ckpt").glob("epoch*"))[0], weights_only=True)["state_dict"]
+    assert set(saved) == trained, "neither the LM nor the visual tokenizer is saved twice"
+    again = module(folder, lora={"r": 2, "target_modules": ["q_proj", "v_proj"]})
+    trainer(folder, 4, []).fit(again, data(folder), ckpt_path=sorted((folder / "ckpt").glob("epoch*"))[-1])
+    training.save(folder / "merged")
+    merged = MultimodalLM.from_pretrained(folder / "merged", decoder=None)
+    batch = pad([LaVIT().layout(s, training.lexicon, torch.Generator()) for s in pairs(2)], training.lexicon.pad)
+    with torch.no_grad():
+        ours, theirs = training.model.eval().states(batch), merged.model.states(batch)
+    seen = batch.documents >= 0
+    torch.testing.assert_close(theirs[seen], ours[seen], atol=1e-4, rtol=1e-4)
+
+
+def test_a_whole_lm_is_trained_and_saved(folder: Path):
+    config = folder / "recipe.yaml"
+    config.write_text(f"""
+seed_everything: 0
+trainer: {{accelerator: cpu, max_steps: 6, max_epochs: -1, val_check_interval: 3, check_val_every_n_epoch: null,
+  num_sanity_val_steps: 0, log_every_n_steps: 1, enable_progress_bar: false, default_root_dir: {folder}/run,
+  logger: {{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: {folder}/run}}}}}}
+model:
+  lm: {SMALL}
+  text_tokenizer: {folder}/text
+  visual_tokenizer: {folder}/visual
+  objective: {{class_path: lavit_lm.objectives.lavit.LaVIT, init_args: {{prompt_drop: 0.2}}}}
+  checkpoint_blocks: true
+  out: {folder}/out
+data: {{shards: {folder}/shards, block: 64, batch_size: 2, window: 10}}
+""")
+    assert main(["fit", "-c", str(config)]) == 0
+    metrics = next((folder / "run").rglob("metrics.csv")).read_text().splitlines()
+    columns = metrics[0].split(",")
+    for name in (
+        "train/loss",
+        "train/text",
+        "train/image",
+        "val/loss",
+        "val/text",
+        "val/image",
+        "val/bits_per_image_token",
+    ):
+        assert name in columns
+    lm = MultimodalLM.from_pretrained(folder / "out", decoder=None)
+    assert len(lm.generate_codes("a red apple", 2, generator=torch.Generator().manual_seed(0))) == 2
+    assert main(["validate", "-c", str(config), "--model.out", "null"]) == 0
+
+
+def test_held_out_losses_are_exact_means(folder: Path):
+    training = module(folder)
+    fitted = trainer(folder, 1, [])
+    fitted.fit(training, data(folder))
+    (shown,) = fitted.validate(training, data(folder, batch_size=1), verbose=False)
+    (other,) = fitted.validate(training, data(folder, batch_size=3, block=100), verbose=False)
+    for name, value in shown.items():
+        assert abs(value - other[name]) < 1e-5, "blocks and batches do not matter"
+
+
+def test_a_spoilt_batch_is_named(folder: Path):
+    training = module(folder)
+    training.configure_model()
+    assert training.model is not None
+    rows = [LaVIT().layout(s, training.lexicon, torch.Generator(), f"picture {i}") for i, s in enumerate(pairs(2))]
+    batch = pack([rows], 64, training.lexicon.pad)
+    with torch.no_grad():
+        next(training.model.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"the loss is nan; stopped .* held: picture 0, picture 1"):
+        training.training_step(batch, 0)
+
+
+def test_what_does_not_fit_together(folder: Path, tmp_path: Path):
+    config = VisualTokenizer.from_pretrained(folder / "visual").config
+    VisualTokenizer(config).save_pretrained(folder / "other")
+    with pytest.raises(ShardError, match="these codes index another codebook"):
+        trainer(folder, 1, []).fit(module(folder, visual_tokenizer=str(folder / "other")), data(folder))
+    tokenizer = small_tokenizer("llama")
+    VisualVocabulary.extend(tokenizer, None, 5)
+    tokenizer.save_pretrained(folder / "five")
+    with pytest.raises(ValueError, match="has 5 codes, the visual tokenizer"):
+        module(folder, text_tokenizer=str(folder / "five"))
+    with pytest.raises(ValueError, match="a new LM has no tokenizer of its own"):
+        module(folder, text_tokenizer=None)
+    with pytest.raises(WeightsError, match="expected a new or empty directory"):
+        module(folder, out=str(folder))
+    tokenizer = copy.deepcopy(small_tokenizer("llama"))
+    tokenizer.eos_token = None
+    VisualVocabulary.extend(tokenizer, None, 5)
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        Lexicon.of(tokenizer)
+
+
+def test_a_batch_with_pictures_needs_a_bridge(folder: Path):
+    training = module(folder)
+    training.configure_model()
+    assert training.model is not None
+    keep = torch.zeros(16, dtype=torch.bool).index_fill(0, torch.tensor([3, 5]), True)
+    shown = Image(torch.tensor([1, 2]), torch.zeros(3, 32, 32, dtype=torch.uint8), keep)
+    row = LaVIT("given").layout([shown, Text("rain")], training.lexicon, torch.Generator())
+    with pytest.raises(ValueError, match="no bridge for them"):
+        training.model(pad([row], training.lexicon.pad), LaVIT())
+    bridged = module(folder, continuous=True)
+    bridged.configure_model()
+    assert bridged.model is not None
+    losses = bridged.model(pad([row], bridged.lexicon.pad), LaVIT())
+    LaVIT().total(losses).backward()
+    moved = [n for n, p in bridged.model.bridge.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]  # type: ignore[union-attr]
+    assert "path.projection.weight" in moved and any("merger.blocks" in n for n in moved)
