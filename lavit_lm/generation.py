@@ -156,7 +156,8 @@ def continue_rows(
         )
     state = _Decoding(model, rows, lexicon.pad, cached)
     generators = _per_row(generator, len(prompts))
-    stops, said = torch.tensor(rule.stops(lexicon), device=state.device), [[] for _ in prompts]
+    stops = torch.tensor(rule.stops(lexicon), device=state.device)
+    said: list[list[int]] = [[] for _ in prompts]
     open_rows = torch.ones(len(prompts), dtype=torch.bool, device=state.device)
     logits = state.prefill()
     words = rule.words(lexicon, logits.shape[1], state.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -190,7 +190,7 @@ class MultimodalLM:
         parts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
         said: list[Any] = []
         for number in range(max_images + 1):
-            kind = "mixed" if number < max_images else "text"
+            kind: Literal["mixed", "text"] = "mixed" if number < max_images else "text"
             chosen = Sampling(**{"temperature": 0.0, **sampling})
             row = self._row(parts + said)
             ids = continue_rows(self.model, self.lexicon, [row], Rule(kind, 0, max_tokens), chosen, None, generator)[0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Int8, Int64, UInt8
@@ -58,8 +58,8 @@ class Packed:
         return (self.documents != FREE).float().mean().item()
 
     def to(self, device: torch.device | str) -> Packed:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Packed(**{n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keys"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def plan(lengths: Sequence[int], block: int) -> list[list[int]]:

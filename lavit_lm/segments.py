@@ -144,7 +144,7 @@ class RowBuilder:
         return Row(
             torch.tensor(self.ids, dtype=torch.int64),
             torch.tensor(self.roles, dtype=torch.int8),
-            *flags.unbind(1),
+            *(flags[:, 0], flags[:, 1], flags[:, 2], flags[:, 3]),
             torch.stack(pictures) if pictures else torch.zeros(0, 3, 0, 0, dtype=torch.uint8),
             torch.stack(kept) if kept else torch.zeros(0, 0, dtype=torch.bool),
             key,
