@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 2,
     "max_position_embeddings": 128,
 }
+RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "lm").glob("*.yaml"))
 CAPTIONS = ["a red apple", "two dogs run", "the old town hall", "rain at sunset"]
 
 
@@ -279,3 +281,24 @@ def test_a_batch_with_pictures_needs_a_bridge(folder: Path):
     LaVIT().total(losses).backward()
     moved = [n for n, p in bridged.model.bridge.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]  # type: ignore[union-attr]
     assert "path.projection.weight" in moved and any("merger.blocks" in n for n in moved)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_train(recipe: Path, folder: Path):
+    """Two steps at reduced width, everything else as the recipe says."""
+    head = recipe.read_text()
+    for word in ("command:", "hardware:", "time:", "expected:"):
+        assert word in head
+    words = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
+    words += ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    words += ["--trainer.enable_checkpointing=false", "--trainer.precision=32", "--trainer.accumulate_grad_batches=1"]
+    words += [f"--model.lm={json.dumps(SMALL)}", f"--model.text_tokenizer={folder}/text"]
+    words += [f"--model.visual_tokenizer={folder}/visual", f"--model.out={folder}/made", "--model.warmup_steps=1"]
+    words += [f"--data.shards={folder}/shards", "--data.block=64", "--data.batch_size=2", "--data.num_workers=0"]
+    if "continuous: true" in head:
+        words += [f"--data.pictures={folder}/pictures"]
+    assert main(["fit", "-c", str(recipe), *words]) == 0
+    made = MultimodalLM.from_pretrained(folder / "made", decoder=None)
+    assert made.caption(str(folder / "pictures" / "train" / "0.png"), 4) is not None
+    assert (made.model.bridge is not None) == ("continuous: true" in head)
