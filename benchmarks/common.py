@@ -15,8 +15,10 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +28,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from lavit_tok import VisualTokenizer
+from lavit_tok import VisualCodes, VisualTokenizer
 from lavit_tok.images import resize
-from lavit_tok.training.sources import load_splits, read_row, undecoded
+from lavit_tok.training.sources import load_splits, read_row, row_key, undecoded
 
-PACKAGES = ("torch", "transformers", "diffusers", "datasets", "torchmetrics", "numpy", "pillow", "scipy", "lavit-tok")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "datasets",
+    "lightning",
+    "torchmetrics",
+    "numpy",
+    "pillow",
+    "scipy",
+    "lavit-tok",
+)
 
 
 @dataclass(frozen=True)
@@ -47,20 +63,31 @@ class Pictures:
     split: str
     total: int
     """Rows of the split, of which these were taken evenly spaced."""
+    cropped: bool
+    """Centre crop; False: the whole picture, resized to a square."""
+    keys: list[str]
+    """What each picture is called."""
+    captions: list[str]
+    """Each picture's `caption` column; empty where it has none."""
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def describe(self) -> str:
         size = self.pixels.shape[-1]
-        text = f"{len(self)} pictures, evenly spaced over the {self.total} of split {self.split!r}, crop {size}x{size}"
+        form = "crop" if self.cropped else "resized to"
+        text = (
+            f"{len(self)} pictures, evenly spaced over the {self.total} of split {self.split!r}, {form} {size}x{size}"
+        )
         return text + (f"; {len(self.rejects)} bad rows skipped" if self.rejects else "")
 
     def batches(self, size: int) -> Iterator[Tensor]:
         return iter(self.pixels.split(size))
 
 
-def load_pictures(data: str, size: int, split: str | None = None, limit: int | None = None) -> Pictures:
+def load_pictures(
+    data: str, size: int, split: str | None = None, limit: int | None = None, crop: bool = True
+) -> Pictures:
     """Open a data set through `datasets` and crop its pictures.
 
     Args:
@@ -68,6 +95,7 @@ def load_pictures(data: str, size: int, split: str | None = None, limit: int | N
         size: S, the side of the crop in pixels.
         split: which split; by default test, else validation, else the first there is.
         limit: at most this many rows, evenly spaced over the split, so that no source of a sorted set is left out.
+        crop: False resizes the whole picture to a square, as a tokenizer without `crop` in its config does.
 
     Raises:
         ValueError: unreadable data, unknown split, or not one usable picture.
@@ -81,19 +109,31 @@ def load_pictures(data: str, size: int, split: str | None = None, limit: int | N
     count = total if limit is None else limit
     places = evenly(count, total)
 
-    def crop(place: int) -> tuple[Tensor | None, dict[str, str] | None, str | None]:
+    def read(place: int) -> tuple[Tensor | None, dict[str, str] | None, dict[str, Any]]:
         row = rows[place]
-        image, reject = read_row(row, column, f"row {place}")
-        return (None if image is None else resize(image, size, crop=True)), reject, row.get("source")
+        key = row_key(row, column, f"row {place}")
+        image, reject = read_row(row, column, f"row {place}", key)
+        texts = {"key": key, "source": row.get("source"), "caption": row.get("caption") or ""}
+        return (None if image is None else resize(image, size, crop)), reject, texts
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter lock
-        found = list(pool.map(crop, places))
+        found = list(pool.map(read, places))
     pixels = [p for p, _, _ in found if p is not None]
     rejects = [r for _, r, _ in found if r is not None]
     if not pixels:
         raise ValueError(f"{data}: not one usable picture in split {name!r} ({len(rejects)} bad rows)")
-    groups = [str(g) for p, _, g in found if p is not None and g is not None]
-    return Pictures(torch.stack(pixels), groups if len(groups) == len(pixels) else None, rejects, name, total)
+    texts = [t for p, _, t in found if p is not None]
+    groups = [str(t["source"]) for t in texts if t["source"] is not None]
+    return Pictures(
+        pixels=torch.stack(pixels),
+        groups=groups if len(groups) == len(pixels) else None,
+        rejects=rejects,
+        split=name,
+        total=total,
+        cropped=crop,
+        keys=[t["key"] for t in texts],
+        captions=[t["caption"] for t in texts],
+    )
 
 
 def evenly(count: int, total: int) -> list[int]:
@@ -110,7 +150,9 @@ def reference_pictures(data: str, size: int, limit: int, fallback: Pictures) -> 
 # Where it ran
 
 
-def parser(description: str | None, data: bool = True, **defaults: Any) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, data: bool = True, tokenizer: bool = True, **defaults: Any
+) -> argparse.ArgumentParser:
     """The arguments that all benchmarks take."""
     found = argparse.ArgumentParser(
         description=(description or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -118,17 +160,18 @@ def parser(description: str | None, data: bool = True, **defaults: Any) -> argpa
     if data:
         found.add_argument("--data", required=True, help="image folder, parquet or arrow path, or Hub name")
         found.add_argument("--split", help="test, else validation, else the first, if not given")
-        found.add_argument("--limit", type=_positive, help="at most this many pictures, evenly spaced")
-    found.add_argument("--tokenizer", default="default", help="'default', a directory or a Hub id")
+        found.add_argument("--limit", type=positive, help="at most this many pictures, evenly spaced")
+    if tokenizer:
+        found.add_argument("--tokenizer", default="default", help="'default', a directory or a Hub id")
     found.add_argument("--out", default="results", type=Path, help="folder of the result files")
-    found.add_argument("--batch-size", type=_positive, default=64)
+    found.add_argument("--batch-size", type=positive, default=64)
     found.add_argument("--device", default="cpu")
-    found.add_argument("--threads", type=_positive, help="CPU threads of torch; its own choice if not given")
+    found.add_argument("--threads", type=positive, help="CPU threads of torch; its own choice if not given")
     found.set_defaults(**defaults)
     return found
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
     return int(text)
@@ -189,7 +232,7 @@ def _commit() -> str:
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../lavit_tok", ".")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../lavit_tok", "../lavit_lm", ".")
         return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
@@ -203,6 +246,72 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+# How long it takes
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """FLOPs (two for a multiply-add) of matrix products, convolutions and attention."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def clock(device: str) -> tuple[float, float]:
+    """Seconds of the wall clock, and of CPU time that this process's threads used."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
+
+
+def interleaved(
+    calls: Sequence[Callable[[], Any]], repeats: int, device: str, seconds: float = 0.0, warm: int = 2
+) -> list[list[tuple[float, float]]]:
+    """(wall, CPU) seconds of each call, taken in turns after `warm` rounds that do not count.
+
+    At least `repeats` rounds, and up to 100 until they last `seconds` together, since small models are noisy.
+    """
+    times: list[list[tuple[float, float]]] = [[] for _ in calls]
+    began = time.perf_counter()
+    for turn in range(warm + max(repeats, 100)):
+        if turn >= warm + repeats and time.perf_counter() - began > seconds:
+            break
+        for call, found in zip(calls, times, strict=True):
+            start = clock(device)
+            call()
+            if turn >= warm:
+                end = clock(device)
+                found.append((end[0] - start[0], end[1] - start[1]))
+    return times
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median of the pairs' ratios: what slows the machine for a while slows both of a pair."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+# Pictures from codes
+
+
+def draw(
+    decoder: Any, codes: VisualCodes, size: int, seed: int, batch_size: int, device: str, steps: int, guidance: float
+) -> Tensor:
+    """Pictures of all codes, float [n 3 S S] in 0..1; each picture has its own noise, whatever the batch size."""
+    parts = []
+    for start in range(0, len(codes), batch_size):
+        places = range(start, min(start + batch_size, len(codes)))
+        noise = [torch.Generator().manual_seed(seed * len(codes) + i) for i in places]
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        images = decoder(codes.take(places).to(device), generator=noise, **options).images.float().cpu()
+        if images.shape[-1] != size:
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        parts.append(images.clamp(0, 1))
+    return torch.cat(parts)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8)
 
 
 # What comes out

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from argparse import Namespace
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,8 +23,8 @@ from typing import Any
 
 import common
 import torch
+from common import flops, interleaved
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
@@ -51,47 +49,12 @@ def base_config(**changes: Any) -> TokenizerConfig:
     return TokenizerConfig(encoder=encoder, num_heads=12, **{**sizes, **changes})
 
 
-def flops(call: Callable[[], Any]) -> int:
-    """FLOPs (two for a multiply-add) of matrix products, convolutions and attention."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return int(counter.get_total_flops())
-
-
 def fused_attention_is_counted(device: str) -> bool:
     """Whether this torch counts its fused attention; printed, since a count without it would flatter neither side."""
     x = torch.zeros(1, 1, 8, 4, device=device)
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
     return counter.get_total_flops() > 0
-
-
-def clock(device: str) -> tuple[float, float]:
-    """Seconds of the wall clock, and of CPU time that this process's threads used."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
-
-
-def interleaved(
-    first: Callable[[], Any], second: Callable[[], Any], repeats: int, device: str, seconds: float = 0.0, warm: int = 2
-) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """(wall, CPU) seconds of each call, taken in turns after `warm` rounds that do not count.
-
-    At least `repeats` rounds, and up to 100 until they last `seconds` together, since small models are noisy.
-    """
-    times: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
-    began = time.perf_counter()
-    for turn in range(warm + max(repeats, 100)):
-        if turn >= warm + repeats and time.perf_counter() - began > seconds:
-            break
-        for call, found in zip((first, second), times, strict=True):
-            start = clock(device)
-            call()
-            if turn >= warm:
-                end = clock(device)
-                found.append((end[0] - start[0], end[1] - start[1]))
-    return times
 
 
 @torch.no_grad()
@@ -116,7 +79,7 @@ def measure(tokenizer: VisualTokenizer, batch: int, keep: float, repeats: int, a
 
     counts = {"bare": flops(bare), "encode": flops(encode), "encode_all_rows": flops(dense)}
     floor = counts["encode"] / counts["bare"]
-    seconds = interleaved(bare, encode, repeats, device, at_least)
+    seconds = interleaved([bare, encode], repeats, device, at_least)
     times = [statistics.median(wall for wall, _ in found) for found in seconds]
     ratio, cpu_ratio = (statistics.median(e[i] / b[i] for b, e in zip(*seconds, strict=True)) for i in (0, 1))
     return {

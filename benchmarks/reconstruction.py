@@ -15,10 +15,10 @@ from typing import Any
 
 import common
 import torch
+from common import draw, to_uint8
 from metrics import EncoderSpace, cosines, feature_mean, frechet, lpips, pixel_scores
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lavit_tok import VisualCodes, VisualTokenizer
@@ -77,24 +77,6 @@ def distances(tokenizer: VisualTokenizer, a: Namespace, sources: Tensor, drawn: 
     return found
 
 
-def draw(decoder: Any, codes: VisualCodes, size: int, seed: int, a: Namespace) -> Tensor:
-    """Pictures of all codes, float [n 3 S S] in 0..1; each picture has its own noise, whatever the batch size."""
-    parts = []
-    for start in range(0, len(codes), a.batch_size):
-        places = range(start, min(start + a.batch_size, len(codes)))
-        noise = [torch.Generator().manual_seed(seed * len(codes) + i) for i in places]
-        options = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "output_type": "pt"}
-        images = decoder(codes.take(places).to(a.device), generator=noise, **options).images.float().cpu()
-        if images.shape[-1] != size:
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-        parts.append(images.clamp(0, 1))
-    return torch.cat(parts)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    return (images * 255).round().to(torch.uint8)
-
-
 def pairs_sheet(sources: Tensor, drawn: Tensor, pairs: int = 32, across: int = 8) -> Image.Image:
     """Source and drawn picture side by side, `across` pairs a line."""
     flat = [
@@ -124,7 +106,9 @@ def measure_pixels(tokenizer: VisualTokenizer, codes: VisualCodes, pictures: com
     runs: list[dict[str, float]] = []
     first = None
     for seed in range(a.seeds):
-        drawn = draw(decoder, codes.take(places), pictures.pixels.shape[-1], seed, a)
+        drawn = draw(
+            decoder, codes.take(places), pictures.pixels.shape[-1], seed, a.batch_size, a.device, a.steps, a.guidance
+        )
         scores = pixel_scores(drawn, searched) | ({"lpips": lpips(drawn, searched[:count])} if a.lpips else {})
         runs.append(scores | distances(tokenizer, a, sources, to_uint8(drawn)))
         first = to_uint8(drawn) if first is None else first

@@ -249,7 +249,7 @@ def test_flops_of_a_product_and_of_attention(scripts: Any):
 def test_interleaved_takes_turns(scripts: Any):
     calls: list[str] = []
     script = scripts("encode_speed")
-    first, second = script.interleaved(lambda: calls.append("a"), lambda: calls.append("b"), 3, "cpu", warm=1)
+    first, second = script.interleaved([lambda: calls.append("a"), lambda: calls.append("b")], 3, "cpu", warm=1)
     assert calls == ["a", "b"] * 4
     assert len(first) == len(second) == 3
 
