@@ -18,7 +18,7 @@ from metrics import feature_mean, plain_and_centred
 from torch import Tensor
 
 from lavit_tok import VisualTokenizer
-from lavit_tok.selector import Budget, keep_by_budget, keep_scores
+from lavit_tok.selector import Budget, keep_by_budget, ranking
 
 LEARNED, ACROSS, OWN, NORM, RANDOM = "learned", "learned, across the batch", "learned, no budget", "top norm", "random"
 
@@ -51,7 +51,7 @@ def measure(
     found: dict[tuple[str, int | None], dict[int, dict[str, list[Tensor]]]] = {}
     for batch in batches:
         features = tokenizer.features(tokenizer.preprocess(batch))
-        scores = keep_scores(tokenizer.score(features))
+        scores = ranking(tokenizer.score(features), tokenizer.config.dither)
         for method, budget, seed, keep in selections(features, scores, budgets, generators):
             codes = tokenizer.quantize(tokenizer.project(tokenizer.merge(features, keep)), keep.sum(1))
             values = plain_and_centred(features, tokenizer.reconstruct(codes), mean)

@@ -53,6 +53,8 @@ class TokenizerConfig:
     """K, the number of codes."""
     code_dim: int = 16
     """Width of a codebook row; rows and queries are L2-normalised."""
+    dither: bool = True
+    """Spread the kept patches by a fixed pattern (selector.ordered_noise); False (LaVIT) keeps by the score alone."""
     merger_depth: int = 2
     """Blocks of the merger; 0 quantises the kept patches as they are."""
     merger_position: bool = True
@@ -88,7 +90,7 @@ class TokenizerConfig:
         heads = self.num_heads
         divides = type(heads) is int and heads > 0 and self.width % heads == 0
         self._require("num_heads", divides, f"a divisor of {self.width}")
-        for name in ("encoder_norm", "crop", "merger_position"):
+        for name in ("encoder_norm", "crop", "merger_position", "dither"):
             self._require(name, type(getattr(self, name)) is bool, "true or false")
         for name in ("mlp_ratio", "layer_norm_eps"):
             value = getattr(self, name)
@@ -195,6 +197,7 @@ class TokenizerConfig:
             "code_dim": 32,
             "merger_depth": 12,
             "merger_position": False,
+            "dither": False,
             "reconstructor_depth": 12,
             "num_heads": 16,
         }

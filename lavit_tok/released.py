@@ -177,6 +177,7 @@ def _read_config(files: dict[str, PickledTensors], num_heads: int | None, attent
             code_dim=code_dim,
             merger_depth=shapes.depth("tokenizer", "causal_encoder."),
             merger_position=False,
+            dither=False,
             reconstructor_depth=shapes.depth(reconstructor) if reconstructor else 0,
             num_heads=num_heads,
             mlp_ratio=published if int(width * published) == mlp else (mlp + 0.5) / width,

@@ -150,7 +150,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         generator: torch.Generator | None = None,
     ) -> Bool[Tensor, "batch patches"]:
         """Keep mask; see encode for the arguments."""
-        return selector_room.select(log_probs, budget, sample, generator)
+        return selector_room.select(log_probs, budget, sample, generator, self.config.dither)
 
     def merge(
         self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]

@@ -6,6 +6,7 @@ written here is what LaVIT (ICLR 2024) and the formulas in lavit_tok/attention.p
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,24 @@ def score(selector: Any, features: Tensor) -> Tensor:
     return torch.stack([row - (row - row.max()).exp().sum().log() - row.max() for row in x])
 
 
-def select(log_probs: Tensor) -> list[bool]:
-    """Keep where keep is the more probable; if that is nowhere, the best patch."""
+def bayer(row: int, column: int, side: int) -> int:
+    """The rank of a place in the Bayer matrix of a side that is a power of two: its bits, interleaved and reversed."""
+    rank, weight = 0, 1
+    for bit in reversed(range(side.bit_length() - 1)):
+        r, c = row >> bit & 1, column >> bit & 1
+        rank, weight = rank + weight * (2 * (r ^ c) + r), weight * 4
+    return rank
+
+
+def select(log_probs: Tensor, dither: bool = False) -> list[bool]:
+    """Keep where keep is the more probable, by even noise if dithered; if that is nowhere, the best patch."""
     difference = [float(p[0] - p[1]) for p in log_probs]
+    if dither:
+        side = math.isqrt(len(difference))
+        whole = 1 << (side - 1).bit_length()
+        ranks = [bayer(i // side, i % side, whole) for i in range(len(difference))]
+        even = [(sorted(ranks).index(rank) + 0.5) / len(ranks) for rank in ranks]
+        difference = [d + math.log(u / (1 - u)) for d, u in zip(difference, even, strict=True)]
     keep = [d > 0 for d in difference]
     if not any(keep):
         keep[difference.index(max(difference))] = True
@@ -153,7 +169,7 @@ def pixels(image: Image.Image, config: Any) -> Tensor:
 def encode(tokenizer: Any, image: Image.Image) -> list[int]:
     """The codes of one picture."""
     features = tokenizer.encoder(pixels(image, tokenizer.config))[0]
-    keep = select(score(tokenizer.selector, features))
+    keep = select(score(tokenizer.selector, features), tokenizer.config.dither)
     z = project(tokenizer.quantizer, merge(tokenizer.merger, features, keep))
     return nearest(z, tokenizer.quantizer.codebook.rows)
 

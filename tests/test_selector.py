@@ -16,6 +16,7 @@ from lavit_tok.selector import (
     keep_by_budget,
     keep_scores,
     logistic_noise,
+    ordered_noise,
     select,
     shift_to_share,
     straight_through,
@@ -226,3 +227,42 @@ def test_a_share_is_held_and_no_gradient_moves_it():
     log_probs = torch.stack([scores.detach(), torch.zeros_like(scores)], -1).log_softmax(-1)
     draws = [straight_through(log_probs, torch.Generator().manual_seed(s), share=0.25).mean() for s in range(200)]
     assert abs(float(torch.stack(draws).mean()) - 0.25) < 0.01
+
+
+DITHER = """
+         0  8  2 10
+        12  4 14  6
+         3 11  1  9
+        15  7 13  5
+"""
+
+
+def test_the_pattern_that_is_drawn():
+    drawn = torch.tensor([[int(word) for word in line.split()] for line in DITHER.strip().splitlines()])
+    lines = [line[:20].split() for line in (ordered_noise.__wrapped__.__doc__ or "").splitlines()]
+    assert [line for line in lines if len(line) >= 4 and all(word.isdigit() for word in line[:4])] == [
+        [str(int(n)) for n in row] for row in drawn
+    ]
+    assert torch.allclose(ordered_noise(16).sigmoid() * 16 - 0.5, drawn.flatten().float(), atol=1e-4)
+    for patches in (1, 4, 9, 64, 196, 256):
+        ranks = ordered_noise(patches).sigmoid() * patches - 0.5
+        assert torch.allclose(ranks.sort().values, torch.arange(patches).float(), atol=1e-3), "each quantile once"
+    with pytest.raises(ValueError, match="square number"):
+        ordered_noise(12)
+
+
+def test_alike_patches_are_kept_evenly():
+    """Scores of a plain wall: the threshold keeps nothing, the pattern its share, in every corner as many."""
+    share = 0.3
+    log_probs = torch.tensor([share, 1 - share]).log().expand(1, 64, 2)
+    assert select(log_probs).sum() == 1
+    keep = select(log_probs, dither=True).view(8, 8)
+    assert abs(float(keep.float().mean()) - share) <= 1 / 64
+    quarters = [int(keep[r : r + 4, c : c + 4].sum()) for r in (0, 4) for c in (0, 4)]
+    assert max(quarters) - min(quarters) <= 1
+    assert select(log_probs, 16, dither=True).sum() == 16
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    drawn = [
+        select(log_probs, sample=True, generator=g, dither=d) for g, d in zip(generators, (True, False), strict=True)
+    ]
+    assert torch.equal(*drawn), "where noise is drawn, the pattern is not added"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.selector import keep_scores, straight_through
+from lavit_tok.selector import ranking, straight_through
 from lavit_tok.training.common import Recent, step_generator, warmup_cosine
 from lavit_tok.training.data import ImageDataModule
 from lavit_tok.training.tokenizer import TokenizerTraining
@@ -105,7 +106,7 @@ def test_settled_selector_keeps_rho_and_freezes(tiny_config: TokenizerConfig, fo
     settings = {"budget_share": 0.0, "rho": 0.25, "settle_at": 3, "quantize_at": 7}
     module, _, values = fit(tiny_config, folder, tmp_path, 7, **settings)
     ratios = [v["train/keep_ratio"] for v in values[3:]]
-    assert 0.25 <= ratios[0] <= 0.25 + 8 / 128
+    assert 0.25 - 1 / 128 <= ratios[0] <= 0.25 + 8 / 128, "but for the patch at the border itself"
     assert np.mean(ratios) == pytest.approx(0.25, abs=0.1)
     assert not any(p.requires_grad for p in module.tokenizer.selector.parameters())
 
@@ -151,7 +152,7 @@ def test_chain_train_save_load_encode_reconstruct(
     codes = loaded.encode(photos)
     assert len(codes) == len(photos) and int(codes.lengths.min()) >= 1
     assert loaded.reconstruct(codes).shape == (len(photos), 16, 32)
-    scores = keep_scores(loaded.score(loaded.features(loaded.preprocess(photos))))
+    scores = ranking(loaded.score(loaded.features(loaded.preprocess(photos))), loaded.config.dither)
     assert torch.equal(codes.keep, (scores > 0) | torch.nn.functional.one_hot(scores.argmax(1), 16).bool())
 
 
@@ -193,3 +194,8 @@ def test_step_generator_depends_on_its_arguments_only() -> None:
 def test_impossible_settings_are_refused(tiny_config: TokenizerConfig, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         TokenizerTraining(tiny_config, **bad)
+
+
+def test_a_tokenizer_that_only_encodes_cannot_be_trained(tiny_config: TokenizerConfig) -> None:
+    with pytest.raises(ValueError, match="the loss compares reconstructed features"):
+        TokenizerTraining(dataclasses.replace(tiny_config, reconstructor_depth=0))

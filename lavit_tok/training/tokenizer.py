@@ -30,7 +30,7 @@ from lavit_tok.encoder import VisionEncoder
 from lavit_tok.images import normalise
 from lavit_tok.quantizer import TrainingCodebook, Usage, spherical_kmeans, usage
 from lavit_tok.records import Layout
-from lavit_tok.selector import keep_by_budget, keep_scores, straight_through
+from lavit_tok.selector import keep_by_budget, ranking, straight_through
 from lavit_tok.tokenizer import VisualTokenizer
 from lavit_tok.training.common import Recent, logged_picture, step_generator, warmup_cosine
 from lavit_tok.visualize import kept_overlay, sheet
@@ -111,6 +111,8 @@ class TokenizerTraining(L.LightningModule):
         if encoder is not None:
             vision = VisionEncoder.from_pretrained(encoder, norm=config.encoder_norm)
             config = TokenizerConfig.from_dict({**config.to_dict(), "encoder": vision.json_config()})
+        if not config.reconstructor_depth:
+            raise ValueError("reconstructor_depth: expected at least 1: the loss compares reconstructed features")
         self.tokenizer = VisualTokenizer(config, vision)
         self.codebook: TrainingCodebook | None = None
         self.register_buffer("mean_feature", torch.zeros(config.width))
@@ -174,7 +176,7 @@ class TokenizerTraining(L.LightningModule):
         features = self.features(batch["images"])
         log_probs = self.tokenizer.score(features)
         if int(self.stage) < 2:
-            self.recent_scores.add(keep_scores(log_probs).flatten())
+            self.recent_scores.add(ranking(log_probs, self.tokenizer.config.dither).flatten())
         learning = int(self.stage) == 0 or s.selector_after == "live"
         if learning:
             sampled = int(self.stage) == 0
@@ -187,7 +189,7 @@ class TokenizerTraining(L.LightningModule):
             budget = None
             if torch.rand((), generator=generator, device=self.device) < s.budget_share:
                 budget = 0.08 + 0.72 * float(torch.rand((), generator=generator, device=self.device))
-            keep = keep_by_budget(keep_scores(log_probs) + self._calibrate(), budget)
+            keep = keep_by_budget(ranking(log_probs, self.tokenizer.config.dither) + self._calibrate(), budget)
             reconstructed, codes, commitment = self._ragged(features, keep)
             ratio_loss = torch.zeros((), device=self.device)
         with torch.no_grad():
