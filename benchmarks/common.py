@@ -184,7 +184,7 @@ def run(main: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace
     try:
         main(arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 

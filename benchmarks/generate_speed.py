@@ -1,0 +1,202 @@
+"""What guidance, the cache and the constraint cost when pictures' codes are generated.
+
+    unguided, guided             B prompts, one batch of B or 2 B rows, keys and values kept
+    unguided, guided, uncached   the same, everything computed anew at each step
+    constraint                   making the mask of allowed ids and applying it, alone
+
+Every picture gets exactly --codes codes, so that all forms take the same steps; prompts have unequal lengths. The forms
+take turns, ratios are medians of the pairs' ratios. With the same generators, cached and uncached must draw the same
+codes. Random weights unless --model names a trained model: speed does not depend on what the numbers are. Writes
+generate_speed.md and .json.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from common import interleaved, ratio
+from language_models import LENGTHS, SHAPES, histogram, shape, synthetic
+from torch import Tensor
+
+from lavit_lm import MultimodalLM
+from lavit_lm.generation import Rule
+from lavit_lm.module import LanguageModeling
+from lavit_lm.text_tokenizer import train_text_tokenizer
+from lavit_tok import VisualTokenizer
+
+GUIDED = 1.3
+"""The aim: guided over unguided, at most."""
+TEXT_IDS = 4096
+
+
+def build(a: Namespace, captions: list[str]) -> MultimodalLM:
+    """A trained model, or one of a stated shape with random weights and a text tokenizer learnt from the captions."""
+    dtype = getattr(torch, a.dtype)
+    if a.model == "default" or (Path(a.model) / "lavit_lm.json").exists():
+        return MultimodalLM.from_pretrained(
+            a.model, visual_tokenizer=a.tokenizer, decoder=None, dtype=dtype, device=a.device
+        )
+    name = a.tokenizer or "default"
+    with tempfile.TemporaryDirectory() as folder:
+        train_text_tokenizer(captions, TEXT_IDS).save_pretrained(folder)
+        module = LanguageModeling(shape(a.model), folder, name, seed=a.seed)
+        module.configure_model()
+        visual = VisualTokenizer.from_pretrained(name, device=a.device)
+        assert module.model is not None
+        return MultimodalLM(module.model.to(a.device, dtype), module.lexicon, visual)
+
+
+def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any]:
+    """Times of one batch size, and whether cached and uncached drew the same codes."""
+    found: dict[str, list[list[int]]] = {}
+
+    def generate(name: str, guidance: float, cached: bool) -> Callable[[], None]:
+        def call() -> None:
+            generators = [torch.Generator().manual_seed(a.seed + i) for i in range(len(prompts))]
+            codes = lm.generate_codes_batch(
+                prompts, guidance, generators, min_codes=a.codes, max_codes=a.codes, top_k=a.top_k, cached=cached
+            )
+            found[name] = codes.to_list()
+
+        return call
+
+    forms = {"unguided": (1.0, True), "guided": (a.guidance, True)}
+    if not a.cached_only:
+        forms |= {"unguided, uncached": (1.0, False), "guided, uncached": (a.guidance, False)}
+    calls = [generate(name, *how) for name, how in forms.items()]
+    times = interleaved(calls, a.repeats, a.device, a.seconds, warm=1)
+    walls = {name: [wall for wall, _ in each] for name, each in zip(forms, times, strict=True)}
+    seconds = {name: statistics.median(each) for name, each in walls.items()}
+    values: dict[str, Any] = {
+        "batch": len(prompts),
+        "codes": a.codes,
+        "repeats": len(walls["unguided"]),
+        "seconds": seconds,
+        "codes_per_second": {name: len(prompts) * a.codes / value for name, value in seconds.items()},
+        "guided_over_unguided": ratio(walls["guided"], walls["unguided"]),
+        "constraint": constraint(lm, len(prompts), a) | {"step": seconds["unguided"] / (a.codes + 1)},
+    }
+    values["constraint"]["share"] = values["constraint"]["seconds"] / values["constraint"]["step"]
+    if not a.cached_only:
+        for name in ("unguided", "guided"):
+            values[f"uncached_over_cached_{name}"] = ratio(walls[f"{name}, uncached"], walls[name])
+            values[f"cached_equals_uncached_{name}"] = found[name] == found[f"{name}, uncached"]
+            values[f"equal_codes_{name}"] = equal_share(found[name], found[f"{name}, uncached"])
+    return values
+
+
+def equal_share(a: list[list[int]], b: list[list[int]]) -> float:
+    """Share of codes that are equal; rows are equally long."""
+    return float((torch.tensor(a) == torch.tensor(b)).double().mean())
+
+
+def constraint(lm: MultimodalLM, batch: int, a: Namespace, repeats: int = 200) -> dict[str, float]:
+    """Seconds a step for the mask of allowed ids and its use, and once a call for what they are made from."""
+    size, device = lm.model.causal.get_output_embeddings().out_features, lm.device
+    rule, logits = Rule("image", 1, a.codes), torch.zeros(batch, size, device=device)
+    stops = torch.tensor(rule.stops(lm.lexicon), device=device)
+    words = rule.words(lm.lexicon, size, device)
+
+    def once() -> Tensor:
+        return rule.words(lm.lexicon, size, device)
+
+    def each_step() -> Tensor:
+        return logits.masked_fill(~rule.allowed(words, stops, 1), -torch.inf)
+
+    first, steps = ([w for w, _ in times] for times in interleaved([once, each_step], repeats, a.device))
+    return {"seconds": statistics.median(steps), "seconds_once": statistics.median(first)}
+
+
+# The script
+
+
+def main(a: Namespace) -> dict[str, Any]:
+    pairs = synthetic(max(2048, *a.batch_sizes), histogram(LENGTHS), 2, a.seed)
+    captions = [pair["caption"] for pair in pairs]
+    lm = build(a, captions)
+    patches = lm.visual.config.num_patches
+    if a.codes > patches:
+        raise ValueError(f"--codes: expected 1..{patches}, as many as a picture has patches, got {a.codes}")
+    runs = []
+    for batch in a.batch_sizes:
+        runs.append(measure(lm, captions[:batch], a))
+        print(f"batch {batch}: guided over unguided {runs[-1]['guided_over_unguided']:.3f}", flush=True)
+    parameters = sum(p.numel() for p in lm.model.parameters())
+    values = {
+        "model": Path(a.model).name,
+        "parameters": parameters,
+        "dtype": a.dtype,
+        "guidance": a.guidance,
+        "target": GUIDED,
+        "runs": runs,
+    }
+    common.write(a.name, a.out, "Generating codes", text(values), values)
+    return values
+
+
+def text(values: dict[str, Any]) -> str:
+    v = values
+    body = f"Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights, {v['dtype']}; {v['runs'][0]['codes']} codes a "
+    body += f"picture, guidance {v['guidance']:g}. Aim: guided over unguided at most {v['target']}.\n\n"
+    rows = [
+        (
+            r["batch"],
+            *(r["seconds"][k] for k in ("unguided", "guided")),
+            f"{r['guided_over_unguided']:.3f}",
+            *(r["codes_per_second"][k] for k in ("unguided", "guided")),
+        )
+        for r in v["runs"]
+    ]
+    head = ("batch", "seconds unguided", "guided", "guided over unguided", "codes/s unguided", "guided")
+    body += common.table(head, rows)
+    if "unguided, uncached" in v["runs"][0]["seconds"]:
+        head = ("batch", "uncached over cached, unguided", "guided", "equal codes, unguided", "guided")
+        rows = [
+            (
+                r["batch"],
+                *(f"{r[f'uncached_over_cached_{k}']:.2f}" for k in ("unguided", "guided")),
+                *(f"{100 * r[f'equal_codes_{k}']:.2f} %" for k in ("unguided", "guided")),
+            )
+            for r in v["runs"]
+        ]
+        body += "\n\n" + common.table(head, rows)
+    head = ("batch", "constraint, ms a step", "a step, ms", "share", "once a call, ms")
+    rows = [
+        (
+            r["batch"],
+            *(f"{1000 * r['constraint'][k]:.3f}" for k in ("seconds", "step")),
+            f"{100 * r['constraint']['share']:.1f} %",
+            f"{1000 * r['constraint']['seconds_once']:.3f}",
+        )
+        for r in v["runs"]
+    ]
+    body += "\n\n" + common.table(head, rows)
+    return body + f"\n\nMedians of {min(r['repeats'] for r in v['runs'])} turns after one that does not count."
+
+
+def arguments() -> Any:
+    found = common.parser(__doc__, data=False, tokenizer=False)
+    found.add_argument("--model", default="small", help=f"'default', a directory, {', '.join(SHAPES)} or a JSON config")
+    found.add_argument("--tokenizer", help="visual tokenizer, if not the one that the model names")
+    found.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    found.add_argument("--batch-sizes", type=common.positive, nargs="+", default=[1, 8, 32], help="prompts at a time")
+    found.add_argument("--codes", type=common.positive, default=20, help="codes a picture")
+    found.add_argument("--guidance", type=float, default=3.0)
+    found.add_argument("--top-k", type=common.positive, default=50)
+    found.add_argument("--repeats", type=common.positive, default=5)
+    found.add_argument("--seconds", type=float, default=0.0, help="turns for at least this long")
+    found.add_argument("--cached-only", action="store_true", help="leave out the uncached forms, which are slow")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--name", default="generate_speed", help="of the result files")
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(common.run(main, arguments().parse_args()))
