@@ -42,4 +42,4 @@ class ContinuousBridge(nn.Module):
         tokenizer = self._frozen[0].to(pictures.device)
         with torch.no_grad():
             features = tokenizer.features(tokenizer.preprocess(pictures))
-        return self.path(features, kept)
+        return self.path(features.to(self.path.projection.weight.dtype), kept)

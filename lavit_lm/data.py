@@ -11,8 +11,12 @@ and the window in which the count lies, which is saved with it so that nothing b
 from __future__ import annotations
 
 import itertools
+import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.packing import Packed, pack, plan
 from lavit_lm.segments import Image, Row, Segment, Text
-from lavit_tok import Shards
+from lavit_tok import ShardPictures, Shards
 
 Place = tuple[int, int]
 """(epoch, row number): what a row's draws depend on, besides the seed."""
@@ -35,22 +39,29 @@ class Samples:
     Args:
         pairs: rows with "key", "caption" and "codes", e.g. Shards.dataset().
         texts: rows with "text", or None.
+        pictures: the picture behind each pair by number, e.g. ShardPictures; the pairs then need "keep", the numbers of
+            the patches behind the codes. None gives images without their pictures.
+        patches: of a picture.
     """
 
-    def __init__(self, pairs: Any, texts: Any | None = None) -> None:
-        self.pairs, self.texts = pairs, texts
+    def __init__(self, pairs: Any, texts: Any | None = None, pictures: Any | None = None, patches: int = 0) -> None:
+        self.pairs, self.texts, self.pictures, self.patches = pairs, texts, pictures, patches
 
     def __len__(self) -> int:
         return len(self.pairs) + (0 if self.texts is None else len(self.texts))
 
     def __getitem__(self, number: int) -> tuple[list[Segment], str]:
-        """(segments, key). A picture without a caption is a sample of its own."""
+        """(segments, key). A picture without a caption is a sample of its own; nothing opens a picture here."""
         if number >= len(self.pairs):
             assert self.texts is not None
             at = number - len(self.pairs)
             return [Text(self.texts[at]["text"])], f"text {at}"
         row = self.pairs[number]
         image = Image(torch.as_tensor(row["codes"], dtype=torch.int64))
+        if self.pictures is not None:
+            keep = torch.zeros(self.patches, dtype=torch.bool)
+            keep[torch.as_tensor(row["keep"], dtype=torch.int64)] = True
+            image = Image(image.codes, partial(self.pictures.__getitem__, number), keep)
         return [image, *([Text(row["caption"])] if row["caption"] else [])], row["key"]
 
 
@@ -102,7 +113,6 @@ class BlockOrder(DistributedSampler):
         window: rows that are planned together; more fill blocks better, and take longer at the start.
         rank, world: this process and how many there are; of each group of batches, one for each rank.
         consumed: how many batches each rank has trained on; asked whenever the order is read anew.
-        at: (first block, number) of a window from which to plan; the first one of all by default.
     """
 
     def __init__(
@@ -114,11 +124,10 @@ class BlockOrder(DistributedSampler):
         rank: int = 0,
         world: int = 1,
         consumed: Callable[[], int] = lambda: 0,
-        at: tuple[int, int] = (0, 0),
     ) -> None:
         self.layout, self.length, self.batch_size, self.window = layout, length, batch_size, window
         self.rank, self.world, self.consumed = rank, world, consumed
-        self.starts = sorted({(0, 0), at})  # (first block, number) of the windows met so far
+        self.starts = [(0, 0)]  # (first block, number) of the windows met so far
         self.too_long: dict[str, int] = {}
         self.blocks = max(1, len(self._plan(0)) * self._windows() // (world * batch_size)) * batch_size
 
@@ -169,6 +178,30 @@ class BlockOrder(DistributedSampler):
         return blocks
 
 
+class HeldOutOrder(DistributedSampler):
+    """A list of blocks, each once, dealt to the ranks in turn.
+
+        blocks 0 1 2 3 4, two ranks     rank 0   0 2 4
+                                        rank 1   1 3 []      empty, so that all ranks make as many steps
+
+    It is a DistributedSampler so that Lightning leaves it in place: its own would repeat blocks, and the means would
+    count them twice.
+    """
+
+    def __init__(self, blocks: list[list[Place]], rank: int = 0, world: int = 1) -> None:
+        missing: list[list[Place]] = [[] for _ in range(-len(blocks) % world)]
+        self.blocks = [*blocks, *missing][rank::world]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Ignored: there is one order."""
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        return iter(self.blocks)
+
+
 class ResumingLoader(DataLoader):
     """The two empty methods tell Lightning, truthfully, that a run resumed in mid-epoch goes on where it was."""
 
@@ -190,7 +223,9 @@ class LanguageDataModule(LightningDataModule):
         window: rows that are packed together.
         num_workers: loading processes per device.
         seed: fixes order and draws.
-        splits: names of the training and validation split in the shards.
+        splits: names of the training, validation and test split in the shards.
+        pictures: the data set that the shards were made from (path or Hub name), for a module that is fed pictures as
+            vectors; each is opened only when a row really feeds it.
     """
 
     def __init__(
@@ -202,7 +237,8 @@ class LanguageDataModule(LightningDataModule):
         window: int = 4096,
         num_workers: int = 0,
         seed: int = 0,
-        splits: tuple[str, str] = ("train", "validation"),
+        splits: tuple[str, str, str] = ("train", "validation", "test"),
+        pictures: str | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("block", block), ("batch_size", batch_size), ("window", window)):
@@ -210,27 +246,44 @@ class LanguageDataModule(LightningDataModule):
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.shards, self.block, self.batch_size, self.texts = shards, block, batch_size, texts
         self.window, self.num_workers, self.seed, self.splits = window, num_workers, seed, splits
+        self.pictures = pictures
         self.order: BlockOrder | None = None
-        self.resumed: tuple[int, int] = (0, 0)
+        self.too_long: dict[str, int] = {}
+        self.told = False
 
     def setup(self, stage: str | None = None) -> None:
-        """Open shards and texts. Raises ShardError for shards of another tokenizer than the module's."""
-        module: Any = self.trainer.lightning_module
-        if stage == "fit":
-            samples = Samples(self._pairs(self.splits[0], module), self._texts())
-            layout = Layout(samples, module.objective, module.lexicon, self.seed)
-            ranks = self.trainer.global_rank, self.trainer.world_size
-            sizes = self.block, self.batch_size, self.window
-            self.order = BlockOrder(layout, *sizes, *ranks, self._consumed, self.resumed)
-            self.blocks = Blocks(layout, self.block)
-        held_out = Samples(self._pairs(self.splits[1], module))
-        self.held_out = Layout(held_out, module.objective, module.lexicon, self.seed)
+        """Open shards, texts and pictures.
 
-    def _pairs(self, split: str, module: Any) -> Any:
+        Raises:
+            ShardError: shards of another tokenizer than the module's, or pictures that the shards were not made from.
+            ValueError: a module that is fed pictures without any being named, or the other way round.
+        """
+        module: Any = self.trainer.lightning_module
+        if module.settings.continuous and self.pictures is None:
+            raise ValueError(
+                "continuous: images before text are fed as vectors of their pictures, which the shards do not hold; "
+                f"give data.pictures, the data set that {self.shards} was made from"
+            )
+        if self.pictures is not None and not module.settings.continuous:
+            raise ValueError("data.pictures: they are read only by a model with continuous=True, got continuous=False")
+        if stage == "fit":
+            layout = Layout(self._samples(self.splits[0], self._texts()), module.objective, module.lexicon, self.seed)
+            sizes = self.block, self.batch_size, self.window
+            self.order = BlockOrder(layout, *sizes, *self._ranks(), self._consumed)
+            self.blocks = Blocks(layout, self.block)
+        held_out = self._samples(self.splits[2 if stage == "test" else 1])
+        self.held_out = Layout(held_out, module.objective, module.lexicon, self.seed)
+        self._held_out_blocks = self._plan_held_out()
+        self._tell_too_long()
+
+    def _samples(self, split: str, texts: Any | None = None) -> Samples:
+        module: Any = self.trainer.lightning_module
         shards = Shards.open(self.shards, split)
         vocabulary = module.lexicon.vocabulary
         shards.require(fingerprint=module.fingerprint, codebook_size=vocabulary.codebook_size)
-        return shards.dataset()
+        c = module.visual.config
+        pictures = None if self.pictures is None else ShardPictures(shards, self.pictures, c.image_size, c.crop)
+        return Samples(shards.dataset(), texts, pictures, shards.patches)
 
     def _texts(self) -> Any | None:
         if self.texts is None:
@@ -248,25 +301,64 @@ class LanguageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out sample once, in the order that its own draw gives it."""
+        made = Blocks(self.held_out, self.block)
+        order = HeldOutOrder(self._held_out_blocks, *self._ranks())
+        loader = {"collate_fn": made.collate, "num_workers": self.num_workers}
+        return DataLoader(made, self.batch_size, sampler=order, **loader)
+
+    test_dataloader = val_dataloader
+
+    def _plan_held_out(self) -> list[list[Place]]:
         places = [(0, i) for i in range(len(self.held_out.samples))]
         rows = [self.held_out.row(place) for place in places]
+        self.too_long |= {row.key: len(row) for row in rows if len(row) > self.block}
         fitting = [i for i, row in enumerate(rows) if len(row) <= self.block]
-        blocks = [[places[fitting[i]] for i in block] for block in plan([len(rows[i]) for i in fitting], self.block)]
-        made = Blocks(self.held_out, self.block)
-        return DataLoader(made, self.batch_size, sampler=blocks, collate_fn=made.collate)
+        return [[places[fitting[i]] for i in block] for block in plan([len(rows[i]) for i in fitting], self.block)]
+
+    def _tell_too_long(self) -> None:
+        """Warn once of rows that no block can hold, and list all those met in a file beside the run's others."""
+        if self.order is not None:
+            self.too_long |= self.order.too_long
+        if not self.too_long or not self.trainer.is_global_zero:
+            return
+        path = Path(self.trainer.default_root_dir) / "too_long.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{"key": key, "places": places, "block": self.block} for key, places in self.too_long.items()]
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        if not self.told:
+            self.told = True
+            first = ", ".join(f"{key} ({places})" for key, places in list(self.too_long.items())[:3])
+            warnings.warn(
+                f"{len(self.too_long)} of the rows planned so far have more places than a block of {self.block} and "
+                f"are left out: {first}{', ...' if len(self.too_long) > 3 else ''}; all are listed in {path}",
+                stacklevel=2,
+            )
+
+    def teardown(self, stage: str | None = None) -> None:
+        self._tell_too_long()
 
     def state_dict(self) -> dict[str, Any]:
-        settings = {"seed": self.seed, "batch_size": self.batch_size, "block": self.block, "window": self.window}
         at = (0, 0) if self.order is None else self.order.window_of()
-        return {**settings, "at": list(at)}
+        return {**self._settings(), "at": list(at)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for settings under which the run's order would be another one."""
-        changed = {k: (state[k], getattr(self, k)) for k in ("seed", "batch_size", "block", "window")}
-        changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+        if self.order is None:
+            return  # nothing is trained
+        now = self._settings()
+        changed = {name: (state[name], value) for name, value in now.items() if state.get(name, value) != value}
         if changed:
             raise ValueError(f"resumed with other settings {changed}: rows would repeat or be missed")
-        self.resumed = (state["at"][0], state["at"][1])
+        self.order.starts.append((state["at"][0], state["at"][1]))
+
+    def _settings(self) -> dict[str, int]:
+        """What the order follows from."""
+        names = ("seed", "batch_size", "block", "window")
+        rows = 0 if self.order is None else len(self.order.layout.samples)
+        return {**{name: getattr(self, name) for name in names}, "rows": rows, "processes": self._ranks()[1]}
+
+    def _ranks(self) -> tuple[int, int]:
+        return self.trainer.global_rank, self.trainer.world_size
 
     def _consumed(self) -> int:
         done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total

@@ -3,7 +3,10 @@
     batch -> SequenceModel -> the objective's losses -> one number to descend; the loop is Lightning's
 
 Frozen parts (the visual tokenizer always, the LM's own weights under LoRA) have no gradient, no optimizer state, and
-are not saved in checkpoints.
+are not saved in checkpoints. (Under FSDP2 the LM's are, since torch reads a sharded checkpoint whole or not at all.)
+
+On several devices each loss is a mean over the targets of all of them, so that one device with their batches together
+takes the same steps. Batches of one accumulated step weigh the same, whatever their targets.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ class LanguageModeling(L.LightningModule):
         visual_tokenizer: "default", directory or Hub id: whose codes the shards hold.
         objective: what is laid out and predicted; LaVIT's by default.
         out: where the finished model is saved; None keeps checkpoints only.
-        continuous: feed pictures that stand before text as vectors through a bridge, instead of codes.
+        continuous: feed pictures that stand before text as vectors through a bridge, instead of codes; the data then
+            name the pictures.
         lora: settings of peft's LoraConfig, e.g. {"r": 16, "lora_alpha": 32}; the new rows are trained beside it.
         lr: peak learning rate of the LM.
         visual_lr: peak learning rate of the bridge.
@@ -56,7 +60,7 @@ class LanguageModeling(L.LightningModule):
         betas: AdamW's.
         checkpoint_blocks: recompute the LM's blocks in the backward pass, for less memory.
         compile: torch.compile the LM.
-        seed: draws the new rows, and the weights of a new LM.
+        seed: draws the new rows, the weights of a new LM, the bridge's projection and LoRA's adapters.
     """
 
     def __init__(
@@ -109,23 +113,19 @@ class LanguageModeling(L.LightningModule):
 
     # Lightning's hooks
 
+    @property
+    def visual(self) -> VisualTokenizer:
+        """The frozen visual tokenizer."""
+        return self._visual[0]
+
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        s = self.settings
-        lm = self._lm()
-        bridge = ContinuousBridge(self._visual[0], lm.config.get_text_config().hidden_size) if s.continuous else None
-        if s.checkpoint_blocks:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
-            lm.train()
-        if s.lora is not None:
-            lm = self._with_lora(lm)
-        self.model = SequenceModel(lm, bridge)
-        if s.compile:
+        self.model = self._sequence_model()
+        if self.settings.compile:
             self.model.causal.base_model.compile(dynamic=False)
-        mesh = getattr(self, "_device_mesh", None)
-        if mesh is not None:
-            shard(self.model, mesh["data_parallel"])
+        if self._mesh is not None:
+            shard(self.model, self._mesh)
 
     def configure_optimizers(self) -> Any:
         s = self.settings
@@ -146,15 +146,17 @@ class LanguageModeling(L.LightningModule):
 
     def training_step(self, batch: Packed, batch_index: int) -> Tensor:
         assert self.model is not None
-        losses = self.model(batch, self.objective)
+        losses, means = self._shared(self.model(batch, self.objective))
         loss = self.objective.total(losses)
-        if not bool(loss.isfinite()):
+        shown = self.objective.total(means)
+        if not bool(shown.isfinite()):
             keys = ", ".join(key for block in batch.keys for key in block)
+            own = "" if self._processes == 1 else f" (of this process's share {float(loss)})"
             raise ValueError(
-                f"step {self.global_step}: the loss is {float(loss)}; stopped before it spoils the "
+                f"step {self.global_step}: the loss is {float(shown)}{own}; stopped before it spoils the "
                 f"weights. The batch held: {keys}"
             )
-        values = {"loss": loss, "fill": torch.tensor(batch.fill), **{k: v.mean for k, v in losses.items()}}
+        values = {"loss": shown, "fill": torch.tensor(batch.fill), **{k: v.mean for k, v in means.items()}}
         self.log_dict({f"train/{k}": v for k, v in values.items()}, prog_bar=True, batch_size=len(batch.ids))
         return loss
 
@@ -165,18 +167,12 @@ class LanguageModeling(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Exact means over all targets of the split, not means of batch means."""
-        sums = {
-            name: Sum(
-                *(self.all_gather(torch.stack([getattr(s, part) for s in parts])).sum() for part in ("total", "count"))
-            )
-            for name, parts in self.held_out.items()
-        }
-        self.held_out.clear()
-        values = {name: s.mean for name, s in sums.items()}
-        if "image" in values:
-            values["bits_per_image_token"] = values["image"] / NATS_PER_BIT
-        values["loss"] = self.objective.total(sums)
-        self.log_dict({f"val/{k}": v for k, v in values.items()}, prog_bar=True)
+        self._log_held_out("val")
+
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        self._log_held_out("test")
 
     def transfer_batch_to_device(self, batch: Packed, device: torch.device, dataloader_idx: int) -> Packed:
         return batch.to(device)
@@ -187,23 +183,97 @@ class LanguageModeling(L.LightningModule):
             del checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own = self.state_dict()
-        checkpoint["state_dict"].update({name: own[name] for name in self._frozen_names()})
+        if frozen := self._frozen_names():
+            own = self.state_dict()
+            checkpoint["state_dict"].update({name: own[name] for name in frozen})
 
     def on_fit_end(self) -> None:
-        if self.settings.out and self.trainer.is_global_zero:
+        if self.settings.out:
             self.save(self.settings.out)
 
     # The parts
 
     def save(self, out: str | Path) -> None:
-        """A directory for MultimodalLM.from_pretrained, which plain `transformers` can load too."""
+        """A directory for MultimodalLM.from_pretrained, which plain `transformers` can load too.
+
+        Written by the first process; where weights are sharded, all of them must call this.
+        """
         assert self.model is not None
-        save_model(out, self.model, self.lexicon, self.settings.visual_tokenizer, self.fingerprint)
+        model = self.model
+        if self._mesh is not None:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+            whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if self.global_rank == 0:
+                model = self._sequence_model().to(next(iter(whole.values())).dtype)
+                model.load_state_dict(whole)
+        if self.global_rank == 0:
+            save_model(out, model, self.lexicon, self.settings.visual_tokenizer, self.fingerprint)
+
+    @property
+    def _processes(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    @property
+    def _mesh(self) -> Any | None:
+        """The processes that FSDP2 shards over, if it does. Raises ValueError for tensor parallelism."""
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is None:
+            return None
+        if mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"ModelParallelStrategy: only data parallelism is known here, got {mesh}: give "
+                "data_parallel_size=<number of processes> and tensor_parallel_size=1"
+            )
+        return mesh["data_parallel"]
+
+    def _shared(self, losses: dict[str, Sum]) -> tuple[dict[str, Sum], dict[str, Sum]]:
+        """(losses that, averaged over processes as gradients are, are means over all targets; sums over all of them).
+
+        two processes          totals 6. and 1., counts 3 and 1
+        to descend             6 / 2 and 1 / 2, counts being their mean, 2
+        to show                7 / 4 on both
+        """
+        world = self._processes
+        if world == 1:
+            return losses, {name: Sum(loss.total.detach(), loss.count) for name, loss in losses.items()}
+        own = torch.stack([torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses.values()])
+        totals, counts = self.all_gather(own).sum(0).unbind(1)
+        descend = {n: Sum(loss.total, counts[i] / world) for i, (n, loss) in enumerate(losses.items())}
+        return descend, {name: Sum(totals[i], counts[i]) for i, name in enumerate(losses)}
+
+    def _log_held_out(self, split: str) -> None:
+        sums = {}
+        for name, parts in self.held_out.items():
+            own = torch.stack([torch.stack([part.total, part.count.float()]) for part in parts]).sum(0)
+            total, count = self.all_gather(own).reshape(-1, 2).sum(0)
+            sums[name] = Sum(total, count)
+        self.held_out.clear()
+        values = {name: s.mean for name, s in sums.items()}
+        if "image" in values:
+            values["bits_per_image_token"] = values["image"] / NATS_PER_BIT
+        values["loss"] = self.objective.total(sums)
+        self.log_dict({f"{split}/{k}": v for k, v in values.items()}, prog_bar=True)
 
     def _frozen_names(self) -> set[str]:
+        """Parameters that checkpoints leave out."""
+        if self._mesh is not None:
+            return set()
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {name for name, _ in self.named_parameters()} - trained if len(trained) else set()
+        return {name for name, _ in self.named_parameters()} - trained if trained else set()
+
+    def _sequence_model(self) -> SequenceModel:
+        """The LM and its bridge, as they are before training, whole."""
+        s = self.settings
+        lm = self._lm()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(s.seed)
+            width = lm.config.get_text_config().hidden_size
+            bridge = ContinuousBridge(self.visual, width) if s.continuous else None
+            if s.checkpoint_blocks:
+                lm.gradient_checkpointing_enable({"use_reentrant": False})
+                lm.train()
+            return SequenceModel(lm if s.lora is None else self._with_lora(lm), bridge)
 
     def _lm(self) -> Any:
         """The LM with rows for the image tokens, float32."""

@@ -90,7 +90,7 @@ def pack(blocks: Sequence[Sequence[Row]], length: int, pad: int) -> Packed:
     """The rows of each block, laid out one after another.
 
     Args:
-        blocks: for each block its rows, at least one block.
+        blocks: for each block its rows, at least one block; one without rows is all free places.
         length: places of a block.
         pad: id at free places.
 
@@ -118,8 +118,9 @@ def pack(blocks: Sequence[Sequence[Row]], length: int, pad: int) -> Packed:
                 flag[b, place] = getattr(row, name)
             start += len(row)
         positions[b, start:] = torch.arange(length - start)
-    fed = [row for rows in blocks for row in rows if len(row.pictures)] or [rows[0] for rows in blocks[:1]]
-    pictures, kept = torch.cat([row.pictures for row in fed]), torch.cat([row.kept for row in fed])
+    fed = [row for rows in blocks for row in rows if row.images]
+    pictures = torch.cat([row.pictures for row in fed]) if fed else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
+    kept = torch.cat([row.kept for row in fed]) if fed else torch.zeros(0, 0, dtype=torch.bool)
     keys = tuple(tuple(row.key for row in rows) for rows in blocks)
     return Packed(
         ids, roles, **flags, pictures=pictures, kept=kept, documents=documents, positions=positions, keys=keys

@@ -14,9 +14,10 @@ package is in objectives/losses.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int8, Int64, UInt8
@@ -55,7 +56,8 @@ class Image:
 
     Args:
         codes: int64 [n], n >= 1, of one image.
-        picture: uint8 [3 h w], from which a bridge (bridge.py) makes one vector for each code; None feeds the codes.
+        picture: uint8 [3 h w], from which a bridge (bridge.py) makes one vector for each code, or a function that opens
+            it, called only once the vectors are needed; None feeds the codes.
         keep: bool [patches], the patches behind the codes; as many are True as there are codes.
         learn: whether the model is trained to say its codes.
 
@@ -64,7 +66,7 @@ class Image:
     """
 
     codes: Int64[Tensor, " n"]
-    picture: UInt8[Tensor, "3 h w"] | None = None
+    picture: UInt8[Tensor, "3 h w"] | Callable[[], UInt8[Tensor, "3 h w"]] | None = None
     keep: Bool[Tensor, " patches"] | None = None
     learn: bool = True
 
@@ -90,8 +92,7 @@ class Row:
         regress: bool [n], True where the fed vector is a target of regression (read at the place before).
         prefix: bool [n], True where the place is seen by the whole row, also by places before it.
         fed: bool [n], True where a vector is fed instead of the id's embedding.
-        pictures: uint8 [k 3 h w], what those vectors are made from, in order; k is 0 if there are none.
-        kept: bool [k patches], the patches that get a vector; kept.sum() = fed.sum().
+        images: those the vectors are made from, in order; as many patches of theirs are kept as there are fed places.
         key: name of the sample, for messages.
     """
 
@@ -101,12 +102,24 @@ class Row:
     regress: Bool[Tensor, " n"]
     prefix: Bool[Tensor, " n"]
     fed: Bool[Tensor, " n"]
-    pictures: UInt8[Tensor, "k 3 h w"]
-    kept: Bool[Tensor, "k patches"]
+    images: tuple[Image, ...] = ()
     key: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def pictures(self) -> UInt8[Tensor, "k 3 h w"]:
+        """uint8 [k 3 h w] of the images, opened now; k is 0 if there are none."""
+        opened = [image.picture() if callable(image.picture) else image.picture for image in self.images]
+        found = [picture for picture in opened if picture is not None]
+        return torch.stack(found) if found else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
+
+    @property
+    def kept(self) -> Bool[Tensor, "k patches"]:
+        """bool [k patches], the patches of the images that get a vector; kept.sum() = fed.sum()."""
+        masks = [image.keep for image in self.images if image.keep is not None]
+        return torch.stack(masks) if masks else torch.zeros(0, 0, dtype=torch.bool)
 
 
 @dataclass
@@ -139,13 +152,10 @@ class RowBuilder:
     def row(self, key: str = "") -> Row:
         flags = torch.tensor(self.flags, dtype=torch.bool).reshape(-1, 4)
         flags[:1, :2] = False  # nothing stands before the first place to predict it from
-        pictures = [image.picture for image in self.fed if image.picture is not None]
-        kept = [image.keep for image in self.fed if image.keep is not None]
         return Row(
             torch.tensor(self.ids, dtype=torch.int64),
             torch.tensor(self.roles, dtype=torch.int8),
             *(flags[:, 0], flags[:, 1], flags[:, 2], flags[:, 3]),
-            torch.stack(pictures) if pictures else torch.zeros(0, 3, 0, 0, dtype=torch.uint8),
-            torch.stack(kept) if kept else torch.zeros(0, 0, dtype=torch.bool),
+            tuple(self.fed),
             key,
         )

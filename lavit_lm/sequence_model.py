@@ -51,6 +51,9 @@ class SequenceModel(nn.Module):
         """What the LM reads: rows of its embedding, and the bridge's vectors at fed places."""
         embedded = self.causal.get_input_embeddings()(ids)
         if not bool(fed.any()):
+            if self.bridge is not None and torch.is_grad_enabled():
+                # Processes that share gradients wait for each other's: the bridge has one, of 0, also without pictures.
+                embedded = embedded + 0 * sum(p.sum() for p in self.bridge.parameters()).to(embedded.dtype)
             return embedded
         if self.bridge is None:
             raise ValueError("the batch has pictures to feed as vectors, but the model has no bridge for them")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lavit_tok.shard_files import ShardError
     from lavit_tok.shards import Shards
     from lavit_tok.tokenizer import VisualTokenizer
+    from lavit_tok.training.common import logged_picture
+    from lavit_tok.training.shard_pictures import ShardPictures
     from lavit_tok.weights import WeightsError
 
 __version__ = "0.1.0"
@@ -24,11 +26,13 @@ __all__ = [
     "ImageError",
     "PixelDecoder",
     "ShardError",
+    "ShardPictures",
     "Shards",
     "TokenizerConfig",
     "VisualCodes",
     "VisualTokenizer",
     "WeightsError",
+    "logged_picture",
     "to_uint8",
 ]
 
@@ -45,6 +49,8 @@ _ROOMS = {
     "PixelDecoder": "decoder",
     "ShardError": "shard_files",
     "Shards": "shards",
+    "ShardPictures": "training.shard_pictures",
+    "logged_picture": "training.common",
 }
 
 

@@ -26,15 +26,18 @@ from lavit_lm.segments import Role
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum over targets and how many there were, so that means over many batches or devices can be exact."""
+    """A sum over targets and how many there were, so that means over many batches or devices can be exact.
+
+    Over several processes the count is their mean, and so need not be whole.
+    """
 
     total: Float[Tensor, ""]
-    count: Int64[Tensor, ""]
+    count: Int64[Tensor, ""] | Float[Tensor, ""]
 
     @property
     def mean(self) -> Float[Tensor, ""]:
         """0 without targets."""
-        return self.total / self.count.clamp(min=1)
+        return self.total / self.count.clamp(min=1e-9)
 
 
 def sources(batch: Packed, targets: Bool[Tensor, "b l"]) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
