@@ -132,7 +132,7 @@ def histogram(path: Path) -> list[int]:
 def synthetic(count: int, counts: list[int], codebook_size: int, seed: int) -> list[dict[str, Any]]:
     """Made-up captions of about 30 letters, as the default data's, and uniform codes in the measured numbers."""
     rng = np.random.default_rng(seed)
-    words = made_up_words(rng, 1500)
+    words = np.array(made_up_words(rng, 1500))
     chances = np.array([0, *counts[1:]], dtype=np.float64)
     lengths = rng.choice(len(chances), size=count, p=chances / chances.sum())
     return [

@@ -1,0 +1,412 @@
+"""Does the language model draw what a caption says, and say what a picture shows? On pictures held out from training.
+
+    images    caption -> codes -> picture -> scorer: is its own caption among the nearest five of all? Several seeds
+    captions  picture -> caption -> is its own picture, and its own true caption, among the nearest five of all?
+    bits      -log2 p(code) with its caption before it, and without, against the unigram entropy of the same codes
+
+The captions are distinct, one picture each. Some of them may be captions of training pictures too ("a photo of a bag"):
+how many is said, and the rest are scored apart. Ceilings: what the true pictures score, and pictures drawn from their
+own codes, by the same decoder. caption_space.py says what scores. Writes lm_quality.md, .json and, of sixteen captions,
+true and generated pictures in lm_quality.png.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from caption_space import Scorer, embed, ranks, top
+from common import draw, to_uint8
+from PIL import Image as Picture
+from torch import Tensor
+from torch.nn import functional as F
+
+from lavit_lm import MultimodalLM
+from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.objectives.losses import sources
+from lavit_lm.packing import pad
+from lavit_lm.segments import Image, Role, Text
+from lavit_tok import VisualCodes
+from lavit_tok.training.sources import load_splits
+from lavit_tok.visualize import sheet
+
+TIMES_CHANCE, BITS_BELOW = 5, 0.15
+"""The aims: top-5 over chance, and bits a code below the unigram entropy."""
+PARTS = ("images", "captions", "bits")
+SHOWN = 16
+
+# What is asked
+
+
+def choose(captions: Sequence[str], count: int, seed: int, never: frozenset[str] = frozenset()) -> list[int]:
+    """Places of `count` different captions, and for each one of its pictures, by chance.
+
+    Raises:
+        ValueError: fewer captions than that.
+    """
+    places: dict[str, list[int]] = {}
+    for place, caption in enumerate(captions):
+        if caption.strip() and caption not in never:
+            places.setdefault(caption, []).append(place)
+    if len(places) < count:
+        raise ValueError(f"--captions: expected at most the {len(places)} different captions there are, got {count}")
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(sorted(places), size=count, replace=False).tolist()
+    return [int(rng.choice(places[caption])) for caption in chosen]
+
+
+def training_captions(data: str) -> frozenset[str]:
+    """All captions of the train split; none if there is no such split."""
+    rows = load_splits(data).get("train")
+    return frozenset() if rows is None or "caption" not in rows.column_names else frozenset(rows["caption"])
+
+
+# Bits
+
+
+@torch.no_grad()
+def code_nats(lm: MultimodalLM, codes: VisualCodes, captions: Sequence[str] | None, batch_size: int) -> Tensor:
+    """-log p in nats, float64 [images 2]: sums over each image's codes, and of the id that ends it.
+
+    `captions` stand before the images; None gives the stream without a prompt. Probabilities are over the whole
+    vocabulary, as in training.
+    """
+    layout, generator = LaVIT("text_first", prompt_drop=0.0).layout, torch.Generator()
+    rows = []
+    for i in range(len(codes)):
+        before = [] if captions is None else [Text(captions[i])]
+        rows.append(layout([*before, Image(codes[i].cpu())], lm.lexicon, generator, str(i)))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # of like lengths together, so that little is padding
+    found = torch.zeros(len(rows), 2, dtype=torch.float64)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = pad([rows[i] for i in chosen], lm.lexicon.pad).to(lm.device)
+        before, at = sources(batch, (batch.roles == Role.VISUAL) | (batch.roles == Role.END))
+        logits = lm.model.head(lm.model.states(batch).flatten(0, 1)[before]).float()
+        nats = F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none").double().cpu()
+        row = torch.tensor(chosen)[torch.div(at, batch.ids.shape[1], rounding_mode="floor").cpu()]
+        found.index_put_((row, (batch.roles.flatten()[at] == Role.END).long().cpu()), nats, accumulate=True)
+    return found
+
+
+def entropy(codes: VisualCodes) -> float:
+    """Of the codes' own shares, in bits: what a model that knows nothing but these shares would need for each code."""
+    counts = codes.values.bincount().double()
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * shares.log2()).sum())
+
+
+def bits(lm: MultimodalLM, pictures: common.Pictures, codes: VisualCodes, a: Namespace) -> dict[str, Any]:
+    """Bits a code of all pictures that have a caption, and of each source of a mixed set."""
+    said = [i for i, caption in enumerate(pictures.captions) if caption.strip()]
+    codes, captions = codes.take(said), [pictures.captions[i] for i in said]
+    count, total = len(said), int(codes.lengths.sum())
+    nats = {
+        "given the caption": code_nats(lm, codes, captions, a.batch_size),
+        "without it": code_nats(lm, codes, None, a.batch_size),
+    }
+    unigram = entropy(codes)
+    values: dict[str, Any] = {"images": count, "codes": total, "unigram_entropy": unigram}
+    for name, found in nats.items():
+        per_code = float(found[:, 0].sum()) / total / math.log(2)
+        values[name] = {
+            "bits_per_code": per_code,
+            "below_unigram": 1 - per_code / unigram if unigram else float("nan"),
+            "bits_per_code_with_end": float(found.sum()) / total / math.log(2),
+            "bits_per_end": float(found[:, 1].mean()) / math.log(2),
+        }
+    if pictures.groups:
+        groups = [pictures.groups[i] for i in said]
+        values["by_source"] = {
+            group: {
+                "codes": int(codes.lengths[where].sum()),
+                "unigram_entropy": entropy(codes.take(where.nonzero().flatten().tolist())),
+                **{
+                    name: float(found[where, 0].sum()) / int(codes.lengths[where].sum()) / math.log(2)
+                    for name, found in nats.items()
+                },
+            }
+            for group in common.count_groups(groups)
+            for where in [torch.tensor([g == group for g in groups])]
+        }
+    return values
+
+
+# Pictures and captions
+
+
+def generate(lm: MultimodalLM, captions: Sequence[str], seed: int, a: Namespace) -> VisualCodes:
+    """Codes of a picture for each caption, each from its own generator, whatever the batch size."""
+    parts = []
+    for start in range(0, len(captions), a.batch_size):
+        prompts = captions[start : start + a.batch_size]
+        generators = [torch.Generator().manual_seed(seed * len(captions) + start + i) for i in range(len(prompts))]
+        parts.append(
+            lm.generate_codes_batch(
+                prompts, a.guidance, generators, top_k=a.top_k, top_p=a.top_p, temperature=a.temperature
+            )
+        )
+        print(f"seed {seed}: codes of {start + len(prompts)} of {len(captions)} captions", flush=True)
+    return VisualCodes.cat([part.to("cpu") for part in parts])
+
+
+def drawn(lm: MultimodalLM, codes: VisualCodes, size: int, seed: int, a: Namespace) -> Tensor:
+    """uint8 [n 3 S S]"""
+    options = a.batch_size, a.device, a.steps, a.decoder_guidance
+    return to_uint8(draw(lm.decoder, codes, size, seed, *options))
+
+
+def images(
+    lm: MultimodalLM, scorer: Scorer, pictures: Tensor, codes: VisualCodes, captions: list[str], seen: Tensor, a: Any
+) -> tuple[dict[str, Any], Tensor]:
+    """Is a picture's own caption among the nearest? Scores of every seed, ceilings, and the first seed's pictures."""
+    text, size, count = embed(captions), pictures.shape[-1], len(captions)
+    runs: list[dict[str, Any]] = []
+    own: list[dict[str, float]] = []
+    first = None
+    for seed in range(a.seeds):
+        made = generate(lm, captions, seed, a)
+        shown = drawn(lm, made, size, seed, a)
+        found = ranks(scorer.describe(shown), text)
+        runs.append(top(found) | {"codes_per_image": float(made.lengths.double().mean())})
+        runs[-1] |= {"unseen": top(found, ~seen), "ranks": found.tolist(), "codes": made.to_list()}
+        own.append(top(ranks(scorer.describe(drawn(lm, codes, size, seed, a)), text)))
+        first = shown if first is None else first
+        print(f"seed {seed}: top-1 {runs[-1]['top1']:.3f}, top-5 {runs[-1]['top5']:.3f}", flush=True)
+    assert first is not None
+
+    def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {name: common.spread([row[name] for row in rows]) for name in ("top1", "top5")}
+
+    values = {
+        "captions": count,
+        "chance": {"top1": 1 / count, "top5": min(5, count) / count},
+        "generated": over_seeds(runs),
+        "generated_unseen": over_seeds([r["unseen"] for r in runs]) if bool((~seen).any()) else None,
+        "from_own_codes": over_seeds(own),
+        "true": top(ranks(scorer.describe(pictures), text)),
+        "codes_per_image": {
+            "generated": common.spread([r["codes_per_image"] for r in runs]),
+            "true": float(codes.lengths.double().mean()),
+        },
+        "per_seed": runs,
+    }
+    values["times_chance"] = values["generated"]["top5"]["mean"] / values["chance"]["top5"]
+    return values, first
+
+
+def captions_of(
+    lm: MultimodalLM, scorer: Scorer, pictures: Tensor, captions: list[str], seen: Tensor, a: Namespace
+) -> tuple[dict[str, Any], list[str]]:
+    """Does a generated caption identify its picture, and its true caption? Greedy, so there is one run."""
+    said: list[str] = []
+    for part in pictures.split(a.batch_size):
+        said += lm.caption([Picture.fromarray(p.permute(1, 2, 0).numpy()) for p in part], a.max_tokens)
+        print(f"captions of {len(said)} of {len(pictures)} pictures", flush=True)
+    vectors, true, shown = embed(said), embed(captions), scorer.describe(pictures)
+    by_text, by_image = ranks(vectors, true), ranks(vectors, shown)
+    exact = torch.tensor([same(a, b) for a, b in zip(said, captions, strict=True)])
+    count = len(captions)
+    values = {
+        "captions": count,
+        "chance": {"top1": 1 / count, "top5": min(5, count) / count},
+        "true_caption_by_sentence_similarity": top(by_text) | {"unseen": top(by_text, ~seen)},
+        "picture_by_scorer": top(by_image) | {"unseen": top(by_image, ~seen)},
+        "ceiling_picture_by_true_caption": top(ranks(true, shown)),
+        "similarity_to_true_caption": float((vectors * true).sum(1).mean()),
+        "exact": float(exact.double().mean()),
+        "exact_unseen": float(exact[~seen].double().mean()) if bool((~seen).any()) else None,
+        "different": len(set(said)),
+        "said": said,
+    }
+    values["times_chance"] = values["picture_by_scorer"]["top5"] / values["chance"]["top5"]
+    return values, said
+
+
+def same(a: str, b: str) -> bool:
+    return " ".join(a.lower().split()) == " ".join(b.lower().split())
+
+
+def contact_sheet(true: Tensor, made: Tensor, captions: Sequence[str], across: int = 4) -> Picture.Image:
+    """True and generated picture side by side, twice their size, `across` pairs a line, captions under them."""
+
+    def large(pixels: Tensor) -> Picture.Image:
+        image = Picture.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        return image.resize((2 * image.width, 2 * image.height), Picture.Resampling.NEAREST)
+
+    flat = [large(x) for pair in zip(true, made, strict=True) for x in pair]
+    labels = [label for caption in captions for label in (caption, "")]
+    rows = range(0, len(flat), 2 * across)
+    return sheet(
+        [flat[i : i + 2 * across] for i in rows],
+        ["true", "generated"] * across,
+        [labels[i : i + 2 * across] for i in rows],
+    )
+
+
+# The script
+
+
+def main(a: Namespace) -> dict[str, Any]:
+    parts = [part for part in PARTS if part in a.parts]
+    lm = MultimodalLM.from_pretrained(a.model, visual_tokenizer=a.visual_tokenizer, decoder=a.decoder, device=a.device)
+    asked = set(parts) & {"images", "captions"}
+    scorer = Scorer(a.scorer, a.device) if asked else None
+    config = lm.visual.config
+    pictures = common.load_pictures(a.data, config.image_size, a.split, a.limit, config.crop)
+    known = training_captions(a.data)
+    places = choose(pictures.captions, a.captions, a.seed, known if a.unseen else frozenset()) if asked else []
+    chosen, captions = pictures.pixels[places], [pictures.captions[i] for i in places]
+    keys, seen = [pictures.keys[i] for i in places], torch.tensor([c in known for c in captions], dtype=torch.bool)
+    if asked:  # what is missing is said now, not after a long run
+        embed(captions[:1])
+    if "images" in parts:
+        print(f"decoder: {type(lm.decoder).__name__}", flush=True)
+    used = range(len(pictures)) if "bits" in parts else places
+    codes = VisualCodes.cat([lm.visual.encode(pictures.pixels[list(part)]).to("cpu") for part in chunks(used, a)])
+    values: dict[str, Any] = {
+        "set": pictures.describe(),
+        "model": Path(a.model).name,
+        "parameters": sum(p.numel() for p in lm.model.parameters()),
+        "seed": a.seed,
+        "seen_in_training": int(seen.sum()),
+        "keys": keys,
+        "true_captions": captions,
+        "sampling": {k: getattr(a, k) for k in ("guidance", "top_k", "top_p", "temperature", "steps")},
+    }
+    values["sampling"]["decoder_guidance"] = a.decoder_guidance
+    if "bits" in parts:
+        values["bits"] = bits(lm, pictures, codes, a)
+        print(f"bits a code: {values['bits']['given the caption']['bits_per_code']:.3f}", flush=True)
+        codes = codes.take(places) if asked else codes
+    a.out.mkdir(parents=True, exist_ok=True)
+    if scorer and "captions" in parts:
+        values["captions"], _ = captions_of(lm, scorer, chosen, captions, seen, a)
+    if scorer and "images" in parts:
+        values["images"], first = images(lm, scorer, chosen, codes, captions, seen, a)
+        contact_sheet(chosen[:SHOWN], first[:SHOWN], captions[:SHOWN]).save(a.out / f"{a.name}.png")
+    common.write(a.name, a.out, "Language model: held-out captions and pictures", text(values, a), values)
+    return values
+
+
+def chunks(places: Sequence[int], a: Namespace) -> list[Sequence[int]]:
+    return [places[i : i + a.batch_size] for i in range(0, len(places), a.batch_size)]
+
+
+def text(v: dict[str, Any], a: Namespace) -> str:
+    body = f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; {json.dumps(v['sampling'])}.\n\n"
+    if v["keys"]:
+        body += f"{len(v['keys'])} different captions by seed {v['seed']}, one picture each; {v['seen_in_training']} "
+        body += "of the captions stand in the train split too.\n\n"
+    if "images" in v:
+        body += images_text(v["images"], a) + "\n\n"
+    if "captions" in v:
+        body += captions_text(v, v["captions"]) + "\n\n"
+    return body + (bits_text(v["bits"]) if "bits" in v else "")
+
+
+def images_text(v: dict[str, Any], a: Namespace) -> str:
+    def row(label: str, found: dict[str, Any] | None) -> tuple[str, ...]:
+        if found is None:
+            return label, "-", "-"
+        cells = [found[k] for k in ("top1", "top5")]
+        return label, *(common.plus_minus(c) if isinstance(c, dict) else f"{c:.4g}" for c in cells)
+
+    rows = [
+        row("generated pictures", v["generated"]),
+        row("those of captions that are not in train", v["generated_unseen"]),
+        row("ceiling: drawn from the true picture's codes", v["from_own_codes"]),
+        row("ceiling: true pictures", v["true"]),
+        row("chance", v["chance"]),
+    ]
+    body = f"## Text to image\n\nOwn caption among the nearest of {v['captions']}, by the teacher's space; mean ± std "
+    body += f"over {a.seeds} seeds. Aim: top-5 at least {TIMES_CHANCE} x chance; it is {v['times_chance']:.2f} x.\n\n"
+    body += common.table(("pictures", "top-1", "top-5"), rows)
+    counts = v["codes_per_image"]
+    body += f"\n\nCodes a picture: {common.plus_minus(counts['generated'])} generated, {counts['true']:.4g} true.\n\n"
+    return body + f"![true and generated pictures of {min(SHOWN, v['captions'])} captions]({a.name}.png)"
+
+
+def captions_text(all_values: dict[str, Any], v: dict[str, Any]) -> str:
+    def row(label: str, found: dict[str, Any]) -> tuple[Any, ...]:
+        unseen = found.get("unseen") or {}
+        return label, found["top1"], found["top5"], *(unseen.get(k) for k in ("top1", "top5"))
+
+    rows = [
+        row("the picture, by the teacher's space", v["picture_by_scorer"]),
+        row("the true caption, by sentence similarity", v["true_caption_by_sentence_similarity"]),
+        row("ceiling: the picture by its true caption", v["ceiling_picture_by_true_caption"]),
+        row("chance", v["chance"]),
+    ]
+    body = f"## Image to text\n\nWhat a generated caption identifies among {v['captions']}. Aim: top-5 at least "
+    body += f"{TIMES_CHANCE} x chance; it is {v['times_chance']:.2f} x (the picture, by the teacher's space).\n\n"
+    body += common.table(("by the generated caption", "top-1", "top-5", "top-1, not in train", "top-5"), rows)
+    body += f"\n\nExactly the true caption: {100 * v['exact']:.1f} %; mean similarity to it "
+    body += f"{v['similarity_to_true_caption']:.3f}; {v['different']} different captions were said.\n\n"
+    lines = list(zip(all_values["keys"], all_values["true_captions"], v["said"], strict=True))[:SHOWN]
+    return body + common.table(("picture", "true caption", "generated caption"), [map(cell, line) for line in lines])
+
+
+def cell(text: str) -> str:
+    """Text that fits into a cell of a markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def bits_text(v: dict[str, Any]) -> str:
+    rows: list[tuple[Any, ...]] = [
+        (
+            f"model, {name}",
+            f"{v[name]['bits_per_code']:.3f}",
+            f"{100 * v[name]['below_unigram']:.1f} %",
+            f"{v[name]['bits_per_code_with_end']:.3f}",
+        )
+        for name in ("given the caption", "without it")
+    ]
+    rows.append(("unigram entropy of these codes", f"{v['unigram_entropy']:.3f}", "-", "-"))
+    body = f"## Bits a code\n\n{v['codes']} codes of {v['images']} pictures, true codes before each. Aim: at least "
+    body += (
+        f"{100 * BITS_BELOW:.0f} % below the unigram entropy, which is what the best model of single codes needs.\n\n"
+    )
+    body += common.table(("", "bits a code", "below unigram", "with the image's end"), rows)
+    if "by_source" in v:
+        rows = [
+            (n, s["codes"], *(f"{s[k]:.3f}" for k in ("given the caption", "without it", "unigram_entropy")))
+            for n, s in v["by_source"].items()
+        ]
+        body += "\n\n" + common.table(
+            ("source", "codes", "given the caption", "without it", "unigram, of the source"), rows
+        )
+    return body
+
+
+def arguments() -> Any:
+    found = common.parser(__doc__, tokenizer=False, batch_size=50)
+    found.add_argument("--model", default="default", help="'default', a directory or a Hub id")
+    found.add_argument("--visual-tokenizer", help="if not the one that the model names")
+    found.add_argument("--decoder", default="default", help="'default', a directory or a Hub id")
+    found.add_argument("--scorer", default="runs/default/teacher", help="folder that recipes/default/teacher.py wrote")
+    found.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    found.add_argument("--captions", type=common.positive, default=100, help="different captions, one picture each")
+    found.add_argument("--unseen", action="store_true", help="only captions that the train split does not have")
+    found.add_argument("--seed", type=int, default=0, help="of the choice of captions")
+    found.add_argument("--seeds", type=common.positive, default=3, help="seeds of the generated pictures")
+    found.add_argument("--guidance", type=float, default=3.0, help="of the language model")
+    found.add_argument("--top-k", type=common.positive, default=50)
+    found.add_argument("--top-p", type=float)
+    found.add_argument("--temperature", type=float, default=1.0)
+    found.add_argument("--steps", type=common.positive, default=20, help="of the decoder")
+    found.add_argument("--decoder-guidance", type=float, default=2.0)
+    found.add_argument("--max-tokens", type=common.positive, default=48, help="of a generated caption")
+    found.add_argument("--name", default="lm_quality", help="of the result files")
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(common.run(main, arguments().parse_args()))
