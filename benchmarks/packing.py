@@ -5,9 +5,10 @@
     loss      packed against each row alone, in float32
     overhead  a step as `lavit-lm fit` runs it against the bare transformers model on the same ids, same optimizer step
 
-Everything is timed in turns, so that a busy machine slows both sides, and ratios are medians of the pairs' ratios. A
-padded batch holds the rows of one packed batch, padded to the longest. Beside it stand padded batches of rows of like
-length, as many places each as a packed batch, which is the best that padding can do, and needs another order of rows.
+Everything is timed in turns, so that a busy machine slows both sides, and ratios are medians of the pairs' ratios. The
+padded batches hold the very rows of the packed ones, as many batches, each padded to its longest row; in random order,
+since packing lets long rows meet in a block, which nothing does without it. Beside them stand padded batches of rows of
+like length, as many places each as a packed batch: the best that padding can do, at the price of the order.
 The bare model gets the packed batch's ids, positions and labels from memory: it neither lays out, packs, builds masks
 nor logs. Bare twice: with positions, which keep documents apart as ours does, and plain causal, which does not.
 Model-FLOPs utilisation is 6 N useful tokens a second over a measured matrix product. Writes packing.md and .json.
@@ -73,6 +74,12 @@ def batches_of_rows(layout: Layout, a: Namespace) -> list[list[list[Row]]]:
     return [[made[next(order)] for _ in range(a.batch_size)] for _ in range(a.batches)]
 
 
+def shuffled(rows: Sequence[Row], batches: int, seed: int) -> list[list[Row]]:
+    """Rows in random order, dealt into as many batches."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [[rows[i] for i in order[start::batches]] for start in range(min(batches, len(rows)))]
+
+
 def like_lengths(rows: Sequence[Row], places: int) -> list[list[Row]]:
     """Rows sorted by length, cut into padded batches of at most this many places."""
     batches: list[list[Row]] = []
@@ -93,7 +100,7 @@ def speed(module: Any, groups: list[list[list[Row]]], a: Namespace) -> dict[str,
     rows = [row for blocks in groups for block in blocks for row in block]
     forms = {
         "packed": [pack(blocks, a.block, empty) for blocks in groups],
-        "padded": [pad([row for block in blocks for row in block], empty) for blocks in groups],
+        "padded": [pad(part, empty) for part in shuffled(rows, len(groups), a.seed)],
         "padded, like lengths": [pad(part, empty) for part in like_lengths(rows, a.batch_size * a.block)],
     }
     forms = {name: [batch.to(a.device) for batch in batches] for name, batches in forms.items()}
@@ -345,7 +352,7 @@ def arguments() -> Any:
     found.add_argument("--dtype", choices=["float32", "bf16"], default="float32", help="bf16: autocast over float32")
     found.add_argument("--block", type=common.positive, help=f"places of a block; {BLOCK}, else the model's context")
     found.add_argument("--window", type=common.positive, default=4096, help="rows planned together")
-    found.add_argument("--batches", type=common.positive, default=2, help="packed batches that are timed")
+    found.add_argument("--batches", type=common.positive, default=4, help="packed batches that are timed")
     found.add_argument("--repeats", type=common.positive, default=5, help="turns of packed and padded")
     found.add_argument("--seconds", type=float, default=0.0, help="turns for at least this long")
     found.add_argument("--steps", type=common.positive, default=10, help="steps of Lightning, and of the bare model")

@@ -173,7 +173,10 @@ def test_made_up_rows_are_as_long_as_measured(scripts: Any):
 
 def test_padded_batches_of_like_lengths(scripts: Any):
     rows = [[0] * n for n in (3, 9, 1, 2, 8, 4)]
-    batches = scripts("packing").like_lengths(rows, 16)  # 9 | 8 8 are 16 places | ...
+    dealt = scripts("packing").shuffled(rows, 4, seed=0)
+    assert sorted(len(row) for batch in dealt for row in batch) == [1, 2, 3, 4, 8, 9]
+    assert sorted(map(len, dealt)) == [1, 1, 2, 2]
+    batches = scripts("packing").like_lengths(rows, 16)  # two rows of 9 places would be 18
     assert [[len(row) for row in batch] for batch in batches] == [[9], [8, 4], [3, 2, 1]]
     assert all(len(batch) * len(batch[0]) <= 16 for batch in batches)
 
