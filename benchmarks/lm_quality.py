@@ -371,10 +371,8 @@ def bits_text(v: dict[str, Any]) -> str:
     ]
     rows.append(("unigram entropy of these codes", f"{v['unigram_entropy']:.3f}", "-", "-"))
     body = f"## Bits a code\n\n{v['codes']} codes of {v['images']} pictures, true codes before each. Aim: at least "
-    body += (
     body += f"{100 * BITS_BELOW:.0f} % below the unigram entropy, which is what the best model of single codes needs; "
     body += "of few codes (--limit, or a source) it comes out too low.\n\n"
-    )
     body += common.table(("", "bits a code", "below unigram", "with the image's end"), rows)
     if "by_source" in v:
         rows = [
