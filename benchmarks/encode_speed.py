@@ -17,6 +17,7 @@ import statistics
 import tempfile
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lavit_tok import TokenizerConfig, VisualTokenizer
 
 TARGET = 1.15
-BATCHES = {"shipped": [1, 32], "small": [1, 32], "base": [8], "lavit-strict": [1, 4, 16], "lavit-compat": [1, 4, 16]}
+BATCHES = {"shipped": [1, 32], "small": [1, 32], "base": [8], "lavit": [1, 4, 16]}
 """Batch sizes of each case where none are given."""
 
 
@@ -58,43 +59,58 @@ def fused_attention_is_counted(device: str) -> bool:
 
 
 @torch.no_grad()
-def measure(tokenizer: VisualTokenizer, batch: int, keep: float, repeats: int, at_least: float = 0.0) -> dict[str, Any]:
-    """FLOPs, times and their ratios of one model at one batch size."""
-    config, device = tokenizer.config, str(tokenizer.device)
+def measure(tokenizer: VisualTokenizer, batch: int, arguments: Namespace, formulas: list[str]) -> list[dict[str, Any]]:
+    """FLOPs, times and their ratios of one model at one batch size: a row for each formula of the merger."""
+    config, device, keep = tokenizer.config, str(tokenizer.device), arguments.keep
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(batch, 3, config.image_size, config.image_size, generator=generator).to(
         device, tokenizer.dtype
     )
 
-    def bare() -> Tensor:
-        return tokenizer.features(pixels)
+    def bare(count: int = batch) -> Tensor:
+        return tokenizer.features(pixels[:count])
 
-    def encode() -> Any:
+    def encode(formula: str) -> Any:
+        tokenizer.merger.formula = formula  # type: ignore[assignment]
         return tokenizer.encode_pixels(pixels, budget=keep)
 
     def dense() -> Any:
-        features = bare()
+        features = bare(1)
         mask = tokenizer.select(tokenizer.score(features), keep)
         return tokenizer.quantizer.codebook.nearest(tokenizer.project(tokenizer.merger.dense(features, mask)[mask]))
 
-    counts = {"bare": flops(bare), "encode": flops(encode), "encode_all_rows": flops(dense)}
-    floor = counts["encode"] / counts["bare"]
-    seconds = interleaved([bare, encode], repeats, device, at_least)
+    encoders = [partial(encode, formula) for formula in formulas]
+    one = {"bare": flops(partial(bare, 1)), "encode_all_rows": flops(dense)}  # the same for each image
+    counts = [flops(call) for call in encoders]
+    seconds = interleaved([bare, *encoders], arguments.repeats, device, arguments.seconds, warm=arguments.warm)
     times = [statistics.median(wall for wall, _ in found) for found in seconds]
-    ratio, cpu_ratio = (statistics.median(e[i] / b[i] for b, e in zip(*seconds, strict=True)) for i in (0, 1))
-    return {
-        "batch": batch,
-        "patches": config.num_patches,
-        "kept_share": float(encode().lengths.double().mean()) / config.num_patches,
-        "gflops_per_image": {name: count / batch / 1e9 for name, count in counts.items()},
-        "seconds": {"bare": times[0], "encode": times[1]},
-        "images_per_second": {"bare": batch / times[0], "encode": batch / times[1]},
-        "floor": floor,
-        "ratio": ratio,
-        "overhead": ratio / floor,
-        "cpu_overhead": cpu_ratio / floor,
-        "repeats": len(seconds[0]),
-    }
+    kept = float(encode(formulas[0]).lengths.double().mean())
+    runs = []
+    for formula, count, time, pairs in zip(formulas, counts, times[1:], seconds[1:], strict=True):
+        floor = count / batch / one["bare"]
+        ratio, cpu_ratio = (
+            statistics.median(e[i] / b[i] for b, e in zip(seconds[0], pairs, strict=True)) for i in (0, 1)
+        )
+        runs.append(
+            {
+                "formula": formula,
+                "batch": batch,
+                "patches": config.num_patches,
+                "kept_share": kept / config.num_patches,
+                "gflops_per_image": {
+                    "encode": count / batch / 1e9,
+                    **{name: count / 1e9 for name, count in one.items()},
+                },
+                "seconds": {"bare": times[0], "encode": time},
+                "images_per_second": {"bare": batch / times[0], "encode": batch / time},
+                "floor": floor,
+                "ratio": ratio,
+                "overhead": ratio / floor,
+                "cpu_overhead": cpu_ratio / floor,
+                "repeats": len(pairs),
+            }
+        )
+    return runs
 
 
 def build(case: str, arguments: Namespace, dtype: torch.dtype) -> VisualTokenizer:
@@ -103,8 +119,7 @@ def build(case: str, arguments: Namespace, dtype: torch.dtype) -> VisualTokenize
     configs = {
         "small": TokenizerConfig,
         "base": base_config,
-        "lavit-strict": TokenizerConfig.lavit,
-        "lavit-compat": lambda: TokenizerConfig.lavit(attention="compat"),
+        "lavit": TokenizerConfig.lavit,
     }
     torch.manual_seed(0)
     return VisualTokenizer(configs[case]()).to(arguments.device, dtype)
@@ -141,19 +156,19 @@ def peak_memory(tokenizer: VisualTokenizer, batch: int) -> dict[str, float]:
 
 def main(arguments: Namespace) -> dict[str, Any]:
     if arguments.full:
-        arguments.cases = ["lavit-strict", "lavit-compat"]
+        arguments.cases = ["lavit"]
     runs = []
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
         for case in arguments.cases:
             tokenizer = build(case, arguments, dtype)
             batches = arguments.batch_sizes or BATCHES[case]
+            formulas = ["strict", "compat"] if case == "lavit" else [tokenizer.config.attention]
             for batch in batches:
-                run = measure(tokenizer, batch, arguments.keep, arguments.repeats, arguments.seconds)
-                runs.append({"case": case, "dtype": name, **run})
-                print(
-                    f"{case} {name} batch {batch}: ratio {run['ratio']:.3f}, overhead {run['overhead']:.3f}", flush=True
-                )
+                for run in measure(tokenizer, batch, arguments, formulas):
+                    runs.append({"case": case, "dtype": name, **run})
+                    label = f"{case} {run['formula']} {name} batch {batch}"
+                    print(f"{label}: ratio {run['ratio']:.3f}, overhead {run['overhead']:.3f}", flush=True)
             if arguments.full or arguments.memory:
                 runs[-1]["peak_memory"] = peak_memory(tokenizer, max(batches))
             del tokenizer
@@ -167,7 +182,7 @@ def main(arguments: Namespace) -> dict[str, Any]:
 def text(values: dict[str, Any]) -> str:
     rows = [
         (
-            f"{r['case']}, {r['dtype']}",
+            f"{r['case']} {r['formula']}, {r['dtype']}",
             r["batch"],
             f"{r['kept_share']:.3f}",
             *(f"{r['gflops_per_image'][k]:.3g}" for k in ("bare", "encode", "encode_all_rows")),
@@ -183,7 +198,7 @@ def text(values: dict[str, Any]) -> str:
     counted = "counts" if values["fused_attention_counted"] else "does not count"
     body += f"\n\nThis torch {counted} fused attention here; both sides were counted under the math kernel. "
     least = min(r["repeats"] for r in values["runs"])
-    body += f"Medians of interleaved pairs after two warm rounds; at least {least} pairs."
+    body += f"Medians of interleaved rounds after warm ones; at least {least} rounds."
     memory = [(r["case"], r["dtype"], r["peak_memory"]) for r in values["runs"] if "peak_memory" in r]
     if memory:
         head = ("model", "dtype", "weights, GiB", "after imports", "peak after loading", "peak after encoding", "batch")
@@ -195,12 +210,13 @@ def text(values: dict[str, Any]) -> str:
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False)
-    cases = ["shipped", "small", "base", "lavit-strict", "lavit-compat"]
+    cases = list(BATCHES)
     found.add_argument("--cases", nargs="+", choices=cases, default=["small", "base"], help="small: the shipped sizes")
     found.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     found.add_argument("--batch-sizes", type=int, nargs="+", help=f"by default {BATCHES}")
     found.add_argument("--keep", type=float, default=1 / 3, help="share of the patches kept, spent across the batch")
     found.add_argument("--repeats", type=int, default=5)
+    found.add_argument("--warm", type=int, default=2, help="rounds before those that count")
     found.add_argument("--seconds", type=float, default=4.0, help="repeat at least this long, 100 times at most")
     found.add_argument("--memory", action="store_true", help="also the peak memory of loading and encoding")
     found.add_argument("--full", action="store_true", help="the paper's size, strict and compat, at batch 1, 4 and 16")
