@@ -93,7 +93,7 @@ class Blocks(Dataset):
     def __init__(self, layout: Layout, length: int) -> None:
         self.layout, self.length = layout, length
 
-    def __getitem__(self, places: Sequence[Place]) -> list[Row]:  # type: ignore[override]
+    def __getitem__(self, places: Sequence[Place]) -> list[Row]:
         return [self.layout.row(place) for place in places]
 
     def collate(self, blocks: list[list[Row]]) -> Packed:
@@ -296,14 +296,14 @@ class LanguageDataModule(LightningDataModule):
         return datasets.load_dataset(kind or self.texts, split="train", **files)
 
     def train_dataloader(self) -> DataLoader:
-        loader = {"collate_fn": self.blocks.collate, "num_workers": self.num_workers}
+        loader: dict[str, Any] = {"collate_fn": self.blocks.collate, "num_workers": self.num_workers}
         return ResumingLoader(self.blocks, self.batch_size, sampler=self.order, drop_last=True, **loader)
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out sample once, in the order that its own draw gives it."""
         made = Blocks(self.held_out, self.block)
         order = HeldOutOrder(self._held_out_blocks, *self._ranks())
-        loader = {"collate_fn": made.collate, "num_workers": self.num_workers}
+        loader: dict[str, Any] = {"collate_fn": made.collate, "num_workers": self.num_workers}
         return DataLoader(made, self.batch_size, sampler=order, **loader)
 
     test_dataloader = val_dataloader

@@ -203,7 +203,9 @@ class LanguageModeling(L.LightningModule):
         if self._mesh is not None:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-            whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            whole: dict[str, Any] = get_model_state_dict(
+                model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )
             if self.global_rank == 0:
                 model = self._sequence_model().to(next(iter(whole.values())).dtype)
                 model.load_state_dict(whole)
@@ -253,7 +255,7 @@ class LanguageModeling(L.LightningModule):
         if "image" in values:
             values["bits_per_image_token"] = values["image"] / NATS_PER_BIT
         values["loss"] = self.objective.total(sums)
-        self.log_dict({f"{split}/{k}": v for k, v in values.items()}, prog_bar=True)
+        self.log_dict({f"{split}/{k}": v for k, v in values.items()}, prog_bar=True, sync_dist=True)
 
     def _frozen_names(self) -> set[str]:
         """Parameters that checkpoints leave out."""

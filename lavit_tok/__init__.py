@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lavit_tok.shard_files import ShardError
     from lavit_tok.shards import Shards
     from lavit_tok.tokenizer import VisualTokenizer
-    from lavit_tok.training.common import logged_picture
+    from lavit_tok.training.common import logged_picture, logged_text
     from lavit_tok.training.shard_pictures import ShardPictures
     from lavit_tok.weights import WeightsError
 
@@ -33,6 +33,7 @@ __all__ = [
     "VisualTokenizer",
     "WeightsError",
     "logged_picture",
+    "logged_text",
     "to_uint8",
 ]
 
@@ -51,6 +52,7 @@ _ROOMS = {
     "Shards": "shards",
     "ShardPictures": "training.shard_pictures",
     "logged_picture": "training.common",
+    "logged_text": "training.common",
 }
 
 

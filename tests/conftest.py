@@ -105,3 +105,31 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def folder(
+    tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """For lavit_lm: a visual tokenizer, shards of 24 captioned crops of photographs, and a text tokenizer."""
+    from lm_runs import CAPTIONS
+    from PIL import Image as Picture
+    from small_lms import small_tokenizer
+
+    from lavit_tok.cli import main
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tiny_tokenizer.save_pretrained(tmp_path / "visual")
+    for split, count in (("train", 24), ("validation", 6)):
+        at = tmp_path / "pictures" / split
+        at.mkdir(parents=True)
+        lines = ["file_name,caption"]
+        for i in range(count):
+            photo = Picture.open(photos[i % 4]).convert("RGB")
+            photo.crop((7 * i, 5 * i, 7 * i + 150, 5 * i + 120)).save(at / f"{i}.png")
+            lines.append(f"{i}.png,{CAPTIONS[i % 4]}")
+        (at / "metadata.csv").write_text("\n".join(lines))
+    words = [str(tmp_path / "pictures"), "--tokenizer", str(tmp_path / "visual"), "--out", str(tmp_path / "shards")]
+    assert main(["shards", *words]) == 0
+    small_tokenizer("llama").save_pretrained(tmp_path / "text")
+    return tmp_path

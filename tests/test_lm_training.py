@@ -7,90 +7,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lm_parts import image, pairs
-from PIL import Image as Picture
+from lm_runs import CAPTIONS, SMALL, Losses, data, module, saving, trainer
 from small_lms import small_tokenizer
 
 from lavit_lm import MultimodalLM
 from lavit_lm.cli import main
-from lavit_lm.data import BlockOrder, LanguageDataModule, Layout, Samples
+from lavit_lm.data import BlockOrder, Layout, Samples
 from lavit_lm.lexicon import Lexicon
-from lavit_lm.module import LanguageModeling
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.packing import pack, pad
 from lavit_lm.segments import Image, Text
 from lavit_lm.vocabulary import VisualVocabulary
 from lavit_tok import ShardError, VisualTokenizer, WeightsError
-from lavit_tok.cli import main as lavit_tok
 
-SMALL: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128,
-}
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "lm").glob("*.yaml"))
-CAPTIONS = ["a red apple", "two dogs run", "the old town hall", "rain at sunset"]
-
-
-@pytest.fixture
-def folder(
-    tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A visual tokenizer, shards of 24 captioned crops of photographs, and a text tokenizer."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    tiny_tokenizer.save_pretrained(tmp_path / "visual")
-    for split, count in (("train", 24), ("validation", 6)):
-        at = tmp_path / "pictures" / split
-        at.mkdir(parents=True)
-        lines = ["file_name,caption"]
-        for i in range(count):
-            photo = Picture.open(photos[i % 4]).convert("RGB")
-            photo.crop((7 * i, 5 * i, 7 * i + 150, 5 * i + 120)).save(at / f"{i}.png")
-            lines.append(f"{i}.png,{CAPTIONS[i % 4]}")
-        (at / "metadata.csv").write_text("\n".join(lines))
-    words = [str(tmp_path / "pictures"), "--tokenizer", str(tmp_path / "visual"), "--out", str(tmp_path / "shards")]
-    assert lavit_tok(["shards", *words]) == 0
-    small_tokenizer("llama").save_pretrained(tmp_path / "text")
-    return tmp_path
-
-
-def module(folder: Path, **more: Any) -> LanguageModeling:
-    settings = {"lm": SMALL, "text_tokenizer": str(folder / "text"), "visual_tokenizer": str(folder / "visual")}
-    return LanguageModeling(**{**settings, "warmup_steps": 2, "lr": 3e-3, **more})  # type: ignore[arg-type]
-
-
-def data(folder: Path, **more: Any) -> LanguageDataModule:
-    return LanguageDataModule(str(folder / "shards"), **{"block": 64, "batch_size": 2, "window": 10, **more})
-
-
-class Losses(L.Callback):
-    """Every step's loss; stops the run, as a crash would, after some steps."""
-
-    def __init__(self, stop: int | None = None) -> None:
-        self.values: list[float] = []
-        self.keys: list[Any] = []
-        self.stop = stop
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-        self.values.append(float(outputs["loss"]))
-        self.keys.append(batch.keys)
-        if self.stop is not None and trainer.global_step >= self.stop:
-            raise RuntimeError("power cut")
-
-
-def trainer(folder: Path, steps: int, callbacks: list[Any], **more: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return L.Trainer(max_steps=steps, max_epochs=-1, callbacks=callbacks, default_root_dir=folder, **{**quiet, **more})
-
-
-def saving(folder: Path) -> L.Callback:
-    return L.pytorch.callbacks.ModelCheckpoint(folder / "ckpt", every_n_train_steps=1, save_last=True, save_top_k=-1)
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(folder: Path):

@@ -31,8 +31,7 @@ def step_generator(seed: int, step: int, rank: int, device: torch.device | str) 
 
 def logged_picture(module: L.LightningModule, name: str, image: Image.Image) -> Path | None:
     """Save a picture under the run's log directory and hand it to a TensorBoard logger where there is one."""
-    directory = module.trainer.log_dir or module.trainer.default_root_dir
-    path = Path(directory) / "pictures" / f"{name}-{module.global_step:07d}.png"
+    path = _log_directory(module.trainer) / "pictures" / f"{name}-{module.global_step:07d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     for logger in module.loggers:
@@ -40,6 +39,24 @@ def logged_picture(module: L.LightningModule, name: str, image: Image.Image) -> 
         if hasattr(writer, "add_image"):
             writer.add_image(name, np.asarray(image), module.global_step, dataformats="HWC")
     return path
+
+
+def logged_text(module: L.LightningModule, name: str, text: str) -> Path:
+    """Save a text of Markdown, as logged_picture does a picture, under `texts`."""
+    path = _log_directory(module.trainer) / "texts" / f"{name}-{module.global_step:07d}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    for logger in module.loggers:
+        writer: Any = getattr(logger, "experiment", None)
+        if hasattr(writer, "add_text"):
+            writer.add_text(name, text, module.global_step)
+    return path
+
+
+def _log_directory(trainer: Any) -> Path:
+    """Trainer.log_dir, which waits for all processes to ask for it, without that: often one process alone logs."""
+    first = trainer.loggers[0] if trainer.loggers else None
+    return Path(getattr(first, "log_dir", None) or getattr(first, "save_dir", None) or trainer.default_root_dir)
 
 
 class Recent(nn.Module):

@@ -49,8 +49,8 @@ class ShardPictures:
         if (len(self.pictures), self.pictures.digest()) != (source.pictures, source.digest):
             raise ShardError(
                 f"{data}: expected the {source.pictures} pictures of split {shards.split!r} that {shards.directory} "
-                f"was made from, got {len(self.pictures)}, of which a key, a caption or a file's size is another: vectors "
-                "of other pictures would stand for these codes"
+                f"was made from, got {len(self.pictures)}, of which a key, a caption or a file size is another: "
+                "vectors of other pictures would stand for these codes"
             )
         rejects = shards.directory / f"{shards.split}.rejects.jsonl"
         lines = rejects.read_text(encoding="utf-8").split("\n") if rejects.exists() else []

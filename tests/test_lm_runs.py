@@ -1,0 +1,109 @@
+"""Training in processes of their own: killed and resumed, several together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_runs import (
+    SMALL,
+    TOGETHER,
+    Losses,
+    data,
+    module,
+    saving,
+    start,
+    together,
+    train_together,
+    train_until_killed,
+    trainer,
+)
+
+from lavit_lm import MultimodalLM
+from lavit_lm.data import HeldOutOrder
+from lavit_lm.objectives.losses import Sum
+
+LORA = {"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}
+TIED = {"continuous": True, "visual_lr": 1e-3, "lm": {**SMALL, "tie_word_embeddings": True}}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As many as the other processes have: sums over more would be rounded in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_killed_in_mid_run(folder: Path):
+    """By SIGKILL, which no process can answer."""
+    steps = 8
+    whole = Losses()
+    trainer(folder, steps, [whole]).fit(module(folder), data(folder))
+    process, _ = start(train_until_killed, folder, folder / "losses.txt", steps, 0.1)
+    seen, waited = 0, time.monotonic()
+    while seen < 4 and time.monotonic() - waited < 120:
+        time.sleep(0.05)
+        seen = len((folder / "losses.txt").read_text().splitlines()) if (folder / "losses.txt").exists() else 0
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    lines = [line.split() for line in (folder / "losses.txt").read_text().splitlines()]
+    assert 4 <= len(lines) < steps
+    rest = Losses()
+    trainer(folder, steps, [rest, saving(folder)]).fit(module(folder), data(folder), ckpt_path="last")
+    assert rest.values == whole.values[-len(rest.values) :] and rest.keys == whole.keys[-len(rest.values) :]
+    assert [float(loss) for _, loss in lines] == whole.values[: len(lines)]
+    assert len(rest.values) + len(lines) in (steps, steps + 1), "at most the step that was being saved is made again"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [("ddp", TIED), ("fsdp", TIED), ("fsdp, one file", LORA)],
+    ids=["ddp", "fsdp", "fsdp-one-file-lora"],
+)
+def test_two_processes_are_one(strategy: str, settings: dict[str, Any], folder: Path):
+    """Each with half of the batch; cut off after two steps and resumed to four."""
+    pictures = str(folder / "pictures") if "continuous" in settings else None
+    one, whole = Losses(), module(folder, **settings)
+    trainer(folder, 4, [one], **TOGETHER).fit(whole, data(folder, pictures=pictures))
+    settings = settings | {"out": str(folder / "out")}
+    cut = together(2, train_together, folder, strategy, 3, settings)
+    rest = together(2, train_together, folder, strategy, None, settings)
+    for values, _, _ in cut:
+        torch.testing.assert_close(values, one.values[:3], atol=1e-5, rtol=0)
+    for values, held_out, _ in rest:
+        torch.testing.assert_close(values, one.values[2:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(held_out[-1], one.held_out[-1], atol=1e-5, rtol=0)
+    for number, (first, second) in enumerate(zip(cut[0][2], cut[1][2], strict=True)):
+        assert (*first, *second) == one.keys[number], "half of the rows each"
+    made = MultimodalLM.from_pretrained(folder / "out", decoder=None)
+    whole.save(folder / "whole")
+    expected = MultimodalLM.from_pretrained(folder / "whole", decoder=None).model.state_dict()
+    torch.testing.assert_close(dict(made.model.state_dict()), dict(expected), atol=1e-4, rtol=1e-3)
+    assert (folder / "texts" / "captions-0000004.md").exists(), "samples were logged without a change"
+
+
+def test_held_out_blocks_are_dealt():
+    """The picture in HeldOutOrder."""
+    blocks = [[(0, i)] for i in range(5)]
+    first, second = HeldOutOrder(blocks, 0, 2), HeldOutOrder(blocks, 1, 2)
+    assert list(first) == [blocks[0], blocks[2], blocks[4]] and list(second) == [blocks[1], blocks[3], []]
+    assert len(first) == len(second) == 3 and list(HeldOutOrder(blocks)) == blocks and len(HeldOutOrder([])) == 0
+
+
+def test_counts_of_two_processes(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The picture in LanguageModeling._shared."""
+    training: Any = module(folder)
+    monkeypatch.setattr(type(training), "_processes", 2)
+    other = torch.tensor([[1.0, 1.0]])
+    training.all_gather = lambda own: torch.stack([own, other])
+    descend, shown = training._shared({"text": Sum(torch.tensor(6.0), torch.tensor(3))})
+    assert descend["text"].mean == 3 and shown["text"].mean == 7 / 4
