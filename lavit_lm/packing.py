@@ -25,7 +25,7 @@ from lavit_lm.segments import Role, Row
 FREE = -1  # document of the free places
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: for weights of 16 bits Lightning rebuilds a batch field by field
 class Packed:
     """A batch of blocks; see Row for what the flags mean.
 

@@ -26,7 +26,7 @@ from lavit_tok import ShardError, VisualTokenizer, WeightsError
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "lm").glob("*.yaml"))
 
 
-def test_a_run_that_was_stopped_goes_on_exactly(folder: Path):
+def test_a_run_that_was_stopped_goes_on_exactly(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Through borders of windows, of the data's epochs and of Lightning's, with two batches a step."""
     steps = 14
     whole, weights = Losses(), module(folder)
@@ -34,6 +34,9 @@ def test_a_run_that_was_stopped_goes_on_exactly(folder: Path):
     cut = Losses(stop=5)
     with pytest.raises(RuntimeError, match="power cut"):
         trainer(folder, steps, [cut, saving(folder)], accumulate_grad_batches=2).fit(module(folder), data(folder))
+    planned: list[int] = []
+    plans = BlockOrder._plan
+    monkeypatch.setattr(BlockOrder, "_plan", lambda self, number: planned.append(number) or plans(self, number))
     rest, resumed = Losses(), module(folder)
     at = sorted((folder / "ckpt").glob("epoch*"), key=lambda path: path.stat().st_mtime)[-1]
     trainer(folder, steps, [rest], accumulate_grad_batches=2).fit(resumed, data(folder), ckpt_path=at)
@@ -41,6 +44,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(folder: Path):
     assert done in (8, 10), "the checkpoint is of a step's end"
     assert cut.values[:done] + rest.values == whole.values
     assert cut.keys[:done] + rest.keys == whole.keys
+    assert planned[0] == 0 and planned[1] > 2, "what lies before is not planned again"
     assert weights.model is not None and resumed.model is not None
     for name, tensor in weights.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
@@ -163,6 +167,8 @@ def test_held_out_losses_are_exact_means(folder: Path):
     (other,) = fitted.validate(training, data(folder, batch_size=3, block=100), verbose=False)
     for name, value in shown.items():
         assert abs(value - other[name]) < 1e-5, "blocks and batches do not matter"
+    (tested,) = fitted.test(training, data(folder, splits=("train", "none", "validation")), verbose=False)
+    assert tested == {name.replace("val/", "test/"): value for name, value in shown.items()}
 
 
 def test_a_spoilt_batch_is_named(folder: Path):
