@@ -92,8 +92,8 @@ def test_continuous_training_resumes(folder: Path):
     stopped = trainer(folder, steps, [cut, saving(folder)])
     with pytest.raises(RuntimeError, match="power cut"):
         stopped.fit(first, shown(folder))
-    rest = Losses()
-    trainer(folder, steps, [rest, saving(folder)]).fit(module(folder, **settings), shown(folder), ckpt_path="last")
+    rest, loader = Losses(), shown(folder, num_workers=2)
+    trainer(folder, steps, [rest, saving(folder)]).fit(module(folder, **settings), loader, ckpt_path="last")
     assert cut.values[:2] + rest.values == whole.values
     for name, tensor in first.visual.state_dict().items():
         assert torch.equal(tensor, before[name]), name

@@ -167,7 +167,8 @@ def test_held_out_losses_are_exact_means(folder: Path):
     (other,) = fitted.validate(training, data(folder, batch_size=3, block=100), verbose=False)
     for name, value in shown.items():
         assert abs(value - other[name]) < 1e-5, "blocks and batches do not matter"
-    (tested,) = fitted.test(training, data(folder, splits=("train", "none", "validation")), verbose=False)
+    named = data(folder, batch_size=1, splits=("train", "none", "validation"))
+    (tested,) = fitted.test(training, named, verbose=False)
     assert tested == {name.replace("val/", "test/"): value for name, value in shown.items()}
 
 
