@@ -125,8 +125,8 @@ def together(world: int, target: Callable[..., Any], *arguments: Any) -> list[An
     started = [start(target, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)]
     results = []
     for process, pipe in started:
-        answered = pipe.poll(60)
-        result = pipe.recv() if answered else "no answer for a minute"
+        answered = pipe.poll(180)
+        result = pipe.recv() if answered else "no answer for three minutes"
         if isinstance(result, str):
             for other, _ in started:
                 other.kill()
