@@ -143,12 +143,10 @@ def _memory(directory: str, dtype: torch.dtype, batch: int) -> dict[str, float]:
     return found | {"encoded_gib": _peak(), "batch": batch}
 
 
-def peak_memory(tokenizer: VisualTokenizer, batch: int) -> dict[str, float]:
-    """Greatest resident memory after loading this model from disk, and after encoding a batch."""
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        tokenizer.save_pretrained(folder)
-        weights = sum(p.nbytes for p in tokenizer.state_dict().values()) / 2**30
-        return {"weights_gib": weights} | pool.submit(_memory, folder, tokenizer.dtype, batch).result()
+def peak_memory(directory: str, dtype: torch.dtype, batch: int) -> dict[str, float]:
+    """Greatest resident memory after loading a model from disk, and after encoding a batch."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_memory, directory, dtype, batch).result()
 
 
 # The script
@@ -169,9 +167,13 @@ def main(arguments: Namespace) -> dict[str, Any]:
                     runs.append({"case": case, "dtype": name, **run})
                     label = f"{case} {run['formula']} {name} batch {batch}"
                     print(f"{label}: ratio {run['ratio']:.3f}, overhead {run['overhead']:.3f}", flush=True)
-            if arguments.full or arguments.memory:
-                runs[-1]["peak_memory"] = peak_memory(tokenizer, max(batches))
-            del tokenizer
+            if not (arguments.full or arguments.memory):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer.save_pretrained(folder)
+                weights = sum(p.nbytes for p in tokenizer.state_dict().values()) / 2**30
+                del tokenizer  # two models of 8 GB need not be there at once
+                runs[-1]["peak_memory"] = {"weights_gib": weights, **peak_memory(folder, dtype, max(batches))}
     values = {"target": TARGET, "fused_attention_counted": fused_attention_is_counted(arguments.device), "runs": runs}
     common.write(
         "encode_speed_full" if arguments.full else "encode_speed", arguments.out, "Encoding speed", text(values), values

@@ -34,8 +34,9 @@ from common import clock, interleaved, ratio
 from language_models import SHAPES, add_source, autocast, flops_per_place, matmul_peak, shape, source
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lavit_lm.data import BlockOrder, Blocks, Layout, ResumingLoader, Samples
+from lavit_lm.data import ResumingLoader
 from lavit_lm.module import LanguageModeling
+from lavit_lm.order import BlockOrder, Blocks, Layout, Samples
 from lavit_lm.packing import FREE, Packed, pack, pad
 from lavit_lm.segments import Row
 from lavit_tok import ShardError

@@ -1,7 +1,8 @@
-"""Is the learned selection worth having? It, random and largest-norm selection at the same budgets.
+"""Is the learned selection worth having? It, random, evenly spread and largest-norm selection at the same budgets.
 
-All three spend the same number of codes on every image and use the same trained merger, codebook and reconstructor, so
-that only the choice of patches differs. Distortion is the feature cosine, plain and centred (see metrics.py).
+All spend the same number of codes on every image and use the same trained merger, codebook and reconstructor, so that
+only the choice of patches differs. The even pattern is the one that a tokenizer with `dither` adds to its scores.
+Distortion is the feature cosine, plain and centred (see metrics.py).
 Two more curves show the learned scores spent across a batch, and the selector's own decision without a budget.
 Writes selection.md, .json and the curve selection.png.
 """
@@ -18,9 +19,10 @@ from metrics import feature_mean, plain_and_centred
 from torch import Tensor
 
 from lavit_tok import VisualTokenizer
-from lavit_tok.selector import Budget, keep_by_budget, ranking
+from lavit_tok.selector import Budget, keep_by_budget, ordered_noise, ranking
 
-LEARNED, ACROSS, OWN, NORM, RANDOM = "learned", "learned, across the batch", "learned, no budget", "top norm", "random"
+LEARNED, ACROSS, OWN = "learned", "learned, across the batch", "learned, no budget"
+NORM, EVEN, RANDOM = "top norm", "even pattern", "random"
 
 
 def selections(
@@ -37,6 +39,7 @@ def selections(
         yield LEARNED, budget, 0, keep(scores, budget)
         yield ACROSS, budget, 0, keep(scores, budget / patches)
         yield NORM, budget, 0, keep(features.float().norm(dim=-1), budget)
+        yield EVEN, budget, 0, keep(ordered_noise(patches).to(scores.device).expand_as(scores), budget)
         for seed, generator in enumerate(generators):
             noise = torch.rand(scores.shape, generator=generator).to(scores.device)
             yield RANDOM, budget, seed, keep(noise, budget)

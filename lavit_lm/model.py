@@ -69,6 +69,9 @@ class MultimodalLM:
         if isinstance(self._decoder, str):
             self._decoder = PixelDecoder.from_pretrained(self._decoder, device=self.device)
             self._decoder.set_progress_bar_config(disable=True)
+            size, own = self._decoder.condition.config.codebook_size, self.lexicon.vocabulary.codebook_size
+            if size != own:
+                raise ValueError(f"the pixel decoder draws codes of a codebook of {size} rows, the model says {own}")
         return self._decoder
 
     # Pictures

@@ -16,16 +16,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    get_cosine_with_min_lr_schedule_with_warmup,
-)
+from torch import Tensor
+from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
 
 from lavit_lm.bridge import ContinuousBridge
-from lavit_lm.embeddings import extend_model
+from lavit_lm.building import load_lm, shard, with_lora
 from lavit_lm.files import check_free, save_model
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.lavit import LaVIT
@@ -267,7 +262,7 @@ class LanguageModeling(L.LightningModule):
     def _sequence_model(self) -> SequenceModel:
         """The LM and its bridge, as they are before training, whole."""
         s = self.settings
-        lm = self._lm()
+        lm = load_lm(s.lm, self.lexicon, self.own_tokens, self.rows_are_new, s.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(s.seed)
             width = lm.config.get_text_config().hidden_size
@@ -275,50 +270,4 @@ class LanguageModeling(L.LightningModule):
             if s.checkpoint_blocks:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
                 lm.train()
-            return SequenceModel(lm if s.lora is None else self._with_lora(lm), bridge)
-
-    def _lm(self) -> Any:
-        """The LM with rows for the image tokens, float32."""
-        s = self.settings
-        if isinstance(s.lm, str):
-            lm = AutoModelForCausalLM.from_pretrained(s.lm, use_safetensors=True, dtype=torch.float32)
-        else:
-            tokenizer = self.lexicon.tokenizer
-            special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-            config = AutoConfig.for_model(**{**s.lm, "vocab_size": self.own_tokens, **special})
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(s.seed)
-                lm = AutoModelForCausalLM.from_config(config)
-        vocabulary = self.lexicon.vocabulary
-        if self.rows_are_new or not isinstance(s.lm, str):
-            extend_model(lm, vocabulary.begin, vocabulary.stop, torch.Generator().manual_seed(s.seed))
-        elif lm.get_input_embeddings().num_embeddings < vocabulary.stop:
-            rows = lm.get_input_embeddings().num_embeddings
-            raise VocabularyError(
-                f"the text tokenizer has ids up to {vocabulary.stop - 1}, the LM {s.lm} only {rows} rows: name the "
-                "tokenizer it had before it got image tokens, or an LM that was trained with them"
-            )
-        return lm
-
-    def _with_lora(self, lm: Any) -> Any:
-        from peft import LoraConfig, get_peft_model
-
-        vocabulary = self.lexicon.vocabulary
-        new = list(range(vocabulary.begin, vocabulary.stop))
-        names = {id(module): name for name, module in lm.named_modules()}
-        tables = [lm.get_input_embeddings()]
-        if lm.get_output_embeddings().weight is not tables[0].weight:
-            tables.append(lm.get_output_embeddings())
-        rows = {names[id(table)].rsplit(".", 1)[-1]: new for table in tables}
-        settings = {"task_type": "CAUSAL_LM", "trainable_token_indices": rows, **self.settings.lora}
-        return get_peft_model(lm, LoraConfig(**settings))
-
-
-def shard(model: SequenceModel, mesh: Any) -> None:
-    """FSDP2: each block of the LM its own unit, all the rest (embeddings, norm, head, bridge) one more."""
-    from torch.distributed.fsdp import fully_shard
-
-    stacks = [m for m in model.causal.base_model.modules() if isinstance(m, nn.ModuleList)]
-    for block in max(stacks, key=len):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            return SequenceModel(lm if s.lora is None else with_lora(lm, self.lexicon.vocabulary, s.lora), bridge)

@@ -123,13 +123,14 @@ def test_selection_runs(scripts: Any, folder: Path, saved: Path, tmp_path: Path)
     found = run(script, tmp_path / "out", "--data", folder, "--tokenizer", saved, "--budgets", 2, 5, 16)
     rows = {(r["method"], r["budget"]): r for r in found["rows"]}
     for budget in (2, 5, 16):
-        for method in (script.LEARNED, script.RANDOM, script.NORM):
+        for method in (script.LEARNED, script.RANDOM, script.EVEN, script.NORM):
             assert rows[method, budget]["codes_per_image"] == budget
     assert rows[script.RANDOM, 5]["plain"]["seeds"] == 3
     assert rows[script.RANDOM, 5]["plain"]["std"] > 0
     for name in ("plain", "centred"):  # with every patch kept there is nothing to choose
-        everything = [rows[method, 16][name]["mean"] for method in (script.LEARNED, script.RANDOM, script.NORM)]
-        assert everything == pytest.approx([everything[0]] * 3, abs=1e-6)
+        methods = (script.LEARNED, script.RANDOM, script.EVEN, script.NORM)
+        everything = [rows[method, 16][name]["mean"] for method in methods]
+        assert everything == pytest.approx([everything[0]] * 4, abs=1e-6)
     assert (tmp_path / "out" / "selection.png").stat().st_size > 1000
 
 

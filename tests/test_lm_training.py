@@ -15,9 +15,9 @@ from small_lms import small_tokenizer
 
 from lavit_lm import MultimodalLM
 from lavit_lm.cli import main
-from lavit_lm.data import BlockOrder, Layout, Samples
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.order import BlockOrder, Layout, Samples
 from lavit_lm.packing import pack, pad
 from lavit_lm.segments import Image, Text
 from lavit_lm.vocabulary import VisualVocabulary

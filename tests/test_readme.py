@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lavit_lm import cli as lm_cli
 from lavit_tok.cli import COMMANDS, parser
 
 ROOT = Path(__file__).parent.parent
@@ -62,17 +63,27 @@ def test_every_command_of_the_readme_is_understood() -> None:
     assert listed == list(COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/data_path.md"])
+def test_every_command_of_language_models_is_in_its_table() -> None:
+    rows = re.findall(r"^\| (`lavit-lm .*?) \|", README, re.MULTILINE)
+    listed = [word for row in rows for word in re.findall(r"`(?:lavit-lm )?([a-z]+)", row) if word != "lavit"]
+    assert sorted(listed) == sorted(lm_cli.COMMANDS)
+    for line in re.findall(r"^lavit-lm (.*)$", README, re.MULTILINE):
+        assert line.split()[0] in lm_cli.COMMANDS
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/data_path.md", "docs/sequences.md"])
 def test_links_lead_somewhere(name: str) -> None:
     path = ROOT / name
     links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()) if "://" not in link]
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-def test_files_named_in_the_data_path_exist() -> None:
-    named = set(re.findall(r"\b([a-z_]+\.py)\b", (ROOT / "docs/data_path.md").read_text()))
+@pytest.mark.parametrize(("page", "house"), [("data_path", "lavit_tok"), ("sequences", "lavit_lm")])
+def test_files_named_in_the_data_path_exist(page: str, house: str) -> None:
+    named = set(re.findall(r"\b([a-z_]+\.py)\b", (ROOT / f"docs/{page}.md").read_text()))
     assert len(named) > 12
-    assert [name for name in sorted(named) if not (ROOT / "lavit_tok" / name).is_file()] == []
+    found = {path.name for path in (ROOT / house).rglob("*.py")}
+    assert sorted(named - found) == []
 
 
 def test_constraints_pin_every_dependency_within_its_range() -> None:

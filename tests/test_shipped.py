@@ -31,7 +31,7 @@ def test_encodes_in_different_numbers_of_codes(tokenizer: VisualTokenizer, codes
     assert int(codes.lengths.min()) >= 1
     assert 0.1 * patches < codes.lengths.double().mean() < 0.7 * patches
     assert len(set(codes.lengths.tolist())) > 3
-    assert len(codes.values.unique()) > len(codes.values) / 8  # 31 of 131 seen; a collapsed codebook gives a handful
+    assert len(codes.values.unique()) > len(codes.values) / 4  # a collapsed codebook gives a handful
     assert tokenizer.encode(photographs()).to_list() == codes.to_list()
 
 
@@ -40,7 +40,6 @@ def test_a_flat_picture_needs_fewer_codes(tokenizer: VisualTokenizer, codes: Vis
     assert int(flat.lengths[0]) < codes.lengths.double().mean()
 
 
-@pytest.mark.xfail(strict=True, reason="the first shipped model: 7 of 8 (docs/log.md says what it lost)")
 def test_codes_tell_the_features(tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
     """Reconstructed features fit their own picture better than any other, patch by patch on average."""
     features = tokenizer.features(tokenizer.preprocess(photographs()))
@@ -50,7 +49,6 @@ def test_codes_tell_the_features(tokenizer: VisualTokenizer, codes: VisualCodes)
     assert torch.equal(similar.argmax(1), torch.arange(len(codes)))
 
 
-@pytest.mark.xfail(strict=True, reason="the first shipped model loses layout: correlation 0.23 (docs/log.md)")
 def test_pixels_resemble_the_picture(tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
     """At 8 x 8 pixels, a drawn picture correlates with its original, and far more than with the others."""
     decoder = PixelDecoder.from_pretrained("default")

@@ -1,0 +1,70 @@
+"""The language model before training: read or made new, with rows for image tokens, with adapters, sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lavit_lm.embeddings import extend_model
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.vocabulary import VisualVocabulary, VocabularyError
+
+
+def load_lm(source: str | dict[str, Any], lexicon: Lexicon, own: int, rows_are_new: bool, seed: int) -> Any:
+    """A causal LM with rows for the image tokens, float32.
+
+    Args:
+        source: directory or Hub id, or the JSON of a `transformers` config for a new one.
+        lexicon: its text tokenizer, extended.
+        own: ids of the text tokenizer before that.
+        rows_are_new: whether the image tokens' rows are to be drawn; False where they were trained already.
+        seed: draws them, and the weights of a new LM.
+
+    Raises:
+        VocabularyError: an LM that has no rows for image tokens that its tokenizer has.
+    """
+    if isinstance(source, str):
+        lm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+    else:
+        special = {f"{n}_token_id": getattr(lexicon.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+        config = AutoConfig.for_model(**{**source, "vocab_size": own, **special})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lm = AutoModelForCausalLM.from_config(config)
+    vocabulary = lexicon.vocabulary
+    if rows_are_new or not isinstance(source, str):
+        extend_model(lm, vocabulary.begin, vocabulary.stop, torch.Generator().manual_seed(seed))
+    elif lm.get_input_embeddings().num_embeddings < vocabulary.stop:
+        rows = lm.get_input_embeddings().num_embeddings
+        raise VocabularyError(
+            f"the text tokenizer has ids up to {vocabulary.stop - 1}, the LM {source} only {rows} rows: name the "
+            "tokenizer it had before it got image tokens, or an LM that was trained with them"
+        )
+    return lm
+
+
+def with_lora(lm: Any, vocabulary: VisualVocabulary, settings: dict[str, Any]) -> Any:
+    """The LM frozen, with peft's adapters; the image tokens' rows are trained beside them."""
+    from peft import LoraConfig, get_peft_model
+
+    new = list(range(vocabulary.begin, vocabulary.stop))
+    names = {id(module): name for name, module in lm.named_modules()}
+    tables = [lm.get_input_embeddings()]
+    if lm.get_output_embeddings().weight is not tables[0].weight:
+        tables.append(lm.get_output_embeddings())
+    rows = {names[id(table)].rsplit(".", 1)[-1]: new for table in tables}
+    return get_peft_model(lm, LoraConfig(**{"task_type": "CAUSAL_LM", "trainable_token_indices": rows, **settings}))
+
+
+def shard(model: SequenceModel, mesh: Any) -> None:
+    """FSDP2: each block of the LM its own unit, all the rest (embeddings, norm, head, bridge) one more."""
+    from torch.distributed.fsdp import fully_shard
+
+    stacks = [m for m in model.causal.base_model.modules() if isinstance(m, nn.ModuleList)]
+    for block in max(stacks, key=len):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
