@@ -19,7 +19,7 @@ from metrics import feature_mean, plain_and_centred
 from torch import Tensor
 
 from lavit_tok import VisualTokenizer
-from lavit_tok.selector import Budget, keep_by_budget, ordered_noise, ranking
+from lavit_tok.selector import Budget, keep_by_budget, keep_scores, ordered_noise
 
 LEARNED, ACROSS, OWN = "learned", "learned, across the batch", "learned, no budget"
 NORM, EVEN, RANDOM = "top norm", "even pattern", "random"
@@ -54,7 +54,7 @@ def measure(
     found: dict[tuple[str, int | None], dict[int, dict[str, list[Tensor]]]] = {}
     for batch in batches:
         features = tokenizer.features(tokenizer.preprocess(batch))
-        scores = ranking(tokenizer.score(features), tokenizer.config.dither)
+        scores = keep_scores(tokenizer.score(features))
         for method, budget, seed, keep in selections(features, scores, budgets, generators):
             codes = tokenizer.quantize(tokenizer.project(tokenizer.merge(features, keep)), keep.sum(1))
             values = plain_and_centred(features, tokenizer.reconstruct(codes), mean)

@@ -25,16 +25,22 @@ def load_lm(source: str | dict[str, Any], lexicon: Lexicon, own: int, rows_are_n
         seed: draws them, and the weights of a new LM.
 
     Raises:
+        ValueError: a directory or config that is no causal LM of `transformers`.
         VocabularyError: an LM that has no rows for image tokens that its tokenizer has.
     """
-    if isinstance(source, str):
-        lm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-    else:
-        special = {f"{n}_token_id": getattr(lexicon.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-        config = AutoConfig.for_model(**{**source, "vocab_size": own, **special})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            lm = AutoModelForCausalLM.from_config(config)
+    try:
+        if isinstance(source, str):
+            lm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        else:
+            special = {f"{n}_token_id": getattr(lexicon.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+            config = AutoConfig.for_model(**{**source, "vocab_size": own, **special})
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                lm = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        named = source if isinstance(source, str) else source.get("model_type", "a config without model_type")
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"lm: expected a causal LM of transformers, got {named!r}: {reason}") from None
     vocabulary = lexicon.vocabulary
     if rows_are_new or not isinstance(source, str):
         extend_model(lm, vocabulary.begin, vocabulary.stop, torch.Generator().manual_seed(seed))

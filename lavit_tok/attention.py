@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 EPS = 1e-6
 EXPONENT_CAP = 30.0  # exp(30) is far below float32's maximum; only forbidden keys can reach it
+SCORES = 2**22  # at a time where a formula is written out: 16 MB, which stays near the processor
 Formula = Literal["strict", "compat"]
 
 
@@ -41,6 +42,12 @@ def attend(
         # A row of -inf only would be NaN: let it see everything, then zero it.
         empty = ~policy.any(-1, keepdim=True)
         return _fused(q, k, v, policy | empty).masked_fill(empty, 0)
+    batch, heads, queries, _ = q.shape
+    step = max(1, SCORES // max(1, heads * queries * k.shape[2]))
+    if batch > step and not torch.is_grad_enabled():  # the same numbers, a few images at a time
+        policies = policy.expand(batch, -1, -1, -1).split(step)
+        parts = zip(q.split(step), k.split(step), v.split(step), policies, strict=True)
+        return torch.cat([attend(*part, formula) for part in parts])
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     return masked_softmax(scores.float(), policy.float(), formula).to(v.dtype) @ v
 

@@ -56,10 +56,11 @@ def keep_scores(log_probs: Float[Tensor, "batch patches 2"]) -> Float[Tensor, "b
     return log_probs[..., KEEP] - log_probs[..., DROP]
 
 
-def ranking(log_probs: Float[Tensor, "batch patches 2"], dither: bool = False) -> Float[Tensor, "batch patches"]:
-    """The scores by which patches are kept without sampling: keep_scores, and ordered_noise on them with `dither`."""
+def dithered(log_probs: Float[Tensor, "batch patches 2"], times: int = 1) -> Float[Tensor, "batch patches 2"]:
+    """Log-probabilities with ordered_noise added to every image's keep scores; times=-1 takes it off again."""
     scores = keep_scores(log_probs)
-    return scores + ordered_noise(scores.shape[1]).to(scores.device) if dither else scores
+    scores = scores + times * ordered_noise(scores.shape[1]).to(scores.device)
+    return torch.stack([F.logsigmoid(scores), F.logsigmoid(-scores)], dim=-1)
 
 
 @lru_cache(maxsize=8)
@@ -100,12 +101,12 @@ def select(
             fewer patches); a fraction in (0, 1] keeps that share of the batch's patches, where scores are highest.
         sample: draw Gumbel noise onto the scores first, as in training; needs a generator to be repeatable.
         generator: source of that noise.
-        dither: put ordered_noise on the scores where nothing is sampled; False as published.
+        dither: the log-probabilities are dithered; where noise is sampled, the fixed one is taken off first.
 
     Raises:
         ValueError: a budget that is no positive int or fraction, or NaN scores.
     """
-    scores = ranking(log_probs, dither and not sample)
+    scores = keep_scores(dithered(log_probs, -1) if dither and sample else log_probs)
     if bool(scores.isnan().any()):
         raise ValueError("keep scores hold NaN, as do this batch's pixels or features: the mask would be arbitrary")
     if sample:

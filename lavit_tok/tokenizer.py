@@ -139,8 +139,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return self.encoder(pixels)
 
     def score(self, features: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch patches 2"]:
-        """Log-probabilities, float32: index 0 keep, index 1 drop."""
-        return self.selector(features)
+        """Log-probabilities, float32: index 0 keep, index 1 drop; with config.dither its fixed pattern is in them."""
+        log_probs = self.selector(features)
+        return selector_room.dithered(log_probs) if self.config.dither else log_probs
 
     def select(
         self,

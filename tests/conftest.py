@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.selector import ranking
+from lavit_tok.selector import keep_scores
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def tiny_tokenizer(tiny_config: TokenizerConfig, photos: list[Path]) -> VisualTo
         tokenizer = VisualTokenizer(tiny_config)
     with torch.no_grad():
         tokenizer.selector.judge[-1].weight *= 50
-        scores = ranking(tokenizer.score(tokenizer.features(tokenizer.preprocess(photos))), tiny_config.dither)
+        scores = keep_scores(tokenizer.score(tokenizer.features(tokenizer.preprocess(photos))))
     tokenizer.selector.shift(-float(scores.flatten().quantile(2 / 3)))
     return tokenizer
 

@@ -146,3 +146,15 @@ def test_low_precision_stays_close_and_in_its_type():
     trained = q.clone().requires_grad_()
     attend(trained, k, v, random_policy(1, 1, 6, 6)).sum().backward()
     assert trained.grad is not None and trained.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_few_images_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch, shared: bool):
+    q, k, v = noise(5, 2, 3, 4, seed=1), noise(5, 2, 6, 4, seed=2), noise(5, 2, 6, 4, seed=3)
+    policy = random_policy(1 if shared else 5, 1, 1 if shared else 3, 6)
+    with torch.no_grad():
+        together = attend(q, k, v, policy, "compat")
+        monkeypatch.setattr("lavit_tok.attention.SCORES", 2 * 2 * 3 * 6)  # two images
+        assert torch.equal(attend(q, k, v, policy, "compat"), together)
+        monkeypatch.setattr("lavit_tok.attention.SCORES", 1)
+        assert torch.equal(attend(q, k, v, policy, "compat"), together)

@@ -189,6 +189,9 @@ def test_what_does_not_fit_together(folder: Path, tmp_path: Path):
     VisualTokenizer(config).save_pretrained(folder / "other")
     with pytest.raises(ShardError, match="these codes index another codebook"):
         trainer(folder, 1, []).fit(module(folder, visual_tokenizer=str(folder / "other")), data(folder))
+    for lm in ({"model_type": "nonsense"}, {"hidden_size": 8}, {"model_type": "vit"}, str(folder / "text")):
+        with pytest.raises(ValueError, match="lm: expected a causal LM of transformers, got"):
+            module(folder, lm=lm, text_tokenizer=str(folder / "text")).configure_model()
     tokenizer = small_tokenizer("llama")
     VisualVocabulary.extend(tokenizer, None, 5)
     tokenizer.save_pretrained(folder / "five")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lavit_tok.selector import (
     Selector,
+    dithered,
     keep_by_budget,
     keep_scores,
     logistic_noise,
@@ -256,13 +257,15 @@ def test_alike_patches_are_kept_evenly():
     share = 0.3
     log_probs = torch.tensor([share, 1 - share]).log().expand(1, 64, 2)
     assert select(log_probs).sum() == 1
-    keep = select(log_probs, dither=True).view(8, 8)
+    even = dithered(log_probs)
+    assert torch.allclose(even.exp().sum(-1), torch.ones(1, 64))
+    assert torch.allclose(dithered(even, -1), log_probs, atol=1e-5)
+    keep = select(even).view(8, 8)
     assert abs(float(keep.float().mean()) - share) <= 1 / 64
     quarters = [int(keep[r : r + 4, c : c + 4].sum()) for r in (0, 4) for c in (0, 4)]
     assert max(quarters) - min(quarters) <= 1
-    assert select(log_probs, 16, dither=True).sum() == 16
-    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    drawn = [
-        select(log_probs, sample=True, generator=g, dither=d) for g, d in zip(generators, (True, False), strict=True)
-    ]
-    assert torch.equal(*drawn), "where noise is drawn, the pattern is not added"
+    best = keep_scores(even)[0].topk(16).indices.sort().values
+    assert torch.equal(select(even, 16)[0].nonzero().flatten(), best), "a budget takes the highest scores"
+    first, second = (torch.Generator().manual_seed(0) for _ in range(2))
+    drawn = select(even, sample=True, generator=first, dither=True)
+    assert torch.equal(drawn, select(log_probs, sample=True, generator=second)), "noise that is drawn takes its place"

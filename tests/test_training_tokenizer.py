@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.selector import ranking, straight_through
+from lavit_tok.selector import keep_scores, straight_through
 from lavit_tok.training.common import Recent, step_generator, warmup_cosine
 from lavit_tok.training.data import ImageDataModule
 from lavit_tok.training.tokenizer import TokenizerTraining
@@ -152,7 +152,7 @@ def test_chain_train_save_load_encode_reconstruct(
     codes = loaded.encode(photos)
     assert len(codes) == len(photos) and int(codes.lengths.min()) >= 1
     assert loaded.reconstruct(codes).shape == (len(photos), 16, 32)
-    scores = ranking(loaded.score(loaded.features(loaded.preprocess(photos))), loaded.config.dither)
+    scores = keep_scores(loaded.score(loaded.features(loaded.preprocess(photos))))
     assert torch.equal(codes.keep, (scores > 0) | torch.nn.functional.one_hot(scores.argmax(1), 16).bool())
 
 

@@ -30,7 +30,7 @@ from lavit_tok.encoder import VisionEncoder
 from lavit_tok.images import normalise
 from lavit_tok.quantizer import TrainingCodebook, Usage, spherical_kmeans, usage
 from lavit_tok.records import Layout
-from lavit_tok.selector import keep_by_budget, ranking, straight_through
+from lavit_tok.selector import dithered, keep_by_budget, keep_scores, straight_through
 from lavit_tok.tokenizer import VisualTokenizer
 from lavit_tok.training.common import Recent, logged_picture, step_generator, warmup_cosine
 from lavit_tok.visualize import kept_overlay, sheet
@@ -176,12 +176,13 @@ class TokenizerTraining(L.LightningModule):
         features = self.features(batch["images"])
         log_probs = self.tokenizer.score(features)
         if int(self.stage) < 2:
-            self.recent_scores.add(ranking(log_probs, self.tokenizer.config.dither).flatten())
+            self.recent_scores.add(keep_scores(log_probs).flatten())
         learning = int(self.stage) == 0 or s.selector_after == "live"
         if learning:
             sampled = int(self.stage) == 0
             share = s.rho if s.hold_ratio and sampled else None
-            policy = straight_through(log_probs, generator, sampled, s.temperature, share)
+            raw = dithered(log_probs, -1) if self.tokenizer.config.dither and sampled else log_probs
+            policy = straight_through(raw, generator, sampled, s.temperature, share)
             keep = policy.detach() > 0.5
             reconstructed, codes, commitment = self._dense(features, policy, keep)
             ratio_loss = (s.rho - policy.mean()).square()
@@ -189,7 +190,7 @@ class TokenizerTraining(L.LightningModule):
             budget = None
             if torch.rand((), generator=generator, device=self.device) < s.budget_share:
                 budget = 0.08 + 0.72 * float(torch.rand((), generator=generator, device=self.device))
-            keep = keep_by_budget(ranking(log_probs, self.tokenizer.config.dither) + self._calibrate(), budget)
+            keep = keep_by_budget(keep_scores(log_probs) + self._calibrate(), budget)
             reconstructed, codes, commitment = self._ragged(features, keep)
             ratio_loss = torch.zeros((), device=self.device)
         with torch.no_grad():
