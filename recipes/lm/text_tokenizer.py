@@ -1,6 +1,6 @@
 """The text tokenizer of the default language model: byte-level BPE of the training split's captions.
 
-    python recipes/lm/text_tokenizer.py --shards runs/lm/shards --out runs/lm/text
+python recipes/lm/text_tokenizer.py --shards runs/lm/shards --out runs/lm/text
 """
 
 from __future__ import annotations
