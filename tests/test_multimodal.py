@@ -158,6 +158,8 @@ def test_directories_that_are_refused(directory: Path, tmp_path: Path):
         MultimodalLM.from_pretrained(directory)
     with pytest.raises(WeightsError, match="neither a directory nor a Hub id"):
         MultimodalLM.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(WeightsError, match="no language model ships with this version"):
+        MultimodalLM.from_pretrained("default")
 
 
 def test_impossible_requests(lm: MultimodalLM, photos: list[Path]):
