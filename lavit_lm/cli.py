@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lavit_tok.cli import BAD_INPUT, Command, Parser, positive, run_command, seed
+from lavit_tok.cli import Command, positive, run_command, seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,8 +65,6 @@ COMMANDS: dict[str, Command] = {
     "caption": Command("a line of text for each picture", "lavit_lm.commands:caption", _caption_arguments),
     "export": Command("a plain transformers directory", "lavit_lm.commands:export", _export_arguments),
 }
-
-__all__ = ["BAD_INPUT", "COMMANDS", "Parser", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lavit_lm.lexicon import Lexicon
+from lavit_lm.packing import fed_pictures
 from lavit_lm.segments import Row
 from lavit_lm.sequence_model import SequenceModel
 
@@ -189,8 +190,7 @@ class _Decoding:
         for i, row in enumerate(rows):
             place = slice(length - len(row), length)
             ids[i, place], fed[i, place], self.mask[i, place] = row.ids.to(self.device), row.fed.to(self.device), 1
-        shown = [row for row in rows if len(row.pictures)] or [rows[0]]
-        pictures, kept = torch.cat([r.pictures for r in shown]), torch.cat([r.kept for r in shown])
+        pictures, kept = fed_pictures(rows)
         self.embedded = model.embed(ids, fed, pictures.to(self.device), kept.to(self.device))
         self.cache = DynamicCache(config=model.causal.config) if cached else None
 

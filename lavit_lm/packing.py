@@ -86,6 +86,14 @@ def plan(lengths: Sequence[int], block: int) -> list[list[int]]:
     return blocks
 
 
+def fed_pictures(rows: Sequence[Row]) -> tuple[UInt8[Tensor, "k 3 h w"], Bool[Tensor, "k patches"]]:
+    """(pictures, kept) of all rows, in order: what a bridge makes the vectors of their fed places from."""
+    fed = [row for row in rows if row.images]
+    pictures = torch.cat([row.pictures for row in fed]) if fed else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
+    kept = torch.cat([row.kept for row in fed]) if fed else torch.zeros(0, 0, dtype=torch.bool)
+    return pictures, kept
+
+
 def pack(blocks: Sequence[Sequence[Row]], length: int, pad: int) -> Packed:
     """The rows of each block, laid out one after another.
 
@@ -118,9 +126,7 @@ def pack(blocks: Sequence[Sequence[Row]], length: int, pad: int) -> Packed:
                 flag[b, place] = getattr(row, name)
             start += len(row)
         positions[b, start:] = torch.arange(length - start)
-    fed = [row for rows in blocks for row in rows if row.images]
-    pictures = torch.cat([row.pictures for row in fed]) if fed else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
-    kept = torch.cat([row.kept for row in fed]) if fed else torch.zeros(0, 0, dtype=torch.bool)
+    pictures, kept = fed_pictures([row for rows in blocks for row in rows])
     keys = tuple(tuple(row.key for row in rows) for rows in blocks)
     return Packed(
         ids, roles, **flags, pictures=pictures, kept=kept, documents=documents, positions=positions, keys=keys
