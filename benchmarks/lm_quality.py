@@ -89,7 +89,7 @@ def code_nats(lm: MultimodalLM, codes: VisualCodes, captions: Sequence[str] | No
         chosen = order[start : start + batch_size]
         batch = pad([rows[i] for i in chosen], lm.lexicon.pad).to(lm.device)
         before, at = sources(batch, (batch.roles == Role.VISUAL) | (batch.roles == Role.END))
-        logits = lm.model.head(lm.model.states(batch).flatten(0, 1)[before]).float()
+        logits = lm.model.head(lm.model.see(batch).states.flatten(0, 1)[before]).float()
         nats = F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none").double().cpu()
         row = torch.tensor(chosen)[torch.div(at, batch.ids.shape[1], rounding_mode="floor").cpu()]
         found.index_put_((row, (batch.roles.flatten()[at] == Role.END).long().cpu()), nats, accumulate=True)

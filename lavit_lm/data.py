@@ -44,8 +44,8 @@ class LanguageDataModule(LightningDataModule):
         num_workers: loading processes per device.
         seed: fixes order and draws.
         splits: names of the training, validation and test split in the shards.
-        pictures: the data set that the shards were made from (path or Hub name), for a module that is fed pictures as
-            vectors; each is opened only when a row really feeds it.
+        pictures: the data set that the shards were made from (path or Hub name), for an objective that feeds pictures
+            as vectors; each is opened only when a row really feeds it.
     """
 
     def __init__(
@@ -76,16 +76,17 @@ class LanguageDataModule(LightningDataModule):
 
         Raises:
             ShardError: shards of another tokenizer than the module's, or pictures that the shards were not made from.
-            ValueError: a module that is fed pictures without any being named, or the other way round.
+            ValueError: an objective that reads pictures without any being named, or the other way round.
         """
         module: Any = self.trainer.lightning_module
-        if module.settings.continuous and self.pictures is None:
+        name = module.objective.name
+        if module.objective.reads_pictures and self.pictures is None:
             raise ValueError(
-                "continuous: images before text are fed as vectors of their pictures, which the shards do not hold; "
-                f"give data.pictures, the data set that {self.shards} was made from"
+                f"{name}: images are fed as vectors of their pictures, which the shards do not hold; give "
+                f"data.pictures, the data set that {self.shards} was made from"
             )
-        if self.pictures is not None and not module.settings.continuous:
-            raise ValueError("data.pictures: they are read only by a model with continuous=True, got continuous=False")
+        if self.pictures is not None and not module.objective.reads_pictures:
+            raise ValueError(f"data.pictures: the objective {name}, as it is set, reads codes and no pictures")
         if stage == "fit":
             layout = Layout(self._samples(self.splits[0], self._texts()), module.objective, module.lexicon, self.seed)
             sizes = self.block, self.batch_size, self.window

@@ -1,8 +1,8 @@
 """A trained model as a directory, and back. Plain `transformers` can load it; two more files say what the codes are.
 
 config.json, model.safetensors, tokenizer.json, ...     the LM and its text tokenizer
-lavit_lm.json                                           which visual tokenizer, and the fingerprint of its codebook
-bridge.safetensors                                      the continuous path, where there is one
+lavit_lm.json                                           the objective, the visual tokenizer, its codebook's fingerprint
+parts.safetensors                                       bridge and regression head, where the objective has them
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lavit_lm.bridge import ContinuousBridge
 from lavit_lm.lexicon import Lexicon
+from lavit_lm.objectives import by_name
+from lavit_lm.objectives.objective import Objective
 from lavit_lm.sequence_model import SequenceModel
 from lavit_tok import VisualTokenizer, WeightsError
 
@@ -30,6 +34,7 @@ def save_model(
     out: str | Path,
     model: SequenceModel,
     lexicon: Lexicon,
+    objective: Objective,
     visual_tokenizer: str,
     fingerprint: str,
     dtype: torch.dtype | None = None,
@@ -46,16 +51,15 @@ def save_model(
     out = target.with_name(f".{target.name}.new")
     shutil.rmtree(out, ignore_errors=True)
     export(model.lm, lexicon.tokenizer, out, dtype)
-    if model.bridge is not None:
-        tensors = {name: t.detach().cpu().to(dtype or t.dtype) for name, t in model.bridge.state_dict().items()}
-        save_file(tensors, out / "bridge.safetensors")
+    if tensors := {name: t.detach().cpu().to(dtype or t.dtype) for name, t in _parts(model).state_dict().items()}:
+        save_file(tensors, out / "parts.safetensors")
     values = {
         "format": FORMAT,
         "version": VERSION,
         "visual_tokenizer": visual_tokenizer,
         "fingerprint": fingerprint,
         "codebook_size": lexicon.vocabulary.codebook_size,
-        "continuous": model.bridge is not None,
+        "objective": {"name": objective.name, **asdict(objective)},  # type: ignore[call-overload]
     }
     (out / "lavit_lm.json").write_text(json.dumps(values, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
@@ -74,12 +78,14 @@ def load_model(
     visual_tokenizer: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> tuple[SequenceModel, Lexicon, VisualTokenizer]:
+    objective: Objective | None = None,
+) -> tuple[SequenceModel, Lexicon, VisualTokenizer, Objective]:
     """Read the directory.
 
     Args:
         name: "default", a directory, or a Hub id.
         visual_tokenizer: where its visual tokenizer is, if not where lavit_lm.json says.
+        objective: what it was trained with, if that is none of this library's.
 
     Raises:
         WeightsError: files or tensors that are missing, unexpected or mis-shaped, or another tokenizer's codebook.
@@ -100,15 +106,35 @@ def load_model(
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
         raise WeightsError(f"{directory}: tensors do not fit the config, and would be left out or made up: {wrong}")
-    bridge = None
-    if values["continuous"]:
-        bridge = ContinuousBridge(visual, lm.config.get_text_config().hidden_size)
-        try:
-            bridge.load_state_dict(load_file(directory / "bridge.safetensors"))
-        except (OSError, RuntimeError) as error:
-            raise WeightsError(f"{directory}/bridge.safetensors: {error}") from None
-    model = SequenceModel(lm, bridge).to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return model, Lexicon.of(tokenizer), visual
+    objective = objective or _objective(directory, values["objective"])
+    model = SequenceModel(lm, *objective.parts(visual, lm.config.get_text_config().hidden_size))
+    parts, file = _parts(model), directory / "parts.safetensors"
+    try:
+        parts.load_state_dict(load_file(file) if file.exists() else {})
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"{file}: {error}") from None
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return model, Lexicon.of(tokenizer), visual, objective
+
+
+def _parts(model: SequenceModel) -> nn.ModuleDict:
+    """What the model has beside its LM."""
+    parts = {"bridge": model.bridge, "regressor": model.regressor}
+    return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+
+
+def _objective(directory: Path, values: Any) -> Objective:
+    """The objective and its settings as lavit_lm.json says."""
+    settings = {name: value for name, value in values.items() if name != "name"}
+    try:
+        return by_name(values["name"])(**settings)
+    except KeyError:
+        raise WeightsError(
+            f"{directory}: trained with the objective {values.get('name')!r}, which this library does not have: give "
+            "it as objective="
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{directory}/lavit_lm.json: objective {values}: {error}") from None
 
 
 def _directory(name: str | os.PathLike[str]) -> Path:
@@ -131,7 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read: {error}") from None
-    wanted = {"visual_tokenizer", "fingerprint", "codebook_size", "continuous"}
+    wanted = {"visual_tokenizer", "fingerprint", "codebook_size", "objective"}
     missing = wanted - set(values) if isinstance(values, dict) else wanted
     if missing or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise WeightsError(

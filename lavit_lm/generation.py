@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from transformers import DynamicCache
 
 from lavit_lm.lexicon import Lexicon
-from lavit_lm.packing import fed_pictures
 from lavit_lm.segments import Row
 from lavit_lm.sequence_model import SequenceModel
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One for all rows, which then get seeds of their own, or one for each."""
 
 
 @dataclass(frozen=True)
@@ -146,21 +145,12 @@ def continue_rows(
     if guided and (unconditional is None or len(unconditional) != len(prompts)):
         raise ValueError("guidance needs an unconditional row for each prompt")
     rows = [*prompts, *(unconditional or [])] if guided else list(prompts)
-    if min(map(len, rows)) == 0:
-        raise ValueError("a prompt of no places: nothing stands there from which to go on")
-    room = getattr(model.causal.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, rows))
-    if room is not None and longest + rule.most > room:
-        raise ValueError(
-            f"a prompt of {longest} places and an answer of up to {rule.most} exceed the model's context of {room}: "
-            "shorten the prompt or ask for less"
-        )
-    state = _Decoding(model, rows, lexicon.pad, cached)
-    generators = _per_row(generator, len(prompts))
+    state = model.decoding(rows, lexicon.pad, rule.most, cached)
+    generators = per_row(generator, len(prompts))
     stops = torch.tensor(rule.stops(lexicon), device=state.device)
     said: list[list[int]] = [[] for _ in prompts]
     open_rows = torch.ones(len(prompts), dtype=torch.bool, device=state.device)
-    logits = state.prefill()
+    logits = model.head(state.prefill()).float()
     words = rule.words(lexicon, logits.shape[1], state.device)
     for step in range(rule.most + (rule.kind == "image")):  # an image's end comes after its last code
         if guided:
@@ -173,51 +163,12 @@ def continue_rows(
         open_rows &= ~torch.isin(drawn, stops)
         if not bool(open_rows.any()):
             break
-        logits = state.step(torch.cat([drawn, drawn]) if guided else drawn)
+        logits = model.head(state.say(torch.cat([drawn, drawn]) if guided else drawn)).float()
     return said
 
 
-class _Decoding:
-    """Left-padded rows in a model: prefill once, then one id a row and step."""
-
-    def __init__(self, model: SequenceModel, rows: Sequence[Row], pad: int, cached: bool) -> None:
-        self.model, self.cached = model, cached
-        self.device = model.causal.get_input_embeddings().weight.device
-        length = max(map(len, rows))
-        ids = torch.full((len(rows), length), pad, device=self.device)
-        fed = torch.zeros(len(rows), length, dtype=torch.bool, device=self.device)
-        self.mask = torch.zeros(len(rows), length, dtype=torch.int64, device=self.device)
-        for i, row in enumerate(rows):
-            place = slice(length - len(row), length)
-            ids[i, place], fed[i, place], self.mask[i, place] = row.ids.to(self.device), row.fed.to(self.device), 1
-        pictures, kept = fed_pictures(rows)
-        self.embedded = model.embed(ids, fed, pictures.to(self.device), kept.to(self.device))
-        self.cache = DynamicCache(config=model.causal.config) if cached else None
-
-    def prefill(self) -> Float[Tensor, "b v"]:
-        return self._forward(self.embedded)
-
-    def step(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b v"]:
-        new = self.model.causal.get_input_embeddings()(ids)[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
-        if self.cache is not None:
-            return self._forward(new)
-        self.embedded = torch.cat([self.embedded, new], 1)
-        return self._forward(self.embedded)
-
-    def _forward(self, embedded: Float[Tensor, "b l d"]) -> Float[Tensor, "b v"]:
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -embedded.shape[1] :]
-        output: Any = self.model.causal.base_model(
-            inputs_embeds=embedded,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=self.cached,
-        )
-        return self.model.head(output.last_hidden_state[:, -1]).float()
-
-
-def _per_row(generator: Generators, rows: int) -> list[torch.Generator | None]:
+def per_row(generator: Generators, rows: int) -> list[torch.Generator | None]:
+    """A generator for each row. Raises ValueError for another number of them."""
     if generator is None:
         return [None] * rows
     if isinstance(generator, torch.Generator):

@@ -21,8 +21,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from lavit_lm.packing import Packed
-
 
 def visible(documents: Int64[Tensor, "b l"], prefix: Bool[Tensor, "b l"] | None = None) -> Bool[Tensor, "b l l"]:
     """True where the row's place may see the column's."""
@@ -35,7 +33,7 @@ def visible(documents: Int64[Tensor, "b l"], prefix: Bool[Tensor, "b l"] | None 
 
 
 def model_mask(
-    model: Any, batch: Packed, dtype: torch.dtype
+    model: Any, documents: Int64[Tensor, "b l"], prefix: Bool[Tensor, "b l"], dtype: torch.dtype
 ) -> Bool[Tensor, "b 1 l l"] | Float[Tensor, "b 1 l l"] | None:
     """The mask as a `transformers` model takes it.
 
@@ -48,20 +46,19 @@ def model_mask(
     """
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and window < batch.ids.shape[1]:
+    if window is not None and window < documents.shape[1]:
         raise ValueError(
-            f"blocks of {batch.ids.shape[1]} places exceed the model's sliding window of {window}: a mask for packed "
+            f"blocks of {documents.shape[1]} places exceed the model's sliding window of {window}: a mask for packed "
             "rows would switch the window off; use blocks no longer than it"
         )
     kernel = config._attn_implementation
-    prefix = batch.prefix if bool(batch.prefix.any()) else None
     if "flash" in kernel:
-        if prefix is not None:
+        if bool(prefix.any()):
             raise ValueError(f"attention kernel {kernel!r} is causal only: a prefix mask needs 'sdpa' or 'eager'")
         return None
     if kernel not in ("sdpa", "eager"):
         raise ValueError(f"attention kernel: expected 'sdpa', 'eager' or a flash kernel, got {kernel!r}")
-    seen = visible(batch.documents, prefix)[:, None]
+    seen = visible(documents, prefix if bool(prefix.any()) else None)[:, None]
     if kernel == "sdpa":
         return seen
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

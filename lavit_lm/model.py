@@ -15,11 +15,13 @@ from torch import Tensor
 from lavit_lm.files import load_model
 from lavit_lm.generation import Generators, Rule, Sampling, continue_rows
 from lavit_lm.lexicon import Lexicon
+from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.objectives.losses import log_likelihood
+from lavit_lm.objectives.objective import Objective
 from lavit_lm.packing import pad
-from lavit_lm.segments import Image, Role, Row, RowBuilder
+from lavit_lm.segments import Image, Row, Segment, Text
 from lavit_lm.sequence_model import SequenceModel
-from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
+from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer, to_uint8
 
 Prompt = str | Sequence[Any]
 """Text, or a list of texts and pictures: anything VisualTokenizer.encode takes, files as pathlib.Path since a string is
@@ -36,12 +38,19 @@ class MultimodalLM:
         lexicon: its text tokenizer and visual vocabulary.
         visual: the tokenizer whose codes it speaks.
         decoder: codes -> pixels; a name is loaded when first needed, None gives codes only.
+        objective: what it was trained with, which knows how prompts are laid out; LaVIT's by default.
     """
 
     def __init__(
-        self, model: SequenceModel, lexicon: Lexicon, visual: VisualTokenizer, decoder: PixelDecoder | str | None = None
+        self,
+        model: SequenceModel,
+        lexicon: Lexicon,
+        visual: VisualTokenizer,
+        decoder: PixelDecoder | str | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.model, self.lexicon, self.visual = model.eval(), lexicon, visual
+        self.objective = objective or LaVIT()
         self._decoder = decoder
 
     @classmethod
@@ -53,9 +62,11 @@ class MultimodalLM:
         decoder: str | None = "default",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        objective: Objective | None = None,
     ) -> MultimodalLM:
         """The shipped model, a directory, or a Hub id. Raises WeightsError, see files.load_model."""
-        return cls(*load_model(name, visual_tokenizer, dtype, device), decoder)
+        model, lexicon, visual, objective = load_model(name, visual_tokenizer, dtype, device, objective)
+        return cls(model, lexicon, visual, decoder, objective)
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +124,7 @@ class MultimodalLM:
         guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
         generator: Generators = None,
         *,
-        min_codes: int = 1,
+        min_codes: int | None = None,
         max_codes: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = PICTURE_SAMPLING.top_k,
@@ -126,22 +137,26 @@ class MultimodalLM:
             prompts: see Prompt; pictures in them are read as codes.
             guidance_scale: 1 for none; the unconditional stream is an image without a prompt.
             generator: one for all, or one for each prompt, so that it gives the same in any batch.
-            min_codes, max_codes: of a picture; at most as many as the visual tokenizer has patches.
+            min_codes, max_codes: of a picture; by default what the objective allows, at most as many as the visual
+                tokenizer has patches.
 
         Raises:
-            ValueError: no prompt, or one without room for a picture.
+            ValueError: no prompt, one without room for a picture, or a model that says vectors.
         """
+        if self.objective.paints != "codes":
+            raise ValueError(f"{self.objective.name} says vectors for a picture, no codes: ask for pictures")
         patches = self.visual.config.num_patches
-        most = patches if max_codes is None else max_codes
-        if not 1 <= min_codes <= most <= patches:
-            raise ValueError(f"expected 1 <= min_codes <= max_codes <= {patches}, got {min_codes} and {most}")
-        opened = [self._row(prompt, opened=True, vectors=False) for prompt in prompts]
-        free = self._row([], opened=True)
+        allowed = self.objective.lengths(patches)
+        least, most = (a if given is None else given for a, given in zip(allowed, (min_codes, max_codes), strict=True))
+        if not 1 <= least <= most <= patches:
+            raise ValueError(f"expected 1 <= min_codes <= max_codes <= {patches}, got {least} and {most}")
+        opened = [self._row(_worded(prompt, self.objective.wording.image), "image") for prompt in prompts]
+        free = self._row([], "image")
         said = continue_rows(
             self.model,
             self.lexicon,
             opened,
-            Rule("image", min_codes, most),
+            Rule("image", least, most),
             Sampling(temperature, top_k, top_p, guidance_scale),
             [free] * len(opened),
             generator,
@@ -156,7 +171,8 @@ class MultimodalLM:
     def caption(self, images: Any, max_tokens: int = 64, **sampling: Any) -> Any:
         """A caption; for a list of pictures a list of them. Greedy, unless Sampling's arguments are given."""
         several = isinstance(images, list)
-        prompts = [[_picture(image)] for image in (images if several else [images])]
+        said = self.objective.wording.caption
+        prompts = [[_picture(image), *([said] if said else [])] for image in (images if several else [images])]
         captions = self._text(prompts, max_tokens, **sampling)
         return captions if several else captions[0]
 
@@ -164,12 +180,18 @@ class MultimodalLM:
         self,
         image: Any,
         question: str,
-        template: str = "Question: {question} Answer:",
+        template: str | None = None,
         max_tokens: int = 64,
         **sampling: Any,
     ) -> str:
-        """An answer to a question about one picture; the template is how the model's training data puts questions."""
-        return self._text([[_picture(image), template.format(question=question)]], max_tokens, **sampling)[0]
+        """An answer to a question about one picture.
+
+        Args:
+            template: how the model's training data puts questions, {} for the question; by default as its objective's
+                paper does.
+        """
+        asked = (self.objective.wording.answer if template is None else template).replace("{}", question)
+        return self._text([[_picture(image), asked]], max_tokens, **sampling)[0]
 
     def complete(
         self,
@@ -195,7 +217,7 @@ class MultimodalLM:
         for number in range(max_images + 1):
             kind: Literal["mixed", "text"] = "mixed" if number < max_images else "text"
             chosen = Sampling(**{"temperature": 0.0, **sampling})
-            row = self._row(parts + said)
+            row = self._row(parts + said, "text")
             ids = continue_rows(self.model, self.lexicon, [row], Rule(kind, 0, max_tokens), chosen, None, generator)[0]
             text = self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids)
             said += [text] if text else []
@@ -217,14 +239,10 @@ class MultimodalLM:
         """
         if not candidates:
             raise ValueError("expected at least one candidate, got none")
-        given = self._parts(context)
-        rows = []
-        for candidate in candidates:
-            builder = self._builder(given)
-            self._add(builder, candidate, predict=True, vectors=False)
-            rows.append(builder.add([self.lexicon.stop], Role.TEXT, predict=True).row())
+        given = [self._segment(part) for part in _parts(context)]
+        rows = [self.objective.scored(given, self._segment(c), self.lexicon) for c in candidates]
         batch = pad(rows, self.lexicon.pad).to(self.device)
-        nats = log_likelihood(self.model.states(batch), self.model.head, batch)
+        nats = log_likelihood(self.model.see(batch), batch)
         return nats / batch.predict.sum(1) if per_token else nats
 
     def export(self, out: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -239,52 +257,45 @@ class MultimodalLM:
         self, prompts: Sequence[Prompt], max_tokens: int, generator: Generators = None, **sampling: Any
     ) -> list[str]:
         chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
-        rows = [self._row(prompt) for prompt in prompts]
+        rows = [self._row(prompt, "text") for prompt in prompts]
         said = continue_rows(self.model, self.lexicon, rows, Rule("text", 0, max_tokens), chosen, None, generator)
         return [self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids).strip() for ids in said]
 
-    def _row(self, prompt: Prompt, opened: bool = False, vectors: bool = True) -> Row:
-        builder = self._builder(self._parts(prompt), vectors)
-        if opened:
-            builder.add([self.lexicon.vocabulary.begin], Role.BEGIN)
-        return builder.row()
+    def _row(self, prompt: Prompt, opens: Literal["text", "image"]) -> Row:
+        return self.objective.prompt([self._segment(part) for part in _parts(prompt)], self.lexicon, opens)
 
-    @staticmethod
-    def _parts(prompt: Prompt) -> list[Any]:
-        return [prompt] if isinstance(prompt, str) else list(prompt)
-
-    def _builder(self, parts: list[Any], vectors: bool = True) -> RowBuilder:
-        builder = RowBuilder().add(self.lexicon.start, Role.TEXT)
-        for part in parts:
-            self._add(builder, part, vectors=vectors)
-        return builder
-
-    def _add(self, builder: RowBuilder, part: Any, predict: bool = False, vectors: bool = True) -> None:
+    def _segment(self, part: Any) -> Segment:
+        """A text, or a picture with whatever the objective may read of it."""
         if isinstance(part, str):
-            builder.add(self.lexicon.text(part), Role.TEXT, predict=predict)
-            return
-        image = self._image(part, vectors and self.model.bridge is not None)
-        vocabulary = self.lexicon.vocabulary
-        feed = image if image.picture is not None else None
-        builder.add([vocabulary.begin], Role.BEGIN, predict=predict)
-        builder.add(self.lexicon.codes(image.codes), Role.VISUAL, predict=predict, feed=feed)
-        builder.add([vocabulary.end], Role.END, predict=predict)
-
-    def _image(self, source: Any, vectors: bool) -> Image:
-        if isinstance(source, VisualCodes):
-            if len(source) != 1:
-                raise ValueError(f"expected codes of one picture in a prompt, got {len(source)}")
-            source.check(self.visual.config.codebook_size)
-            return Image(source[0].cpu())
-        from lavit_tok import to_uint8
-
+            return Text(part)
+        if isinstance(part, VisualCodes):
+            if len(part) != 1:
+                raise ValueError(f"expected codes of one picture in a prompt, got {len(part)}")
+            part.check(self.visual.config.codebook_size)
+            return Image(part[0].cpu())
         c = self.visual.config
-        pixels = to_uint8(source, c.image_size, c.crop)
-        codes = self.visual.encode(pixels)
-        if not vectors:
-            return Image(codes[0].cpu())
+        pixels = to_uint8(part, c.image_size, c.crop)
+        if self.objective.paints == "vectors":
+            return Image(picture=pixels[0])
+        least, _ = self.objective.lengths(c.num_patches)
+        codes = self.visual.encode(pixels, budget=None if least == 1 else least)
         assert codes.keep is not None
         return Image(codes[0].cpu(), pixels[0], codes.keep[0].cpu())
+
+
+def _parts(prompt: Prompt) -> list[Any]:
+    return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+def _worded(prompt: Prompt, wording: str) -> list[Any]:
+    """The prompt between the words that the model was trained to paint after."""
+    before, _, after = wording.partition("{}")
+    parts = _parts(prompt)
+    if before:
+        parts = [before + parts[0], *parts[1:]] if parts and isinstance(parts[0], str) else [before, *parts]
+    if after:
+        parts = [*parts[:-1], parts[-1] + after] if parts and isinstance(parts[-1], str) else [*parts, after]
+    return parts
 
 
 def _picture(source: Any) -> Any:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
 
-from lavit_lm.bridge import ContinuousBridge
 from lavit_lm.building import load_lm, shard, with_lora
 from lavit_lm.files import check_free, save_model
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.objectives.losses import Sum
+from lavit_lm.objectives.objective import Objective
 from lavit_lm.packing import Packed
 from lavit_lm.sequence_model import SequenceModel
 from lavit_lm.vocabulary import VisualVocabulary, VocabularyError
@@ -44,18 +44,17 @@ class LanguageModeling(L.LightningModule):
         visual_tokenizer: "default", directory or Hub id: whose codes the shards hold.
         objective: what is laid out and predicted; LaVIT's by default.
         out: where the finished model is saved; None keeps checkpoints only.
-        continuous: feed pictures that stand before text as vectors through a bridge, instead of codes; the data then
-            name the pictures.
         lora: settings of peft's LoraConfig, e.g. {"r": 16, "lora_alpha": 32}; the new rows are trained beside it.
-        lr: peak learning rate of the LM.
+        lr: peak learning rate of the LM and its regression head.
         visual_lr: peak learning rate of the bridge.
+        encoder_lr: peak learning rate of the bridge's own vision encoder, where the objective trains one.
         warmup_steps: linear warm-up, before a cosine.
         min_lr_share: at which share of its peak the cosine ends.
         weight_decay: AdamW's, on matrices only.
         betas: AdamW's.
         checkpoint_blocks: recompute the LM's blocks in the backward pass, for less memory.
         compile: torch.compile the LM.
-        seed: draws the new rows, the weights of a new LM, the bridge's projection and LoRA's adapters.
+        seed: draws the new rows, the weights of a new LM, of the objective's parts and of LoRA's adapters.
     """
 
     def __init__(
@@ -63,12 +62,12 @@ class LanguageModeling(L.LightningModule):
         lm: str | dict[str, Any],
         text_tokenizer: str | None = None,
         visual_tokenizer: str = "default",
-        objective: LaVIT | None = None,
+        objective: Objective | None = None,
         out: str | None = None,
-        continuous: bool = False,
         lora: dict[str, Any] | None = None,
         lr: float = 1e-3,
         visual_lr: float = 1e-4,
+        encoder_lr: float = 1e-5,
         warmup_steps: int = 100,
         min_lr_share: float = 0.1,
         weight_decay: float = 0.1,
@@ -126,12 +125,12 @@ class LanguageModeling(L.LightningModule):
         s = self.settings
         assert self.model is not None
         groups = []
-        for part, lr in ((self.model.lm, s.lr), (self.model.bridge, s.visual_lr)):
-            trained = [p for p in part.parameters() if p.requires_grad] if part is not None else []
+        rates = {"lm": s.lr, "visual": s.visual_lr, "encoder": s.encoder_lr}
+        for part, trained in self.model.trained().items():
             for matrices, decay in ((True, s.weight_decay), (False, 0.0)):
                 parameters = [p for p in trained if (p.ndim >= 2) == matrices]
                 if parameters:
-                    groups.append({"params": parameters, "lr": lr, "weight_decay": decay})
+                    groups.append({"params": parameters, "lr": rates[part], "weight_decay": decay})
         optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=s.betas)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
@@ -205,7 +204,7 @@ class LanguageModeling(L.LightningModule):
                 model = self._sequence_model().to(next(iter(whole.values())).dtype)
                 model.load_state_dict(whole)
         if self.global_rank == 0:
-            save_model(out, model, self.lexicon, self.settings.visual_tokenizer, self.fingerprint)
+            save_model(out, model, self.lexicon, self.objective, self.settings.visual_tokenizer, self.fingerprint)
 
     @property
     def _processes(self) -> int:
@@ -266,8 +265,8 @@ class LanguageModeling(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(s.seed)
             width = lm.config.get_text_config().hidden_size
-            bridge = ContinuousBridge(self.visual, width) if s.continuous else None
+            parts = self.objective.parts(self.visual, width)
             if s.checkpoint_blocks:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
                 lm.train()
-            return SequenceModel(lm if s.lora is None else with_lora(lm, self.lexicon.vocabulary, s.lora), bridge)
+            return SequenceModel(lm if s.lora is None else with_lora(lm, self.lexicon.vocabulary, s.lora), *parts)

@@ -31,7 +31,8 @@ class LogSamples(L.Callback):
     Args:
         every: optimizer steps between two samples.
         pictures: how many held-out pairs, spread evenly over the validation split.
-        decoder: the pixel decoder: "default", directory or Hub id; None logs captions only.
+        decoder: the pixel decoder: "default", directory or Hub id; None logs captions only, as do objectives that say
+            vectors for a picture.
         max_tokens: of a caption.
         guidance_scale: of the language model.
         num_inference_steps: of the pixel decoder.
@@ -76,24 +77,22 @@ class LogSamples(L.Callback):
     def _log(self, trainer: Any, module: Any) -> None:
         pairs = self._pairs(trainer.datamodule.held_out.samples)
         size = module.codebook_size
-        codes = [VisualCodes.from_list([image.codes.tolist()], size) for image, _ in pairs]
         captions = [text for _, text in pairs]
-        lm = MultimodalLM(module.model, module.lexicon, module.visual, self._decoder)
-        shown = [c if i.picture is None else _pixels(i) for c, (i, _) in zip(codes, pairs, strict=True)]
+        lm = MultimodalLM(module.model, module.lexicon, module.visual, self._decoder, module.objective)
+        shown = [VisualCodes.from_list(_codes(i), size) if i.picture is None else _pixels(i) for i, _ in pairs]
         said = lm.caption(shown, self.max_tokens)
         if trainer.is_global_zero:
             lines = ["| caption | the model's |", "| --- | --- |"]
             lines += [f"| {_cell(true)} | {_cell(own)} |" for true, own in zip(captions, said, strict=True)]
             logged_text(module, "captions", "\n".join(lines) + "\n")
-        if self._decoder is None:
+        if self._decoder is None or module.objective.paints != "codes":
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + module.global_step)
         drawn = lm.generate_codes_batch(captions, self.guidance_scale, generator)
         if not trainer.is_global_zero:
             return  # with sharded weights every process had to help, but one draws
         self._decoder = lm.decoder
-        own = [image.codes.tolist() for image, _ in pairs]
-        both = VisualCodes.from_list(own + drawn.to_list(), size)
+        both = VisualCodes.from_list([row for image, _ in pairs for row in _codes(image)] + drawn.to_list(), size)
         images = lm.decoder(both, self.num_inference_steps, generator=generator).images
         logged_picture(module, "generated", _sheet(images[: len(pairs)], images[len(pairs) :]))
 
@@ -129,6 +128,10 @@ def as_in_evaluation(model: nn.Module) -> Iterator[None]:
             part.reshard()
         for module, mode in modes:
             module.training = mode
+
+
+def _codes(image: Image) -> list[list[int]]:
+    return [] if image.codes is None else [image.codes.tolist()]
 
 
 def _pixels(image: Image) -> Any:

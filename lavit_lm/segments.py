@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from typing import TypedDict, Unpack
 
 import torch
 from jaxtyping import Bool, Int8, Int64, UInt8
@@ -52,25 +53,30 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture of a sample: its codes, and the picture itself where a model is fed vectors made from it.
+    """A picture of a sample: its codes, the picture itself where a model is fed vectors made from it, or both.
 
     Args:
-        codes: int64 [n], n >= 1, of one image.
-        picture: uint8 [3 h w], from which a bridge (bridge.py) makes one vector for each code, or a function that opens
+        codes: int64 [n], n >= 1, of one image; None for an objective that knows vectors only.
+        picture: uint8 [3 h w], from which a bridge (bridge.py, resampler.py) makes vectors, or a function that opens
             it, called only once the vectors are needed; None feeds the codes.
-        keep: bool [patches], the patches behind the codes; as many are True as there are codes.
-        learn: whether the model is trained to say its codes.
+        keep: bool [patches], the patches that the bridge makes vectors of; those behind the codes, if there are codes.
+        learn: whether the model is trained to say it.
 
     Raises:
-        ValueError: no codes at all, or a picture without the mask that tells which patches its codes stand for.
+        ValueError: neither codes nor a picture, no codes at all, or a picture without the mask that tells which patches
+            its codes stand for.
     """
 
-    codes: Int64[Tensor, " n"]
+    codes: Int64[Tensor, " n"] | None = None
     picture: UInt8[Tensor, "3 h w"] | Callable[[], UInt8[Tensor, "3 h w"]] | None = None
     keep: Bool[Tensor, " patches"] | None = None
     learn: bool = True
 
     def __post_init__(self) -> None:
+        if self.codes is None:
+            if self.picture is None:
+                raise ValueError("an image needs codes, or a picture to make vectors of, got neither")
+            return
         if self.codes.ndim != 1 or len(self.codes) == 0:
             raise ValueError(f"an image needs at least one code, got codes of shape {list(self.codes.shape)}")
         if self.picture is not None and (self.keep is None or int(self.keep.sum()) != len(self.codes)):
@@ -81,6 +87,14 @@ class Image:
 Segment = Text | Image
 
 
+class Flags(TypedDict, total=False):
+    """Of some places; see Row."""
+
+    predict: bool
+    regress: bool
+    prefix: bool
+
+
 @dataclass(frozen=True)
 class Row:
     """One sample as places of a sequence; every tensor has one entry for each place.
@@ -89,10 +103,11 @@ class Row:
         ids: int64 [n], what stands there; where a vector is fed, the id is still what would be predicted.
         roles: int8 [n], see Role.
         predict: bool [n], True where the id is a target of cross-entropy (read at the place before).
-        regress: bool [n], True where the fed vector is a target of regression (read at the place before).
+        regress: bool [n], True where what is fed, a vector or the id's embedding, is a target of regression (read
+            at the place before).
         prefix: bool [n], True where the place is seen by the whole row, also by places before it.
         fed: bool [n], True where a vector is fed instead of the id's embedding.
-        images: those the vectors are made from, in order; as many patches of theirs are kept as there are fed places.
+        images: those the vectors are made from, in order; the bridge makes as many vectors as there are fed places.
         key: name of the sample, for messages.
     """
 
@@ -117,7 +132,7 @@ class Row:
 
     @property
     def kept(self) -> Bool[Tensor, "k patches"]:
-        """bool [k patches], the patches of the images that get a vector; kept.sum() = fed.sum()."""
+        """bool [k patches], the patches of the images that get a vector; k is 0 where the bridge asks for none."""
         masks = [image.keep for image in self.images if image.keep is not None]
         return torch.stack(masks) if masks else torch.zeros(0, 0, dtype=torch.bool)
 
@@ -148,6 +163,30 @@ class RowBuilder:
         if feed is not None:
             self.fed.append(feed)
         return self
+
+    def text(self, ids: Sequence[int], **flags: Unpack[Flags]) -> RowBuilder:
+        """Append text ids."""
+        return self.add(ids, Role.TEXT, **flags)
+
+    def image(
+        self,
+        edges: tuple[int, int],
+        ids: Sequence[int],
+        begin: Flags,
+        visual: Flags,
+        end: Flags,
+        feed: Image | None = None,
+    ) -> RowBuilder:
+        """Append an image between its edges, each of the three parts with flags of its own, as `add` takes them.
+
+        Args:
+            edges: the ids that open and close it.
+            ids: what stands between them; for vectors without codes as many ids that nobody reads.
+            feed: an image with a picture, whose vectors stand there.
+        """
+        self.add(edges[:1], Role.BEGIN, **begin)
+        self.add(ids, Role.VISUAL, **visual, feed=feed)
+        return self.add(edges[1:], Role.END, **end)
 
     def row(self, key: str = "") -> Row:
         flags = torch.tensor(self.flags, dtype=torch.bool).reshape(-1, 4)

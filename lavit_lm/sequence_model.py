@@ -1,6 +1,8 @@
 """SequenceModel: any causal LM of `transformers` over packed rows, with vectors in the places of some ids.
 
     ids -> embeddings, fed places overwritten -> the LM's blocks under masks.py's mask -> states -> objective's losses
+                                                                                          '-> head: logits over ids
+                                                                                          '-> regressor: vectors
 
 Its forward ends at the losses, so that logits exist at predicted places only, and so that DDP and FSDP2 see one module
 whose parameters, head and tied embedding included, are used in one call.
@@ -8,29 +10,35 @@ whose parameters, head and tied embedding included, are used in one call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
+from lavit_lm.decoding import Decoding
 from lavit_lm.masks import model_mask
-from lavit_lm.objectives.losses import Sum
+from lavit_lm.objectives.losses import Seen, Sum
 from lavit_lm.packing import Packed
+from lavit_lm.segments import Row
 
 
 class SequenceModel(nn.Module):
-    """A causal LM and the bridge that feeds it, if any.
+    """A causal LM, the bridge that feeds it and the head that says vectors, if any.
 
     Args:
         lm: AutoModelForCausalLM of any family, or a peft model around one.
-        bridge: pictures and keep masks -> vectors of the LM's width; None where nothing is fed but ids.
+        bridge: pictures and keep masks -> vectors of the LM's width; None where nothing is fed but ids. Its parameters
+            are trained at a rate of their own, those of its submodule "encoder", if it has one, at a third.
+        regressor: states -> vectors of the LM's width; None where nothing is said but ids.
     """
 
-    def __init__(self, lm: Any, bridge: nn.Module | None = None) -> None:
+    def __init__(self, lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None) -> None:
         super().__init__()
         self.lm = lm
         self.bridge = bridge
+        self.regressor = regressor
 
     @property
     def causal(self) -> Any:
@@ -39,7 +47,25 @@ class SequenceModel(nn.Module):
 
     def forward(self, batch: Packed, objective: Any) -> dict[str, Sum]:
         """Named losses of a batch."""
-        return objective.losses(self.states(batch), self.head, batch)
+        return objective.losses(self.see(batch), batch)
+
+    def see(self, batch: Packed) -> Seen:
+        """What the objectives' losses read."""
+        inputs = self.embed(batch.ids, batch.fed, batch.pictures, batch.kept)
+        return Seen(self.read(inputs, batch), inputs, self.head, self.regressor)
+
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters with a gradient, by the rate they are trained at: "lm", "visual" (the bridge), "encoder"."""
+        bridge = [] if self.bridge is None else list(self.bridge.parameters())
+        of_its_own: Any = getattr(self.bridge, "encoder", None)
+        encoder = set() if of_its_own is None else {id(p) for p in of_its_own.parameters()}
+        known = {id(p) for p in bridge}
+        found = {
+            "lm": [p for p in self.parameters() if id(p) not in known],
+            "visual": [p for p in bridge if id(p) not in encoder],
+            "encoder": [p for p in bridge if id(p) in encoder],
+        }
+        return {name: [p for p in parameters if p.requires_grad] for name, parameters in found.items()}
 
     def embed(
         self,
@@ -61,15 +87,18 @@ class SequenceModel(nn.Module):
             raise ValueError("the batch has pictures to feed as vectors, but the model has no bridge for them")
         return embedded.masked_scatter(fed[..., None], self.bridge(pictures, kept).to(embedded.dtype))
 
-    def states(self, batch: Packed) -> Float[Tensor, "b l d"]:
+    def read(self, inputs: Float[Tensor, "b l d"], batch: Packed) -> Float[Tensor, "b l d"]:
         """Hidden states after the LM's last norm."""
-        embedded = self.embed(batch.ids, batch.fed, batch.pictures, batch.kept)
         return self.causal.base_model(
-            inputs_embeds=embedded,
-            attention_mask=model_mask(self.causal, batch, embedded.dtype),
+            inputs_embeds=inputs,
+            attention_mask=model_mask(self.causal, batch.documents, batch.prefix, inputs.dtype),
             position_ids=batch.positions,
             use_cache=False,
         ).last_hidden_state
+
+    def decoding(self, rows: Sequence[Row], pad: int, most: int, cached: bool = True) -> Decoding:
+        """Rows to go on with; see Decoding."""
+        return Decoding(self, rows, pad, most, cached)
 
     def head(self, states: Float[Tensor, "t d"]) -> Float[Tensor, "t vocabulary"]:
         """Logits as the LM's own forward makes them.

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lavit_tok.attention import Block
     from lavit_tok.config import ConfigError, TokenizerConfig
     from lavit_tok.continuous import ContinuousPath
     from lavit_tok.decoder import PixelDecoder
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Block",
     "CodeError",
     "ConfigError",
     "ContinuousPath",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "Block": "attention",
     "ImageError": "images",
     "ConfigError": "config",
     "TokenizerConfig": "config",

@@ -48,9 +48,11 @@ class Losses(Callback):
         self.held_out.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")})
 
 
-def module(folder: Path, **more: Any) -> Any:
+def module(folder: Path, continuous: bool = False, **more: Any) -> Any:
     from lavit_lm.module import LanguageModeling
+    from lavit_lm.objectives.lavit import LaVIT
 
+    more = {"objective": LaVIT(continuous=True), **more} if continuous else more
     settings = {"lm": SMALL, "text_tokenizer": str(folder / "text"), "visual_tokenizer": str(folder / "visual")}
     return LanguageModeling(**{**settings, "warmup_steps": 2, "lr": 3e-3, **more})
 

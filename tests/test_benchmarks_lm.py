@@ -21,6 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lavit_lm import MultimodalLM
 from lavit_lm.files import save_model
+from lavit_lm.objectives.lavit import LaVIT
 from lavit_tok import VisualCodes, VisualTokenizer
 from lavit_tok.cli import main as lavit_tok
 
@@ -68,7 +69,7 @@ def folder(
 def model(folder: Path, tiny_tokenizer: VisualTokenizer) -> Path:
     """A random language model's directory."""
     lexicon, lm = lexicon_and_model("llama")
-    save_model(folder / "lm", lm, lexicon, str(folder / "visual"), tiny_tokenizer.fingerprint())
+    save_model(folder / "lm", lm, lexicon, LaVIT(), str(folder / "visual"), tiny_tokenizer.fingerprint())
     return folder / "lm"
 
 

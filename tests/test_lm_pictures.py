@@ -120,7 +120,7 @@ def test_pictures_that_do_not_fit(folder: Path, photos: list[Path]):
 
     with pytest.raises(ValueError, match=r"which the shards do not hold; give data\.pictures"):
         fit(data(folder), continuous=True)
-    with pytest.raises(ValueError, match="read only by a model with continuous=True"):
+    with pytest.raises(ValueError, match="reads codes and no pictures"):
         fit(shown(folder))
     with pytest.raises(ValueError, match="expected an image folder, parquet"):
         fit(data(folder, pictures=str(folder / "nowhere")), continuous=True)

@@ -74,8 +74,8 @@ def test_pictures_are_fed_only_before_text():
     lexicon, _ = lexicon_and_model("llama")
     keep = torch.tensor([True, False, True, False])
     shown = Image(torch.tensor([3, 4]), torch.zeros(3, 8, 8, dtype=torch.uint8), keep)
-    before = LaVIT(order="given").layout([shown, Text("rain")], lexicon, generator())
-    after = LaVIT(order="given").layout([Text("rain"), shown], lexicon, generator())
+    before = LaVIT("given", continuous=True).layout([shown, Text("rain")], lexicon, generator())
+    after = LaVIT("given", continuous=True).layout([Text("rain"), shown], lexicon, generator())
     assert before.fed.sum() == 2 and before.pictures.shape == (1, 3, 8, 8) and torch.equal(before.kept[0], keep)
     assert torch.equal(before.roles[before.fed], torch.full((2,), int(Role.VISUAL), dtype=torch.int8))
     assert not after.fed.any() and len(after.pictures) == 0
@@ -175,22 +175,26 @@ def test_the_smallest_masks(length: int):
     assert visible(documents).shape == (1, length, length) and visible(documents).all()
 
 
+def mask_of(model: SequenceModel, batch: Packed) -> torch.Tensor | None:
+    return model_mask(model.causal, batch.documents, batch.prefix, torch.float32)
+
+
 def test_masks_of_kernels():
     _, model = lexicon_and_model("llama")
     batch = pack([[plain_row([1, 2]), plain_row([3])]], 4, 0)
-    as_bool = model_mask(model.causal, batch, torch.float32)
+    as_bool = mask_of(model, batch)
     assert as_bool is not None and as_bool.dtype == torch.bool
     assert batch.documents[0, 3] == FREE and as_bool[0, 0, 3].tolist() == [False, False, False, True]
     model.causal.set_attn_implementation("eager")
-    added = model_mask(model.causal, batch, torch.float32)
+    added = mask_of(model, batch)
     assert added is not None and torch.equal(added == 0, as_bool)
     model.causal.config._attn_implementation = "flash_attention_2"
-    assert model_mask(model.causal, batch, torch.float32) is None
+    assert mask_of(model, batch) is None
     with pytest.raises(ValueError, match="causal only"):
-        model_mask(model.causal, pack([[plain_row([1, 2, 3], prefix=2)]], 4, 0), torch.float32)
+        mask_of(model, pack([[plain_row([1, 2, 3], prefix=2)]], 4, 0))
     model.causal.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="expected 'sdpa', 'eager' or a flash kernel"):
-        model_mask(model.causal, batch, torch.float32)
+        mask_of(model, batch)
 
 
 def test_a_sliding_window_is_not_switched_off_silently():
@@ -198,7 +202,7 @@ def test_a_sliding_window_is_not_switched_off_silently():
     batch = pack([[plain_row([1, 2, 3, 4, 5])]], 8, 0)
     model.causal.config.sliding_window = 4
     with pytest.raises(ValueError, match="sliding window of 4"):
-        model_mask(model.causal, batch, torch.float32)
+        mask_of(model, batch)
 
 
 # Packed equals unpacked, in every family
@@ -250,7 +254,7 @@ def test_no_gradient_from_later_places_or_other_documents(family: str):
     model.causal.get_input_embeddings().register_forward_hook(
         lambda module, args, out: inputs.append(out.detach().requires_grad_()) or inputs[-1]  # type: ignore[func-returns-value]
     )
-    states = model.states(batch)
+    states = model.see(batch).states
     before, at = sources(batch, batch.predict)
     direction = torch.randn(states.shape[2], generator=generator())  # their sum is constant after a LayerNorm
     for source, target in zip(before.tolist(), at.tolist(), strict=True):
@@ -275,7 +279,7 @@ def test_log_likelihood_of_each_row():
     rows = [LaVIT().layout(s, lexicon, generator(i)) for i, s in enumerate(pairs(3))]
     with torch.no_grad():
         together = pad(rows, lexicon.pad)
-        found = log_likelihood(model.states(together), model.head, together)
+        found = log_likelihood(model.see(together), together)
         for row, value in zip(rows, found.tolist(), strict=True):
             log_p = model.causal(row.ids[None]).logits[0].float().log_softmax(-1)
             want = sum(float(log_p[i - 1, row.ids[i]]) for i in range(1, len(row)))

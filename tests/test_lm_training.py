@@ -120,7 +120,7 @@ def test_frozen_means_absent(folder: Path):
     merged = MultimodalLM.from_pretrained(folder / "merged", decoder=None)
     batch = pad([LaVIT().layout(s, training.lexicon, torch.Generator()) for s in pairs(2)], training.lexicon.pad)
     with torch.no_grad():
-        ours, theirs = training.model.eval().states(batch), merged.model.states(batch)
+        ours, theirs = training.model.eval().see(batch).states, merged.model.see(batch).states
     seen = batch.documents >= 0
     torch.testing.assert_close(theirs[seen], ours[seen], atol=1e-4, rtol=1e-4)
 

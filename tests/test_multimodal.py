@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavit_lm import MultimodalLM
 from lavit_lm.bridge import ContinuousBridge
+from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.cli import main
 from lavit_lm.files import save_model
 from lavit_tok import CodeError, VisualCodes, VisualTokenizer, WeightsError
@@ -34,7 +35,7 @@ def lm(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any) -> MultimodalLM:
 @pytest.fixture
 def directory(lm: MultimodalLM, tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> Path:
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
-    save_model(tmp_path / "lm", lm.model, lm.lexicon, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    save_model(tmp_path / "lm", lm.model, lm.lexicon, lm.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
     return tmp_path / "lm"
 
 
@@ -53,13 +54,13 @@ def test_prompts_of_text_and_pictures(lm: MultimodalLM, photos: list[Path]):
     shown = Picture.open(photos[0])
     mixed = lm.generate_codes(["a red apple", shown, "in the rain"], generator=generator())
     assert len(mixed) == 1
-    row = lm._row(["a red apple", shown, "in the rain"], opened=True)
+    row = lm._row(["a red apple", shown, "in the rain"], "image")
     v = lm.lexicon.vocabulary
     seen = lm.visual.encode(shown)
     words = [lm.lexicon.text("a red apple"), lm.lexicon.text("in the rain")]
     image = [v.begin, *v.to_ids(seen[0]).tolist(), v.end]
     assert row.ids.tolist() == [*lm.lexicon.start, *words[0], *image, *words[1], v.begin]
-    assert lm._row([seen]).ids.tolist() == [*lm.lexicon.start, *image], "codes stand for their picture"
+    assert lm._row([seen], "text").ids.tolist() == [*lm.lexicon.start, *image], "codes stand for their picture"
     batch = lm.generate_codes_batch(["a red apple", "rain"], generator=[generator(4), generator(5)])
     assert batch[1].tolist() == lm.generate_codes_batch(["rain"], generator=[generator(5)])[0].tolist()
 
@@ -92,7 +93,7 @@ def test_interleaved_out(lm: MultimodalLM, photos: list[Path]):
 def test_ranking_is_the_likelihood(lm: MultimodalLM, photos: list[Path]):
     texts = ["a red apple", "rain", "two dogs run"]
     found = lm.rank([photos[0]], texts)
-    start = lm._row([photos[0]]).ids.tolist()
+    start = lm._row([photos[0]], "text").ids.tolist()
     for text, nats in zip(texts, found.tolist(), strict=True):
         ids = [*start, *lm.lexicon.text(text), lm.lexicon.stop]
         with torch.no_grad():
@@ -108,34 +109,34 @@ def test_saved_and_loaded(lm: MultimodalLM, directory: Path, photos: list[Path])
     assert loaded.generate_codes("a red apple", 2, generator=generator()).to_list() == want.to_list()
     assert loaded.caption(str(photos[0]), 6) == lm.caption(str(photos[0]), 6)
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-    ids = torch.tensor([lm._row("rain").ids.tolist()])
+    ids = torch.tensor([lm._row("rain", "text").ids.tolist()])
     assert torch.equal(plain(ids).logits.argmax(-1), lm.model.causal(ids).logits.argmax(-1))
     assert len(tokenizer) == len(lm.lexicon.tokenizer)
     with pytest.raises(ValueError, match="no pixel decoder"):
         loaded.generate_images("rain")
-    save_model(directory, loaded.model, loaded.lexicon, "elsewhere", "0" * 16)  # an older model is replaced
+    save_model(directory, loaded.model, loaded.lexicon, loaded.objective, "elsewhere", "0" * 16)  # an older model is replaced
     assert json.loads((directory / "lavit_lm.json").read_text())["visual_tokenizer"] == "elsewhere"
     (directory / "lavit_lm.json").unlink()
     with pytest.raises(WeightsError, match="an older model to replace"):
-        save_model(directory, loaded.model, loaded.lexicon, "elsewhere", "0" * 16)
+        save_model(directory, loaded.model, loaded.lexicon, loaded.objective, "elsewhere", "0" * 16)
 
 
 def test_reading_pictures_as_vectors(tiny_tokenizer: VisualTokenizer, tmp_path: Path, photos: list[Path]):
     lexicon, model = lexicon_and_model("llama")
     model.bridge = ContinuousBridge(tiny_tokenizer, 16)
     assert not [n for n in model.state_dict() if "encoder" in n], "the visual tokenizer is no part of the model"
-    vectors = MultimodalLM(model, lexicon, tiny_tokenizer)
-    row = vectors._row([photos[0], "a"])
+    vectors = MultimodalLM(model, lexicon, tiny_tokenizer, objective=LaVIT(continuous=True))
+    row = vectors._row([photos[0], "a"], "text")
     codes = tiny_tokenizer.encode(str(photos[0]))
     assert row.fed.sum() == len(codes[0]) and torch.equal(row.kept, codes.keep)
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
-    save_model(tmp_path / "lm", model, lexicon, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    save_model(tmp_path / "lm", model, lexicon, vectors.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
     loaded = MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
     assert loaded.caption(str(photos[0]), 8) == vectors.caption(str(photos[0]), 8)
     assert loaded.generate_codes([photos[0], "a"], generator=generator()).to_list(), "pictures are drawn by codes"
-    tensors = load_file(tmp_path / "lm" / "bridge.safetensors")
-    tensors.pop("path.projection.weight")
-    save_file(tensors, tmp_path / "lm" / "bridge.safetensors")
+    tensors = load_file(tmp_path / "lm" / "parts.safetensors")
+    tensors.pop("bridge.path.projection.weight")
+    save_file(tensors, tmp_path / "lm" / "parts.safetensors")
     with pytest.raises(WeightsError, match=r"path\.projection\.weight"):
         MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
 

@@ -13,21 +13,22 @@ where an image stands before text; its targets are codes all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lavit_lm.bridge import ContinuousBridge
 from lavit_lm.lexicon import Lexicon
-from lavit_lm.objectives.losses import Sum, cross_entropy
-from lavit_lm.packing import Packed
-from lavit_lm.segments import Image, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.objectives.losses import Sum
+from lavit_lm.objectives.objective import Objective, Order, Parts, ordered
+from lavit_lm.segments import Flags, Role, Row, RowBuilder, Segment, Text
 
 
 @dataclass(frozen=True)
-class LaVIT:
+class LaVIT(Objective):
     """Next-token prediction over text and codes.
 
     Args:
@@ -36,14 +37,18 @@ class LaVIT:
         prompt_drop: probability that a text-first pair loses its text, so that guidance has an unconditional stream.
             The paper does not publish its value.
         image_weight: weight of a code's cross-entropy against a text token's; 1 as published.
+        continuous: feed pictures that stand before text as vectors through a bridge, instead of codes; the data then
+            name the pictures.
 
     Raises:
         ValueError: a probability outside 0..1, or a weight below 0.
     """
 
-    order: Literal["both", "image_first", "text_first", "given"] = "both"
+    name: ClassVar[str] = "lavit"
+    order: Order = "both"
     prompt_drop: float = 0.1
     image_weight: float = 1.0
+    continuous: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_drop <= 1:
@@ -51,34 +56,49 @@ class LaVIT:
         if self.image_weight < 0:
             raise ValueError(f"image_weight: expected 0 or more, got {self.image_weight}")
 
-    def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
-        """One row of a sample; every draw is made whatever the sample is, so rows do not change their neighbours'."""
-        flip, drop = torch.rand(2, generator=generator).tolist()
-        segments = list(sample)
-        if not segments:
-            raise ValueError(f"sample {key!r} has no segments: nothing could be learnt from it")
-        if self.order != "given" and sorted(type(s).__name__ for s in segments) == ["Image", "Text"]:
-            image_first = self.order == "image_first" or (self.order == "both" and flip < 0.5)
-            segments.sort(key=lambda s: isinstance(s, Image) != image_first)
-            if isinstance(segments[0], Text) and drop < self.prompt_drop:
-                segments = segments[1:]
-        vocabulary, builder = lexicon.vocabulary, RowBuilder()
-        builder.add(lexicon.start, Role.TEXT)
-        for number, segment in enumerate(segments):
-            if isinstance(segment, Text):
-                builder.add(lexicon.text(segment.text), Role.TEXT, predict=segment.learn)
-                continue
-            text_follows = any(isinstance(s, Text) for s in segments[number + 1 :])
-            builder.add([vocabulary.begin], Role.BEGIN, predict=segment.learn)
-            feed = segment if text_follows and segment.picture is not None else None
-            builder.add(lexicon.codes(segment.codes), Role.VISUAL, predict=segment.learn, feed=feed)
-            builder.add([vocabulary.end], Role.END, predict=segment.learn)
-        builder.add([lexicon.stop], Role.TEXT, predict=segments[-1].learn)
-        return builder.row(key)
+    @property
+    def reads_pictures(self) -> bool:
+        return self.continuous
 
-    def losses(self, states: Tensor, head: Callable[[Tensor], Tensor], batch: Packed) -> dict[str, Sum]:
-        """{"text": ..., "image": ...}, sums of nats."""
-        return cross_entropy(states, head, batch)
+    def parts(self, visual: Any, width: int) -> Parts:
+        """The continuous path, if it is asked for."""
+        return Parts(ContinuousBridge(visual, width) if self.continuous else None)
+
+    def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
+        """One row of a sample. Raises ValueError for one without segments."""
+        flip, drop = torch.rand(2, generator=generator).tolist()
+        segments = ordered(sample, self.order, flip, key)
+        pair = self.order != "given" and sorted(type(s).__name__ for s in segments) == ["Image", "Text"]
+        if pair and isinstance(segments[0], Text) and drop < self.prompt_drop:
+            segments = segments[1:]
+        return self._places(segments, lexicon).text([lexicon.stop], predict=segments[-1].learn).row(key)
+
+    def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
+        """Pictures before a text are read as vectors where the model was trained so, before a picture as codes."""
+        builder = self._places(segments, lexicon, text_follows=opens == "text", vectors=opens == "text")
+        return (builder if opens == "text" else builder.add([lexicon.vocabulary.begin], Role.BEGIN)).row()
+
+    def scored(self, context: Sequence[Segment], answer: Segment, lexicon: Lexicon) -> Row:
+        """The answer, with the row's end."""
+        said = [replace(segment, learn=False) for segment in context] + [replace(answer, learn=True)]
+        return self._places(said, lexicon).text([lexicon.stop], predict=True).row()
+
+    def _places(
+        self, segments: Sequence[Segment], lexicon: Lexicon, text_follows: bool = False, vectors: bool = True
+    ) -> RowBuilder:
+        vocabulary, builder = lexicon.vocabulary, RowBuilder().text(lexicon.start)
+        for number, segment in enumerate(segments):
+            said = Flags(predict=segment.learn)
+            if isinstance(segment, Text):
+                builder.text(lexicon.text(segment.text), **said)
+                continue
+            if segment.codes is None:
+                raise ValueError("LaVIT predicts codes, and an image has none: tokenise it first")
+            before_text = text_follows or any(isinstance(s, Text) for s in segments[number + 1 :])
+            fed = self.continuous and vectors and before_text and segment.picture is not None
+            edges = vocabulary.begin, vocabulary.end
+            builder.image(edges, lexicon.codes(segment.codes), said, said, said, segment if fed else None)
+        return builder
 
     def total(self, losses: dict[str, Sum]) -> Tensor:
         """The loss to descend: one mean over both modalities, so that each predicted id weighs the same."""

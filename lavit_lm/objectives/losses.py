@@ -40,6 +40,23 @@ class Sum:
         return self.total / self.count.clamp(min=1e-9)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a model made of a batch, and the two heads that read it.
+
+    Args:
+        states: after the LM's last norm.
+        inputs: what the LM was fed at each place: rows of its embedding, or the bridge's vectors.
+        head: states -> logits over the vocabulary.
+        regressor: states -> vectors of the LM's width; None for a model that says ids only.
+    """
+
+    states: Float[Tensor, "b l d"]
+    inputs: Float[Tensor, "b l d"]
+    head: Callable[[Tensor], Tensor]
+    regressor: Callable[[Tensor], Tensor] | None = None
+
+
 def sources(batch: Packed, targets: Bool[Tensor, "b l"]) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
     """(places whose state is read, places they predict), as indices into the flattened batch: source = target - 1."""
     at = targets.flatten().nonzero().flatten()
@@ -51,21 +68,42 @@ def sources(batch: Packed, targets: Bool[Tensor, "b l"]) -> tuple[Int64[Tensor, 
     return before, at
 
 
-def cross_entropy(states: Float[Tensor, "b l d"], head: Callable[[Tensor], Tensor], batch: Packed) -> dict[str, Sum]:
+def cross_entropy(seen: Seen, batch: Packed) -> dict[str, Sum]:
     """Sums of -log p(id) in nats, "text" and "image" (codes, begin, end) apart. Logits are made at sources only."""
-    before, at = sources(batch, batch.predict)
-    logits = head(states.flatten(0, 1)[before]).float()
-    nats = F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none")
+    nats, at = _nats(seen, batch)
     is_text = batch.roles.flatten()[at] == Role.TEXT
     return {name: Sum(nats[where].sum(), where.sum()) for name, where in (("text", is_text), ("image", ~is_text))}
 
 
-def log_likelihood(
-    states: Float[Tensor, "b l d"], head: Callable[[Tensor], Tensor], batch: Packed
-) -> Float[Tensor, " b"]:
+def regression(seen: Seen, batch: Packed) -> dict[str, Sum]:
+    """{"vectors": sums of squared errors, each a mean over d; "spread": what the targets' standard deviation is}.
+
+    The target of place i - 1 is the very vector that place i was fed, detached: it is the bridge's, or the embedding of
+    the id that closes an image. Where vectors learn to be easily predicted they become all the same, and "spread", the
+    standard deviation of a dimension over the batch's targets, goes to 0; it is logged, not descended.
+
+    Raises:
+        ValueError: a model without a regression head.
+    """
+    if seen.regressor is None:
+        raise ValueError("the rows have vectors to predict, but the model has no regression head for them")
+    before, at = sources(batch, batch.regress)
+    said = seen.regressor(seen.states.flatten(0, 1)[before]).float()
+    targets = seen.inputs.flatten(0, 1)[at].detach().float()
+    count = torch.tensor(len(at), device=targets.device)
+    spread = targets.std(0).mean() if len(at) > 1 else targets.sum() * 0
+    return {"vectors": Sum((said - targets).square().mean(1).sum(), count), "spread": Sum(spread * count, count)}
+
+
+def log_likelihood(seen: Seen, batch: Packed) -> Float[Tensor, " b"]:
     """log p of each block's predicted ids given what stands before them, in nats."""
-    before, at = sources(batch, batch.predict)
-    logits = head(states.flatten(0, 1)[before]).float()
-    nats = F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none")
+    nats, at = _nats(seen, batch)
     rows = torch.div(at, batch.ids.shape[1], rounding_mode="floor")
     return -torch.zeros(len(batch.ids), device=nats.device).index_add(0, rows, nats)
+
+
+def _nats(seen: Seen, batch: Packed) -> tuple[Float[Tensor, " t"], Int64[Tensor, " t"]]:
+    """(-log p of every predicted id, where it stands in the flattened batch)."""
+    before, at = sources(batch, batch.predict)
+    logits = seen.head(seen.states.flatten(0, 1)[before]).float()
+    return F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none"), at

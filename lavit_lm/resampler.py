@@ -1,0 +1,79 @@
+"""Pictures -> a fixed number of causal vectors at a language model's width: what Emu and VL-GPT read, and say.
+
+pictures [k 3 s s] -> encoder -> features [k p d] -> queries [k n d], blocks -> LayerNorm, linear -> [k n width]
+
+            q1 q2 q3      features
+    q1      x  .  .       x x x x        a query sees those before it and itself, and all of the picture: a later
+    q2      x  x  .       x x x x        vector can add to an earlier one, never change it, so that they can be said
+    q3      x  x  x       x x x x        one after another
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from lavit_tok import Block, VisualTokenizer
+
+
+class CausalResampler(nn.Module):
+    """A transformer decoder over learned queries (Emu, "Causal Transformer"; VL-GPT, "causal transformer").
+
+    Args:
+        tokenizer: the visual tokenizer, whose encoder makes the features; itself frozen and no part of this module.
+        width: of the vectors.
+        queries: vectors a picture; Emu and VL-GPT use 32.
+        depth, heads: of the transformer, at the encoder's width; Emu and VL-GPT use 12 blocks.
+        train_encoder: train a copy of the encoder, the submodule "encoder"; else the tokenizer's own is used, frozen.
+    """
+
+    def __init__(
+        self,
+        tokenizer: VisualTokenizer,
+        width: int,
+        queries: int = 32,
+        depth: int = 12,
+        heads: int = 12,
+        train_encoder: bool = False,
+    ) -> None:
+        super().__init__()
+        c = tokenizer.config
+        self._tokenizer = [tokenizer]  # in a list, out of sight of parameters() and state_dict()
+        if train_encoder:
+            self.encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(True)
+        tokenizer.requires_grad_(False).eval()
+        self.features_norm = nn.LayerNorm(c.width, c.layer_norm_eps)
+        self.queries = nn.Parameter(torch.randn(queries, c.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(c.width, heads, 4 * c.width, c.layer_norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(c.width, c.layer_norm_eps)
+        self.projection = nn.Linear(c.width, width)
+
+    def forward(self, pictures: UInt8[Tensor, "k 3 h w"], kept: Bool[Tensor, "j patches"]) -> Float[Tensor, "m width"]:
+        """Vectors of all pictures, one picture after another; `kept` is not asked, every patch is read.
+
+        Raises:
+            ValueError: pictures of another size than the tokenizer's.
+        """
+        return self.vectors(self.features(pictures)).flatten(0, 1)
+
+    def features(self, pictures: UInt8[Tensor, "k 3 h w"]) -> Float[Tensor, "k p d"]:
+        """Of every patch; with a gradient where the encoder is trained."""
+        tokenizer = self._tokenizer[0].to(pictures.device)
+        pixels = tokenizer.preprocess(pictures)
+        if hasattr(self, "encoder"):
+            return self.encoder(pixels.to(self.queries.dtype))
+        with torch.no_grad():
+            return tokenizer.features(pixels).to(self.queries.dtype)
+
+    def vectors(self, features: Float[Tensor, "k p d"]) -> Float[Tensor, "k n width"]:
+        """Of each picture, in the queries' order."""
+        n = len(self.queries)
+        x = self.queries.expand(len(features), -1, -1)
+        causal = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+        context = self.features_norm(features)
+        for block in self.blocks:
+            x = block(x, context, causal, None)
+        return self.projection(self.norm(x))
