@@ -12,6 +12,7 @@ from jaxtyping import Float
 from PIL import Image as Picture
 from torch import Tensor
 
+from lavit_lm.emission import emit
 from lavit_lm.files import load_model
 from lavit_lm.generation import Generators, Rule, Sampling, continue_rows
 from lavit_lm.lexicon import Lexicon
@@ -78,10 +79,10 @@ class MultimodalLM:
         if self._decoder is None:
             raise ValueError("this model has no pixel decoder: it gives codes (generate_codes), not pictures")
         if isinstance(self._decoder, str):
-            self._decoder = PixelDecoder.from_pretrained(self._decoder, device=self.device)
-            self._decoder.set_progress_bar_config(disable=True)
-            size, own = self._decoder.condition.config.codebook_size, self.lexicon.vocabulary.codebook_size
-            if size != own:
+            self._decoder = self.objective.decoder(self._decoder, self.device)
+            drawn = getattr(getattr(self._decoder, "condition", None), "config", None)
+            size, own = getattr(drawn, "codebook_size", None), self.lexicon.vocabulary.codebook_size
+            if size not in (None, own):
                 raise ValueError(f"the pixel decoder draws codes of a codebook of {size} rows, the model says {own}")
         return self._decoder
 
@@ -98,14 +99,18 @@ class MultimodalLM:
         """n pictures of a prompt, which may mix texts and pictures.
 
         Args:
-            guidance_scale: of the language model; the pixel decoder's is `decoding`'s "decoder_guidance".
+            guidance_scale: of the language model, where it says codes; the pixel decoder's is `decoding`'s
+                "decoder_guidance".
             decoding: generate_codes' other arguments, and for the decoder "num_inference_steps", "decoder_guidance".
         """
         drawing = {name: decoding.pop(name) for name in ("num_inference_steps",) if name in decoding}
         if "decoder_guidance" in decoding:
             drawing["guidance_scale"] = decoding.pop("decoder_guidance")
+        if self.objective.paints == "vectors":
+            vectors = self.generate_vectors_batch([prompt] * n, **decoding)
+            return self._draw(vectors, generator, drawing)
         codes = self.generate_codes(prompt, n, guidance_scale, generator, **decoding)
-        return self.decoder(codes, generator=generator, **drawing).images
+        return self._draw(codes, generator, drawing)
 
     def generate_codes(
         self,
@@ -166,6 +171,18 @@ class MultimodalLM:
         codes = [vocabulary.to_codes(torch.tensor([i for i in ids if i != vocabulary.end])) for ids in said]
         return VisualCodes.from_list([c.tolist() for c in codes], vocabulary.codebook_size)
 
+    def generate_vectors_batch(self, prompts: Sequence[Prompt], cached: bool = True) -> Float[Tensor, "b n d"]:
+        """A picture's vectors for each prompt, for a model that says vectors. Nothing is drawn by chance.
+
+        Raises:
+            ValueError: no prompt, one without room for a picture, or a model that says codes.
+        """
+        if self.objective.paints != "vectors":
+            raise ValueError(f"{self.objective.name} says codes for a picture, no vectors: ask for codes")
+        rows = [self._row(_worded(prompt, self.objective.wording.image), "image") for prompt in prompts]
+        said = emit(self.model, self.lexicon, rows, self._vectors, opened=True, cached=cached)
+        return torch.stack([vectors for (vectors,) in said if isinstance(vectors, Tensor)])
+
     # Text
 
     def caption(self, images: Any, max_tokens: int = 64, **sampling: Any) -> Any:
@@ -208,11 +225,21 @@ class MultimodalLM:
         Args:
             max_tokens: of each stretch of text.
             max_images: pictures at most; at 0 only text.
-            pictures: draw them; False gives VisualCodes.
+            pictures: draw them; False gives VisualCodes, or vectors float [n d].
 
-        Returns: what was said: strings, and pictures or VisualCodes.
+        Returns: what was said: strings, and pictures or VisualCodes or vectors.
+
+        Raises:
+            ValueError: pictures asked for of a model that never opens one by itself, or no room.
         """
-        parts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+        if max_images and not self.objective.opens_images:
+            raise ValueError(
+                f"{self.objective.name} never says by itself that a picture comes: give max_images=0 for text, or ask "
+                "for a picture with generate_images"
+            )
+        if self.objective.paints == "vectors":
+            return self._complete_with_vectors(prompt, max_tokens, max_images, generator, pictures, sampling)
+        parts: list[Any] = _parts(prompt)
         said: list[Any] = []
         for number in range(max_images + 1):
             kind: Literal["mixed", "text"] = "mixed" if number < max_images else "text"
@@ -225,8 +252,35 @@ class MultimodalLM:
                 break
             said.append(self.generate_codes(parts + said, 1, guidance_scale, generator))
         if pictures:
-            said = [self.decoder(s, generator=generator).images[0] if isinstance(s, VisualCodes) else s for s in said]
+            said = [self._draw(s, generator, {})[0] if isinstance(s, VisualCodes) else s for s in said]
         return said
+
+    def _complete_with_vectors(
+        self, prompt: Prompt, max_tokens: int, max_images: int, generator: Any, pictures: bool, sampling: dict[str, Any]
+    ) -> list[Any]:
+        chosen = Sampling(**{"temperature": 0.0, **sampling})
+        options: dict[str, Any] = {"max_words": max_tokens, "max_images": max_images, "sampling": chosen}
+        (said,) = emit(
+            self.model, self.lexicon, [self._row(prompt, "text")], self._vectors, generator=generator, **options
+        )
+        decode = self.lexicon.vocabulary.decode_text
+        return [
+            decode(self.lexicon.tokenizer, part)
+            if isinstance(part, list)
+            else (self._draw(part[None], generator, {})[0] if pictures else part)
+            for part in said
+        ]
+
+    @property
+    def _vectors(self) -> int:
+        """How many vectors a picture has."""
+        return self.objective.lengths(self.visual.config.num_patches)[1]
+
+    def _draw(self, said: Any, generator: torch.Generator | None, drawing: dict[str, Any]) -> list[Picture.Image]:
+        """Pictures of codes, or of vectors float [b n d], whose unconditional stream is what is said of no prompt."""
+        if isinstance(said, VisualCodes):
+            return self.decoder(said, generator=generator, **drawing).images
+        return self.decoder(said, self.generate_vectors_batch([""]), generator=generator, **drawing).images
 
     # Likelihood
 

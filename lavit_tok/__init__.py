@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lavit_tok.attention import Block
+    from lavit_tok.condition import Conditioning
     from lavit_tok.config import ConfigError, TokenizerConfig
     from lavit_tok.continuous import ContinuousPath
     from lavit_tok.decoder import PixelDecoder
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Block",
     "CodeError",
+    "Conditioning",
     "ConfigError",
     "ContinuousPath",
     "ImageError",
@@ -41,6 +43,7 @@ __all__ = [
 
 _ROOMS = {
     "Block": "attention",
+    "Conditioning": "condition",
     "ImageError": "images",
     "ConfigError": "config",
     "TokenizerConfig": "config",

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lavit_tok.condition import Condition
+from lavit_tok.condition import Condition, Conditioning
 from lavit_tok.records import VisualCodes
 from lavit_tok.weights import WeightsError, empty, find_directory, load_weights, read_json
 
@@ -118,14 +118,53 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             CodeError: codes of another tokenizer.
             ValueError: an impossible size, number of generators or output type.
         """
+        condition = self.condition(codes)
+        images = self.draw(
+            condition,
+            self.condition.unconditional(condition),
+            num_inference_steps,
+            guidance_scale,
+            generator,
+            latents,
+            height,
+            width,
+            original_size,
+            output_type,
+            eta,
+        )
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        condition: Conditioning,
+        unconditional: Conditioning,
+        num_inference_steps: int = 25,
+        guidance_scale: float | int = 3.0,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        original_size: tuple[int, int] | None = None,
+        output_type: str = "pil",
+        eta: float | int = 0.0,
+    ) -> Any:
+        """Draw one picture for each condition of a batch, wherever the conditions come from; arguments as above.
+
+        Args:
+            condition, unconditional: c and u of the guided prediction, of the same batch size.
+
+        Raises:
+            ValueError: an impossible size, number of generators or output type.
+        """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: expected 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-        device, guided = self._execution_device, guidance_scale != 1
-        condition = self.condition(codes)
+        device, guided, batch = self._execution_device, guidance_scale != 1, len(condition.tokens)
         if guided:
-            condition = self.condition.unconditional(condition).cat(condition)
+            condition = unconditional.cat(condition)
         height, width = self._size(height), self._size(width)
-        latents = self.start(len(codes), height, width, generator, latents).to(device)
+        latents = self.start(batch, height, width, generator, latents).to(device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma
         ids = [*(original_size or (height, width)), 0, 0, height, width]
@@ -141,11 +180,9 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
                 without, given = prediction.chunk(2)
                 prediction = without + guidance_scale * (given - without)
             latents = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
-        images = latents
-        if output_type != "latent":
-            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if output_type == "latent":
+            return latents
+        return self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
 
     def start(
         self, batch: int, height: int, width: int, generator: Generators | None = None, latents: Tensor | None = None

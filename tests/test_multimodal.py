@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavit_lm import MultimodalLM
 from lavit_lm.bridge import ContinuousBridge
-from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.cli import main
 from lavit_lm.files import save_model
+from lavit_lm.objectives.lavit import LaVIT
 from lavit_tok import CodeError, VisualCodes, VisualTokenizer, WeightsError
 
 
@@ -35,7 +35,9 @@ def lm(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any) -> MultimodalLM:
 @pytest.fixture
 def directory(lm: MultimodalLM, tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> Path:
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
-    save_model(tmp_path / "lm", lm.model, lm.lexicon, lm.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    save_model(
+        tmp_path / "lm", lm.model, lm.lexicon, lm.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint()
+    )
     return tmp_path / "lm"
 
 
@@ -114,7 +116,9 @@ def test_saved_and_loaded(lm: MultimodalLM, directory: Path, photos: list[Path])
     assert len(tokenizer) == len(lm.lexicon.tokenizer)
     with pytest.raises(ValueError, match="no pixel decoder"):
         loaded.generate_images("rain")
-    save_model(directory, loaded.model, loaded.lexicon, loaded.objective, "elsewhere", "0" * 16)  # an older model is replaced
+    save_model(
+        directory, loaded.model, loaded.lexicon, loaded.objective, "elsewhere", "0" * 16
+    )  # an older model is replaced
     assert json.loads((directory / "lavit_lm.json").read_text())["visual_tokenizer"] == "elsewhere"
     (directory / "lavit_lm.json").unlink()
     with pytest.raises(WeightsError, match="an older model to replace"):
@@ -130,7 +134,9 @@ def test_reading_pictures_as_vectors(tiny_tokenizer: VisualTokenizer, tmp_path: 
     codes = tiny_tokenizer.encode(str(photos[0]))
     assert row.fed.sum() == len(codes[0]) and torch.equal(row.kept, codes.keep)
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
-    save_model(tmp_path / "lm", model, lexicon, vectors.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    save_model(
+        tmp_path / "lm", model, lexicon, vectors.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint()
+    )
     loaded = MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
     assert loaded.caption(str(photos[0]), 8) == vectors.caption(str(photos[0]), 8)
     assert loaded.generate_codes([photos[0], "a"], generator=generator()).to_list(), "pictures are drawn by codes"

@@ -21,6 +21,7 @@ from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.losses import Seen, Sum, cross_entropy
 from lavit_lm.packing import Packed
 from lavit_lm.segments import Image, Row, Segment
+from lavit_tok import PixelDecoder
 
 Order = Literal["both", "image_first", "text_first", "given"]
 
@@ -57,6 +58,8 @@ class Objective(ABC):
     paints: ClassVar[Literal["codes", "vectors"]] = "codes"
     """What the model says for a picture."""
     wording: ClassVar[Wording] = Wording()
+    opens_images: ClassVar[bool] = True
+    """Whether the model itself can say that a picture comes now."""
 
     @property
     def reads_pictures(self) -> bool:
@@ -102,6 +105,16 @@ class Objective(ABC):
             width: the LM's.
         """
         return Parts()
+
+    def decoder(self, name: str, device: torch.device) -> Any:
+        """What draws the pictures that the model says: called with codes, or with vectors and those of no prompt.
+
+        Args:
+            name: "default", a directory or a Hub id.
+        """
+        drawn = PixelDecoder.from_pretrained(name, device=device)
+        drawn.set_progress_bar_config(disable=True)
+        return drawn
 
     def lengths(self, patches: int) -> tuple[int, int]:
         """How many codes, or vectors, a picture that is said has at least and at most."""
