@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lm_parts import image, pairs
 from lm_runs import CAPTIONS, SMALL, Losses, data, module, saving, trainer
 from small_lms import small_tokenizer
@@ -214,7 +215,7 @@ def test_a_batch_with_pictures_needs_a_bridge(folder: Path):
     assert training.model is not None
     keep = torch.zeros(16, dtype=torch.bool).index_fill(0, torch.tensor([3, 5]), True)
     shown = Image(torch.tensor([1, 2]), torch.zeros(3, 32, 32, dtype=torch.uint8), keep)
-    row = LaVIT("given").layout([shown, Text("rain")], training.lexicon, torch.Generator())
+    row = LaVIT("given", continuous=True).layout([shown, Text("rain")], training.lexicon, torch.Generator())
     with pytest.raises(ValueError, match="no bridge for them"):
         training.model(pad([row], training.lexicon.pad), LaVIT())
     bridged = module(folder, continuous=True)
@@ -239,9 +240,9 @@ def test_recipes_train(recipe: Path, folder: Path):
     words += [f"--model.lm={json.dumps(SMALL)}", f"--model.text_tokenizer={folder}/text"]
     words += [f"--model.visual_tokenizer={folder}/visual", f"--model.out={folder}/made", "--model.warmup_steps=1"]
     words += [f"--data.shards={folder}/shards", "--data.block=64", "--data.batch_size=2", "--data.num_workers=0"]
-    if "continuous: true" in head:
-        words += [f"--data.pictures={folder}/pictures"]
+    reads_pictures = "pictures" in yaml.safe_load(head)["data"] or "--data.pictures" in head
+    words += [f"--data.pictures={folder}/pictures"] if reads_pictures else []
     assert main(["fit", "-c", str(recipe), *words]) == 0
     made = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     assert made.caption(str(folder / "pictures" / "train" / "0.png"), 4) is not None
-    assert (made.model.bridge is not None) == ("continuous: true" in head)
+    assert made.objective.reads_pictures == reads_pictures and (made.model.bridge is not None) == reads_pictures
