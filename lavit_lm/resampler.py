@@ -26,8 +26,12 @@ class CausalResampler(nn.Module):
         tokenizer: the visual tokenizer, whose encoder makes the features; itself frozen and no part of this module.
         width: of the vectors.
         queries: vectors a picture; Emu and VL-GPT use 32.
-        depth, heads: of the transformer, at the encoder's width; Emu and VL-GPT use 12 blocks.
+        depth, heads: of the transformer; Emu and VL-GPT use 12 blocks.
         train_encoder: train a copy of the encoder, the submodule "encoder"; else the tokenizer's own is used, frozen.
+        inner: width of the transformer, where it is not to be the encoder's.
+
+    Raises:
+        ValueError: a number below 1, or heads that do not divide the transformer's width.
     """
 
     def __init__(
@@ -38,18 +42,26 @@ class CausalResampler(nn.Module):
         depth: int = 12,
         heads: int = 12,
         train_encoder: bool = False,
+        inner: int | None = None,
     ) -> None:
         super().__init__()
         c = tokenizer.config
+        inner = c.width if inner is None else inner
+        if min(queries, depth, heads, inner) < 1 or inner % heads:
+            raise ValueError(
+                f"expected at least one query and block, and heads that divide the transformer's width, got {queries} "
+                f"queries, {depth} blocks, {heads} heads, width {inner}"
+            )
         self._tokenizer = [tokenizer]  # in a list, out of sight of parameters() and state_dict()
         if train_encoder:
             self.encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(True)
         tokenizer.requires_grad_(False).eval()
         self.features_norm = nn.LayerNorm(c.width, c.layer_norm_eps)
-        self.queries = nn.Parameter(torch.randn(queries, c.width) * 0.02)
-        self.blocks = nn.ModuleList(Block(c.width, heads, 4 * c.width, c.layer_norm_eps) for _ in range(depth))
-        self.norm = nn.LayerNorm(c.width, c.layer_norm_eps)
-        self.projection = nn.Linear(c.width, width)
+        self.narrow = nn.Identity() if inner == c.width else nn.Linear(c.width, inner)
+        self.queries = nn.Parameter(torch.randn(queries, inner) * 0.02)
+        self.blocks = nn.ModuleList(Block(inner, heads, 4 * inner, c.layer_norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(inner, c.layer_norm_eps)
+        self.projection = nn.Linear(inner, width)
 
     def forward(self, pictures: UInt8[Tensor, "k 3 h w"], kept: Bool[Tensor, "j patches"]) -> Float[Tensor, "m width"]:
         """Vectors of all pictures, one picture after another; `kept` is not asked, every patch is read.
@@ -73,7 +85,7 @@ class CausalResampler(nn.Module):
         n = len(self.queries)
         x = self.queries.expand(len(features), -1, -1)
         causal = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        context = self.features_norm(features)
+        context = self.narrow(self.features_norm(features))
         for block in self.blocks:
             x = block(x, context, causal, None)
         return self.projection(self.norm(x))
