@@ -20,13 +20,10 @@ from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.objectives.losses import log_likelihood
 from lavit_lm.objectives.objective import Objective
 from lavit_lm.packing import pad
-from lavit_lm.segments import Image, Row, Segment, Text
+from lavit_lm.prompts import Prompt, Prompts, file_or_picture, parts
 from lavit_lm.sequence_model import SequenceModel
-from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer, to_uint8
+from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
 
-Prompt = str | Sequence[Any]
-"""Text, or a list of texts and pictures: anything VisualTokenizer.encode takes, files as pathlib.Path since a string is
-text, or VisualCodes of one picture."""
 PICTURE_SAMPLING = Sampling(top_k=50, guidance_scale=3.0)
 TEXT_SAMPLING = Sampling(temperature=0.0)
 
@@ -52,6 +49,7 @@ class MultimodalLM:
     ) -> None:
         self.model, self.lexicon, self.visual = model.eval(), lexicon, visual
         self.objective = objective or LaVIT()
+        self.prompts = Prompts(lexicon, visual, self.objective)
         self._decoder = decoder
 
     @classmethod
@@ -155,8 +153,8 @@ class MultimodalLM:
         least, most = (a if given is None else given for a, given in zip(allowed, (min_codes, max_codes), strict=True))
         if not 1 <= least <= most <= patches:
             raise ValueError(f"expected 1 <= min_codes <= max_codes <= {patches}, got {least} and {most}")
-        opened = [self._row(_worded(prompt, self.objective.wording.image), "image") for prompt in prompts]
-        free = self._row([], "image")
+        opened = [self.prompts.painting(prompt) for prompt in prompts]
+        free = self.prompts.row([], "image")
         said = continue_rows(
             self.model,
             self.lexicon,
@@ -179,7 +177,7 @@ class MultimodalLM:
         """
         if self.objective.paints != "vectors":
             raise ValueError(f"{self.objective.name} says codes for a picture, no vectors: ask for codes")
-        rows = [self._row(_worded(prompt, self.objective.wording.image), "image") for prompt in prompts]
+        rows = [self.prompts.painting(prompt) for prompt in prompts]
         said = emit(self.model, self.lexicon, rows, self._vectors, opened=True, cached=cached)
         return torch.stack([vectors for (vectors,) in said if isinstance(vectors, Tensor)])
 
@@ -189,7 +187,7 @@ class MultimodalLM:
         """A caption; for a list of pictures a list of them. Greedy, unless Sampling's arguments are given."""
         several = isinstance(images, list)
         said = self.objective.wording.caption
-        prompts = [[_picture(image), *([said] if said else [])] for image in (images if several else [images])]
+        prompts = [[file_or_picture(image), *([said] if said else [])] for image in (images if several else [images])]
         captions = self._text(prompts, max_tokens, **sampling)
         return captions if several else captions[0]
 
@@ -208,7 +206,7 @@ class MultimodalLM:
                 paper does.
         """
         asked = (self.objective.wording.answer if template is None else template).replace("{}", question)
-        return self._text([[_picture(image), asked]], max_tokens, **sampling)[0]
+        return self._text([[file_or_picture(image), asked]], max_tokens, **sampling)[0]
 
     def complete(
         self,
@@ -239,18 +237,18 @@ class MultimodalLM:
             )
         if self.objective.paints == "vectors":
             return self._complete_with_vectors(prompt, max_tokens, max_images, generator, pictures, sampling)
-        parts: list[Any] = _parts(prompt)
+        given = parts(prompt)
         said: list[Any] = []
         for number in range(max_images + 1):
             kind: Literal["mixed", "text"] = "mixed" if number < max_images else "text"
             chosen = Sampling(**{"temperature": 0.0, **sampling})
-            row = self._row(parts + said, "text")
+            row = self.prompts.row(given + said, "text")
             ids = continue_rows(self.model, self.lexicon, [row], Rule(kind, 0, max_tokens), chosen, None, generator)[0]
             text = self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids)
             said += [text] if text else []
             if not ids or ids[-1] != self.lexicon.vocabulary.begin:
                 break
-            said.append(self.generate_codes(parts + said, 1, guidance_scale, generator))
+            said.append(self.generate_codes(given + said, 1, guidance_scale, generator))
         if pictures:
             said = [self._draw(s, generator, {})[0] if isinstance(s, VisualCodes) else s for s in said]
         return said
@@ -261,7 +259,7 @@ class MultimodalLM:
         chosen = Sampling(**{"temperature": 0.0, **sampling})
         options: dict[str, Any] = {"max_words": max_tokens, "max_images": max_images, "sampling": chosen}
         (said,) = emit(
-            self.model, self.lexicon, [self._row(prompt, "text")], self._vectors, generator=generator, **options
+            self.model, self.lexicon, [self.prompts.row(prompt, "text")], self._vectors, generator=generator, **options
         )
         decode = self.lexicon.vocabulary.decode_text
         return [
@@ -293,8 +291,8 @@ class MultimodalLM:
         """
         if not candidates:
             raise ValueError("expected at least one candidate, got none")
-        given = [self._segment(part) for part in _parts(context)]
-        rows = [self.objective.scored(given, self._segment(c), self.lexicon) for c in candidates]
+        given = self.prompts.segments(context)
+        rows = [self.objective.scored(given, self.prompts.segment(c), self.lexicon) for c in candidates]
         batch = pad(rows, self.lexicon.pad).to(self.device)
         nats = log_likelihood(self.model.see(batch), batch)
         return nats / batch.predict.sum(1) if per_token else nats
@@ -311,47 +309,6 @@ class MultimodalLM:
         self, prompts: Sequence[Prompt], max_tokens: int, generator: Generators = None, **sampling: Any
     ) -> list[str]:
         chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
-        rows = [self._row(prompt, "text") for prompt in prompts]
+        rows = [self.prompts.row(prompt, "text") for prompt in prompts]
         said = continue_rows(self.model, self.lexicon, rows, Rule("text", 0, max_tokens), chosen, None, generator)
         return [self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids).strip() for ids in said]
-
-    def _row(self, prompt: Prompt, opens: Literal["text", "image"]) -> Row:
-        return self.objective.prompt([self._segment(part) for part in _parts(prompt)], self.lexicon, opens)
-
-    def _segment(self, part: Any) -> Segment:
-        """A text, or a picture with whatever the objective may read of it."""
-        if isinstance(part, str):
-            return Text(part)
-        if isinstance(part, VisualCodes):
-            if len(part) != 1:
-                raise ValueError(f"expected codes of one picture in a prompt, got {len(part)}")
-            part.check(self.visual.config.codebook_size)
-            return Image(part[0].cpu())
-        c = self.visual.config
-        pixels = to_uint8(part, c.image_size, c.crop)
-        if self.objective.paints == "vectors":
-            return Image(picture=pixels[0])
-        least, _ = self.objective.lengths(c.num_patches)
-        codes = self.visual.encode(pixels, budget=None if least == 1 else least)
-        assert codes.keep is not None
-        return Image(codes[0].cpu(), pixels[0], codes.keep[0].cpu())
-
-
-def _parts(prompt: Prompt) -> list[Any]:
-    return [prompt] if isinstance(prompt, str) else list(prompt)
-
-
-def _worded(prompt: Prompt, wording: str) -> list[Any]:
-    """The prompt between the words that the model was trained to paint after."""
-    before, _, after = wording.partition("{}")
-    parts = _parts(prompt)
-    if before:
-        parts = [before + parts[0], *parts[1:]] if parts and isinstance(parts[0], str) else [before, *parts]
-    if after:
-        parts = [*parts[:-1], parts[-1] + after] if parts and isinstance(parts[-1], str) else [*parts, after]
-    return parts
-
-
-def _picture(source: Any) -> Any:
-    """Where only a picture can be meant, a string is its file."""
-    return Path(source) if isinstance(source, str) else source

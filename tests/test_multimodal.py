@@ -56,13 +56,13 @@ def test_prompts_of_text_and_pictures(lm: MultimodalLM, photos: list[Path]):
     shown = Picture.open(photos[0])
     mixed = lm.generate_codes(["a red apple", shown, "in the rain"], generator=generator())
     assert len(mixed) == 1
-    row = lm._row(["a red apple", shown, "in the rain"], "image")
+    row = lm.prompts.row(["a red apple", shown, "in the rain"], "image")
     v = lm.lexicon.vocabulary
     seen = lm.visual.encode(shown)
     words = [lm.lexicon.text("a red apple"), lm.lexicon.text("in the rain")]
     image = [v.begin, *v.to_ids(seen[0]).tolist(), v.end]
     assert row.ids.tolist() == [*lm.lexicon.start, *words[0], *image, *words[1], v.begin]
-    assert lm._row([seen], "text").ids.tolist() == [*lm.lexicon.start, *image], "codes stand for their picture"
+    assert lm.prompts.row([seen], "text").ids.tolist() == [*lm.lexicon.start, *image], "codes stand for their picture"
     batch = lm.generate_codes_batch(["a red apple", "rain"], generator=[generator(4), generator(5)])
     assert batch[1].tolist() == lm.generate_codes_batch(["rain"], generator=[generator(5)])[0].tolist()
 
@@ -95,7 +95,7 @@ def test_interleaved_out(lm: MultimodalLM, photos: list[Path]):
 def test_ranking_is_the_likelihood(lm: MultimodalLM, photos: list[Path]):
     texts = ["a red apple", "rain", "two dogs run"]
     found = lm.rank([photos[0]], texts)
-    start = lm._row([photos[0]], "text").ids.tolist()
+    start = lm.prompts.row([photos[0]], "text").ids.tolist()
     for text, nats in zip(texts, found.tolist(), strict=True):
         ids = [*start, *lm.lexicon.text(text), lm.lexicon.stop]
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_saved_and_loaded(lm: MultimodalLM, directory: Path, photos: list[Path])
     assert loaded.generate_codes("a red apple", 2, generator=generator()).to_list() == want.to_list()
     assert loaded.caption(str(photos[0]), 6) == lm.caption(str(photos[0]), 6)
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-    ids = torch.tensor([lm._row("rain", "text").ids.tolist()])
+    ids = torch.tensor([lm.prompts.row("rain", "text").ids.tolist()])
     assert torch.equal(plain(ids).logits.argmax(-1), lm.model.causal(ids).logits.argmax(-1))
     assert len(tokenizer) == len(lm.lexicon.tokenizer)
     with pytest.raises(ValueError, match="no pixel decoder"):
@@ -130,7 +130,7 @@ def test_reading_pictures_as_vectors(tiny_tokenizer: VisualTokenizer, tmp_path: 
     model.bridge = ContinuousBridge(tiny_tokenizer, 16)
     assert not [n for n in model.state_dict() if "encoder" in n], "the visual tokenizer is no part of the model"
     vectors = MultimodalLM(model, lexicon, tiny_tokenizer, objective=LaVIT(continuous=True))
-    row = vectors._row([photos[0], "a"], "text")
+    row = vectors.prompts.row([photos[0], "a"], "text")
     codes = tiny_tokenizer.encode(str(photos[0]))
     assert row.fed.sum() == len(codes[0]) and torch.equal(row.kept, codes.keep)
     tiny_tokenizer.save_pretrained(tmp_path / "visual")

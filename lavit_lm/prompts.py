@@ -1,0 +1,86 @@
+"""What a user gives -> rows: texts and pictures to segments, put as the objective's training data put them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.objectives.objective import Objective
+from lavit_lm.segments import Image, Row, Segment, Text
+from lavit_tok import VisualCodes, VisualTokenizer, to_uint8
+
+Prompt = str | Sequence[Any]
+"""Text, or a list of texts and pictures: anything VisualTokenizer.encode takes, files as pathlib.Path since a string is
+text, or VisualCodes of one picture."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Reads prompts for one model.
+
+    Args:
+        lexicon: its text tokenizer and visual vocabulary.
+        visual: its visual tokenizer.
+        objective: what it was trained with.
+    """
+
+    lexicon: Lexicon
+    visual: VisualTokenizer
+    objective: Objective
+
+    def row(self, prompt: Prompt, opens: Literal["text", "image"]) -> Row:
+        """The row after which a text or a picture is to be said. Raises ValueError."""
+        return self.objective.prompt(self.segments(prompt), self.lexicon, opens)
+
+    def painting(self, prompt: Prompt) -> Row:
+        """The row after which a picture is to be said, in the words that the model was trained to paint after."""
+        return self.row(worded(prompt, self.objective.wording.image), "image")
+
+    def segments(self, prompt: Prompt) -> list[Segment]:
+        return [self.segment(part) for part in parts(prompt)]
+
+    def segment(self, part: Any) -> Segment:
+        """A text, or a picture with whatever the objective may read of it.
+
+        Raises:
+            ValueError: codes of several pictures, or of another codebook.
+        """
+        if isinstance(part, str):
+            return Text(part)
+        if isinstance(part, VisualCodes):
+            if len(part) != 1:
+                raise ValueError(f"expected codes of one picture in a prompt, got {len(part)}")
+            part.check(self.visual.config.codebook_size)
+            return Image(part[0].cpu())
+        c = self.visual.config
+        pixels = to_uint8(part, c.image_size, c.crop)
+        if self.objective.paints == "vectors":
+            return Image(picture=pixels[0])
+        least, _ = self.objective.lengths(c.num_patches)
+        codes = self.visual.encode(pixels, budget=None if least == 1 else least)
+        assert codes.keep is not None
+        return Image(codes[0].cpu(), pixels[0], codes.keep[0].cpu())
+
+
+def parts(prompt: Prompt) -> list[Any]:
+    """The prompt as a list."""
+    return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+def worded(prompt: Prompt, wording: str) -> list[Any]:
+    """The prompt between the words that the model was trained to paint after."""
+    before, _, after = wording.partition("{}")
+    whole = parts(prompt)
+    if before:
+        whole = [before + whole[0], *whole[1:]] if whole and isinstance(whole[0], str) else [before, *whole]
+    if after:
+        whole = [*whole[:-1], whole[-1] + after] if whole and isinstance(whole[-1], str) else [*whole, after]
+    return whole
+
+
+def file_or_picture(source: Any) -> Any:
+    """Where only a picture can be meant, a string is its file."""
+    return Path(source) if isinstance(source, str) else source
