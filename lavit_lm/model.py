@@ -184,7 +184,10 @@ class MultimodalLM:
     # Text
 
     def caption(self, images: Any, max_tokens: int = 64, **sampling: Any) -> Any:
-        """A caption; for a list of pictures a list of them. Greedy, unless Sampling's arguments are given."""
+        """A caption of at least one token; for a list of pictures a list of them.
+
+        Greedy, unless Sampling's arguments are given.
+        """
         several = isinstance(images, list)
         said = self.objective.wording.caption
         prompts = [[file_or_picture(image), *([said] if said else [])] for image in (images if several else [images])]
@@ -310,5 +313,5 @@ class MultimodalLM:
     ) -> list[str]:
         chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
         rows = [self.prompts.row(prompt, "text") for prompt in prompts]
-        said = continue_rows(self.model, self.lexicon, rows, Rule("text", 0, max_tokens), chosen, None, generator)
+        said = continue_rows(self.model, self.lexicon, rows, Rule("text", 1, max_tokens), chosen, None, generator)
         return [self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids).strip() for ids in said]

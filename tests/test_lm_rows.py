@@ -54,6 +54,7 @@ def test_both_orders_and_dropped_prompts():
         kind = "text_first" if first == Role.TEXT else ("image_first" if text[0] in row.ids.tolist() else "dropped")
         kinds[kind] += 1
         assert len(row) == 4 + len(sample[0].codes) + (0 if kind == "dropped" else len(text))
+        assert bool(row.predict[-1]) == (kind != "dropped"), "that a picture has no caption is not learnt"
     assert abs(kinds["image_first"] - 200) < 40 and abs(kinds["dropped"] - 50) < 25, kinds
     assert LaVIT(order="image_first").layout(sample[::-1], lexicon, generator()).roles[1] == Role.BEGIN
     assert LaVIT(order="text_first", prompt_drop=0.0).layout(sample, lexicon, generator()).roles[1] == Role.TEXT

@@ -17,6 +17,7 @@ from lavit_lm import MultimodalLM
 from lavit_lm.bridge import ContinuousBridge
 from lavit_lm.cli import main
 from lavit_lm.files import save_model
+from lavit_lm.generation import Rule, Sampling, continue_rows
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_tok import CodeError, VisualCodes, VisualTokenizer, WeightsError
 
@@ -74,6 +75,21 @@ def test_pictures_to_text(lm: MultimodalLM, photos: list[Path]):
     assert isinstance(lm.answer(str(photos[0]), "What colour is it?", max_tokens=5), str)
     warm = lm.caption(str(photos[0]), 8, temperature=3.0, generator=generator())
     assert warm == lm.caption(str(photos[0]), 8, temperature=3.0, generator=generator())
+
+
+def test_a_caption_is_never_empty(lm: MultimodalLM, photos: list[Path], monkeypatch: pytest.MonkeyPatch):
+    """Of a model that would rather say nothing."""
+    head = lm.model.head
+
+    def ends(states: torch.Tensor) -> torch.Tensor:
+        logits = head(states)
+        logits[..., lm.lexicon.stop] += 1e3
+        return logits
+
+    monkeypatch.setattr(lm.model, "head", ends)
+    row = lm.prompts.row([photos[0]], "text")
+    assert len(continue_rows(lm.model, lm.lexicon, [row], Rule("text", 1, 5), Sampling(0.0))[0]) == 2
+    assert len(lm._text([[photos[0]]], 5)) == 1 and len(lm._text([[photos[0]]], 5)[0]) > 0
 
 
 def test_interleaved_out(lm: MultimodalLM, photos: list[Path]):

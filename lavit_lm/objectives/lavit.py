@@ -4,7 +4,8 @@
     predicted        .   x      x   x   x   x     x   x   x
     text -> image    <s> a   cat <|img| 7   3   9   |img> </s>      always codes
     predicted        .   x   x   x      x   x   x   x     x
-    prompt dropped   <s> <|img| 7   3   9   |img> </s>              learns the unconditional stream of guidance
+    prompt dropped   <s> <|img| 7   3   9   |img> </s>              learns the unconditional stream of guidance, and
+    predicted        .   x      x   x   x   x     .                 not that nothing is to be said of a picture
 
 Who sees whom: causal within a document. Loss: cross-entropy over both modalities, one mean, one head. A pair is laid
 out in both orders, each as often as the other; a document of more segments keeps its order. The release feeds vectors
@@ -69,9 +70,10 @@ class LaVIT(Objective):
         flip, drop = torch.rand(2, generator=generator).tolist()
         segments = ordered(sample, self.order, flip, key)
         pair = self.order != "given" and sorted(type(s).__name__ for s in segments) == ["Image", "Text"]
-        if pair and isinstance(segments[0], Text) and drop < self.prompt_drop:
-            segments = segments[1:]
-        return self._places(segments, lexicon).text([lexicon.stop], predict=segments[-1].learn).row(key)
+        dropped = pair and isinstance(segments[0], Text) and drop < self.prompt_drop
+        segments = segments[1:] if dropped else segments
+        ends = segments[-1].learn and not dropped
+        return self._places(segments, lexicon).text([lexicon.stop], predict=ends).row(key)
 
     def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
         """Pictures before a text are read as vectors where the model was trained so, before a picture as codes."""
