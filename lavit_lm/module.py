@@ -171,6 +171,9 @@ class LanguageModeling(L.LightningModule):
     def transfer_batch_to_device(self, batch: Packed, device: torch.device, dataloader_idx: int) -> Packed:
         return batch.to(device)
 
+    def on_after_batch_transfer(self, batch: Packed, dataloader_idx: int) -> Packed:
+        return self.objective.finished(batch, self.visual, self.lexicon)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Frozen weights are not saved: they are read from where they came from."""
         for name in self._frozen_names() & set(checkpoint["state_dict"]):

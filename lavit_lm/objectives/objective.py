@@ -89,6 +89,14 @@ class Objective(ABC):
         """A row of which only the answer is predicted, for its likelihood."""
         raise ValueError(f"{self.name}: a likelihood of {type(answer).__name__.lower()}s is not defined")
 
+    def finished(self, batch: Packed, visual: Any, lexicon: Lexicon) -> Packed:
+        """A batch as it has come to the device, with ids that only the visual tokenizer can tell; by default as it is.
+
+        Args:
+            visual: the frozen VisualTokenizer, which may be on another device.
+        """
+        return batch
+
     def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
         """Named sums; by default {"text": ..., "image": ...}, sums of nats."""
         return cross_entropy(seen, batch)
