@@ -34,7 +34,7 @@ class Packed:
         roles: int8 [b l].
         predict, regress, prefix, fed: bool [b l].
         pictures: uint8 [k 3 h w], behind the fed places, block after block; k is 0 if there are none.
-        kept: bool [k patches].
+        kept: bool [j patches]; j is k, or 0 where the bridge asks for no mask.
         documents: int64 [b l], 0, 1, ... within a block; -1 at free places.
         positions: int64 [b l], places within the document.
         keys: for each block the names of its documents, in order.
@@ -47,7 +47,7 @@ class Packed:
     prefix: Bool[Tensor, "b l"]
     fed: Bool[Tensor, "b l"]
     pictures: UInt8[Tensor, "k 3 h w"]
-    kept: Bool[Tensor, "k patches"]
+    kept: Bool[Tensor, "j patches"]
     documents: Int64[Tensor, "b l"]
     positions: Int64[Tensor, "b l"]
     keys: tuple[tuple[str, ...], ...]
@@ -86,7 +86,7 @@ def plan(lengths: Sequence[int], block: int) -> list[list[int]]:
     return blocks
 
 
-def fed_pictures(rows: Sequence[Row]) -> tuple[UInt8[Tensor, "k 3 h w"], Bool[Tensor, "k patches"]]:
+def fed_pictures(rows: Sequence[Row]) -> tuple[UInt8[Tensor, "k 3 h w"], Bool[Tensor, "j patches"]]:
     """(pictures, kept) of all rows, in order: what a bridge makes the vectors of their fed places from."""
     fed = [row for row in rows if row.images]
     pictures = torch.cat([row.pictures for row in fed]) if fed else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)

@@ -72,7 +72,7 @@ class SequenceModel(nn.Module):
         ids: Int64[Tensor, "b l"],
         fed: Bool[Tensor, "b l"],
         pictures: UInt8[Tensor, "k 3 h w"],
-        kept: Bool[Tensor, "k patches"],
+        kept: Bool[Tensor, "j patches"],
     ) -> Float[Tensor, "b l d"]:
         """What the LM reads: rows of its embedding, and the bridge's vectors at fed places."""
         embedded = self.causal.get_input_embeddings()(ids)
