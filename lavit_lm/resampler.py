@@ -84,7 +84,7 @@ class CausalResampler(nn.Module):
         """Of each picture, in the queries' order."""
         n = len(self.queries)
         x = self.queries.expand(len(features), -1, -1)
-        causal = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+        causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=x.device).tril()
         context = self.narrow(self.features_norm(features))
         for block in self.blocks:
             x = block(x, context, causal, None)
