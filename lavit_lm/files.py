@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def save_model(
         "visual_tokenizer": visual_tokenizer,
         "fingerprint": fingerprint,
         "codebook_size": lexicon.vocabulary.codebook_size,
-        "objective": {"name": objective.name, **asdict(objective)},  # type: ignore[call-overload]
+        "objective": {"name": objective.name, **objective.settings()},
     }
     (out / "lavit_lm.json").write_text(json.dumps(values, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)

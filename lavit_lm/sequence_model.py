@@ -79,9 +79,8 @@ class SequenceModel(nn.Module):
         if not bool(fed.any()):
             if self.bridge is not None and torch.is_grad_enabled():
                 # Processes that share gradients wait for each other's: the bridge has one, of 0, also without pictures.
-                embedded = embedded + 0 * torch.stack([p.sum() for p in self.bridge.parameters()]).sum().to(
-                    embedded.dtype
-                )
+                sums = [p.sum() for p in self.bridge.parameters() if p.requires_grad]
+                embedded = embedded + 0 * torch.stack(sums).sum().to(embedded.dtype) if sums else embedded
             return embedded
         if self.bridge is None:
             raise ValueError("the batch has pictures to feed as vectors, but the model has no bridge for them")

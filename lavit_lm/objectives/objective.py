@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -65,6 +65,10 @@ class Objective(ABC):
     def reads_pictures(self) -> bool:
         """Whether rows need the pictures themselves, beside their codes or in place of them."""
         return False
+
+    def settings(self) -> dict[str, Any]:
+        """What a model's directory says of it: plain JSON, from which its class makes it again."""
+        return asdict(self)  # type: ignore[call-overload]
 
     @abstractmethod
     def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
