@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lavit_lm.embeddings import extend_model
 from lavit_lm.lexicon import Lexicon
+from lavit_lm.prefix_seq2seq import PrefixSeq2Seq
 from lavit_lm.sequence_model import SequenceModel
 from lavit_lm.vocabulary import VisualVocabulary, VocabularyError
 
 
 def load_lm(source: str | dict[str, Any], lexicon: Lexicon, own: int, rows_are_new: bool, seed: int) -> Any:
-    """A causal LM with rows for the image tokens, float32.
+    """A causal LM, or an encoder-decoder, with rows for the image tokens, float32.
 
     Args:
         source: directory or Hub id, or the JSON of a `transformers` config for a new one.
@@ -30,13 +31,14 @@ def load_lm(source: str | dict[str, Any], lexicon: Lexicon, own: int, rows_are_n
     """
     try:
         if isinstance(source, str):
-            lm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+            kind = lm_class(AutoConfig.from_pretrained(source))
+            lm = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         else:
             special = {f"{n}_token_id": getattr(lexicon.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
             config = AutoConfig.for_model(**{**source, "vocab_size": own, **special})
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                lm = AutoModelForCausalLM.from_config(config)
+                lm = lm_class(config).from_config(config)
     except (ValueError, KeyError, TypeError, OSError) as error:
         named = source if isinstance(source, str) else source.get("model_type", "a config without model_type")
         reason = str(error).strip().splitlines()[0]
@@ -51,6 +53,16 @@ def load_lm(source: str | dict[str, Any], lexicon: Lexicon, own: int, rows_are_n
             "tokenizer it had before it got image tokens, or an LM that was trained with them"
         )
     return lm
+
+
+def lm_class(config: Any) -> Any:
+    """The class of `transformers` that reads an LM of this config."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def sequence_model(lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None) -> SequenceModel:
+    """The LM over packed rows; an encoder-decoder is split where each row's prefix ends."""
+    return (PrefixSeq2Seq if lm.config.is_encoder_decoder else SequenceModel)(lm, bridge, regressor)
 
 
 def with_lora(lm: Any, vocabulary: VisualVocabulary, settings: dict[str, Any]) -> Any:

@@ -24,8 +24,9 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from lavit_lm.building import lm_class
 from lavit_lm.vocabulary import BEGIN, END, VisualVocabulary
 
 CHAT = """\
@@ -174,7 +175,8 @@ def _compare(given: Any, plain: Any, tokenizer: Any, vocabulary: VisualVocabular
         raise ExportError(f"{probe!r} is read as {again(probe).input_ids}, expected {tokenizer(probe).input_ids}")
     context = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
     ids = torch.tensor([again(probe).input_ids[:context]], device=plain.device)
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=plain.dtype).to(plain.device)
+    kind = lm_class(AutoConfig.from_pretrained(directory))
+    loaded = kind.from_pretrained(directory, dtype=plain.dtype).to(plain.device)
     written = _logits(loaded, ids)
     # Against what was given, adapters unmerged, where its floats are the same; rounded ones only against themselves.
     dtypes = {value.dtype for value in given.parameters()}
@@ -189,6 +191,7 @@ def _compare(given: Any, plain: Any, tokenizer: Any, vocabulary: VisualVocabular
 def _logits(model: Any, ids: Tensor) -> Tensor:
     training = model.training
     try:
-        return model.eval()(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+        said = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        return model.eval()(ids, attention_mask=torch.ones_like(ids), use_cache=False, **said).logits.float()
     finally:
         model.train(training)

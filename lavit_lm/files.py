@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from lavit_lm.building import lm_class, sequence_model
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.objective import Objective
@@ -99,14 +100,13 @@ def load_model(
             "would be read and drawn as unrelated ones"
         )
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    lm, report = AutoModelForCausalLM.from_pretrained(
-        directory, use_safetensors=True, dtype=dtype, output_loading_info=True
-    )
+    kind = lm_class(AutoConfig.from_pretrained(directory))
+    lm, report = kind.from_pretrained(directory, use_safetensors=True, dtype=dtype, output_loading_info=True)
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
         raise WeightsError(f"{directory}: tensors do not fit the config, and would be left out or made up: {wrong}")
     objective = objective or _objective(directory, values["objective"])
-    model = SequenceModel(lm, *objective.parts(visual, lm.config.get_text_config().hidden_size))
+    model = sequence_model(lm, *objective.parts(visual, lm.config.get_text_config().hidden_size))
     parts, file = _parts(model), directory / "parts.safetensors"
     try:
         parts.load_state_dict(load_file(file) if file.exists() else {})

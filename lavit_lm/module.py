@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
 
-from lavit_lm.building import load_lm, shard, with_lora
+from lavit_lm.building import load_lm, sequence_model, shard, with_lora
 from lavit_lm.files import check_free, save_model
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.lavit import LaVIT
@@ -272,4 +272,4 @@ class LanguageModeling(L.LightningModule):
             if s.checkpoint_blocks:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
                 lm.train()
-            return SequenceModel(lm if s.lora is None else with_lora(lm, self.lexicon.vocabulary, s.lora), *parts)
+            return sequence_model(lm if s.lora is None else with_lora(lm, self.lexicon.vocabulary, s.lora), *parts)

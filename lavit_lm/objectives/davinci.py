@@ -1,0 +1,243 @@
+"""DaVinci (Diao et al., ICLR 2023): write and paint from prefixes, three losses of equal weight.
+
+A picture of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector (grid.py), 0..8 a patch's code:
+
+    "text": the picture and k = 1 word                      id    <s> [IMG v v v v v v v v v IMG] a | <s> red apple </s>
+    -> the other words                                      pred   P   P   P P P P P P P P P  P   P |  .   x    x    x
+
+    "image": the upper r = 1 rows and all words             id    <s> [IMG v v v IMG] a red apple | [IMG 3 4 5 6 7 8
+    -> codes of the rows below, encoded by themselves       pred   P   P   P P P  P   P  P    P   |   .  x x x x x x
+
+    "image", r = 0: words                                   id    <s> a red apple | [IMG 0 1 2 3 4 5 6 7 8
+    -> all codes                                            pred   P  P  P    P   |   .  x x x x x x x x x
+
+    "plain": k = 2 words                                    id    <s> a red | <s> apple </s>
+    -> the other words                                      pred   P  P  P  |  .    x     x
+
+- The prefix sees itself in both directions and never the suffix, which sees all of the prefix and itself causally
+  (masks.py); an encoder-decoder reads one with its encoder and says the other with its decoder (prefix_seq2seq.py).
+- A suffix begins with a token that is not predicted; there positions in the picture start anew, since the codes of the
+  lower rows come from a picture that begins with them. A picture is whole rows of codes and ends by their number.
+- k is drawn over words for each row, and r too: the paper draws one r for a batch, whose rows are one rectangle there;
+  packed rows may be of any lengths.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import isqrt
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lavit_lm.grid import GridBridge, codes_below
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.objectives.losses import Seen, Sum, cross_entropy
+from lavit_lm.objectives.objective import Objective, Parts, Wording, require_picture
+from lavit_lm.packing import Packed
+from lavit_lm.segments import Flags, Image, Role, Row, RowBuilder, Segment, Text
+
+LATER = -1
+"""In the place of a code that `finished` tells; no embedding has such a row, so that it cannot be forgotten."""
+
+
+@dataclass(frozen=True)
+class DaVinci(Objective):
+    """Prefix language modelling and prefix image modelling.
+
+    Args:
+        text_weight, image_weight, plain_weight: of the three losses, each a mean over its own targets; 1 as published.
+        text_share, image_share, plain_share: how often a pair is laid out for each; plain texts are always "plain".
+            The paper uses each pair for the first two, and as many texts for the third.
+        image_prefix: draw r from 0 .. rows - 2 as the paper has it; False paints whole pictures only (r = 0), which is
+            the public code's default.
+        prompt_drop: probability that the words of an "image" row are left out, so that guidance has an unconditional
+            stream; the paper knows no guidance (0).
+        caption_words: of a caption, later ones are cut off.
+        caption_prefix, text_prefix: the largest k beside a picture, and without one.
+        lower_case: read and say lower-cased words only.
+        caption_prompt: what a caption begins with, as the suffix's first words; it is not part of what is said.
+        train_encoder: train a copy of the visual tokenizer's encoder for the vectors; the paper trains its ResNet.
+
+    Raises:
+        ValueError: a weight, a share or a number below 0, no share at all, or no probability.
+    """
+
+    name: ClassVar[str] = "davinci"
+    opens_images: ClassVar[bool] = False
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    plain_weight: float = 1.0
+    text_share: float = 1.0
+    image_share: float = 1.0
+    plain_share: float = 0.0
+    image_prefix: bool = True
+    prompt_drop: float = 0.1
+    caption_words: int = 30
+    caption_prefix: int = 30
+    text_prefix: int = 96
+    lower_case: bool = True
+    caption_prompt: str = "a picture of"
+    train_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        for setting in ("text_weight", "image_weight", "plain_weight", "text_share", "image_share", "plain_share"):
+            if getattr(self, setting) < 0:
+                raise ValueError(f"{setting}: expected 0 or more, got {getattr(self, setting)}")
+        if self.text_share + self.image_share + self.plain_share == 0:
+            raise ValueError("expected a share above 0 of at least one of the three tasks: no pair would be laid out")
+        if not 0 <= self.prompt_drop <= 1:
+            raise ValueError(f"prompt_drop: expected a probability, got {self.prompt_drop}")
+        if min(self.caption_words, self.caption_prefix, self.text_prefix) < 0:
+            raise ValueError("caption_words, caption_prefix, text_prefix: expected 0 or more")
+
+    @property
+    def reads_pictures(self) -> bool:
+        return True
+
+    @property
+    def wording(self) -> Wording:  # type: ignore[override]
+        return Wording(caption=self.caption_prompt, answer="{}")
+
+    def lengths(self, patches: int) -> tuple[int, int]:
+        """A code for every patch."""
+        return patches, patches
+
+    def parts(self, visual: Any, width: int) -> Parts:
+        """A vector for each patch."""
+        return Parts(GridBridge(visual, width, self.train_encoder))
+
+    # Rows
+
+    def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
+        """One row of a picture, a text, or a pair; a picture without a caption is painted from nothing.
+
+        Raises:
+            ValueError: another sample, or a picture without a code for each of its patches.
+        """
+        task, k, r, drop = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        images = [segment for segment in sample if isinstance(segment, Image)]
+        texts = [segment for segment in sample if isinstance(segment, Text)]
+        if not sample or len(images) > 1 or len(texts) > 1:
+            raise ValueError(f"sample {key!r}: expected a picture, a text, or one of each, got {len(sample)} segments")
+        shares = (
+            [self.text_share, self.image_share, self.plain_share] if images and texts else [0, len(images), len(texts)]
+        )
+        ends = list(accumulate(shares))
+        chosen = ("text", "image", "plain")[bisect(ends[:-1], task * ends[-1])]
+        words = self._words(texts[0]) if texts else []
+        words = words[: self.caption_words] if images else words
+        if chosen == "image":
+            image = _whole(images[0], key)
+            rows = isqrt(len(_codes(image)))
+            above = int(r * (rows - 1)) * rows if self.image_prefix else 0
+            upper = [replace(image, codes=None, keep=torch.arange(rows * rows) < above)] if above else []
+            row = self._read([*upper, Text(" ".join(words if drop >= self.prompt_drop else []))], lexicon)
+            ids = [LATER] * (rows * rows - above) if above else lexicon.codes(_codes(image))
+            return _painted(row, ids, lexicon).row(key)
+        k = min(int(k * len(words)), self.caption_prefix if chosen == "text" else self.text_prefix)
+        shown = [_whole(images[0], key)] if chosen == "text" else []
+        row = self._read([*shown, Text(" ".join(words[:k]))], lexicon).text(_start(lexicon))
+        return row.text([*lexicon.text(" ".join(words[k:])), lexicon.stop], predict=True).row(key)
+
+    def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
+        """All of the prompt is prefix, but for the words that captions begin with."""
+        if opens == "text":
+            return self._opened(segments, lexicon).row()
+        return _painted(self._read(_words_alone(segments), lexicon), [], lexicon).row()
+
+    def scored(self, context: Sequence[Segment], answer: Segment, lexicon: Lexicon) -> Row:
+        """The answer after the start of a suffix, a text with its end: the paper ranks answers to questions so."""
+        if isinstance(answer, Image):
+            row = self._read(_words_alone(context), lexicon)
+            return _painted(row, lexicon.codes(_codes(answer)), lexicon).row()
+        ids = [*lexicon.text(" ".join(self._words(answer))), lexicon.stop]
+        return self._opened(context, lexicon).text(ids, predict=True).row()
+
+    def _words(self, text: Text) -> list[str]:
+        return (text.text.lower() if self.lower_case else text.text).split()
+
+    def _read(self, segments: Sequence[Segment], lexicon: Lexicon) -> RowBuilder:
+        """The prefix; it begins with a token, so that none is empty."""
+        seen, edges = Flags(prefix=True), (lexicon.vocabulary.begin, lexicon.vocabulary.end)
+        builder = RowBuilder().text(_start(lexicon), **seen)
+        for segment in segments:
+            if isinstance(segment, Text):
+                builder.text(lexicon.text(" ".join(self._words(segment))), **seen)
+            else:
+                assert segment.keep is not None
+                fed = replace(segment, codes=None)
+                builder.image(edges, [lexicon.pad] * int(segment.keep.sum()), seen, seen, seen, fed)
+        return builder
+
+    def _opened(self, segments: Sequence[Segment], lexicon: Lexicon) -> RowBuilder:
+        """Prefix and start of a text, for a picture with the words that its captions begin with."""
+        given = [_whole(segment) if isinstance(segment, Image) else segment for segment in segments]
+        opening = Text(self.caption_prompt)
+        begun = bool(opening.text) and given[-1:] == [opening]
+        row = self._read(given[:-1] if begun else given, lexicon).text(_start(lexicon))
+        return row.text(lexicon.text(" ".join(self._words(opening)))) if begun else row
+
+    def finished(self, batch: Packed, visual: Any, lexicon: Lexicon) -> Packed:
+        """With the codes of lower rows, encoded together and on the batch's device."""
+        cut = ~batch.kept.all(1)
+        if not bool(cut.any()):
+            return batch
+        codes = codes_below(visual.to(batch.ids.device), batch.pictures[cut], batch.kept[cut])
+        ids = lexicon.vocabulary.to_ids(codes)
+        return replace(batch, ids=batch.ids.masked_scatter(batch.ids == LATER, ids))
+
+    # Losses
+
+    def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
+        """{"text", "image", "plain"}: words of a row with a picture, codes, words of a row without one."""
+        blocks, length = batch.documents.shape
+        document = batch.documents + (length + 1) * torch.arange(blocks, device=batch.documents.device)[:, None]
+        pictured = torch.isin(document, document[batch.fed])
+        plain = batch.predict & (batch.roles == Role.TEXT) & ~pictured
+        sums = cross_entropy(seen, replace(batch, predict=batch.predict & ~plain))
+        return {**sums, "plain": cross_entropy(seen, replace(batch, predict=plain))["text"]}
+
+    def total(self, losses: dict[str, Sum]) -> Tensor:
+        """The weighted sum of three means."""
+        weights = {"text": self.text_weight, "image": self.image_weight, "plain": self.plain_weight}
+        return torch.stack([weight * losses[name].mean for name, weight in weights.items()]).sum()
+
+
+def _start(lexicon: Lexicon) -> list[int]:
+    """What a prefix and a text begin with."""
+    return lexicon.start or [lexicon.stop]
+
+
+def _painted(row: RowBuilder, ids: list[int], lexicon: Lexicon) -> RowBuilder:
+    """Codes said after the prefix."""
+    return row.add([lexicon.vocabulary.begin], Role.BEGIN).add(ids, Role.VISUAL, predict=True)
+
+
+def _words_alone(segments: Sequence[Segment]) -> Sequence[Segment]:
+    if any(isinstance(segment, Image) for segment in segments):
+        raise ValueError("davinci paints from words alone, and a picture is in what comes before: give words")
+    return segments
+
+
+def _codes(image: Image) -> Tensor:
+    if image.codes is None:
+        raise ValueError("davinci paints codes, and an image has none: tokenise it first")
+    return image.codes
+
+
+def _whole(image: Image, key: str = "") -> Image:
+    """The image, if there is a code for each of its patches. Raises ValueError."""
+    require_picture(image, "davinci", key)
+    if image.keep is None or not bool(image.keep.all()):
+        got = "no mask of patches" if image.keep is None else f"{int(image.keep.sum())} of {len(image.keep)}"
+        patches = "PATCHES" if image.keep is None else len(image.keep)
+        raise ValueError(
+            f"davinci reads and paints every patch of a picture, sample {key!r} has codes of {got}: make the shards "
+            f"with `lavit-tok shards --budget {patches}`"
+        )
+    return image
