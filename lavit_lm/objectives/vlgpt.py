@@ -1,0 +1,151 @@
+"""VL-GPT (Zhu et al., 2023): words and vectors in turn; the model itself says that a picture comes now.
+
+A picture is exactly N vectors of a frozen tokenizer, which stage 1 trained (vlgpt_stage.py); with two of them:
+
+    ["a cat", picture]    place      0     1     2     3      4    5    6      7
+                          id         <s>   a     cat   <|img| .    .    |img>  </s>
+                          role       TEXT  TEXT  TEXT  BEGIN  VIS  VIS  END    TEXT
+                          fed        .     .     .     .      x1   x2   .      .
+                          predict    .     x     x     x      .    .    .      x       cross-entropy, by the LM's head
+                          regress    .     .     .     .      x    x    .      .       squared error of Linear(state)
+
+- Everything is predicted but |img>: what is to come decides which head reads the state. <|img| is a word among others,
+  so its state in `cat` is read by the LM's head; N states are then read by the regression head, and |img> is put there.
+- The tokenizer is frozen, so the vectors stand still while they are learnt. Trained are LoRA's adapters on all linear
+  layers, the new rows of the embedding, and the regression head.
+- A pair comes in both orders, each as often as the other; a document of more segments keeps its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lavit_lm.detokenizer import TokenizerShape
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.objectives.losses import Seen, Sum, cross_entropy, regression
+from lavit_lm.objectives.objective import Objective, Order, Parts, Wording, ordered, require_picture
+from lavit_lm.packing import Packed
+from lavit_lm.segments import Flags, Image, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.vlgpt_files import DetokenizingDecoder, load_tokenizer, read_config
+
+
+@dataclass(frozen=True)
+class VLGPT(Objective):
+    """Cross-entropy where a word comes next, regression where a vector does.
+
+    Args:
+        tokenizer: directory that `lavit-lm fit-tokenizer` wrote.
+        shape: the tokenizer's sizes, see TokenizerShape. A saved model has them and the weights beside them, so that it
+            needs the directory for drawing only; give none when training.
+        order: of pairs: "both" draws one of the two for each row, "image_first", "text_first", or "given".
+        regression_weight: of the mean squared error against the mean cross-entropy; the published value is unknown.
+
+    Raises:
+        ValueError: neither a directory nor sizes, or a weight below 0.
+    """
+
+    name: ClassVar[str] = "vlgpt"
+    paints: ClassVar[Literal["codes", "vectors"]] = "vectors"
+    wording: ClassVar[Wording] = Wording(
+        caption=" Please describe this image in detail in one sentence. It shows",
+        image="An image of {}.",
+        answer=" Based on the image, {} Short answer:",
+    )
+    tokenizer: str | None = None
+    shape: dict[str, int] | None = None
+    order: Order = "both"
+    regression_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None and self.shape is None:
+            raise ValueError("tokenizer: VL-GPT reads and says vectors: name the directory of lavit-lm fit-tokenizer")
+        if self.regression_weight < 0:
+            raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
+
+    @property
+    def reads_pictures(self) -> bool:
+        return True
+
+    @cached_property
+    def sizes(self) -> TokenizerShape:
+        """The tokenizer's. Raises WeightsError for a directory that is none."""
+        if self.shape is not None:
+            return TokenizerShape(**self.shape)
+        assert self.tokenizer is not None
+        return read_config(self.tokenizer)["shape"]
+
+    def settings(self) -> dict[str, Any]:
+        """With the tokenizer's sizes, so that a saved model can be read where the directory is not."""
+        return {**asdict(self), "shape": asdict(self.sizes)}
+
+    def parts(self, visual: Any, width: int) -> Parts:
+        """The frozen tokenizer, and Linear(width, width). Raises ValueError for an LM of another width."""
+        if self.sizes.width != width:
+            raise ValueError(f"the tokenizer makes vectors of width {self.sizes.width}, the LM reads {width}")
+        if self.shape is None:
+            assert self.tokenizer is not None
+            bridge = load_tokenizer(self.tokenizer, visual)
+        else:
+            bridge = self.sizes.resampler(visual)
+            for parameter in bridge.parameters():  # a saved model brings them; NaN tells of a training without any
+                nn.init.constant_(parameter, torch.nan)
+        return Parts(bridge.requires_grad_(False), nn.Linear(width, width))
+
+    def lengths(self, patches: int) -> tuple[int, int]:
+        """Exactly N."""
+        return self.sizes.queries, self.sizes.queries
+
+    def decoder(self, name: str, device: torch.device) -> DetokenizingDecoder:
+        """The detokenizer of a directory of stage 1, by "default" of this model's, and its diffusion model.
+
+        Raises:
+            WeightsError: no such directory.
+        """
+        directory = self.tokenizer if name == "default" and self.tokenizer is not None else name
+        return DetokenizingDecoder.from_pretrained(directory, device)
+
+    def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
+        """One row of any texts and pictures. Raises ValueError for no segments, or a picture of which only codes are
+        known."""
+        segments = ordered(sample, self.order, torch.rand((), generator=generator).item(), key)
+        return self._places(segments, lexicon, key).text([lexicon.stop], predict=segments[-1].learn).row(key)
+
+    def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
+        """Words and pictures one after another; for a picture that is asked for, <|img| is said for the model."""
+        builder = self._places(segments, lexicon)
+        return (builder if opens == "text" else builder.add([lexicon.vocabulary.begin], Role.BEGIN)).row()
+
+    def scored(self, context: Sequence[Segment], answer: Segment, lexicon: Lexicon) -> Row:
+        """A text, with the row's end. Raises ValueError for a picture: the model gives vectors no probability."""
+        if not isinstance(answer, Text):
+            return super().scored(context, answer, lexicon)
+        said = [replace(segment, learn=False) for segment in context] + [replace(answer, learn=True)]
+        return self._places(said, lexicon).text([lexicon.stop], predict=True).row()
+
+    def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
+        """{"text": nats of words, "image": nats of <|img|, "vectors", "spread": see losses.regression}."""
+        return {**cross_entropy(seen, batch), **regression(seen, batch)}
+
+    def total(self, losses: dict[str, Sum]) -> Tensor:
+        """Two means, of all ids and of all vectors, so that their balance does not drift with the share of pictures."""
+        text, opening = losses["text"], losses["image"]
+        ids = Sum(text.total + opening.total, text.count + opening.count)
+        return ids.mean + self.regression_weight * losses["vectors"].mean
+
+    def _places(self, segments: Sequence[Segment], lexicon: Lexicon, key: str = "") -> RowBuilder:
+        vocabulary, builder = lexicon.vocabulary, RowBuilder().text(lexicon.start)
+        for segment in segments:
+            if isinstance(segment, Text):
+                builder.text(lexicon.text(segment.text), predict=segment.learn)
+                continue
+            fed = Image(picture=require_picture(segment, "VL-GPT", key).picture)  # the bridge asks for no patches
+            begin, visual = Flags(predict=segment.learn), Flags(regress=segment.learn)
+            nobody_reads = [lexicon.pad] * self.sizes.queries
+            builder.image((vocabulary.begin, vocabulary.end), nobody_reads, begin, visual, Flags(), fed)
+        return builder
