@@ -1,6 +1,7 @@
 """The command line `lavit-lm`: train a language model on text and images, and use it.
 
     fit, validate, test -c RECIPE     training and held-out losses, by LightningCLI
+    fit-tokenizer -c RECIPE           training of VL-GPT's tokenizer and detokenizer
     generate PROMPT --out DIR         pictures of a prompt
     caption IMAGES...                 a line of text for each picture
     export MODEL OUT                  a plain `transformers` directory that other programs serve
@@ -61,6 +62,9 @@ COMMANDS: dict[str, Command] = {
     "fit": Command("train: fit -c recipe.yaml", "lavit_lm.commands:fit"),
     "validate": Command("held-out losses: validate -c recipe.yaml --ckpt_path last", "lavit_lm.commands:validate"),
     "test": Command("losses on the test split: test -c recipe.yaml --ckpt_path last", "lavit_lm.commands:test"),
+    "fit-tokenizer": Command(
+        "train VL-GPT's tokenizer: fit-tokenizer -c recipe.yaml", "lavit_lm.commands:fit_tokenizer"
+    ),
     "generate": Command("pictures of a prompt", "lavit_lm.commands:generate", _generate_arguments),
     "caption": Command("a line of text for each picture", "lavit_lm.commands:caption", _caption_arguments),
     "export": Command("a plain transformers directory", "lavit_lm.commands:export", _export_arguments),

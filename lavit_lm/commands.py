@@ -27,6 +27,12 @@ def test(words: list[str]) -> int:
     return _lightning("test", words)
 
 
+def fit_tokenizer(words: list[str]) -> int:
+    """Train VL-GPT's tokenizer and detokenizer; the words are LightningCLI's."""
+    names = "lavit_lm.vlgpt_stage:TokenizerStage", "lavit_tok:ImageDataModule"
+    return lightning_command("lavit-lm", "fit-tokenizer", "fit", *names, words)
+
+
 def _lightning(command: str, words: list[str]) -> int:
     names = "lavit_lm.module:LanguageModeling", "lavit_lm.data:LanguageDataModule"
     return lightning_command("lavit-lm", command, command, *names, words)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lavit_tok.shards import Shards
     from lavit_tok.tokenizer import VisualTokenizer
     from lavit_tok.training.common import logged_picture, logged_text
+    from lavit_tok.training.data import ImageDataModule
     from lavit_tok.training.shard_pictures import ShardPictures
     from lavit_tok.weights import WeightsError
 
@@ -27,6 +28,7 @@ __all__ = [
     "Conditioning",
     "ConfigError",
     "ContinuousPath",
+    "ImageDataModule",
     "ImageError",
     "PixelDecoder",
     "ShardError",
@@ -57,6 +59,7 @@ _ROOMS = {
     "ShardError": "shard_files",
     "Shards": "shards",
     "ShardPictures": "training.shard_pictures",
+    "ImageDataModule": "training.data",
     "logged_picture": "training.common",
     "logged_text": "training.common",
 }
