@@ -12,8 +12,9 @@ from jaxtyping import Float
 from PIL import Image as Picture
 from torch import Tensor
 
+from lavit_lm.beam import likeliest_rows
 from lavit_lm.emission import emit
-from lavit_lm.files import load_model
+from lavit_lm.files import load_model, save_model
 from lavit_lm.generation import Generators, Rule, Sampling, continue_rows
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.lavit import LaVIT
@@ -22,7 +23,7 @@ from lavit_lm.objectives.objective import Objective
 from lavit_lm.packing import pad
 from lavit_lm.prompts import Prompt, Prompts, file_or_picture, parts
 from lavit_lm.sequence_model import SequenceModel
-from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
+from lavit_tok import VisualCodes, VisualTokenizer
 
 PICTURE_SAMPLING = Sampling(top_k=50, guidance_scale=3.0)
 TEXT_SAMPLING = Sampling(temperature=0.0)
@@ -35,7 +36,7 @@ class MultimodalLM:
         model: the LM, and its bridge if it reads pictures as vectors.
         lexicon: its text tokenizer and visual vocabulary.
         visual: the tokenizer whose codes it speaks.
-        decoder: codes -> pixels; a name is loaded when first needed, None gives codes only.
+        decoder: codes, or vectors, -> pixels; a name is loaded when first needed, None gives no pictures.
         objective: what it was trained with, which knows how prompts are laid out; LaVIT's by default.
     """
 
@@ -44,7 +45,7 @@ class MultimodalLM:
         model: SequenceModel,
         lexicon: Lexicon,
         visual: VisualTokenizer,
-        decoder: PixelDecoder | str | None = None,
+        decoder: Any = None,
         objective: Objective | None = None,
     ) -> None:
         self.model, self.lexicon, self.visual = model.eval(), lexicon, visual
@@ -183,15 +184,20 @@ class MultimodalLM:
 
     # Text
 
-    def caption(self, images: Any, max_tokens: int = 64, **sampling: Any) -> Any:
+    def caption(
+        self, images: Any, max_tokens: int = 64, min_tokens: int = 1, beams: int | None = None, **sampling: Any
+    ) -> Any:
         """A caption of at least one token; for a list of pictures a list of them.
 
         Greedy, unless Sampling's arguments are given.
+
+        Args:
+            beams: say the likeliest of so many continuations kept side by side (beam.py), without sampling.
         """
         several = isinstance(images, list)
         said = self.objective.wording.caption
         prompts = [[file_or_picture(image), *([said] if said else [])] for image in (images if several else [images])]
-        captions = self._text(prompts, max_tokens, **sampling)
+        captions = self._text(prompts, max_tokens, min_tokens=min_tokens, beams=beams, **sampling)
         return captions if several else captions[0]
 
     def answer(
@@ -300,6 +306,21 @@ class MultimodalLM:
         nats = log_likelihood(self.model.see(batch), batch)
         return nats / batch.predict.sum(1) if per_token else nats
 
+    def save_pretrained(
+        self, out: str | Path, visual_tokenizer: str = "default", dtype: torch.dtype | None = None
+    ) -> None:
+        """A directory for from_pretrained.
+
+        Args:
+            visual_tokenizer: where its visual tokenizer is: "default", a directory or a Hub id.
+            dtype: of the weights; half precision makes the directory half as large.
+
+        Raises:
+            WeightsError: the directory holds something else.
+        """
+        fingerprint = self.visual.fingerprint()
+        save_model(out, self.model, self.lexicon, self.objective, visual_tokenizer, fingerprint, dtype)
+
     def export(self, out: str | Path, dtype: torch.dtype | None = None) -> None:
         """A plain `transformers` directory that other programs serve; see export.py."""
         from lavit_lm.export import export
@@ -309,9 +330,20 @@ class MultimodalLM:
     # Rows
 
     def _text(
-        self, prompts: Sequence[Prompt], max_tokens: int, generator: Generators = None, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        generator: Generators = None,
+        min_tokens: int = 1,
+        beams: int | None = None,
+        **sampling: Any,
     ) -> list[str]:
-        chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
-        rows = [self.prompts.row(prompt, "text") for prompt in prompts]
-        said = continue_rows(self.model, self.lexicon, rows, Rule("text", 1, max_tokens), chosen, None, generator)
+        rows, rule = [self.prompts.row(prompt, "text") for prompt in prompts], Rule("text", min_tokens, max_tokens)
+        if beams is not None:
+            if sampling or generator is not None:
+                raise ValueError(f"beams: nothing is sampled there, got {sorted(sampling) or 'a generator'} as well")
+            said = likeliest_rows(self.model, self.lexicon, rows, rule, beams)
+        else:
+            chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
+            said = continue_rows(self.model, self.lexicon, rows, rule, chosen, None, generator)
         return [self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids).strip() for ids in said]

@@ -17,7 +17,7 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "data"
 @pytest.fixture(scope="module", autouse=True)
 def recipe_path():
     """Let the recipe's scripts be imported, and forget their short names afterwards."""
-    names = ("build", "captions", "fetch", "sources")
+    names = ("build", "captions", "fetch", "sources", "views")
     before = {name: sys.modules.pop(name, None) for name in names}
     sys.path.insert(0, str(RECIPE))
     yield
@@ -143,3 +143,42 @@ def test_fetch_reports_a_failing_package_and_goes_on(tmp_path, monkeypatch, caps
     assert "error: openclipart-png: no such package" in capsys.readouterr().err
     versions = json.loads((tmp_path / "versions.json").read_text())
     assert "openclipart-png" not in versions and "mate-backgrounds" in versions
+
+
+def test_views_are_cuts_of_training_pictures_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from build import write_split
+    from datasets import load_dataset
+    from views import KEPT_LEAST, main
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    (tmp_path / "data" / "data").mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        rows = []
+        for number in range(3):
+            Image.fromarray(pixels).save(tmp_path / "one.png")
+            picture = {"bytes": (tmp_path / "one.png").read_bytes(), "path": None}
+            row = {
+                "image": picture,
+                "caption": f"caption {number}",
+                "source": "s",
+                "key": f"k{number}",
+                "licence": "MIT",
+            }
+            rows.append(row)
+        write_split(rows, split, tmp_path / "data")
+    for out in ("views", "again"):
+        monkeypatch.setattr(sys, "argv", ["views.py", "--data", str(tmp_path / "data"), "--out", str(tmp_path / out)])
+        main()
+    made, again = (load_dataset("parquet", data_dir=str(tmp_path / out / "data")) for out in ("views", "again"))
+    assert {split: len(rows) for split, rows in made.items()} == {"train": 9, "validation": 3, "test": 3}
+    assert made["train"]["key"][:3] == ["k0", "k0@1", "k0@2"]
+    assert made["train"]["caption"][:3] == ["caption 0"] * 3
+    for row, other in zip(made["train"], again["train"], strict=True):
+        cut = np.asarray(row["image"])
+        assert np.array_equal(cut, np.asarray(other["image"])), "the key alone decides"
+        height, width = cut.shape[:2]
+        assert KEPT_LEAST * 0.9 < height * width / (40 * 30) <= 1
+        where = [(y, x) for y in range(41 - height) for x in range(31 - width)]
+        assert any(np.array_equal(cut, pixels[y : y + height, x : x + width]) for y, x in where)
+    assert np.array_equal(np.asarray(made["test"][0]["image"]), pixels)

@@ -1,0 +1,29 @@
+"""A trained language model in half precision, as the package ships it.
+
+python recipes/lm/ship.py --model runs/lm/model --out lavit_lm/default
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from lavit_lm import MultimodalLM
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="directory that lavit-lm fit wrote")
+    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument("--visual-tokenizer", default="default", help="where its visual tokenizer will be")
+    arguments = parser.parse_args()
+    lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
+    lm.save_pretrained(arguments.out, arguments.visual_tokenizer, torch.float16)
+    size = sum(path.stat().st_size for path in arguments.out.iterdir())
+    print(f"{arguments.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
