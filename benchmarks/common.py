@@ -81,6 +81,21 @@ class Pictures:
         )
         return text + (f"; {len(self.rejects)} bad rows skipped" if self.rejects else "")
 
+    def record(self) -> dict[str, Any]:
+        """For a result file: which pictures, how many, and every row without a usable one, by name."""
+        bad = {"bad_rows": len(self.rejects), "rejects": self.rejects}
+        return {"set": self.describe(), "images": len(self), **bad}
+
+    def named_rejects(self, most: int = 20) -> str:
+        """A markdown list of the rows without a usable picture; empty if there are none."""
+        if not self.rejects:
+            return ""
+        lines = [f"- `{r['key']}`: {r['reason']}" for r in self.rejects[:most]]
+        more = [f"- and {len(self.rejects) - most} more, in the JSON file"] if len(self.rejects) > most else []
+        return f"\n\n{len(self.rejects)} rows have no usable picture and are in no figure:\n\n" + "\n".join(
+            lines + more
+        )
+
     def batches(self, size: int) -> Iterator[Tensor]:
         return iter(self.pixels.split(size))
 
@@ -119,7 +134,7 @@ def load_pictures(
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter lock
         found = list(pool.map(read, places))
     pixels = [p for p, _, _ in found if p is not None]
-    rejects = [r for _, r, _ in found if r is not None]
+    rejects = [_nameable(r) for _, r, _ in found if r is not None]
     if not pixels:
         raise ValueError(f"{data}: not one usable picture in split {name!r} ({len(rejects)} bad rows)")
     texts = [t for p, _, t in found if p is not None]
@@ -134,6 +149,12 @@ def load_pictures(
         keys=[t["key"] for t in texts],
         captions=[t["caption"] for t in texts],
     )
+
+
+def _nameable(reject: dict[str, str]) -> dict[str, str]:
+    """A reject for a result file: of an absolute path only the last part, as in the stamp."""
+    key = reject["key"]
+    return {"key": short(key), "reason": reject["reason"].replace(key, short(key))}
 
 
 def evenly(count: int, total: int) -> list[int]:
@@ -171,6 +192,19 @@ def parser(
     return found
 
 
+def any_tokenizer(found: argparse.ArgumentParser) -> None:
+    """The arguments of scripts that measure any tokenizer, beside --tokenizer."""
+    group = found.add_argument_group(
+        "other tokenizers",
+        "--tokenizer also takes emu3, chameleon, janus or vqmodel (random weights), KIND:DIR with weights, or "
+        "package.module:function, a factory of your own; see benchmarks/adapters.py",
+    )
+    group.add_argument("--image-size", type=positive, default=256, help="of those four, in pixels")
+    group.add_argument(
+        "--squeeze", action="store_true", help="whole pictures squeezed to a square, not the protocol's centre crop"
+    )
+
+
 def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
@@ -196,7 +230,7 @@ def load_tokenizer(arguments: argparse.Namespace) -> VisualTokenizer:
 def stamp() -> dict[str, Any]:
     """Command, date, commit, hardware and package versions. Of foreign paths only the last part is shown."""
     return {
-        "command": shlex.join(["python", *map(_short, sys.argv)]),
+        "command": shlex.join(["python", *map(short, sys.argv)]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "hardware": hardware(),
@@ -217,7 +251,14 @@ def hardware() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads{memory}{gpu}{load}"
 
 
-def _short(argument: str) -> str:
+def provenance() -> dict[str, Any]:
+    """What a resumed run must share with the one that it goes on from, so that its numbers are the same."""
+    where = stamp()
+    return {"commit": where["commit"], "versions": where["versions"], "threads": torch.get_num_threads()}
+
+
+def short(argument: str) -> str:
+    """A path for a result file: relative where it lies in the working directory, else its last part."""
     path = Path(argument)
     if not path.is_absolute():
         return argument

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lavit_tok import VisualTokenizer
+from lavit_tok.images import CLIP_MEAN, CLIP_STD
 
 # Features
 
@@ -52,51 +54,137 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 # Pixels
 
+THUMBNAIL = 16
 
-def retrieval(drawn: Tensor, sources: Tensor, side: int = 16) -> float:
-    """Share of drawn pictures [n 3 h w] whose nearest source [m 3 h w], in side x side RGB, is their own.
 
-    Drawn picture i is of source i; further sources only make it harder. A tie counts as found.
+def thumbnails(images: Tensor, side: int = THUMBNAIL) -> Tensor:
+    """Pictures [n 3 h w] as rows of side x side RGB: what retrieval compares, float32 [n 3 * side^2]."""
+    return F.adaptive_avg_pool2d(images.float(), side).flatten(1)
+
+
+def found_own(drawn: Tensor, sources: Tensor, chunk: int = 256) -> Tensor:
+    """Whether each row [n d] is nearest to its own source's row, of [m d]: bool [n].
+
+    Row i is of source i; further sources only make it harder. A tie counts as found.
     """
-    small = [F.adaptive_avg_pool2d(x.float(), side).flatten(1).double() for x in (drawn, sources)]
-    distances = torch.cdist(*small, compute_mode="donot_use_mm_for_euclid_dist")
-    return float((distances.diagonal() <= distances.amin(1)).double().mean())
+    found = []
+    sources = sources.double()
+    for start in range(0, len(drawn), chunk):
+        rows = drawn[start : start + chunk].double()
+        distances = torch.cdist(rows, sources, compute_mode="donot_use_mm_for_euclid_dist")
+        found.append(distances.diagonal(start) <= distances.amin(1))
+    return torch.cat(found)
+
+
+def retrieval(drawn: Tensor, sources: Tensor, side: int = THUMBNAIL) -> float:
+    """Share of drawn pictures [n 3 h w] whose nearest source [m 3 h w], in side x side RGB, is their own."""
+    return float(found_own(thumbnails(drawn, side), thumbnails(sources, side)).double().mean())
+
+
+def psnr_ssim(drawn: Tensor, sources: Tensor) -> dict[str, Tensor]:
+    """PSNR in dB and SSIM of each picture, [n] each; float [n 3 h w] in 0..1, so data_range is 1.
+
+    SSIM is that of Wang et al. (2004): Gaussian window of 11x11 pixels, sigma 1.5; of scikit-image that is
+    structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False).
+    """
+    psnr = peak_signal_noise_ratio(drawn, sources, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    ssim = structural_similarity_index_measure(drawn, sources, data_range=1.0, reduction="none")
+    return {"psnr": psnr.reshape(-1), "ssim": ssim.reshape(-1)}
 
 
 def pixel_scores(drawn: Tensor, sources: Tensor) -> dict[str, float]:
     """PSNR in dB and SSIM, means over pictures, and retrieval; float [n 3 h w] in 0..1, so data_range is 1."""
-    candidates, sources = sources, sources[: len(drawn)]
-    psnr = peak_signal_noise_ratio(drawn, sources, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    ssim = structural_similarity_index_measure(drawn, sources, data_range=1.0, reduction="none")
-    return {"psnr": float(psnr.mean()), "ssim": float(ssim.mean()), "retrieval": retrieval(drawn, candidates)}
+    pairs = psnr_ssim(drawn, sources[: len(drawn)])
+    means = {name: float(values.mean()) for name, values in pairs.items()}
+    return means | {"retrieval": retrieval(drawn, sources)}
 
 
-def lpips(drawn: Tensor, sources: Tensor) -> float:
-    """LPIPS (AlexNet) by torchmetrics, which needs torchvision and its AlexNet weights. Raises ImportError without."""
+def lpips_metric() -> Any:
+    """LPIPS (AlexNet) by torchmetrics. Raises ImportError without torchvision, which has its weights."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    metric = LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
-    for pair in zip(drawn.split(64), sources.split(64), strict=True):
-        metric.update(*pair)
-    return float(metric.compute())
+    return LearnedPerceptualImagePatchSimilarity("alex", normalize=True).eval()
+
+
+def lpips(metric: Any, drawn: Tensor, sources: Tensor) -> Tensor:
+    """LPIPS of each picture, [n]; float [n 3 h w] in 0..1."""
+    return torch.stack([metric(a[None], b[None]) for a, b in zip(drawn, sources, strict=True)])
+
+
+# Feature spaces of Frechet distances: uint8 [b 3 h w] -> [b d]
 
 
 class EncoderSpace(nn.Module):
-    """uint8 [b 3 h w] -> the tokenizer's own patch features, averaged over patches [b d]."""
+    """A tokenizer's own patch features, averaged over patches."""
 
     def __init__(self, tokenizer: VisualTokenizer) -> None:
         super().__init__()
         self._tokenizer = [tokenizer]  # not a sub-module: torchmetrics moves and casts what it holds
         self.num_features = tokenizer.config.width
 
+    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         tokenizer = self._tokenizer[0]
         return tokenizer.features(tokenizer.preprocess(images)).mean(1).float()
 
 
-def frechet(metric: FrechetInceptionDistance, sources: Tensor, drawn: Tensor, batch: int) -> float:
-    """The metric over uint8 [n 3 h w] pairs; sources are the same crops that were encoded."""
-    for images, real in ((sources, True), (drawn, False)):
-        for part in images.split(batch):
-            metric.update(part, real=real)
+class VisionSpace(nn.Module):
+    """The pooled output of a `transformers` vision model, of a kind that the command line names.
+
+    Pictures are resized to the model's square, bicubic with antialiasing, and normalised as that kind was trained.
+    """
+
+    def __init__(self, kind: str, weights: str) -> None:
+        super().__init__()
+        if kind not in VISION:
+            raise ValueError(f"--spaces {kind}:{weights}: expected encoder, or one of {sorted(VISION)} with a folder")
+        name, mean, std = VISION[kind]
+        self.model = getattr(transformers, name).from_pretrained(weights, use_safetensors=True).eval()
+        self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
+        self.num_features = self.model.config.hidden_size
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        size = self.model.config.image_size
+        pixels = F.interpolate(images.float() / 255, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        like = next(self.model.parameters())
+        pixels = ((pixels - self.mean) / self.std).to(like.device, like.dtype)
+        return self.model(pixel_values=pixels).pooler_output.float().cpu()
+
+
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+VISION = {
+    "clip": ("CLIPVisionModel", CLIP_MEAN, CLIP_STD),
+    "dinov2": ("Dinov2Model", *IMAGENET),
+    "siglip": ("SiglipVisionModel", *HALF),
+}
+
+
+def inception(weights: Any, antialias: bool) -> nn.Module:
+    """torchmetrics' Inception-v3 2048-d with torch-fidelity's weights; resized to 299 with or without antialiasing."""
+    return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights, antialias=antialias).inception
+
+
+class _AsTheyAre(nn.Module):
+    """For torchmetrics: features that are already computed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_of_features(sources: Tensor, drawn: Tensor) -> float:
+    """Frechet distance of two sets of features [n d] and [m d], in float64, by torchmetrics."""
+    metric = FrechetInceptionDistance(_AsTheyAre(sources.shape[1]))
+    metric.update(sources.double(), real=True)
+    metric.update(drawn.double(), real=False)
     return float(metric.compute())
+
+
+def frechet(space: nn.Module, sources: Tensor, drawn: Tensor, batch: int) -> float:
+    """Frechet distance of uint8 pictures [n 3 h w] in a space; sources are the same crops that were encoded."""
+    return frechet_of_features(*(torch.cat([space(part) for part in x.split(batch)]) for x in (sources, drawn)))

@@ -67,14 +67,22 @@ def test_tokens_per_image_runs(
     script = scripts("tokens_per_image")
     found = run(script, tmp_path / "out", "--data", folder, "--tokenizer", saved)
     assert found["images"] == PICTURES
-    assert "1 bad rows skipped" in found["set"]
+    assert "1 bad rows skipped" in found["set"] and found["bad_rows"] == 1
+    (reject,) = found["rejects"]
+    assert reject["key"] == "broken.png" and "broken.png: not a picture" in reject["reason"]
+    assert "`broken.png`: broken.png: not a picture" in (tmp_path / "out" / "tokens_per_image.md").read_text()
     assert sum(found["histogram"]) == PICTURES
     counts = found["codes_per_image"]
-    assert 1 <= counts["min"] <= counts["p5"] <= counts["p50"] <= counts["p95"] <= counts["max"] <= 16
+    order = [counts[k] for k in ("min", "p5", "p25", "p50", "p75", "p95", "max")]
+    assert order == sorted(order) and order[0] >= 1 and order[-1] <= 16
     pictures = scripts("common").load_pictures(str(folder), 32)
     again = tiny_tokenizer.encode(pictures.pixels)
     assert counts["mean"] == pytest.approx(float(again.lengths.double().mean()))
     assert (tmp_path / "out" / "tokens_per_image.png").stat().st_size > 1000
+    lengths = again.lengths.tolist()
+    assert [x["codes"] for x in found["fewest"]] == sorted(lengths)[:6]
+    assert [x["codes"] for x in found["most"]] == sorted(lengths, reverse=True)[:6]
+    assert Image.open(tmp_path / "out" / "tokens_per_image_extremes.png").width > 6 * 64
 
 
 def test_reconstruction_runs(
@@ -95,8 +103,13 @@ def test_reconstruction_runs(
         2,
         "--pictures",
         6,
+        "--curve-pictures",
+        4,
     )
     found = run(script, tmp_path / "out", *words)
+    again = run(script, tmp_path / "again", *words)
+    assert without_stamp(again) == without_stamp(found)  # the same command gives the same numbers
+    assert list((tmp_path / "out").glob(".*")) == []  # nothing is left of the parts
     assert found["features"]["plain"]["mean"] <= 1
     assert "'train'" in found["mean_feature_over"]
     pixels = found["pixels"]
@@ -107,12 +120,27 @@ def test_reconstruction_runs(
     text = (tmp_path / "out" / "reconstruction.md").read_text()
     assert "AdaTok" in text and "only 6 pictures" in text
     sheet = Image.open(tmp_path / "out" / "reconstruction.png")
-    assert sheet.width > 12 * 32
+    assert sheet.width > 10 * 32
+    curve = found["curve"]
+    assert curve["pictures"] == 4
+    for rows in (curve["features"], curve["pixels"]):
+        points = [(r["method"], r["budget"]) for r in rows]
+        assert points == [("learned", None), *((m, b) for m in ("learned", "random", "top norm") for b in (2, 4, 5, 8))]
+    assert [r["codes_per_image"] for r in curve["features"] if r["budget"]] == [2, 4, 5, 8] * 3
+    assert {r["psnr"]["seeds"] for r in curve["pixels"]} == {2}
+    assert (tmp_path / "out" / "reconstruction_curve.png").stat().st_size > 1000
 
 
-def test_rfid_over_few_pictures_is_refused(scripts: Any, folder: Path, saved: Path, tmp_path: Path, capsys: Any):
+def without_stamp(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "stamp"}
+
+
+def test_rfid_over_few_pictures_is_refused(
+    scripts: Any, folder: Path, saved: Path, tmp_path: Path, tiny_decoder: Any, capsys: Any
+):
     script, common = scripts("reconstruction"), scripts("common")
-    words = ["--data", folder, "--tokenizer", saved, "--decoder", "x", "--inception", "weights.pth"]
+    tiny_decoder.save_pretrained(tmp_path / "decoder")
+    words = ["--data", folder, "--tokenizer", saved, "--decoder", tmp_path / "decoder", "--inception", "weights.pth"]
     arguments = script.arguments().parse_args([*map(str, words), "--out", str(tmp_path)])
     assert common.run(script.main, arguments) == 2
     assert "rFID over 12 pictures means nothing" in capsys.readouterr().err
@@ -231,8 +259,7 @@ def test_frechet_distance_in_the_encoders_space(scripts: Any, folder: Path, tiny
     pictures = scripts("common").load_pictures(str(folder), 32).pixels
 
     def distance(images: torch.Tensor) -> float:
-        metric = script.FrechetInceptionDistance(script.EncoderSpace(tiny_tokenizer))
-        return script.frechet(metric, pictures, images, batch=5)
+        return script.frechet(script.EncoderSpace(tiny_tokenizer), pictures, images, batch=5)
 
     assert distance(pictures) == pytest.approx(0, abs=1e-2)
     assert distance(255 - pictures) > 10 * abs(distance(pictures)) + 1e-3
