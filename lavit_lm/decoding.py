@@ -75,6 +75,12 @@ class Decoding:
         self.inputs = torch.cat([self.inputs, vectors[:, None]], 1)
         return self._forward(self.inputs)
 
+    def reorder(self, rows: Int64[Tensor, " b"]) -> None:
+        """Go on with these of the rows, some more than once, as beam search does."""
+        self.inputs, self.documents, self.prefix = self.inputs[rows], self.documents[rows], self.prefix[rows]
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+
     def _forward(self, inputs: Float[Tensor, "b l d"]) -> Float[Tensor, "b d"]:
         there = self.documents != FREE
         mask: Any = there.long()

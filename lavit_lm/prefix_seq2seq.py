@@ -148,6 +148,12 @@ class PrefixDecoding:
         self.inputs = torch.cat([self.inputs, vectors[:, None]], 1)
         return self._forward(self.inputs)
 
+    def reorder(self, rows: Int64[Tensor, " b"]) -> None:
+        """Go on with these of the rows, some more than once, as beam search does."""
+        self.inputs, self.memory, self.known = self.inputs[rows], self.memory[rows], self.known[rows]
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+
     def _forward(self, inputs: Float[Tensor, "b l d"]) -> Float[Tensor, "b d"]:
         return self.model.causal.get_decoder()(
             inputs_embeds=inputs,
