@@ -45,8 +45,8 @@ class Emu(Objective):
     Args:
         order: of pairs: "both" draws one of the two for each row, "image_first", "text_first", or "given".
         queries: N, vectors a picture; 32 as published.
-        depth, heads, width: of the causal transformer; 12, 12 and 768 as published. Without a width it has the
-            encoder's.
+        depth, heads, inner: blocks, heads and width of the causal transformer, the width being the encoder's if it is
+            not given; 12, 12 and 768 as published.
         train_encoder: train a copy of the visual tokenizer's encoder with the rest, as published.
         regression_weight: of the mean squared error against the mean cross-entropy; the published value is unknown.
 
@@ -61,7 +61,7 @@ class Emu(Objective):
     queries: int = 32
     depth: int = 12
     heads: int = 12
-    width: int | None = None
+    inner: int | None = None
     train_encoder: bool = True
     regression_weight: float = 1.0
 
@@ -77,7 +77,7 @@ class Emu(Objective):
 
     def parts(self, visual: Any, width: int) -> Parts:
         """The causal transformer, and Linear(width, width) without bias."""
-        transformer = self.queries, self.depth, self.heads, self.train_encoder, self.width
+        transformer = self.queries, self.depth, self.heads, self.train_encoder, self.inner
         return Parts(CausalResampler(visual, width, *transformer), nn.Linear(width, width, bias=False))
 
     def lengths(self, patches: int) -> tuple[int, int]:
