@@ -5,14 +5,13 @@
                                        documents   0  0  0  0  1  1  1  -1       0  0  -1 -1 -1 -1 -1 -1
                                        positions   0  1  2  3  0  1  2  0        0  1  0  1  2  3  4  5
 
-The longest rows are placed first, each into the fullest block that still has room (best-fit decreasing). Positions
+Blocks are filled one after another with the longest rows that fit, and closed by rows that leave no place free. Positions
 start anew with each document; masks.py keeps documents from seeing each other. Free places form a document of their
 own.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -63,27 +62,46 @@ class Packed:
 
 
 def plan(lengths: Sequence[int], block: int) -> list[list[int]]:
-    """Which rows share a block: lists of row numbers, each row once, in O(n log n).
+    """Which rows share a block: lists of row numbers, each row once, in O(n block).
+
+    A block is closed by one row, or by two, that leave no place free; while there are none such, the longest row that
+    fits goes in. A few blocks at the end, when little is left to choose from, are emptier.
 
     Raises:
         ValueError: a row longer than a block, or without any place.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    blocks: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free places, block number), sorted
-    for i in order:
+    left: dict[int, list[int]] = {}  # length -> rows of it, the first one last
+    for i in reversed(range(len(lengths))):
         if not 0 < lengths[i] <= block:
             raise ValueError(f"row {i}: expected 1 to {block} places, which is what a block holds, got {lengths[i]}")
-        at = bisect_left(room, (lengths[i], -1))
-        if at == len(room):
-            free, number = block, len(blocks)
-            blocks.append([])
-        else:
-            free, number = room.pop(at)
-        blocks[number].append(i)
-        if free > lengths[i]:
-            insort(room, (free - lengths[i], number))
+        left.setdefault(lengths[i], []).append(i)
+    blocks: list[list[int]] = []
+    while left:
+        rows: list[int] = []
+        room = block
+        while chosen := _closing(left, room) or _longest(left, room):
+            for length in chosen:
+                rows.append(left[length].pop())
+                room -= length
+                if not left[length]:
+                    del left[length]
+        blocks.append(rows)
     return blocks
+
+
+def _closing(left: dict[int, list[int]], room: int) -> tuple[int, ...]:
+    """Lengths of one row, or of two, that fill the room exactly; none if there are none."""
+    if room in left:
+        return (room,)
+    for length in left:
+        other = room - length
+        if other in left and (other != length or len(left[length]) > 1):
+            return max(length, other), min(length, other)
+    return ()
+
+
+def _longest(left: dict[int, list[int]], room: int) -> tuple[int, ...]:
+    return tuple(sorted((length for length in left if length <= room), reverse=True)[:1])
 
 
 def fed_pictures(rows: Sequence[Row]) -> tuple[UInt8[Tensor, "k 3 h w"], Bool[Tensor, "j patches"]]:
