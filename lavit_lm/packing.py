@@ -5,9 +5,9 @@
                                        documents   0  0  0  0  1  1  1  -1       0  0  -1 -1 -1 -1 -1 -1
                                        positions   0  1  2  3  0  1  2  0        0  1  0  1  2  3  4  5
 
-Blocks are filled one after another with the longest rows that fit, and closed by rows that leave no place free. Positions
-start anew with each document; masks.py keeps documents from seeing each other. Free places form a document of their
-own.
+Blocks are filled one after another with the longest rows that fit, and closed by rows that leave no place free.
+Positions start anew with each document; masks.py keeps documents from seeing each other. Free places form a document of
+their own.
 """
 
 from __future__ import annotations
