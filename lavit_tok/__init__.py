@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lavit_tok.tokenizer import VisualTokenizer
     from lavit_tok.training.common import logged_picture, logged_text
     from lavit_tok.training.data import ImageDataModule
+    from lavit_tok.training.denoising import Noised, denoising_loss, vae_latents
     from lavit_tok.training.shard_pictures import ShardPictures
     from lavit_tok.weights import WeightsError
 
@@ -30,6 +31,7 @@ __all__ = [
     "ContinuousPath",
     "ImageDataModule",
     "ImageError",
+    "Noised",
     "PixelDecoder",
     "ShardError",
     "ShardPictures",
@@ -38,9 +40,11 @@ __all__ = [
     "VisualCodes",
     "VisualTokenizer",
     "WeightsError",
+    "denoising_loss",
     "logged_picture",
     "logged_text",
     "to_uint8",
+    "vae_latents",
 ]
 
 _ROOMS = {
@@ -62,6 +66,9 @@ _ROOMS = {
     "ImageDataModule": "training.data",
     "logged_picture": "training.common",
     "logged_text": "training.common",
+    "Noised": "training.denoising",
+    "denoising_loss": "training.denoising",
+    "vae_latents": "training.denoising",
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from diffusers import DDIMScheduler
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lavit_tok.condition import Condition
 from lavit_tok.decoder import PixelDecoder
 from lavit_tok.training.common import logged_picture, step_generator, warmup_cosine
+from lavit_tok.training.denoising import Noised, denoising_loss
 from lavit_tok.training.encoded import Encoded, EncodedSet, FrozenParts, load_unet
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -165,31 +166,14 @@ class PixelDecoderTraining(L.LightningModule):
     # The loss
 
     def diffusion_loss(self, encoded: Encoded, generator: torch.Generator, drop: float) -> Float[Tensor, ""]:
-        """Weighted mean square error of the prediction, at one step for each picture.
-
-        The steps are drawn one from each of b equal stretches of 0..T-1, in random order: uniform, as published, but
-        the loss of a batch varies less.
-        """
-        z, device = encoded.latents, encoded.latents.device
-        batch, total = len(z), self.scheduler.config.num_train_timesteps
-        strata = torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)
-        t = (strata * (total / batch)).long().clamp(max=total - 1).to(device)
-        noise = torch.randn(z.shape, generator=generator).to(device)
-        dropped = (torch.rand(batch, generator=generator) < drop).to(device)
+        """Weighted mean square error of the prediction, at one step for each picture; see denoising.py."""
+        noised = Noised.draw(encoded.latents, self.scheduler, generator)
+        dropped = (torch.rand(len(noised.steps), generator=generator) < drop).to(noised.steps.device)
         condition = self.projection(encoded.features)
         if drop > 0:
             condition = condition.where(dropped, self.projection.unconditional(condition))
-        noisy = self.scheduler.add_noise(z, noise, t)
-        size = [side * 2 ** (len(self.parts.vae.config.block_out_channels) - 1) for side in z.shape[-2:]]
-        time_ids = torch.tensor([[*size, 0, 0, *size]] * batch, dtype=z.dtype, device=device)
-        prediction = self.unet(timestep=t, **condition.inputs(noisy, time_ids)).sample.float()
-        velocity = self.scheduler.config.prediction_type == "v_prediction"
-        target = self.scheduler.get_velocity(z, noise, t) if velocity else noise
-        losses = (prediction - target).square().mean((1, 2, 3))
-        if self.settings.min_snr > 0:
-            snr = compute_snr(self.scheduler, t)
-            losses = losses * snr.clamp(max=self.settings.min_snr) / (snr + 1 if velocity else snr)
-        return losses.mean()
+        factor = 2 ** (len(self.parts.vae.config.block_out_channels) - 1)
+        return denoising_loss(self.unet, self.scheduler, noised, condition, factor, self.settings.min_snr)
 
     # Lightning's hooks
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lavit_tok.decoder import load_model
 from lavit_tok.records import VisualCodes
 from lavit_tok.tokenizer import VisualTokenizer
+from lavit_tok.training.denoising import vae_latents
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ class FrozenParts:
         """Features of the codes, and the mode of the VAE's posterior, scaled to unit variance; all in float32."""
         with torch.autocast(images.device.type, enabled=False):  # under bf16 some 3 % of the codes would differ
             features = self.tokenizer.reconstruct(self.codes(images))
-            config = self.vae.config
-            latents = self.vae.encode(images.to(self.vae.device).float() / 127.5 - 1).latent_dist.mode()
-            return Encoded(features, (latents - (config.shift_factor or 0.0)) * config.scaling_factor)
+        return Encoded(features, vae_latents(self.vae, images))
 
     def fingerprint(self) -> Any:
         """A hash that every weight has gone into."""
