@@ -2,6 +2,7 @@
 
     shards (codes, captions) --+-- order.py: rows, blocks --> batches
     texts ---------------------+
+    documents -----------------+
 
 Where a run stands is one count, the batches trained on, which Lightning keeps, and the window of rows in which the
 count lies, which is saved with it so that nothing before it has to be planned again.
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lavit_lm.documents import Documents
 from lavit_lm.order import BlockOrder, Blocks, HeldOutOrder, Layout, Place, Samples
 from lavit_lm.packing import plan
 from lavit_tok import ShardPictures, Shards
@@ -46,6 +49,8 @@ class LanguageDataModule(LightningDataModule):
         splits: names of the training, validation and test split in the shards.
         pictures: the data set that the shards were made from (path or Hub name), for an objective that feeds pictures
             as vectors; each is opened only when a row really feeds it.
+        documents: JSON lines of texts and pictures in turn, mixed in as rows of their own; see documents.py. For an
+            objective that says codes their pictures are tokenised at the start, by the module's visual tokenizer.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class LanguageDataModule(LightningDataModule):
         seed: int = 0,
         splits: tuple[str, str, str] = ("train", "validation", "test"),
         pictures: str | None = None,
+        documents: str | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("block", block), ("batch_size", batch_size), ("window", window)):
@@ -66,17 +72,18 @@ class LanguageDataModule(LightningDataModule):
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.shards, self.block, self.batch_size, self.texts = shards, block, batch_size, texts
         self.window, self.num_workers, self.seed, self.splits = window, num_workers, seed, splits
-        self.pictures = pictures
+        self.pictures, self.documents = pictures, documents
         self.order: BlockOrder | None = None
         self.too_long: dict[str, int] = {}
         self.told = False
 
     def setup(self, stage: str | None = None) -> None:
-        """Open shards, texts and pictures.
+        """Open shards, texts, documents and pictures.
 
         Raises:
             ShardError: shards of another tokenizer than the module's, or pictures that the shards were not made from.
-            ValueError: an objective that reads pictures without any being named, or the other way round.
+            ValueError: an objective that reads pictures without any being named, or the other way round; a line that is
+                no document.
         """
         module: Any = self.trainer.lightning_module
         name = module.objective.name
@@ -88,7 +95,8 @@ class LanguageDataModule(LightningDataModule):
         if self.pictures is not None and not module.objective.reads_pictures:
             raise ValueError(f"data.pictures: the objective {name}, as it is set, reads codes and no pictures")
         if stage == "fit":
-            layout = Layout(self._samples(self.splits[0], self._texts()), module.objective, module.lexicon, self.seed)
+            samples = self._samples(self.splits[0], self._texts(), self._documents())
+            layout = Layout(samples, module.objective, module.lexicon, self.seed)
             sizes = self.block, self.batch_size, self.window
             self.order = BlockOrder(layout, *sizes, *self._ranks(), self._consumed)
             self.blocks = Blocks(layout, self.block)
@@ -97,14 +105,24 @@ class LanguageDataModule(LightningDataModule):
         self._held_out_blocks = self._plan_held_out()
         self._tell_too_long()
 
-    def _samples(self, split: str, texts: Any | None = None) -> Samples:
+    def _samples(self, split: str, texts: Any | None = None, documents: Any | None = None) -> Samples:
         module: Any = self.trainer.lightning_module
         shards = Shards.open(self.shards, split)
         vocabulary = module.lexicon.vocabulary
         shards.require(fingerprint=module.fingerprint, codebook_size=vocabulary.codebook_size)
         c = module.visual.config
         pictures = None if self.pictures is None else ShardPictures(shards, self.pictures, c.image_size, c.crop)
-        return Samples(shards.dataset(), texts, pictures, shards.patches)
+        return Samples(shards.dataset(), texts, pictures, shards.patches, documents)
+
+    def _documents(self) -> Documents | None:
+        if self.documents is None:
+            return None
+        module: Any = self.trainer.lightning_module
+        c, encode = module.visual.config, None
+        if module.objective.paints == "codes":
+            least, _ = module.objective.lengths(c.num_patches)
+            encode = partial(module.visual.encode, budget=None if least == 1 else least)
+        return Documents(self.documents, c.image_size, c.crop, encode, open_later=module.objective.reads_pictures)
 
     def _texts(self) -> Any | None:
         if self.texts is None:

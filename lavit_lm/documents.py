@@ -103,6 +103,7 @@ class Documents:
         file: JSON lines, see this file's head; pictures lie in its folder or below.
         size, crop: of the visual tokenizer's config.
         encode: uint8 [b 3 s s] -> their codes with keep masks; None where the objective reads pictures alone.
+        open_later: give images with their pictures; False for an objective that reads codes alone.
         batch: pictures encoded at a time.
 
     Raises:
@@ -110,9 +111,15 @@ class Documents:
     """
 
     def __init__(
-        self, file: str | Path, size: int, crop: bool = False, encode: Encode | None = None, batch: int = 32
+        self,
+        file: str | Path,
+        size: int,
+        crop: bool = False,
+        encode: Encode | None = None,
+        open_later: bool = True,
+        batch: int = 32,
     ) -> None:
-        self.file, self.size, self.crop = Path(file), size, crop
+        self.file, self.size, self.crop, self.open_later = Path(file), size, crop, open_later
         self.starts, self.lines = array("q"), array("q")
         self.codes: dict[str, tuple[Int64[Tensor, " n"], Bool[Tensor, " patches"]]] = {}
         names: dict[str, int] = {}
@@ -146,7 +153,7 @@ class Documents:
         if "text" in segment:
             return Text(segment["text"])
         codes, keep = self.codes.get(segment["image"], (None, None))
-        return Image(codes, partial(self._picture, segment["image"], line), keep)
+        return Image(codes, partial(self._picture, segment["image"], line) if self.open_later else None, keep)
 
     def _picture(self, name: str, line: int) -> UInt8[Tensor, "3 s s"]:
         try:

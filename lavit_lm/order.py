@@ -25,7 +25,7 @@ Place = tuple[int, int]
 
 
 class Samples:
-    """Samples by number: captioned pictures of token shards first, plain texts after them.
+    """Samples by number: captioned pictures of token shards first, then plain texts, then documents.
 
     Args:
         pairs: rows with "key", "caption" and "codes", e.g. Shards.dataset().
@@ -33,18 +33,28 @@ class Samples:
         pictures: the picture behind each pair by number, e.g. ShardPictures; the pairs then need "keep", the numbers of
             the patches behind the codes. None gives images without their pictures.
         patches: of a picture.
+        documents: documents[i] is (segments, key), e.g. Documents; or None.
     """
 
-    def __init__(self, pairs: Any, texts: Any | None = None, pictures: Any | None = None, patches: int = 0) -> None:
-        self.pairs, self.texts, self.pictures, self.patches = pairs, texts, pictures, patches
+    def __init__(
+        self,
+        pairs: Any,
+        texts: Any | None = None,
+        pictures: Any | None = None,
+        patches: int = 0,
+        documents: Any | None = None,
+    ) -> None:
+        self.pairs, self.texts, self.pictures, self.patches = pairs, texts or (), pictures, patches
+        self.documents = documents or ()
 
     def __len__(self) -> int:
-        return len(self.pairs) + (0 if self.texts is None else len(self.texts))
+        return len(self.pairs) + len(self.texts) + len(self.documents)
 
     def __getitem__(self, number: int) -> tuple[list[Segment], str]:
         """(segments, key). A picture without a caption is a sample of its own; nothing opens a picture here."""
+        if number >= len(self.pairs) + len(self.texts):
+            return self.documents[number - len(self.pairs) - len(self.texts)]
         if number >= len(self.pairs):
-            assert self.texts is not None
             at = number - len(self.pairs)
             return [Text(self.texts[at]["text"])], f"text {at}"
         row = self.pairs[number]

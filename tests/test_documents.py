@@ -1,0 +1,156 @@
+"""Texts and pictures in turn: clips, storyboards, files of documents, and training on them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import torch
+from lm_runs import Losses, data, module, saving, trainer
+from PIL import Image as Picture
+
+from lavit_lm.documents import Documents, as_segments, clip, document_line, storyboard
+from lavit_lm.objectives.emu import Emu
+from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.segments import Image, Role, Text
+from lavit_tok import ImageError, VisualTokenizer, to_uint8
+
+EMU = Emu(queries=3, depth=1, heads=2, train_encoder=False)
+
+
+@pytest.fixture
+def album(tmp_path: Path, photos: list[Path]) -> Path:
+    """Six documents beside four pictures; a line between them is empty."""
+    (tmp_path / "album" / "walk").mkdir(parents=True)
+    for i, photo in enumerate(photos):
+        Picture.open(photo).convert("RGB").resize((40, 40)).save(tmp_path / "album" / "walk" / f"{i}.png")
+    one, two = PurePosixPath("walk/0.png"), PurePosixPath("walk/1.png")
+    kinds: list[list[Any]] = [["rain"], [one], ["a red apple", one, "and", two], [two, one, "rain"]]
+    lines = [document_line(f"document {i}", kinds[i % 4]) for i in range(6)]
+    (tmp_path / "album" / "pages.jsonl").write_text("\n".join([*lines[:3], "", *lines[3:]]) + "\n")
+    return tmp_path / "album" / "pages.jsonl"
+
+
+def test_frames_of_a_clip():
+    """The picture in clip."""
+    assert clip(list(range(10)), 3) == [1, 5, 8]
+    assert clip(list(range(300))) == [18, 56, 93, 131, 168, 206, 243, 281] and clip([4, 5]) == [4, 5]
+    assert clip(list(range(8))) == list(range(8)) and clip(list(range(9)), 1) == [4]
+    for pictures, frames in (([], 8), ([1], 0)):
+        with pytest.raises(ValueError, match="expected pictures and at least one frame"):
+            clip(pictures, frames)
+
+
+def test_subtitles_stand_before_the_next_frame():
+    """The picture at the head of documents.py."""
+    frames, said = [(0.0, "f0"), (4.0, "f4"), (8.0, "f8")], [(1.0, "one"), (2.0, " two "), (9.0, "nine")]
+    assert storyboard(frames, said) == ["f0", "one two", "f4", "f8", "nine"]
+    assert storyboard(frames[:1], []) == ["f0"] and storyboard(frames[:1], [(0.0, "at once")]) == ["f0", "at once"]
+    assert storyboard(frames[1:2], [(1.0, "before"), (2.0, " ")]) == ["before", "f4"]
+    with pytest.raises(ValueError, match=r"frames: expected times that do not go back, got \[4.0, 0.0\]"):
+        storyboard(frames[1::-1], [])
+    with pytest.raises(ValueError, match="subtitles: expected times"):
+        storyboard(frames, said[::-1])
+    with pytest.raises(ValueError, match="at least one frame"):
+        storyboard([], said)
+
+
+def test_parts_become_segments(photos: list[Path]):
+    made = as_segments(["rain", photos[0]], 32, learn=False)
+    assert isinstance(made[0], Text) and isinstance(made[1], Image) and not made[0].learn and not made[1].learn
+    assert callable(made[1].picture) and torch.equal(made[1].picture(), to_uint8(photos[0], 32)[0])
+
+
+def test_documents_of_pictures_alone(album: Path):
+    documents = Documents(album, 32)
+    assert len(documents) == 6
+    segments, key = documents[4]
+    assert key == "document 4" and segments == [Text("rain")]
+    segments, key = documents[2]
+    assert key == "document 2" and [type(s) for s in segments] == [Text, Image, Text, Image]
+    shown: Any = segments[3]
+    assert shown.codes is None and torch.equal(shown.picture(), to_uint8(album.parent / "walk" / "1.png", 32)[0])
+
+
+def test_documents_are_tokenised(album: Path, tiny_tokenizer: VisualTokenizer):
+    documents = Documents(album, 32, encode=tiny_tokenizer.encode, open_later=False, batch=1)
+    shown: Any = documents[2][0][1]
+    wanted = tiny_tokenizer.encode(album.parent / "walk" / "0.png")
+    assert wanted.keep is not None
+    assert torch.equal(shown.codes, wanted[0]) and torch.equal(shown.keep, wanted.keep[0]) and shown.picture is None
+    both: Any = Documents(album, 32, encode=tiny_tokenizer.encode)[2][0][1]
+    assert torch.equal(both.codes, wanted[0]) and callable(both.picture)
+
+
+BAD = {
+    "{": "line 2: not JSON",
+    "[]": 'line 2: expected {"key": text, "segments"',
+    '{"key": "x", "segments": []}': "line 2: expected",
+    '{"key": 3, "segments": [{"text": "a"}]}': "line 2: expected",
+    '{"segments": [{"words": "a"}]}': 'line 2: expected segments {"text": ...} or {"image": ...}, got {"words": "a"}',
+    '{"segments": [{"text": "a", "image": "b.png"}]}': "line 2: expected segments",
+    '{"segments": [{"text": ""}]}': "line 2: expected a string that is not empty",
+    '{"segments": [{"image": 4}]}': "line 2: expected a string that is not empty",
+    '{"segments": [{"image": "/etc/hostname"}]}': "line 2: expected a picture in the file's folder or below",
+    '{"segments": [{"image": "../a.png"}]}': "line 2: expected a picture in the file's folder",
+    '{"segments": [{"image": "none.png"}]}': "line 2: no such picture beside pages.jsonl",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_lines(line: str, album: Path):
+    album.write_text(f'{{"segments": [{{"text": "good"}}]}}\n{line}\n')
+    with pytest.raises(ValueError) as caught:
+        Documents(album, 32)
+    assert str(caught.value).startswith(f"{album}, {BAD[line]}") and "\n" not in str(caught.value)
+
+
+def test_bad_files(album: Path, tiny_tokenizer: VisualTokenizer):
+    with pytest.raises(ValueError, match="documents cannot be read"):
+        Documents(album.with_name("none.jsonl"), 32)
+    (album.parent / "walk" / "1.png").write_bytes(b"no picture")
+    shown: Any = Documents(album, 32)[2][0][3]
+    with pytest.raises(ImageError, match=r"pages.jsonl, line 3: .*1.png"):
+        shown.picture()
+    with pytest.raises(ImageError, match=r"pages.jsonl, line 3: .*1.png"):
+        Documents(album, 32, encode=tiny_tokenizer.encode)
+    album.write_text("\n\n")
+    with pytest.raises(ValueError, match="expected a document a line, got none"):
+        Documents(album, 32)
+    album.write_text(json.dumps({"segments": [{"text": "rain"}]}))
+    assert Documents(album, 32)[0][1] == "pages.jsonl:1", "named by its line"
+
+
+@pytest.mark.parametrize("objective", [EMU, LaVIT(), LaVIT(continuous=True)], ids=["emu", "lavit", "lavit-continuous"])
+def test_a_stopped_run_on_documents_goes_on(objective: Any, folder: Path, album: Path):
+    steps, pictures = 8, str(folder / "pictures") if objective.reads_pictures else None
+
+    def run(callbacks: list[Any], ckpt: str | None = None) -> None:
+        chosen = data(folder, pictures=pictures, documents=str(album), block=96)
+        trainer(folder, steps, callbacks).fit(module(folder, objective=objective), chosen, ckpt_path=ckpt)
+
+    whole, cut, rest = Losses(), Losses(stop=4), Losses()
+    run([whole])
+    keys = {key for batch in whole.keys for block in batch for key in block}
+    assert {f"document {i}" for i in range(6)} <= keys and any(key.endswith(".png") for key in keys)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run([cut, saving(folder)])
+    run([rest, saving(folder)], "last")
+    done = len(whole.values) - len(rest.values)
+    assert cut.values[:done] + rest.values == whole.values and cut.keys[:done] + rest.keys == whole.keys
+
+
+def test_documents_and_pairs_share_a_block(folder: Path, album: Path):
+    """Pictures of shards have masks of patches and those of documents none: Emu asks for neither."""
+    training = module(folder, objective=replace(EMU, order="given"))
+    chosen = data(folder, pictures=str(folder / "pictures"), documents=str(album), block=96)
+    trainer(folder, 1, []).fit(training, chosen)
+    assert chosen.order is not None
+    blocks = [chosen.blocks[places] for places in list(chosen.order._plan(0))]
+    keys = [{row.key.split(" ")[0].split("/")[0] for row in block} for block in blocks]
+    assert {"document", "train"} in keys
+    batch = chosen.blocks.collate(blocks)
+    assert len(batch.pictures) * 3 == batch.fed.sum() == (batch.roles == Role.VISUAL).sum() and batch.kept.numel() == 0
