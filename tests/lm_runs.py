@@ -21,6 +21,18 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 2,
     "max_position_embeddings": 128,
 }
+SMALL_BART: dict[str, Any] = {
+    "model_type": "bart",
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
+}
 CAPTIONS = ["a red apple", "two dogs run", "the old town hall", "rain at sunset"]
 TOGETHER: dict[str, Any] = {"gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "val_check_interval": 2}
 

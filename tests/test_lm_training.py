@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from lm_parts import image, pairs
-from lm_runs import CAPTIONS, SMALL, Losses, data, module, saving, trainer
+from lm_runs import CAPTIONS, SMALL, SMALL_BART, Losses, data, module, saving, trainer
 from small_lms import small_tokenizer
 
 from lavit_lm import MultimodalLM
@@ -23,6 +23,7 @@ from lavit_lm.packing import pack, pad
 from lavit_lm.segments import Image, Text
 from lavit_lm.vocabulary import VisualVocabulary
 from lavit_tok import ShardError, VisualTokenizer, WeightsError
+from lavit_tok.cli import main as lavit_tok
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "lm").glob("*.yaml"))
 
@@ -237,12 +238,23 @@ def test_recipes_train(recipe: Path, folder: Path):
     words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
     words += ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
     words += ["--trainer.enable_checkpointing=false", "--trainer.precision=32", "--trainer.accumulate_grad_batches=1"]
-    words += [f"--model.lm={json.dumps(SMALL)}", f"--model.text_tokenizer={folder}/text"]
+    small = {"bart": SMALL_BART}.get(_lm(head), SMALL)
+    words += [f"--model.lm={json.dumps(small)}", f"--model.text_tokenizer={folder}/text"]
     words += [f"--model.visual_tokenizer={folder}/visual", f"--model.out={folder}/made", "--model.warmup_steps=1"]
     words += [f"--data.shards={folder}/shards", "--data.block=64", "--data.batch_size=2", "--data.num_workers=0"]
     reads_pictures = "pictures" in yaml.safe_load(head)["data"] or "--data.pictures" in head
     words += [f"--data.pictures={folder}/pictures"] if reads_pictures else []
+    if "--budget" in head:  # a code for every patch
+        (folder / "shards").rename(folder / "dynamic")
+        command = ["shards", str(folder / "pictures"), "--tokenizer", str(folder / "visual"), "--budget", "16"]
+        assert lavit_tok([*command, "--out", str(folder / "shards")]) == 0
     assert main(["fit", "-c", str(recipe), *words]) == 0
     made = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     assert made.caption(str(folder / "pictures" / "train" / "0.png"), 4) is not None
     assert made.objective.reads_pictures == reads_pictures and (made.model.bridge is not None) == reads_pictures
+
+
+def _lm(recipe: str) -> str:
+    """The family that a recipe's LM is made new of, or its name."""
+    lm = yaml.safe_load(recipe)["model"]["lm"]
+    return lm if isinstance(lm, str) else lm["model_type"]

@@ -1,0 +1,560 @@
+"""DaVinci: prefixes of pictures and words, by a causal LM and by an encoder-decoder."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_runs import CAPTIONS, SMALL, SMALL_BART, data, module, trainer
+from PIL import Image as Picture
+from small_lms import small_tokenizer
+
+from lavit_lm import MultimodalLM
+from lavit_lm.beam import likeliest_rows
+from lavit_lm.building import load_lm, sequence_model
+from lavit_lm.generation import Rule, continue_rows
+from lavit_lm.grid import GridBridge, codes_below
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.masks import visible
+from lavit_lm.objectives.davinci import LATER, DaVinci
+from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.packing import Packed, pack, pad
+from lavit_lm.prefix_seq2seq import PrefixSeq2Seq
+from lavit_lm.rerank import rerank
+from lavit_lm.segments import Image, Role, Row, Segment, Text
+from lavit_lm.vocabulary import VisualVocabulary
+from lavit_tok import VisualCodes, VisualTokenizer, to_uint8
+from lavit_tok.cli import main as lavit_tok
+
+PATCHES = 16
+T5: dict[str, Any] = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+T5 |= {"dropout_rate": 0.0}
+LMS: dict[str, dict[str, Any]] = {"llama": SMALL, "t5": T5, "bart": SMALL_BART}
+EACH = pytest.mark.parametrize("family", LMS)
+
+
+def lexicon() -> Lexicon:
+    tokenizer = small_tokenizer("llama")
+    VisualVocabulary.extend(tokenizer, None, 16)
+    return Lexicon.of(tokenizer)
+
+
+def built(family: str, visual: VisualTokenizer, objective: DaVinci | None = None) -> tuple[Lexicon, Any]:
+    words, objective = lexicon(), objective or DaVinci()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        bridge, _ = objective.parts(visual, 32)
+    lm = load_lm({**LMS[family], "tie_word_embeddings": True}, words, words.vocabulary.begin, True, 0)
+    return words, sequence_model(lm, bridge).eval()
+
+
+def shown(visual: VisualTokenizer, source: Any) -> Image:
+    pixels = to_uint8(source, 32)
+    codes = visual.encode(pixels, budget=PATCHES)
+    assert codes.keep is not None
+    return Image(codes[0], pixels[0], codes.keep[0])
+
+
+def rows_of(objective: DaVinci, samples: list[list[Segment]], words: Lexicon, seed: int = 0) -> list[Row]:
+    return [objective.layout(s, words, torch.Generator().manual_seed(seed + i), str(i)) for i, s in enumerate(samples)]
+
+
+def only(task: str, **more: Any) -> DaVinci:
+    shares = {f"{name}_share": float(name == task) for name in ("text", "image", "plain")}
+    return DaVinci(**{"prompt_drop": 0.0, **shares, **more})
+
+
+def drawn(row: Row, words: Lexicon) -> str:
+    """As in davinci.py's docstring."""
+    v, names = words.vocabulary, {words.start[0]: "<s>", words.stop: "</s>", words.vocabulary.begin: "[IMG"}
+    names |= {v.end: "IMG]", LATER: "later"}
+    shown: list[str] = []
+    for i, (token, prefix, fed) in enumerate(zip(row.ids.tolist(), row.prefix, row.fed, strict=True)):
+        shown += ["|"] if not prefix and row.prefix[i - 1] else []
+        code = v.first <= token < v.stop
+        name = names.get(token) or (str(token - v.first) if code else words.tokenizer.decode([token]).strip())
+        shown.append("v" if fed else name)
+    text = " ".join(shown)
+    for word in ("red", "apple"):
+        text = text.replace(" ".join(words.tokenizer.decode([i]).strip() for i in words.text(word)), word)
+    return text
+
+
+def marks(row: Row) -> str:
+    return "".join(
+        "P" if prefix else ("x" if said else ".") for prefix, said in zip(row.prefix, row.predict, strict=True)
+    )
+
+
+def a_generator_for(objective: DaVinci, sample: list[Segment], words: Lexicon, wanted: Any) -> Row:
+    rows = (objective.layout(sample, words, torch.Generator().manual_seed(seed)) for seed in itertools.count())
+    return next(row for row in rows if wanted(row))
+
+
+def test_the_drawing(photos: list[Path]):
+    """Of the module's docstring: a picture of 3 x 3 patches, whose codes are 0 to 8."""
+    words = lexicon()
+    picture = Image(torch.arange(9), torch.zeros(3, 24, 24, dtype=torch.uint8), torch.ones(9, dtype=torch.bool))
+    pair: list[Segment] = [picture, Text("A red apple")]
+    ids = {n: len(words.text(n)) for n in ("a", "red", "apple", "a red")}
+
+    row = a_generator_for(only("text"), pair, words, lambda row: int(row.prefix.sum()) == 12 + ids["a"])
+    assert drawn(row, words) == "<s> [IMG v v v v v v v v v IMG] a | <s> red apple </s>"
+    assert marks(row) == "P" * 13 + "." + "x" * (ids["red"] + ids["apple"] + 1)
+    row = a_generator_for(only("image"), pair, words, lambda row: int(row.fed.sum()) == 3)
+    assert drawn(row, words) == "<s> [IMG v v v IMG] a red apple | [IMG" + " later" * 6
+    assert marks(row).lstrip("P") == ".xxxxxx"
+    assert row.roles[-7:].tolist() == [Role.BEGIN] + [Role.VISUAL] * 6
+    row = a_generator_for(only("image", image_prefix=False), pair, words, lambda row: True)
+    assert drawn(row, words) == "<s> a red apple | [IMG 0 1 2 3 4 5 6 7 8"
+    assert marks(row).lstrip("P") == "." + "x" * 9 and not row.images
+    row = a_generator_for(only("plain"), pair, words, lambda row: int(row.prefix.sum()) == 1 + ids["a red"])
+    assert drawn(row, words) == "<s> a red | <s> apple </s>" and not row.images
+
+
+@EACH
+def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    """Every pair of places of two documents in one block, by gradients."""
+    words, model = built(family, tiny_tokenizer)
+    samples: list[list[Segment]] = [[shown(tiny_tokenizer, photos[0]), Text("a red apple")], [Text("two dogs run")]]
+    rows = rows_of(only("text"), samples, words, 5)
+    batch = pack([rows], sum(map(len, rows)) + 2, words.pad)
+    inputs = model.embed(batch.ids, batch.fed, batch.pictures, batch.kept).detach().requires_grad_()
+
+    def depends(states: torch.Tensor) -> torch.Tensor:
+        """True where a state's gradient reaches an input; a sum over the width, since a norm hides a uniform one."""
+        weights = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0))
+        found = [torch.autograd.grad(s @ weights, inputs, retain_graph=True)[0][0].abs().sum(1) for s in states[0]]
+        return torch.stack(found) > 0
+
+    expected = visible(batch.documents, batch.prefix)[0]
+    prefix, there = batch.prefix[0], batch.documents[0] >= 0
+    seen = depends(model.read(inputs, batch))
+    if family == "llama":
+        assert torch.equal(seen[there], expected[there])
+    else:
+        suffix = there & ~prefix
+        assert torch.equal(seen[suffix], expected[suffix]), "nothing is lost, nothing leaks"
+        assert not seen[prefix].any(), "the decoder says nothing at prefixes"
+        for document in (0, 1):  # a row of the encoder each, without the suffix that it cannot see
+            own = prefix & (batch.documents[0] == document)
+            read = depends(model.encode(inputs[:, own], torch.ones(1, int(own.sum()), dtype=torch.bool)))
+            assert torch.equal(read, own.expand_as(read))
+    first, last = prefix.nonzero()[0], (prefix & (batch.documents[0] == 0)).nonzero()[-1]
+    assert expected[first, last] and expected[last, first], "prefix to prefix, both ways"
+    assert expected[there & ~prefix][:, first].any() and not expected[prefix][:, there & ~prefix].any()
+
+
+@EACH
+def test_davinci_02_one_objective_for_both(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    """The same rows; packed as alone; and an encoder-decoder's losses are those of its own forward."""
+    objective = DaVinci(plain_share=1.0)
+    words, model = built(family, tiny_tokenizer, objective)
+    samples: list[list[Segment]] = [
+        [shown(tiny_tokenizer, photos[i % 4]), Text(CAPTIONS[i % 4])] if i % 4 else [Text(CAPTIONS[i % 3])]
+        for i in range(16)
+    ]
+    rows = rows_of(objective, samples, words)
+    batch = objective.finished(pack([rows[:7], rows[7:]], 256, words.pad), tiny_tokenizer, words)
+    together = model(batch, objective)
+    assert {name: int(loss.count) for name, loss in together.items()} == {
+        "text": sum(int(row.predict.sum()) for row in rows if row.fed.any() and row.roles[row.predict][0] == Role.TEXT),
+        "image": sum(int((row.predict & (row.roles == Role.VISUAL)).sum()) for row in rows),
+        "plain": sum(
+            int(row.predict.sum()) for row in rows if row.roles[row.predict][0] == Role.TEXT and not row.fed.any()
+        ),
+    }
+    alone = [model(objective.finished(pad([row], words.pad), tiny_tokenizer, words), objective) for row in rows]
+    for name, loss in together.items():
+        torch.testing.assert_close(
+            loss.total, torch.stack([one[name].total for one in alone]).sum(), rtol=1e-4, atol=1e-3
+        )
+        assert int(loss.count) > 0
+    total = objective.total(together)
+    torch.testing.assert_close(total, sum(loss.mean for loss in together.values()))
+    if family != "llama":
+        assert isinstance(model, PrefixSeq2Seq)
+        for row in rows[:4]:
+            one = objective.finished(pad([row], words.pad), tiny_tokenizer, words)
+            inputs, prefix = model.embed(one.ids, one.fed, one.pictures, one.kept), one.prefix[0]
+            logits = model.lm(inputs_embeds=inputs[:, prefix], decoder_inputs_embeds=inputs[:, ~prefix]).logits
+            torch.testing.assert_close(model.head(model.see(one).states[0, ~prefix]), logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_davinci_02_what_an_encoder_decoder_cannot_split(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    words, model = built("t5", tiny_tokenizer)
+    without = LaVIT().layout([Text("rain")], words, torch.Generator())
+    with pytest.raises(ValueError, match="which objectives without prefixes do not lay out"):
+        model(pad([without], words.pad), LaVIT())
+    row = rows_of(only("plain"), [[Text("rain")]], words)[0]
+    early = replace(row, predict=~row.prefix)
+    with pytest.raises(ValueError, match="lay out a start"):
+        model(pad([early], words.pad), DaVinci())
+    with pytest.raises(ValueError, match="suffixes have begun alike"):
+        model.decoding([row, replace(row, prefix=row.prefix & False | (torch.arange(len(row)) < 2))], words.pad, 4)
+    with pytest.raises(ValueError, match="families t5, bart"):
+        sequence_model(load_lm({**T5, "model_type": "mt5"}, words, words.vocabulary.begin, True, 0))
+    _, bart = built("bart", tiny_tokenizer)
+    with pytest.raises(ValueError, match="exceeds the model's context of 128"):
+        bart(pad(rows_of(only("plain"), [[Text("rain " * 400)]], words), words.pad), DaVinci())
+
+
+def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
+    """Support and evenness of k and r; draws of one cell differ from even by less than 5 deviations."""
+    words = lexicon()
+    assert len(words.text("a a a")) == 3, "a word is an id here"
+    sides = {4: PATCHES, 16: 256}
+    pictures = {
+        side: Image(
+            torch.zeros(n, dtype=torch.int64), lambda: torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(n) > 0
+        )
+        for side, n in sides.items()
+    }
+
+    def counted(objective: DaVinci, sample: list[Segment], of: Any, draws: int) -> Counter[int]:
+        generator = torch.Generator().manual_seed(0)
+        return Counter(int(of(objective.layout(sample, words, generator))) for _ in range(draws))
+
+    def even(found: Counter[int], cells: dict[int, float], draws: int) -> None:
+        assert set(found) == set(cells), "exactly these"
+        for cell, share in cells.items():
+            assert abs(found[cell] - draws * share) < 5 * (draws * share * (1 - share)) ** 0.5 + 1e-9, cell
+
+    def k(row: Row) -> int:
+        return int((row.prefix & (row.roles == Role.TEXT)).sum()) - 1
+
+    told, many = [pictures[4], Text("a a a a a")], [pictures[4], Text("a " * 50)]
+    even(counted(only("text"), told, k, 2000), dict.fromkeys(range(5), 1 / 5), 2000)
+    even(counted(only("text"), many, k, 3000), dict.fromkeys(range(30), 1 / 30), 3000)
+    longer = only("text", caption_words=40)
+    even(counted(longer, many, k, 4000), {**dict.fromkeys(range(30), 1 / 40), 30: 10 / 40}, 4000)
+    plain = counted(DaVinci(), [Text("a " * 120)], k, 6000)
+    even(plain, {**dict.fromkeys(range(96), 1 / 120), 96: 24 / 120}, 6000)
+    assert set(counted(DaVinci(), [Text("")], k, 20)) == {0}
+    for side, n in sides.items():
+        found = counted(only("image"), [pictures[side], Text("a")], lambda row, side=side: row.fed.sum() / side, 3000)
+        even(found, dict.fromkeys(range(side - 1), 1 / (side - 1)), 3000)
+        row = only("image", image_prefix=False).layout([pictures[side], Text("a")], words, torch.Generator())
+        assert int(row.predict.sum()) == n and not row.fed.any(), "r = 0: the whole picture"
+    dropped = only("image", image_prefix=False, prompt_drop=0.25)
+    even(counted(dropped, told, lambda row: k(row) == 0, 2000), {0: 0.75, 1: 0.25}, 2000)
+    shares = DaVinci(text_share=1.0, image_share=2.0, plain_share=1.0, image_prefix=False)
+    tasks = counted(shares, told, lambda row: 2 * bool(row.fed.any()) + (row.roles == Role.VISUAL).any(), 2000)
+    even(tasks, {0: 1 / 4, 1: 1 / 2, 3: 1 / 4}, 2000)
+
+
+@EACH
+def test_davinci_04_text_loss(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    objective = only("text")
+    words, model = built(family, tiny_tokenizer, objective)
+    (row,) = rows_of(objective, [[shown(tiny_tokenizer, photos[0]), Text("A red apple on a wooden table")]], words, 3)
+    batch = pad([row], words.pad)
+    seen = model.see(batch)
+    seen.inputs.retain_grad()
+    losses = objective.losses(seen, batch)
+    losses["text"].mean.backward()
+    assert (seen.inputs.grad[batch.fed].abs().sum(1) > 0).all(), "every cell of the grid matters"
+    assert int(batch.fed.sum()) == PATCHES
+    assert (model.bridge.positions.grad.abs().sum(1) > 0).all()
+    suffix = int((~row.prefix).sum())
+    assert int(losses["text"].count) == suffix - 1 and not (row.predict & row.prefix).any()
+    said = row.ids[row.predict].tolist()
+    assert said[-1] == words.stop and words.tokenizer.decode(said[:-1]).strip() in "a red apple on a wooden table"
+
+
+def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    words, objective = lexicon(), only("image")
+    images = [shown(tiny_tokenizer, photo) for photo in photos]
+    rows = [
+        a_generator_for(objective, [image, Text("rain")], words, lambda row, r=r: int(row.fed.sum()) == 4 * r)
+        for image, r in zip(images, (0, 1, 2, 2), strict=True)
+    ]
+    assert (rows[1].ids[rows[1].predict] == LATER).all() and not (rows[0].ids == LATER).any()
+    batch = objective.finished(pack([rows[:3], rows[3:]], 80, words.pad), tiny_tokenizer, words)
+    places = batch.predict & (batch.roles == Role.VISUAL)
+    said = [batch.ids[0][places[0] & (batch.documents[0] == d)] for d in range(3)] + [batch.ids[1][places[1]]]
+    assert [len(ids) for ids in said] == [(4 - r) * 4 for r in (0, 1, 2, 2)]
+    assert words.vocabulary.is_code(torch.cat(said)).all()
+    codes = [words.vocabulary.to_codes(ids) for ids in said]
+    assert torch.equal(codes[0], images[0].codes)
+    differ = 0
+    for image, own, r in zip(images[1:], codes[1:], (1, 2, 2), strict=True):
+        moved = torch.zeros(1, 3, 32, 32)
+        moved[:, :, : 32 - 8 * r] = tiny_tokenizer.preprocess(image.picture)[:, :, 8 * r :]
+        assert torch.equal(own, tiny_tokenizer.encode_pixels(moved, PATCHES)[0][: len(own)]), "the crop, encoded"
+        differ += int((own != image.codes[4 * r :]).sum())
+    assert differ > 0, "and not the codes of the whole picture, cut"
+    changed = images[2].picture.clone()
+    changed[:, :16] = 0
+    masks = torch.stack([torch.arange(PATCHES) < 8] * 2)
+    above = codes_below(tiny_tokenizer, torch.stack([images[2].picture, changed]), masks)
+    assert torch.equal(above[:8], above[8:]), "rows above do not tell"
+    below = images[2].picture.clone()
+    below[:, 16:] = 0
+    bridge = GridBridge(tiny_tokenizer, 32)
+    vectors = bridge(torch.stack([images[2].picture, below]), masks)
+    assert vectors.shape == (16, 32) and torch.equal(vectors[:8], vectors[8:]), "rows below are not told"
+    with pytest.raises(ValueError, match="whole upper rows of 4 patches"):
+        codes_below(tiny_tokenizer, images[2].picture[None], torch.arange(PATCHES)[None] < 6)
+    words, model = built("llama", tiny_tokenizer)
+    with pytest.raises(IndexError):
+        model(pack([rows[1:3]], 80, words.pad), objective)  # an unfinished batch cannot be trained on by mistake
+
+
+@pytest.fixture
+def whole(folder: Path) -> Path:
+    """The shared folder, its shards with a code for every patch."""
+    (folder / "shards").rename(folder / "dynamic")
+    command = ["shards", str(folder / "pictures"), "--tokenizer", str(folder / "visual"), "--budget", str(PATCHES)]
+    assert lavit_tok([*command, "--out", str(folder / "shards")]) == 0
+    return folder
+
+
+@EACH
+def test_davinci_06_the_tied_matrix_is_trained_once(family: str, whole: Path, photos: list[Path]):
+    """Through the module, three steps from shards; saved, loaded, and the same."""
+    settings = {**LMS[family], "tie_word_embeddings": True}
+    texts = whole / "texts.jsonl"
+    texts.write_text("\n".join('{"text": "rain and rain"}' for _ in range(12)))
+    objective = DaVinci(train_encoder=family == "bart")
+    training = module(whole, lm=settings, objective=objective, out=str(whole / "made"))
+    fitted = trainer(whole, 3, [])
+    pictures = {"pictures": str(whole / "pictures"), "texts": str(texts), "num_workers": 2}
+    fitted.fit(training, data(whole, **pictures))
+    for name in ("text", "image", "plain"):
+        assert f"val/{name}" in fitted.callback_metrics or name == "plain"
+    held = [id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) == len(list(training.parameters()))
+    lm = training.model.lm
+    assert held.count(id(lm.get_input_embeddings().weight)) == 1
+    tables = [p for p in training.parameters() if p.shape == lm.get_input_embeddings().weight.shape]
+    assert len(tables) == 1, "encoder, decoder and head read one matrix"
+    assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    made = MultimodalLM.from_pretrained(whole / "made", decoder=None)
+    assert type(made.model) is type(training.model) and made.objective == objective
+    ours = MultimodalLM(training.model, training.lexicon, training.visual, None, objective)
+    assert made.caption(str(photos[0]), 6) == ours.caption(str(photos[0]), 6)
+    draw = {"generator": torch.Generator().manual_seed(0)}
+    assert made.generate_codes("rain", **draw).lengths.tolist() == [PATCHES]
+
+
+def test_davinci_06_shards_with_fewer_codes_are_refused(folder: Path):
+    training = module(folder, objective=DaVinci())
+    with pytest.raises(
+        ValueError, match=r"has codes of \d+ of 16: make the shards with `lavit-tok shards --budget 16`"
+    ):
+        trainer(folder, 1, []).fit(training, data(folder, pictures=str(folder / "pictures")))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("task", ["text", "image", "whole image", "plain"])
+def test_davinci_07_eight_samples_are_learnt_by_heart(
+    family: str, task: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]
+):
+    objective = only(task.split()[-1], image_prefix=task == "image")
+    words, model = built(family, tiny_tokenizer, objective)
+    crops = [Picture.open(photos[i % 4]).convert("RGB").crop((0, 0, 90 + 60 * i, 80 + 50 * i)) for i in range(8)]
+    images = [shown(tiny_tokenizer, crop) for crop in crops]
+    texts = [
+        Text(text) for text in ("rain", "a red", "two dogs", "apple at sunset", "the town", "table", "run", "beach")
+    ]
+    samples: list[list[Segment]] = [[image, text] for image, text in zip(images, texts, strict=True)]
+    rows = rows_of(objective, samples, words)
+    if task == "plain":  # what nothing foretells cannot be learnt: one word in, another out
+        rows = [
+            a_generator_for(objective, [Text(f"{t.text} {t.text}")], words, lambda row: int(row.prefix.sum()) > 1)
+            for t in texts
+        ]
+    batch = objective.finished(pad(rows, words.pad), tiny_tokenizer, words)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if family == "llama" else 2e-2)
+    for _ in range(400):
+        losses = model(batch, objective)
+        loss = objective.total(losses)
+        if loss < 0.1:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    assert [name for name, one in losses.items() if one.count > 0] == [task.split()[-1]]
+
+
+@EACH
+def test_davinci_07_empty_prefixes_and_texts(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    words, model = built(family, tiny_tokenizer)
+    picture = shown(tiny_tokenizer, photos[0])
+    cases: list[tuple[DaVinci, list[Segment], int]] = [
+        (only("plain"), [Text("")], 1),
+        (only("text"), [picture, Text("")], 1),
+        (only("image", image_prefix=False), [picture, Text("")], PATCHES),
+        (only("text", image_prefix=False), [picture], PATCHES),  # a picture without words is painted
+        (only("plain", text_prefix=0), [Text("rain")], len(words.text("rain")) + 1),
+        (only("text", caption_words=0), [picture, Text("rain")], 1),
+    ]
+    for objective, sample, targets in cases:
+        (row,) = rows_of(objective, [sample], words)
+        assert row.prefix.any() and int(row.predict.sum()) == targets
+        loss = objective.total(model(pad([row], words.pad), objective))
+        assert bool(loss.isfinite())
+        loss.backward()
+    for sample in ([], [picture, picture], [Text("a"), Text("b")]):
+        with pytest.raises(ValueError, match="expected a picture, a text, or one of each"):
+            DaVinci().layout(sample, words, torch.Generator())
+    with pytest.raises(ValueError, match="has only the codes of one"):
+        only("text").layout([Image(picture.codes), Text("a")], words, torch.Generator())
+    for wrong, message in (
+        ({"text_weight": -1.0}, "text_weight: expected 0 or more"),
+        ({"text_share": 0.0, "image_share": 0.0}, "a share above 0"),
+        ({"prompt_drop": 2.0}, "a probability"),
+        ({"caption_words": -1}, "expected 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DaVinci(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=LMS)
+def lm(request: Any, tiny_tokenizer: VisualTokenizer, tiny_decoder: Any) -> MultimodalLM:
+    words, model = built(request.param, tiny_tokenizer)
+    tiny_decoder.set_progress_bar_config(disable=True)
+    return MultimodalLM(model, words, tiny_tokenizer, tiny_decoder, DaVinci())
+
+
+def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, photos: list[Path]):
+    """Also of a model that would rather say words."""
+    with torch.no_grad():
+        lm.model.causal.get_output_embeddings().weight[words_of(lm)] *= 20
+    drawn = lm.generate_codes("A red apple", 3, generator=torch.Generator().manual_seed(0), temperature=3.0)
+    assert drawn.lengths.tolist() == [PATCHES] * 3 and drawn.codebook_size == 16
+    row = lm.prompts.painting("A red apple")
+    assert row.ids.tolist() == [*lm.lexicon.start, *lm.lexicon.text("a red apple"), lm.lexicon.vocabulary.begin]
+    with pytest.raises(ValueError, match="davinci paints from words alone"):
+        lm.generate_codes([photos[0], "a red apple"])
+    for cached in (True, False):
+        greedy = lm.generate_codes("rain", 1, temperature=0.0, cached=cached, guidance_scale=2.0)
+        assert greedy[0].tolist() == by_hand(lm, "rain", 2.0)
+
+
+def words_of(lm: MultimodalLM) -> torch.Tensor:
+    return torch.arange(lm.lexicon.vocabulary.begin)
+
+
+@torch.no_grad()
+def by_hand(lm: MultimodalLM, prompt: str, scale: float) -> list[int]:
+    """Greedy codes under guidance, one full forward for each."""
+    vocabulary, said = lm.lexicon.vocabulary, []
+    streams = [lm.prompts.row(text, "image") for text in (prompt, "")]
+    while len(said) < PATCHES:
+        logits = []
+        for row in streams:
+            places = torch.tensor(said, dtype=torch.int64)
+            flags = {name: torch.cat([getattr(row, name), torch.zeros(len(said)) > 0]) for name in ("prefix", "fed")}
+            more = len(row) + len(said)
+            flags |= {name: torch.zeros(more) > 0 for name in ("predict", "regress")}
+            longer = replace(row, ids=torch.cat([row.ids, places]), roles=torch.zeros(more, dtype=torch.int8), **flags)
+            batch = pad([longer], lm.lexicon.pad)
+            logits.append(lm.model.head(lm.model.see(batch).states[0, -1:])[0])
+        guided = logits[1] + scale * (logits[0] - logits[1])
+        said.append(vocabulary.first + int(guided[vocabulary.first : vocabulary.stop].argmax()))
+    return [token - vocabulary.first for token in said]
+
+
+def test_davinci_08_ranking_is_exhaustive_scoring(lm: MultimodalLM, photos: list[Path]):
+    answers = ["Rain", "a red apple", "two dogs run"]
+    found = lm.rank([photos[0], "What is it?"], answers)
+    row = lm.prompts.row([photos[0], "what is it?"], "text")
+    for text, nats in zip(answers, found.tolist(), strict=True):
+        ids = torch.tensor([*lm.lexicon.text(text.lower()), lm.lexicon.stop])
+        state = lm.model.decoding([row], lm.lexicon.pad, 60, cached=False)
+        log_p, hidden = 0.0, state.prefill()
+        for token in ids:
+            log_p += float(lm.model.head(hidden).float().log_softmax(-1)[0, token])
+            hidden = state.say(token[None])
+        assert abs(nats - log_p) < 1e-3
+    assert lm.rank("a red apple", photos[:2]).shape == (2,), "pictures by words"
+    with pytest.raises(ValueError, match="has only the codes of one"):
+        lm.rank([VisualCodes.from_list([[1] * PATCHES], codebook_size=16)], answers)
+
+
+def test_davinci_08_rerank_picks_the_scorer_s_best(lm: MultimodalLM):
+    pictures = lm.generate_images("rain", 3, generator=torch.Generator().manual_seed(0), num_inference_steps=1)
+    light = [sum(picture.convert("L").getdata()) for picture in pictures]
+    (best,) = rerank(pictures, lambda given: [sum(picture.convert("L").getdata()) for picture in given])
+    assert best is pictures[light.index(max(light))]
+    likeliest = rerank(pictures, lambda given: [float(lm.rank([picture], ["rain"])) for picture in given], best=3)
+    scores = [float(lm.rank([picture], ["rain"])) for picture in likeliest]
+    assert scores == sorted(scores, reverse=True) and len(likeliest) == 3
+    with pytest.raises(ValueError, match="a number for each of 3 pictures"):
+        rerank(pictures, lambda given: [1.0])
+    with pytest.raises(ValueError, match="best: expected 1 to"):
+        rerank(pictures, lambda given: [1.0], best=0)
+
+
+def test_what_a_user_asks_for(lm: MultimodalLM, photos: list[Path]):
+    captions = lm.caption([str(photo) for photo in photos[:3]], 6)
+    assert len(captions) == 3 and captions[1] == lm.caption(str(photos[1]), 6)
+    row = lm.prompts.row([photos[0], "a picture of"], "text")
+    start = [*lm.lexicon.start, *lm.lexicon.text("a picture of")]
+    assert row.ids[~row.prefix].tolist() == start and int(row.fed.sum()) == PATCHES
+    asked = lm.prompts.row([photos[0], "What IS it?"], "text")
+    assert asked.ids[~asked.prefix].tolist() == lm.lexicon.start, "a question is read, not said"
+    assert isinstance(lm.answer(str(photos[0]), "What is it?", max_tokens=4), str)
+    said = lm.complete(["a red", photos[0]], 5, max_images=0)
+    assert len(said) <= 1 and all(isinstance(part, str) for part in said)
+    with pytest.raises(ValueError, match="davinci never says by itself that a picture comes"):
+        lm.complete("a red")
+    with pytest.raises(ValueError, match="says codes for a picture, no vectors"):
+        lm.generate_vectors_batch(["a red apple"])
+    assert len(lm.generate_images("a red apple", 1, num_inference_steps=1)) == 1
+
+
+def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
+    """Against all texts of up to two words of a small vocabulary; one beam is greedy."""
+    rows = [lm.prompts.row([photo, "a picture of"], "text") for photo in photos[:2]]
+    rule = Rule("text", 1, 5)
+    greedy = continue_rows(lm.model, lm.lexicon, rows, rule, type(lm_sampling())(temperature=0.0))
+    ended = [ids[: ids.index(lm.lexicon.stop) + 1] if lm.lexicon.stop in ids else ids for ids in greedy]
+    assert likeliest_rows(lm.model, lm.lexicon, rows, rule, 1) == ended
+    wide = likeliest_rows(lm.model, lm.lexicon, rows, Rule("text", 1, 2), 400, 0.0)
+    allowed = Rule("text").words(lm.lexicon, lm.model.head(torch.zeros(1, 32)).shape[1], lm.device)
+    stop = lm.lexicon.stop
+    for row, found in zip(rows, wide, strict=True):
+        best, score = None, -torch.inf
+        with torch.no_grad():
+            first = lm.model.head(lm.model.decoding([row], lm.lexicon.pad, 4).prefill())[0]
+            first = first.masked_fill(~allowed, -torch.inf).log_softmax(0)
+            ids = allowed.nonzero().flatten()
+            state = lm.model.decoding([row] * len(ids), lm.lexicon.pad, 4)
+            state.prefill()
+            may = allowed.clone()
+            may[stop] = True
+            second = lm.model.head(state.say(ids)).masked_fill(~may, -torch.inf).log_softmax(1)
+            both = first[ids][:, None] + second
+            score, place = both.flatten().max(0)
+            best = [int(ids[int(place) // both.shape[1]]), int(place) % both.shape[1]]
+        assert found == best, score
+    cached = likeliest_rows(lm.model, lm.lexicon, rows, rule, 3)
+    assert cached == likeliest_rows(lm.model, lm.lexicon, rows, rule, 3, cached=False)
+    assert lm.caption(photos[0], 5, beams=3) == lm.caption([photos[0], photos[1]], 5, beams=3)[0]
+    with pytest.raises(ValueError, match="beams: nothing is sampled there"):
+        lm.caption(photos[0], beams=2, temperature=1.0)
+
+
+def lm_sampling() -> Any:
+    from lavit_lm.generation import Sampling
+
+    return Sampling()
+
+
+def test_positions_of_a_suffix_start_anew_in_the_decoder(tiny_tokenizer: VisualTokenizer):
+    """An encoder-decoder's state does not depend on where in a block its document stands."""
+    words, model = built("bart", tiny_tokenizer)
+    rows = rows_of(only("plain"), [[Text("two dogs run")], [Text("a red apple on a table")]], words)
+    batch: Packed = pack([rows], 64, words.pad)
+    states = model.see(batch).states[0]
+    alone = model.see(pad([rows[1]], words.pad)).states[0]
+    torch.testing.assert_close(states[len(rows[0]) : len(rows[0]) + len(rows[1])], alone, atol=1e-5, rtol=1e-5)
