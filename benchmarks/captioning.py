@@ -1,0 +1,241 @@
+"""Captions of a whole set, in the official results format, scored by the field's scorers.
+
+    pictures  -the model, greedily, after k examples or none->  captions  ->  NAME.results.json  [{image_id, caption}]
+    captions, true captions  -caption_scores.py->  BLEU, ROUGE-L, CIDEr, METEOR, SPICE, x 100
+
+The protocol of the published figures is Karpathy's test split of COCO (5,000 pictures, five captions each) under the
+official tokenization; whatever departs from it stands in the figures' label. Zero-shot, or --shots examples by plain
+concatenation before every picture. A run that was killed goes on where it was, with the same result. Writes
+captioning.md, .json, .results.json, and captioning.png: scores, and pictures with what was said of them.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import annotations
+import caption_scores
+import common
+import resuming
+from figures import SHOWN, figure
+from PIL import Image
+
+from lavit_lm import MultimodalLM
+
+PUBLISHED = (
+    ("LaVIT (7B)", "134.0", "zero-shot"),
+    ("LaVIT-v2 (7B)", "133.3", "zero-shot"),
+    ("Emu (13B)", "112.4", "zero-shot"),
+    ("VL-GPT (7B)", "116.4", "zero-shot"),
+    ("VL-GPT (7B)", "133.7", "after instruction tuning"),
+)
+"""CIDEr on COCO, Karpathy's test split, as their authors give it."""
+
+
+class Captioner:
+    """Says what pictures show.
+
+    Args:
+        lm: the model.
+        shots: pictures and captions that stand before each picture.
+        a: prompt, max_tokens, temperature, top_p, seed.
+    """
+
+    def __init__(self, lm: MultimodalLM, shots: Sequence[tuple[Image.Image, str]], a: Namespace) -> None:
+        self.lm, self.a = lm, a
+        self.wording = lm.objective.wording.caption if a.prompt is None else a.prompt
+        self.before: list[Any] = []
+        for picture, caption in shots:
+            self.before += [picture, f"{self.wording} {caption}".strip()]
+
+    def __call__(self, pictures: Sequence[Image.Image], items: Sequence[int]) -> list[str]:
+        """One caption for each; its generator depends on the item's number alone."""
+        asked = [self.wording] if self.wording else []
+        prompts = [[*self.before, picture, *asked] for picture in pictures]
+        return said(self.lm, prompts, items, self.a)
+
+
+def said(lm: MultimodalLM, prompts: Sequence[Any], items: Sequence[int], a: Namespace) -> list[str]:
+    """The first line that comes after each prompt, in single spaces."""
+    generators = [resuming.seeded(a.seed, item) for item in items]
+    found = lm._text(prompts, a.max_tokens, generators, temperature=a.temperature, top_p=a.top_p)
+    return [" ".join(text.strip().splitlines()[0].split()) if text.strip() else "" for text in found]
+
+
+def main(a: Namespace) -> dict[str, Any]:
+    found = annotations.limited(annotations.captions_of(a), a.limit)
+    shots = examples(a)
+    lm = MultimodalLM.from_pretrained(a.model, visual_tokenizer=a.visual_tokenizer, decoder=None, device=a.device)
+    captioner = Captioner(lm, shots, a)
+    decoding = "greedy" if a.temperature == 0 else f"sampled, temperature {a.temperature:g}, top-p {a.top_p}"
+    settings = {
+        "weights": resuming.digest(lm.model, lm.visual),
+        "pictures": resuming.digest(found.ids, found.name),
+        "examples": resuming.digest([text for _, text in shots], [p.tobytes().hex() for p, _ in shots]),
+        "prompt": captioner.wording,
+        "shots": a.shots,
+        "decoding": [a.temperature, a.top_p, a.max_tokens, a.seed],
+        "batch size": a.batch_size,
+        "device": a.device,
+    }
+    folder = resuming.work_folder(a.out, a.name, settings, a.fresh)
+
+    def work(items: list[int]) -> list[dict[str, Any]]:
+        opened = {i: found.open(i) for i in items}
+        good = [i for i in items if opened[i][0] is not None]
+        captions = captioner([opened[i][0] for i in good], good) if good else []
+        rejects = [{"i": i, "reject": opened[i][1]} for i in items if opened[i][0] is None]
+        return [{"i": i, "caption": caption} for i, caption in zip(good, captions, strict=True)] + rejects
+
+    lines = resuming.in_batches(resuming.Lines(folder / "lines.jsonl"), len(found), a.batch_size, work, unit="captions")
+    good = [i for i, line in enumerate(lines) if "caption" in line]
+    values: dict[str, Any] = {
+        "set": found.describe(),
+        "model": Path(a.model).name,
+        "parameters": sum(p.numel() for p in lm.model.parameters()),
+        "prompt": captioner.wording,
+        "shots": a.shots,
+        "examples": [text for _, text in shots],
+        "decoding": f"{decoding}, at most {a.max_tokens} tokens, no beam",
+        "captions": len(good),
+        "rejects": [line["reject"] for line in lines if "reject" in line],
+    }
+    if not good:
+        raise ValueError(f"{found.name}: not one usable picture of {len(found)}, the first: {values['rejects'][0]}")
+    results = [{"image_id": found.ids[i], "caption": lines[i]["caption"]} for i in good]
+    resuming.write_whole(a.out / f"{a.name}.results.json", json.dumps(results).encode())
+    scored = [i for i in good if found.captions[i]]
+    values |= scores(found, scored, [lines[i]["caption"] for i in scored], a)
+    show(found, good, lines, values, a)
+    common.write(a.name, a.out, "Captions", text(values, a), values)
+    return values
+
+
+def examples(a: Namespace) -> list[tuple[Image.Image, str]]:
+    """Pictures and captions that stand before each picture, of other pictures than those that are captioned.
+
+    Raises:
+        ValueError: asked for without a set to take them from.
+    """
+    if not a.shots:
+        return []
+    if a.data is not None:
+        source = annotations.caption_rows(a.data, a.shots_split)
+        own = annotations.captions_of(a)
+        if source.name == own.name:
+            raise ValueError(f"--shots-split {a.shots_split}: the examples would be of the split that is captioned")
+    elif a.shots_annotations is not None:
+        images = a.shots_images or a.images
+        same = a.shots_annotations.resolve() == a.annotations.resolve()
+        source = annotations.read_captions(a.shots_annotations, images, a.shots_split if same else None)
+        if same and source.name == annotations.captions_of(a).name:
+            raise ValueError(f"--shots-split {a.shots_split}: the examples would be of the split that is captioned")
+    else:
+        raise ValueError("--shots: expected --shots-annotations, and --shots-images if the pictures lie elsewhere")
+    chosen = annotations.examples(source, a.shots, a.seed)
+    return [(picture, source.captions[place][0] if source.captions[place] else "") for place, picture in chosen]
+
+
+def scores(found: annotations.CaptionSet, places: list[int], captions: list[str], a: Namespace) -> dict[str, Any]:
+    """The scores, and what keeps them from standing beside published ones."""
+    if not places:
+        return {"scores": None, "label": f"no scores: {found.name} holds no captions; the results file can be sent in"}
+    result = caption_scores.score([found.captions[i] for i in places], captions, a.scorers, a.tokenization)
+    departures = [] if found.standard else ["not the whole Karpathy test split of COCO"]
+    if len(places) < len(found):
+        departures.append(
+            f"{len(found) - len(places)} of {len(found)} pictures left out, unreadable or without captions"
+        )
+    if not result.official:
+        departures.append(result.tokenization)
+    least = min(len(found.captions[i]) for i in places)
+    if least < 5:
+        departures.append(f"{least} true caption{'s' * (least > 1)} a picture at least, not five")
+    label = f"{result.by}, {result.tokenization}, over {len(places)} pictures of {found.standard or found.name}"
+    return {
+        "label": label,
+        "departures": departures,
+        "comparable": not departures,
+        "scores": result.scores,
+        "absent": result.absent,
+        "cider_of_each": result.cider,
+        "cider_frequencies_over": len(places),
+    }
+
+
+# What comes out
+
+
+def show(found: annotations.CaptionSet, good: Sequence[int], lines: Any, values: dict[str, Any], a: Namespace) -> None:
+    chosen = [good[i] for i in common.evenly(SHOWN, len(good))]
+    pictures = [picture for picture, _ in map(found.open, chosen) if picture is not None]
+    texts = []
+    for i in chosen:
+        true = found.captions[i][0] if found.captions[i] else "-"
+        texts.append(f"said: {lines[i]['caption']}\ntrue: {true}")
+    figure(a.out / f"{a.name}.png", values["scores"] or {}, "score x 100", pictures, texts)
+    values["shown"] = [{"id": found.ids[i], "text": t} for i, t in zip(chosen, texts, strict=True)]
+
+
+def text(v: dict[str, Any], a: Namespace) -> str:
+    body = f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; {v['decoding']}; "
+    body += f"{v['shots']} examples before each picture; prompt {v['prompt']!r}.\n\n{v['label']}.\n\n"
+    if v["scores"] is not None:
+        rows: list[tuple[Any, Any]] = [(name, f"{value:.2f}") for name, value in v["scores"].items()]
+        rows += [(name, f"not measured: {why}") for name, why in v["absent"].items()]
+        body += common.table(("score", "x 100"), rows)
+        body += (
+            f"\n\nCIDEr is CIDEr-D, its document frequencies are those of these {v['cider_frequencies_over']} pictures."
+        )
+        body += "\n\n## Published\n\nCIDEr on COCO by the authors' own account. "
+        if v["departures"]:
+            body += "Not comparable with the figures above: " + "; ".join(v["departures"]) + ".\n\n"
+        else:
+            body += "The same set and scorer.\n\n"
+        body += common.table(("model", "CIDEr", ""), PUBLISHED)
+    body += rejected(v["rejects"])
+    return body + f"\n\nResults for the official server: `{a.name}.results.json`.\n\n![captions]({a.name}.png)"
+
+
+def rejected(rejects: Sequence[dict[str, str]], most: int = 20) -> str:
+    """Pictures that could not be read, by name."""
+    if not rejects:
+        return ""
+    lines = [f"- `{r['key']}`: {r['reason']}" for r in rejects[:most]]
+    lines += [f"- and {len(rejects) - most} more, in the JSON file"] if len(rejects) > most else []
+    return f"\n\n{len(rejects)} pictures could not be read and are in no figure:\n\n" + "\n".join(lines)
+
+
+def add_model(found: Any) -> None:
+    """The arguments of scripts that make a language model talk."""
+    found.add_argument("--model", default="default", help="'default', a directory or a Hub id")
+    found.add_argument("--visual-tokenizer", help="if not the one that the model names")
+    found.add_argument("--limit", type=common.positive, help="at most this many, evenly spaced")
+    found.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    found.add_argument("--top-p", type=float)
+    found.add_argument("--seed", type=int, default=0, help="of the examples, and of sampling")
+    found.add_argument("--shots", type=int, default=0, help="examples before each picture, by plain concatenation")
+    found.add_argument("--shots-split", default="train", help="split of the examples")
+    found.add_argument("--shots-annotations", type=Path, help="annotation file of the examples")
+    found.add_argument("--shots-images", type=Path, help="their pictures, if not in --images")
+    found.add_argument("--fresh", action="store_true", help="begin anew instead of going on")
+
+
+def arguments() -> Any:
+    found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
+    annotations.add_captions(found)
+    add_model(found)
+    found.add_argument("--prompt", help="said after the picture; by default as the model's objective says it")
+    found.add_argument("--max-tokens", type=common.positive, default=48, help="of a caption")
+    found.add_argument("--scorers", nargs="+", choices=caption_scores.SCORERS, default=list(caption_scores.SCORERS))
+    found.add_argument("--tokenization", choices=["auto", "ptb", "words"], default="auto", help="see caption_scores.py")
+    found.add_argument("--name", default="captioning", help="of the result files")
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(common.run(main, arguments().parse_args()))
