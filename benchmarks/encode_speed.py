@@ -8,23 +8,29 @@ busy machine slows both sides; beside it stands the same of the process's CPU ti
 Matrix products, convolutions and attention are counted by torch's FLOP counter,
 attention under the plain ("math") kernel, because the fused CPU kernel is not counted; masked entries count as work.
 Random weights, except for --cases shipped: speed does not depend on what the numbers are, only on how many patches are
-kept, which is why the budget is fixed. Writes encode_speed.md and .json.
+kept, which is why the budget is fixed.
+
+Then ours stands beside what a user would pick instead, at the same resolution in the same run (--beside): images/s,
+codes, weights, FLOPs, and with --memory each one's peak memory in a process of its own.
+Writes encode_speed.md, .json and .png. Finished cases are kept if the run is killed.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+import adapters
 import common
 import torch
 from common import flops, interleaved
+from parts import Parts, progress
+from speeds import Entry, add_memory, in_own_process, plot, side_by_side, table
+from speeds import peak_gib as _peak
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,13 +131,7 @@ def build(case: str, arguments: Namespace, dtype: torch.dtype) -> VisualTokenize
     return VisualTokenizer(configs[case]()).to(arguments.device, dtype)
 
 
-# Memory, in a process of its own: the greatest resident size of a process never falls again
-
-
-def _peak() -> float:
-    """GiB. Not from getrusage, whose maximum a new process inherits from its parent on Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+# Memory, in a process of its own
 
 
 def _memory(directory: str, dtype: torch.dtype, batch: int) -> dict[str, float]:
@@ -145,39 +145,128 @@ def _memory(directory: str, dtype: torch.dtype, batch: int) -> dict[str, float]:
 
 def peak_memory(directory: str, dtype: torch.dtype, batch: int) -> dict[str, float]:
     """Greatest resident memory after loading a model from disk, and after encoding a batch."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_memory, directory, dtype, batch).result()
+    return in_own_process(_memory, directory, dtype, batch)
+
+
+# Beside what a user would pick instead
+
+
+@torch.no_grad()
+def beside(case: str, tokenizer: VisualTokenizer, a: Namespace) -> list[dict[str, Any]]:
+    """The bare encoder, ours and the other tokenizers at the same resolution: pixels in, codes out, in turns."""
+    config, device = tokenizer.config, str(tokenizer.device)
+    batch = a.beside_batch_size or (4 if case in ("shipped", "small") else 1)
+    generator = torch.Generator().manual_seed(0)
+    size = config.image_size
+    images = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
+    pixels = tokenizer.preprocess(images)
+    kept = float(tokenizer.encode_pixels(pixels, a.keep).lengths.double().mean())
+    weights = "shipped" if case == "shipped" else adapters.RANDOM
+    encoder = adapters.count(tokenizer.encoder)
+    total = encoder + adapters.count(tokenizer.selector, tokenizer.merger, tokenizer.quantizer)
+    entries = [
+        Entry(
+            f"{case}: bare encoder",
+            weights,
+            batch,
+            lambda: tokenizer.features(pixels),
+            lambda: tokenizer.features(pixels[:1]),
+            encoder,
+        ),
+        Entry(
+            f"{case}: lavit-tok",
+            weights,
+            batch,
+            lambda: tokenizer.encode_pixels(pixels, a.keep),
+            lambda: tokenizer.encode_pixels(pixels[:1], a.keep),
+            total,
+            kept,
+            kept * math.log2(config.codebook_size),
+            beside=0,
+        ),
+    ]
+    for name in a.beside:
+        other = adapters.load(name, device, size)
+        if other.image_size != size:
+            raise ValueError(
+                f"--beside {name}: expected pictures of {size} pixels, as {case} has, got {other.image_size}"
+            )
+        calls = [partial(other.encode, some) for some in (images, images[:1])]
+        if isinstance(other, adapters.GridTokenizer):  # without what goes before: pixels in, codes out, as ours above
+            calls = [partial(other.tokens, some.to(device) / 127.5 - 1) for some in (images, images[:1])]
+        count = float(other.encode(images).lengths.double().mean())
+        bits = count * math.log2(other.codebook_size)
+        entries.append(
+            Entry(
+                other.name,
+                other.weights,
+                batch,
+                *calls,
+                other.parameters["encode"],
+                count,
+                bits,
+                beside=1,
+                load={"name": name, "device": device, "image_size": size},
+            )
+        )
+    rows = side_by_side(entries, a.beside_repeats, device)
+    with tempfile.TemporaryDirectory() as folder:
+        rows[1]["load"] = {"name": folder, "device": device}
+        if a.memory:
+            tokenizer.save_pretrained(folder)
+            add_memory("encode", rows)
+    return [{"case": case, "image_size": size, **{k: v for k, v in row.items() if k != "load"}} for row in rows]
 
 
 # The script
 
 
+def one_case(case: str, name: str, a: Namespace) -> dict[str, Any]:
+    """All measurements of one case in one dtype."""
+    dtype = getattr(torch, name)
+    tokenizer = build(case, a, dtype)
+    batches = a.batch_sizes or BATCHES[case]
+    formulas = ["strict", "compat"] if case == "lavit" else [tokenizer.config.attention]
+    found: dict[str, Any] = {"runs": [], "beside": []}
+    for batch in batches:
+        for run in measure(tokenizer, batch, a, formulas):
+            found["runs"].append({"case": case, "dtype": name, **run})
+            label = f"{case} {run['formula']} {name} batch {batch}"
+            print(f"{label}: ratio {run['ratio']:.3f}, overhead {run['overhead']:.3f}", flush=True)
+    if a.beside and name == "float32":
+        found["beside"] = beside(case, tokenizer, a)
+    if a.full or a.memory:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            weights = sum(p.nbytes for p in tokenizer.state_dict().values()) / 2**30
+            del tokenizer  # two models of 8 GB need not be there at once
+            found["runs"][-1]["peak_memory"] = {"weights_gib": weights, **peak_memory(folder, dtype, max(batches))}
+    return found
+
+
 def main(arguments: Namespace) -> dict[str, Any]:
-    if arguments.full:
-        arguments.cases = ["lavit"]
-    runs = []
-    for name in arguments.dtypes:
-        dtype = getattr(torch, name)
-        for case in arguments.cases:
-            tokenizer = build(case, arguments, dtype)
-            batches = arguments.batch_sizes or BATCHES[case]
-            formulas = ["strict", "compat"] if case == "lavit" else [tokenizer.config.attention]
-            for batch in batches:
-                for run in measure(tokenizer, batch, arguments, formulas):
-                    runs.append({"case": case, "dtype": name, **run})
-                    label = f"{case} {run['formula']} {name} batch {batch}"
-                    print(f"{label}: ratio {run['ratio']:.3f}, overhead {run['overhead']:.3f}", flush=True)
-            if not (arguments.full or arguments.memory):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                tokenizer.save_pretrained(folder)
-                weights = sum(p.nbytes for p in tokenizer.state_dict().values()) / 2**30
-                del tokenizer  # two models of 8 GB need not be there at once
-                runs[-1]["peak_memory"] = {"weights_gib": weights, **peak_memory(folder, dtype, max(batches))}
-    values = {"target": TARGET, "fused_attention_counted": fused_attention_is_counted(arguments.device), "runs": runs}
-    common.write(
-        "encode_speed_full" if arguments.full else "encode_speed", arguments.out, "Encoding speed", text(values), values
-    )
+    a = arguments
+    if a.full:
+        a.cases, a.beside = ["lavit"], []
+    name = "encode_speed_full" if a.full else "encode_speed"
+    settings = {k: str(v) for k, v in vars(a).items() if k != "out"}
+    parts = Parts(a.out, name, {"script": name, **settings, "where": common.provenance()})
+    todo = [(case, dtype) for dtype in a.dtypes for case in a.cases]
+    found = [
+        parts.values(f"{case}-{dtype}", partial(one_case, case, dtype, a))
+        for case, dtype in progress(todo, "cases", len(todo))
+    ]
+    values = {
+        "target": TARGET,
+        "fused_attention_counted": fused_attention_is_counted(a.device),
+        "runs": [run for one in found for run in one["runs"]],
+        "beside": [row for one in found for row in one["beside"]],
+    }
+    a.out.mkdir(parents=True, exist_ok=True)
+    if values["beside"]:
+        plot(values["beside"], a.out / f"{name}.png", "encoding, same resolution within a case")
+    common.write(name, a.out, "Encoding speed", text(values), values)
+    parts.done()
     return values
 
 
@@ -207,6 +296,17 @@ def text(values: dict[str, Any]) -> str:
         names = ("weights_gib", "imports_gib", "loaded_gib", "encoded_gib", "batch")
         body += "\n\nPeak resident memory of a process:\n\n"
         body += common.table(head, [(case, dtype, *(m[name] for name in names)) for case, dtype, m in memory])
+    if values["beside"]:
+        sizes = ", ".join(str(s) for s in dict.fromkeys(row["image_size"] for row in values["beside"]))
+        body += f"\n\n## Beside other tokenizers, {sizes} pixels, float32\n\n" + table(values["beside"])
+        body += (
+            "\n\nPixels in, codes out. Weights of the others are random: their speed, codes and FLOPs are their own, "
+        )
+        body += (
+            "their pictures are not shown. Weights, M: those that encoding uses. Emu3 codes a picture as four equal "
+        )
+        body += "frames. `transformers` and `diffusers` compute all of them without half precision here."
+        body += "\n\n![images/s](encode_speed.png)"
     return body
 
 
@@ -221,6 +321,14 @@ def arguments() -> Any:
     found.add_argument("--warm", type=int, default=2, help="rounds before those that count")
     found.add_argument("--seconds", type=float, default=4.0, help="repeat at least this long, 100 times at most")
     found.add_argument("--memory", action="store_true", help="also the peak memory of loading and encoding")
+    found.add_argument(
+        "--beside",
+        nargs="*",
+        default=list(adapters.KINDS),
+        help="other tokenizers at the same resolution, float32: these, or module:function",
+    )
+    found.add_argument("--beside-batch-size", type=common.positive, help="4 at the shipped size, else 1")
+    found.add_argument("--beside-repeats", type=common.positive, default=3)
     found.add_argument("--full", action="store_true", help="the paper's size, strict and compat, at batch 1, 4 and 16")
     return found
 

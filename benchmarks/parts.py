@@ -47,6 +47,9 @@ class Parts:
         text = json.dumps(settings, sort_keys=True, indent=2, default=str)
         self.folder = Path(out) / f".{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
+        there = len(list(self.folder.glob("*.safetensors")))
+        if there:
+            print(f"{name}: went on from {there} finished parts", flush=True)
         (self.folder / "settings.json").write_text(text + "\n")
         self.reused = 0
 

@@ -85,8 +85,14 @@ def test_tokens_per_image_runs(
     assert Image.open(tmp_path / "out" / "tokens_per_image_extremes.png").width > 6 * 64
 
 
-def test_reconstruction_runs(
-    scripts: Any, folder: Path, saved: Path, tmp_path: Path, tiny_decoder: Any, tiny_tokenizer: VisualTokenizer
+def test_reconstruction_runs_and_goes_on_where_it_was(
+    scripts: Any,
+    folder: Path,
+    saved: Path,
+    tmp_path: Path,
+    tiny_decoder: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     script = scripts("reconstruction")
     tiny_decoder.save_pretrained(tmp_path / "decoder")
@@ -107,9 +113,23 @@ def test_reconstruction_runs(
         4,
     )
     found = run(script, tmp_path / "out", *words)
-    again = run(script, tmp_path / "again", *words)
-    assert without_stamp(again) == without_stamp(found)  # the same command gives the same numbers
     assert list((tmp_path / "out").glob(".*")) == []  # nothing is left of the parts
+    with monkeypatch.context() as patch:
+        parts, save, calls = scripts("parts"), scripts("parts").save_file, []
+
+        def stop_at_last(*words: Any) -> None:
+            calls.append(words)
+            if len(calls) == 60:
+                raise KeyboardInterrupt
+            save(*words)
+
+        patch.setattr(parts, "save_file", stop_at_last)
+        with pytest.raises(KeyboardInterrupt):
+            run(script, tmp_path / "again", *words)
+    assert list((tmp_path / "again").glob("*.json")) == []
+    again = run(script, tmp_path / "again", *words)
+    assert "went on from 59 finished parts" in capsys.readouterr().out
+    assert without_stamp(again) == without_stamp(found)  # the same command gives the same numbers, stopped or not
     assert found["features"]["plain"]["mean"] <= 1
     assert "'train'" in found["mean_feature_over"]
     pixels = found["pixels"]
