@@ -66,9 +66,15 @@ def sequence_model(lm: Any, bridge: nn.Module | None = None, regressor: nn.Modul
 
 
 def with_lora(lm: Any, vocabulary: VisualVocabulary, settings: dict[str, Any]) -> Any:
-    """The LM frozen, with peft's adapters; the image tokens' rows are trained beside them."""
+    """The LM frozen, with peft's adapters; the image tokens' rows are trained beside them.
+
+    Raises:
+        ValueError: an encoder-decoder, whose one matrix of rows several layers read, of which peft would train one.
+    """
     from peft import LoraConfig, get_peft_model
 
+    if lm.config.is_encoder_decoder:
+        raise ValueError(f"lora: adapters are for causal LMs, {lm.config.model_type} is trained whole")
     new = list(range(vocabulary.begin, vocabulary.stop))
     names = {id(module): name for name, module in lm.named_modules()}
     tables = [lm.get_input_embeddings()]

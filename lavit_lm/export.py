@@ -142,6 +142,8 @@ def _plain_model(model: Any, dtype: torch.dtype | None) -> Any:
 def _write(model: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path) -> None:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = copy.deepcopy(model.config)
+    if config.is_encoder_decoder:  # what a suffix begins with, see DaVinci
+        ids["decoder_start_token_id"] = ids["eos_token_id"] if ids["bos_token_id"] is None else ids["bos_token_id"]
     for name, value in ids.items():
         setattr(config, name, value)
     config.dtype = str(model.dtype).removeprefix("torch.")

@@ -229,23 +229,23 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
         return int((row.prefix & (row.roles == Role.TEXT)).sum()) - 1
 
     told, many = [pictures[4], Text("a a a a a")], [pictures[4], Text("a " * 50)]
-    even(counted(only("text"), told, k, 2000), dict.fromkeys(range(5), 1 / 5), 2000)
-    even(counted(only("text"), many, k, 3000), dict.fromkeys(range(30), 1 / 30), 3000)
+    even(counted(only("text"), told, k, 500), dict.fromkeys(range(5), 1 / 5), 500)
+    even(counted(only("text"), many, k, 1000), dict.fromkeys(range(30), 1 / 30), 1000)
     longer = only("text", caption_words=40)
-    even(counted(longer, many, k, 4000), {**dict.fromkeys(range(30), 1 / 40), 30: 10 / 40}, 4000)
-    plain = counted(DaVinci(), [Text("a " * 120)], k, 6000)
-    even(plain, {**dict.fromkeys(range(96), 1 / 120), 96: 24 / 120}, 6000)
+    even(counted(longer, many, k, 1000), {**dict.fromkeys(range(30), 1 / 40), 30: 10 / 40}, 1000)
+    plain = counted(DaVinci(), [Text("a " * 120)], k, 1500)
+    even(plain, {**dict.fromkeys(range(96), 1 / 120), 96: 24 / 120}, 1500)
     assert set(counted(DaVinci(), [Text("")], k, 20)) == {0}
     for side, n in sides.items():
-        found = counted(only("image"), [pictures[side], Text("a")], lambda row, side=side: row.fed.sum() / side, 3000)
-        even(found, dict.fromkeys(range(side - 1), 1 / (side - 1)), 3000)
+        found = counted(only("image"), [pictures[side], Text("a")], lambda row, side=side: row.fed.sum() / side, 1000)
+        even(found, dict.fromkeys(range(side - 1), 1 / (side - 1)), 1000)
         row = only("image", image_prefix=False).layout([pictures[side], Text("a")], words, torch.Generator())
         assert int(row.predict.sum()) == n and not row.fed.any(), "r = 0: the whole picture"
     dropped = only("image", image_prefix=False, prompt_drop=0.25)
-    even(counted(dropped, told, lambda row: k(row) == 0, 2000), {0: 0.75, 1: 0.25}, 2000)
+    even(counted(dropped, told, lambda row: k(row) == 0, 500), {0: 0.75, 1: 0.25}, 500)
     shares = DaVinci(text_share=1.0, image_share=2.0, plain_share=1.0, image_prefix=False)
-    tasks = counted(shares, told, lambda row: 2 * bool(row.fed.any()) + (row.roles == Role.VISUAL).any(), 2000)
-    even(tasks, {0: 1 / 4, 1: 1 / 2, 3: 1 / 4}, 2000)
+    tasks = counted(shares, told, lambda row: 2 * bool(row.fed.any()) + (row.roles == Role.VISUAL).any(), 500)
+    even(tasks, {0: 1 / 4, 1: 1 / 2, 3: 1 / 4}, 500)
 
 
 @EACH
