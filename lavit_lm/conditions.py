@@ -10,7 +10,7 @@ Training asks for the first two columns only: `draw` alone runs the diffusion mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -30,6 +30,7 @@ class Condition(NamedTuple):
     text: Float[Tensor, "b m e"] | None
 
 
+@runtime_checkable
 class Conditions(Protocol):
     """One diffusion model's; what another class has to have to be learnt by the detokenizer."""
 

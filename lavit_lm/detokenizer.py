@@ -79,7 +79,7 @@ class Detokenizer(nn.Module):
         x = torch.cat(list(self.queries.values())).expand(len(vectors), -1, -1)
         mask = self.mask()
         for block in self.blocks:
-            x = block(x, context, mask, None)
+            x = block(x, context, mask[None, None], None)
         parts = self.norm(x).split([len(queries) for queries in self.queries.values()], 1)
         said = {name: self.heads[name](part) for name, part in zip(self.queries, parts, strict=True)}
         return Condition(said.get("image"), said.get("text"))

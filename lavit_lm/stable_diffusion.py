@@ -123,7 +123,9 @@ class StableDiffusionConditions:
                     image_encoder=self.image_encoder,
                     requires_safety_checker=False,
                 )
-                self._pipeline.load_ip_adapter(s["adapter"], subfolder=s["folder"], weight_name=s["weights"])
+                # Without it tensors are read as they come, and missing ones stay unset.
+                strict = {"low_cpu_mem_usage": False}
+                self._pipeline.load_ip_adapter(s["adapter"], subfolder=s["folder"], weight_name=s["weights"], **strict)
             except OSError as error:
                 raise WeightsError(f"{model}, {s['adapter']}: {error}") from None
             self._pipeline.set_progress_bar_config(disable=True)
