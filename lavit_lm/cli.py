@@ -2,6 +2,7 @@
 
     fit, validate, test -c RECIPE     training and held-out losses, by LightningCLI
     fit-tokenizer -c RECIPE           training of VL-GPT's tokenizer and detokenizer
+    fit-decoder -c RECIPE             training of a decoder of the vectors that a model says
     generate PROMPT --out DIR         pictures of a prompt
     caption IMAGES...                 a line of text for each picture
     export MODEL OUT                  a plain `transformers` directory that other programs serve
@@ -64,6 +65,9 @@ COMMANDS: dict[str, Command] = {
     "test": Command("losses on the test split: test -c recipe.yaml --ckpt_path last", "lavit_lm.commands:test"),
     "fit-tokenizer": Command(
         "train VL-GPT's tokenizer: fit-tokenizer -c recipe.yaml", "lavit_lm.commands:fit_tokenizer"
+    ),
+    "fit-decoder": Command(
+        "train a decoder of vectors that a model says: fit-decoder -c recipe.yaml", "lavit_lm.commands:fit_decoder"
     ),
     "generate": Command("pictures of a prompt", "lavit_lm.commands:generate", _generate_arguments),
     "caption": Command("a line of text for each picture", "lavit_lm.commands:caption", _caption_arguments),

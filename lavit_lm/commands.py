@@ -33,15 +33,30 @@ def fit_tokenizer(words: list[str]) -> int:
     return lightning_command("lavit-lm", "fit-tokenizer", "fit", *names, words)
 
 
+def fit_decoder(words: list[str]) -> int:
+    """Train a decoder of the vectors that a language model says; the words are LightningCLI's."""
+    names = "lavit_lm.training_decoder:VectorDecoderTraining", "lavit_tok:ImageDataModule"
+    return lightning_command("lavit-lm", "fit-decoder", "fit", *names, words)
+
+
 def _lightning(command: str, words: list[str]) -> int:
     names = "lavit_lm.module:LanguageModeling", "lavit_lm.data:LanguageDataModule"
     return lightning_command("lavit-lm", command, command, *names, words)
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    """Pictures of a prompt -> PNG files, and codes.jsonl beside them."""
+    """Pictures of a prompt -> PNG files, and codes.jsonl beside them, if the model says codes."""
     lm = _model(arguments, arguments.decoder)
     generator = torch.Generator().manual_seed(arguments.seed)
+    if lm.objective.paints == "vectors":
+        vectors = lm.generate_vectors_batch([arguments.prompt]).expand(arguments.n, -1, -1)
+        null = lm.generate_vectors_batch([""])
+        drawn = lm.decoder(vectors, null, arguments.steps, arguments.decoder_guidance, generator).images
+        for number, picture in enumerate(drawn):
+            path = arguments.out / png_name(number, arguments.prompt)
+            save_png(picture, path)
+            print(f"{vectors.shape[1]:7d} vectors  {path}")
+        return 0
     codes = lm.generate_codes(
         arguments.prompt,
         arguments.n,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from emu_parts import EMU, N, built, picture
 from lm_parts import lexicon_and_model
 from lm_runs import SMALL, Losses, data, module, trainer
 from PIL import Image as Picture
@@ -29,25 +30,7 @@ from lavit_lm.segments import Image, Role, Row, Segment, Text
 from lavit_lm.sequence_model import SequenceModel
 from lavit_tok import VisualCodes, VisualTokenizer
 
-N = 3
-EMU = Emu("given", queries=N, depth=2, heads=2)
 FAMILIES = ["llama", "qwen2", "gpt2"]
-
-
-def picture(seed: int) -> Image:
-    """Noise of one colour: pictures that a tiny encoder tells apart."""
-    generator = torch.Generator().manual_seed(seed)
-    ground = torch.randint(256, (3, 1, 1), generator=generator)
-    noise = torch.randint(-60, 60, (3, 32, 32), generator=generator)
-    return Image(picture=(ground + noise).clamp(0, 255).to(torch.uint8))
-
-
-def built(visual: VisualTokenizer, family: str = "llama", objective: Emu = EMU) -> tuple[Lexicon, SequenceModel]:
-    lexicon, plain = lexicon_and_model(family)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model = SequenceModel(plain.lm, *objective.parts(visual, plain.lm.config.get_text_config().hidden_size))
-    return lexicon, model.eval()
 
 
 def row(lexicon: Lexicon, sample: Sequence[Segment], objective: Emu = EMU, key: str = "") -> Row:
