@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image as Picture
 from torch.nn import functional as F
 from vlgpt_parts import TEXT, WIDTH, stage_one, tiny_diffusion
@@ -19,6 +20,10 @@ from lavit_lm.stable_diffusion import StableDiffusionConditions
 from lavit_lm.vlgpt_files import DetokenizingDecoder, load_tokenizer, read_config, save_tokenizer
 from lavit_tok import VisualTokenizer, WeightsError
 
+FOLDER = Path(__file__).parents[1] / "recipes" / "lm"
+RECIPES = sorted(
+    path for path in FOLDER.glob("*.yaml") if "lavit-lm fit-tokenizer -c recipes/lm/" + path.name in path.read_text()
+)
 CAPTIONS = ["a red apple", "two dogs run", "the old town hall", "rain at sunset"]
 SHAPE = TokenizerShape(24, 4, 2, 2, 16)
 
@@ -183,6 +188,29 @@ data: {{data: {folder}/pictures, image_size: 32, batch_size: 4, caption_column: 
         assert (values["text"] is None) == (conditions is settings)
         with pytest.raises(AssertionError, match="ran in training"):
             DetokenizingDecoder.from_pretrained(out)(torch.zeros(1, 4, 24), num_inference_steps=1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
+    """Two steps at reduced width, everything else as the recipe says."""
+    head = recipe.read_text()
+    for word in ("command:", "hardware:", "time:", "expected:"):
+        assert word in head
+    tiny_decoder.save_pretrained(folder / "decoder")
+    said = yaml.safe_load(head)["model"]["conditions"]
+    own = {"pixel_decoder": lambda: {"kind": "pixel_decoder", "decoder": str(folder / "decoder")}}
+    conditions = {**own, "stable_diffusion": lambda: tiny_diffusion(folder)}[said["kind"]]()
+    assert set(conditions) == set(said)
+    words = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
+    words += ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    words += ["--trainer.enable_checkpointing=false", f"--trainer.default_root_dir={folder}/run"]
+    words += [f"--model.visual_tokenizer={folder}/visual", f"--model.out={folder}/made", "--model.warmup_steps=1"]
+    words += [f"--model.conditions={json.dumps(conditions)}", "--model.width=24", "--model.inner=32"]
+    words += ["--model.depth=1", "--model.heads=2"]
+    words += [f"--data.data={folder}/pictures", "--data.image_size=32", "--data.batch_size=2", "--data.num_workers=0"]
+    assert main(["fit-tokenizer", "-c", str(recipe), *words]) == 0
+    assert read_config(folder / "made")["shape"].queries == yaml.safe_load(head)["model"]["queries"]
 
 
 def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):

@@ -181,7 +181,7 @@ def test_vlgpt_04_the_opening_is_a_target_here_and_not_in_emu(made: Made):
 
 def trained_module(folder: Path, **more: Any) -> Any:
     objective = VLGPT(str(folder / "stage"))
-    return module(folder, objective=objective, lora=LORA, lm=SMALL, lr=1e-2, **more)
+    return module(folder, **{"objective": objective, "lora": LORA, "lm": SMALL, "lr": 1e-2, **more})
 
 
 def test_vlgpt_05_what_is_trained(folder: Path, tiny_decoder: Any):
@@ -227,9 +227,10 @@ def test_vlgpt_05_what_is_trained(folder: Path, tiny_decoder: Any):
 
 
 def test_a_saved_model_needs_no_stage_1(folder: Path, tiny_decoder: Any):
+    """Of an LM whose embedding is its head, too."""
     tiny_decoder.save_pretrained(folder / "decoder")
     stage_one_directory(folder, SMALL["hidden_size"])
-    training = trained_module(folder, out=str(folder / "made"))
+    training = trained_module(folder, out=str(folder / "made"), lm={**SMALL, "tie_word_embeddings": True})
     trainer(folder, 3, []).fit(training, data(folder, pictures=str(folder / "pictures")))
     shutil.move(folder / "stage", folder / "elsewhere")
     lm = MultimodalLM.from_pretrained(folder / "made")
