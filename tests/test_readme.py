@@ -24,7 +24,7 @@ def blocks(text: str, language: str) -> list[str]:
 def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order and in one namespace, as a reader would type them, with the shipped model."""
     snippets = blocks(README, "python")
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for number, snippet in enumerate(snippets):
@@ -32,6 +32,9 @@ def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     pictures = names["pictures"]
     assert isinstance(pictures, list)
     assert len(pictures) == 2
+    painted = names["painted"]
+    assert isinstance(painted, list)
+    assert len(painted) == 2
 
 
 def test_quick_start_begins_with_two_shell_blocks() -> None:
@@ -65,13 +68,13 @@ def test_every_command_of_the_readme_is_understood() -> None:
 
 def test_every_command_of_language_models_is_in_its_table() -> None:
     rows = re.findall(r"^\| (`lavit-lm .*?) \|", README, re.MULTILINE)
-    listed = [word for row in rows for word in re.findall(r"`(?:lavit-lm )?([a-z]+)", row) if word != "lavit"]
+    listed = [word for row in rows for word in re.findall(r"`(?:lavit-lm )?([a-z-]+)", row) if not word.startswith("lavit")]
     assert sorted(listed) == sorted(lm_cli.COMMANDS)
     for line in re.findall(r"^lavit-lm (.*)$", README, re.MULTILINE):
         assert line.split()[0] in lm_cli.COMMANDS
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/data_path.md", "docs/sequences.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/data_path.md", "docs/sequences.md", "docs/objectives.md"])
 def test_links_lead_somewhere(name: str) -> None:
     path = ROOT / name
     links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()) if "://" not in link]
