@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lm_runs import CAPTIONS, SMALL, SMALL_BART, data, module, trainer
@@ -326,8 +327,7 @@ def test_davinci_06_the_tied_matrix_is_trained_once(family: str, whole: Path, ph
     fitted = trainer(whole, 3, [])
     pictures = {"pictures": str(whole / "pictures"), "texts": str(texts), "num_workers": 2}
     fitted.fit(training, data(whole, **pictures))
-    for name in ("text", "image", "plain"):
-        assert f"val/{name}" in fitted.callback_metrics or name == "plain"
+    assert {"train/text", "train/image", "train/plain"} <= set(fitted.callback_metrics)
     held = [id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]]
     assert len(held) == len(set(held)) == len(list(training.parameters()))
     lm = training.model.lm
@@ -371,8 +371,8 @@ def test_davinci_07_eight_samples_are_learnt_by_heart(
             for t in texts
         ]
     batch = objective.finished(pad(rows, words.pad), tiny_tokenizer, words)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if family == "llama" else 2e-2)
-    for _ in range(400):
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if family == "llama" else 5e-3)
+    for _ in range(500):
         losses = model(batch, objective)
         loss = objective.total(losses)
         if loss < 0.1:
@@ -463,6 +463,7 @@ def by_hand(lm: MultimodalLM, prompt: str, scale: float) -> list[int]:
     return [token - vocabulary.first for token in said]
 
 
+@torch.no_grad()
 def test_davinci_08_ranking_is_exhaustive_scoring(lm: MultimodalLM, photos: list[Path]):
     answers = ["Rain", "a red apple", "two dogs run"]
     found = lm.rank([photos[0], "What is it?"], answers)
@@ -482,9 +483,9 @@ def test_davinci_08_ranking_is_exhaustive_scoring(lm: MultimodalLM, photos: list
 
 def test_davinci_08_rerank_picks_the_scorer_s_best(lm: MultimodalLM):
     pictures = lm.generate_images("rain", 3, generator=torch.Generator().manual_seed(0), num_inference_steps=1)
-    light = [sum(picture.convert("L").getdata()) for picture in pictures]
-    (best,) = rerank(pictures, lambda given: [sum(picture.convert("L").getdata()) for picture in given])
-    assert best is pictures[light.index(max(light))]
+    light = [float(np.asarray(picture).mean()) for picture in pictures]
+    (best,) = rerank(pictures, lambda given: [float(np.asarray(picture).mean()) for picture in given])
+    assert best is pictures[light.index(max(light))] and len(set(light)) == 3
     likeliest = rerank(pictures, lambda given: [float(lm.rank([picture], ["rain"])) for picture in given], best=3)
     scores = [float(lm.rank([picture], ["rain"])) for picture in likeliest]
     assert scores == sorted(scores, reverse=True) and len(likeliest) == 3
