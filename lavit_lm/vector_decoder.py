@@ -221,7 +221,7 @@ def _directory(name: str | os.PathLike[str]) -> Path:
     if str(name) == "default":
         raise WeightsError(
             "no decoder of vectors ships with this version: it belongs to one language model; train it by "
-            "lavit-lm fit-decoder (recipes/lm/decoders), and name its directory"
+            "lavit-lm fit-decoder (recipes/lm/emu-decoder.yaml), and name its directory"
         )
     if Path(name).is_dir():
         return Path(name)

@@ -256,6 +256,9 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
         tiny_decoder.save_pretrained(folder / "decoder")
         stage = stage_one_directory(folder, SMALL["hidden_size"])
         words += [f"--model.objective.init_args.tokenizer={stage}"]
+    of_the_objective = yaml.safe_load(head)["model"]["objective"].get("init_args", {})
+    reduced = {"depth": 1, "heads": 2, "inner": 32}
+    words += [f"--model.objective.init_args.{n}={value}" for n, value in reduced.items() if n in of_the_objective]
     assert main(["fit", "-c", str(recipe), *words]) == 0
     made = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     assert made.caption(str(folder / "pictures" / "train" / "0.png"), 4) is not None
