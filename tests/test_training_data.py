@@ -142,6 +142,22 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     assert torch.equal(Augmentation(8)(image, 0, 0), torch.from_numpy(plain).permute(2, 0, 1))
 
 
+def test_crops_keep_their_proportions():
+    """Columns of a wide picture, by number: only those of its central square are seen, augmented or not."""
+    columns = np.repeat(np.arange(40, dtype=np.uint8)[None, :, None] * 6, 20, 0).repeat(3, 2)
+    wide = Image.fromarray(columns)
+    plain = Augmentation(10, crop=True)(wide, 0, 0)
+    assert torch.equal(plain, Augmentation(10, crop=True).resized(wide))
+    assert 10 * 6 <= int(plain.min()) < 13 * 6 and 26 * 6 < int(plain.max()) <= 29 * 6
+    assert int(Augmentation(10)(wide, 0, 0).min()) < 3 * 6
+    cut = Augmentation(10, crop_scale=(0.5, 0.5), crop=True)
+    for index in range(20):
+        seen = cut(wide, 0, index).int()
+        assert int(seen.min()) >= 10 * 6 and int(seen.max()) <= 29 * 6
+        spread = int(seen.max() - seen.min()) / 6  # columns across: the square's share of 20 is 0.5 ** 0.5
+        assert 10 < spread < 15
+
+
 class Recorder(LightningModule):
     """Learns nothing and remembers the pixels of every batch; stops itself at `stop`, as a killed run would."""
 

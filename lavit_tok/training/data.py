@@ -94,7 +94,7 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         data: image folder, parquet file or folder, webdataset tars, arrow folder, or a Hub name.
-        image_size: side of the square that pictures are resized to (bicubic, aspect ratio not kept), in pixels.
+        image_size: side of the square that pictures are resized to (bicubic), in pixels.
         batch_size: pictures per batch and device.
         num_workers: loading processes per device; 0 is fastest with `cache`.
         seed: fixes order, flips and crops.
@@ -106,6 +106,7 @@ class ImageDataModule(LightningDataModule):
         flip: probability of a left-right flip in training.
         crop_scale: least and greatest share of the area kept by training crops; (1, 1) for none.
         cache: decode once to uint8 in memory (12 kB a picture at 64 px), by far the fastest for small data.
+        crop: resize the shorter side and cut out the centre; else both sides are resized, as LaVIT does.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class ImageDataModule(LightningDataModule):
         flip: float = 0.0,
         crop_scale: tuple[float, float] = (1.0, 1.0),
         cache: bool = False,
+        crop: bool = False,
     ):
         super().__init__()
         for name, value, least in (("image_size", image_size, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
@@ -132,7 +134,7 @@ class ImageDataModule(LightningDataModule):
         self.data, self.image_size, self.batch_size, self.num_workers = str(data), image_size, batch_size, num_workers
         self.seed, self.image_column, self.caption_column, self.splits = seed, image_column, caption_column, splits
         self.streaming, self.cache = streaming, cache
-        self.augment = Augmentation(image_size, flip, crop_scale, seed)
+        self.augment = Augmentation(image_size, flip, crop_scale, seed, crop)
         self.rejects: list[dict[str, str]] = []
         self.sets: dict[str, MapImages | StreamImages] = {}
 

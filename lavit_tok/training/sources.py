@@ -97,17 +97,29 @@ class Augmentation:
         flip: probability of a left-right flip.
         crop_scale: least and greatest share of the picture's area that a crop keeps; (1, 1) crops nothing.
         seed: first of the three numbers that seed each picture's generator.
+        crop: resize the shorter side and cut out the centre, instead of changing the aspect ratio.
     """
 
-    def __init__(self, size: int, flip: float = 0.0, crop_scale: tuple[float, float] = (1.0, 1.0), seed: int = 0):
+    def __init__(
+        self,
+        size: int,
+        flip: float = 0.0,
+        crop_scale: tuple[float, float] = (1.0, 1.0),
+        seed: int = 0,
+        crop: bool = False,
+    ):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale: expected 0 < least <= greatest <= 1, got {tuple(crop_scale)}")
-        self.size, self.flip, self.crop_scale, self.seed = size, flip, tuple(crop_scale), seed
+        self.size, self.flip, self.crop_scale, self.seed, self.crop = size, flip, tuple(crop_scale), seed, crop
 
     @property
     def cache_size(self) -> int:
         """Side at which to keep decoded pictures, so that no crop has to be enlarged afterwards."""
         return int(np.ceil(self.size / self.crop_scale[0] ** 0.5))
+
+    def resized(self, image: Image.Image) -> UInt8[Tensor, "3 size size"]:
+        """The picture without any draw."""
+        return resize(image, self.size, self.crop)
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> UInt8[Tensor, "3 size size"]:
         word = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
@@ -115,10 +127,12 @@ class Augmentation:
         least, greatest = self.crop_scale
         side = (least + (greatest - least) * draw[0]) ** 0.5  # aspect ratio is kept: the same share of both sides
         if side < 1:
-            left, top = draw[1] * (1 - side) * image.width, draw[2] * (1 - side) * image.height
-            box = (left, top, left + side * image.width, top + side * image.height)
+            width, height = (min(image.size),) * 2 if self.crop else image.size
+            left = (image.width - width) / 2 + draw[1] * (1 - side) * width
+            top = (image.height - height) / 2 + draw[2] * (1 - side) * height
+            box = (left, top, left + side * width, top + side * height)
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        pixels = resize(image, self.size)
+        pixels = self.resized(image)
         return pixels.flip(2) if draw[3] < self.flip else pixels
 
 
@@ -147,7 +161,7 @@ class MapImages(Dataset):
 
         def decode(index: int) -> tuple[Tensor | None, Any]:
             image, reject = read_row(self.rows[index], self.column, f"row {index}")
-            return (None, reject) if image is None else (resize(image, size), None)
+            return (None, reject) if image is None else (resize(image, size, self.augment.crop), None)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter lock
             pixels = torch.empty(len(self.rows), 3, size, size, dtype=torch.uint8)
@@ -176,7 +190,7 @@ class MapImages(Dataset):
             row = self.rows[index]
             image, reject = read_row(row, self.column, f"row {index}")
             if image is not None:
-                pixels = self.augment(image, epoch, index) if self.training else resize(image, self.augment.size)
+                pixels = self.augment(image, epoch, index) if self.training else self.augment.resized(image)
                 sample = {"images": pixels, "index": index, "rejects": rejects}
                 return sample | ({"captions": row[self.caption_column] or ""} if self.caption_column else {})
             rejects.append(reject or {})
@@ -208,7 +222,7 @@ class StreamImages(IterableDataset):
             if image is None:
                 yield {"rejects": [reject]}
                 continue
-            pixels = self.augment(image, self.epoch, index) if self.training else resize(image, self.augment.size)
+            pixels = self.augment(image, self.epoch, index) if self.training else self.augment.resized(image)
             yield {"images": pixels, "index": index} | (
                 {"captions": row[self.caption_column] or ""} if self.caption_column else {}
             )
