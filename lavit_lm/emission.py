@@ -115,10 +115,14 @@ def emit(
     Returns: for each prompt its stretches of ids and pictures, in the order said.
 
     Raises:
-        ValueError: no prompts, one without room, or a model that says no vectors.
+        ValueError: no prompts, one without room, guidance, or a model that says no vectors.
     """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
+    if sampling.guidance_scale != 1:
+        raise ValueError(
+            f"guidance_scale {sampling.guidance_scale}: words and vectors in turn are said without guidance"
+        )
     if model.regressor is None:
         raise ValueError("the model has no regression head: it says no vectors")
     v, images = lexicon.vocabulary, max_images + opened

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image as Picture
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lavit_lm.conditions import Condition, Shape
@@ -50,14 +51,14 @@ class StableDiffusionConditions:
         self.settings = {"kind": self.kind, "model": model, "adapter": adapter, "folder": folder, "weights": weights}
         if not weights.endswith(".safetensors"):
             raise WeightsError(f"{weights}: expected a safetensors file; other formats can run code when they are read")
-        safe: dict[str, Any] = {"use_safetensors": True}
+        safe: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
         try:
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
             self.text_encoder: Any = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", **safe)
             at = f"{folder}/image_encoder"
             self.image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(adapter, subfolder=at, **safe)
             self.grid = _reads_a_grid(adapter, folder, weights)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise WeightsError(f"{model}, {adapter}: {error}") from None
         for encoder in (self.text_encoder, self.image_encoder):
             encoder.requires_grad_(False).eval()
@@ -159,13 +160,14 @@ class StableDiffusionConditions:
 
 def _reads_a_grid(adapter: str, folder: str, weights: str) -> bool:
     """Whether an IP-Adapter reads all of its encoder's tokens, as its weights tell, and not one vector alone."""
-    from safetensors import safe_open
-
     file = Path(adapter) / folder / weights
     if not Path(adapter).is_dir():
         from huggingface_hub import hf_hub_download
 
-        file = Path(hf_hub_download(adapter, weights, subfolder=folder or None))
+        try:
+            file = Path(hf_hub_download(adapter, weights, subfolder=folder or None))
+        except Exception as error:  # the hub's errors are of many kinds
+            raise WeightsError(f"{adapter}: neither a directory nor a Hub id that can be fetched: {error}") from None
     if not file.is_file():
         raise WeightsError(f"{file}: expected the weights of an IP-Adapter, found none")
     with safe_open(file, framework="pt") as opened:

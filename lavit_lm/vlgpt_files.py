@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,24 @@ FORMAT, VERSION = "lavit_lm.vlgpt_tokenizer", 1
 
 
 def save_tokenizer(
-    out: str | os.PathLike[str], model: ContinuousTokenizer, visual_tokenizer: str, conditions: dict[str, Any]
+    out: str | os.PathLike[str],
+    model: ContinuousTokenizer,
+    visual_tokenizer: str,
+    conditions: dict[str, Any],
+    learnt: Sequence[str] = ("image", "text"),
 ) -> None:
     """Write the directory.
 
     Args:
         visual_tokenizer: where the visual tokenizer is, whose features the model reads.
-        conditions: settings of those that it learnt, see load_conditions.
+        conditions: settings of the diffusion model's, see load_conditions.
+        learnt: which of them were learnt; nothing is drawn from the others.
+
+    Raises:
+        WeightsError: the directory holds something else.
     """
     out = Path(out)
+    check_free(out)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer", "detokenizer"):
         state = {key: t.detach().cpu().contiguous() for key, t in getattr(model, name).state_dict().items()}
@@ -44,7 +54,15 @@ def save_tokenizer(
     image, text = model.conditions
     values = {"format": FORMAT, "version": VERSION, "visual_tokenizer": visual_tokenizer}
     values |= {"fingerprint": model.fingerprint, "shape": asdict(model.shape), "image": image, "text": text}
-    (out / "config.json").write_text(json.dumps({**values, "conditions": conditions}, indent=2) + "\n")
+    values |= {"conditions": conditions, "learnt": list(learnt)}
+    (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def check_free(out: str | os.PathLike[str]) -> None:
+    """Raise WeightsError for a directory that holds anything but an older tokenizer."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and ((out / "detokenizer.safetensors").exists() or not any(out.iterdir()))):
+        raise WeightsError(f"{out}: expected a new or empty directory, or an older tokenizer of VL-GPT to replace")
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -56,7 +74,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise WeightsError(
             f"{path}: expected the directory of a VL-GPT tokenizer, as lavit-lm fit-tokenizer writes it: {error}"
         ) from None
-    wanted = {"visual_tokenizer", "fingerprint", "shape", "image", "text", "conditions"}
+    wanted = {"visual_tokenizer", "fingerprint", "shape", "image", "text", "conditions", "learnt"}
     missing = wanted - set(values) if isinstance(values, dict) else wanted
     if missing or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise WeightsError(
@@ -90,10 +108,12 @@ class DetokenizingDecoder:
     Args:
         detokenizer: frozen.
         conditions: of that diffusion model.
+        learnt: which of them the detokenizer has learnt; the model's null stands for another.
     """
 
-    def __init__(self, detokenizer: Detokenizer, conditions: Any) -> None:
+    def __init__(self, detokenizer: Detokenizer, conditions: Any, learnt: Sequence[str] = ("image", "text")) -> None:
         self.detokenizer, self.conditions = detokenizer.eval().requires_grad_(False), conditions
+        self.learnt = learnt
 
     @classmethod
     def from_pretrained(
@@ -104,7 +124,7 @@ class DetokenizingDecoder:
         shapes = [None if values[name] is None else tuple(values[name]) for name in ("image", "text")]
         empty = Detokenizer(values["shape"], *shapes)
         detokenizer = _filled(empty, Path(directory) / "detokenizer.safetensors").to(device)
-        return cls(detokenizer, load_conditions(values["conditions"], None).to(device))
+        return cls(detokenizer, load_conditions(values["conditions"], None).to(device), values["learnt"])
 
     @torch.no_grad()
     def __call__(
@@ -132,8 +152,9 @@ class DetokenizingDecoder:
         if leave_out not in (None, "image", "text"):
             raise ValueError(f"leave_out: expected 'image', 'text' or None, got {leave_out!r}")
         condition = self.detokenizer(vectors.to(self.detokenizer.read.weight))
-        if leave_out is not None:
-            condition = condition._replace(**{leave_out: None})
+        for name in ("image", "text"):
+            if name == leave_out or name not in self.learnt:
+                condition = condition._replace(**{name: None})
         return ImagePipelineOutput(
             images=self.conditions.draw(condition, num_inference_steps, guidance_scale, generator)
         )

@@ -21,7 +21,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lavit_lm.conditions import Condition, load_conditions
 from lavit_lm.detokenizer import ContinuousTokenizer, TokenizerShape
-from lavit_lm.vlgpt_files import save_tokenizer
+from lavit_lm.vlgpt_files import check_free, save_tokenizer
 from lavit_tok import VisualTokenizer
 
 
@@ -36,7 +36,7 @@ class TokenizerStage(L.LightningModule):
         queries: N, vectors a picture.
         depth, heads: of both transformers.
         inner: their width; the encoder's by default.
-        image_weight, text_weight: l1 and l2, 1 as published; at 0 a condition is not learnt.
+        image_weight, text_weight: l1 and l2, 1 as published; at 0 a condition is not learnt, nor drawn from.
         out: directory of what comes out; None keeps checkpoints only.
         lr: peak learning rate, 2e-4 as published.
         warmup_steps: linear warm-up, before a cosine to 0.
@@ -67,9 +67,12 @@ class TokenizerStage(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if out is not None:
+            check_free(out)  # now, not when the training is done
         self.save_hyperparameters()
         self.settings: Any = self.hparams
         visual = VisualTokenizer.from_pretrained(visual_tokenizer).requires_grad_(False)
+        self.crop = visual.config.crop
         # In a list: frozen, neither saved nor moved by Lightning.
         self._conditions = [load_conditions(conditions or {"kind": "pixel_decoder", "decoder": "default"}, visual)]
         shapes = self.conditions.image_shape, self.conditions.text_shape
@@ -87,11 +90,19 @@ class TokenizerStage(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = ContinuousTokenizer(visual, shape, *shapes)
+        for name in self.weights.keys() - set(self.learnt):
+            self.model.detokenizer.queries[name].requires_grad_(False)
+            self.model.detokenizer.heads[name].requires_grad_(False)
 
     @property
     def conditions(self) -> Any:
         """Of the diffusion model; frozen."""
         return self._conditions[0]
+
+    @property
+    def learnt(self) -> list[str]:
+        """Names of the conditions that the loss has a term for."""
+        return [name for name, weight in self.weights.items() if weight > 0]
 
     # The loss
 
@@ -137,13 +148,20 @@ class TokenizerStage(L.LightningModule):
         self.log_dict(shown, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
 
     def on_fit_start(self) -> None:
+        """Raises ValueError for pictures that the data module cuts in another way than the visual tokenizer."""
         self.conditions.to(self.device)
+        crop = getattr(getattr(getattr(self.trainer, "datamodule", None), "augment", None), "crop", self.crop)
+        if crop != self.crop:
+            raise ValueError(
+                f"data.crop: the visual tokenizer's own is {self.crop}, got {crop}: it would learn from pictures of "
+                "other proportions than those it is to read"
+            )
 
     on_validation_start = on_fit_start
 
     def configure_optimizers(self) -> Any:
         s = self.settings
-        trained = list(self.model.parameters())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": s.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -155,4 +173,5 @@ class TokenizerStage(L.LightningModule):
 
     def on_fit_end(self) -> None:
         if self.settings.out is not None and self.trainer.is_global_zero:
-            save_tokenizer(self.settings.out, self.model, self.settings.visual_tokenizer, self.conditions.settings)
+            s = self.settings
+            save_tokenizer(s.out, self.model, s.visual_tokenizer, self.conditions.settings, self.learnt)

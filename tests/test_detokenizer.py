@@ -152,6 +152,9 @@ def test_vlgpt_02_the_loss_is_the_sum(where: Path):
             assert len(found) == 3 and any(g is not None and bool(g.any()) for g in found) == (weight > 0), name
     with pytest.raises(ValueError, match=r"more than 0 for a condition that the diffusion model has \(image, text\)"):
         stage_one(where, 24, settings, image_weight=0.0, text_weight=0.0)
+    half = stage_one(where, 24, settings, text_weight=0.0)
+    still = {name for name, p in half.model.named_parameters() if not p.requires_grad}
+    assert half.learnt == ["image"] and len(still) == 3 and all("text" in name for name in still)
     with pytest.raises(ValueError, match=r"model has \(image\), got 0.0, 1.0"):
         stage_one(where, 24, image_weight=0.0)
     with pytest.raises(ValueError, match="the data have none: give data"):
@@ -258,6 +261,13 @@ def test_saved_and_read_strictly(where: Path):
     vectors = stage.model.vectors(pictures(1)).detach()
     torch.testing.assert_close(decoder.detokenizer(vectors).image, stage.model.detokenizer(vectors).image)
     assert decoder(vectors, generator=generator(), num_inference_steps=2).images[0].size == (16, 16)
+    save_tokenizer(where / "half", stage.model, str(where / "visual"), stage.conditions.settings, ["text"])
+    with pytest.raises(ValueError, match="nothing is left to draw from"):
+        DetokenizingDecoder.from_pretrained(where / "half")(vectors)
+    with pytest.raises(WeightsError, match="expected a new or empty directory, or an older tokenizer"):
+        save_tokenizer(where, stage.model, "", {})
+    with pytest.raises(WeightsError, match="expected a new or empty directory, or an older tokenizer"):
+        stage_one(where, 24, out=str(where))
     with pytest.raises(ValueError, match="leave_out: expected 'image', 'text' or None, got 'both'"):
         decoder(vectors, leave_out="both")
     other = VisualTokenizer(visual.config)

@@ -401,6 +401,8 @@ def test_a_picture_that_is_asked_for(made: Made):
     assert emit(made.model, made.lexicon, prompts, N) == [[], []], "neither words nor pictures: nothing"
     with pytest.raises(ValueError, match="at least one prompt"):
         emit(made.model, made.lexicon, [], N)
+    with pytest.raises(ValueError, match="said without guidance"):
+        emit(made.model, made.lexicon, prompts, N, sampling=Sampling(guidance_scale=2.0))
     with pytest.raises(ValueError, match="exceed the model's context of 128"):
         emit(made.model, made.lexicon, prompts, N, opened=True, max_images=30)
     made.model.regressor = None
