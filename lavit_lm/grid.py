@@ -14,7 +14,6 @@ colour.
 
 from __future__ import annotations
 
-import copy
 from math import isqrt
 
 import torch
@@ -22,6 +21,7 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
+from lavit_lm.trained_encoder import trained_encoder
 from lavit_tok import VisualTokenizer
 
 
@@ -44,7 +44,7 @@ class GridBridge(nn.Module):
         c = tokenizer.config
         self._tokenizer = [tokenizer]  # in a list, out of sight of parameters() and state_dict()
         if train_encoder:
-            self.encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(True)
+            self.encoder = trained_encoder(tokenizer)
         tokenizer.requires_grad_(False).eval()
         self.norm = nn.LayerNorm(c.width, c.layer_norm_eps)
         self.projection = nn.Linear(c.width, width)

@@ -10,12 +10,11 @@ pictures [k 3 s s] -> encoder -> features [k p d] -> queries [k n d], blocks -> 
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from lavit_lm.trained_encoder import trained_encoder
 from lavit_tok import Block, VisualTokenizer
 
 
@@ -54,7 +53,7 @@ class CausalResampler(nn.Module):
             )
         self._tokenizer = [tokenizer]  # in a list, out of sight of parameters() and state_dict()
         if train_encoder:
-            self.encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(True)
+            self.encoder = trained_encoder(tokenizer)
         tokenizer.requires_grad_(False).eval()
         self.features_norm = nn.LayerNorm(c.width, c.layer_norm_eps)
         self.narrow = nn.Identity() if inner == c.width else nn.Linear(c.width, inner)

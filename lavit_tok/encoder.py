@@ -111,8 +111,13 @@ class VisionEncoder(nn.Module):
         """Stays in eval mode: the encoder is frozen."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches width"]:
+        """Features of every patch, without a gradient, unless the weights were given one (a language model's copy)."""
+        trained = any(p.requires_grad for p in self.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return self._features(pixels)
+
+    def _features(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches width"]:
         seen: list[Tensor] = []
 
         def read(module: nn.Module, args: Any, output: Any) -> None:

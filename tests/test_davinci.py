@@ -154,7 +154,7 @@ def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, 
 @EACH
 def test_davinci_02_one_objective_for_both(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     """The same rows; packed as alone; and an encoder-decoder's losses are those of its own forward."""
-    objective = DaVinci(plain_share=1.0)
+    objective = DaVinci(plain_share=1.0, train_encoder=family == "bart")
     words, model = built(family, tiny_tokenizer, objective)
     samples: list[list[Segment]] = [
         [shown(tiny_tokenizer, photos[i % 4]), Text(CAPTIONS[i % 4])] if i % 4 else [Text(CAPTIONS[i % 3])]
@@ -177,6 +177,9 @@ def test_davinci_02_one_objective_for_both(family: str, tiny_tokenizer: VisualTo
         )
         assert int(loss.count) > 0
     total = objective.total(together)
+    total.backward()
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lost, "processes that share gradients would wait for these"
     torch.testing.assert_close(total, sum(loss.mean for loss in together.values()))
     if family != "llama":
         assert isinstance(model, PrefixSeq2Seq)
@@ -329,7 +332,7 @@ def test_davinci_06_the_tied_matrix_is_trained_once(family: str, whole: Path, ph
     fitted.fit(training, data(whole, **pictures))
     assert {"train/text", "train/image", "train/plain"} <= set(fitted.callback_metrics)
     held = [id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]]
-    assert len(held) == len(set(held)) == len(list(training.parameters()))
+    assert len(held) == len(set(held)) == sum(p.requires_grad for p in training.parameters())
     lm = training.model.lm
     assert held.count(id(lm.get_input_embeddings().weight)) == 1
     tables = [p for p in training.parameters() if p.shape == lm.get_input_embeddings().weight.shape]
@@ -549,6 +552,24 @@ def lm_sampling() -> Any:
     from lavit_lm.generation import Sampling
 
     return Sampling()
+
+
+def test_an_encoder_is_trained_with_the_rest(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    """A copy; what no feature depends on stays frozen, and so does the tokenizer's own."""
+    bridge = GridBridge(tiny_tokenizer, 32, train_encoder=True)
+    pictures = to_uint8(photos, 32)
+    bridge(pictures, torch.ones(len(pictures), PATCHES) > 0).square().sum().backward()
+    moved = {
+        name: p.grad is not None and bool(p.grad.any()) for name, p in bridge.named_parameters() if p.requires_grad
+    }
+    assert len(moved) > 30
+    assert {name for name, one in moved.items() if not one} <= {name for name in moved if name.endswith("k_proj.bias")}
+    assert {name for name, p in bridge.named_parameters() if not p.requires_grad} == {
+        "encoder.model.post_layernorm.weight",
+        "encoder.model.post_layernorm.bias",
+    }
+    assert all(not p.requires_grad and p.grad is None for p in tiny_tokenizer.encoder.parameters())
+    assert not tiny_tokenizer.features(tiny_tokenizer.preprocess(pictures)).requires_grad
 
 
 def test_positions_of_a_suffix_start_anew_in_the_decoder(tiny_tokenizer: VisualTokenizer):
