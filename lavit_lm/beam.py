@@ -94,6 +94,8 @@ def _go_on(
 ) -> list[tuple[float, int, int]]:
     """(score, the beam it continues, id) of each beam's next id; what ends here is set aside."""
     kept: list[tuple[float, int, int]] = []
+    if len(one.ended) >= beams:  # over: what prompts beside it still find is nothing to it
+        values, places = (), ()
     for rank, (value, place) in enumerate(zip(values, places, strict=True)):
         source, token = divmod(place, width)
         said = [*one.said[source], token]
