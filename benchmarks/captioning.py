@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import annotations
 import caption_scores
+import caption_sets
 import common
 import resuming
 from figures import SHOWN, figure
@@ -29,9 +29,9 @@ from lavit_lm import MultimodalLM
 PUBLISHED = (
     ("LaVIT (7B)", "134.0", "zero-shot"),
     ("LaVIT-v2 (7B)", "133.3", "zero-shot"),
-    ("Emu (13B)", "112.4", "zero-shot"),
-    ("VL-GPT (7B)", "116.4", "zero-shot"),
-    ("VL-GPT (7B)", "133.7", "after instruction tuning"),
+    ("Emu", "112.4", "zero-shot"),
+    ("VL-GPT", "116.4", "zero-shot"),
+    ("VL-GPT", "133.7", "after instruction tuning"),
 )
 """CIDEr on COCO, Karpathy's test split, as their authors give it."""
 
@@ -67,7 +67,7 @@ def said(lm: MultimodalLM, prompts: Sequence[Any], items: Sequence[int], a: Name
 
 
 def main(a: Namespace) -> dict[str, Any]:
-    found = annotations.limited(annotations.captions_of(a), a.limit)
+    found = caption_sets.limited(caption_sets.captions_of(a), a.limit)
     shots = examples(a)
     lm = MultimodalLM.from_pretrained(a.model, visual_tokenizer=a.visual_tokenizer, decoder=None, device=a.device)
     captioner = Captioner(lm, shots, a)
@@ -124,23 +124,23 @@ def examples(a: Namespace) -> list[tuple[Image.Image, str]]:
     if not a.shots:
         return []
     if a.data is not None:
-        source = annotations.caption_rows(a.data, a.shots_split)
-        own = annotations.captions_of(a)
+        source = caption_sets.caption_rows(a.data, a.shots_split)
+        own = caption_sets.captions_of(a)
         if source.name == own.name:
             raise ValueError(f"--shots-split {a.shots_split}: the examples would be of the split that is captioned")
     elif a.shots_annotations is not None:
         images = a.shots_images or a.images
         same = a.shots_annotations.resolve() == a.annotations.resolve()
-        source = annotations.read_captions(a.shots_annotations, images, a.shots_split if same else None)
-        if same and source.name == annotations.captions_of(a).name:
+        source = caption_sets.read_captions(a.shots_annotations, images, a.shots_split if same else None)
+        if same and source.name == caption_sets.captions_of(a).name:
             raise ValueError(f"--shots-split {a.shots_split}: the examples would be of the split that is captioned")
     else:
         raise ValueError("--shots: expected --shots-annotations, and --shots-images if the pictures lie elsewhere")
-    chosen = annotations.examples(source, a.shots, a.seed)
+    chosen = caption_sets.examples(source, a.shots, a.seed)
     return [(picture, source.captions[place][0] if source.captions[place] else "") for place, picture in chosen]
 
 
-def scores(found: annotations.CaptionSet, places: list[int], captions: list[str], a: Namespace) -> dict[str, Any]:
+def scores(found: caption_sets.CaptionSet, places: list[int], captions: list[str], a: Namespace) -> dict[str, Any]:
     """The scores, and what keeps them from standing beside published ones."""
     if not places:
         return {"scores": None, "label": f"no scores: {found.name} holds no captions; the results file can be sent in"}
@@ -152,6 +152,9 @@ def scores(found: annotations.CaptionSet, places: list[int], captions: list[str]
         )
     if not result.official:
         departures.append(result.tokenization)
+    known = caption_sets.training_captions(a.data) if a.data else frozenset()
+    unseen = [k for k, i in enumerate(places) if known.isdisjoint(map(caption_sets.spelling, found.captions[i]))]
+    rest = [result.cider[k] for k in unseen] if result.cider else []
     least = min(len(found.captions[i]) for i in places)
     if least < 5:
         departures.append(f"{least} true caption{'s' * (least > 1)} a picture at least, not five")
@@ -164,13 +167,15 @@ def scores(found: annotations.CaptionSet, places: list[int], captions: list[str]
         "absent": result.absent,
         "cider_of_each": result.cider,
         "cider_frequencies_over": len(places),
+        "seen_in_training": len(places) - len(unseen) if known else None,
+        "cider_of_unseen": sum(rest) / len(rest) if known and rest else None,
     }
 
 
 # What comes out
 
 
-def show(found: annotations.CaptionSet, good: Sequence[int], lines: Any, values: dict[str, Any], a: Namespace) -> None:
+def show(found: caption_sets.CaptionSet, good: Sequence[int], lines: Any, values: dict[str, Any], a: Namespace) -> None:
     chosen = [good[i] for i in common.evenly(SHOWN, len(good))]
     pictures = [picture for picture, _ in map(found.open, chosen) if picture is not None]
     texts = []
@@ -186,11 +191,15 @@ def text(v: dict[str, Any], a: Namespace) -> str:
     body += f"{v['shots']} examples before each picture; prompt {v['prompt']!r}.\n\n{v['label']}.\n\n"
     if v["scores"] is not None:
         rows: list[tuple[Any, Any]] = [(name, f"{value:.2f}") for name, value in v["scores"].items()]
+        if v["cider_of_unseen"] is not None:
+            rows.append(("CIDEr of captions not in train", f"{v['cider_of_unseen']:.2f}"))
         rows += [(name, f"not measured: {why}") for name, why in v["absent"].items()]
         body += common.table(("score", "x 100"), rows)
         body += (
             f"\n\nCIDEr is CIDEr-D, its document frequencies are those of these {v['cider_frequencies_over']} pictures."
         )
+        if v["seen_in_training"] is not None:
+            body += f" The true captions of {v['seen_in_training']} of them stand in the train split too."
         body += "\n\n## Published\n\nCIDEr on COCO by the authors' own account. "
         if v["departures"]:
             body += "Not comparable with the figures above: " + "; ".join(v["departures"]) + ".\n\n"
@@ -227,7 +236,7 @@ def add_model(found: Any) -> None:
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
-    annotations.add_captions(found)
+    caption_sets.add_captions(found)
     add_model(found)
     found.add_argument("--prompt", help="said after the picture; by default as the model's objective says it")
     found.add_argument("--max-tokens", type=common.positive, default=48, help="of a caption")

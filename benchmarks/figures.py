@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def figure(
     """
     plt = common.pyplot()
     lines = math.ceil(min(len(pictures), SHOWN) / ACROSS)
-    heights = ([1.6] if bars else []) + [1.9] * lines
+    tallest = max((min(1.2, p.height / p.width) for p in pictures[:SHOWN]), default=0.0)
+    heights = ([1.6] if bars else []) + [0.4 + 1.5 * tallest] * lines
     plot = plt.figure(figsize=(12, 0.6 + 1.5 * sum(heights)), layout="constrained")
     grid = plot.add_gridspec(len(heights), ACROSS, height_ratios=heights)
     if bars:
@@ -44,5 +46,7 @@ def figure(
         said = "\n".join(textwrap.fill(line, 34) for line in safe.splitlines())
         axes.set_title(said, fontsize=7, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot.savefig(path, dpi=100)
+    with warnings.catch_warnings():  # what a model says may have no letters in the font
+        warnings.filterwarnings("ignore", "Glyph")
+        plot.savefig(path, dpi=100)
     plt.close(plot)

@@ -1,7 +1,9 @@
 """Spaces of pictures and captions: CLIP's, where its weights are at hand, and the teacher's (caption_space.py).
 
-pictures uint8 [n 3 h w] -describe->  unit vectors [n d]
-captions                 -embed->     unit vectors [n d]
+    pictures uint8 [n 3 h w] -describe->  unit vectors [n d]
+    captions                 -embed->     unit vectors [n d]
+
+The product of the two is the cosine; published CLIP scores are 100 times its mean.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class Clip:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"--clip {directory}: expected a CLIP model with its tokenizer: {error}") from None
-        self.name, self.device = f"CLIP {directory.name}", device
+        self.name, self.weights, self.device = f"CLIP {directory.name}", self.model, device
 
     @torch.no_grad()
     def describe(self, pictures: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class CaptionSpace:
 
     def __init__(self, directory: Path, device: str) -> None:
         self.scorer = caption_space.Scorer(directory, device)
-        self.name = "the teacher's space"
+        self.name, self.weights = "the teacher's space", self.scorer.vision
 
     def describe(self, pictures: Tensor) -> Tensor:
         return self.scorer.describe(pictures)

@@ -1,7 +1,10 @@
 """Pictures of captions, one after another into a folder: a run that was killed goes on with the same pictures.
 
-caption x best_of  -codes by their own generators->  -decoder, noise by its own generator->  -scorer->  the best one
-NAME.work/seed0/000000.png   each says its caption, id, number of codes and sample
+    caption x best_of  -codes by their own generators->  -decoder, noise by its own generator->  -scorer->  the best one
+    NAME.work/seed0/000000.png   each says its caption, id, number of codes and sample
+
+A picture's two generators depend on the seed, the picture's id and the sample alone, and batches are always of the same
+captions.
 """
 
 from __future__ import annotations

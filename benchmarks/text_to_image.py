@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import annotations
+import caption_sets
 import common
 import metrics
 import numpy as np
@@ -43,16 +43,16 @@ RETRIEVED = 100
 PUBLISHED = (
     ("LaVIT (7B)", "7.4"),
     ("LaVIT-v2 (7B)", "7.1"),
-    ("Emu (13B)", "11.66"),
-    ("VL-GPT (7B)", "12.25"),
-    ("VL-GPT (7B), instruction-tuned", "11.53"),
+    ("Emu", "11.66"),
+    ("VL-GPT", "12.25"),
+    ("VL-GPT, instruction-tuned", "11.53"),
 )
 """FID on COCO, 30,000 captions, as their authors give it."""
 
 # Captions
 
 
-def choose(found: annotations.CaptionSet, count: int, seed: int) -> tuple[list[int], list[str]]:
+def choose(found: caption_sets.CaptionSet, count: int, seed: int) -> tuple[list[int], list[str]]:
     """Places of `count` pictures by chance, all if there are no more, and one caption of each."""
     if not any(found.captions):
         raise ValueError(f"{found.name}: it holds no captions to draw")
@@ -73,7 +73,7 @@ class Reference:
         places: of the set. Pictures that cannot be read are in no figure, nor are those made of their captions.
     """
 
-    def __init__(self, found: annotations.CaptionSet, places: Sequence[int], spaces: Any, scorers: Any, a: Namespace):
+    def __init__(self, found: caption_sets.CaptionSet, places: Sequence[int], spaces: Any, scorers: Any, a: Namespace):
         self.rejects: list[dict[str, str]] = []
         self.good: list[int] = []
         """Which of the places have a picture."""
@@ -83,7 +83,7 @@ class Reference:
         if not self.good:
             raise ValueError(f"{found.name}: not one usable picture of {len(places)}, the first: {self.rejects[0]}")
 
-    def _read(self, found: annotations.CaptionSet, places: Sequence[int], a: Namespace) -> Iterator[Tensor]:
+    def _read(self, found: caption_sets.CaptionSet, places: Sequence[int], a: Namespace) -> Iterator[Tensor]:
         for number, place in enumerate(places):
             picture, reject = found.open(place)
             if picture is None:
@@ -152,11 +152,11 @@ def made_figures(
 
 
 def main(a: Namespace) -> dict[str, Any]:
-    found = annotations.captions_of(a)
+    found = caption_sets.captions_of(a)
     places, captions = choose(found, a.captions, a.seed)
     ids = [found.ids[i] for i in places]
     others = [i for i in range(len(found)) if i not in set(places)]
-    annotations.require_files(found.take(places + (others if a.reference == "all" else [])))
+    caption_sets.require_files(found.take(places + (others if a.reference == "all" else [])))
     if a.inception and len(places) < FID_LEAST and not a.force:
         raise ValueError(f"FID over {len(places)} pictures means nothing: give at least {FID_LEAST}, or --force")
     scorers = scorers_of(a)
@@ -173,7 +173,7 @@ def main(a: Namespace) -> dict[str, Any]:
         "captions": resuming.digest(captions, ids),
         "sampling": [a.guidance, a.top_k, a.top_p, a.temperature],
         "drawing": [a.steps, a.decoder_guidance],
-        "best of": [a.best_of, chooser.name if a.best_of > 1 else None],
+        "best of": [a.best_of, resuming.digest(chooser.weights) if chooser and a.best_of > 1 else None],
         "batch size": a.batch_size,
         "device": a.device,
     }
@@ -250,7 +250,7 @@ def codes_per_picture(files: Sequence[Path]) -> float | None:
     return sum(counts) / len(counts)
 
 
-def departures_of(found: annotations.CaptionSet, a: Namespace, count: int, bad: int) -> list[str]:
+def departures_of(found: caption_sets.CaptionSet, a: Namespace, count: int, bad: int) -> list[str]:
     """From the protocol, in words; empty if there are none."""
     words = []
     if (found.name, found.total) != VAL2014:
@@ -323,7 +323,7 @@ def text(v: dict[str, Any], a: Namespace) -> str:
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
-    annotations.add_captions(found)
+    caption_sets.add_captions(found)
     found.add_argument("--captions", type=common.positive, default=PROTOCOL, help="at most, one picture each")
     found.add_argument("--model", default="default", help="'default', a directory or a Hub id")
     found.add_argument("--visual-tokenizer", help="if not the one that the model names")

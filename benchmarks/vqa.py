@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import annotations
+import caption_sets
 import common
-import questions as sets
+import question_sets
 import resuming
 import torch
 from captioning import add_model, rejected, said
@@ -34,9 +34,9 @@ from lavit_lm import MultimodalLM
 PUBLISHED = (
     ("LaVIT (7B)", "66.0", "54.6", "38.5", "zero-shot"),
     ("LaVIT-v2 (7B)", "68.3", "55.9", "41.0", "zero-shot"),
-    ("Emu (13B)", "52.0", "38.2", "34.2", "zero-shot"),
-    ("VL-GPT (7B)", "51.7", "-", "-", "zero-shot"),
-    ("VL-GPT (7B)", "67.2", "-", "-", "after instruction tuning"),
+    ("Emu", "52.0", "38.2", "34.2", "zero-shot"),
+    ("VL-GPT", "51.7", "-", "-", "zero-shot"),
+    ("VL-GPT", "67.2", "-", "-", "after instruction tuning"),
 )
 """VQAv2, OK-VQA, VizWiz accuracy as their authors give it; VQAv2 by the evaluation server."""
 HUMANS = 10
@@ -87,7 +87,7 @@ class Answerer:
 
 
 def main(a: Namespace) -> dict[str, Any]:
-    found = annotations.limited(sets.questions_of(a), a.limit)
+    found = caption_sets.limited(question_sets.questions_of(a), a.limit)
     shots = examples(a)
     offered = candidates_of(a, found)
     lm = MultimodalLM.from_pretrained(a.model, visual_tokenizer=a.visual_tokenizer, decoder=None, device=a.device)
@@ -147,7 +147,7 @@ def decoding(offered: Sequence[str], a: Namespace) -> str:
     return f"open generation, {how}, first line of at most {a.max_tokens} tokens"
 
 
-def candidates_of(a: Namespace, found: sets.QuestionSet) -> list[str]:
+def candidates_of(a: Namespace, found: question_sets.QuestionSet) -> list[str]:
     """Answers to choose from: a text file's lines, the most frequent of an annotation file, or those of the set.
 
     Raises:
@@ -164,7 +164,7 @@ def candidates_of(a: Namespace, found: sets.QuestionSet) -> list[str]:
             if not offered:
                 raise ValueError(f"{path}: expected an answer a line, got none")
             return list(dict.fromkeys(offered))[: a.candidates_top]
-        given = sets.answers_in(path)
+        given = question_sets.answers_in(path)
     counts = Counter(normalise(answer) for answer in given if answer.strip())
     if not counts:
         raise ValueError(f"--candidates {Path(a.candidates).name}: it holds no answers")
@@ -184,23 +184,23 @@ def examples(a: Namespace) -> list[tuple[Image.Image, str, str]]:
     if not a.shots:
         return []
     if a.data is not None:
-        source = sets.question_rows(a.data, a.shots_split, a.question)
-        if source.name == sets.questions_of(a).name:
+        source = question_sets.question_rows(a.data, a.shots_split, a.question)
+        if source.name == question_sets.questions_of(a).name:
             raise ValueError(f"--shots-split {a.shots_split}: the examples would be of the split that is asked about")
     elif a.shots_questions is not None:
         if a.shots_questions.resolve() == a.questions.resolve():
             raise ValueError("--shots-questions: the examples would be of the file that is asked about")
         images = a.shots_images or a.images
-        source = sets.read_questions(a.shots_questions, a.shots_annotations, images)
+        source = question_sets.read_questions(a.shots_questions, a.shots_annotations, images)
     else:
         raise ValueError("--shots: expected --shots-questions, --shots-annotations (and --shots-images)")
     source = source.take([i for i, answers in enumerate(source.answers) if answers])
-    chosen = annotations.examples(source, a.shots, a.seed)
+    chosen = caption_sets.examples(source, a.shots, a.seed)
     common_answer = [Counter(source.answers[place]).most_common(1)[0][0] for place, _ in chosen]
     return [(p, source.questions[place], said) for (place, p), said in zip(chosen, common_answer, strict=True)]
 
 
-def scores(found: sets.QuestionSet, places: list[int], lines: Any, offered: int) -> dict[str, Any]:
+def scores(found: question_sets.QuestionSet, places: list[int], lines: Any, offered: int) -> dict[str, Any]:
     """Accuracy x 100, of all and of each answer type, and what keeps it from standing beside published ones."""
     if not places:
         label = f"no accuracy: {found.name} comes without answers; the results file can be sent in"
@@ -233,11 +233,11 @@ def scores(found: sets.QuestionSet, places: list[int], lines: Any, offered: int)
     }
 
 
-def _of(found: sets.QuestionSet, places: list[int], kind: str) -> list[int]:
+def _of(found: question_sets.QuestionSet, places: list[int], kind: str) -> list[int]:
     return [i for i in places if found.types[i] == kind]
 
 
-def _commonest(found: sets.QuestionSet, places: list[int]) -> float:
+def _commonest(found: question_sets.QuestionSet, places: list[int]) -> float:
     """The accuracy of one answer to everything, the commonest of this very set: a floor that knows no picture."""
     answer = Counter(normalise(x) for i in places for x in found.answers[i]).most_common(1)[0][0]
     return sum(accuracy(answer, found.answers[i]) for i in places) / len(places)
@@ -246,7 +246,9 @@ def _commonest(found: sets.QuestionSet, places: list[int]) -> float:
 # What comes out
 
 
-def show(found: sets.QuestionSet, good: Sequence[int], lines: Any, values: dict[str, Any], a: Namespace) -> None:
+def show(
+    found: question_sets.QuestionSet, good: Sequence[int], lines: Any, values: dict[str, Any], a: Namespace
+) -> None:
     chosen = [good[i] for i in common.evenly(SHOWN, len(good))]
     pictures = [picture for picture, _ in map(found.open, chosen) if picture is not None]
     texts = []
@@ -284,7 +286,7 @@ def text(v: dict[str, Any], a: Namespace) -> str:
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
-    sets.add_questions(found)
+    question_sets.add_questions(found)
     add_model(found)
     found.add_argument("--shots-questions", type=Path, help="question file of the examples")
     found.add_argument("--template", help="{} is the question; by default as the model's objective asks")

@@ -283,7 +283,7 @@ def test_the_official_tokenization(scripts: Any):
 
 
 def test_official_caption_files(scripts: Any, coco: Path):
-    script = scripts("annotations")
+    script = scripts("caption_sets")
     found = script.read_captions(coco / "captions_val2014.json", coco / "val2014")
     assert found.ids[:2] == [42, 53] and found.captions[1] == TEXTS[1:3] and found.standard is None
     assert found.open(0)[0].size == (150, 120)
@@ -304,17 +304,17 @@ def test_official_caption_files(scripts: Any, coco: Path):
 def test_whole_sets_are_known_and_parts_are_not(scripts: Any, tmp_path: Path):
     entry = {"filename": "x.jpg", "split": "test", "sentences": [{"raw": "x"}]}
     write(tmp_path / "k.json", {"dataset": "coco", "images": [{**entry, "cocoid": i} for i in range(5000)]})
-    whole = scripts("annotations").read_captions(tmp_path / "k.json", tmp_path)
+    whole = scripts("caption_sets").read_captions(tmp_path / "k.json", tmp_path)
     assert whole.standard == "COCO, Karpathy's test split"
     assert whole.take(range(4999)).standard is None and whole.take(range(5000)).standard
     asked = [{"question_id": i, "image_id": i, "question": "x"} for i in range(5046)]
     write(tmp_path / "q.json", {"data_subtype": "val2014", "questions": asked})
-    questions = scripts("questions").read_questions(tmp_path / "q.json", None, tmp_path)
+    questions = scripts("question_sets").read_questions(tmp_path / "q.json", None, tmp_path)
     assert questions.standard == "OK-VQA val2014" and questions.take(range(9)).standard is None
 
 
 def test_official_question_files(scripts: Any, coco: Path):
-    script = scripts("questions")
+    script = scripts("question_sets")
     found = script.read_questions(coco / "questions.json", coco / "annotations.json", coco / "val2014")
     assert found.ids[:2] == [420, 530] and found.questions[1] == "what is 1?" and found.answers[2] == ten(2)
     assert found.types[3] == "number" and found.id_name == "question_id"
@@ -375,7 +375,7 @@ def test_captioning_with_examples(scripts: Any, coco: Path, model: Path, own: Pa
     script = scripts("captioning")
     words = ["--data", own, "--model", model, "--max-tokens", 5, "--limit", 2, "--tokenization", "words", *SCORERS]
     found = run(script, tmp_path / "out", *words, "--shots", 2, "--prompt", "a picture of", "--seed", 3)
-    source = scripts("annotations").caption_rows(str(own), "train")
+    source = scripts("caption_sets").caption_rows(str(own), "train")
     before: list[Any] = []
     for place in np.random.default_rng(3).permutation(PICTURES)[:2].tolist():
         before += [source.open(place)[0], f"a picture of {source.captions[place][0]}"]
@@ -386,6 +386,14 @@ def test_captioning_with_examples(scripts: Any, coco: Path, model: Path, own: Pa
         (said,) = lm.complete([*before, own / result["image_id"], "a picture of"], 5, max_images=0) or [""]
         assert " ".join(said.split()) == result["caption"]
     assert [r["image_id"] for r in results] == ["test/0.png", "test/3.png"], "seen from the data set"
+    assert found["seen_in_training"] == 2 and found["cider_of_unseen"] is None
+    texts = ["rain", TEXTS[0].upper()] + ["snow"] * (PICTURES - 2)
+    rows = [f"{i}.png,{text}" for i, text in enumerate(texts)]
+    (own / "train" / "metadata.csv").write_text("\n".join(["file_name,caption", *rows]))
+    unseen = run(script, tmp_path / "unseen", *words)
+    assert unseen["seen_in_training"] == 1
+    if unseen["cider_of_each"]:
+        assert unseen["cider_of_unseen"] == pytest.approx(unseen["cider_of_each"][1])
     line = refused(scripts, script, capsys, tmp_path / "x", *words, "--shots", 1, "--shots-split", "test")
     assert "the split that is captioned" in line
     words = captioning_words(coco, model)
@@ -611,7 +619,7 @@ def test_text_to_image_runs(
     assert found["figures"][distance]["seeds"] == 2 and not found["comparable"]
 
     # the first seed's pictures anew: what was drawn, and the figures by loops
-    captions = scripts("annotations").read_captions(coco / "captions_val2014.json", coco / "val2014")
+    captions = scripts("caption_sets").read_captions(coco / "captions_val2014.json", coco / "val2014")
     places, texts = script.choose(captions, 5, 0)
     assert len(set(places)) == 5 and all(t in captions.captions[p] for p, t in zip(places, texts, strict=True))
     lm = MultimodalLM.from_pretrained(model, decoder=str(model.parent / "decoder"))

@@ -1,9 +1,11 @@
 """Questions about pictures as their makers publish them, with human answers, and data sets of our own.
 
-..._questions.json     {"data_subtype", "questions": [{question_id, image_id, question}]}         VQAv2, OK-VQA
-..._annotations.json   {"annotations": [{question_id, answer_type, answers: [{answer}] x 10}]}    VQAv2, OK-VQA
-val.json               [{image, question, answer_type, answers: [{answer}] x 10}]                 VizWiz
-what lavit_tok reads   rows of image, question and answers, or of image and caption
+    ..._questions.json     {"data_subtype", "questions": [{question_id, image_id, question}]}         VQAv2, OK-VQA
+    ..._annotations.json   {"annotations": [{question_id, answer_type, answers: [{answer}] x 10}]}    VQAv2, OK-VQA
+    val.json               [{image, question, answer_type, answers: [{answer}] x 10}]                 VizWiz
+    what lavit_tok reads   rows of image, question and answers, or of image and caption
+
+Pictures are opened, missed and counted as caption_sets.py does it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from annotations import Format, Opened, id_of, open_picture, read_json, rows_of
+from caption_sets import Format, Opened, id_of, open_picture, read_json, rows_of
 
 from lavit_tok.training.sources import row_key
 

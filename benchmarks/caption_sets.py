@@ -5,7 +5,7 @@
     what lavit_tok reads    rows of image and caption
 
 Pictures are opened when they are needed. A file that is not there ends the run before it begins: without it the figure
-would be of another set. One that cannot be read is counted and named. questions.py reads questions likewise.
+would be of another set. One that cannot be read is counted and named. question_sets.py reads questions likewise.
 """
 
 from __future__ import annotations
@@ -143,6 +143,17 @@ def caption_rows(data: str, split: str | None) -> CaptionSet:
         standard=None,
         total=len(places),
     )
+
+
+def training_captions(data: str) -> frozenset[str]:
+    """All captions of a data set's train split, in one spelling; none if there is no such split."""
+    rows = load_splits(data).get("train")
+    known = rows is not None and "caption" in rows.column_names
+    return frozenset(spelling(caption) for caption in rows["caption"] if caption) if known else frozenset()
+
+
+def spelling(caption: str) -> str:
+    return " ".join(caption.lower().split())
 
 
 # Pictures and files
