@@ -116,6 +116,8 @@ class DaVinci(Objective):
     def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
         """One row of a picture, a text, or a pair; a picture without a caption is painted from nothing.
 
+        What is predicted is the suffix: the segments' `learn` is not asked.
+
         Raises:
             ValueError: another sample, or a picture without a code for each of its patches.
         """
