@@ -157,6 +157,19 @@ def test_it_is_trained_on_what_the_model_says(parts: dict[str, str]):
     assert abs(float(whole - dropped)) > 1e-7
 
 
+def test_two_processes_measure_together(parts: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    one, two = training(parts), training(parts)
+    one.measure(CAPTIONS)
+    monkeypatch.setattr(VectorDecoderTraining, "_processes", 2)
+    two.all_gather = lambda own: torch.stack([own, two.vectors(CAPTIONS[2:])])  # type: ignore[method-assign]
+    two.measure(CAPTIONS[:2])
+    torch.testing.assert_close(two.reader.mean, one.reader.mean)
+    torch.testing.assert_close(two.reader.deviation, one.reader.deviation)
+    assert (one.reader.deviation < 0.5).all() and one.reader.mean.abs().max() > 0.1
+    one.reader.measure(torch.ones(2, N, 16))
+    assert (one.reader.deviation == 1).all(), "one prompt alone tells no deviation"
+
+
 def test_what_is_trained(parts: dict[str, str], tmp_path: Path):
     whole, before = training(parts), training(parts, train_unet=False, fresh_keys=False)
     names = {name.split(".")[0] for name, p in whole.named_parameters() if p.requires_grad}
@@ -211,7 +224,8 @@ def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
     after, swapped = loss(captions), loss([*CAPTIONS[1:], CAPTIONS[0]] * 4)
-    assert after < 0.5 * before and swapped > 1.3 * after, (before, after, swapped)
+    print(f"before {before:.3f}, after {after:.3f}, with other words {swapped:.3f}")
+    assert after < 0.5 * before and swapped > 1.3 * after
     module.unet.eval()
     noise = torch.randn(1, 4, 8, 8, generator=generator(1)).expand(4, -1, -1, -1)
     options: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 2.0, "output_type": "latent"}
@@ -244,8 +258,7 @@ class Losses(L.Callback):
 def test_a_stopped_run_goes_on_exactly(parts: dict[str, str], folder: Path):
     whole, rest = training(parts), training(parts, out=str(folder / "out"), samples=["rain", ""], sample_every=2)
     every = fit(whole, folder / "pictures", folder / "whole", 4).values
-    cut = fit(training(parts), folder / "pictures", folder / "cut", 2).values
-    assert cut == every[:2] or cut[0] == every[0], "the schedule knows the number of steps"
+    assert len(set(every)) == 4
     at = next((folder / "whole" / "ckpt").glob("*step=2*"))
     resumed = fit(rest, folder / "pictures", folder / "rest", 4, str(at)).values
     assert resumed == every[2:]
