@@ -144,7 +144,7 @@ class VectorDecoderTraining(L.LightningModule):
             said |= dict(zip(wanted, new.half() if self.settings.remember else new, strict=True))
         if self.settings.remember:
             self.said = said
-        return torch.stack([said[text] for text in captions]).float()
+        return torch.stack([said[text].float() for text in captions])  # autocast cannot stack float16
 
     def measure(self, captions: Sequence[str]) -> None:
         """Tell the reader how far apart lies what the model says of these captions, on all processes together."""
