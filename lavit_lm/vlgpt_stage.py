@@ -108,12 +108,12 @@ class TokenizerStage(L.LightningModule):
 
     def targets(self, pictures: UInt8[Tensor, "b 3 h w"], captions: list[str] | None) -> Condition:
         """e_v and e_t, as far as they are to be learnt. Raises ValueError for missing captions."""
-        image = self.conditions.image_condition(pictures) if self.weights.get("image") else None
-        if not self.weights.get("text"):
-            return Condition(image, None)
-        if captions is None:
+        if self.weights.get("text") and captions is None:
             raise ValueError("the text condition is made of captions, and the data have none: give data.caption_column")
-        return Condition(image, self.conditions.text_condition(captions))
+        with torch.autocast(self.device.type, enabled=False):  # as the diffusion model's own encoders made them
+            image = self.conditions.image_condition(pictures) if self.weights.get("image") else None
+            text = self.conditions.text_condition(captions) if self.weights.get("text") else None
+        return Condition(image, text)
 
     def losses(self, estimated: Condition, targets: Condition) -> dict[str, Float[Tensor, ""]]:
         """Mean squared errors, "image" and "text", of what is learnt."""
