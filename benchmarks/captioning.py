@@ -1,6 +1,6 @@
 """Captions of a whole set, in the official results format, scored by the field's scorers.
 
-    pictures  -the model, greedily, after k examples or none->  captions  ->  NAME.results.json  [{image_id, caption}]
+    pictures  -greedily or by beams, after k examples or none->  captions  ->  NAME.results.json  [{image_id, caption}]
     captions, true captions  -caption_scores.py->  BLEU, ROUGE-L, CIDEr, METEOR, SPICE, x 100
 
 The protocol of the published figures is Karpathy's test split of COCO (5,000 pictures, five captions each) under the
@@ -61,24 +61,40 @@ class Captioner:
 
 def said(lm: MultimodalLM, prompts: Sequence[Any], items: Sequence[int], a: Namespace) -> list[str]:
     """The first line that comes after each prompt, in single spaces."""
-    generators = [resuming.seeded(a.seed, item) for item in items]
-    found = lm._text(prompts, a.max_tokens, generators, temperature=a.temperature, top_p=a.top_p)
+    how: dict[str, Any] = {"min_tokens": a.min_tokens}
+    if a.beams is not None:
+        how["beams"] = a.beams
+    else:
+        generators = [resuming.seeded(a.seed, item) for item in items]
+        how |= {"generator": generators, "temperature": a.temperature, "top_p": a.top_p}
+    found = lm._text(prompts, a.max_tokens, **how)
     return [" ".join(text.strip().splitlines()[0].split()) if text.strip() else "" for text in found]
 
 
+def decoding(a: Namespace) -> str:
+    """In words. Raises ValueError for beams that are to be sampled."""
+    if a.beams is not None:
+        if a.temperature != 0 or a.top_p is not None:
+            raise ValueError("--beams: nothing is sampled there, got --temperature or --top-p as well")
+        how = f"{a.beams} beams"
+    else:
+        how = "greedy" if a.temperature == 0 else f"sampled, temperature {a.temperature:g}, top-p {a.top_p}"
+    return f"{how}, {a.min_tokens} to {a.max_tokens} tokens"
+
+
 def main(a: Namespace) -> dict[str, Any]:
+    how = decoding(a)
     found = caption_sets.limited(caption_sets.captions_of(a), a.limit)
     shots = examples(a)
     lm = MultimodalLM.from_pretrained(a.model, visual_tokenizer=a.visual_tokenizer, decoder=None, device=a.device)
     captioner = Captioner(lm, shots, a)
-    decoding = "greedy" if a.temperature == 0 else f"sampled, temperature {a.temperature:g}, top-p {a.top_p}"
     settings = {
         "weights": resuming.digest(lm.model, lm.visual),
         "pictures": resuming.digest(found.ids, found.name),
         "examples": resuming.digest([text for _, text in shots], [p.tobytes().hex() for p, _ in shots]),
         "prompt": captioner.wording,
         "shots": a.shots,
-        "decoding": [a.temperature, a.top_p, a.max_tokens, a.seed],
+        "decoding": [how, a.seed],
         "batch size": a.batch_size,
         "device": a.device,
     }
@@ -100,7 +116,7 @@ def main(a: Namespace) -> dict[str, Any]:
         "prompt": captioner.wording,
         "shots": a.shots,
         "examples": [text for _, text in shots],
-        "decoding": f"{decoding}, at most {a.max_tokens} tokens, no beam",
+        "decoding": how,
         "captions": len(good),
         "rejects": [line["reject"] for line in lines if "reject" in line],
     }
@@ -224,6 +240,8 @@ def add_model(found: Any) -> None:
     found.add_argument("--model", default="default", help="'default', a directory or a Hub id")
     found.add_argument("--visual-tokenizer", help="if not the one that the model names")
     found.add_argument("--limit", type=common.positive, help="at most this many, evenly spaced")
+    found.add_argument("--beams", type=common.positive, help="beam search (DaVinci: 2, 5 to 20 tokens), not greedy")
+    found.add_argument("--min-tokens", type=common.positive, default=1, help="of what is said")
     found.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     found.add_argument("--top-p", type=float)
     found.add_argument("--seed", type=int, default=0, help="of the examples, and of sampling")

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import caption_sets
+import captioning
 import common
 import question_sets
 import resuming
 import torch
-from captioning import add_model, rejected, said
 from figures import SHOWN, figure
 from PIL import Image
 from vqa_accuracy import accuracy, normalise
@@ -75,7 +75,7 @@ class Answerer:
             asked = self.asked(question)
             prompts.append([*self.before, picture, *([asked] if asked else [])])
         if not self.candidates:
-            return said(self.lm, prompts, items, self.a)
+            return captioning.said(self.lm, prompts, items, self.a)
         return [self.ranked(prompt) for prompt in prompts]
 
     def ranked(self, prompt: list[Any]) -> str:
@@ -100,7 +100,7 @@ def main(a: Namespace) -> dict[str, Any]:
         "per token": a.per_token,
         "template": answerer.template,
         "shots": a.shots,
-        "decoding": [a.temperature, a.top_p, a.max_tokens, a.seed],
+        "decoding": [decoding(offered, a), a.seed],
         "batch size": a.batch_size,
         "device": a.device,
     }
@@ -143,8 +143,7 @@ def decoding(offered: Sequence[str], a: Namespace) -> str:
     if offered:
         form = "likelihood per token" if a.per_token else "likelihood"
         return f"the answer of greatest {form} among {len(offered)} candidates"
-    how = "greedy" if a.temperature == 0 else f"sampled, temperature {a.temperature:g}, top-p {a.top_p}"
-    return f"open generation, {how}, first line of at most {a.max_tokens} tokens"
+    return f"open generation, {captioning.decoding(a)}, the first line of them"
 
 
 def candidates_of(a: Namespace, found: question_sets.QuestionSet) -> list[str]:
@@ -280,14 +279,14 @@ def text(v: dict[str, Any], a: Namespace) -> str:
         else:
             body += "The VQAv2 figures are of test-dev, by the evaluation server, which takes the results file.\n\n"
         body += common.table(("model", "VQAv2", "OK-VQA", "VizWiz", ""), PUBLISHED)
-    body += rejected(v["rejects"])
+    body += captioning.rejected(v["rejects"])
     return body + f"\n\nResults for the official server: `{a.name}.results.json`.\n\n![answers]({a.name}.png)"
 
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
     question_sets.add_questions(found)
-    add_model(found)
+    captioning.add_model(found)
     found.add_argument("--shots-questions", type=Path, help="question file of the examples")
     found.add_argument("--template", help="{} is the question; by default as the model's objective asks")
     found.add_argument("--max-tokens", type=common.positive, default=16, help="of an answer")
