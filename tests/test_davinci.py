@@ -27,6 +27,7 @@ from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.packing import Packed, pack, pad
 from lavit_lm.prefix_seq2seq import PrefixSeq2Seq
 from lavit_lm.rerank import rerank
+from lavit_lm.samples import LogSamples
 from lavit_lm.segments import Image, Role, Row, Segment, Text
 from lavit_lm.vocabulary import VisualVocabulary
 from lavit_tok import VisualCodes, VisualTokenizer, to_uint8
@@ -327,10 +328,11 @@ def test_davinci_06_the_tied_matrix_is_trained_once(family: str, whole: Path, ph
     texts.write_text("\n".join('{"text": "rain and rain"}' for _ in range(12)))
     objective = DaVinci(train_encoder=family == "bart")
     training = module(whole, lm=settings, objective=objective, out=str(whole / "made"))
-    fitted = trainer(whole, 3, [])
+    fitted = trainer(whole, 3, [LogSamples(every=2, pictures=2, decoder=None, max_tokens=4)])
     pictures = {"pictures": str(whole / "pictures"), "texts": str(texts), "num_workers": 2}
     fitted.fit(training, data(whole, **pictures))
     assert {"train/text", "train/image", "train/plain"} <= set(fitted.callback_metrics)
+    assert list(whole.rglob("captions-*.md")), "and what it says was logged"
     held = [id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]]
     assert len(held) == len(set(held)) == sum(p.requires_grad for p in training.parameters())
     lm = training.model.lm
