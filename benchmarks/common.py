@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -27,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parts import progress
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import lavit_tok
 from lavit_tok import VisualCodes, VisualTokenizer
 from lavit_tok.images import resize
 from lavit_tok.training.sources import load_splits, read_row, row_key, undecoded
@@ -132,7 +135,7 @@ def load_pictures(
         return (None if image is None else resize(image, size, crop)), reject, texts
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter lock
-        found = list(pool.map(read, places))
+        found = list(progress(pool.map(read, places), "pictures", len(places)))
     pixels = [p for p, _, _ in found if p is not None]
     rejects = [_nameable(r) for _, r, _ in found if r is not None]
     if not pixels:
@@ -251,10 +254,22 @@ def hardware() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads{memory}{gpu}{load}"
 
 
-def provenance() -> dict[str, Any]:
-    """What a resumed run must share with the one that it goes on from, so that its numbers are the same."""
-    where = stamp()
-    return {"commit": where["commit"], "versions": where["versions"], "threads": torch.get_num_threads()}
+MEASURING = ("adapters", "common", "grid_tokenizers", "metrics", "parts", "protocol", "speeds")
+"""The files that the benchmarks share."""
+
+
+def provenance(script: str) -> dict[str, Any]:
+    """What a resumed run must share with the one that it goes on from, so that its numbers are the same.
+
+    The code itself, not the commit: a commit of something else need not throw finished parts away, and an uncommitted
+    change of what measures must.
+    """
+    here = Path(__file__).parent
+    files = [here / f"{name}.py" for name in MEASURING] + sorted(here.glob(f"{script}*.py"))
+    found = hashlib.sha256()
+    for path in [*files, *sorted(Path(lavit_tok.__file__).parent.rglob("*.py"))]:
+        found.update(path.read_bytes())
+    return {"code": found.hexdigest()[:12], "versions": _versions(), "threads": torch.get_num_threads()}
 
 
 def short(argument: str) -> str:

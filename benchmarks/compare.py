@@ -82,26 +82,40 @@ def _row(result: dict[str, Any], distance: dict[str, Any] | None, reasons: list[
 
 def plot(published: list[dict[str, Any]], beside: list[dict[str, Any]], path: Path) -> None:
     plt = common.pyplot()
-    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    labels = []
     for name in dict.fromkeys(p["tokenizer"] for p in published):
         own = sorted((p for p in published if p["tokenizer"] == name), key=lambda p: p["codes"])
         x, y = [p["codes"] for p in own], [p["rfid"] for p in own]
-        line = "-" if len(set(x)) > 1 else "none"
-        axis.plot(x, y, marker="o", linestyle=line, color="0.55", markerfacecolor="none" if "note" in own[0] else None)
-        axis.annotate(name, (x[-1], y[-1]), textcoords="offset points", xytext=(5, 3), fontsize=8)
+        style = {"markerfacecolor": "none"} if "note" in own[0] else {}
+        axis.plot(x, y, marker="o", linestyle="-" if len(set(x)) > 1 else "none", color="0.5", **style)
+        labels.append((x[-1], y[-1], name))
     for row in beside:
         mean, std = row["value"]["mean"], row["value"]["std"]
         axis.errorbar([row["codes"]], [mean], [std], marker="*", markersize=14, color="tab:red")
-        axis.annotate(row["tokenizer"], (row["codes"], mean), textcoords="offset points", xytext=(7, -10), fontsize=9)
+        labels.append((row["codes"], mean, row["tokenizer"]))
+    for x, y, at, name in spaced(labels):
+        line = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.6}
+        axis.annotate(name, (x, y), (x * 1.15, at), fontsize=8, va="center", arrowprops=line)
     axis.set(xscale="log", xlabel="codes an image, mean", ylabel="rFID, ImageNet-256 (lower is better)")
     ticks = [32, 64, 128, 256, 512, 1024, 2048]
     axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
+    axis.set_xlim(right=4000)
     if not beside:
         axis.set_title("published figures only: ours was not measured under their protocol", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def spaced(labels: list[tuple[float, float, str]], gap: float = 0.2) -> list[tuple[float, float, float, str]]:
+    """(x, y, height of the label, name): labels of points at one x are moved up until they are `gap` apart."""
+    found: list[tuple[float, float, float, str]] = []
+    for x, y, name in sorted(labels):
+        before = [at for other, _, at, _ in found if 0.8 < other / x < 1.25]
+        found.append((x, y, max([y, *(at + gap for at in before if at > y - gap)]), name))
+    return found
 
 
 def main(arguments: Namespace) -> dict[str, Any]:

@@ -122,7 +122,9 @@ def measured(entries: list[Entry], a: Namespace) -> list[dict[str, Any]]:
 def main(arguments: Namespace) -> dict[str, Any]:
     a = arguments
     settings = {k: str(v) for k, v in vars(a).items() if k != "out"}
-    parts = Parts(a.out, "decode_speed", {"script": "decode_speed", **settings, "where": common.provenance()})
+    parts = Parts(
+        a.out, "decode_speed", {"script": "decode_speed", **settings, "where": common.provenance("decode_speed")}
+    )
     decoder = PixelDecoder.from_pretrained(a.decoder)
     size = decoder.unet.config.sample_size * decoder.vae_scale_factor
     del decoder

@@ -250,7 +250,7 @@ def main(arguments: Namespace) -> dict[str, Any]:
         a.cases, a.beside = ["lavit"], []
     name = "encode_speed_full" if a.full else "encode_speed"
     settings = {k: str(v) for k, v in vars(a).items() if k != "out"}
-    parts = Parts(a.out, name, {"script": name, **settings, "where": common.provenance()})
+    parts = Parts(a.out, name, {"script": name, **settings, "where": common.provenance("encode_speed")})
     todo = [(case, dtype) for dtype in a.dtypes for case in a.cases]
     found = [
         parts.values(f"{case}-{dtype}", partial(one_case, case, dtype, a))

@@ -1,11 +1,11 @@
 """A run that was killed goes on where it was: finished parts lie beside the results until the result is written.
 
-    out/.NAME-KEY/settings.json            what this run is: command line, tokenizer, pictures, versions, commit
+    out/.NAME-KEY/settings.json            what this run is: command line, tokenizer, pictures, versions, code
     out/.NAME-KEY/features-00003.safetensors    one finished part: tensors, and values as JSON in the file's metadata
     out/NAME.json                          the result; the folder is then removed
 
-KEY is a hash of the settings. Another tokenizer, other pictures, another commit: another folder, so that no two runs
-are ever mixed. A part is written under another name and then renamed, so that a half-written one is never read. What a
+KEY is a hash of the settings. Another tokenizer, other pictures, other code: another folder, so that no two runs are
+ever mixed. A part is written under another name and then renamed, so that a half-written one is never read. What a
 part computes must depend on its name and the settings alone, never on the parts before it: a resumed run then gives the
 very numbers of an uninterrupted one.
 """

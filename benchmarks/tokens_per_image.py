@@ -132,7 +132,7 @@ def main(arguments: Namespace) -> dict[str, Any]:
         "pixels": pixels_digest(pictures.pixels),
         "batch_size": a.batch_size,
         "jpeg_quality": a.jpeg_quality,
-        "where": common.provenance(),
+        "where": common.provenance("tokens_per_image"),
     }
     parts = Parts(a.out, "tokens_per_image", settings)
 

@@ -202,7 +202,9 @@ def measure(case: str, stretch: str, a: Namespace) -> dict[str, Any]:
 def main(arguments: Namespace) -> dict[str, Any]:
     a = arguments
     settings = {k: str(v) for k, v in vars(a).items() if k != "out"}
-    parts = Parts(a.out, "train_speed", {"script": "train_speed", **settings, "where": common.provenance()})
+    parts = Parts(
+        a.out, "train_speed", {"script": "train_speed", **settings, "where": common.provenance("train_speed")}
+    )
     todo = [(case, stretch) for case in a.cases for stretch in STRETCHES]
     rows = [
         parts.values(f"{case}-{stretch}", partial(measure, case, stretch, a))
