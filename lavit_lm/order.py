@@ -130,6 +130,7 @@ class BlockOrder(DistributedSampler):
         self.rank, self.world, self.consumed = rank, world, consumed
         self.starts = [(0, 0)]  # (first block, number) of the windows met so far
         self.too_long: dict[str, int] = {}
+        self._latest: tuple[int, list[list[Place]]] = -1, []  # the window that was planned last
         self.blocks = max(1, len(self._plan(0)) * self._windows() // (world * batch_size)) * batch_size
 
     def __len__(self) -> int:
@@ -161,6 +162,11 @@ class BlockOrder(DistributedSampler):
 
     def _plan(self, number: int) -> list[list[Place]]:
         """Blocks of one window, in the order of training. Rows longer than a block are left out and counted by key."""
+        if self._latest[0] != number:
+            self._latest = number, self._planned(number)
+        return self._latest[1]
+
+    def _planned(self, number: int) -> list[list[Place]]:
         epoch, part = divmod(number, self._windows())
         seeded = np.random.default_rng([self.layout.seed, epoch])
         rows = seeded.permutation(len(self.layout.samples))[part * self.window : (part + 1) * self.window]
