@@ -299,13 +299,8 @@ def text(values: dict[str, Any]) -> str:
     if values["beside"]:
         sizes = ", ".join(str(s) for s in dict.fromkeys(row["image_size"] for row in values["beside"]))
         body += f"\n\n## Beside other tokenizers, {sizes} pixels, float32\n\n" + table(values["beside"])
-        body += (
-            "\n\nPixels in, codes out. Weights of the others are random: their speed, codes and FLOPs are their own, "
-        )
-        body += (
-            "their pictures are not shown. Weights, M: those that encoding uses. Emu3 codes a picture as four equal "
-        )
-        body += "frames. `transformers` and `diffusers` compute all of them without half precision here."
+        body += "\n\nPixels in, codes out. The others have random weights: speed, codes and FLOPs are their own. "
+        body += "Weights, M: those that encoding uses. Emu3 codes a picture as four equal frames."
         body += "\n\n![images/s](encode_speed.png)"
     return body
 

@@ -160,6 +160,42 @@ def test_squeezed_pictures_are_said_to_be_squeezed(scripts: Any, photos: list[Pa
     assert "only 4 pictures" in names[1] and "only 3 pictures" in names[2]
 
 
+class Squares(torch.nn.Module):
+    """In place of Inception-v3, whose weights are not here: bilinear 4x4 RGB, resized with or without antialiasing."""
+
+    def __init__(self, weights: Any, antialias: bool) -> None:
+        super().__init__()
+        self.options = {"size": (4, 4), "mode": "bilinear", "antialias": antialias}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(images.float() / 255, **self.options).flatten(1)
+
+
+def test_rfid_is_given_for_both_resizings(
+    scripts: Any, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set" / "test").mkdir(parents=True)
+    for path in photos:
+        Image.open(path).convert("RGB").save(tmp_path / "set" / "test" / path.name)
+    script, metrics, compare = scripts("reconstruction"), scripts("metrics"), scripts("compare")
+    monkeypatch.setattr(metrics, "inception", Squares)
+    words = ["--data", tmp_path / "set", "--tokenizer", "small_tokenizers:vqmodel", "--inception", "weights.pth"]
+    words += ["--seeds", 2, "--out", tmp_path, "--set-name", "coco-val2017", "--force"]
+    script.main(script.arguments().parse_args(list(map(str, words))))
+    found = json.loads((tmp_path / "reconstruction.json").read_text())["pixels"]["distances"]
+    assert [(d["kind"], d["antialias"]) for d in found] == [("Frechet", None), ("rFID", True), ("rFID", False)]
+    assert all("only 4 pictures" in d["name"] and "4 of the 5000 pictures of coco-val2017" in d["name"] for d in found)
+    assert "antialias=False" in found[2]["name"] and found[1]["value"] != found[2]["value"]
+    pictures = scripts("common").load_pictures(str(tmp_path / "set"), 32).pixels
+    codec = scripts("small_tokenizers").small("vqmodel")
+    for distance in found[1:]:
+        features = [Squares(None, distance["antialias"])(x) for x in (pictures, codec.decode(codec.encode(pictures)))]
+        expected = metrics.frechet_of_features(*features)
+        assert distance["value"]["mean"] == pytest.approx(expected, rel=1e-3)
+    beside, listed = compare.split(compare.read_results([tmp_path / "reconstruction.json"]))
+    assert (len(beside), len(listed)) == (0, 3)  # four pictures of another set stand beside nothing
+
+
 # Runs that were killed
 
 
