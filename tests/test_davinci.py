@@ -430,9 +430,9 @@ def lm(request: Any, tiny_tokenizer: VisualTokenizer, tiny_decoder: Any) -> Mult
 
 
 def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, photos: list[Path]):
-    """Also of a model that would rather say words."""
+    """Also of a model that would rather say words, or end the picture."""
     with torch.no_grad():
-        lm.model.causal.get_output_embeddings().weight[words_of(lm)] *= 20
+        lm.model.causal.get_output_embeddings().weight[: lm.lexicon.vocabulary.first] *= 20
     drawn = lm.generate_codes("A red apple", 3, generator=torch.Generator().manual_seed(0), temperature=3.0)
     assert drawn.lengths.tolist() == [PATCHES] * 3 and drawn.codebook_size == 16
     row = lm.prompts.painting("A red apple")
@@ -442,10 +442,6 @@ def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, pho
     for cached in (True, False):
         greedy = lm.generate_codes("rain", 1, temperature=0.0, cached=cached, guidance_scale=2.0)
         assert greedy[0].tolist() == by_hand(lm, "rain", 2.0)
-
-
-def words_of(lm: MultimodalLM) -> torch.Tensor:
-    return torch.arange(lm.lexicon.vocabulary.begin)
 
 
 @torch.no_grad()
