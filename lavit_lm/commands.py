@@ -50,7 +50,7 @@ def generate(arguments: argparse.Namespace) -> int:
     generator = torch.Generator().manual_seed(arguments.seed)
     if lm.objective.paints == "vectors":
         vectors = lm.generate_vectors_batch([arguments.prompt]).expand(arguments.n, -1, -1)
-        null = lm.generate_vectors_batch([""])
+        null = lm.generate_vectors_batch([[]])
         drawn = lm.decoder(vectors, null, arguments.steps, arguments.decoder_guidance, generator).images
         for number, picture in enumerate(drawn):
             path = arguments.out / png_name(number, arguments.prompt)

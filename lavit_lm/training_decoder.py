@@ -140,7 +140,7 @@ class VectorDecoderTraining(L.LightningModule):
         said = dict(self.said)
         if wanted:
             with torch.autocast(self.device.type, enabled=False):  # as it will say them when they are drawn
-                new = self.lm.generate_vectors_batch(wanted)
+                new = self.lm.generate_vectors_batch([text if text.strip() else [] for text in wanted])
             said |= dict(zip(wanted, new.half() if self.settings.remember else new, strict=True))
         if self.settings.remember:
             self.said = said
