@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def load_lm(source: str | dict[str, Any], lexicon: Lexicon, own: int, rows_are_n
                 lm = lm_class(config).from_config(config)
     except (ValueError, KeyError, TypeError, OSError) as error:
         named = source if isinstance(source, str) else source.get("model_type", "a config without model_type")
-        reason = str(error).strip().splitlines()[0]
+        reason = shorten(str(error), 160)  # transformers lists all it knows
         raise ValueError(f"lm: expected a causal LM of transformers, got {named!r}: {reason}") from None
     vocabulary = lexicon.vocabulary
     if rows_are_new or not isinstance(source, str):

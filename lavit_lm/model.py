@@ -21,7 +21,7 @@ from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.objectives.losses import log_likelihood
 from lavit_lm.objectives.objective import Objective
 from lavit_lm.packing import pad
-from lavit_lm.prompts import Prompt, Prompts, file_or_picture, parts
+from lavit_lm.prompts import Prompt, Prompts, file_or_picture, parts, require_words
 from lavit_lm.sequence_model import SequenceModel
 from lavit_tok import VisualCodes, VisualTokenizer
 
@@ -101,12 +101,15 @@ class MultimodalLM:
             guidance_scale: of the language model, where it says codes; the pixel decoder's is `decoding`'s
                 "decoder_guidance".
             decoding: generate_codes' other arguments, and for the decoder "num_inference_steps", "decoder_guidance".
+
+        Raises:
+            ValueError: as generate_codes.
         """
         drawing = {name: decoding.pop(name) for name in ("num_inference_steps",) if name in decoding}
         if "decoder_guidance" in decoding:
             drawing["guidance_scale"] = decoding.pop("decoder_guidance")
         if self.objective.paints == "vectors":
-            vectors = self.generate_vectors_batch([prompt] * n, **decoding)
+            vectors = self.generate_vectors_batch([require_words(prompt)] * n, **decoding)
             return self._draw(vectors, generator, drawing)
         codes = self.generate_codes(prompt, n, guidance_scale, generator, **decoding)
         return self._draw(codes, generator, drawing)
@@ -119,8 +122,12 @@ class MultimodalLM:
         generator: torch.Generator | None = None,
         **sampling: Any,
     ) -> VisualCodes:
-        """Codes of n pictures of one prompt; see generate_codes_batch."""
-        return self.generate_codes_batch([prompt] * n, guidance_scale, generator, **sampling)
+        """Codes of n pictures of one prompt, [] for pictures of anything; see generate_codes_batch.
+
+        Raises:
+            ValueError: as there, and for a string without any word.
+        """
+        return self.generate_codes_batch([require_words(prompt)] * n, guidance_scale, generator, **sampling)
 
     def generate_codes_batch(
         self,

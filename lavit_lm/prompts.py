@@ -70,6 +70,16 @@ def parts(prompt: Prompt) -> list[Any]:
     return [prompt] if isinstance(prompt, str) else list(prompt)
 
 
+def require_words(prompt: Prompt) -> Prompt:
+    """The prompt, unless it is a string without any word: most likely an unset variable. Raises ValueError."""
+    if isinstance(prompt, str) and not prompt.strip():
+        raise ValueError(
+            f"expected a prompt of words or pictures, got {prompt!r}: a picture of anything would be painted; "
+            "[] asks for one"
+        )
+    return prompt
+
+
 def worded(prompt: Prompt, wording: str) -> list[Any]:
     """The prompt between the words that the model was trained to paint after."""
     before, _, after = wording.partition("{}")

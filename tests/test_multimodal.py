@@ -198,6 +198,9 @@ def test_impossible_requests(lm: MultimodalLM, photos: list[Path]):
         lm.generate_codes("a", max_codes=0)
     with pytest.raises(ValueError, match="at least one prompt"):
         lm.generate_codes("a", 0)
+    with pytest.raises(ValueError, match=r"a prompt of words or pictures, got ' '"):
+        lm.generate_images(" ")
+    assert len(lm.generate_codes([], 2, generator=generator())) == 2, "a picture of anything"
     with pytest.raises(CodeError):
         lm.generate_codes([VisualCodes.from_list([[CODES + 3]], codebook_size=CODES + 9)])
     with pytest.raises(ValueError, match="codes of one picture in a prompt, got 2"):
@@ -206,7 +209,6 @@ def test_impossible_requests(lm: MultimodalLM, photos: list[Path]):
         lm.generate_codes("a red apple " * 60)
     with pytest.raises(ValueError, match="at least one candidate"):
         lm.rank("a", [])
-    lm.generate_codes("", generator=generator())  # no words: the unconditional stream
 
 
 def test_commands(directory: Path, tiny_decoder: Any, tmp_path: Path, photos: list[Path], capsys: Any):
