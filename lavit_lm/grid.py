@@ -14,6 +14,7 @@ colour.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isqrt
 
 import torch
@@ -21,8 +22,13 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
+from lavit_lm.lexicon import Lexicon
+from lavit_lm.packing import Packed
 from lavit_lm.trained_encoder import trained_encoder
 from lavit_tok import VisualTokenizer
+
+LATER = -1
+"""An id that with_codes_below will tell; no embedding has such a row, so that it cannot be forgotten."""
 
 
 class GridBridge(nn.Module):
@@ -93,3 +99,12 @@ def codes_below(
         moved[i, :, : height - start] = pixels[i, :, start:]
     codes = tokenizer.encode_pixels(moved, budget=patches).padded()
     return codes[torch.arange(patches, device=kept.device) < (patches - counts)[:, None]]
+
+
+def with_codes_below(batch: Packed, visual: VisualTokenizer, lexicon: Lexicon) -> Packed:
+    """The batch with codes in the places of LATER, of all its pictures together, made on its device."""
+    cut = ~batch.kept.all(1)
+    if not bool(cut.any()):
+        return batch
+    codes = codes_below(visual.to(batch.ids.device), batch.pictures[cut], batch.kept[cut])
+    return replace(batch, ids=batch.ids.masked_scatter(batch.ids == LATER, lexicon.vocabulary.to_ids(codes)))

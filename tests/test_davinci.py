@@ -19,10 +19,10 @@ from lavit_lm import MultimodalLM
 from lavit_lm.beam import likeliest_rows
 from lavit_lm.building import load_lm, sequence_model
 from lavit_lm.generation import Rule, continue_rows
-from lavit_lm.grid import GridBridge, codes_below
+from lavit_lm.grid import LATER, GridBridge, codes_below
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.masks import visible
-from lavit_lm.objectives.davinci import LATER, DaVinci
+from lavit_lm.objectives.davinci import DaVinci
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.packing import Packed, pack, pad
 from lavit_lm.prefix_seq2seq import PrefixSeq2Seq

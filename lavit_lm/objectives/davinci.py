@@ -34,15 +34,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lavit_lm.grid import GridBridge, codes_below
+from lavit_lm.grid import LATER, GridBridge, with_codes_below
 from lavit_lm.lexicon import Lexicon
-from lavit_lm.objectives.losses import Seen, Sum, cross_entropy
-from lavit_lm.objectives.objective import Objective, Parts, Wording, require_picture
+from lavit_lm.objectives.losses import Seen, Sum, cross_entropy, with_pictures
+from lavit_lm.objectives.objective import Objective, Parts, Wording
 from lavit_lm.packing import Packed
-from lavit_lm.segments import Flags, Image, Role, Row, RowBuilder, Segment, Text
-
-LATER = -1
-"""In the place of a code that `finished` tells; no embedding has such a row, so that it cannot be forgotten."""
+from lavit_lm.prefix_rows import PrefixRows, codes_of, whole, words_alone
+from lavit_lm.segments import Image, Role, Row, RowBuilder, Segment, Text
 
 
 @dataclass(frozen=True)
@@ -85,15 +83,13 @@ class DaVinci(Objective):
     train_encoder: bool = False
 
     def __post_init__(self) -> None:
-        for setting in ("text_weight", "image_weight", "plain_weight", "text_share", "image_share", "plain_share"):
-            if getattr(self, setting) < 0:
-                raise ValueError(f"{setting}: expected 0 or more, got {getattr(self, setting)}")
+        for setting, value in self.settings().items():
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"{setting}: expected 0 or more, got {value}")
         if self.text_share + self.image_share + self.plain_share == 0:
             raise ValueError("expected a share above 0 of at least one of the three tasks: no pair would be laid out")
         if not 0 <= self.prompt_drop <= 1:
             raise ValueError(f"prompt_drop: expected a probability, got {self.prompt_drop}")
-        if min(self.caption_words, self.caption_prefix, self.text_prefix) < 0:
-            raise ValueError("caption_words, caption_prefix, text_prefix: expected 0 or more")
 
     @property
     def reads_pictures(self) -> bool:
@@ -131,76 +127,57 @@ class DaVinci(Objective):
         )
         ends = list(accumulate(shares))
         chosen = ("text", "image", "plain")[bisect(ends[:-1], task * ends[-1])]
-        words = self._words(texts[0]) if texts else []
+        rows = self._rows(lexicon)
+        words = rows.words(texts[0]) if texts else []
         words = words[: self.caption_words] if images else words
         if chosen == "image":
-            image = _whole(images[0], key)
-            rows = isqrt(len(_codes(image)))
-            above = int(r * (rows - 1)) * rows if self.image_prefix else 0
-            upper = [replace(image, codes=None, keep=torch.arange(rows * rows) < above)] if above else []
-            row = self._read([*upper, Text(" ".join(words if drop >= self.prompt_drop else []))], lexicon)
-            ids = [LATER] * (rows * rows - above) if above else lexicon.codes(_codes(image))
-            return _painted(row, ids, lexicon).row(key)
+            image = whole(images[0], key)
+            codes = codes_of(image)
+            side = isqrt(len(codes))
+            above = int(r * (side - 1)) * side if self.image_prefix else 0
+            upper = [replace(image, codes=None, keep=torch.arange(len(codes)) < above)] if above else []
+            row = rows.read([*upper, Text(" ".join(words if drop >= self.prompt_drop else []))])
+            return rows.paint(row, [LATER] * (len(codes) - above) if above else lexicon.codes(codes)).row(key)
         k = min(int(k * len(words)), self.caption_prefix if chosen == "text" else self.text_prefix)
-        shown = [_whole(images[0], key)] if chosen == "text" else []
-        row = self._read([*shown, Text(" ".join(words[:k]))], lexicon).text(_start(lexicon))
-        return row.text([*lexicon.text(" ".join(words[k:])), lexicon.stop], predict=True).row(key)
+        shown = [whole(images[0], key)] if chosen == "text" else []
+        row = rows.read([*shown, Text(" ".join(words[:k]))]).text(rows.start)
+        return rows.say(row, words[k:]).row(key)
 
     def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
         """All of the prompt is prefix, but for the words that captions begin with."""
         if opens == "text":
             return self._opened(segments, lexicon).row()
-        return _painted(self._read(_words_alone(segments), lexicon), [], lexicon).row()
+        rows = self._rows(lexicon)
+        return rows.paint(rows.read(words_alone(segments)), []).row()
 
     def scored(self, context: Sequence[Segment], answer: Segment, lexicon: Lexicon) -> Row:
         """The answer after the start of a suffix, a text with its end: the paper ranks answers to questions so."""
+        rows = self._rows(lexicon)
         if isinstance(answer, Image):
-            row = self._read(_words_alone(context), lexicon)
-            return _painted(row, lexicon.codes(_codes(answer)), lexicon).row()
-        ids = [*lexicon.text(" ".join(self._words(answer))), lexicon.stop]
-        return self._opened(context, lexicon).text(ids, predict=True).row()
-
-    def _words(self, text: Text) -> list[str]:
-        return (text.text.lower() if self.lower_case else text.text).split()
-
-    def _read(self, segments: Sequence[Segment], lexicon: Lexicon) -> RowBuilder:
-        """The prefix; it begins with a token, so that none is empty."""
-        seen, edges = Flags(prefix=True), (lexicon.vocabulary.begin, lexicon.vocabulary.end)
-        builder = RowBuilder().text(_start(lexicon), **seen)
-        for segment in segments:
-            if isinstance(segment, Text):
-                builder.text(lexicon.text(" ".join(self._words(segment))), **seen)
-            else:
-                assert segment.keep is not None
-                fed = replace(segment, codes=None)
-                builder.image(edges, [lexicon.pad] * int(segment.keep.sum()), seen, seen, seen, fed)
-        return builder
+            return rows.paint(rows.read(words_alone(context)), lexicon.codes(codes_of(answer))).row()
+        return rows.say(self._opened(context, lexicon), rows.words(answer)).row()
 
     def _opened(self, segments: Sequence[Segment], lexicon: Lexicon) -> RowBuilder:
         """Prefix and start of a text, for a picture with the words that its captions begin with."""
-        given = [_whole(segment) if isinstance(segment, Image) else segment for segment in segments]
+        rows = self._rows(lexicon)
+        given = [whole(segment) if isinstance(segment, Image) else segment for segment in segments]
         opening = Text(self.caption_prompt)
         begun = bool(opening.text) and given[-1:] == [opening]
-        row = self._read(given[:-1] if begun else given, lexicon).text(_start(lexicon))
-        return row.text(lexicon.text(" ".join(self._words(opening)))) if begun else row
+        row = rows.read(given[:-1] if begun else given).text(rows.start)
+        return row.text(rows.ids(rows.words(opening))) if begun else row
+
+    def _rows(self, lexicon: Lexicon) -> PrefixRows:
+        return PrefixRows(lexicon, self.lower_case)
 
     def finished(self, batch: Packed, visual: Any, lexicon: Lexicon) -> Packed:
         """With the codes of lower rows, encoded together and on the batch's device."""
-        cut = ~batch.kept.all(1)
-        if not bool(cut.any()):
-            return batch
-        codes = codes_below(visual.to(batch.ids.device), batch.pictures[cut], batch.kept[cut])
-        ids = lexicon.vocabulary.to_ids(codes)
-        return replace(batch, ids=batch.ids.masked_scatter(batch.ids == LATER, ids))
+        return with_codes_below(batch, visual, lexicon)
 
     # Losses
 
     def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
         """{"text", "image", "plain"}: words of a row with a picture, codes, words of a row without one."""
-        blocks, length = batch.documents.shape
-        document = batch.documents + (length + 1) * torch.arange(blocks, device=batch.documents.device)[:, None]
-        pictured = torch.isin(document, document[batch.fed])
-        plain = batch.predict & (batch.roles == Role.TEXT) & ~pictured
+        plain = batch.predict & (batch.roles == Role.TEXT) & ~with_pictures(batch)
         sums = cross_entropy(seen, replace(batch, predict=batch.predict & ~plain))
         return {**sums, "plain": cross_entropy(seen, replace(batch, predict=plain))["text"]}
 
@@ -208,38 +185,3 @@ class DaVinci(Objective):
         """The weighted sum of three means."""
         weights = {"text": self.text_weight, "image": self.image_weight, "plain": self.plain_weight}
         return torch.stack([weight * losses[name].mean for name, weight in weights.items()]).sum()
-
-
-def _start(lexicon: Lexicon) -> list[int]:
-    """What a prefix and a text begin with."""
-    return lexicon.start or [lexicon.stop]
-
-
-def _painted(row: RowBuilder, ids: list[int], lexicon: Lexicon) -> RowBuilder:
-    """Codes said after the prefix."""
-    return row.add([lexicon.vocabulary.begin], Role.BEGIN).add(ids, Role.VISUAL, predict=True)
-
-
-def _words_alone(segments: Sequence[Segment]) -> Sequence[Segment]:
-    if any(isinstance(segment, Image) for segment in segments):
-        raise ValueError("davinci paints from words alone, and a picture is in what comes before: give words")
-    return segments
-
-
-def _codes(image: Image) -> Tensor:
-    if image.codes is None:
-        raise ValueError("davinci paints codes, and an image has none: tokenise it first")
-    return image.codes
-
-
-def _whole(image: Image, key: str = "") -> Image:
-    """The image, if there is a code for each of its patches. Raises ValueError."""
-    require_picture(image, "davinci", key)
-    if image.keep is None or not bool(image.keep.all()):
-        got = "no mask of patches" if image.keep is None else f"{int(image.keep.sum())} of {len(image.keep)}"
-        patches = "PATCHES" if image.keep is None else len(image.keep)
-        raise ValueError(
-            f"davinci reads and paints every patch of a picture, sample {key!r} has codes of {got}: make the shards "
-            f"with `lavit-tok shards --budget {patches}`"
-        )
-    return image

@@ -75,6 +75,13 @@ def cross_entropy(seen: Seen, batch: Packed) -> dict[str, Sum]:
     return {name: Sum(nats[where].sum(), where.sum()) for name, where in (("text", is_text), ("image", ~is_text))}
 
 
+def with_pictures(batch: Packed) -> Bool[Tensor, "b l"]:
+    """True at the places of documents that are fed vectors."""
+    blocks, length = batch.documents.shape
+    document = batch.documents + (length + 1) * torch.arange(blocks, device=batch.documents.device)[:, None]
+    return torch.isin(document, document[batch.fed])
+
+
 def regression(seen: Seen, batch: Packed) -> dict[str, Sum]:
     """{"vectors": sums of squared errors, each a mean over d; "spread": what the targets' standard deviation is}.
 
