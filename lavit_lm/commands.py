@@ -29,13 +29,13 @@ def test(words: list[str]) -> int:
 
 def fit_tokenizer(words: list[str]) -> int:
     """Train VL-GPT's tokenizer and detokenizer; the words are LightningCLI's."""
-    names = "lavit_lm.vlgpt_stage:TokenizerStage", "lavit_tok:ImageDataModule"
+    names = "lavit_lm.pixels.tokenizer_training:TokenizerStage", "lavit_tok:ImageDataModule"
     return lightning_command("lavit-lm", "fit-tokenizer", "fit", *names, words)
 
 
 def fit_decoder(words: list[str]) -> int:
     """Train a decoder of the vectors that a language model says; the words are LightningCLI's."""
-    names = "lavit_lm.training_decoder:VectorDecoderTraining", "lavit_tok:ImageDataModule"
+    names = "lavit_lm.pixels.decoder_training:VectorDecoderTraining", "lavit_tok:ImageDataModule"
     return lightning_command("lavit-lm", "fit-decoder", "fit", *names, words)
 
 
@@ -46,10 +46,12 @@ def _lightning(command: str, words: list[str]) -> int:
 
 def generate(arguments: argparse.Namespace) -> int:
     """Pictures of a prompt -> PNG files, and codes.jsonl beside them, if the model says codes."""
+    from lavit_lm.prompts import require_words
+
     lm = _model(arguments, arguments.decoder)
     generator = torch.Generator().manual_seed(arguments.seed)
     if lm.objective.paints == "vectors":
-        vectors = lm.generate_vectors_batch([arguments.prompt]).expand(arguments.n, -1, -1)
+        vectors = lm.generate_vectors_batch([require_words(arguments.prompt)]).expand(arguments.n, -1, -1)
         null = lm.generate_vectors_batch([[]])
         drawn = lm.decoder(vectors, null, arguments.steps, arguments.decoder_guidance, generator).images
         for number, picture in enumerate(drawn):

@@ -138,8 +138,6 @@ def _objective(directory: Path, values: Any) -> Objective:
 
 def _directory(name: str | os.PathLike[str]) -> Path:
     if str(name) == "default":
-        if not DEFAULT.is_dir():
-            raise WeightsError("no language model ships with this version: train one by recipes/lm, or name another")
         return DEFAULT
     if Path(name).is_dir():
         return Path(name)

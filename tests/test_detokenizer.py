@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from vlgpt_parts import TEXT, WIDTH, stage_one, tiny_diffusion
 
 from lavit_lm.cli import main
-from lavit_lm.conditions import Condition, PixelConditions, load_conditions
-from lavit_lm.detokenizer import Detokenizer, TokenizerShape
-from lavit_lm.stable_diffusion import StableDiffusionConditions
-from lavit_lm.vlgpt_files import DetokenizingDecoder, load_tokenizer, read_config, save_tokenizer
+from lavit_lm.pixels.conditions import Condition, PixelConditions, load_conditions
+from lavit_lm.pixels.detokenizer import Detokenizer, TokenizerShape
+from lavit_lm.pixels.stable_diffusion import StableDiffusionConditions
+from lavit_lm.pixels.tokenizer_files import DetokenizingDecoder, load_tokenizer, read_config, save_tokenizer
 from lavit_tok import VisualTokenizer, WeightsError
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "lm"

@@ -14,6 +14,7 @@ from lavit_tok.cli import COMMANDS, parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = ("data_path", "sequences", "objectives", "benchmarks")
 QUICK_START = README.partition("## Quick start\n")[2].partition("\n## ")[0]
 
 
@@ -68,13 +69,17 @@ def test_every_command_of_the_readme_is_understood() -> None:
 
 def test_every_command_of_language_models_is_in_its_table() -> None:
     rows = re.findall(r"^\| (`lavit-lm .*?) \|", README, re.MULTILINE)
-    listed = [word for row in rows for word in re.findall(r"`(?:lavit-lm )?([a-z-]+)", row) if not word.startswith("lavit")]
+    listed = [
+        word for row in rows for word in re.findall(r"`(?:lavit-lm )?([a-z-]+)", row) if not word.startswith("lavit")
+    ]
     assert sorted(listed) == sorted(lm_cli.COMMANDS)
     for line in re.findall(r"^lavit-lm (.*)$", README, re.MULTILINE):
         assert line.split()[0] in lm_cli.COMMANDS
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/data_path.md", "docs/sequences.md", "docs/objectives.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "docs/data_path.md", "docs/sequences.md", "docs/objectives.md"]
+)
 def test_links_lead_somewhere(name: str) -> None:
     path = ROOT / name
     links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()) if "://" not in link]

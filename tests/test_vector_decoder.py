@@ -20,8 +20,8 @@ from lavit_lm import MultimodalLM
 from lavit_lm.cli import main
 from lavit_lm.files import save_model
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.training_decoder import VectorDecoderTraining, renew_keys
-from lavit_lm.vector_decoder import ReaderShape, VectorDecoder, VectorReader
+from lavit_lm.pixels.decoder_training import VectorDecoderTraining, renew_keys
+from lavit_lm.pixels.vector_decoder import ReaderShape, VectorDecoder, VectorReader
 from lavit_tok import ImageDataModule, VisualCodes, VisualTokenizer, WeightsError, vae_latents
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "lm"

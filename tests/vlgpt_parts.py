@@ -101,7 +101,7 @@ def _named(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
 
 def stage_one(folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any) -> Any:
     """A TokenizerStage on the visual tokenizer in folder/visual, by default for the pixel decoder in folder/decoder."""
-    from lavit_lm.vlgpt_stage import TokenizerStage
+    from lavit_lm.pixels.tokenizer_training import TokenizerStage
 
     conditions = conditions or {"kind": "pixel_decoder", "decoder": str(folder / "decoder")}
     sizes = {"queries": 4, "depth": 2, "heads": 2}
@@ -110,7 +110,7 @@ def stage_one(folder: Path, width: int, conditions: dict[str, Any] | None = None
 
 def stage_one_directory(folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any) -> str:
     """What stage 1 writes, from random weights."""
-    from lavit_lm.vlgpt_files import save_tokenizer
+    from lavit_lm.pixels.tokenizer_files import save_tokenizer
 
     stage = stage_one(folder, width, conditions, **more)
     save_tokenizer(folder / "stage", stage.model, str(folder / "visual"), stage.conditions.settings)

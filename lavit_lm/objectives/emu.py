@@ -86,7 +86,7 @@ class Emu(Objective):
 
     def decoder(self, name: str, device: torch.device) -> Any:
         """A VectorDecoder; none ships with the library."""
-        from lavit_lm.vector_decoder import VectorDecoder
+        from lavit_lm.pixels.vector_decoder import VectorDecoder
 
         return VectorDecoder.from_pretrained(name, device=device)
 

@@ -21,7 +21,6 @@ from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.losses import Seen, Sum, cross_entropy
 from lavit_lm.packing import Packed
 from lavit_lm.segments import Image, Row, Segment
-from lavit_tok import PixelDecoder
 
 Order = Literal["both", "image_first", "text_first", "given"]
 
@@ -124,6 +123,8 @@ class Objective(ABC):
         Args:
             name: "default", a directory or a Hub id.
         """
+        from lavit_tok import PixelDecoder  # here, since a vocabulary alone needs no diffusers
+
         drawn = PixelDecoder.from_pretrained(name, device=device)
         drawn.set_progress_bar_config(disable=True)
         return drawn

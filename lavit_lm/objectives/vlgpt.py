@@ -1,6 +1,6 @@
 """VL-GPT (Zhu et al., 2023): words and vectors in turn; the model itself says that a picture comes now.
 
-A picture is exactly N vectors of a frozen tokenizer, which stage 1 trained (vlgpt_stage.py); with two of them:
+A picture is exactly N vectors of a frozen tokenizer, which stage 1 trained (pixels/tokenizer_training.py); with two of them:
 
     ["a cat", picture]    place      0     1     2     3      4    5    6      7
                           id         <s>   a     cat   <|img| .    .    |img>  </s>
@@ -26,13 +26,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.detokenizer import TokenizerShape
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.losses import Seen, Sum, cross_entropy, regression
 from lavit_lm.objectives.objective import Objective, Order, Parts, Wording, ordered, require_picture
 from lavit_lm.packing import Packed
+from lavit_lm.pixels.detokenizer import TokenizerShape
+from lavit_lm.pixels.tokenizer_files import DetokenizingDecoder, load_tokenizer, read_config
 from lavit_lm.segments import Flags, Image, Role, Row, RowBuilder, Segment, Text
-from lavit_lm.vlgpt_files import DetokenizingDecoder, load_tokenizer, read_config
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Conditions of Stable Diffusion with an IP-Adapter, for VL-GPT's detokenizer at full size; see conditions.py.
+"""Conditions of Stable Diffusion with an IP-Adapter, for VL-GPT's detokenizer at full size; see pixels/conditions.py.
 
 captions -CLIP text encoder-> e_t [b 77 768] -------------------> U-Net's own cross-attention -.
 pictures -CLIP image encoder-> e_v [b 257 1280] -IP-Adapter-> its second cross-attention ------+-> pictures
@@ -16,7 +16,7 @@ from PIL import Image as Picture
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lavit_lm.conditions import Condition, Shape
+from lavit_lm.pixels.conditions import Condition, Shape
 from lavit_tok import VisualTokenizer, WeightsError
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from lavit_lm.model import MultimodalLM
-from lavit_lm.vector_decoder import ReaderShape, VectorDecoder, VectorReader
+from lavit_lm.pixels.vector_decoder import ReaderShape, VectorDecoder, VectorReader
 from lavit_tok import Noised, PixelDecoder, denoising_loss, logged_picture, vae_latents
 
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from lavit_lm.conditions import Condition, Shape
+from lavit_lm.pixels.conditions import Condition, Shape
 from lavit_lm.resampler import CausalResampler
 from lavit_tok import Block, VisualTokenizer
 

@@ -137,7 +137,7 @@ def load_conditions(settings: dict[str, Any], visual: VisualTokenizer | None) ->
         ValueError: another kind, or settings that it does not have.
         WeightsError: weights that cannot be read.
     """
-    from lavit_lm.stable_diffusion import StableDiffusionConditions
+    from lavit_lm.pixels.stable_diffusion import StableDiffusionConditions
 
     kinds: dict[str, Any] = {kind.kind: kind for kind in (PixelConditions, StableDiffusionConditions)}
     rest = {name: value for name, value in settings.items() if name != "kind"}

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lavit_lm.conditions import load_conditions
-from lavit_lm.detokenizer import ContinuousTokenizer, Detokenizer, TokenizerShape
+from lavit_lm.pixels.conditions import load_conditions
+from lavit_lm.pixels.detokenizer import ContinuousTokenizer, Detokenizer, TokenizerShape
 from lavit_lm.resampler import CausalResampler
 from lavit_tok import VisualTokenizer, WeightsError
 
