@@ -1,6 +1,6 @@
 """VL-GPT (Zhu et al., 2023): words and vectors in turn; the model itself says that a picture comes now.
 
-A picture is exactly N vectors of a frozen tokenizer, which stage 1 trained (pixels/tokenizer_training.py); with two of them:
+A picture is exactly N vectors of a frozen tokenizer, trained before (pixels/tokenizer_training.py); with two of them:
 
     ["a cat", picture]    place      0     1     2     3      4    5    6      7
                           id         <s>   a     cat   <|img| .    .    |img>  </s>

@@ -6,8 +6,8 @@
 
 Emu hands its 32 vectors to Stable Diffusion by new key and value projections of the language model's width. Here the
 reader, with a learned query for each patch, makes of them what a U-Net was trained to read already, places included, so
-that a trained one learns on; its keys and values can be made new besides (pixels/decoder_training.py). What guidance subtracts
-is the condition of the vectors said after an empty prompt, not zeros.
+that a trained one learns on; its keys and values can be made new besides (pixels/decoder_training.py). What guidance
+subtracts is the condition of the vectors said after an empty prompt, not zeros.
 
     vector_decoder.json     sizes of the reader
     reader.safetensors      its weights
