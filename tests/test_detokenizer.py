@@ -49,7 +49,7 @@ def where(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) ->
 
 
 def test_the_drawing_of_who_sees_whom():
-    from lavit_lm import detokenizer as page
+    from lavit_lm.pixels import detokenizer as page
 
     assert page.__doc__ is not None
     rows = [line.split()[1:5] for line in page.__doc__.splitlines() if line[:2] in ("v1", "v2", "t1", "t2")]
