@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lavit_tok import Block, Conditioning, PixelDecoder, WeightsError
 
-FORMAT, VERSION = "lavit_lm.pixels.vector_decoder", 1
+FORMAT, VERSION = "lavit_lm.vector_decoder", 1
 
 
 @dataclass(frozen=True)
