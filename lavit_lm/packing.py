@@ -90,14 +90,11 @@ def plan(lengths: Sequence[int], block: int) -> list[list[int]]:
 
 
 def _closing(left: dict[int, list[int]], room: int) -> tuple[int, ...]:
-    """Lengths of one row, or of two, that fill the room exactly; none if there are none."""
+    """Lengths of one row, or of two (the longer one as long as can be), that fill the room exactly; none without any."""
     if room in left:
         return (room,)
-    for length in left:
-        other = room - length
-        if other in left and (other != length or len(left[length]) > 1):
-            return max(length, other), min(length, other)
-    return ()
+    halves = [n for n in left if n >= room - n and room - n in left and (n != room - n or len(left[n]) > 1)]
+    return (max(halves), room - max(halves)) if halves else ()
 
 
 def _longest(left: dict[int, list[int]], room: int) -> tuple[int, ...]:

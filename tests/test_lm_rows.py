@@ -116,17 +116,24 @@ def test_the_blocks_that_are_drawn():
 
 
 @pytest.mark.parametrize("block", [64, 100, 513])
-def test_best_fit_against_the_slow_version(block: int):
+def test_plans_against_the_slow_version(block: int):
     chance = random.Random(block)
     lengths = [chance.randrange(1, block + 1) for _ in range(300)]
-    slow: list[list[int]] = []
-    for i in sorted(range(300), key=lambda i: (-lengths[i], i)):
-        room = [(block - sum(lengths[j] for j in b), n) for n, b in enumerate(slow)]
-        fits = [pair for pair in room if pair[0] >= lengths[i]]
-        if fits:
-            slow[min(fits)[1]].append(i)
-        else:
-            slow.append([i])
+    left, slow = list(range(300)), []
+    while left:
+        rows: list[int] = []
+        while True:
+            room = block - sum(lengths[i] for i in rows)
+            pairs = [(i, j) for i in left for j in left if i != j and lengths[i] >= lengths[j]]
+            closing = [(i,) for i in left if lengths[i] == room]
+            closing = closing or [pair for pair in pairs if lengths[pair[0]] + lengths[pair[1]] == room]
+            fitting = closing or [(i,) for i in left if lengths[i] <= room]
+            if not fitting:
+                break
+            chosen = min(fitting, key=lambda rows: (-lengths[rows[0]], rows))
+            rows += chosen
+            left = [i for i in left if i not in chosen]
+        slow.append(rows)
     made = plan(lengths, block)
     assert made == slow and sorted(i for b in made for i in b) == list(range(300))
 
