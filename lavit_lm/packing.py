@@ -90,7 +90,7 @@ def plan(lengths: Sequence[int], block: int) -> list[list[int]]:
 
 
 def _closing(left: dict[int, list[int]], room: int) -> tuple[int, ...]:
-    """Lengths of one row, or of two (the longer one as long as can be), that fill the room exactly; none without any."""
+    """Lengths of one row, or of two, that fill the room exactly; of several pairs the one with the longest row."""
     if room in left:
         return (room,)
     halves = [n for n in left if n >= room - n and room - n in left and (n != room - n or len(left[n]) > 1)]
