@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""small: the default LM's. 1b: Llama 3.2 1B's, but for its vocabulary; 0.97e9 weights without embeddings."""
+"""small: about twice the shipped LM. 1b: Llama 3.2 1B's, but for its vocabulary; 0.97e9 weights without embeddings."""
 TEXT_IDS = 4096  # of a text tokenizer that is trained here
 LENGTHS = Path(__file__).parents[1] / "results" / "tokens_per_image.json"
 
