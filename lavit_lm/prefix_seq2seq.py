@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
+from lavit_lm.decoding import Decoding
 from lavit_lm.packing import FREE, Packed, pad
 from lavit_lm.segments import Row
 from lavit_lm.sequence_model import SequenceModel
@@ -97,7 +98,7 @@ class PrefixSeq2Seq(SequenceModel):
         return logits if bias is None else logits + bias
 
 
-class PrefixDecoding:
+class PrefixDecoding(Decoding):
     """As Decoding, over an encoder-decoder: prefixes are read once, suffixes gone on with.
 
     Args:
@@ -128,18 +129,6 @@ class PrefixDecoding:
         self.memory = model.encode(context, self.known)
         config = model.causal.config
         self.cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config)) if cached else None
-
-    def prefill(self) -> Float[Tensor, "b d"]:
-        """Read the suffixes; the state after each one's last place."""
-        return self._forward(self.inputs)
-
-    def say(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """One more id in each row; the state after it."""
-        return self.feed(self.embedded(ids))
-
-    def embedded(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """What the LM is fed for ids."""
-        return self.model.causal.get_input_embeddings()(ids)
 
     def feed(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """One more vector in each row; the state after it."""

@@ -23,23 +23,22 @@ the old; here all of the encoder's patches are read, and new rows are drawn like
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.losses import Seen, Sum, cross_entropy, regression
-from lavit_lm.objectives.objective import Objective, Order, Parts, ordered, require_picture
+from lavit_lm.objectives.objective import Order, Parts
+from lavit_lm.objectives.vectors import VectorObjective
 from lavit_lm.packing import Packed
 from lavit_lm.resampler import CausalResampler
-from lavit_lm.segments import Flags, Image, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.segments import Flags
 
 
 @dataclass(frozen=True)
-class Emu(Objective):
+class Emu(VectorObjective):
     """Cross-entropy on words beside regression of vectors.
 
     Args:
@@ -55,7 +54,7 @@ class Emu(Objective):
     """
 
     name: ClassVar[str] = "emu"
-    paints: ClassVar[Literal["codes", "vectors"]] = "vectors"
+    title: ClassVar[str] = "Emu"
     opens_images: ClassVar[bool] = False
     order: Order = "both"
     queries: int = 32
@@ -72,41 +71,23 @@ class Emu(Objective):
             raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
 
     @property
-    def reads_pictures(self) -> bool:
-        return True
+    def vectors(self) -> int:
+        return self.queries
+
+    def flags(self, learn: bool) -> tuple[Flags, Flags, Flags]:
+        said = Flags(regress=learn)
+        return Flags(), said, said
 
     def parts(self, visual: Any, width: int) -> Parts:
         """The causal transformer, and Linear(width, width) without bias."""
         transformer = self.queries, self.depth, self.heads, self.train_encoder, self.inner
         return Parts(CausalResampler(visual, width, *transformer), nn.Linear(width, width, bias=False))
 
-    def lengths(self, patches: int) -> tuple[int, int]:
-        """Exactly N."""
-        return self.queries, self.queries
-
     def decoder(self, name: str, device: torch.device) -> Any:
         """A VectorDecoder; none ships with the library."""
         from lavit_lm.pixels.vector_decoder import VectorDecoder
 
         return VectorDecoder.from_pretrained(name, device=device)
-
-    def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
-        """One row of any texts and pictures. Raises ValueError for no segments, or a picture of which only codes are
-        known."""
-        segments = ordered(sample, self.order, torch.rand((), generator=generator).item(), key)
-        return self._places(segments, lexicon, key).text([lexicon.stop], predict=segments[-1].learn).row(key)
-
-    def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
-        """Words and pictures one after another; before a picture that is to be said, <|img| is put for the model."""
-        builder = self._places(segments, lexicon)
-        return (builder if opens == "text" else builder.add([lexicon.vocabulary.begin], Role.BEGIN)).row()
-
-    def scored(self, context: Sequence[Segment], answer: Segment, lexicon: Lexicon) -> Row:
-        """A text, with the row's end. Raises ValueError for a picture: the model gives vectors no probability."""
-        if not isinstance(answer, Text):
-            return super().scored(context, answer, lexicon)
-        said = [replace(segment, learn=False) for segment in context] + [replace(answer, learn=True)]
-        return self._places(said, lexicon).text([lexicon.stop], predict=True).row()
 
     def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
         """{"text": nats, "vectors": squared errors, "spread": see losses.regression}."""
@@ -115,14 +96,3 @@ class Emu(Objective):
     def total(self, losses: dict[str, Sum]) -> Tensor:
         """Two means, so that their balance does not drift with the share of pictures in a batch."""
         return losses["text"].mean + self.regression_weight * losses["vectors"].mean
-
-    def _places(self, segments: Sequence[Segment], lexicon: Lexicon, key: str = "") -> RowBuilder:
-        vocabulary, builder = lexicon.vocabulary, RowBuilder().text(lexicon.start)
-        for segment in segments:
-            if isinstance(segment, Text):
-                builder.text(lexicon.text(segment.text), predict=segment.learn)
-                continue
-            fed = Image(picture=require_picture(segment, "Emu", key).picture)  # the bridge asks for no mask of patches
-            said, nobody_reads = Flags(regress=segment.learn), [lexicon.pad] * self.queries
-            builder.image((vocabulary.begin, vocabulary.end), nobody_reads, Flags(), said, said, fed)
-        return builder

@@ -18,25 +18,24 @@ A picture is exactly N vectors of a frozen tokenizer, trained before (pixels/tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.losses import Seen, Sum, cross_entropy, regression
-from lavit_lm.objectives.objective import Objective, Order, Parts, Wording, ordered, require_picture
+from lavit_lm.objectives.objective import Order, Parts, Wording
+from lavit_lm.objectives.vectors import VectorObjective
 from lavit_lm.packing import Packed
 from lavit_lm.pixels.detokenizer import TokenizerShape
 from lavit_lm.pixels.tokenizer_files import DetokenizingDecoder, load_tokenizer, read_config
-from lavit_lm.segments import Flags, Image, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.segments import Flags
 
 
 @dataclass(frozen=True)
-class VLGPT(Objective):
+class VLGPT(VectorObjective):
     """Cross-entropy where a word comes next, regression where a vector does.
 
     Args:
@@ -51,7 +50,7 @@ class VLGPT(Objective):
     """
 
     name: ClassVar[str] = "vlgpt"
-    paints: ClassVar[Literal["codes", "vectors"]] = "vectors"
+    title: ClassVar[str] = "VL-GPT"
     wording: ClassVar[Wording] = Wording(
         caption=" Please describe this image in detail in one sentence. It shows",
         image="An image of {}.",
@@ -69,8 +68,11 @@ class VLGPT(Objective):
             raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
 
     @property
-    def reads_pictures(self) -> bool:
-        return True
+    def vectors(self) -> int:
+        return self.sizes.queries
+
+    def flags(self, learn: bool) -> tuple[Flags, Flags, Flags]:
+        return Flags(predict=learn), Flags(regress=learn), Flags()
 
     @cached_property
     def sizes(self) -> TokenizerShape:
@@ -97,10 +99,6 @@ class VLGPT(Objective):
                 nn.init.constant_(parameter, torch.nan)
         return Parts(bridge.requires_grad_(False), nn.Linear(width, width))
 
-    def lengths(self, patches: int) -> tuple[int, int]:
-        """Exactly N."""
-        return self.sizes.queries, self.sizes.queries
-
     def decoder(self, name: str, device: torch.device) -> DetokenizingDecoder:
         """The detokenizer of a directory of stage 1, by "default" of this model's, and its diffusion model.
 
@@ -109,24 +107,6 @@ class VLGPT(Objective):
         """
         directory = self.tokenizer if name == "default" and self.tokenizer is not None else name
         return DetokenizingDecoder.from_pretrained(directory, device)
-
-    def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
-        """One row of any texts and pictures. Raises ValueError for no segments, or a picture of which only codes are
-        known."""
-        segments = ordered(sample, self.order, torch.rand((), generator=generator).item(), key)
-        return self._places(segments, lexicon, key).text([lexicon.stop], predict=segments[-1].learn).row(key)
-
-    def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
-        """Words and pictures one after another; for a picture that is asked for, <|img| is said for the model."""
-        builder = self._places(segments, lexicon)
-        return (builder if opens == "text" else builder.add([lexicon.vocabulary.begin], Role.BEGIN)).row()
-
-    def scored(self, context: Sequence[Segment], answer: Segment, lexicon: Lexicon) -> Row:
-        """A text, with the row's end. Raises ValueError for a picture: the model gives vectors no probability."""
-        if not isinstance(answer, Text):
-            return super().scored(context, answer, lexicon)
-        said = [replace(segment, learn=False) for segment in context] + [replace(answer, learn=True)]
-        return self._places(said, lexicon).text([lexicon.stop], predict=True).row()
 
     def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
         """{"text": nats of words, "image": nats of <|img|, "vectors", "spread": see losses.regression}."""
@@ -137,15 +117,3 @@ class VLGPT(Objective):
         text, opening = losses["text"], losses["image"]
         ids = Sum(text.total + opening.total, text.count + opening.count)
         return ids.mean + self.regression_weight * losses["vectors"].mean
-
-    def _places(self, segments: Sequence[Segment], lexicon: Lexicon, key: str = "") -> RowBuilder:
-        vocabulary, builder = lexicon.vocabulary, RowBuilder().text(lexicon.start)
-        for segment in segments:
-            if isinstance(segment, Text):
-                builder.text(lexicon.text(segment.text), predict=segment.learn)
-                continue
-            fed = Image(picture=require_picture(segment, "VL-GPT", key).picture)  # the bridge asks for no patches
-            begin, visual = Flags(predict=segment.learn), Flags(regress=segment.learn)
-            nobody_reads = [lexicon.pad] * self.sizes.queries
-            builder.image((vocabulary.begin, vocabulary.end), nobody_reads, begin, visual, Flags(), fed)
-        return builder
