@@ -132,13 +132,16 @@ def emit(
     first = State.PAINT if opened else State.TEXT
     speakers = [Speaker(first, max_words, max_images, n) for _ in prompts]
     hidden = state.prefill()
+    words: Tensor | None = None
     edges = torch.tensor([lexicon.pad, v.end], device=hidden.device)
     while any(speaker.state is not State.OVER for speaker in speakers):
         pad, end = state.embedded(edges)
         fed = pad.expand(len(prompts), -1).clone()
         if texts := _in(speakers, State.TEXT):
             logits = model.head(hidden[texts]).float()
-            may = _allowed(lexicon, [speakers[i].images > 0 for i in texts], logits)
+            if words is None:  # the same at every step
+                words = Rule("text").words(lexicon, logits.shape[1], logits.device)
+            may = _allowed(lexicon, [speakers[i].images > 0 for i in texts], words)
             drawn = sampling.draw(logits.masked_fill(~may, -torch.inf), [generators[i] for i in texts])
             fed[texts] = state.embedded(drawn)
             for i, word in zip(texts, drawn.tolist(), strict=True):
@@ -163,9 +166,9 @@ def _in(speakers: Sequence[Speaker], state: State, fed_now: Sequence[int] = ()) 
     return [i for i, speaker in enumerate(speakers) if speaker.state is state and i not in fed_now]
 
 
-def _allowed(lexicon: Lexicon, may_open: Sequence[bool], logits: Float[Tensor, "t v"]) -> Bool[Tensor, "t v"]:
+def _allowed(lexicon: Lexicon, may_open: Sequence[bool], words: Bool[Tensor, " v"]) -> Bool[Tensor, "t v"]:
     """True at words and the end of text, and at the opening of a picture in the rows that may open one."""
-    may = Rule("text").words(lexicon, logits.shape[1], logits.device).expand(len(logits), -1).clone()
+    may = words.expand(len(may_open), -1).clone()
     may[:, lexicon.stop] = True
-    may[:, lexicon.vocabulary.begin] = torch.tensor(may_open, device=logits.device)
+    may[:, lexicon.vocabulary.begin] = torch.tensor(may_open, device=words.device)
     return may
