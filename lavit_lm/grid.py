@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from lavit_lm.lexicon import Lexicon
 from lavit_lm.packing import Packed
-from lavit_lm.trained_encoder import trained_encoder
+from lavit_lm.trained_encoder import EncoderReader
 from lavit_tok import VisualTokenizer
 
 LATER = -1
 """An id that with_codes_below will tell; no embedding has such a row, so that it cannot be forgotten."""
 
 
-class GridBridge(nn.Module):
+class GridBridge(EncoderReader):
     """Pictures -> a vector of the language model's width for each patch of their upper rows.
 
         pictures [k 3 s s], blank below -> encoder -> norm, linear, + learned positions -> [m width]
@@ -46,12 +46,8 @@ class GridBridge(nn.Module):
     """
 
     def __init__(self, tokenizer: VisualTokenizer, width: int, train_encoder: bool = False) -> None:
-        super().__init__()
+        super().__init__(tokenizer, train_encoder)
         c = tokenizer.config
-        self._tokenizer = [tokenizer]  # in a list, out of sight of parameters() and state_dict()
-        if train_encoder:
-            self.encoder = trained_encoder(tokenizer)
-        tokenizer.requires_grad_(False).eval()
         self.norm = nn.LayerNorm(c.width, c.layer_norm_eps)
         self.projection = nn.Linear(c.width, width)
         self.positions = nn.Parameter(torch.randn(c.num_patches, width) * 0.02)
@@ -62,17 +58,10 @@ class GridBridge(nn.Module):
         Raises:
             ValueError: pictures of another size than the tokenizer's.
         """
-        tokenizer = self._tokenizer[0].to(pictures.device)
-        side = isqrt(kept.shape[1])
-        pixels = tokenizer.preprocess(pictures)
+        side, pixels = isqrt(kept.shape[1]), self.pixels(pictures)
         patch = pixels.shape[-1] // side
         pixels = pixels * repeat(kept, "k (r c) -> k 1 (r p) (c q)", r=side, p=patch, q=patch)
-        dtype = self.positions.dtype
-        if hasattr(self, "encoder"):
-            features = self.encoder(pixels.to(dtype))
-        else:
-            with torch.no_grad():
-                features = tokenizer.features(pixels).to(dtype)
+        features = self.encoded(pixels, self.positions.dtype)
         return (self.projection(self.norm(features)) + self.positions)[kept]
 
 

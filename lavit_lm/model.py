@@ -191,6 +191,37 @@ class MultimodalLM:
 
     # Text
 
+    def generate_text_batch(
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int = 64,
+        generator: Generators = None,
+        *,
+        min_tokens: int = 1,
+        beams: int | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """Words after each prompt, until the model ends the text. Greedy, unless Sampling's arguments are given.
+
+        Args:
+            prompts: see Prompt; nothing is added to them, unlike caption and answer.
+            generator: one for all, or one for each prompt, so that it gives the same in any batch.
+            min_tokens, max_tokens: of each text.
+            beams: say the likeliest of so many continuations kept side by side (beam.py), without sampling.
+
+        Raises:
+            ValueError: no prompt, one without room for text, or beams that are to be sampled.
+        """
+        rows, rule = [self.prompts.row(prompt, "text") for prompt in prompts], Rule("text", min_tokens, max_tokens)
+        if beams is not None:
+            if sampling or generator is not None:
+                raise ValueError(f"beams: nothing is sampled there, got {sorted(sampling) or 'a generator'} as well")
+            said = likeliest_rows(self.model, self.lexicon, rows, rule, beams)
+        else:
+            chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
+            said = continue_rows(self.model, self.lexicon, rows, rule, chosen, None, generator)
+        return [self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids).strip() for ids in said]
+
     def caption(
         self, images: Any, max_tokens: int = 64, min_tokens: int = 1, beams: int | None = None, **sampling: Any
     ) -> Any:
@@ -204,7 +235,7 @@ class MultimodalLM:
         several = isinstance(images, list)
         said = self.objective.wording.caption
         prompts = [[file_or_picture(image), *([said] if said else [])] for image in (images if several else [images])]
-        captions = self._text(prompts, max_tokens, min_tokens=min_tokens, beams=beams, **sampling)
+        captions = self.generate_text_batch(prompts, max_tokens, min_tokens=min_tokens, beams=beams, **sampling)
         return captions if several else captions[0]
 
     def answer(
@@ -222,7 +253,7 @@ class MultimodalLM:
                 paper does.
         """
         asked = (self.objective.wording.answer if template is None else template).replace("{}", question)
-        return self._text([[file_or_picture(image), asked]], max_tokens, **sampling)[0]
+        return self.generate_text_batch([[file_or_picture(image), asked]], max_tokens, **sampling)[0]
 
     def complete(
         self,
@@ -333,24 +364,3 @@ class MultimodalLM:
         from lavit_lm.export import export
 
         export(self.model.lm, self.lexicon.tokenizer, out, dtype)
-
-    # Rows
-
-    def _text(
-        self,
-        prompts: Sequence[Prompt],
-        max_tokens: int,
-        generator: Generators = None,
-        min_tokens: int = 1,
-        beams: int | None = None,
-        **sampling: Any,
-    ) -> list[str]:
-        rows, rule = [self.prompts.row(prompt, "text") for prompt in prompts], Rule("text", min_tokens, max_tokens)
-        if beams is not None:
-            if sampling or generator is not None:
-                raise ValueError(f"beams: nothing is sampled there, got {sorted(sampling) or 'a generator'} as well")
-            said = likeliest_rows(self.model, self.lexicon, rows, rule, beams)
-        else:
-            chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
-            said = continue_rows(self.model, self.lexicon, rows, rule, chosen, None, generator)
-        return [self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids).strip() for ids in said]

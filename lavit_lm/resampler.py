@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from lavit_lm.trained_encoder import trained_encoder
+from lavit_lm.trained_encoder import EncoderReader
 from lavit_tok import Block, VisualTokenizer
 
 
-class CausalResampler(nn.Module):
+class CausalResampler(EncoderReader):
     """A transformer decoder over learned queries (Emu, "Causal Transformer"; VL-GPT, "causal transformer").
 
     Args:
@@ -43,7 +43,6 @@ class CausalResampler(nn.Module):
         train_encoder: bool = False,
         inner: int | None = None,
     ) -> None:
-        super().__init__()
         c = tokenizer.config
         inner = c.width if inner is None else inner
         if min(queries, depth, heads, inner) < 1 or inner % heads:
@@ -51,10 +50,7 @@ class CausalResampler(nn.Module):
                 f"expected at least one query and block, and heads that divide the transformer's width, got {queries} "
                 f"queries, {depth} blocks, {heads} heads, width {inner}"
             )
-        self._tokenizer = [tokenizer]  # in a list, out of sight of parameters() and state_dict()
-        if train_encoder:
-            self.encoder = trained_encoder(tokenizer)
-        tokenizer.requires_grad_(False).eval()
+        super().__init__(tokenizer, train_encoder)
         self.features_norm = nn.LayerNorm(c.width, c.layer_norm_eps)
         self.narrow = nn.Identity() if inner == c.width else nn.Linear(c.width, inner)
         self.queries = nn.Parameter(torch.randn(queries, inner) * 0.02)
@@ -72,12 +68,7 @@ class CausalResampler(nn.Module):
 
     def features(self, pictures: UInt8[Tensor, "k 3 h w"]) -> Float[Tensor, "k p d"]:
         """Of every patch; with a gradient where the encoder is trained."""
-        tokenizer = self._tokenizer[0].to(pictures.device)
-        pixels = tokenizer.preprocess(pictures)
-        if hasattr(self, "encoder"):
-            return self.encoder(pixels.to(self.queries.dtype))
-        with torch.no_grad():
-            return tokenizer.features(pixels).to(self.queries.dtype)
+        return self.encoded(self.pixels(pictures), self.queries.dtype)
 
     def vectors(self, features: Float[Tensor, "k p d"]) -> Float[Tensor, "k n width"]:
         """Of each picture, in the queries' order."""

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lavit_tok.shard_files import ShardError
     from lavit_tok.shards import Shards
     from lavit_tok.tokenizer import VisualTokenizer
-    from lavit_tok.training.common import logged_picture, logged_text
+    from lavit_tok.training.averaged import AveragedTraining
+    from lavit_tok.training.common import logged_picture, logged_text, step_generator
     from lavit_tok.training.data import ImageDataModule
     from lavit_tok.training.denoising import Noised, denoising_loss, vae_latents
     from lavit_tok.training.shard_pictures import ShardPictures
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AveragedTraining",
     "Block",
     "CodeError",
     "Conditioning",
@@ -43,6 +45,7 @@ __all__ = [
     "denoising_loss",
     "logged_picture",
     "logged_text",
+    "step_generator",
     "to_uint8",
     "vae_latents",
 ]
@@ -66,6 +69,8 @@ _ROOMS = {
     "ImageDataModule": "training.data",
     "logged_picture": "training.common",
     "logged_text": "training.common",
+    "step_generator": "training.common",
+    "AveragedTraining": "training.averaged",
     "Noised": "training.denoising",
     "denoising_loss": "training.denoising",
     "vae_latents": "training.denoising",

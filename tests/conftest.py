@@ -6,7 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network; huggingface_hub reads this at import
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def tiny_tokenizer(tiny_config: TokenizerConfig, photos: list[Path]) -> VisualTo
 @pytest.fixture
 def tiny_decoder(tiny_tokenizer: VisualTokenizer) -> Any:
     """A PixelDecoder for tiny_tokenizer's codes with seeded random weights; draws 16 x 16 pixels."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler
+    from small_diffusion import small_unet, small_vae
 
     from lavit_tok import PixelDecoder
     from lavit_tok.condition import Condition
@@ -75,28 +77,18 @@ def tiny_decoder(tiny_tokenizer: VisualTokenizer) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         condition = Condition.for_tokenizer(tiny_tokenizer, cross_dims=(16,))
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=8,
-            norm_num_groups=8,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-        )
+        unet, vae = small_unet(16), small_vae()
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     return PixelDecoder(condition, unet.eval(), vae.eval(), scheduler)
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Callable[[str], Any]]:
+    """Imports a benchmark by name: they are scripts beside each other, not a package."""
+    folder = str(Path(__file__).parent.parent / "benchmarks")
+    sys.path.insert(0, folder)
+    yield __import__
+    sys.path.remove(folder)
 
 
 @pytest.fixture
@@ -113,22 +105,15 @@ def folder(
 ) -> Path:
     """For lavit_lm: a visual tokenizer, shards of 24 captioned crops of photographs, and a text tokenizer."""
     from lm_runs import CAPTIONS
-    from PIL import Image as Picture
     from small_lms import small_tokenizer
+    from small_sets import captioned
 
     from lavit_tok.cli import main
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     for split, count in (("train", 24), ("validation", 6)):
-        at = tmp_path / "pictures" / split
-        at.mkdir(parents=True)
-        lines = ["file_name,caption"]
-        for i in range(count):
-            photo = Picture.open(photos[i % 4]).convert("RGB")
-            photo.crop((7 * i, 5 * i, 7 * i + 150, 5 * i + 120)).save(at / f"{i}.png")
-            lines.append(f"{i}.png,{CAPTIONS[i % 4]}")
-        (at / "metadata.csv").write_text("\n".join(lines))
+        captioned(tmp_path / "pictures" / split, photos, [CAPTIONS[i % 4] for i in range(count)])
     words = [str(tmp_path / "pictures"), "--tokenizer", str(tmp_path / "visual"), "--out", str(tmp_path / "shards")]
     assert main(["shards", *words]) == 0
     small_tokenizer("llama").save_pretrained(tmp_path / "text")

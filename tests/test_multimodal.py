@@ -89,7 +89,7 @@ def test_a_caption_is_never_empty(lm: MultimodalLM, photos: list[Path], monkeypa
     monkeypatch.setattr(lm.model, "head", ends)
     row = lm.prompts.row([photos[0]], "text")
     assert len(continue_rows(lm.model, lm.lexicon, [row], Rule("text", 1, 5), Sampling(0.0))[0]) == 2
-    assert len(lm._text([[photos[0]]], 5)) == 1 and len(lm._text([[photos[0]]], 5)[0]) > 0
+    assert len(lm.generate_text_batch([[photos[0]]], 5)) == 1 and len(lm.generate_text_batch([[photos[0]]], 5)[0]) > 0
 
 
 def test_interleaved_out(lm: MultimodalLM, photos: list[Path]):

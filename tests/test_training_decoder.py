@@ -11,9 +11,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from small_diffusion import small_vae
 
 from lavit_tok import PixelDecoder, VisualTokenizer
 from lavit_tok.cli import main
@@ -52,15 +52,7 @@ def parts(tmp_path: Path, tiny_tokenizer: VisualTokenizer) -> dict[str, str]:
     """Folders of a tokenizer (32 pixels, 16 patches) and of a VAE with factor 2."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-            scaling_factor=0.8,
-        )
+        vae = small_vae(32, scaling_factor=0.8)
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     vae.save_pretrained(tmp_path / "vae")
     return {"tokenizer": str(tmp_path / "tokenizer"), "vae": str(tmp_path / "vae")}

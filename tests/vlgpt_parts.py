@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from small_diffusion import small_unet, small_vae
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 
@@ -20,7 +21,7 @@ def tiny_diffusion(folder: Path, grid: bool = True) -> dict[str, Any]:
     Args:
         grid: an adapter that reads all of the image encoder's tokens ("plus"), else one vector.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler
     from transformers import (
         CLIPTextConfig,
         CLIPTextModel,
@@ -40,24 +41,7 @@ def tiny_diffusion(folder: Path, grid: bool = True) -> dict[str, Any]:
         tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=TEXT)
         text = CLIPTextModel(CLIPTextConfig(vocab_size=len(words), max_position_embeddings=TEXT, **shape, **ids))
         seeing = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=SIDE, patch_size=8, **shape))
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=WIDTH,
-            attention_head_dim=8,
-            norm_num_groups=8,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-        )
+        unet, vae = small_unet(WIDTH), small_vae()
         tensors = _adapter(unet, grid)
     tokenizer.save_pretrained(model / "tokenizer")
     text.save_pretrained(model / "text_encoder")

@@ -11,25 +11,28 @@ part of the checkpoint, so a resumed run repeats the uninterrupted one exactly.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning as L
-import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from jaxtyping import Float, UInt8
 from PIL import Image as Picture
 from torch import Tensor
-from transformers import get_cosine_schedule_with_warmup
 
 from lavit_lm.model import MultimodalLM
 from lavit_lm.pixels.vector_decoder import ReaderShape, VectorDecoder, VectorReader
-from lavit_tok import Noised, PixelDecoder, denoising_loss, logged_picture, vae_latents
+from lavit_tok import (
+    AveragedTraining,
+    Noised,
+    PixelDecoder,
+    denoising_loss,
+    logged_picture,
+    step_generator,
+    vae_latents,
+)
 
 
-class VectorDecoderTraining(L.LightningModule):
+class VectorDecoderTraining(AveragedTraining):
     """Trains a reader, a PixelDecoder's projection, and its U-Net; language model and VAE stay frozen.
 
     Args:
@@ -47,7 +50,7 @@ class VectorDecoderTraining(L.LightningModule):
         warmup_steps: linear warm-up, before a cosine to 0.
         weight_decay: AdamW's, on matrices and kernels only.
         betas: AdamW's.
-        ema_decay: greatest decay of the averaged weights; step t uses min(ema_decay, (1 + t) / (10 + t)).
+        ema_decay: greatest decay of the averaged weights, see lavit_tok.AveragedTraining.
         samples: prompts that are drawn every `sample_every` steps.
         sample_every: 0 for never.
         sample_steps, sample_guidance: of these drawings.
@@ -111,7 +114,7 @@ class VectorDecoderTraining(L.LightningModule):
         if train_unet:
             self.unet = pixels.unet.train()
         self.drawn = VectorDecoder(self.reader, pixels)
-        self.ema = EMAModel(self._trained, decay=ema_decay, foreach=True)
+        self.average_trained()
         self.said: dict[str, Tensor] = {}
         self.null: Tensor | None = None
 
@@ -127,10 +130,6 @@ class VectorDecoderTraining(L.LightningModule):
     @property
     def _processes(self) -> int:
         return 1 if self._trainer is None else self.trainer.world_size
-
-    @property
-    def _trained(self) -> list[Tensor]:
-        return [p for p in self.parameters() if p.requires_grad]
 
     # The loss
 
@@ -169,7 +168,7 @@ class VectorDecoderTraining(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         parts = int(self.trainer.accumulate_grad_batches)
         step = self.global_step * parts + batch_idx % parts
-        generator, captions = _seeded(self.settings.seed, step, self.global_rank), _captions(batch)
+        generator, captions = step_generator(self.settings.seed, step, self.global_rank, "cpu"), _captions(batch)
         if step == 0:
             self.measure(captions)
         loss = self.diffusion_loss(batch["images"], captions, generator, self.settings.drop)
@@ -182,47 +181,23 @@ class VectorDecoderTraining(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The same loss, without drops and with the same draws at every validation."""
-        generator = _seeded(self.settings.seed, batch_idx, 2**31 + self.global_rank)
+        generator = step_generator(self.settings.seed, batch_idx, 2**31 + self.global_rank, "cpu")
         loss = self.diffusion_loss(batch["images"], _captions(batch), generator, 0.0)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         self._to_device()
-        self.ema.to(self.device)
 
     def on_validation_epoch_start(self) -> None:
         self._to_device()
-        self._swap_in()
-
-    def on_validation_epoch_end(self) -> None:
-        self.ema.restore(self._trained)
+        super().on_validation_epoch_start()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         s, step = self.settings, self.global_step
         last_part = (batch_idx + 1) % int(self.trainer.accumulate_grad_batches) == 0
         if s.samples and s.sample_every and last_part and step % s.sample_every == 0 and self.trainer.is_global_zero:
             logged_picture(self, "samples", self.sample(list(s.samples)))
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        self.ema.step(self._trained)
-
-    def configure_optimizers(self) -> Any:
-        s = self.settings
-        groups = [
-            {"params": [p for p in self._trained if p.ndim >= 2], "weight_decay": s.weight_decay},
-            {"params": [p for p in self._trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=tuple(s.betas))
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, s.warmup_steps, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["ema"] = self.ema.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.ema.load_state_dict(checkpoint["ema"])
 
     def on_fit_end(self) -> None:
         if self.settings.out is not None and self.trainer.is_global_zero:
@@ -232,20 +207,11 @@ class VectorDecoderTraining(L.LightningModule):
 
     # What comes out
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the parameters hold their moving averages."""
-        self._swap_in()
-        try:
-            yield
-        finally:
-            self.ema.restore(self._trained)
-
     @torch.no_grad()
     def sample(self, prompts: list[str]) -> Picture.Image:
         """Pictures of prompts side by side, by the averaged weights, with the same noise each time."""
         s, unet = self.settings, self.drawn.pixels.unet
-        training, generators = unet.training, [_seeded(s.seed, i, 2**32) for i in range(len(prompts))]
+        training, generators = unet.training, [step_generator(s.seed, i, 2**32, "cpu") for i in range(len(prompts))]
         unet.eval()
         with self.averaged():
             options = s.sample_steps, s.sample_guidance, generators
@@ -253,11 +219,6 @@ class VectorDecoderTraining(L.LightningModule):
         unet.train(training)
         pixels = torch.cat(list(drawn.float().cpu()), 2).mul(255).round().byte()
         return Picture.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-    def _swap_in(self) -> None:
-        self.ema.to(self.device)
-        self.ema.store(self._trained)
-        self.ema.copy_to(self._trained)
 
     def _to_device(self) -> None:
         self.lm.model.to(self.device)
@@ -285,9 +246,3 @@ def _captions(batch: dict[str, Any]) -> list[str]:
             "data.caption_column"
         )
     return [text or "" for text in batch["captions"]]
-
-
-def _seeded(seed: int, step: int, rank: int) -> torch.Generator:
-    """A generator that depends on nothing but its arguments, so a resumed step draws what it would have drawn."""
-    mixed = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))

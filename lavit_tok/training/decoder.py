@@ -11,29 +11,26 @@ resumed run repeats the uninterrupted one exactly.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from diffusers import DDIMScheduler
-from diffusers.training_utils import EMAModel
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
 from lavit_tok.condition import Condition
 from lavit_tok.decoder import PixelDecoder
-from lavit_tok.training.common import logged_picture, step_generator, warmup_cosine
+from lavit_tok.training.averaged import AveragedTraining
+from lavit_tok.training.common import logged_picture, step_generator
 from lavit_tok.training.denoising import Noised, denoising_loss
 from lavit_tok.training.encoded import Encoded, EncodedSet, FrozenParts, load_unet
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class PixelDecoderTraining(L.LightningModule):
+class PixelDecoderTraining(AveragedTraining):
     """Trains a U-Net and the projection of its condition; tokenizer and VAE stay frozen.
 
     Args:
@@ -63,7 +60,7 @@ class PixelDecoderTraining(L.LightningModule):
         warmup_steps: steps of linear warm-up, before a cosine to zero.
         weight_decay: AdamW's, on matrices and kernels only.
         betas: AdamW's decay rates.
-        ema_decay: greatest decay of the averaged weights; step t uses min(ema_decay, (1 + t) / (10 + t)).
+        ema_decay: greatest decay of the averaged weights, see averaged.py.
         sample_every: a sheet of originals and samples every so many steps; 0 for none.
         sample_count: pictures on that sheet.
         sample_steps: denoising steps of its samples.
@@ -159,7 +156,7 @@ class PixelDecoderTraining(L.LightningModule):
             set_alpha_to_one=False,
             steps_offset=1,
         )
-        self.ema = EMAModel(self.parameters(), decay=ema_decay, foreach=True)
+        self.average_trained()
         self.encoded: EncodedSet | None = None
         self.shown: Tensor | None = None
 
@@ -200,14 +197,11 @@ class PixelDecoderTraining(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.parts.to(self.device)
-        self._swap_in()
-
-    def on_validation_epoch_end(self) -> None:
-        self.ema.restore(self.parameters())
+        super().on_validation_epoch_start()
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         self.parts.to(self.device)
-        self.ema.to(self.device)
         sets = getattr(getattr(self.trainer, "datamodule", None), "sets", {})
         shown = sets.get("validation", sets.get("train"))
         if shown is not None and self.settings.sample_every:
@@ -222,46 +216,11 @@ class PixelDecoderTraining(L.LightningModule):
             self.shown = batch["images"][: self.settings.sample_count] if self.shown is None else self.shown
             self._draw_sheet(self.shown)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        self.ema.step(self.parameters())
-
-    def configure_optimizers(self) -> Any:
-        s = self.settings
-        groups = [
-            {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": s.weight_decay},
-            {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=tuple(s.betas))
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, s.warmup_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["ema"] = self.ema.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.ema.load_state_dict(checkpoint["ema"])
-
     def on_fit_end(self) -> None:
         if self.settings.out is not None and self.trainer.is_global_zero:
             self.export(self.settings.out)
 
     # What comes out
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the parameters hold their moving averages."""
-        self._swap_in()
-        try:
-            yield
-        finally:
-            self.ema.restore(self.parameters())
-
-    def _swap_in(self) -> None:
-        self.ema.to(self.device)
-        self.ema.store(self.parameters())
-        self.ema.copy_to(self.parameters())
 
     def decoder(self) -> PixelDecoder:
         """A decoder of the parameters as they are now; it shares them."""
