@@ -20,8 +20,9 @@ from typing import Any
 import caption_scores
 import caption_sets
 import common
-import resuming
+import talking
 from figures import SHOWN, figure
+from parts import Parts, digest, write_whole
 from PIL import Image
 
 from lavit_lm import MultimodalLM
@@ -56,59 +57,24 @@ class Captioner:
         """One caption for each; its generator depends on the item's number alone."""
         asked = [self.wording] if self.wording else []
         prompts = [[*self.before, picture, *asked] for picture in pictures]
-        return said(self.lm, prompts, items, self.a)
-
-
-def said(lm: MultimodalLM, prompts: Sequence[Any], items: Sequence[int], a: Namespace) -> list[str]:
-    """The first line that comes after each prompt, in single spaces."""
-    how: dict[str, Any] = {"min_tokens": a.min_tokens}
-    if a.beams is not None:
-        how["beams"] = a.beams
-    else:
-        generators = [resuming.seeded(a.seed, item) for item in items]
-        how |= {"generator": generators, "temperature": a.temperature, "top_p": a.top_p}
-    found = lm._text(prompts, a.max_tokens, **how)
-    return [" ".join(text.strip().splitlines()[0].split()) if text.strip() else "" for text in found]
-
-
-def decoding(a: Namespace) -> str:
-    """In words. Raises ValueError for beams that are to be sampled."""
-    if a.beams is not None:
-        if a.temperature != 0 or a.top_p is not None:
-            raise ValueError("--beams: nothing is sampled there, got --temperature or --top-p as well")
-        how = f"{a.beams} beams"
-    else:
-        how = "greedy" if a.temperature == 0 else f"sampled, temperature {a.temperature:g}, top-p {a.top_p}"
-    return f"{how}, {a.min_tokens} to {a.max_tokens} tokens"
+        return talking.said(self.lm, prompts, items, self.a)
 
 
 def main(a: Namespace) -> dict[str, Any]:
-    how = decoding(a)
+    how = talking.decoding(a)
     found = caption_sets.limited(caption_sets.captions_of(a), a.limit)
     shots = examples(a)
-    lm = MultimodalLM.from_pretrained(a.model, visual_tokenizer=a.visual_tokenizer, decoder=None, device=a.device)
+    lm = talking.load(a)
     captioner = Captioner(lm, shots, a)
-    settings = {
-        "weights": resuming.digest(lm.model, lm.visual),
-        "pictures": resuming.digest(found.ids, found.name),
-        "examples": resuming.digest([text for _, text in shots], [p.tobytes().hex() for p, _ in shots]),
+    settings = talking.settings_of(lm, a, "captioning") | {
+        "pictures": digest(found.ids, found.name),
+        "examples": digest([text for _, text in shots], [p.tobytes().hex() for p, _ in shots]),
         "prompt": captioner.wording,
-        "shots": a.shots,
         "decoding": [how, a.seed],
-        "batch size": a.batch_size,
-        "device": a.device,
     }
-    folder = resuming.work_folder(a.out, a.name, settings, a.fresh)
-
-    def work(items: list[int]) -> list[dict[str, Any]]:
-        opened = {i: found.open(i) for i in items}
-        good = [i for i in items if opened[i][0] is not None]
-        captions = captioner([opened[i][0] for i in good], good) if good else []
-        rejects = [{"i": i, "reject": opened[i][1]} for i in items if opened[i][0] is None]
-        return [{"i": i, "caption": caption} for i, caption in zip(good, captions, strict=True)] + rejects
-
-    lines = resuming.in_batches(resuming.Lines(folder / "lines.jsonl"), len(found), a.batch_size, work, unit="captions")
-    good = [i for i, line in enumerate(lines) if "caption" in line]
+    parts = Parts(a.out, a.name, settings)
+    lines = talking.lines_of(found, parts, a.batch_size, captioner)
+    good = [i for i, line in enumerate(lines) if "said" in line]
     values: dict[str, Any] = {
         "set": found.describe(),
         "model": Path(a.model).name,
@@ -120,14 +86,13 @@ def main(a: Namespace) -> dict[str, Any]:
         "captions": len(good),
         "rejects": [line["reject"] for line in lines if "reject" in line],
     }
-    if not good:
-        raise ValueError(f"{found.name}: not one usable picture of {len(found)}, the first: {values['rejects'][0]}")
-    results = [{"image_id": found.ids[i], "caption": lines[i]["caption"]} for i in good]
-    resuming.write_whole(a.out / f"{a.name}.results.json", json.dumps(results).encode())
+    results = [{"image_id": found.ids[i], "caption": lines[i]["said"]} for i in good]
+    write_whole(a.out / f"{a.name}.results.json", json.dumps(results).encode())
     scored = [i for i in good if found.captions[i]]
-    values |= scores(found, scored, [lines[i]["caption"] for i in scored], a)
+    values |= scores(found, scored, [lines[i]["said"] for i in scored], a)
     show(found, good, lines, values, a)
     common.write(a.name, a.out, "Captions", text(values, a), values)
+    parts.done()
     return values
 
 
@@ -197,7 +162,7 @@ def show(found: caption_sets.CaptionSet, good: Sequence[int], lines: Any, values
     texts = []
     for i in chosen:
         true = found.captions[i][0] if found.captions[i] else "-"
-        texts.append(f"said: {lines[i]['caption']}\ntrue: {true}")
+        texts.append(f"said: {lines[i]['said']}\ntrue: {true}")
     figure(a.out / f"{a.name}.png", values["scores"] or {}, "score x 100", pictures, texts)
     values["shown"] = [{"id": found.ids[i], "text": t} for i, t in zip(chosen, texts, strict=True)]
 
@@ -222,40 +187,14 @@ def text(v: dict[str, Any], a: Namespace) -> str:
         else:
             body += "The same set and scorer.\n\n"
         body += common.table(("model", "CIDEr", ""), PUBLISHED)
-    body += rejected(v["rejects"])
+    body += common.rejected(v["rejects"])
     return body + f"\n\nResults for the official server: `{a.name}.results.json`.\n\n![captions]({a.name}.png)"
-
-
-def rejected(rejects: Sequence[dict[str, str]], most: int = 20) -> str:
-    """Pictures that could not be read, by name."""
-    if not rejects:
-        return ""
-    lines = [f"- `{r['key']}`: {r['reason']}" for r in rejects[:most]]
-    lines += [f"- and {len(rejects) - most} more, in the JSON file"] if len(rejects) > most else []
-    return f"\n\n{len(rejects)} pictures could not be read and are in no figure:\n\n" + "\n".join(lines)
-
-
-def add_model(found: Any) -> None:
-    """The arguments of scripts that make a language model talk."""
-    found.add_argument("--model", default="default", help="'default', a directory or a Hub id")
-    found.add_argument("--visual-tokenizer", help="if not the one that the model names")
-    found.add_argument("--limit", type=common.positive, help="at most this many, evenly spaced")
-    found.add_argument("--beams", type=common.positive, help="beam search (DaVinci: 2, 5 to 20 tokens), not greedy")
-    found.add_argument("--min-tokens", type=common.positive, default=1, help="of what is said")
-    found.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    found.add_argument("--top-p", type=float)
-    found.add_argument("--seed", type=int, default=0, help="of the examples, and of sampling")
-    found.add_argument("--shots", type=int, default=0, help="examples before each picture, by plain concatenation")
-    found.add_argument("--shots-split", default="train", help="split of the examples")
-    found.add_argument("--shots-annotations", type=Path, help="annotation file of the examples")
-    found.add_argument("--shots-images", type=Path, help="their pictures, if not in --images")
-    found.add_argument("--fresh", action="store_true", help="begin anew instead of going on")
 
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
     caption_sets.add_captions(found)
-    add_model(found)
+    talking.add_model(found)
     found.add_argument("--prompt", help="said after the picture; by default as the model's objective says it")
     found.add_argument("--max-tokens", type=common.positive, default=48, help="of a caption")
     found.add_argument("--scorers", nargs="+", choices=caption_scores.SCORERS, default=list(caption_scores.SCORERS))

@@ -1,10 +1,4 @@
-"""What the benchmarks share: pictures under the protocol's crop, where a run happened, results as text and JSON.
-
-    data set -datasets-> rows, evenly spaced -> shorter side to S, bicubic, centre cut SxS, RGB -> uint8 [n 3 S S]
-
-The reference of every measurement is these same crops, never the raw files: other crops are the first reason why two
-people's numbers for one model differ.
-"""
+"""What the benchmarks share: their arguments, where a run happened, results as text and JSON."""
 
 from __future__ import annotations
 
@@ -16,28 +10,17 @@ import json
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from parts import progress
-from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import lavit_tok
-from lavit_tok import VisualCodes, VisualTokenizer
-from lavit_tok.images import resize
-from lavit_tok.training.sources import load_splits, read_row, row_key, undecoded
+from lavit_tok import VisualTokenizer
 
 PACKAGES = (
     "torch",
@@ -53,125 +36,7 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures of one split, cropped to the protocol's square."""
-
-    pixels: Tensor
-    """uint8 [n 3 S S]."""
-    groups: list[str] | None
-    """Each picture's `source` column; None if the data set has none."""
-    rejects: list[dict[str, str]]
-    """Rows without a usable picture: key and reason."""
-    split: str
-    total: int
-    """Rows of the split, of which these were taken evenly spaced."""
-    cropped: bool
-    """Centre crop; False: the whole picture, resized to a square."""
-    keys: list[str]
-    """What each picture is called."""
-    captions: list[str]
-    """Each picture's `caption` column; empty where it has none."""
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def describe(self) -> str:
-        size = self.pixels.shape[-1]
-        form = "crop" if self.cropped else "resized to"
-        text = (
-            f"{len(self)} pictures, evenly spaced over the {self.total} of split {self.split!r}, {form} {size}x{size}"
-        )
-        return text + (f"; {len(self.rejects)} bad rows skipped" if self.rejects else "")
-
-    def record(self) -> dict[str, Any]:
-        """For a result file: which pictures, how many, and every row without a usable one, by name."""
-        bad = {"bad_rows": len(self.rejects), "rejects": self.rejects}
-        return {"set": self.describe(), "images": len(self), **bad}
-
-    def named_rejects(self, most: int = 20) -> str:
-        """A markdown list of the rows without a usable picture; empty if there are none."""
-        if not self.rejects:
-            return ""
-        lines = [f"- `{r['key']}`: {r['reason']}" for r in self.rejects[:most]]
-        more = [f"- and {len(self.rejects) - most} more, in the JSON file"] if len(self.rejects) > most else []
-        return f"\n\n{len(self.rejects)} rows have no usable picture and are in no figure:\n\n" + "\n".join(
-            lines + more
-        )
-
-    def batches(self, size: int) -> Iterator[Tensor]:
-        return iter(self.pixels.split(size))
-
-
-def load_pictures(
-    data: str, size: int, split: str | None = None, limit: int | None = None, crop: bool = True
-) -> Pictures:
-    """Open a data set through `datasets` and crop its pictures.
-
-    Args:
-        data: image folder, parquet, webdataset or arrow path, or Hub name.
-        size: S, the side of the crop in pixels.
-        split: which split; by default test, else validation, else the first there is.
-        limit: at most this many rows, evenly spaced over the split, so that no source of a sorted set is left out.
-        crop: False resizes the whole picture to a square, as a tokenizer without `crop` in its config does.
-
-    Raises:
-        ValueError: unreadable data, unknown split, or not one usable picture.
-    """
-    splits = load_splits(data)
-    name = split or next((s for s in ("test", "validation") if s in splits), next(iter(splits)))
-    if name not in splits:
-        raise ValueError(f"{data}: expected a split of {sorted(splits)}, got {name!r}")
-    rows, column = undecoded(splits[name], "image")
-    total = len(rows)
-    count = total if limit is None else limit
-    places = evenly(count, total)
-
-    def read(place: int) -> tuple[Tensor | None, dict[str, str] | None, dict[str, Any]]:
-        row = rows[place]
-        key = row_key(row, column, f"row {place}")
-        image, reject = read_row(row, column, f"row {place}", key)
-        texts = {"key": key, "source": row.get("source"), "caption": row.get("caption") or ""}
-        return (None if image is None else resize(image, size, crop)), reject, texts
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter lock
-        found = list(progress(pool.map(read, places), "pictures", len(places)))
-    pixels = [p for p, _, _ in found if p is not None]
-    rejects = [_nameable(r) for _, r, _ in found if r is not None]
-    if not pixels:
-        raise ValueError(f"{data}: not one usable picture in split {name!r} ({len(rejects)} bad rows)")
-    texts = [t for p, _, t in found if p is not None]
-    groups = [str(t["source"]) for t in texts if t["source"] is not None]
-    return Pictures(
-        pixels=torch.stack(pixels),
-        groups=groups if len(groups) == len(pixels) else None,
-        rejects=rejects,
-        split=name,
-        total=total,
-        cropped=crop,
-        keys=[t["key"] for t in texts],
-        captions=[t["caption"] for t in texts],
-    )
-
-
-def _nameable(reject: dict[str, str]) -> dict[str, str]:
-    """A reject for a result file: of an absolute path only the last part, as in the stamp."""
-    key = reject["key"]
-    return {"key": short(key), "reason": reject["reason"].replace(key, short(key))}
-
-
-def evenly(count: int, total: int) -> list[int]:
-    """`count` places of 0..total-1, evenly spaced; all of them if there are no more."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]
-
-
-def reference_pictures(data: str, size: int, limit: int, fallback: Pictures) -> Pictures:
-    """Pictures over which data-set means are taken: the train split if there is one, else the measured set itself."""
-    return load_pictures(data, size, "train", limit) if "train" in load_splits(data) else fallback
-
-
-# Where it ran
+# Arguments
 
 
 def parser(
@@ -226,8 +91,17 @@ def run(main: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace
     return 0
 
 
+def evenly(count: int, total: int) -> list[int]:
+    """`count` places of 0..total-1, evenly spaced; all of them if there are no more."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
 def load_tokenizer(arguments: argparse.Namespace) -> VisualTokenizer:
     return VisualTokenizer.from_pretrained(arguments.tokenizer, device=arguments.device)
+
+
+# Where it ran
 
 
 def stamp() -> dict[str, Any]:
@@ -254,20 +128,34 @@ def hardware() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads{memory}{gpu}{load}"
 
 
-MEASURING = ("adapters", "common", "grid_tokenizers", "metrics", "parts", "protocol", "speeds")
+MEASURING = (
+    "adapters",
+    "common",
+    "grid_tokenizers",
+    "metrics",
+    "parts",
+    "picture_sets",
+    "protocol",
+    "speeds",
+    "timing",
+)
 """The files that the benchmarks share."""
 
 
-def provenance(script: str) -> dict[str, Any]:
+def provenance(*scripts: str, packages: Sequence[ModuleType] = (lavit_tok,)) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on from, so that its numbers are the same.
 
     The code itself, not the commit: a commit of something else need not throw finished parts away, and an uncommitted
     change of what measures must.
     """
     here = Path(__file__).parent
-    files = [here / f"{name}.py" for name in MEASURING] + sorted(here.glob(f"{script}*.py"))
+    files = [here / f"{name}.py" for name in MEASURING] + sorted(
+        path for script in scripts for path in here.glob(f"{script}*.py")
+    )
     found = hashlib.sha256()
-    for path in [*files, *sorted(Path(lavit_tok.__file__).parent.rglob("*.py"))]:
+    for package in packages:
+        files += sorted(Path(str(package.__file__)).parent.rglob("*.py"))
+    for path in files:
         found.update(path.read_bytes())
     return {"code": found.hexdigest()[:12], "versions": _versions(), "threads": torch.get_num_threads()}
 
@@ -302,72 +190,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-# How long it takes
-
-
-def flops(call: Callable[[], Any]) -> int:
-    """FLOPs (two for a multiply-add) of matrix products, convolutions and attention."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return int(counter.get_total_flops())
-
-
-def clock(device: str) -> tuple[float, float]:
-    """Seconds of the wall clock, and of CPU time that this process's threads used."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
-
-
-def interleaved(
-    calls: Sequence[Callable[[], Any]], repeats: int, device: str, seconds: float = 0.0, warm: int = 2
-) -> list[list[tuple[float, float]]]:
-    """(wall, CPU) seconds of each call, taken in turns after `warm` rounds that do not count.
-
-    At least `repeats` rounds, and up to 100 until they last `seconds` together, since small models are noisy.
-    """
-    times: list[list[tuple[float, float]]] = [[] for _ in calls]
-    began = time.perf_counter()
-    for turn in range(warm + max(repeats, 100)):
-        if turn >= warm + repeats and time.perf_counter() - began > seconds:
-            break
-        for call, found in zip(calls, times, strict=True):
-            start = clock(device)
-            call()
-            if turn >= warm:
-                end = clock(device)
-                found.append((end[0] - start[0], end[1] - start[1]))
-    return times
-
-
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """Median of the pairs' ratios: what slows the machine for a while slows both of a pair."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
-# Pictures from codes
-
-
-def draw(
-    decoder: Any, codes: VisualCodes, size: int, seed: int, batch_size: int, device: str, steps: int, guidance: float
-) -> Tensor:
-    """Pictures of all codes, float [n 3 S S] in 0..1; each picture has its own noise, whatever the batch size."""
-    parts = []
-    for start in range(0, len(codes), batch_size):
-        places = range(start, min(start + batch_size, len(codes)))
-        noise = [torch.Generator().manual_seed(seed * len(codes) + i) for i in places]
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
-        images = decoder(codes.take(places).to(device), generator=noise, **options).images.float().cpu()
-        if images.shape[-1] != size:
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-        parts.append(images.clamp(0, 1))
-    return torch.cat(parts)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    return (images * 255).round().to(torch.uint8)
 
 
 # What comes out
@@ -417,6 +239,15 @@ def write(name: str, out: Path, title: str, body: str, values: dict[str, Any]) -
     print(text)
 
 
+def rejected(rejects: Sequence[dict[str, str]], most: int = 20) -> str:
+    """A markdown list of what could not be read, by name; empty if there is nothing."""
+    if not rejects:
+        return ""
+    lines = [f"- `{r['key']}`: {r['reason']}" for r in rejects[:most]]
+    lines += [f"- and {len(rejects) - most} more, in the JSON file"] if len(rejects) > most else []
+    return f"\n\n{len(rejects)} pictures could not be read and are in no figure:\n\n" + "\n".join(lines)
+
+
 def pyplot() -> Any:
     """matplotlib without a display."""
     import matplotlib
@@ -425,8 +256,3 @@ def pyplot() -> Any:
     from matplotlib import pyplot as plt
 
     return plt
-
-
-def count_groups(groups: Sequence[str]) -> list[str]:
-    """Names of the groups, the largest first."""
-    return [name for name, _ in Counter(groups).most_common()]

@@ -27,10 +27,10 @@ from typing import Any
 import adapters
 import common
 import torch
-from common import flops, interleaved
 from parts import Parts, progress
 from speeds import Entry, add_memory, in_own_process, plot, side_by_side, table
 from speeds import peak_gib as _peak
+from timing import flops, interleaved
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

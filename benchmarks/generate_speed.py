@@ -21,8 +21,8 @@ from typing import Any
 
 import common
 import torch
-from common import interleaved, ratio
 from language_models import LENGTHS, SHAPES, histogram, shape, synthetic
+from timing import interleaved, ratio
 from torch import Tensor
 
 from lavit_lm import MultimodalLM

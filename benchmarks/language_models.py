@@ -14,6 +14,7 @@ from typing import Any
 
 import common
 import numpy as np
+import timing
 import torch
 from torch import nn
 
@@ -179,5 +180,5 @@ def matmul_peak(device: str, dtype: str, size: int | None = None, repeats: int =
     """FLOPs a second of one square matrix product, the best of some: what this device reaches, not its data sheet."""
     size = size or (8192 if device.startswith("cuda") else 1536)
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    (times,) = common.interleaved([lambda: a @ b], repeats, device)
+    (times,) = timing.interleaved([lambda: a @ b], repeats, device)
     return 2 * size**3 / min(wall for wall, _ in times[:repeats])

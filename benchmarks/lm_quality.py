@@ -12,7 +12,6 @@ true and generated pictures in lm_quality.png.
 
 from __future__ import annotations
 
-import json
 import math
 from argparse import Namespace
 from collections.abc import Sequence
@@ -21,9 +20,11 @@ from typing import Any
 
 import common
 import numpy as np
+import painting
+import picture_sets
 import torch
 from caption_space import Scorer, embed, ranks, top
-from common import draw, to_uint8
+from lm_quality_report import SHOWN, contact_sheet, text
 from PIL import Image as Picture
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,12 +36,8 @@ from lavit_lm.packing import pad
 from lavit_lm.segments import Image, Role, Text
 from lavit_tok import VisualCodes
 from lavit_tok.training.sources import load_splits
-from lavit_tok.visualize import sheet
 
-TIMES_CHANCE, BITS_BELOW = 5, 0.15
-"""The aims: top-5 over chance, and bits a code below the unigram entropy."""
 PARTS = ("images", "captions", "bits")
-SHOWN = 16
 
 # What is asked
 
@@ -103,7 +100,7 @@ def entropy(codes: VisualCodes) -> float:
     return float(-(shares * shares.log2()).sum())
 
 
-def bits(lm: MultimodalLM, pictures: common.Pictures, codes: VisualCodes, a: Namespace) -> dict[str, Any]:
+def bits(lm: MultimodalLM, pictures: picture_sets.Pictures, codes: VisualCodes, a: Namespace) -> dict[str, Any]:
     """Bits a code of all pictures that have a caption, and of each source of a mixed set."""
     said = [i for i, caption in enumerate(pictures.captions) if caption.strip()]
     codes, captions = codes.take(said), [pictures.captions[i] for i in said]
@@ -133,7 +130,7 @@ def bits(lm: MultimodalLM, pictures: common.Pictures, codes: VisualCodes, a: Nam
                     for name, found in nats.items()
                 },
             }
-            for group in common.count_groups(groups)
+            for group in picture_sets.count_groups(groups)
             for where in [torch.tensor([g == group for g in groups])]
         }
     return values
@@ -155,6 +152,26 @@ def generate(lm: MultimodalLM, captions: Sequence[str], seed: int, a: Namespace)
         )
         print(f"seed {seed}: codes of {start + len(prompts)} of {len(captions)} captions", flush=True)
     return VisualCodes.cat([part.to("cpu") for part in parts])
+
+
+def draw(
+    decoder: Any, codes: VisualCodes, size: int, seed: int, batch_size: int, device: str, steps: int, guidance: float
+) -> Tensor:
+    """Pictures of all codes, float [n 3 S S] in 0..1; each picture has its own noise, whatever the batch size."""
+    parts = []
+    for start in range(0, len(codes), batch_size):
+        places = range(start, min(start + batch_size, len(codes)))
+        noise = [torch.Generator().manual_seed(seed * len(codes) + i) for i in places]
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        images = decoder(codes.take(places).to(device), generator=noise, **options).images.float().cpu()
+        if images.shape[-1] != size:
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        parts.append(images.clamp(0, 1))
+    return torch.cat(parts)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8)
 
 
 def drawn(lm: MultimodalLM, codes: VisualCodes, size: int, seed: int, a: Namespace) -> Tensor:
@@ -234,23 +251,6 @@ def same(a: str, b: str) -> bool:
     return " ".join(a.lower().split()) == " ".join(b.lower().split())
 
 
-def contact_sheet(true: Tensor, made: Tensor, captions: Sequence[str], across: int = 4) -> Picture.Image:
-    """True and generated picture side by side, twice their size, `across` pairs a line, captions under them."""
-
-    def large(pixels: Tensor) -> Picture.Image:
-        image = Picture.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        return image.resize((2 * image.width, 2 * image.height), Picture.Resampling.NEAREST)
-
-    flat = [large(x) for pair in zip(true, made, strict=True) for x in pair]
-    labels = [label for caption in captions for label in (caption, "")]
-    rows = range(0, len(flat), 2 * across)
-    return sheet(
-        [flat[i : i + 2 * across] for i in rows],
-        ["true", "generated"] * across,
-        [labels[i : i + 2 * across] for i in rows],
-    )
-
-
 # The script
 
 
@@ -260,7 +260,7 @@ def main(a: Namespace) -> dict[str, Any]:
     asked = set(parts) & {"images", "captions"}
     scorer = Scorer(a.scorer, a.device) if asked else None
     config = lm.visual.config
-    pictures = common.load_pictures(a.data, config.image_size, a.split, a.limit, config.crop)
+    pictures = picture_sets.load_pictures(a.data, config.image_size, a.split, a.limit, config.crop)
     known = training_captions(a.data)
     places = choose(pictures.captions, a.captions, a.seed, known if a.unseen else frozenset()) if asked else []
     chosen, captions = pictures.pixels[places], [pictures.captions[i] for i in places]
@@ -300,108 +300,15 @@ def chunks(places: Sequence[int], a: Namespace) -> list[Sequence[int]]:
     return [places[i : i + a.batch_size] for i in range(0, len(places), a.batch_size)]
 
 
-def text(v: dict[str, Any], a: Namespace) -> str:
-    body = f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; {json.dumps(v['sampling'])}.\n\n"
-    if v["keys"]:
-        body += f"{len(v['keys'])} different captions by seed {v['seed']}, one picture each; {v['seen_in_training']} "
-        body += "of the captions stand in the train split too.\n\n"
-    if "images" in v:
-        body += images_text(v["images"], a) + "\n\n"
-    if "captions" in v:
-        body += captions_text(v, v["captions"]) + "\n\n"
-    return body + (bits_text(v["bits"]) if "bits" in v else "")
-
-
-def images_text(v: dict[str, Any], a: Namespace) -> str:
-    def row(label: str, found: dict[str, Any] | None) -> tuple[str, ...]:
-        if found is None:
-            return label, "-", "-"
-        cells = [found[k] for k in ("top1", "top5")]
-        return label, *(common.plus_minus(c) if isinstance(c, dict) else f"{c:.4g}" for c in cells)
-
-    rows = [
-        row("generated pictures", v["generated"]),
-        row("those of captions that are not in train", v["generated_unseen"]),
-        row("ceiling: drawn from the true picture's codes", v["from_own_codes"]),
-        row("ceiling: true pictures", v["true"]),
-        row("chance", v["chance"]),
-    ]
-    body = f"## Text to image\n\nOwn caption among the nearest of {v['captions']}, by the teacher's space; mean ± std "
-    body += f"over {a.seeds} seeds. Aim: top-5 at least {TIMES_CHANCE} x chance; it is {v['times_chance']:.2f} x.\n\n"
-    body += common.table(("pictures", "top-1", "top-5"), rows)
-    counts = v["codes_per_image"]
-    body += f"\n\nCodes a picture: {common.plus_minus(counts['generated'])} generated, {counts['true']:.4g} true.\n\n"
-    return body + f"![true and generated pictures of {min(SHOWN, v['captions'])} captions]({a.name}.png)"
-
-
-def captions_text(all_values: dict[str, Any], v: dict[str, Any]) -> str:
-    def row(label: str, found: dict[str, Any]) -> tuple[Any, ...]:
-        unseen = found.get("unseen") or {}
-        return label, found["top1"], found["top5"], *(unseen.get(k) for k in ("top1", "top5"))
-
-    rows = [
-        row("the picture, by the teacher's space", v["picture_by_scorer"]),
-        row("the true caption, by sentence similarity", v["true_caption_by_sentence_similarity"]),
-        row("ceiling: the picture by its true caption", v["ceiling_picture_by_true_caption"]),
-        row("chance", v["chance"]),
-    ]
-    body = f"## Image to text\n\nWhat a generated caption identifies among {v['captions']}. Aim: top-5 at least "
-    body += f"{TIMES_CHANCE} x chance; it is {v['times_chance']:.2f} x (the picture, by the teacher's space).\n\n"
-    body += common.table(("by the generated caption", "top-1", "top-5", "top-1, not in train", "top-5"), rows)
-    body += f"\n\nExactly the true caption: {100 * v['exact']:.1f} %; mean similarity to it "
-    body += f"{v['similarity_to_true_caption']:.3f}; {v['different']} different captions were said.\n\n"
-    lines = list(zip(all_values["keys"], all_values["true_captions"], v["said"], strict=True))[:SHOWN]
-    return body + common.table(("picture", "true caption", "generated caption"), [map(cell, line) for line in lines])
-
-
-def cell(text: str) -> str:
-    """Text that fits into a cell of a markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def bits_text(v: dict[str, Any]) -> str:
-    rows: list[tuple[Any, ...]] = [
-        (
-            f"model, {name}",
-            f"{v[name]['bits_per_code']:.3f}",
-            f"{100 * v[name]['below_unigram']:.1f} %",
-            f"{v[name]['bits_per_code_with_end']:.3f}",
-        )
-        for name in ("given the caption", "without it")
-    ]
-    rows.append(("unigram entropy of these codes", f"{v['unigram_entropy']:.3f}", "-", "-"))
-    body = f"## Bits a code\n\n{v['codes']} codes of {v['images']} pictures, true codes before each. Aim: at least "
-    body += f"{100 * BITS_BELOW:.0f} % below the unigram entropy, which is what the best model of single codes needs; "
-    body += "of few codes (--limit, or a source) it comes out too low.\n\n"
-    body += common.table(("", "bits a code", "below unigram", "with the image's end"), rows)
-    if "by_source" in v:
-        rows = [
-            (n, s["codes"], *(f"{s[k]:.3f}" for k in ("given the caption", "without it", "unigram_entropy")))
-            for n, s in v["by_source"].items()
-        ]
-        body += "\n\n" + common.table(
-            ("source", "codes", "given the caption", "without it", "unigram, of the source"), rows
-        )
-    return body
-
-
 def arguments() -> Any:
     found = common.parser(__doc__, tokenizer=False, batch_size=50)
-    found.add_argument("--model", default="default", help="'default', a directory or a Hub id")
-    found.add_argument("--visual-tokenizer", help="if not the one that the model names")
-    found.add_argument("--decoder", default="default", help="'default', a directory or a Hub id")
+    painting.add_painter(found)
     found.add_argument("--scorer", default="runs/default/teacher", help="folder that recipes/default/teacher.py wrote")
     found.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     found.add_argument("--captions", type=common.positive, default=100, help="different captions, one picture each")
     found.add_argument("--unseen", action="store_true", help="only captions that the train split does not have")
     found.add_argument("--seed", type=int, default=0, help="of the choice of captions")
     found.add_argument("--seeds", type=common.positive, default=3, help="seeds of the generated pictures")
-    found.add_argument("--guidance", type=float, default=3.0, help="of the language model")
-    found.add_argument("--top-k", type=common.positive, default=50)
-    found.add_argument("--top-p", type=float)
-    found.add_argument("--temperature", type=float, default=1.0)
-    found.add_argument("--steps", type=common.positive, default=20, help="of the decoder")
-    found.add_argument("--decoder-guidance", type=float, default=2.0)
     found.add_argument("--max-tokens", type=common.positive, default=48, help="of a generated caption")
     found.add_argument("--name", default="lm_quality", help="of the result files")
     return found

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import picture_sets
 import torch
 import yaml
 from caption_space import Scorer, embed, ranks, top
@@ -148,7 +149,7 @@ def pictures_of(seed: int, a: Namespace) -> ImageDataModule:
 def measure(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
     decoder = {"emu": str(folder / "decoder"), "vlgpt": str(folder / "tokenizer")}.get(name, a.decoder)
     lm = MultimodalLM.from_pretrained(folder / "model", decoder=decoder)
-    pictures = common.load_pictures(a.data, a.size, a.split, None, lm.visual.config.crop)
+    pictures = picture_sets.load_pictures(a.data, a.size, a.split, None, lm.visual.config.crop)
     said = [i for i, caption in enumerate(pictures.captions) if caption.strip()]
     nats, tokens = 0.0, 0
     for i in said[:: max(1, len(said) // a.pictures)][: a.pictures]:

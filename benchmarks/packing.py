@@ -30,9 +30,9 @@ from typing import Any
 import common
 import lightning as L
 import torch
-from common import clock, interleaved, ratio
 from language_models import SHAPES, add_source, autocast, flops_per_place, matmul_peak, shape, source
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from timing import clock, interleaved, ratio
 
 from lavit_lm.data import ResumingLoader
 from lavit_lm.module import LanguageModeling

@@ -1,7 +1,7 @@
 """Pictures of captions, one after another into a folder: a run that was killed goes on with the same pictures.
 
     caption x best_of  -codes by their own generators->  -decoder, noise by its own generator->  -scorer->  the best one
-    NAME.work/seed0/000000.png   each says its caption, id, number of codes and sample
+    NAME-KEY/seed0/000000.png   each says its caption, id, number of codes and sample
 
 A picture's two generators depend on the seed, the picture's id and the sample alone, and batches are always of the same
 captions.
@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
-import resuming
 import torch
+from parts import seeded, write_whole
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
@@ -56,8 +57,8 @@ class Painter:
     def samples(self, asked: Sequence[tuple[str, Any, int]], seed: int) -> list[Noted]:
         a, lm = self.a, self.lm
         notes = [{"caption": caption, "id": str(one), "sample": str(k)} for caption, one, k in asked]
-        words = [resuming.seeded("codes", seed, one, k) for _, one, k in asked]
-        noise = [resuming.seeded("noise", seed, one, k) for _, one, k in asked]
+        words = [seeded("codes", seed, one, k) for _, one, k in asked]
+        noise = [seeded("noise", seed, one, k) for _, one, k in asked]
         drawing = {"num_inference_steps": a.steps}
         if lm.objective.paints == "vectors":  # nothing of a batch: one call takes one generator
             pictures = [
@@ -107,7 +108,7 @@ def save(picture: Image.Image, notes: dict[str, str], file: Path) -> None:
     for name, value in notes.items():
         said.add_itxt(name, value)
     picture.convert("RGB").save(content, "PNG", pnginfo=said)
-    resuming.write_whole(file, content.getvalue())
+    write_whole(file, content.getvalue())
 
 
 def readable(file: Path) -> bool:
@@ -116,3 +117,16 @@ def readable(file: Path) -> bool:
         return file.exists() and open_image(file) is not None
     except ImageError:
         return False
+
+
+def add_painter(found: Any) -> None:
+    """The arguments of scripts that make a language model paint."""
+    found.add_argument("--model", default="default", help="'default', a directory or a Hub id")
+    found.add_argument("--visual-tokenizer", help="if not the one that the model names")
+    found.add_argument("--decoder", default="default", help="'default', a directory or a Hub id")
+    found.add_argument("--guidance", type=float, default=3.0, help="of the language model, where it says codes")
+    found.add_argument("--top-k", type=common.positive, default=50)
+    found.add_argument("--top-p", type=float)
+    found.add_argument("--temperature", type=float, default=1.0)
+    found.add_argument("--steps", type=common.positive, default=20, help="of the decoder")
+    found.add_argument("--decoder-guidance", type=float, default=2.0)

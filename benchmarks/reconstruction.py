@@ -39,7 +39,7 @@ def main(arguments: Namespace) -> dict[str, Any]:
     }
     values["codes_per_image"] = float(codes.lengths.double().mean())
     body = f"{run.tokenizer.name} ({run.tokenizer.weights}). {values['set']}; "
-    body += f"{values['codes_per_image']:.1f} codes an image on average." + run.pictures.named_rejects()
+    body += f"{values['codes_per_image']:.1f} codes an image on average." + common.rejected(run.pictures.rejects)
     a.out.mkdir(parents=True, exist_ok=True)
     # The curve's pictures are some of the drawn ones, so that its first point needs no new drawing.
     places, _ = run.places()

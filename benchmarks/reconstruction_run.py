@@ -20,6 +20,7 @@ import adapters
 import common
 import metrics
 import numpy as np
+import picture_sets
 import protocol
 import torch
 from parts import Parts, joined, pixels_digest, progress
@@ -154,7 +155,7 @@ class Run:
     def __init__(self, a: Namespace) -> None:
         self.a = a
         self.tokenizer = adapters.load(a.tokenizer, a.device, a.image_size, a.decoder, a.steps, a.guidance)
-        self.pictures = common.load_pictures(a.data, self.tokenizer.image_size, a.split, a.limit, not a.squeeze)
+        self.pictures = picture_sets.load_pictures(a.data, self.tokenizer.image_size, a.split, a.limit, not a.squeeze)
         self.own = self.tokenizer.tokenizer if isinstance(self.tokenizer, adapters.Lavit) else None
         if self.tokenizer.decodes and a.inception:
             protocol.refuse_few(min(a.pictures, len(self.pictures)), a.force)
@@ -176,7 +177,7 @@ class Run:
     def mean_feature(self) -> Tensor:
         assert self.own is not None
         a, own = self.a, self.own
-        reference = common.reference_pictures(a.data, own.config.image_size, a.mean_pictures, self.pictures)
+        reference = picture_sets.reference_pictures(a.data, own.config.image_size, a.mean_pictures, self.pictures)
         self.reference = reference.describe()
         batches = reference.batches(a.batch_size)
         return self.parts.tensors("mean", lambda: {"mean": metrics.feature_mean(own, batches)})["mean"]

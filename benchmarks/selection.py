@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import common
+import picture_sets
 import torch
 from metrics import feature_mean, plain_and_centred
 from torch import Tensor
@@ -90,8 +91,8 @@ def main(arguments: Namespace) -> dict[str, Any]:
     wrong = [b for b in arguments.budgets if not 1 <= b <= patches]
     if wrong:
         raise ValueError(f"--budgets: expected 1..{patches} codes an image, got {wrong}")
-    pictures = common.load_pictures(arguments.data, size, arguments.split, arguments.limit)
-    reference = common.reference_pictures(arguments.data, size, arguments.mean_pictures, pictures)
+    pictures = picture_sets.load_pictures(arguments.data, size, arguments.split, arguments.limit)
+    reference = picture_sets.reference_pictures(arguments.data, size, arguments.mean_pictures, pictures)
     mean = feature_mean(tokenizer, reference.batches(batch))
     rows = measure(tokenizer, pictures.batches(batch), mean, arguments.budgets, arguments.seeds)
     values = {"set": pictures.describe(), "mean_feature_over": reference.describe(), "patches": patches, "rows": rows}

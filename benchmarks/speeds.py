@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import timing
 import torch
 
 from lavit_tok import VisualCodes
@@ -46,8 +47,8 @@ def side_by_side(
     entries: Sequence[Entry], repeats: int, device: str, seconds: float = 0.0, warm: int = 1
 ) -> list[dict[str, Any]]:
     """One result row for each entry, all timed in turns, without gradients."""
-    counts = [common.flops(entry.one) for entry in entries]
-    found = common.interleaved([entry.call for entry in entries], repeats, device, seconds, warm)
+    counts = [timing.flops(entry.one) for entry in entries]
+    found = timing.interleaved([entry.call for entry in entries], repeats, device, seconds, warm)
     walls = [[wall for wall, _ in times] for times in found]
     rows = []
     for entry, count, times in zip(entries, counts, walls, strict=True):
@@ -68,7 +69,7 @@ def side_by_side(
         if entry.beside is not None:
             other = entries[entry.beside]
             floor = count / counts[entry.beside]
-            ratio = common.ratio(times, walls[entry.beside]) * other.batch / entry.batch
+            ratio = timing.ratio(times, walls[entry.beside]) * other.batch / entry.batch
             row |= {"beside": other.name, "flop_ratio": floor, "time_ratio": ratio}
         rows.append(row)
     return rows

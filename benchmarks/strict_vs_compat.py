@@ -15,6 +15,7 @@ from argparse import Namespace
 from typing import Any
 
 import common
+import picture_sets
 import torch
 
 from lavit_tok import VisualTokenizer
@@ -36,7 +37,7 @@ def batches(arguments: Namespace, tokenizer: VisualTokenizer) -> tuple[Any, str]
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(256, (arguments.limit or 64, 3, size, size), generator=generator, dtype=torch.uint8)
         return noise.split(arguments.batch_size), f"{len(noise)} pictures of noise"
-    pictures = common.load_pictures(arguments.data, size, arguments.split, arguments.limit)
+    pictures = picture_sets.load_pictures(arguments.data, size, arguments.split, arguments.limit)
     return pictures.batches(arguments.batch_size), pictures.describe()
 
 

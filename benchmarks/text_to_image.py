@@ -1,6 +1,6 @@
 """Pictures of the captions of a set, and how far they are from the set's own pictures.
 
-    30,000 captions by a seed, one of a picture  -LM->  codes  -decoder->  pictures, one after another into NAME.work/
+    30,000 captions by a seed, one of a picture  -LM->  codes  -decoder->  pictures, one after another into NAME-KEY/
     pictures, reference crops  ->  FID where Inception weights are given, else a Frechet distance that is not called so
     pictures, captions         ->  100 x cosine in CLIP's space or the teacher's, and own caption among 100
 
@@ -22,18 +22,19 @@ import caption_sets
 import common
 import metrics
 import numpy as np
-import resuming
 import torch
 from caption_space import ranks, top
-from captioning import rejected
 from figures import SHOWN, figure
 from nearness import scorers_of
-from painting import Painter, paint
+from painting import Painter, add_painter, paint
+from parts import Parts, digest
 from PIL import Image
 from protocol import FID_LEAST
 from torch import Tensor
 from tqdm import tqdm
 
+import lavit_lm
+import lavit_tok
 from lavit_lm import MultimodalLM
 from lavit_tok.images import open_image, resize
 
@@ -169,17 +170,18 @@ def main(a: Namespace) -> dict[str, Any]:
     texts = {scorer.name: scorer.embed(captions) for scorer in scorers.values()}  # what is missing is said now
     by_name = {scorer.name: scorer for scorer in scorers.values()}
     settings = {
-        "weights": resuming.digest(lm.model, lm.visual, lm.decoder),
-        "captions": resuming.digest(captions, ids),
+        "weights": digest(lm.model, lm.visual, lm.decoder),
+        "captions": digest(captions, ids),
         "sampling": [a.guidance, a.top_k, a.top_p, a.temperature],
         "drawing": [a.steps, a.decoder_guidance],
-        "best of": [a.best_of, resuming.digest(chooser.weights) if chooser and a.best_of > 1 else None],
+        "best of": [a.best_of, digest(chooser.weights) if chooser and a.best_of > 1 else None],
         "batch size": a.batch_size,
         "device": a.device,
+        "where": common.provenance("painting", packages=(lavit_tok, lavit_lm)),
     }
-    folder = resuming.work_folder(a.out, a.name, settings, a.fresh)
+    parts = Parts(a.out, a.name, settings, kept=True)
     painter = Painter(lm, chooser, a)
-    files = {seed: paint(painter, captions, ids, seed, folder, a) for seed in range(a.seeds)}
+    files = {seed: paint(painter, captions, ids, seed, parts.folder, a) for seed in range(a.seeds)}
 
     reference = Reference(found, places, spaces, by_name, a)
     good = reference.good
@@ -224,6 +226,7 @@ def main(a: Namespace) -> dict[str, Any]:
         "departures": departures,
         "comparable": not departures,
         "rejects": rejects,
+        "pictures": parts.folder.name,
     }
     show(reference, files[0], captions, values, a)
     common.write(a.name, a.out, "Pictures of captions", text(values, a), values)
@@ -317,25 +320,17 @@ def text(v: dict[str, Any], a: Namespace) -> str:
         "Not comparable with the figures above: " + "; ".join(v["departures"]) if v["departures"] else "The same set"
     )
     body += ".\n\n" + common.table(("model", "FID"), PUBLISHED)
-    body += rejected(v["rejects"])
+    body += common.rejected(v["rejects"])
     return body + f"\n\n![true and made pictures]({a.name}.png)"
 
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
     caption_sets.add_captions(found)
+    add_painter(found)
     found.add_argument("--captions", type=common.positive, default=PROTOCOL, help="at most, one picture each")
-    found.add_argument("--model", default="default", help="'default', a directory or a Hub id")
-    found.add_argument("--visual-tokenizer", help="if not the one that the model names")
-    found.add_argument("--decoder", default="default", help="'default', a directory or a Hub id")
     found.add_argument("--seed", type=int, default=0, help="of the choice of captions")
     found.add_argument("--seeds", type=common.positive, default=3, help="seeds of the pictures")
-    found.add_argument("--guidance", type=float, default=3.0, help="of the language model, where it says codes")
-    found.add_argument("--top-k", type=common.positive, default=50)
-    found.add_argument("--top-p", type=float)
-    found.add_argument("--temperature", type=float, default=1.0)
-    found.add_argument("--steps", type=common.positive, default=20, help="of the decoder")
-    found.add_argument("--decoder-guidance", type=float, default=2.0)
     found.add_argument("--best-of", type=common.positive, default=1, help="samples of a caption, best by the scorer")
     found.add_argument(
         "--reference", choices=["chosen", "all"], default="chosen", help="pictures of the captions, or all"
@@ -346,7 +341,6 @@ def arguments() -> Any:
     found.add_argument("--clip", type=Path, help="folder of a CLIP model; the first of --clip, --scorer chooses")
     found.add_argument("--scorer", type=Path, help="folder that recipes/default/teacher.py wrote")
     found.add_argument("--force", action="store_true", help=f"FID even under {FID_LEAST} pictures")
-    found.add_argument("--fresh", action="store_true", help="begin anew instead of going on")
     found.add_argument("--name", default="text_to_image", help="of the result files")
     return found
 

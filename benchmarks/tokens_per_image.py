@@ -15,6 +15,7 @@ from typing import Any
 
 import adapters
 import common
+import picture_sets
 import torch
 from parts import Parts, joined, pixels_digest, progress
 from PIL import Image
@@ -124,7 +125,7 @@ def contact_sheet(pixels: Tensor, codes: VisualCodes, count: int, grid: tuple[in
 def main(arguments: Namespace) -> dict[str, Any]:
     a = arguments
     tokenizer = adapters.load(a.tokenizer, a.device, a.image_size)
-    pictures = common.load_pictures(a.data, tokenizer.image_size, a.split, a.limit, not a.squeeze)
+    pictures = picture_sets.load_pictures(a.data, tokenizer.image_size, a.split, a.limit, not a.squeeze)
     rho = a.rho if isinstance(tokenizer, adapters.Lavit) else None
     settings = {
         "script": "tokens_per_image",
@@ -157,7 +158,7 @@ def main(arguments: Namespace) -> dict[str, Any]:
     if pictures.groups:
         groups = by_group(codes, pictures.groups, values)
         body += "\n\n" + common.table(("source", "images", "codes an image, mean"), groups)
-    body += pictures.named_rejects()
+    body += common.rejected(pictures.rejects)
     body += "\n\n![histogram](tokens_per_image.png)\n\n" + text_histogram(values["histogram"])
     a.out.mkdir(parents=True, exist_ok=True)
     histogram(values, a.out / "tokens_per_image.png")
@@ -198,7 +199,7 @@ def text(values: dict[str, Any]) -> str:
 def by_group(codes: VisualCodes, groups: list[str], values: dict[str, Any]) -> list[tuple[str, int, float]]:
     """Mean code count of each source of a mixed set; also put into `values`."""
     rows = []
-    for name in common.count_groups(groups):
+    for name in picture_sets.count_groups(groups):
         lengths = codes.lengths[torch.tensor([g == name for g in groups])]
         rows.append((name, len(lengths), float(lengths.double().mean())))
     values["by_source"] = {name: {"images": n, "mean": mean} for name, n, mean in rows}

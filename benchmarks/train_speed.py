@@ -24,11 +24,12 @@ from typing import Any
 import adapters
 import common
 import lightning as L
+import timing
 import torch
-from common import clock
 from encode_speed import base_config
 from parts import Parts, progress
 from speeds import in_own_process, peak_gib
+from timing import clock
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -136,7 +137,7 @@ def fit(
         scores = keep_scores(module.tokenizer.score(module.features(batches[0]["images"].to(a.device))))
         module.tokenizer.selector.shift(-float(scores.flatten().quantile(1 - RHO)))
     bare = Bare(module.tokenizer, stretch, a.device, a.clip) if beside else None
-    counted = common.flops(lambda: bare.step(batches[0]["images"].to(a.device))) if bare else 0
+    counted = timing.flops(lambda: bare.step(batches[0]["images"].to(a.device))) if bare else 0
     turns = InTurns(bare, stretch, a.device)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     cuda = a.device.startswith("cuda")
@@ -191,7 +192,7 @@ def measure(case: str, stretch: str, a: Namespace) -> dict[str, Any]:
         "steps": a.steps,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "images_per_second": {name: batch / statistics.median(times) for name, times in seconds.items()},
-        "time_ratio": common.ratio(seconds["lavit-tok"], seconds["bare"]),
+        "time_ratio": timing.ratio(seconds["lavit-tok"], seconds["bare"]),
     }
     if a.memory:
         row["peak_memory"] = in_own_process(training_memory, case, stretch, batch, a)

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import caption_sets
-import captioning
 import common
 import question_sets
-import resuming
+import talking
 import torch
 from figures import SHOWN, figure
+from parts import Parts, digest, write_whole
 from PIL import Image
 from vqa_accuracy import accuracy, normalise
 
@@ -75,7 +75,7 @@ class Answerer:
             asked = self.asked(question)
             prompts.append([*self.before, picture, *([asked] if asked else [])])
         if not self.candidates:
-            return captioning.said(self.lm, prompts, items, self.a)
+            return talking.said(self.lm, prompts, items, self.a)
         return [self.ranked(prompt) for prompt in prompts]
 
     def ranked(self, prompt: list[Any]) -> str:
@@ -90,32 +90,23 @@ def main(a: Namespace) -> dict[str, Any]:
     found = caption_sets.limited(question_sets.questions_of(a), a.limit)
     shots = examples(a)
     offered = candidates_of(a, found)
-    lm = MultimodalLM.from_pretrained(a.model, visual_tokenizer=a.visual_tokenizer, decoder=None, device=a.device)
+    how = decoding(offered, a)
+    lm = talking.load(a)
     answerer = Answerer(lm, shots, offered, a)
-    settings = {
-        "weights": resuming.digest(lm.model, lm.visual),
-        "questions": resuming.digest(found.ids, found.questions, found.name),
-        "examples": resuming.digest([texts for _, *texts in shots], [p.tobytes().hex() for p, *_ in shots]),
-        "candidates": resuming.digest(offered),
-        "per token": a.per_token,
+    settings = talking.settings_of(lm, a, "vqa") | {
+        "questions": digest(found.ids, found.questions, found.name),
+        "examples": digest([texts for _, *texts in shots], [p.tobytes().hex() for p, *_ in shots]),
+        "candidates": digest(offered),
         "template": answerer.template,
-        "shots": a.shots,
-        "decoding": [decoding(offered, a), a.seed],
-        "batch size": a.batch_size,
-        "device": a.device,
+        "decoding": [how, a.seed],
     }
-    folder = resuming.work_folder(a.out, a.name, settings, a.fresh)
+    parts = Parts(a.out, a.name, settings)
 
-    def work(items: list[int]) -> list[dict[str, Any]]:
-        opened = {i: found.open(i) for i in items}
-        good = [i for i in items if opened[i][0] is not None]
-        pictures, questions = [opened[i][0] for i in good], [found.questions[i] for i in good]
-        answers = answerer(pictures, questions, good) if good else []
-        rejects = [{"i": i, "reject": opened[i][1]} for i in items if opened[i][0] is None]
-        return [{"i": i, "answer": answer} for i, answer in zip(good, answers, strict=True)] + rejects
+    def say(pictures: list[Any], items: list[int]) -> list[str]:
+        return answerer(pictures, [found.questions[i] for i in items], items)
 
-    lines = resuming.in_batches(resuming.Lines(folder / "lines.jsonl"), len(found), a.batch_size, work, unit="answers")
-    good = [i for i, line in enumerate(lines) if "answer" in line]
+    lines = talking.lines_of(found, parts, a.batch_size, say)
+    good = [i for i, line in enumerate(lines) if "said" in line]
     values: dict[str, Any] = {
         "set": found.describe(),
         "made_up": found.made_up,
@@ -124,18 +115,17 @@ def main(a: Namespace) -> dict[str, Any]:
         "template": answerer.template,
         "shots": a.shots,
         "examples": [texts for _, *texts in shots],
-        "decoding": decoding(offered, a),
+        "decoding": how,
         "candidates": len(offered) or None,
         "answers": len(good),
         "rejects": [line["reject"] for line in lines if "reject" in line],
     }
-    if not good:
-        raise ValueError(f"{found.name}: not one usable picture of {len(found)}, the first: {values['rejects'][0]}")
-    results = [{found.id_name: found.ids[i], "answer": lines[i]["answer"]} for i in good]
-    resuming.write_whole(a.out / f"{a.name}.results.json", json.dumps(results).encode())
+    results = [{found.id_name: found.ids[i], "answer": lines[i]["said"]} for i in good]
+    write_whole(a.out / f"{a.name}.results.json", json.dumps(results).encode())
     values |= scores(found, [i for i in good if found.answers[i]], lines, len(offered))
     show(found, good, lines, values, a)
     common.write(a.name, a.out, "Visual question answering", text(values, a), values)
+    parts.done()
     return values
 
 
@@ -143,7 +133,7 @@ def decoding(offered: Sequence[str], a: Namespace) -> str:
     if offered:
         form = "likelihood per token" if a.per_token else "likelihood"
         return f"the answer of greatest {form} among {len(offered)} candidates"
-    return f"open generation, {captioning.decoding(a)}, the first line of them"
+    return f"open generation, {talking.decoding(a)}, the first line of them"
 
 
 def candidates_of(a: Namespace, found: question_sets.QuestionSet) -> list[str]:
@@ -204,7 +194,7 @@ def scores(found: question_sets.QuestionSet, places: list[int], lines: Any, offe
     if not places:
         label = f"no accuracy: {found.name} comes without answers; the results file can be sent in"
         return {"accuracy": None, "label": label}
-    each = {i: accuracy(lines[i]["answer"], found.answers[i]) for i in places}
+    each = {i: accuracy(lines[i]["said"], found.answers[i]) for i in places}
     types = sorted({found.types[i] for i in places})
 
     def mean(chosen: list[int]) -> float:
@@ -218,7 +208,7 @@ def scores(found: question_sets.QuestionSet, places: list[int], lines: Any, offe
         departures.append(f"{counts} human answers a question, not ten" + "; it counts as ten" * (people == {1}))
     if len(places) < len(found):
         departures.append(f"{len(found) - len(places)} of {len(found)} questions left out, unreadable or unanswered")
-    exact = sum(normalise(lines[i]["answer"]) in map(normalise, found.answers[i]) for i in places)
+    exact = sum(normalise(lines[i]["said"]) in map(normalise, found.answers[i]) for i in places)
     return {
         "accuracy": mean(places),
         "by_type": {t: {"accuracy": mean(p), "questions": len(p)} for t in types for p in [_of(found, places, t)]},
@@ -253,7 +243,7 @@ def show(
     texts = []
     for i in chosen:
         true = Counter(found.answers[i]).most_common(1)[0][0] if found.answers[i] else "-"
-        texts.append(f"{found.questions[i]}\nsaid: {lines[i]['answer']}\ntrue: {true}")
+        texts.append(f"{found.questions[i]}\nsaid: {lines[i]['said']}\ntrue: {true}")
     bars: dict[str, float] = {}
     if values["accuracy"] is not None:
         bars = {"all": values["accuracy"]} | {t: v["accuracy"] for t, v in values["by_type"].items() if t != "all"}
@@ -279,14 +269,14 @@ def text(v: dict[str, Any], a: Namespace) -> str:
         else:
             body += "The VQAv2 figures are of test-dev, by the evaluation server, which takes the results file.\n\n"
         body += common.table(("model", "VQAv2", "OK-VQA", "VizWiz", ""), PUBLISHED)
-    body += captioning.rejected(v["rejects"])
+    body += common.rejected(v["rejects"])
     return body + f"\n\nResults for the official server: `{a.name}.results.json`.\n\n![answers]({a.name}.png)"
 
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
     question_sets.add_questions(found)
-    captioning.add_model(found)
+    talking.add_model(found)
     found.add_argument("--shots-questions", type=Path, help="question file of the examples")
     found.add_argument("--template", help="{} is the question; by default as the model's objective asks")
     found.add_argument("--max-tokens", type=common.positive, default=16, help="of an answer")

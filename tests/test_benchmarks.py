@@ -18,16 +18,7 @@ from lavit_tok import VisualCodes, VisualTokenizer
 
 pytest.importorskip("scipy")
 pytest.importorskip("torchmetrics")
-SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 PICTURES = 12
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Any:
-    """Imports a benchmark by name: they are scripts beside each other, not a package."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield __import__
-    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture
@@ -75,7 +66,7 @@ def test_tokens_per_image_runs(
     counts = found["codes_per_image"]
     order = [counts[k] for k in ("min", "p5", "p25", "p50", "p75", "p95", "max")]
     assert order == sorted(order) and order[0] >= 1 and order[-1] <= 16
-    pictures = scripts("common").load_pictures(str(folder), 32)
+    pictures = scripts("picture_sets").load_pictures(str(folder), 32)
     again = tiny_tokenizer.encode(pictures.pixels)
     assert counts["mean"] == pytest.approx(float(again.lengths.double().mean()))
     assert (tmp_path / "out" / "tokens_per_image.png").stat().st_size > 1000
@@ -195,16 +186,16 @@ def test_encode_speed_runs(scripts: Any, saved: Path, tmp_path: Path):
 
 
 def test_evenly_spaced_and_cropped(scripts: Any, folder: Path):
-    common = scripts("common")
-    some = common.load_pictures(str(folder), 32, "train", limit=4)
-    everything = common.load_pictures(str(folder), 32, "train")
+    picture_sets = scripts("picture_sets")
+    some = picture_sets.load_pictures(str(folder), 32, "train", limit=4)
+    everything = picture_sets.load_pictures(str(folder), 32, "train")
     assert torch.equal(some.pixels, everything.pixels[[0, 3, 6, 9]])
     source = Image.open(folder / "train" / "00.png")  # 150 x 120: shorter side to 32, then the centre
     square = source.resize((40, 32), Image.Resampling.BICUBIC).crop((4, 0, 36, 32))
     expected = torch.from_numpy(np.array(square)).permute(2, 0, 1)
     assert int((everything.pixels[0].int() - expected.int()).abs().max()) <= 1
     with pytest.raises(ValueError, match="expected a split"):
-        common.load_pictures(str(folder), 32, "nowhere")
+        picture_sets.load_pictures(str(folder), 32, "nowhere")
 
 
 def test_token_statistics_by_hand(scripts: Any):
@@ -248,7 +239,7 @@ def test_cosines_and_their_floors_by_hand(scripts: Any):
 
 
 def test_mean_feature_is_over_all_patches_of_all_batches(scripts: Any, folder: Path, tiny_tokenizer: VisualTokenizer):
-    pictures = scripts("common").load_pictures(str(folder), 32)
+    pictures = scripts("picture_sets").load_pictures(str(folder), 32)
     found = scripts("metrics").feature_mean(tiny_tokenizer, pictures.batches(5))
     expected = tiny_tokenizer.features(tiny_tokenizer.preprocess(pictures.pixels)).double().mean((0, 1))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -276,7 +267,7 @@ def test_pixel_scores_by_hand(scripts: Any):
 
 def test_frechet_distance_in_the_encoders_space(scripts: Any, folder: Path, tiny_tokenizer: VisualTokenizer):
     script = scripts("metrics")
-    pictures = scripts("common").load_pictures(str(folder), 32).pixels
+    pictures = scripts("picture_sets").load_pictures(str(folder), 32).pixels
 
     def distance(images: torch.Tensor) -> float:
         return script.frechet(script.EncoderSpace(tiny_tokenizer), pictures, images, batch=5)

@@ -24,6 +24,7 @@ from lm_parts import lexicon_and_model
 from PIL import Image as Picture
 from safetensors.torch import save_file
 from small_lms import TEXTS, small_tokenizer
+from small_sets import captioned, crop
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from lavit_lm import MultimodalLM
@@ -36,18 +37,6 @@ PICTURES = 7
 SCORERS = ("--scorers", "BLEU", "ROUGE-L", "CIDEr")  # METEOR takes half a minute to start
 needs_coco = pytest.mark.skipif(find_spec("pycocoevalcap") is None, reason="needs pycocoevalcap")
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Any:
-    """Imports a benchmark by name: they are scripts beside each other, not a package."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield __import__
-    sys.path.remove(str(SCRIPTS))
-
-
-def crop(photos: list[Path], i: int) -> Picture.Image:
-    return Picture.open(photos[i % 4]).convert("RGB").crop((7 * i, 5 * i, 7 * i + 150, 5 * i + 120))
 
 
 @pytest.fixture
@@ -107,13 +96,7 @@ def own(photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A captioned data set of our own."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for split in ("train", "test"):
-        at = tmp_path / "pictures" / split
-        at.mkdir(parents=True)
-        lines = ["file_name,caption"]
-        for i in range(PICTURES):
-            crop(photos, i).save(at / f"{i}.png")
-            lines.append(f"{i}.png,{TEXTS[i % 4]}")
-        (at / "metadata.csv").write_text("\n".join(lines))
+        captioned(tmp_path / "pictures" / split, photos, [TEXTS[i % 4] for i in range(PICTURES)])
     return tmp_path / "pictures"
 
 
@@ -373,10 +356,6 @@ def test_captioning_runs(scripts: Any, coco: Path, model: Path, tmp_path: Path, 
 
     fewer = run(script, tmp_path / "fewer", *words, "--limit", 3)
     assert fewer["set"] == "3 of the 7 pictures of captions_val2014.json" and "over 3 pictures" in fewer["label"]
-    line = refused(scripts, script, capsys, tmp_path / "out", *words, "--limit", 3)
-    assert "an earlier run had another pictures" in line and "--fresh" in line
-    anew = run(script, tmp_path / "out", *words, "--limit", 3, "--fresh")
-    assert anew == fewer
 
 
 def test_captioning_with_examples(scripts: Any, coco: Path, model: Path, own: Path, tmp_path: Path, capsys: Any):
@@ -442,11 +421,12 @@ import {home.split(".")[0]}, {script}
 done = {home}.{name}
 calls = []
 def once(*given):
-    done(*given)
+    found = done(*given)
     calls.append(given)
     if len(calls) == 3:
         {line}
         os.kill(os.getpid(), signal.SIGKILL)
+    return found
 {home}.{name} = once
 {script}.main({script}.arguments().parse_args(sys.argv[1:]))
 """
@@ -456,20 +436,18 @@ def once(*given):
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
-def test_captioning_goes_on_after_kill(scripts: Any, coco: Path, model: Path, tmp_path: Path):
+def test_captioning_goes_on_after_kill(scripts: Any, coco: Path, model: Path, tmp_path: Path, capsys: Any):
     script, words = scripts("captioning"), captioning_words(coco, model)
     whole = run(script, tmp_path / "whole", *words)
-    torn = "open(given[0].file, 'ab').write(b'{\"i\": 6, \"capt')"
-    killed("captioning", tmp_path / "out", words, "resuming.Lines.add", torn)
-    lines = tmp_path / "out" / "captioning.work" / "lines.jsonl"
-    before = lines.read_bytes()
-    assert before.count(b"\n") == 6 and not before.endswith(b"\n")
-    assert not (tmp_path / "out" / "captioning.json").exists()
+    torn = "(given[0].folder / 'said-000006.unfinished').write_bytes(b'half')"
+    killed("captioning", tmp_path / "out", words, "parts.Parts.values", torn)
+    (folder,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert len(list(folder.glob("*.safetensors"))) == 3 and not (tmp_path / "out" / "captioning.json").exists()
+    capsys.readouterr()
+    other = run(script, tmp_path / "out", *words, "--limit", 3)
+    assert "went on" not in capsys.readouterr().out and other["captions"] == 3, "other pictures share nothing"
     assert run(script, tmp_path / "out", *words) == whole
-    assert lines.read_bytes() == (tmp_path / "whole" / "captioning.work" / "lines.jsonl").read_bytes()
-    # of a batch that is half there, the other half comes out as it would have
-    lines.write_bytes(b"".join(before.splitlines(keepends=True)[:3]))
-    assert run(script, tmp_path / "out", *words) == whole
+    assert "went on from 3 finished parts" in capsys.readouterr().out and not folder.exists()
 
 
 # Questions
@@ -529,8 +507,10 @@ def test_vqa_with_examples_and_after_kill(scripts: Any, coco: Path, model: Path,
     words += ["--max-tokens", 4, "--batch-size", 2, "--shots", 1, "--template", "Q: {} A:", "--limit", 6]
     shots = ["--shots-questions", coco / "questions.json", "--shots-annotations", coco / "annotations.json"]
     whole = run(script, tmp_path / "whole", *words, *shots)
-    killed("vqa", tmp_path / "out", [*words, *shots], "resuming.Lines.add", "pass")
+    killed("vqa", tmp_path / "out", [*words, *shots], "parts.Parts.values", "pass")
+    capsys.readouterr()
     assert run(script, tmp_path / "out", *words, *shots) == whole
+    assert "went on from 3 finished parts" in capsys.readouterr().out
     place = int(np.random.default_rng(0).permutation(PICTURES)[0])
     said = Counter(ten(place)).most_common(1)[0][0]
     assert whole["examples"] == [[f"what is {place}?", said]]
@@ -631,14 +611,14 @@ def test_text_to_image_runs(
     places, texts = script.choose(captions, 5, 0)
     assert len(set(places)) == 5 and all(t in captions.captions[p] for p, t in zip(places, texts, strict=True))
     lm = MultimodalLM.from_pretrained(model, decoder=str(model.parent / "decoder"))
-    seeded = scripts("resuming").seeded
+    seeded = scripts("parts").seeded
     made = []
     for place, caption in zip(places, texts, strict=True):  # one at a time, as each depends on nothing beside it
         generators = [seeded(what, 0, captions.ids[place], 0) for what in ("codes", "noise")]
         codes = lm.generate_codes_batch([caption], 3.0, generators[:1], top_k=50)
         image = lm.decoder(codes, generator=[generators[1]], num_inference_steps=2, guidance_scale=2.0).images[0]
         made.append(image)
-    files = sorted((tmp_path / "out" / "text_to_image.work" / "seed0").iterdir())
+    files = sorted((tmp_path / "out" / found["pictures"] / "seed0").iterdir())
     for file, image, caption in zip(files, made, texts, strict=True):
         with Picture.open(file) as kept:
             assert np.abs(np.array(kept, int) - np.array(image, int)).max() <= 1, "rounding of another batch"
@@ -660,10 +640,10 @@ def test_text_to_image_runs(
 
     assert run(script, tmp_path / "twice", *words) == found
     for file in files:
-        again = tmp_path / "twice" / "text_to_image.work" / "seed0" / file.name
+        again = tmp_path / "twice" / found["pictures"] / "seed0" / file.name
         assert again.read_bytes() == file.read_bytes()
-    line = refused(scripts, script, capsys, tmp_path / "out", *words, "--guidance", 5)
-    assert "an earlier run had another sampling" in line
+    guided = run(script, tmp_path / "out", *words, "--guidance", 5)
+    assert guided["pictures"] != found["pictures"], "both lie side by side"
     line = refused(scripts, script, capsys, tmp_path / "x", *words, "--inception", clip)
     assert "FID over 5 pictures means nothing" in line
     line = refused(scripts, script, capsys, tmp_path / "x", *words[:10], "--best-of", 2)
@@ -700,7 +680,7 @@ def test_best_of_some(scripts: Any, own: Path, model: Path, teacher: Path, tmp_p
     lm = MultimodalLM.from_pretrained(model, decoder=str(model.parent / "decoder"))
     scorer, painting = scripts("nearness").CaptionSpace(teacher, "cpu"), scripts("painting")
     painter = painting.Painter(lm, scorer, script.arguments().parse_args([*map(str, words), "--batch-size", "1"]))
-    for file in sorted((tmp_path / "best" / "text_to_image.work" / "seed0").iterdir()):
+    for file in sorted((tmp_path / "best" / best["pictures"] / "seed0").iterdir()):
         notes = Picture.open(file).text  # type: ignore[attr-defined]
         drawn = [painter.samples([(notes["caption"], notes["id"], k)], 0)[0][0] for k in range(3)]
         scores = scorer.describe(torch.stack([painting.uint8(d) for d in drawn])) @ vectors([notes["caption"]]).T
@@ -713,14 +693,14 @@ def test_text_to_image_goes_on_after_kill(scripts: Any, coco: Path, model: Path,
     whole = run(script, tmp_path / "whole", *words)
     assert whole["captions"] == PICTURES and "24x24, made at 16x16" in whole["crop"]
     killed("text_to_image", tmp_path / "out", words, "painting.save", "pass")
-    folder = tmp_path / "out" / "text_to_image.work" / "seed0"
+    folder = tmp_path / "out" / whole["pictures"] / "seed0"
     kept = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.png")}
     assert len(kept) == 3, "killed within a batch of two"
     assert run(script, tmp_path / "out", *words) == whole
     for name, time in kept.items():
         assert (folder / name).stat().st_mtime_ns == time, "made once"
     for file in folder.iterdir():
-        assert file.read_bytes() == (tmp_path / "whole" / "text_to_image.work" / "seed0" / file.name).read_bytes()
+        assert file.read_bytes() == (tmp_path / "whole" / whole["pictures"] / "seed0" / file.name).read_bytes()
     (folder / "000001.png").write_bytes(b"damaged")
     assert run(script, tmp_path / "out", *words) == whole
     bad = coco / "val2014" / "COCO_val2014_000000000064.jpg"

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from lm_parts import lexicon_and_model
+from lm_runs import SMALL
 from PIL import Image as Picture
 from safetensors.torch import save_file
 from small_lms import TEXTS, small_lm, small_tokenizer
+from small_sets import captioned
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lavit_lm import MultimodalLM
@@ -26,23 +28,7 @@ from lavit_tok import VisualCodes, VisualTokenizer
 from lavit_tok.cli import main as lavit_tok
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128,
-}
 PICTURES = 10
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Any:
-    """Imports a benchmark by name: they are scripts beside each other, not a package."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield __import__
-    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture
@@ -53,15 +39,9 @@ def folder(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     for split, words in (("train", TEXTS[:2]), ("test", [*TEXTS, "rain"])):
-        at = tmp_path / "pictures" / split
-        at.mkdir(parents=True)
-        lines = ["file_name,caption,source"]
-        for i in range(PICTURES):
-            photo = Picture.open(photos[i % 4]).convert("RGB")
-            photo.crop((7 * i, 5 * i, 7 * i + 150, 5 * i + 120)).save(at / f"{i}.png")
-            lines.append(f"{i}.png,{words[i % len(words)]},{'ab'[i % 2]}")
-        (at / "metadata.csv").write_text("\n".join(lines))
-    (tmp_path / "lm.json").write_text(json.dumps(SHAPE))
+        said = [words[i % len(words)] for i in range(PICTURES)]
+        captioned(tmp_path / "pictures" / split, photos, said, sources="ab")
+    (tmp_path / "lm.json").write_text(json.dumps(SMALL))
     return tmp_path
 
 
@@ -125,7 +105,7 @@ def test_packing_runs_on_shards(scripts: Any, folder: Path, tmp_path: Path, caps
     assert fill["fill"] == pytest.approx(fill["used"] / (64 * fill["blocks"]))
     # a row is <s>, <|img|> codes <|/img|>, words (unless they were dropped as a prompt) and </s>
     visual, lexicon = VisualTokenizer.from_pretrained(folder / "visual"), lexicon_and_model("llama")[0]
-    pictures = scripts("common").load_pictures(str(folder / "pictures"), 32, "train", crop=visual.config.crop)
+    pictures = scripts("picture_sets").load_pictures(str(folder / "pictures"), 32, "train", crop=visual.config.crop)
     codes, said = visual.encode(pictures.pixels).lengths, [len(lexicon.text(c)) for c in pictures.captions]
     without = int(codes.sum()) + 4 * PICTURES
     assert without < fill["used"] <= without + sum(said)
@@ -191,7 +171,7 @@ def test_flops_of_a_place(scripts: Any, tied: bool):
     def step() -> None:
         model(input_ids=ids, use_cache=False).logits.sum().backward()
 
-    counted = scripts("common").flops(step) / ids.numel()
+    counted = scripts("timing").flops(step) / ids.numel()
     weights, everything = scripts("language_models").flops_per_place(model, length)
     assert weights < everything == pytest.approx(counted, rel=0.01)
 
@@ -265,7 +245,7 @@ def test_lm_quality_runs(
     assert sum(a == b for a, b in zip(said, images["per_seed"][0]["ranks"], strict=True)) >= 4  # resized on bytes here
 
     texts = found["captions"]
-    pictures = scripts("common").load_pictures(str(folder / "pictures"), 32, "test", crop=lm.visual.config.crop)
+    pictures = scripts("picture_sets").load_pictures(str(folder / "pictures"), 32, "test", crop=lm.visual.config.crop)
     places = [pictures.keys.index(key) for key in found["keys"]]
     again = lm.caption([Picture.fromarray(pictures.pixels[i].permute(1, 2, 0).numpy()) for i in places], 6)
     assert texts["said"] == again and texts["exact"] == sum(map(script.same, again, captions)) / 5

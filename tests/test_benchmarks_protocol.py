@@ -19,15 +19,8 @@ from PIL import Image
 
 pytest.importorskip("scipy")
 pytest.importorskip("torchmetrics")
+pytestmark = pytest.mark.usefixtures("scripts")
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts() -> Any:
-    """Imports a benchmark by name: they are scripts beside each other, not a package."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield __import__
-    sys.path.remove(str(SCRIPTS))
 
 
 def pairs(photos: list[Path], size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +179,7 @@ def test_rfid_is_given_for_both_resizings(
     assert [(d["kind"], d["antialias"]) for d in found] == [("Frechet", None), ("rFID", True), ("rFID", False)]
     assert all("only 4 pictures" in d["name"] and "4 of the 5000 pictures of coco-val2017" in d["name"] for d in found)
     assert "antialias=False" in found[2]["name"] and found[1]["value"] != found[2]["value"]
-    pictures = scripts("common").load_pictures(str(tmp_path / "set"), 32).pixels
+    pictures = scripts("picture_sets").load_pictures(str(tmp_path / "set"), 32).pixels
     codec = scripts("small_tokenizers").small("vqmodel")
     for distance in found[1:]:
         features = [Squares(None, distance["antialias"])(x) for x in (pictures, codec.decode(codec.encode(pictures)))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,6 @@ from lavit_tok import VisualTokenizer
 
 pytest.importorskip("scipy")
 pytest.importorskip("torchmetrics")
-SCRIPTS = Path(__file__).parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Any:
-    """Imports a benchmark by name: they are scripts beside each other, not a package."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield __import__
-    sys.path.remove(str(SCRIPTS))
 
 
 def run(script: Any, out: Path, *words: object) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,8 @@ from lavit_tok import VisualCodes, VisualTokenizer
 
 pytest.importorskip("scipy")
 pytest.importorskip("torchmetrics")
-SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.usefixtures("scripts")
 SIDES = {"emu3": 4, "chameleon": 2, "janus": 2, "vqmodel": 8}  # cells a side at 32 pixels, of the small ones
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts() -> Any:
-    """Imports a benchmark by name: they are scripts beside each other, not a package."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield __import__
-    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture
@@ -157,7 +148,7 @@ def test_pictures_of_another_tokenizer(scripts: Any, folder: Path, tmp_path: Pat
     (distance,) = found["pixels"]["distances"]
     assert distance["name"].startswith("Frechet distance in the shipped encoder's space (not FID) [only 5 pictures")
     assert "random weights" in distance["name"]
-    pictures = scripts("common").load_pictures(str(folder), 32).pixels
+    pictures = scripts("picture_sets").load_pictures(str(folder), 32).pixels
     codec = small_tokenizers.small("vqmodel")
     drawn = codec.decode(codec.encode(pictures)).float() / 255
     expected = scripts("metrics").pixel_scores(drawn, pictures.float() / 255)
