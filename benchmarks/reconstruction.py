@@ -20,8 +20,9 @@ from typing import Any
 
 import common
 import protocol
+from reconstruction_parts import LEARNED, NORM, OWN, RANDOM, as_codes
 from reconstruction_report import curve_text, feature_text, pairs_sheet, pixel_text, plot, summarised
-from reconstruction_run import LEARNED, NORM, OWN, RANDOM, Run, as_codes, curve_features
+from reconstruction_run import Run, curve_features
 
 
 def main(arguments: Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import common
 from PIL import Image
-from reconstruction_run import LEARNED, NORM, RANDOM
+from reconstruction_parts import LEARNED, NORM, RANDOM
 from torch import Tensor
 
 from lavit_tok.visualize import sheet

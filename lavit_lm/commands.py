@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 
 from lavit_tok.batch_jobs import Rejects, chunks, device, listed_pictures, opened, png_name, save_png
 from lavit_tok.commands import lightning_command
+
+if TYPE_CHECKING:
+    from lavit_lm.model import MultimodalLM
 
 
 def fit(words: list[str]) -> int:
@@ -110,7 +114,7 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _model(arguments: argparse.Namespace, decoder: str | None) -> "MultimodalLM":  # type: ignore[name-defined]
+def _model(arguments: argparse.Namespace, decoder: str | None) -> MultimodalLM:
     from lavit_lm.model import MultimodalLM
 
     return MultimodalLM.from_pretrained(
