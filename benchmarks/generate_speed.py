@@ -1,13 +1,15 @@
-"""What guidance, the cache and the constraint cost when pictures' codes are generated.
+"""What guidance, the cache and the constraint cost when pictures' codes are generated, beside `transformers`' own loop.
 
     unguided, guided             B prompts, one batch of B or 2 B rows, keys and values kept
     unguided, guided, uncached   the same, everything computed anew at each step
+    transformers, guided         `generate` of the bare model from the same rows: any id, as many; its guidance runs the
+                                 model twice a step
     constraint                   making the mask of allowed ids and applying it, alone
 
 Every picture gets exactly --codes codes, so that all forms take the same steps; prompts have unequal lengths. The forms
 take turns, ratios are medians of the pairs' ratios. With the same generators, cached and uncached must draw the same
-codes. Random weights unless --model names a trained model: speed does not depend on what the numbers are. Writes
-generate_speed.md and .json.
+codes. Random weights unless --model names a trained model: speed does not depend on what the numbers are. Finished
+batch sizes are kept if the run is killed. Writes generate_speed.md, .json and .png.
 """
 
 from __future__ import annotations
@@ -16,18 +18,24 @@ import statistics
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
 from language_models import LENGTHS, SHAPES, histogram, shape, synthetic
+from parts import Parts, digest, progress
 from timing import interleaved, ratio
 from torch import Tensor
 
+import lavit_lm
+import lavit_tok
 from lavit_lm import MultimodalLM
+from lavit_lm.decoding import left_padded
 from lavit_lm.generation import Rule
 from lavit_lm.module import LanguageModeling
+from lavit_lm.packing import FREE
 from lavit_lm.text_tokenizer import train_text_tokenizer
 from lavit_tok import VisualTokenizer
 
@@ -70,9 +78,10 @@ def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any
     forms = {"unguided": (1.0, True), "guided": (a.guidance, True)}
     if not a.cached_only:
         forms |= {"unguided, uncached": (1.0, False), "guided, uncached": (a.guidance, False)}
-    calls = [generate(name, *how) for name, how in forms.items()]
-    times = interleaved(calls, a.repeats, a.device, a.seconds, warm=1)
-    walls = {name: [wall for wall, _ in each] for name, each in zip(forms, times, strict=True)}
+    calls: dict[str, Callable[[], Any]] = {name: generate(name, *how) for name, how in forms.items()}
+    calls |= {"transformers": bare(lm, prompts, 1.0, a), "transformers, guided": bare(lm, prompts, a.guidance, a)}
+    times = interleaved(list(calls.values()), a.repeats, a.device, a.seconds, warm=1)
+    walls = {name: [wall for wall, _ in each] for name, each in zip(calls, times, strict=True)}
     seconds = {name: statistics.median(each) for name, each in walls.items()}
     values: dict[str, Any] = {
         "batch": len(prompts),
@@ -81,6 +90,10 @@ def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any
         "seconds": seconds,
         "codes_per_second": {name: len(prompts) * a.codes / value for name, value in seconds.items()},
         "guided_over_unguided": ratio(walls["guided"], walls["unguided"]),
+        "over_transformers": {
+            "unguided": ratio(walls["unguided"], walls["transformers"]),
+            "guided": ratio(walls["guided"], walls["transformers, guided"]),
+        },
         "constraint": constraint(lm, len(prompts), a) | {"step": seconds["unguided"] / (a.codes + 1)},
     }
     values["constraint"]["share"] = values["constraint"]["seconds"] / values["constraint"]["step"]
@@ -90,6 +103,24 @@ def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any
             values[f"cached_equals_uncached_{name}"] = found[name] == found[f"{name}, uncached"]
             values[f"equal_codes_{name}"] = equal_share(found[name], found[f"{name}, uncached"])
     return values
+
+
+def bare(lm: MultimodalLM, prompts: list[str], guidance: float, a: Namespace) -> Callable[[], Tensor]:
+    """`transformers`' own sampling loop from the same rows, as a user without this library would call it."""
+    rows, free = [lm.prompts.painting(prompt) for prompt in prompts], lm.prompts.row([], "image")
+    ids, _, _, documents = left_padded(rows, lm.lexicon.pad)
+    given = {"input_ids": ids.to(lm.device), "attention_mask": (documents != FREE).long().to(lm.device)}
+    options: dict[str, Any] = {"min_new_tokens": a.codes, "max_new_tokens": a.codes, "do_sample": True}
+    options |= {"top_k": a.top_k, "pad_token_id": lm.lexicon.pad}
+    if guidance != 1:
+        options |= {"guidance_scale": guidance, "negative_prompt_ids": free.ids.expand(len(rows), -1).to(lm.device)}
+
+    def call() -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(a.seed)
+            return lm.model.causal.generate(**given, **options)[:, ids.shape[1] :]
+
+    return call
 
 
 def equal_share(a: list[list[int]], b: list[list[int]]) -> float:
@@ -124,10 +155,11 @@ def main(a: Namespace) -> dict[str, Any]:
     patches = lm.visual.config.num_patches
     if a.codes > patches:
         raise ValueError(f"--codes: expected 1..{patches}, as many as a picture has patches, got {a.codes}")
-    runs = []
-    for batch in a.batch_sizes:
-        runs.append(measure(lm, captions[:batch], a))
-        print(f"batch {batch}: guided over unguided {runs[-1]['guided_over_unguided']:.3f}", flush=True)
+    settings = {k: str(v) for k, v in vars(a).items() if k != "out"}
+    where = common.provenance("generate_speed", packages=(lavit_tok, lavit_lm))
+    parts = Parts(a.out, a.name, settings | {"weights": digest(lm.model), "where": where})
+    sizes = progress(a.batch_sizes, "batch sizes", len(a.batch_sizes))
+    runs = [parts.values(f"batch-{size}", partial(measure, lm, captions[:size], a)) for size in sizes]
     parameters = sum(p.numel() for p in lm.model.parameters())
     values = {
         "model": Path(a.model).name,
@@ -137,12 +169,32 @@ def main(a: Namespace) -> dict[str, Any]:
         "target": GUIDED,
         "runs": runs,
     }
-    common.write(a.name, a.out, "Generating codes", text(values), values)
+    plot(runs, a.out / f"{a.name}.png")
+    common.write(a.name, a.out, "Generating codes", text(values, a), values)
+    parts.done()
     return values
 
 
-def text(values: dict[str, Any]) -> str:
-    v = values
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Codes a second of every form, by batch size."""
+    plt = common.pyplot()
+    figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    for name in runs[0]["seconds"]:
+        style = {"color": "0.5"} if name.startswith("transformers") else {}
+        marks = {
+            "linestyle": "--" if "guided" in name.split(", ") else "-",
+            "marker": "x" if "uncached" in name else "o",
+        }
+        values = [r["codes_per_second"][name] for r in runs]
+        axis.plot([r["batch"] for r in runs], values, label=name, **style, **marks)
+    axis.set_xticks([r["batch"] for r in runs], [str(r["batch"]) for r in runs])
+    axis.set(xlabel="pictures at a time", ylabel="codes/s", yscale="log")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def text(v: dict[str, Any], a: Namespace) -> str:
     body = f"Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights, {v['dtype']}; {v['runs'][0]['codes']} codes a "
     body += f"picture, guidance {v['guidance']:g}. Aim: guided over unguided at most {v['target']}.\n\n"
     rows = [
@@ -167,6 +219,9 @@ def text(values: dict[str, Any]) -> str:
             for r in v["runs"]
         ]
         body += "\n\n" + common.table(head, rows)
+    head = ("batch", "over transformers' own loop, unguided", "guided")
+    rows = [(r["batch"], *(f"{r['over_transformers'][k]:.3f}" for k in ("unguided", "guided"))) for r in v["runs"]]
+    body += "\n\n" + common.table(head, rows)
     head = ("batch", "constraint, ms a step", "a step, ms", "share", "once a call, ms")
     rows = [
         (
@@ -178,7 +233,8 @@ def text(values: dict[str, Any]) -> str:
         for r in v["runs"]
     ]
     body += "\n\n" + common.table(head, rows)
-    return body + f"\n\nMedians of {min(r['repeats'] for r in v['runs'])} turns after one that does not count."
+    body += f"\n\nMedians of {min(r['repeats'] for r in v['runs'])} turns after one that does not count."
+    return body + f"\n\n![codes/s]({a.name}.png)"
 
 
 def arguments() -> Any:

@@ -179,6 +179,12 @@ def test_flops_of_a_place(scripts: Any, tied: bool):
 # Generation
 
 
+def logits_after(lm: MultimodalLM, rows: Any) -> torch.Tensor:
+    """Of the next id of each row alone."""
+    with torch.no_grad():
+        return torch.stack([lm.model.causal(row.ids[None]).logits[0, -1] for row in rows])
+
+
 def test_generate_speed_runs(scripts: Any, folder: Path, model: Path, tmp_path: Path, capsys: Any):
     script = scripts("generate_speed")
     found = run(script, tmp_path / "out", "--model", model, "--batch-sizes", 1, 3, "--codes", 5, "--repeats", 2)
@@ -190,6 +196,17 @@ def test_generate_speed_runs(scripts: Any, folder: Path, model: Path, tmp_path: 
         assert (
             values["guided_over_unguided"] > 0.2 and 0 < values["constraint"]["seconds"] < values["seconds"]["guided"]
         )
+        assert values["over_transformers"]["guided"] > 0.1 and values["over_transformers"]["unguided"] > 0.1
+    assert (tmp_path / "out" / "generate_speed.png").exists() and not list((tmp_path / "out").glob(".*"))
+    lm = MultimodalLM.from_pretrained(model, decoder=None)
+    greedy = script.arguments().parse_args(["--codes", "5", "--top-k", "1"])
+    rows, free = [lm.prompts.painting(text) for text in TEXTS], lm.prompts.row([], "image")
+    for guidance in (1.0, 3.0):  # the bare loop goes on from the same rows, under the same formula
+        said = script.bare(lm, TEXTS, guidance, greedy)()
+        given, other = (logits_after(lm, some) for some in (rows, [free] * len(TEXTS)))
+        logits = other + guidance * (given - other)
+        logits[:, lm.lexicon.stop] = -torch.inf  # of the very first id no model may make an end
+        assert said.shape == (len(TEXTS), 5) and said[:, 0].tolist() == logits.argmax(1).tolist()
     assert script.equal_share([[1, 2], [3, 4]], [[1, 2], [3, 5]]) == 0.75
     words = ["--model", folder / "lm.json", "--tokenizer", folder / "visual", "--codes"]
     quick = ["--batch-sizes", 2, "--repeats", 1, "--cached-only"]
