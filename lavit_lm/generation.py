@@ -58,9 +58,10 @@ class Sampling:
             return logits.argmax(1)
         logits = logits.float() / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[1]:
-            least = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        chances, order = logits.softmax(1).sort(1, descending=True)
+            logits, order = logits.topk(self.top_k)  # in descending order
+        else:
+            logits, order = logits.sort(1, descending=True)
+        chances = logits.softmax(1)
         if self.top_p is not None:
             before = chances.cumsum(1) - chances
             chances = chances.masked_fill(before >= self.top_p, 0.0)
