@@ -52,9 +52,9 @@ def lines_of(found: Any, parts: Parts, batch_size: int, say: Callable[[list[Any]
         texts = dict(zip(good, say([opened[i][0] for i in good], good) if good else [], strict=True))
         return [{"said": texts[i]} if i in texts else {"reject": opened[i][1]} for i in items]
 
-    starts = progress(range(0, len(found), batch_size), "batches", -(-len(found) // batch_size))
-    batches = [list(range(start, min(start + batch_size, len(found)))) for start in starts]
-    lines = [line for items in batches for line in parts.values(f"said-{items[0]:06}", partial(batch, items))]
+    batches = [list(range(start, min(start + batch_size, len(found)))) for start in range(0, len(found), batch_size)]
+    bar = progress(batches, "batches", len(batches))
+    lines = [line for items in bar for line in parts.values(f"said-{items[0]:06}", partial(batch, items))]
     if not any("said" in line for line in lines):
         raise ValueError(f"{found.name}: not one usable picture of {len(found)}, the first: {lines[0]['reject']}")
     return lines
