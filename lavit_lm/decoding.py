@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DynamicCache
 
-from lavit_lm.cache import roomy_cache
 from lavit_lm.masks import model_mask
 from lavit_lm.packing import FREE, fed_pictures
 from lavit_lm.segments import Row
@@ -29,7 +29,7 @@ class Decoding:
         model: a SequenceModel.
         rows: what has been said; their prefixes are seen by all of their row.
         pad: the id at free places.
-        most: places that may come: they must fit into the model's context, and memory is taken for them.
+        most: places that may come; only to check that they fit.
         cached: keep keys and values; False computes everything anew at every step (slow, for checks).
 
     Raises:
@@ -53,7 +53,7 @@ class Decoding:
         tensors = (ids, fed, pictures, kept)
         self.inputs: Tensor = model.embed(*(tensor.to(self.device) for tensor in tensors))
         self.prefix, self.documents = self.prefix.to(self.device), self.documents.to(self.device)
-        self.cache = roomy_cache(model.causal.config, length + most) if cached else None
+        self.cache = DynamicCache(config=model.causal.config) if cached else None
 
     def prefill(self) -> Float[Tensor, "b d"]:
         """Read the rows; the state after each one's last place."""

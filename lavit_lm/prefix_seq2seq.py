@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from lavit_lm.cache import roomy_cache
 from lavit_lm.decoding import Decoding
 from lavit_lm.packing import FREE, Packed, pad
 from lavit_lm.segments import Row
@@ -129,8 +128,7 @@ class PrefixDecoding(Decoding):
         self.inputs: Tensor = _rows(inputs, batch.documents, ~batch.prefix & there)[0]
         self.memory = model.encode(context, self.known)
         config = model.causal.config
-        said = roomy_cache(config, max(lengths) + most)
-        self.cache = EncoderDecoderCache(said, DynamicCache(config=config)) if cached else None
+        self.cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config)) if cached else None
 
     def feed(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """One more vector in each row; the state after it."""
