@@ -428,6 +428,17 @@ def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
     assert isinstance(lm.answer(str(photos[0]), "what is it?", max_tokens=4), str)
     opened = lm.prompts.painting("a red apple")
     assert opened.ids.tolist() == [*lm.lexicon.start, *lm.lexicon.text("An image of a red apple."), v.begin]
+    bare = replace(lm.objective, caption_prompt="", image_prompt="{}")  # type: ignore[type-var]
+    plain = MultimodalLM(lm.model, lm.lexicon, lm.visual, None, bare)
+    assert plain.prompts.painting("a red apple").ids.tolist() == [
+        *lm.lexicon.start,
+        *lm.lexicon.text("a red apple"),
+        v.begin,
+    ]
+    assert plain.caption(str(photos[0]), 5) == plain.generate_text_batch([[photos[0]]], 5)[0]
+    assert VLGPT(**{k: x for k, x in bare.settings().items() if k != "name"}).wording == bare.wording, (
+        "saved with the model"
+    )
     vectors = lm.generate_vectors_batch(["a red apple", ["rain", photos[0]]])
     assert vectors.shape == (2, N, 16)
     torch.testing.assert_close(lm.generate_vectors_batch(["a red apple"])[0], vectors[0], atol=1e-5, rtol=1e-5)

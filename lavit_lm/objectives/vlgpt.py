@@ -44,6 +44,9 @@ class VLGPT(VectorObjective):
             needs the directory for drawing only; give none when training.
         order: of pairs: "both" draws one of the two for each row, "image_first", "text_first", or "given".
         regression_weight: of the mean squared error against the mean cross-entropy; the published value is unknown.
+        caption_prompt, image_prompt, answer_prompt: how the trained model is asked, {} for the user's words. Pairs are
+            trained on without any words around them. A large language model follows the paper's all the same; a small
+            one knows what it was trained on and no more: give "" and "{}".
 
     Raises:
         ValueError: neither a directory nor sizes, or a weight below 0.
@@ -51,21 +54,23 @@ class VLGPT(VectorObjective):
 
     name: ClassVar[str] = "vlgpt"
     title: ClassVar[str] = "VL-GPT"
-    wording: ClassVar[Wording] = Wording(
-        caption=" Please describe this image in detail in one sentence. It shows",
-        image="An image of {}.",
-        answer=" Based on the image, {} Short answer:",
-    )
     tokenizer: str | None = None
     shape: dict[str, int] | None = None
     order: Order = "both"
     regression_weight: float = 1.0
+    caption_prompt: str = " Please describe this image in detail in one sentence. It shows"
+    image_prompt: str = "An image of {}."
+    answer_prompt: str = " Based on the image, {} Short answer:"
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and self.shape is None:
             raise ValueError("tokenizer: VL-GPT reads and says vectors: name the directory of lavit-lm fit-tokenizer")
         if self.regression_weight < 0:
             raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
+
+    @property
+    def wording(self) -> Wording:  # type: ignore[override]
+        return Wording(self.caption_prompt, self.image_prompt, self.answer_prompt)
 
     @property
     def vectors(self) -> int:
