@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from vlgpt_parts import TEXT, WIDTH, stage_one, tiny_diffusion
 
 from lavit_lm.cli import main
-from lavit_lm.pixels.conditions import Condition, PixelConditions, load_conditions
+from lavit_lm.pixels.condition_kinds import load_conditions
+from lavit_lm.pixels.conditions import Condition, PixelConditions
 from lavit_lm.pixels.detokenizer import Detokenizer, TokenizerShape
 from lavit_lm.pixels.stable_diffusion import StableDiffusionConditions
 from lavit_lm.pixels.tokenizer_files import DetokenizingDecoder, load_tokenizer, read_config, save_tokenizer

@@ -35,7 +35,7 @@ class Conditions(Protocol):
     """One diffusion model's; what another class has to have to be learnt by the detokenizer."""
 
     settings: dict[str, Any]
-    """Plain JSON from which `load_conditions` makes it again."""
+    """Plain JSON from which condition_kinds.load_conditions makes it again."""
     image_shape: Shape | None
     """(n, c); None where the model has no image condition."""
     text_shape: Shape | None
@@ -124,26 +124,3 @@ class PixelConditions:
         given = own.projection(condition.image.to(self.decoder.device))
         options = num_inference_steps, guidance_scale, generator
         return self.decoder.draw(given, own.unconditional(given), *options)
-
-
-def load_conditions(settings: dict[str, Any], visual: VisualTokenizer | None) -> Conditions:
-    """Conditions by their "kind", one of these two, never a class of a file's choosing.
-
-    Args:
-        settings: {"kind": "pixel_decoder", "decoder": ...} or {"kind": "stable_diffusion", "model": ..., ...}.
-        visual: the visual tokenizer; None to draw only.
-
-    Raises:
-        ValueError: another kind, or settings that it does not have.
-        WeightsError: weights that cannot be read.
-    """
-    from lavit_lm.pixels.stable_diffusion import StableDiffusionConditions
-
-    kinds: dict[str, Any] = {kind.kind: kind for kind in (PixelConditions, StableDiffusionConditions)}
-    rest = {name: value for name, value in settings.items() if name != "kind"}
-    try:
-        return kinds[settings["kind"]].load(visual, **rest)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"conditions: expected one of {sorted(kinds)} and its settings, got {settings}: {error}"
-        ) from None

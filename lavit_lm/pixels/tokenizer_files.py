@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lavit_lm.pixels.conditions import load_conditions
+from lavit_lm.pixels.condition_kinds import load_conditions
 from lavit_lm.pixels.detokenizer import ContinuousTokenizer, Detokenizer, TokenizerShape
 from lavit_lm.resampler import CausalResampler
 from lavit_tok import VisualTokenizer, WeightsError

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
-from lavit_lm.pixels.conditions import Condition, load_conditions
+from lavit_lm.pixels.condition_kinds import load_conditions
+from lavit_lm.pixels.conditions import Condition
 from lavit_lm.pixels.detokenizer import ContinuousTokenizer, TokenizerShape
 from lavit_lm.pixels.tokenizer_files import check_free, save_tokenizer
 from lavit_tok import VisualTokenizer
