@@ -428,7 +428,7 @@ def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
     assert isinstance(lm.answer(str(photos[0]), "what is it?", max_tokens=4), str)
     opened = lm.prompts.painting("a red apple")
     assert opened.ids.tolist() == [*lm.lexicon.start, *lm.lexicon.text("An image of a red apple."), v.begin]
-    bare = replace(lm.objective, caption_prompt="", image_prompt="{}")  # type: ignore[type-var]
+    bare = replace(lm.objective, caption_prompt="", image_prompt="")  # type: ignore[type-var]
     plain = MultimodalLM(lm.model, lm.lexicon, lm.visual, None, bare)
     assert plain.prompts.painting("a red apple").ids.tolist() == [
         *lm.lexicon.start,

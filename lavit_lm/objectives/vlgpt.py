@@ -46,7 +46,7 @@ class VLGPT(VectorObjective):
         regression_weight: of the mean squared error against the mean cross-entropy; the published value is unknown.
         caption_prompt, image_prompt, answer_prompt: how the trained model is asked, {} for the user's words. Pairs are
             trained on without any words around them. A large language model follows the paper's all the same; a small
-            one knows what it was trained on and no more: give "" and "{}".
+            one knows what it was trained on and no more: give "" for nothing but the picture, or the user's words.
 
     Raises:
         ValueError: neither a directory nor sizes, or a weight below 0.
