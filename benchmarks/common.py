@@ -160,6 +160,11 @@ def provenance(*scripts: str, packages: Sequence[ModuleType] = (lavit_tok,)) -> 
     return {"code": found.hexdigest()[:12], "versions": _versions(), "threads": torch.get_num_threads()}
 
 
+def given(arguments: argparse.Namespace) -> dict[str, str]:
+    """The command line, for the settings of a resumed run: not where results go, nor threads, which provenance has."""
+    return {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "threads")}
+
+
 def short(argument: str) -> str:
     """A path for a result file: relative where it lies in the working directory, else its last part."""
     path = Path(argument)

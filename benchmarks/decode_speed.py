@@ -121,7 +121,7 @@ def measured(entries: list[Entry], a: Namespace) -> list[dict[str, Any]]:
 
 def main(arguments: Namespace) -> dict[str, Any]:
     a = arguments
-    settings = {k: str(v) for k, v in vars(a).items() if k != "out"}
+    settings = common.given(a)
     parts = Parts(
         a.out, "decode_speed", {"script": "decode_speed", **settings, "where": common.provenance("decode_speed")}
     )

@@ -249,7 +249,7 @@ def main(arguments: Namespace) -> dict[str, Any]:
     if a.full:
         a.cases, a.beside = ["lavit"], []
     name = "encode_speed_full" if a.full else "encode_speed"
-    settings = {k: str(v) for k, v in vars(a).items() if k != "out"}
+    settings = common.given(a)
     parts = Parts(a.out, name, {"script": name, **settings, "where": common.provenance("encode_speed")})
     todo = [(case, dtype) for dtype in a.dtypes for case in a.cases]
     found = [

@@ -155,7 +155,7 @@ def main(a: Namespace) -> dict[str, Any]:
     patches = lm.visual.config.num_patches
     if a.codes > patches:
         raise ValueError(f"--codes: expected 1..{patches}, as many as a picture has patches, got {a.codes}")
-    settings = {k: str(v) for k, v in vars(a).items() if k != "out"}
+    settings = common.given(a)
     where = common.provenance("generate_speed", packages=(lavit_tok, lavit_lm))
     parts = Parts(a.out, a.name, settings | {"weights": digest(lm.model), "where": where})
     sizes = progress(a.batch_sizes, "batch sizes", len(a.batch_sizes))

@@ -154,30 +154,18 @@ def generate(lm: MultimodalLM, captions: Sequence[str], seed: int, a: Namespace)
     return VisualCodes.cat([part.to("cpu") for part in parts])
 
 
-def draw(
-    decoder: Any, codes: VisualCodes, size: int, seed: int, batch_size: int, device: str, steps: int, guidance: float
-) -> Tensor:
-    """Pictures of all codes, float [n 3 S S] in 0..1; each picture has its own noise, whatever the batch size."""
+def drawn(lm: MultimodalLM, codes: VisualCodes, size: int, seed: int, a: Namespace) -> Tensor:
+    """Pictures of all codes, uint8 [n 3 S S]; each picture has its own noise, whatever the batch size."""
+    options = {"num_inference_steps": a.steps, "guidance_scale": a.decoder_guidance, "output_type": "pt"}
     parts = []
-    for start in range(0, len(codes), batch_size):
-        places = range(start, min(start + batch_size, len(codes)))
+    for start in range(0, len(codes), a.batch_size):
+        places = range(start, min(start + a.batch_size, len(codes)))
         noise = [torch.Generator().manual_seed(seed * len(codes) + i) for i in places]
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
-        images = decoder(codes.take(places).to(device), generator=noise, **options).images.float().cpu()
+        images = lm.decoder(codes.take(places).to(a.device), generator=noise, **options).images.float().cpu()
         if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         parts.append(images.clamp(0, 1))
-    return torch.cat(parts)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    return (images * 255).round().to(torch.uint8)
-
-
-def drawn(lm: MultimodalLM, codes: VisualCodes, size: int, seed: int, a: Namespace) -> Tensor:
-    """uint8 [n 3 S S]"""
-    options = a.batch_size, a.device, a.steps, a.decoder_guidance
-    return to_uint8(draw(lm.decoder, codes, size, seed, *options))
+    return (torch.cat(parts) * 255).round().to(torch.uint8)
 
 
 def images(

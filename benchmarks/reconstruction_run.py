@@ -52,7 +52,7 @@ class Run:
             protocol.refuse_few(min(a.pictures, len(self.pictures)), a.force)
         if not self.own and not self.tokenizer.decodes:
             raise ValueError(f"{a.tokenizer}: it has neither our features nor a decoder, so nothing can be measured")
-        settings = {k: str(v) for k, v in vars(a).items() if k not in ("out", "threads")}
+        settings = common.given(a)
         content = {"tokenizer": self.tokenizer.identity, "pixels": pixels_digest(self.pictures.pixels)}
         self.parts = Parts(a.out, "reconstruction", settings | content | {"where": common.provenance("reconstruction")})
 

@@ -202,7 +202,7 @@ def measure(case: str, stretch: str, a: Namespace) -> dict[str, Any]:
 
 def main(arguments: Namespace) -> dict[str, Any]:
     a = arguments
-    settings = {k: str(v) for k, v in vars(a).items() if k != "out"}
+    settings = common.given(a)
     parts = Parts(
         a.out, "train_speed", {"script": "train_speed", **settings, "where": common.provenance("train_speed")}
     )
