@@ -21,8 +21,8 @@ import common
 import numpy as np
 from PIL import Image
 
-from lavit_tok.images import ImageError, open_image
-from lavit_tok.training.sources import load_splits, read_row, row_key, undecoded
+from lavit_tok.data.image_sources import load_splits, read_row, row_key, undecoded
+from lavit_tok.encode.image_processor import ImageError, open_image
 
 Opened = tuple[Image.Image | None, dict[str, str] | None]
 """The picture, or else its key and what is wrong with it."""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
 from lavit_tok import to_uint8
-from lavit_tok.images import normalise
+from lavit_tok.encode.image_processor import normalise
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "default"
 TIE = 1e-9  # products of equal vectors may differ by rounding

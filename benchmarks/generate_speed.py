@@ -32,11 +32,11 @@ from torch import Tensor
 import lavit_lm
 import lavit_tok
 from lavit_lm import MultimodalLM
-from lavit_lm.decoding import left_padded
-from lavit_lm.generation import Rule
-from lavit_lm.module import LanguageModeling
-from lavit_lm.packing import FREE
-from lavit_lm.text_tokenizer import train_text_tokenizer
+from lavit_lm.generation.sampling import Rule
+from lavit_lm.models.kv_state import left_padded
+from lavit_lm.sequences.packing import FREE
+from lavit_lm.training.module import LanguageModeling
+from lavit_lm.vocabulary.text_tokenizer import train_text_tokenizer
 from lavit_tok import VisualTokenizer
 
 GUIDED = 1.3

@@ -18,7 +18,7 @@ import timing
 import torch
 from torch import nn
 
-from lavit_lm.text_tokenizer import train_text_tokenizer
+from lavit_lm.vocabulary.text_tokenizer import train_text_tokenizer
 from lavit_tok import Shards
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lavit_lm import MultimodalLM
+from lavit_lm.models.losses import sources
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.objectives.losses import sources
-from lavit_lm.packing import pad
-from lavit_lm.segments import Image, Role, Text
+from lavit_lm.sequences.packing import pad
+from lavit_lm.sequences.segments import Image, Role, Text
 from lavit_tok import VisualCodes
-from lavit_tok.training.sources import load_splits
+from lavit_tok.data.image_sources import load_splits
 
 PARTS = ("images", "captions", "bits")
 

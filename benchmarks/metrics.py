@@ -12,7 +12,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lavit_tok import VisualTokenizer
-from lavit_tok.images import CLIP_MEAN, CLIP_STD
+from lavit_tok.encode.image_processor import CLIP_MEAN, CLIP_STD
 
 # Features
 

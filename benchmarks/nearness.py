@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_tok.images import normalise, resize
+from lavit_tok.encode.image_processor import normalise, resize
 
 
 class Clip:

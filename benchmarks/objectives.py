@@ -32,11 +32,11 @@ from lm_quality import SHOWN, choose, contact_sheet
 from PIL import Image as Picture
 
 from lavit_lm import MultimodalLM
-from lavit_lm.data import LanguageDataModule
-from lavit_lm.module import LanguageModeling
 from lavit_lm.objectives import by_name
-from lavit_lm.pixels.decoder_training import VectorDecoderTraining
-from lavit_lm.pixels.tokenizer_training import TokenizerStage
+from lavit_lm.training.data_module import LanguageDataModule
+from lavit_lm.training.emu_decoder import VectorDecoderTraining
+from lavit_lm.training.module import LanguageModeling
+from lavit_lm.training.vlgpt_tokenizer import TokenizerStage
 from lavit_tok import ImageDataModule, to_uint8
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "lm"

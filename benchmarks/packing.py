@@ -30,10 +30,10 @@ from language_models import SHAPES, add_source, autocast, flops_per_place, matmu
 from packing_overhead import overhead, useful
 from timing import interleaved, ratio
 
-from lavit_lm.module import LanguageModeling
-from lavit_lm.order import BlockOrder, Blocks, Layout, Samples
-from lavit_lm.packing import Packed, pack, pad
-from lavit_lm.segments import Row
+from lavit_lm.sequences.packing import Packed, pack, pad
+from lavit_lm.sequences.segments import Row
+from lavit_lm.training.module import LanguageModeling
+from lavit_lm.training.sampler import BlockOrder, Blocks, Layout, Samples
 from lavit_tok import ShardError
 
 FILL, SPEEDUP, LOSS, LIGHTNING, MFU = 0.98, 1.4, 1e-5, 0.9, 0.45

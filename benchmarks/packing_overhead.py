@@ -17,9 +17,9 @@ from language_models import autocast
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from timing import clock, ratio
 
-from lavit_lm.data import ResumingLoader
-from lavit_lm.order import BlockOrder, Blocks, Layout
-from lavit_lm.packing import FREE, Packed
+from lavit_lm.sequences.packing import FREE, Packed
+from lavit_lm.training.data_module import ResumingLoader
+from lavit_lm.training.sampler import BlockOrder, Blocks, Layout
 
 
 def useful(batches: Sequence[Packed]) -> int:

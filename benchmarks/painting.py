@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lavit_lm import MultimodalLM
-from lavit_tok.images import ImageError, open_image
+from lavit_tok.encode.image_processor import ImageError, open_image
 
 Noted = tuple[Image.Image, dict[str, str]]
 """A picture, and what is to be known of it."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lavit_lm import MultimodalLM
-from lavit_tok.images import resize
+from lavit_tok.encode.image_processor import resize
 
 
 class Reference:

@@ -20,8 +20,8 @@ from common import evenly, short
 from parts import progress
 from torch import Tensor
 
-from lavit_tok.images import resize
-from lavit_tok.training.sources import load_splits, read_row, row_key, undecoded
+from lavit_tok.data.image_sources import load_splits, read_row, row_key, undecoded
+from lavit_tok.encode.image_processor import resize
 
 
 @dataclass(frozen=True)

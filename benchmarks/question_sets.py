@@ -18,7 +18,7 @@ from typing import Any
 
 from caption_sets import Format, Opened, id_of, open_picture, read_json, rows_of
 
-from lavit_tok.training.sources import row_key
+from lavit_tok.data.image_sources import row_key
 
 QUESTION_KEYS = ("question_id", "key", "__key__", "id")
 VQA_SETS = {

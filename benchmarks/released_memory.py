@@ -23,8 +23,8 @@ import torch
 from encode_speed import _peak as peak
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.released import load_released
-from lavit_tok.weights import empty
+from lavit_tok.checkpoints.released.loader import load_released
+from lavit_tok.checkpoints.weights import empty
 
 TARGET = 1.15
 

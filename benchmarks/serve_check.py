@@ -38,9 +38,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lavit_lm import VisualVocabulary
-from lavit_lm.export import export
-from lavit_lm.text_tokenizer import train_text_tokenizer
-from lavit_lm.vocabulary import BEGIN, CODE, END
+from lavit_lm.checkpoints.export import export
+from lavit_lm.vocabulary.text_tokenizer import train_text_tokenizer
+from lavit_lm.vocabulary.visual_vocabulary import BEGIN, CODE, END
 
 CAPTIONS = (
     "a red apple",
@@ -237,7 +237,9 @@ def arguments() -> argparse.ArgumentParser:
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     found.add_argument(
-        "--model", type=Path, help="a directory written by lavit_lm.export; a small one is made if not given"
+        "--model",
+        type=Path,
+        help="a directory written by lavit_lm.checkpoints.export; a small one is made if not given",
     )
     found.add_argument("--caption", default="a red apple", help="what to draw, with --model")
     found.add_argument("--codes", type=int, nargs="+", default=[0, 1, 2, 3], help="what to caption, with --model")

@@ -19,7 +19,7 @@ import picture_sets
 import torch
 
 from lavit_tok import VisualTokenizer
-from lavit_tok.released import load_released
+from lavit_tok.checkpoints.released.loader import load_released
 
 SHIFTS = ("shift", "largest_shift")
 

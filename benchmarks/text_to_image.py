@@ -33,7 +33,7 @@ from protocol import FID_LEAST
 import lavit_lm
 import lavit_tok
 from lavit_lm import MultimodalLM
-from lavit_tok.images import open_image, resize
+from lavit_tok.encode.image_processor import open_image, resize
 
 PROTOCOL = 30_000
 VAL2014 = ("captions_val2014.json", 40_504)

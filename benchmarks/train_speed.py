@@ -35,9 +35,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.images import normalise
-from lavit_tok.selector import keep_by_budget, keep_scores
-from lavit_tok.training.tokenizer import TokenizerTraining
+from lavit_tok.encode.image_processor import normalise
+from lavit_tok.encode.selector import keep_by_budget, keep_scores
+from lavit_tok.training.tokenizer_training import TokenizerTraining
 
 RHO = 1 / 3
 STRETCHES = ("sampled", "quantised")

@@ -12,17 +12,17 @@ from jaxtyping import Float
 from PIL import Image as Picture
 from torch import Tensor
 
-from lavit_lm.beam import likeliest_rows
-from lavit_lm.emission import emit
-from lavit_lm.files import load_model, save_model
-from lavit_lm.generation import Generators, Rule, Sampling, continue_rows
-from lavit_lm.lexicon import Lexicon
+from lavit_lm.checkpoints.native import load_model, save_model
+from lavit_lm.generation.beam_search import likeliest_rows
+from lavit_lm.generation.interleaved import emit
+from lavit_lm.generation.prompts import Prompt, Prompts, file_or_picture, parts, require_words
+from lavit_lm.generation.sampling import Generators, Rule, Sampling, continue_rows
+from lavit_lm.models.losses import log_likelihood
+from lavit_lm.models.sequence_model import SequenceModel
+from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.objectives.losses import log_likelihood
-from lavit_lm.objectives.objective import Objective
-from lavit_lm.packing import pad
-from lavit_lm.prompts import Prompt, Prompts, file_or_picture, parts, require_words
-from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.sequences.packing import pad
+from lavit_lm.vocabulary.processor import Lexicon
 from lavit_tok import VisualCodes, VisualTokenizer
 
 PICTURE_SAMPLING = Sampling(top_k=50, guidance_scale=3.0)
@@ -361,6 +361,6 @@ class MultimodalLM:
 
     def export(self, out: str | Path, dtype: torch.dtype | None = None) -> None:
         """A plain `transformers` directory that other programs serve; see export.py."""
-        from lavit_lm.export import export
+        from lavit_lm.checkpoints.export import export
 
         export(self.model.lm, self.lexicon.tokenizer, out, dtype)

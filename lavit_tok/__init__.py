@@ -6,22 +6,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavit_tok.attention import Block
-    from lavit_tok.condition import Conditioning
+    from lavit_tok.checkpoints.released.loader import load_released
+    from lavit_tok.checkpoints.weights import WeightsError
+    from lavit_tok.codes import CodeError, VisualCodes
     from lavit_tok.config import ConfigError, TokenizerConfig
-    from lavit_tok.continuous import ContinuousPath
-    from lavit_tok.decoder import PixelDecoder
-    from lavit_tok.images import ImageError, to_uint8
-    from lavit_tok.records import CodeError, VisualCodes
-    from lavit_tok.shard_files import ShardError
-    from lavit_tok.shards import Shards
+    from lavit_tok.data.shard_images import ShardPictures
+    from lavit_tok.data.shard_manifest import ShardError
+    from lavit_tok.data.shard_reader import Shards
+    from lavit_tok.decode.conditioner import Conditioning
+    from lavit_tok.decode.pipeline import PixelDecoder
+    from lavit_tok.encode.continuous import ContinuousPath
+    from lavit_tok.encode.image_processor import ImageError, to_uint8
+    from lavit_tok.nn.attention import Block
     from lavit_tok.tokenizer import VisualTokenizer
-    from lavit_tok.training.averaged import AveragedTraining
-    from lavit_tok.training.common import logged_picture, logged_text, step_generator
-    from lavit_tok.training.data import ImageDataModule
+    from lavit_tok.training.data_module import ImageDataModule
     from lavit_tok.training.denoising import Noised, denoising_loss, vae_latents
-    from lavit_tok.training.shard_pictures import ShardPictures
-    from lavit_tok.weights import WeightsError
+    from lavit_tok.training.ema import AveragedTraining
+    from lavit_tok.training.logging import logged_picture, logged_text, step_generator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "VisualTokenizer",
     "WeightsError",
     "denoising_loss",
+    "load_released",
     "logged_picture",
     "logged_text",
     "step_generator",
@@ -50,37 +52,38 @@ __all__ = [
     "vae_latents",
 ]
 
-_ROOMS = {
-    "Block": "attention",
-    "Conditioning": "condition",
-    "ImageError": "images",
+_MODULES = {
+    "Block": "nn.attention",
+    "Conditioning": "decode.conditioner",
+    "ImageError": "encode.image_processor",
     "ConfigError": "config",
     "TokenizerConfig": "config",
-    "CodeError": "records",
-    "VisualCodes": "records",
-    "WeightsError": "weights",
-    "ContinuousPath": "continuous",
-    "to_uint8": "images",
+    "CodeError": "codes",
+    "VisualCodes": "codes",
+    "WeightsError": "checkpoints.weights",
+    "ContinuousPath": "encode.continuous",
+    "to_uint8": "encode.image_processor",
     "VisualTokenizer": "tokenizer",
-    "PixelDecoder": "decoder",
-    "ShardError": "shard_files",
-    "Shards": "shards",
-    "ShardPictures": "training.shard_pictures",
-    "ImageDataModule": "training.data",
-    "logged_picture": "training.common",
-    "logged_text": "training.common",
-    "step_generator": "training.common",
-    "AveragedTraining": "training.averaged",
+    "PixelDecoder": "decode.pipeline",
+    "ShardError": "data.shard_manifest",
+    "Shards": "data.shard_reader",
+    "ShardPictures": "data.shard_images",
+    "ImageDataModule": "training.data_module",
+    "logged_picture": "training.logging",
+    "logged_text": "training.logging",
+    "step_generator": "training.logging",
+    "AveragedTraining": "training.ema",
     "Noised": "training.denoising",
     "denoising_loss": "training.denoising",
     "vae_latents": "training.denoising",
+    "load_released": "checkpoints.released.loader",
 }
 
 
 def __getattr__(name: str) -> Any:
     """A name is imported when first asked for: `lavit-tok --help` pays for no torch, encoding for no diffusers."""
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lavit_tok' has no attribute {name!r}")
-    value = getattr(import_module(f"lavit_tok.{_ROOMS[name]}"), name)
+    value = getattr(import_module(f"lavit_tok.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lavit_tok.images import CLIP_MEAN, CLIP_STD
+from lavit_tok.encode.image_processor import CLIP_MEAN, CLIP_STD
 
 FORMAT_VERSION = 1
 

@@ -17,17 +17,17 @@ from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from lavit_tok import images as pixels_room
-from lavit_tok import selector as selector_room
+from lavit_tok.checkpoints.weights import empty, find_directory, load_weights, save_weights
+from lavit_tok.codes import Layout, VisualCodes
 from lavit_tok.config import ConfigError, TokenizerConfig
-from lavit_tok.continuous import ContinuousPath
-from lavit_tok.encoder import VisionEncoder
-from lavit_tok.merger import Merger
-from lavit_tok.quantizer import Quantizer
-from lavit_tok.reconstructor import Reconstructor
-from lavit_tok.records import Layout, VisualCodes
-from lavit_tok.selector import Budget, Selector
-from lavit_tok.weights import empty, find_directory, load_weights, save_weights
+from lavit_tok.decode.reconstructor import Reconstructor
+from lavit_tok.encode import image_processor as pixels_room
+from lavit_tok.encode import selector as selector_room
+from lavit_tok.encode.continuous import ContinuousPath
+from lavit_tok.encode.merger import Merger
+from lavit_tok.encode.quantizer import Quantizer
+from lavit_tok.encode.selector import Budget, Selector
+from lavit_tok.encode.vision_encoder import VisionEncoder
 
 
 class VisualTokenizer(nn.Module, PyTorchModelHubMixin):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.selector import keep_scores
+from lavit_tok.encode.selector import keep_scores
 
 
 @pytest.fixture(scope="session")
@@ -69,10 +69,10 @@ def tiny_tokenizer(tiny_config: TokenizerConfig, photos: list[Path]) -> VisualTo
 def tiny_decoder(tiny_tokenizer: VisualTokenizer) -> Any:
     """A PixelDecoder for tiny_tokenizer's codes with seeded random weights; draws 16 x 16 pixels."""
     from diffusers import DDIMScheduler
-    from small_diffusion import small_unet, small_vae
+    from helpers.small_diffusion import small_unet, small_vae
 
     from lavit_tok import PixelDecoder
-    from lavit_tok.condition import Condition
+    from lavit_tok.decode.conditioner import Condition
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -104,9 +104,9 @@ def folder(
     tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """For lavit_lm: a visual tokenizer, shards of 24 captioned crops of photographs, and a text tokenizer."""
-    from lm_runs import CAPTIONS
-    from small_lms import small_tokenizer
-    from small_sets import captioned
+    from helpers.lm_runs import CAPTIONS
+    from helpers.small_lms import small_tokenizer
+    from helpers.small_sets import captioned
 
     from lavit_tok.cli import main
 

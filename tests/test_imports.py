@@ -32,7 +32,7 @@ def test_import_is_light() -> None:
 
 
 def test_a_vocabulary_needs_no_training_packages() -> None:
-    loaded = modules_after("from lavit_lm import VisualVocabulary; import lavit_lm.export")
+    loaded = modules_after("from lavit_lm import VisualVocabulary; import lavit_lm.checkpoints.export")
     assert not loaded & {"diffusers", "datasets", "lightning", "peft", "jsonargparse"}
 
 
@@ -51,7 +51,7 @@ def test_encoding_needs_no_training_packages() -> None:
 
 
 def test_decoding_needs_no_training_packages() -> None:
-    loaded = modules_after("from lavit_tok import PixelDecoder; import lavit_tok.commands")
+    loaded = modules_after("from lavit_tok import PixelDecoder; import lavit_tok.cli.commands")
     assert "diffusers" in loaded
     assert not loaded & {"datasets", "lightning", "vector_quantize_pytorch", "torchmetrics", "jsonargparse"}
 
@@ -83,7 +83,7 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(LM_PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(LM_PACKAGE)))
 def test_language_models_use_only_public_names(path: Path) -> None:
     """lavit_lm reads lavit_tok through its public names alone; its commands share the plumbing of lavit-tok's."""
-    plumbing = {"lavit_tok.cli", "lavit_tok.batch_jobs", "lavit_tok.commands"}
+    plumbing = {"lavit_tok.cli.parser", "lavit_tok.data.jobs", "lavit_tok.cli.commands"}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = {alias.name for alias in node.names}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lavit_lm import cli as lm_cli
-from lavit_tok.cli import COMMANDS, parser
+from lavit_lm.cli import parser as lm_cli
+from lavit_tok.cli.parser import COMMANDS, parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -26,8 +26,8 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from lavit_lm.building import lm_class
-from lavit_lm.vocabulary import BEGIN, END, VisualVocabulary
+from lavit_lm.models.loading import lm_class
+from lavit_lm.vocabulary.visual_vocabulary import BEGIN, END, VisualVocabulary
 
 CHAT = """\
 {{- bos_token }}

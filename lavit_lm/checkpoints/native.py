@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from lavit_lm.building import lm_class, sequence_model
-from lavit_lm.lexicon import Lexicon
+from lavit_lm.models.loading import lm_class, sequence_model
+from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
-from lavit_lm.objectives.objective import Objective
-from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.objectives.base import Objective
+from lavit_lm.vocabulary.processor import Lexicon
 from lavit_tok import VisualTokenizer, WeightsError
 
 FORMAT, VERSION = "lavit_lm", 1
-DEFAULT = Path(__file__).parent / "default"
+DEFAULT = Path(__file__).parents[1] / "default"
 
 
 def save_model(
@@ -44,7 +44,7 @@ def save_model(
     Raises:
         WeightsError: the directory holds something else.
     """
-    from lavit_lm.export import export
+    from lavit_lm.checkpoints.export import export
 
     target = Path(out)
     check_free(target)

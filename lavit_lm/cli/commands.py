@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lavit_tok.batch_jobs import Rejects, chunks, device, listed_pictures, opened, png_name, save_png
-from lavit_tok.commands import lightning_command
+from lavit_tok.cli.commands import lightning_command
+from lavit_tok.data.jobs import Rejects, chunks, device, listed_pictures, opened, png_name, save_png
 
 if TYPE_CHECKING:
-    from lavit_lm.model import MultimodalLM
+    from lavit_lm.multimodal import MultimodalLM
 
 
 def fit(words: list[str]) -> int:
@@ -33,24 +33,24 @@ def test(words: list[str]) -> int:
 
 def fit_tokenizer(words: list[str]) -> int:
     """Train VL-GPT's tokenizer and detokenizer; the words are LightningCLI's."""
-    names = "lavit_lm.pixels.tokenizer_training:TokenizerStage", "lavit_tok:ImageDataModule"
+    names = "lavit_lm.training.vlgpt_tokenizer:TokenizerStage", "lavit_tok:ImageDataModule"
     return lightning_command("lavit-lm", "fit-tokenizer", "fit", *names, words)
 
 
 def fit_decoder(words: list[str]) -> int:
     """Train a decoder of the vectors that a language model says; the words are LightningCLI's."""
-    names = "lavit_lm.pixels.decoder_training:VectorDecoderTraining", "lavit_tok:ImageDataModule"
+    names = "lavit_lm.training.emu_decoder:VectorDecoderTraining", "lavit_tok:ImageDataModule"
     return lightning_command("lavit-lm", "fit-decoder", "fit", *names, words)
 
 
 def _lightning(command: str, words: list[str]) -> int:
-    names = "lavit_lm.module:LanguageModeling", "lavit_lm.data:LanguageDataModule"
+    names = "lavit_lm.training.module:LanguageModeling", "lavit_lm.training.data_module:LanguageDataModule"
     return lightning_command("lavit-lm", command, command, *names, words)
 
 
 def generate(arguments: argparse.Namespace) -> int:
     """Pictures of a prompt -> PNG files, and codes.jsonl beside them, if the model says codes."""
-    from lavit_lm.prompts import require_words
+    from lavit_lm.generation.prompts import require_words
 
     lm = _model(arguments, arguments.decoder)
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -106,7 +106,7 @@ def caption(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """A model -> a plain `transformers` directory."""
-    from lavit_lm.model import MultimodalLM
+    from lavit_lm.multimodal import MultimodalLM
 
     lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
     lm.export(arguments.out, getattr(torch, arguments.dtype))
@@ -115,7 +115,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _model(arguments: argparse.Namespace, decoder: str | None) -> MultimodalLM:
-    from lavit_lm.model import MultimodalLM
+    from lavit_lm.multimodal import MultimodalLM
 
     return MultimodalLM.from_pretrained(
         arguments.model,

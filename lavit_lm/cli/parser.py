@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lavit_tok.cli import Command, positive, run_command, seed
+from lavit_tok.cli.parser import Command, positive, run_command, seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,18 +60,18 @@ def _export_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 COMMANDS: dict[str, Command] = {
-    "fit": Command("train: fit -c recipe.yaml", "lavit_lm.commands:fit"),
-    "validate": Command("held-out losses: validate -c recipe.yaml --ckpt_path last", "lavit_lm.commands:validate"),
-    "test": Command("losses on the test split: test -c recipe.yaml --ckpt_path last", "lavit_lm.commands:test"),
+    "fit": Command("train: fit -c recipe.yaml", "lavit_lm.cli.commands:fit"),
+    "validate": Command("held-out losses: validate -c recipe.yaml --ckpt_path last", "lavit_lm.cli.commands:validate"),
+    "test": Command("losses on the test split: test -c recipe.yaml --ckpt_path last", "lavit_lm.cli.commands:test"),
     "fit-tokenizer": Command(
-        "train VL-GPT's tokenizer: fit-tokenizer -c recipe.yaml", "lavit_lm.commands:fit_tokenizer"
+        "train VL-GPT's tokenizer: fit-tokenizer -c recipe.yaml", "lavit_lm.cli.commands:fit_tokenizer"
     ),
     "fit-decoder": Command(
-        "train a decoder of vectors that a model says: fit-decoder -c recipe.yaml", "lavit_lm.commands:fit_decoder"
+        "train a decoder of vectors that a model says: fit-decoder -c recipe.yaml", "lavit_lm.cli.commands:fit_decoder"
     ),
-    "generate": Command("pictures of a prompt", "lavit_lm.commands:generate", _generate_arguments),
-    "caption": Command("a line of text for each picture", "lavit_lm.commands:caption", _caption_arguments),
-    "export": Command("a plain transformers directory", "lavit_lm.commands:export", _export_arguments),
+    "generate": Command("pictures of a prompt", "lavit_lm.cli.commands:generate", _generate_arguments),
+    "caption": Command("a line of text for each picture", "lavit_lm.cli.commands:caption", _caption_arguments),
+    "export": Command("a plain transformers directory", "lavit_lm.cli.commands:export", _export_arguments),
 }
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from lavit_lm.generation import Rule
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.segments import Row
+from lavit_lm.generation.sampling import Rule
+from lavit_lm.sequences.segments import Row
+from lavit_lm.vocabulary.processor import Lexicon
 
 
 @dataclass

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lavit_lm.generation import Generators, Rule, Sampling, per_row
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.segments import Row
+from lavit_lm.generation.sampling import Generators, Rule, Sampling, per_row
+from lavit_lm.sequences.segments import Row
+from lavit_lm.vocabulary.processor import Lexicon
 
 GREEDY = Sampling(temperature=0.0)
 Said = list[int] | Tensor

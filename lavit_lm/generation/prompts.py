@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.objectives.objective import Objective
-from lavit_lm.segments import Image, Row, Segment, Text
+from lavit_lm.objectives.base import Objective
+from lavit_lm.sequences.segments import Image, Row, Segment, Text
+from lavit_lm.vocabulary.processor import Lexicon
 from lavit_tok import VisualCodes, VisualTokenizer, to_uint8
 
 Prompt = str | Sequence[Any]

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.segments import Row
-from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.models.sequence_model import SequenceModel
+from lavit_lm.sequences.segments import Row
+from lavit_lm.vocabulary.processor import Lexicon
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One for all rows, which then get seeds of their own, or one for each."""

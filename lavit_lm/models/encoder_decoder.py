@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from lavit_lm.decoding import Decoding
-from lavit_lm.packing import FREE, Packed, pad
-from lavit_lm.segments import Row
-from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.models.kv_state import Decoding
+from lavit_lm.models.sequence_model import SequenceModel
+from lavit_lm.sequences.packing import FREE, Packed, pad
+from lavit_lm.sequences.segments import Row
 
 FAMILIES = ("t5", "bart")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from lavit_lm.masks import model_mask
-from lavit_lm.packing import FREE, fed_pictures
-from lavit_lm.segments import Row
+from lavit_lm.sequences.masks import model_mask
+from lavit_lm.sequences.packing import FREE, fed_pictures
+from lavit_lm.sequences.segments import Row
 
 
 class Decoding:

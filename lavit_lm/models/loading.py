@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lavit_lm.embeddings import extend_model
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.prefix_seq2seq import PrefixSeq2Seq
-from lavit_lm.sequence_model import SequenceModel
-from lavit_lm.vocabulary import VisualVocabulary, VocabularyError
+from lavit_lm.models.encoder_decoder import PrefixSeq2Seq
+from lavit_lm.models.sequence_model import SequenceModel
+from lavit_lm.vocabulary.embedding_rows import extend_model
+from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
 
 
 def load_lm(source: str | dict[str, Any], lexicon: Lexicon, own: int, rows_are_new: bool, seed: int) -> Any:

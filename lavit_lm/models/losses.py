@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_lm.packing import Packed
-from lavit_lm.segments import Role
+from lavit_lm.sequences.packing import Packed
+from lavit_lm.sequences.segments import Role
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
-from lavit_lm.decoding import Decoding
-from lavit_lm.masks import model_mask
-from lavit_lm.objectives.losses import Seen, Sum
-from lavit_lm.packing import Packed
-from lavit_lm.segments import Row
+from lavit_lm.models.kv_state import Decoding
+from lavit_lm.models.losses import Seen, Sum
+from lavit_lm.sequences.masks import model_mask
+from lavit_lm.sequences.packing import Packed
+from lavit_lm.sequences.segments import Row
 
 
 class SequenceModel(nn.Module):

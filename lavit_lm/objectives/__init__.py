@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from lavit_lm.objectives.objective import Objective
+from lavit_lm.objectives.base import Objective
 
 _PAGES = {"lavit": "lavit:LaVIT", "emu": "emu:Emu", "vlgpt": "vlgpt:VLGPT", "davinci": "davinci:DaVinci"}
 

@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.objectives.losses import Seen, Sum, cross_entropy
-from lavit_lm.packing import Packed
-from lavit_lm.segments import Image, Row, Segment
+from lavit_lm.models.losses import Seen, Sum, cross_entropy
+from lavit_lm.sequences.packing import Packed
+from lavit_lm.sequences.segments import Image, Row, Segment
+from lavit_lm.vocabulary.processor import Lexicon
 
 Order = Literal["both", "image_first", "text_first", "given"]
 

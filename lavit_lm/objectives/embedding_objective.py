@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.objectives.objective import Objective, Order, ordered, require_picture
-from lavit_lm.segments import Flags, Image, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.objectives.base import Objective, Order, ordered, require_picture
+from lavit_lm.sequences.segments import Flags, Image, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.vocabulary.processor import Lexicon
 
 
 class VectorObjective(Objective):

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from lavit_lm.segments import Image, Segment, Text
+from lavit_lm.sequences.segments import Image, Segment, Text
 from lavit_tok import ImageError, VisualCodes, to_uint8
 
 FRAMES = 8

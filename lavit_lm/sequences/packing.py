@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Int8, Int64, UInt8
 from torch import Tensor
 
-from lavit_lm.segments import Role, Row
+from lavit_lm.sequences.segments import Role, Row
 
 FREE = -1  # document of the free places
 

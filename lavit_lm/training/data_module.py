@@ -19,9 +19,9 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lavit_lm.documents import Documents
-from lavit_lm.order import BlockOrder, Blocks, HeldOutOrder, Layout, Place, Samples
-from lavit_lm.packing import plan
+from lavit_lm.sequences.documents import Documents
+from lavit_lm.sequences.packing import plan
+from lavit_lm.training.sampler import BlockOrder, Blocks, HeldOutOrder, Layout, Place, Samples
 from lavit_tok import ShardPictures, Shards
 
 

@@ -19,8 +19,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image as Picture
 from torch import Tensor
 
-from lavit_lm.model import MultimodalLM
-from lavit_lm.pixels.vector_decoder import ReaderShape, VectorDecoder, VectorReader
+from lavit_lm.multimodal import MultimodalLM
+from lavit_lm.objectives.emu.image_decoder import ReaderShape, VectorDecoder, VectorReader
 from lavit_tok import (
     AveragedTraining,
     Noised,

@@ -20,8 +20,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image as Picture
 from torch import nn
 
-from lavit_lm.model import MultimodalLM
-from lavit_lm.segments import Image, Text
+from lavit_lm.multimodal import MultimodalLM
+from lavit_lm.sequences.segments import Image, Text
 from lavit_tok import PixelDecoder, VisualCodes, logged_picture, logged_text
 
 

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
 
-from lavit_lm.building import load_lm, sequence_model, shard, with_lora
-from lavit_lm.files import check_free, save_model
-from lavit_lm.lexicon import Lexicon
+from lavit_lm.checkpoints.native import check_free, save_model
+from lavit_lm.models.loading import load_lm, sequence_model, shard, with_lora
+from lavit_lm.models.losses import Sum
+from lavit_lm.models.sequence_model import SequenceModel
+from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.objectives.losses import Sum
-from lavit_lm.objectives.objective import Objective
-from lavit_lm.packing import Packed
-from lavit_lm.sequence_model import SequenceModel
-from lavit_lm.vocabulary import VisualVocabulary, VocabularyError
+from lavit_lm.sequences.packing import Packed
+from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
 from lavit_tok import VisualTokenizer
 
 NATS_PER_BIT = 0.6931471805599453

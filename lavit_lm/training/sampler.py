@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.packing import Packed, pack, plan
-from lavit_lm.segments import Image, Row, Segment, Text
+from lavit_lm.sequences.packing import Packed, pack, plan
+from lavit_lm.sequences.segments import Image, Row, Segment, Text
+from lavit_lm.vocabulary.processor import Lexicon
 
 Place = tuple[int, int]
 """(epoch, row number): what a row's draws depend on, besides the seed."""

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
-from lavit_lm.pixels.condition_kinds import load_conditions
-from lavit_lm.pixels.conditions import Condition
-from lavit_lm.pixels.detokenizer import ContinuousTokenizer, TokenizerShape
-from lavit_lm.pixels.tokenizer_files import check_free, save_tokenizer
+from lavit_lm.objectives.vlgpt.condition_kinds import load_conditions
+from lavit_lm.objectives.vlgpt.conditions import Condition
+from lavit_lm.objectives.vlgpt.detokenizer import ContinuousTokenizer, TokenizerShape
+from lavit_lm.objectives.vlgpt.image_decoder import check_free, save_tokenizer
 from lavit_tok import VisualTokenizer
 
 
@@ -32,7 +32,7 @@ class TokenizerStage(L.LightningModule):
     Args:
         width: of the vectors; the language model's that is to read them.
         visual_tokenizer: "default", directory or Hub id: whose frozen encoder makes the features.
-        conditions: of the diffusion model, see lavit_lm.pixels.conditions.load_conditions: {"kind": "pixel_decoder",
+        conditions: of the diffusion model, see lavit_lm.objectives.vlgpt.conditions.load_conditions: {"kind": "pixel_decoder",
             "decoder": "default"}, or {"kind": "stable_diffusion", "model": ..., "adapter": ...}.
         queries: N, vectors a picture.
         depth, heads: of both transformers.

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from lavit_lm.trained_encoder import EncoderReader
+from lavit_lm.vision.trained_encoder import EncoderReader
 from lavit_tok import Block, VisualTokenizer
 
 

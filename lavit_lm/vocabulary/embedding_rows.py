@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.text_tokenizer import VocabularyError
+from lavit_lm.vocabulary.text_tokenizer import VocabularyError
 
 
 def check_model(model: Any, own: int) -> None:

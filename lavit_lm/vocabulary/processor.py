@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Int64
 from torch import Tensor
 
-from lavit_lm.vocabulary import VisualVocabulary
+from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import AddedToken
 
-from lavit_lm.embeddings import check_model, extend_model
-from lavit_lm.text_tokenizer import VocabularyError, encode_plain, forget
+from lavit_lm.vocabulary.embedding_rows import check_model, extend_model
+from lavit_lm.vocabulary.text_tokenizer import VocabularyError, encode_plain, forget
 
 __all__ = ["BEGIN", "CODE", "END", "VisualVocabulary", "VocabularyError"]
 

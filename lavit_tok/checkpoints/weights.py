@@ -19,7 +19,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-DEFAULTS = Path(__file__).parent / "default"
+DEFAULTS = Path(__file__).parents[1] / "default"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # so that a path that is not there is never asked for over the network
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAPPED = 16 << 20  # at least this many bytes of a weights file are mapped into memory at a time,

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lavit_tok.batch_jobs import (
+from lavit_tok.cli.parser import SCHEDULERS
+from lavit_tok.codes import CodeError, VisualCodes
+from lavit_tok.data.code_files import CodeFileError, CodeRow, Header, code_writer, read_codes, require_suffix
+from lavit_tok.data.jobs import (
     Rejects,
     chunks,
     device,
@@ -24,10 +27,7 @@ from lavit_tok.batch_jobs import (
     progress,
     save_png,
 )
-from lavit_tok.cli import SCHEDULERS
-from lavit_tok.code_files import CodeFileError, CodeRow, Header, code_writer, read_codes, require_suffix
-from lavit_tok.images import open_image, resize
-from lavit_tok.records import CodeError, VisualCodes
+from lavit_tok.encode.image_processor import open_image, resize
 from lavit_tok.tokenizer import VisualTokenizer
 
 PANEL = 256  # pixels of a panel's side, unless the model's pictures are larger
@@ -140,7 +140,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 def shards(arguments: argparse.Namespace) -> int:
     """A captioned data set -> parquet files of codes."""
     try:
-        from lavit_tok.training.shard_job import run
+        from lavit_tok.data.shard_writer import run
     except ImportError as error:
         raise ImportError(f"reading data sets needs more packages: pip install 'lavit-tok[train]' ({error})") from None
     return run(arguments)
@@ -148,16 +148,18 @@ def shards(arguments: argparse.Namespace) -> int:
 
 def fit(words: list[str]) -> int:
     """Train a tokenizer; the words are LightningCLI's."""
-    return _train("fit", "lavit_tok.training.tokenizer:TokenizerTraining", words)
+    return _train("fit", "lavit_tok.training.tokenizer_training:TokenizerTraining", words)
 
 
 def fit_decoder(words: list[str]) -> int:
     """Train a pixel decoder; the words are LightningCLI's."""
-    return _train("fit-decoder", "lavit_tok.training.decoder:PixelDecoderTraining", words)
+    return _train("fit-decoder", "lavit_tok.training.decoder_training:PixelDecoderTraining", words)
 
 
 def _train(command: str, model: str, words: list[str]) -> int:
-    return lightning_command("lavit-tok", command, "fit", model, "lavit_tok.training.data:ImageDataModule", words)
+    return lightning_command(
+        "lavit-tok", command, "fit", model, "lavit_tok.training.data_module:ImageDataModule", words
+    )
 
 
 def lightning_command(program: str, command: str, action: str, model: str, data: str, words: list[str]) -> int:
@@ -214,7 +216,7 @@ def _draw(decoder: Any, codes: VisualCodes, numbers: list[int], arguments: argpa
 def _decoder(arguments: argparse.Namespace) -> Any:
     import diffusers
 
-    from lavit_tok.decoder import PixelDecoder
+    from lavit_tok.decode.pipeline import PixelDecoder
 
     decoder = PixelDecoder.from_pretrained(arguments.decoder, device=device(arguments.device))
     decoder.set_progress_bar_config(disable=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lavit_tok import released_names as names
-from lavit_tok.released import load_released
-from lavit_tok.weights import WeightsError
+from lavit_tok.checkpoints.released import names
+from lavit_tok.checkpoints.released.loader import load_released
+from lavit_tok.checkpoints.weights import WeightsError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

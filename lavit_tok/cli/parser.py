@@ -68,7 +68,7 @@ def guarded(program: str, command: Command, arguments: Any) -> int:
         return 1
     except (ValueError, ImportError, OSError) as error:
         source = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        ours = Path(__file__).parent, Path(__file__).parents[1] / "lavit_lm"
+        ours = Path(__file__).parents[1], Path(__file__).parents[2] / "lavit_lm"
         if not isinstance(error, OSError) and not any(folder in source.parents for folder in ours):
             raise
         text = " ".join(str(error).split())
@@ -213,21 +213,21 @@ SCHEDULERS = {
 """Names on the command line -> diffusers' classes; each takes over the training schedule of the decoder's own."""
 
 COMMANDS: dict[str, Command] = {
-    "encode": Command("pictures -> codes", "lavit_tok.commands:encode", _encode_arguments),
-    "decode": Command("codes -> pictures", "lavit_tok.commands:decode", _decode_arguments),
+    "encode": Command("pictures -> codes", "lavit_tok.cli.commands:encode", _encode_arguments),
+    "decode": Command("codes -> pictures", "lavit_tok.cli.commands:decode", _decode_arguments),
     "reconstruct": Command(
         "original, kept patches and reconstruction side by side",
-        "lavit_tok.commands:reconstruct",
+        "lavit_tok.cli.commands:reconstruct",
         _reconstruct_arguments,
     ),
     "shards": Command(
         "a captioned data set -> shards of codes to train language models from",
-        "lavit_tok.commands:shards",
+        "lavit_tok.cli.commands:shards",
         _shards_arguments,
     ),
-    "fit": Command("train a tokenizer: fit -c recipe.yaml", "lavit_tok.commands:fit"),
-    "fit-decoder": Command("train a pixel decoder: fit-decoder -c recipe.yaml", "lavit_tok.commands:fit_decoder"),
-    "convert": Command("LaVIT's released files -> this package's", "lavit_tok.convert:convert", _convert_arguments),
+    "fit": Command("train a tokenizer: fit -c recipe.yaml", "lavit_tok.cli.commands:fit"),
+    "fit-decoder": Command("train a pixel decoder: fit-decoder -c recipe.yaml", "lavit_tok.cli.commands:fit_decoder"),
+    "convert": Command("LaVIT's released files -> this package's", "lavit_tok.cli.convert:convert", _convert_arguments),
 }
 
 if __name__ == "__main__":

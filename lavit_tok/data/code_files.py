@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from lavit_tok.batch_jobs import atomic
+from lavit_tok.data.jobs import atomic
 
 FORMAT, VERSION = "lavit_tok.codes", 1
 SUFFIXES = (".parquet", ".jsonl")

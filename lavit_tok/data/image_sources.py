@@ -2,7 +2,7 @@
 
     folder | parquet | webdataset | arrow | Hub name  ->  {split: rows}  ->  {"images": uint8 [3 s s], "index": int}
 
-Encoded bytes are fetched undecoded (`datasets.Image(decode=False)`) and opened by `lavit_tok.images`, so a corrupt
+Encoded bytes are fetched undecoded (`datasets.Image(decode=False)`) and opened by `lavit_tok.encode.image_processor`, so a corrupt
 picture costs one row, which is reported as a reject, and not the batch or the run.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from lavit_tok.images import ImageError, open_image, resize
+from lavit_tok.encode.image_processor import ImageError, open_image, resize
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 KEY_COLUMNS = ("key", "__key__", "id", "file_name")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lavit_tok.images import ImageError, find_images, open_image
+from lavit_tok.encode.image_processor import ImageError, find_images, open_image
 
 PHOTOGRAPHS = (
     "astronaut.png",

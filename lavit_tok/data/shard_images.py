@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
-from lavit_tok.images import ImageError
-from lavit_tok.shard_files import Manifest, ShardError
-from lavit_tok.shards import Shards
-from lavit_tok.training.shard_source import Pictures
-from lavit_tok.training.sources import load_splits
+from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.shard_manifest import Manifest, ShardError
+from lavit_tok.data.shard_reader import Shards
+from lavit_tok.data.shard_source import Pictures
+from lavit_tok.encode.image_processor import ImageError
 
 
 class ShardPictures:

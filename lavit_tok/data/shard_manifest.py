@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lavit_tok.batch_jobs import atomic
-from lavit_tok.code_files import FORMAT as CODES
-from lavit_tok.code_files import Header
+from lavit_tok.data.code_files import FORMAT as CODES
+from lavit_tok.data.code_files import Header
+from lavit_tok.data.jobs import atomic
 
 FORMAT, VERSION, MANIFEST = "lavit_tok.shards", 1, "manifest.json"
 Record = TypeVar("Record")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavit_tok.shard_files import MANIFEST, Manifest, Settings, Shard, ShardError, schema, sha256, shard_names
+from lavit_tok.data.shard_manifest import MANIFEST, Manifest, Settings, Shard, ShardError, schema, sha256, shard_names
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lavit_tok.images import resize
-from lavit_tok.shard_files import Settings, ShardRow
+from lavit_tok.data.image_sources import KEY_COLUMNS, read_row, row_key, undecoded
+from lavit_tok.data.shard_manifest import Settings, ShardRow
+from lavit_tok.encode.image_processor import resize
 from lavit_tok.tokenizer import VisualTokenizer
-from lavit_tok.training.sources import KEY_COLUMNS, read_row, row_key, undecoded
 
 CAPTION_COLUMNS = ("caption", "text", "txt")
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lavit_tok.batch_jobs import alone, atomic, device, progress
-from lavit_tok.shard_files import (
+from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.jobs import alone, atomic, device, progress
+from lavit_tok.data.shard_manifest import (
     MANIFEST,
     Manifest,
     Settings,
@@ -30,9 +31,8 @@ from lavit_tok.shard_files import (
     shard_names,
     write_shard,
 )
+from lavit_tok.data.shard_source import Pictures, encode, weights_digest
 from lavit_tok.tokenizer import VisualTokenizer
-from lavit_tok.training.shard_source import Pictures, encode, weights_digest
-from lavit_tok.training.sources import load_splits
 
 Skipped = dict[int, dict[str, Any]]
 """Row of the data set -> {"key", "reason", "row"}."""

@@ -26,10 +26,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lavit_tok.attention import attend
-from lavit_tok.quantizer import Codebook
-from lavit_tok.reconstructor import Reconstructor
-from lavit_tok.records import VisualCodes
+from lavit_tok.codes import VisualCodes
+from lavit_tok.decode.reconstructor import Reconstructor
+from lavit_tok.encode.quantizer import Codebook
+from lavit_tok.nn.attention import attend
 from lavit_tok.tokenizer import VisualTokenizer
 
 

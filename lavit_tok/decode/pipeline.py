@@ -20,9 +20,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lavit_tok.condition import Condition, Conditioning
-from lavit_tok.records import VisualCodes
-from lavit_tok.weights import WeightsError, empty, find_directory, load_weights, read_json
+from lavit_tok.checkpoints.weights import WeightsError, empty, find_directory, load_weights, read_json
+from lavit_tok.codes import VisualCodes
+from lavit_tok.decode.conditioner import Condition, Conditioning
 
 MODELS: dict[str, type[Any]] = {"condition": Condition, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 SINGLE = "diffusion_pytorch_model.safetensors"

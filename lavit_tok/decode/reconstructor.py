@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from lavit_tok.attention import Block
-from lavit_tok.records import Layout
+from lavit_tok.codes import Layout
+from lavit_tok.nn.attention import Block
 
 
 class Reconstructor(nn.Module):

@@ -11,8 +11,8 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lavit_tok.attention import Formula
-from lavit_tok.merger import Merger
+from lavit_tok.encode.merger import Merger
+from lavit_tok.nn.attention import Formula
 
 
 class ContinuousPath(nn.Module):

@@ -27,8 +27,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lavit_tok.attention import Attention, Block, Formula
-from lavit_tok.records import Layout
+from lavit_tok.codes import Layout
+from lavit_tok.nn.attention import Attention, Block, Formula
 
 
 def grid_positions(patches: int, width: int) -> Float[Tensor, "patches width"]:

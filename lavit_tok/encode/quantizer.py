@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lavit_tok.precision import KeepFloat32
+from lavit_tok.nn.precision import KeepFloat32
 
 CHUNK = 1 << 26  # entries of the distance matrix computed at a time (256 MiB in float32)
 

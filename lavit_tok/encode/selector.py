@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lavit_tok.precision import KeepFloat32
+from lavit_tok.nn.precision import KeepFloat32
 
 KEEP, DROP = 0, 1
 Budget = int | float | None

@@ -18,7 +18,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lavit_tok.training.sources import Augmentation, MapImages, StreamImages, collate, load_splits, undecoded
+from lavit_tok.data.image_sources import Augmentation, MapImages, StreamImages, collate, load_splits, undecoded
 
 HOLDOUT_EVERY = 20  # without a validation split, every 20th row of the training split validates
 

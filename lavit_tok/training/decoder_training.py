@@ -20,12 +20,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from lavit_tok.condition import Condition
-from lavit_tok.decoder import PixelDecoder
-from lavit_tok.training.averaged import AveragedTraining
-from lavit_tok.training.common import logged_picture, step_generator
+from lavit_tok.decode.conditioner import Condition
+from lavit_tok.decode.pipeline import PixelDecoder
 from lavit_tok.training.denoising import Noised, denoising_loss
-from lavit_tok.training.encoded import Encoded, EncodedSet, FrozenParts, load_unet
+from lavit_tok.training.ema import AveragedTraining
+from lavit_tok.training.encoded_images import Encoded, EncodedSet, FrozenParts, load_unet
+from lavit_tok.training.logging import logged_picture, step_generator
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -13,7 +13,7 @@ from diffusers.training_utils import compute_snr
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from lavit_tok.condition import Conditioning
+from lavit_tok.decode.conditioner import Conditioning
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from lavit_tok.training.common import warmup_cosine
+from lavit_tok.training.logging import warmup_cosine
 
 
 class AveragedTraining(L.LightningModule):

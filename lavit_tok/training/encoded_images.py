@@ -21,8 +21,8 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lavit_tok.decoder import load_model
-from lavit_tok.records import VisualCodes
+from lavit_tok.codes import VisualCodes
+from lavit_tok.decode.pipeline import load_model
 from lavit_tok.tokenizer import VisualTokenizer
 from lavit_tok.training.denoising import vae_latents
 

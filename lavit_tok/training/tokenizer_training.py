@@ -25,14 +25,14 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from lavit_tok.codes import Layout
 from lavit_tok.config import TokenizerConfig
-from lavit_tok.encoder import VisionEncoder
-from lavit_tok.images import normalise
-from lavit_tok.quantizer import TrainingCodebook, Usage, spherical_kmeans, usage
-from lavit_tok.records import Layout
-from lavit_tok.selector import dithered, keep_by_budget, keep_scores, straight_through
+from lavit_tok.encode.image_processor import normalise
+from lavit_tok.encode.quantizer import TrainingCodebook, Usage, spherical_kmeans, usage
+from lavit_tok.encode.selector import dithered, keep_by_budget, keep_scores, straight_through
+from lavit_tok.encode.vision_encoder import VisionEncoder
 from lavit_tok.tokenizer import VisualTokenizer
-from lavit_tok.training.common import Recent, logged_picture, step_generator, warmup_cosine
+from lavit_tok.training.logging import Recent, logged_picture, step_generator, warmup_cosine
 from lavit_tok.visualize import kept_overlay, sheet
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.optim.lr_scheduler import LambdaLR
 
 from lavit_tok.training import common
-from lavit_tok.training.common import PrintMetrics
+from lavit_tok.training.logging import PrintMetrics
 
 
 class RecipeCLI(LightningCLI):

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lavit_tok.images import normalise
-from lavit_tok.training.data import ImageDataModule
+from lavit_tok.encode.image_processor import normalise
+from lavit_tok.training.data_module import ImageDataModule
 
 RETRIEVAL = 500  # validation pictures among which captions are looked up
 

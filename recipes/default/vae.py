@@ -22,7 +22,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_tok.training.data import ImageDataModule
+from lavit_tok.training.data_module import ImageDataModule
 
 
 class Autoencoder(LightningModule):

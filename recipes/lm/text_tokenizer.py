@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lavit_lm.text_tokenizer import train_text_tokenizer
+from lavit_lm.vocabulary.text_tokenizer import train_text_tokenizer
 from lavit_tok import Shards
 
 

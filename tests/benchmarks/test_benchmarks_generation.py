@@ -20,19 +20,19 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from lm_parts import lexicon_and_model
+from helpers.lm_parts import lexicon_and_model
+from helpers.small_lms import TEXTS, small_tokenizer
+from helpers.small_sets import captioned, crop
 from PIL import Image as Picture
 from safetensors.torch import save_file
-from small_lms import TEXTS, small_tokenizer
-from small_sets import captioned, crop
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from lavit_lm import MultimodalLM
-from lavit_lm.files import save_model
+from lavit_lm.checkpoints.native import save_model
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_tok import VisualTokenizer
 
-SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 PICTURES = 7
 SCORERS = ("--scorers", "BLEU", "ROUGE-L", "CIDEr")  # METEOR takes half a minute to start
 needs_coco = pytest.mark.skipif(find_spec("pycocoevalcap") is None, reason="needs pycocoevalcap")

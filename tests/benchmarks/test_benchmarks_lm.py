@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lm_parts import lexicon_and_model
-from lm_runs import SMALL
+from helpers.lm_parts import lexicon_and_model
+from helpers.lm_runs import SMALL
+from helpers.small_lms import TEXTS, small_lm, small_tokenizer
+from helpers.small_sets import captioned
 from PIL import Image as Picture
 from safetensors.torch import save_file
-from small_lms import TEXTS, small_lm, small_tokenizer
-from small_sets import captioned
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lavit_lm import MultimodalLM
-from lavit_lm.files import save_model
+from lavit_lm.checkpoints.native import save_model
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_tok import VisualCodes, VisualTokenizer
 from lavit_tok.cli import main as lavit_tok
 
-SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 PICTURES = 10
 
 
@@ -313,7 +313,7 @@ def described(scorer: Path, pictures: list[Picture.Image]) -> torch.Tensor:
     teacher = Teacher(image_size=16, patch_size=8, hidden_size=16, layers=1, heads=2, intermediate_size=32)
     teacher.vision = CLIPVisionModel.from_pretrained(scorer)
     teacher.caption_projection.load_state_dict(load_file(scorer / "caption_projection.safetensors"))
-    from lavit_tok.images import normalise
+    from lavit_tok.encode.image_processor import normalise
 
     small = [picture.resize((16, 16), Picture.Resampling.BICUBIC) for picture in pictures]
     pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in small])

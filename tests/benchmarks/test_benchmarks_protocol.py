@@ -20,7 +20,7 @@ from PIL import Image
 pytest.importorskip("scipy")
 pytest.importorskip("torchmetrics")
 pytestmark = pytest.mark.usefixtures("scripts")
-SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 
 
 def pairs(photos: list[Path], size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +141,16 @@ def test_squeezed_pictures_are_said_to_be_squeezed(scripts: Any, photos: list[Pa
     for path in photos:
         Image.open(path).convert("RGB").resize((90, 60)).save(tmp_path / "set" / "test" / path.name)
     script = scripts("reconstruction")
-    words = ["--data", tmp_path / "set", "--tokenizer", "small_tokenizers:vqmodel", "--seeds", 1, "--batch-size", 4]
+    words = [
+        "--data",
+        tmp_path / "set",
+        "--tokenizer",
+        "helpers.small_tokenizers:vqmodel",
+        "--seeds",
+        1,
+        "--batch-size",
+        4,
+    ]
     names = []
     for extra in ([], ["--squeeze"], ["--squeeze", "--limit", 3]):
         out = tmp_path / f"out{len(names)}"
@@ -172,7 +181,14 @@ def test_rfid_is_given_for_both_resizings(
         Image.open(path).convert("RGB").save(tmp_path / "set" / "test" / path.name)
     script, metrics, compare = scripts("reconstruction"), scripts("metrics"), scripts("compare")
     monkeypatch.setattr(metrics, "inception", Squares)
-    words = ["--data", tmp_path / "set", "--tokenizer", "small_tokenizers:vqmodel", "--inception", "weights.pth"]
+    words = [
+        "--data",
+        tmp_path / "set",
+        "--tokenizer",
+        "helpers.small_tokenizers:vqmodel",
+        "--inception",
+        "weights.pth",
+    ]
     words += ["--seeds", 2, "--out", tmp_path, "--set-name", "coco-val2017", "--force"]
     script.main(script.arguments().parse_args(list(map(str, words))))
     found = json.loads((tmp_path / "reconstruction.json").read_text())["pixels"]["distances"]
@@ -180,7 +196,7 @@ def test_rfid_is_given_for_both_resizings(
     assert all("only 4 pictures" in d["name"] and "4 of the 5000 pictures of coco-val2017" in d["name"] for d in found)
     assert "antialias=False" in found[2]["name"] and found[1]["value"] != found[2]["value"]
     pictures = scripts("picture_sets").load_pictures(str(tmp_path / "set"), 32).pixels
-    codec = scripts("small_tokenizers").small("vqmodel")
+    codec = __import__("helpers.small_tokenizers").small_tokenizers.small("vqmodel")
     for distance in found[1:]:
         features = [Squares(None, distance["antialias"])(x) for x in (pictures, codec.decode(codec.encode(pictures)))]
         expected = metrics.frechet_of_features(*features)

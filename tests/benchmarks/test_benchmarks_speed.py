@@ -30,7 +30,15 @@ def run(script: Any, out: Path, *words: object) -> dict[str, Any]:
 def test_encoding_beside_other_tokenizers(scripts: Any, tmp_path: Path, tiny_tokenizer: VisualTokenizer) -> None:
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     words = ["--tokenizer", tmp_path / "tokenizer", "--cases", "shipped", "--batch-sizes", 2, "--repeats", 2]
-    words += ["--seconds", 0, "--warm", 1, "--beside", "small_tokenizers:chameleon", "small_tokenizers:vqmodel"]
+    words += [
+        "--seconds",
+        0,
+        "--warm",
+        1,
+        "--beside",
+        "helpers.small_tokenizers:chameleon",
+        "helpers.small_tokenizers:vqmodel",
+    ]
     rows = run(scripts("encode_speed"), tmp_path / "out", *words, "--beside-repeats", 2, "--memory")["beside"]
     bare, own, chameleon, vqmodel = rows
     assert [r["name"] for r in rows] == ["shipped: bare encoder", "shipped: lavit-tok", "chameleon", "vqmodel"]
@@ -48,7 +56,7 @@ def test_encoding_beside_other_tokenizers(scripts: Any, tmp_path: Path, tiny_tok
 def test_decoding_beside_the_bare_loop_and_other_decoders(scripts: Any, tmp_path: Path, tiny_decoder: Any) -> None:
     tiny_decoder.save_pretrained(tmp_path / "decoder")
     words = ["--decoder", tmp_path / "decoder", "--steps", 2, 4, "--guidance", 1, 3, "--repeats", 2, "--batch-size", 2]
-    words += ["--beside", "small_tokenizers:janus", "small_tokenizers:chameleon"]
+    words += ["--beside", "helpers.small_tokenizers:janus", "helpers.small_tokenizers:chameleon"]
     rows = run(scripts("decode_speed"), tmp_path / "out", *words)["rows"]
     assert len(rows) == 4 * 2 + 1  # chameleon has no decoder
     assert rows[-1]["name"] == "janus"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_tokenizers
 import torch
+from helpers import small_tokenizers
 from PIL import Image
 
 from lavit_tok import VisualCodes, VisualTokenizer
@@ -109,23 +109,23 @@ def test_tokenizers_by_name(scripts: Any, tmp_path: Path, tiny_tokenizer: Visual
     assert (own.image_size, own.codebook_size, own.most_codes, own.decodes) == (32, 16, 16, False)
     assert torch.equal(own.encode(images()).values, tiny_tokenizer.encode(images()).values)
     assert own.encode(images(), budget=3).lengths.tolist() == [3, 3, 3]
-    assert adapters.load("small_tokenizers:emu3").name == "emu3"
+    assert adapters.load("helpers.small_tokenizers:emu3").name == "emu3"
     for name, message in (
-        ("small_tokenizers:no_tokenizer", "without name, weights"),
-        ("small_tokenizers:nothing", "PYTHONPATH"),
+        ("helpers.small_tokenizers:no_tokenizer", "without name, weights"),
+        ("helpers.small_tokenizers:nothing", "PYTHONPATH"),
         ("no_such_module:anything", "PYTHONPATH"),
     ):
         with pytest.raises(ValueError, match=message):
             adapters.load(name)
     with pytest.raises(ValueError, match="draws its pictures itself"):
-        adapters.load("small_tokenizers:emu3", decoder="default")
+        adapters.load("helpers.small_tokenizers:emu3", decoder="default")
     with pytest.raises(ValueError, match="that 16 divides"):
         adapters.load("chameleon", image_size=40)
 
 
 def test_tokens_of_another_tokenizer(scripts: Any, folder: Path, tmp_path: Path) -> None:
     script = scripts("tokens_per_image")
-    words = ["--data", folder, "--tokenizer", "small_tokenizers:chameleon", "--out", tmp_path / "out"]
+    words = ["--data", folder, "--tokenizer", "helpers.small_tokenizers:chameleon", "--out", tmp_path / "out"]
     script.main(script.arguments().parse_args(list(map(str, words))))
     found = json.loads((tmp_path / "out" / "tokens_per_image.json").read_text())
     assert (found["tokenizer"], found["weights"], found["image_size"]) == ("chameleon", "random weights", 32)
@@ -140,7 +140,16 @@ def test_tokens_of_another_tokenizer(scripts: Any, folder: Path, tmp_path: Path)
 def test_pictures_of_another_tokenizer(scripts: Any, folder: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:
     """Pixel measures for any tokenizer that decodes; those of our features for ours alone."""
     script = scripts("reconstruction")
-    words = ["--data", folder, "--tokenizer", "small_tokenizers:vqmodel", "--seeds", 1, "--out", tmp_path / "out"]
+    words = [
+        "--data",
+        folder,
+        "--tokenizer",
+        "helpers.small_tokenizers:vqmodel",
+        "--seeds",
+        1,
+        "--out",
+        tmp_path / "out",
+    ]
     script.main(script.arguments().parse_args(list(map(str, words))))
     found = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
     assert "features" not in found and "curve" not in found
@@ -157,6 +166,6 @@ def test_pictures_of_another_tokenizer(scripts: Any, folder: Path, tmp_path: Pat
 
 def test_a_tokenizer_that_only_encodes_is_refused_for_pictures(scripts: Any, folder: Path, capsys: Any) -> None:
     script, common = scripts("reconstruction"), scripts("common")
-    words = ["--data", str(folder), "--tokenizer", "small_tokenizers:chameleon"]
+    words = ["--data", str(folder), "--tokenizer", "helpers.small_tokenizers:chameleon"]
     assert common.run(script.main, script.arguments().parse_args(words)) == 2
     assert "nothing can be measured" in capsys.readouterr().err

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from lavit_lm.vocabulary import BEGIN, END
+from lavit_lm.vocabulary.visual_vocabulary import BEGIN, END
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "serve_check.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serve_check.py"
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from lm_parts import lexicon_and_model
 
-from lavit_lm.lexicon import Lexicon
+from helpers.lm_parts import lexicon_and_model
+from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.emu import Emu
-from lavit_lm.segments import Image
-from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.sequences.segments import Image
+from lavit_lm.vocabulary.processor import Lexicon
 from lavit_tok import VisualTokenizer
 
 N = 3

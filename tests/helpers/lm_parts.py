@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from small_lms import small_lm, small_tokenizer
 
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.segments import Image, Role, Row, RowBuilder, Segment, Text
-from lavit_lm.sequence_model import SequenceModel
-from lavit_lm.vocabulary import VisualVocabulary
+from helpers.small_lms import small_lm, small_tokenizer
+from lavit_lm.models.sequence_model import SequenceModel
+from lavit_lm.sequences.segments import Image, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
 CODES = 16
 

@@ -61,8 +61,8 @@ class Losses(Callback):
 
 
 def module(folder: Path, continuous: bool = False, **more: Any) -> Any:
-    from lavit_lm.module import LanguageModeling
     from lavit_lm.objectives.lavit import LaVIT
+    from lavit_lm.training.module import LanguageModeling
 
     more = {"objective": LaVIT(continuous=True), **more} if continuous else more
     settings = {"lm": SMALL, "text_tokenizer": str(folder / "text"), "visual_tokenizer": str(folder / "visual")}
@@ -70,7 +70,7 @@ def module(folder: Path, continuous: bool = False, **more: Any) -> Any:
 
 
 def data(folder: Path, **more: Any) -> Any:
-    from lavit_lm.data import LanguageDataModule
+    from lavit_lm.training.data_module import LanguageDataModule
 
     return LanguageDataModule(str(folder / "shards"), **{"block": 64, "batch_size": 2, "window": 10, **more})
 
@@ -97,7 +97,7 @@ def train_together(folder: Path, strategy: str, stop: int | None, settings: dict
     """One of several processes, of 4 steps, cut off or resumed. Returns (losses, held-out losses, rows)."""
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    from lavit_lm.samples import LogSamples
+    from lavit_lm.training.log_samples import LogSamples
 
     world = int(os.environ["WORLD_SIZE"])
     seen = Losses(stop)
@@ -121,7 +121,9 @@ def train_together(folder: Path, strategy: str, stop: int | None, settings: dict
 def start(target: Callable[..., Any], *arguments: Any, **variables: str) -> Any:
     """A process, and the end of a pipe that gives its result or the exception that ended it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning.pytorch", "lavit_lm.module", "lavit_lm.data", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(
+        ["lightning.pytorch", "lavit_lm.training.module", "lavit_lm.training.data_module", "torch.distributed.fsdp"]
+    )
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(target, arguments, variables, theirs), daemon=True)
     process.start()

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from small_diffusion import small_unet, small_vae
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
+
+from helpers.small_diffusion import small_unet, small_vae
 
 WIDTH, SIDE, TEXT = 16, 16, 12  # of the text encoder, of the image encoder's pictures, tokens of a caption
 
@@ -85,7 +86,7 @@ def _named(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
 
 def stage_one(folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any) -> Any:
     """A TokenizerStage on the visual tokenizer in folder/visual, by default for the pixel decoder in folder/decoder."""
-    from lavit_lm.pixels.tokenizer_training import TokenizerStage
+    from lavit_lm.training.vlgpt_tokenizer import TokenizerStage
 
     conditions = conditions or {"kind": "pixel_decoder", "decoder": str(folder / "decoder")}
     sizes = {"queries": 4, "depth": 2, "heads": 2}
@@ -94,7 +95,7 @@ def stage_one(folder: Path, width: int, conditions: dict[str, Any] | None = None
 
 def stage_one_directory(folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any) -> str:
     """What stage 1 writes, from random weights."""
-    from lavit_lm.pixels.tokenizer_files import save_tokenizer
+    from lavit_lm.objectives.vlgpt.image_decoder import save_tokenizer
 
     stage = stage_one(folder, width, conditions, **more)
     save_tokenizer(folder / "stage", stage.model, str(folder / "visual"), stage.conditions.settings)

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from lm_parts import CODES, lexicon_and_model
+from helpers.lm_parts import CODES, lexicon_and_model
 from PIL import Image as Picture
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavit_lm import MultimodalLM
-from lavit_lm.bridge import ContinuousBridge
+from lavit_lm.checkpoints.native import save_model
 from lavit_lm.cli import main
-from lavit_lm.files import save_model
-from lavit_lm.generation import Rule, Sampling, continue_rows
+from lavit_lm.generation.sampling import Rule, Sampling, continue_rows
 from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.vision.continuous import ContinuousBridge
 from lavit_tok import CodeError, VisualCodes, VisualTokenizer, WeightsError
 
 

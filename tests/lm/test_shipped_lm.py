@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavit_lm import MultimodalLM, VisualVocabulary
-from lavit_lm.files import DEFAULT
-from lavit_tok.batch_jobs import photographs
+from lavit_lm.checkpoints.native import DEFAULT
+from lavit_tok.data.jobs import photographs
 
 ASKED = ["a photo of a bag", "a photo of an ankle boot", "photograph: mountain lake"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "data"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "data"
 
 
 @pytest.fixture(scope="module", autouse=True)

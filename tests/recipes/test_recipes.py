@@ -15,7 +15,7 @@ from PIL import Image
 from lavit_tok import VisualTokenizer
 from lavit_tok.cli import main
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*/tokenizer.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/tokenizer.yaml"))
 CONFIG = {"codebook_size": 16, "code_dim": 4, "merger_depth": 1, "reconstructor_depth": 1, "num_heads": 2}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "default"
+RECIPES = Path(__file__).parents[2] / "recipes" / "default"
 WORDS = ("red", "green", "blue", "red")
 
 

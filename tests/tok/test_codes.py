@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lavit_tok import CodeError, VisualCodes
-from lavit_tok.records import Layout
+from lavit_tok.codes import Layout
 
 
 def test_the_drawing():

@@ -118,7 +118,7 @@ def test_unknown_settings_and_other_formats_are_refused(tiny_config: TokenizerCo
     with pytest.raises(ConfigError, match="version 1, got lavit_tok"):
         TokenizerConfig.from_dict({**values, "format_version": 2})
     with pytest.raises(ConfigError, match=r"got lavit_tok\.decoder"):
-        TokenizerConfig.from_dict({**values, "format": "lavit_tok.decoder"})
+        TokenizerConfig.from_dict({**values, "format": "lavit_tok.decode.pipeline"})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "[" * 100_000, "\x00"])

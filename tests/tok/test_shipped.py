@@ -12,8 +12,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
-from lavit_tok.batch_jobs import photographs
 from lavit_tok.cli import main
+from lavit_tok.data.jobs import photographs
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from lavit_tok import CodeError, ImageError, TokenizerConfig, VisualCodes, VisualTokenizer
-from lavit_tok.images import to_uint8
-from lavit_tok.weights import save_weights
+from lavit_tok.checkpoints.weights import save_weights
+from lavit_tok.encode.image_processor import to_uint8
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -34,13 +34,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lavit_lm.grid import LATER, GridBridge, with_codes_below
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.objectives.losses import Seen, Sum, cross_entropy, with_pictures
-from lavit_lm.objectives.objective import Objective, Parts, Wording
-from lavit_lm.packing import Packed
-from lavit_lm.prefix_rows import PrefixRows, codes_of, whole, words_alone
-from lavit_lm.segments import Image, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.models.losses import Seen, Sum, cross_entropy, with_pictures
+from lavit_lm.objectives.base import Objective, Parts, Wording
+from lavit_lm.objectives.davinci.patch_bridge import LATER, GridBridge, with_codes_below
+from lavit_lm.objectives.davinci.prefix_sequences import PrefixRows, codes_of, whole, words_alone
+from lavit_lm.sequences.packing import Packed
+from lavit_lm.sequences.segments import Image, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.vocabulary.processor import Lexicon
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.packing import Packed
-from lavit_lm.trained_encoder import EncoderReader
+from lavit_lm.sequences.packing import Packed
+from lavit_lm.vision.trained_encoder import EncoderReader
+from lavit_lm.vocabulary.processor import Lexicon
 from lavit_tok import VisualTokenizer
 
 LATER = -1

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from jaxtyping import Int64
 from torch import Tensor
 
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.objectives.objective import require_picture
-from lavit_lm.segments import Flags, Image, Role, RowBuilder, Segment, Text
+from lavit_lm.objectives.base import require_picture
+from lavit_lm.sequences.segments import Flags, Image, Role, RowBuilder, Segment, Text
+from lavit_lm.vocabulary.processor import Lexicon
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.objectives.losses import Seen, Sum, cross_entropy, regression
-from lavit_lm.objectives.objective import Order, Parts
-from lavit_lm.objectives.vectors import VectorObjective
-from lavit_lm.packing import Packed
-from lavit_lm.resampler import CausalResampler
-from lavit_lm.segments import Flags
+from lavit_lm.models.losses import Seen, Sum, cross_entropy, regression
+from lavit_lm.objectives.base import Order, Parts
+from lavit_lm.objectives.embedding_objective import VectorObjective
+from lavit_lm.sequences.packing import Packed
+from lavit_lm.sequences.segments import Flags
+from lavit_lm.vision.resampler import CausalResampler
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Emu(VectorObjective):
 
     def decoder(self, name: str, device: torch.device) -> Any:
         """A VectorDecoder; none ships with the library."""
-        from lavit_lm.pixels.vector_decoder import VectorDecoder
+        from lavit_lm.objectives.emu.image_decoder import VectorDecoder
 
         return VectorDecoder.from_pretrained(name, device=device)
 

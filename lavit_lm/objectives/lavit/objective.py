@@ -21,11 +21,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lavit_lm.bridge import ContinuousBridge
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.objectives.losses import Sum
-from lavit_lm.objectives.objective import Objective, Order, Parts, ordered
-from lavit_lm.segments import Flags, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.models.losses import Sum
+from lavit_lm.objectives.base import Objective, Order, Parts, ordered
+from lavit_lm.sequences.segments import Flags, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.vision.continuous import ContinuousBridge
+from lavit_lm.vocabulary.processor import Lexicon
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lavit_lm.pixels.conditions import Conditions, PixelConditions
-from lavit_lm.pixels.stable_diffusion import StableDiffusionConditions
+from lavit_lm.objectives.vlgpt.conditions import Conditions, PixelConditions
+from lavit_lm.objectives.vlgpt.stable_diffusion import StableDiffusionConditions
 from lavit_tok import VisualTokenizer
 
 

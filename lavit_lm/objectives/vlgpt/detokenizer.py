@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from lavit_lm.pixels.conditions import Condition, Shape
-from lavit_lm.resampler import CausalResampler
+from lavit_lm.objectives.vlgpt.conditions import Condition, Shape
+from lavit_lm.vision.resampler import CausalResampler
 from lavit_tok import Block, VisualTokenizer
 
 

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lavit_lm.pixels.condition_kinds import load_conditions
-from lavit_lm.pixels.detokenizer import ContinuousTokenizer, Detokenizer, TokenizerShape
-from lavit_lm.resampler import CausalResampler
+from lavit_lm.objectives.vlgpt.condition_kinds import load_conditions
+from lavit_lm.objectives.vlgpt.detokenizer import ContinuousTokenizer, Detokenizer, TokenizerShape
+from lavit_lm.vision.resampler import CausalResampler
 from lavit_tok import VisualTokenizer, WeightsError
 
 FORMAT, VERSION = "lavit_lm.vlgpt_tokenizer", 1

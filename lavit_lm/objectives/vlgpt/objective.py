@@ -25,13 +25,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.objectives.losses import Seen, Sum, cross_entropy, regression
-from lavit_lm.objectives.objective import Order, Parts, Wording
-from lavit_lm.objectives.vectors import VectorObjective
-from lavit_lm.packing import Packed
-from lavit_lm.pixels.detokenizer import TokenizerShape
-from lavit_lm.pixels.tokenizer_files import DetokenizingDecoder, load_tokenizer, read_config
-from lavit_lm.segments import Flags
+from lavit_lm.models.losses import Seen, Sum, cross_entropy, regression
+from lavit_lm.objectives.base import Order, Parts, Wording
+from lavit_lm.objectives.embedding_objective import VectorObjective
+from lavit_lm.objectives.vlgpt.detokenizer import TokenizerShape
+from lavit_lm.objectives.vlgpt.image_decoder import DetokenizingDecoder, load_tokenizer, read_config
+from lavit_lm.sequences.packing import Packed
+from lavit_lm.sequences.segments import Flags
 
 
 @dataclass(frozen=True)

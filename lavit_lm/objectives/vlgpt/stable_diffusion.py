@@ -16,7 +16,7 @@ from PIL import Image as Picture
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lavit_lm.pixels.conditions import Condition, Shape
+from lavit_lm.objectives.vlgpt.conditions import Condition, Shape
 from lavit_tok import VisualTokenizer, WeightsError
 
 

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lavit_tok import released_names as names
-from lavit_tok.attention import Formula
+from lavit_tok.checkpoints.released import names
+from lavit_tok.checkpoints.released.pickled import Part, PickledTensors, Shape, Source, expand
+from lavit_tok.checkpoints.weights import WeightsError, empty
 from lavit_tok.config import ConfigError, TokenizerConfig
-from lavit_tok.pickled import Part, PickledTensors, Shape, Source, expand
+from lavit_tok.nn.attention import Formula
 from lavit_tok.tokenizer import VisualTokenizer
-from lavit_tok.weights import WeightsError, empty
 
 if TYPE_CHECKING:
-    from lavit_tok.decoder import PixelDecoder
+    from lavit_tok.decode.pipeline import PixelDecoder
 
 
 def head_count(width: int) -> int:
@@ -77,7 +77,9 @@ def load_released(
     models = nn.ModuleDict({"tokenizer": empty(lambda: VisualTokenizer(config), dtype)})
     parts = _tokenizer_parts(files, config)
     if decoder is not None:
-        from lavit_tok import released_decoder as drawing  # here, so that only those who draw import diffusers
+        from lavit_tok.checkpoints.released import (
+            pixel_decoder as drawing,  # here, so that only those who draw import diffusers
+        )
 
         models.update(drawing.build(root, decoder, files, config, dtype))
         parts = drawing.add_parts(root, decoder, files, models, parts)

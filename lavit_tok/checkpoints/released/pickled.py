@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavit_tok.weights import MAPPED, MAPPED_SHARE, WeightsError, compare, is_finite
+from lavit_tok.checkpoints.weights import MAPPED, MAPPED_SHARE, WeightsError, compare, is_finite
 
 Shape = tuple[int, ...]
 

@@ -12,12 +12,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from lavit_tok import released_names as names
-from lavit_tok.condition import Condition
+from lavit_tok.checkpoints.released import names
+from lavit_tok.checkpoints.released.pickled import Part, PickledTensors, Source, expand
+from lavit_tok.checkpoints.weights import WeightsError, empty, read_json, weight_files
 from lavit_tok.config import TokenizerConfig
-from lavit_tok.decoder import SCHEDULERS, PixelDecoder, build_empty
-from lavit_tok.pickled import Part, PickledTensors, Source, expand
-from lavit_tok.weights import WeightsError, empty, read_json, weight_files
+from lavit_tok.decode.conditioner import Condition
+from lavit_tok.decode.pipeline import SCHEDULERS, PixelDecoder, build_empty
 
 
 def build(

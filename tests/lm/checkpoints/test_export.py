@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.small_lms import FAMILIES, TEXTS, small_lm, small_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from small_lms import FAMILIES, TEXTS, small_lm, small_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavit_lm import VisualVocabulary, VocabularyError
-from lavit_lm.export import ExportError, export
-from lavit_lm.text_tokenizer import train_text_tokenizer
+from lavit_lm.checkpoints.export import ExportError, export
+from lavit_lm.vocabulary.text_tokenizer import train_text_tokenizer
 
 PICTURE = "<|img|><|vis_00003|><|vis_00000|><|vis_00007|><|/img|>"
 PROMPTS = [PICTURE, "a red apple<|img|>"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lm_parts import CODES, image, lexicon_and_model
-from small_lms import FAMILIES
+from helpers.lm_parts import CODES, image, lexicon_and_model
+from helpers.small_lms import FAMILIES
 
-from lavit_lm.generation import Rule, Sampling, continue_rows
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.segments import Role, Row, RowBuilder
-from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.generation.sampling import Rule, Sampling, continue_rows
+from lavit_lm.models.sequence_model import SequenceModel
+from lavit_lm.sequences.segments import Role, Row, RowBuilder
+from lavit_lm.vocabulary.processor import Lexicon
 
 LENGTHS = [1, 4, 7]
 

@@ -11,25 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lm_runs import CAPTIONS, SMALL, SMALL_BART, data, module, trainer
+from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, data, module, trainer
+from helpers.small_lms import small_tokenizer
 from PIL import Image as Picture
-from small_lms import small_tokenizer
 
 from lavit_lm import MultimodalLM
-from lavit_lm.beam import likeliest_rows
-from lavit_lm.building import load_lm, sequence_model
-from lavit_lm.generation import Rule, continue_rows
-from lavit_lm.grid import LATER, GridBridge, codes_below
-from lavit_lm.lexicon import Lexicon
-from lavit_lm.masks import visible
+from lavit_lm.generation.beam_search import likeliest_rows
+from lavit_lm.generation.rerank import rerank
+from lavit_lm.generation.sampling import Rule, continue_rows
+from lavit_lm.models.encoder_decoder import PrefixSeq2Seq
+from lavit_lm.models.loading import load_lm, sequence_model
 from lavit_lm.objectives.davinci import DaVinci
+from lavit_lm.objectives.davinci.patch_bridge import LATER, GridBridge, codes_below
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.packing import Packed, pack, pad
-from lavit_lm.prefix_seq2seq import PrefixSeq2Seq
-from lavit_lm.rerank import rerank
-from lavit_lm.samples import LogSamples
-from lavit_lm.segments import Image, Role, Row, Segment, Text
-from lavit_lm.vocabulary import VisualVocabulary
+from lavit_lm.sequences.masks import visible
+from lavit_lm.sequences.packing import Packed, pack, pad
+from lavit_lm.sequences.segments import Image, Role, Row, Segment, Text
+from lavit_lm.training.log_samples import LogSamples
+from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 from lavit_tok import VisualCodes, VisualTokenizer, to_uint8
 from lavit_tok.cli import main as lavit_tok
 
@@ -547,7 +547,7 @@ def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
 
 
 def lm_sampling() -> Any:
-    from lavit_lm.generation import Sampling
+    from lavit_lm.generation.sampling import Sampling
 
     return Sampling()
 

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.vlgpt_parts import TEXT, WIDTH, stage_one, tiny_diffusion
 from PIL import Image as Picture
 from torch.nn import functional as F
-from vlgpt_parts import TEXT, WIDTH, stage_one, tiny_diffusion
 
 from lavit_lm.cli import main
-from lavit_lm.pixels.condition_kinds import load_conditions
-from lavit_lm.pixels.conditions import Condition, PixelConditions
-from lavit_lm.pixels.detokenizer import Detokenizer, TokenizerShape
-from lavit_lm.pixels.stable_diffusion import StableDiffusionConditions
-from lavit_lm.pixels.tokenizer_files import DetokenizingDecoder, load_tokenizer, read_config, save_tokenizer
+from lavit_lm.objectives.vlgpt.condition_kinds import load_conditions
+from lavit_lm.objectives.vlgpt.conditions import Condition, PixelConditions
+from lavit_lm.objectives.vlgpt.detokenizer import Detokenizer, TokenizerShape
+from lavit_lm.objectives.vlgpt.image_decoder import DetokenizingDecoder, load_tokenizer, read_config, save_tokenizer
+from lavit_lm.objectives.vlgpt.stable_diffusion import StableDiffusionConditions
 from lavit_tok import VisualTokenizer, WeightsError
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "lm"
+FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
 RECIPES = sorted(
     path for path in FOLDER.glob("*.yaml") if "lavit-lm fit-tokenizer -c recipes/lm/" + path.name in path.read_text()
 )
@@ -50,7 +50,7 @@ def where(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) ->
 
 
 def test_the_drawing_of_who_sees_whom():
-    from lavit_lm.pixels import detokenizer as page
+    from lavit_lm.objectives.vlgpt import detokenizer as page
 
     assert page.__doc__ is not None
     rows = [line.split()[1:5] for line in page.__doc__.splitlines() if line[:2] in ("v1", "v2", "t1", "t2")]
@@ -166,7 +166,7 @@ def test_vlgpt_02_the_diffusion_model_never_runs(folder: Path, tiny_decoder: Any
     """Both kinds of conditions, trained by the command; frozen parts stay as they were, byte by byte."""
     import diffusers
 
-    from lavit_tok.encoder import VisionEncoder
+    from lavit_tok.encode.vision_encoder import VisionEncoder
 
     tiny_decoder.save_pretrained(folder / "decoder")
     for kind in (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DDIMScheduler):

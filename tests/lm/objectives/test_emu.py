@@ -10,24 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from emu_parts import EMU, N, built, picture
-from lm_parts import lexicon_and_model
-from lm_runs import SMALL, Losses, data, module, trainer
+from helpers.emu_parts import EMU, N, built, picture
+from helpers.lm_parts import lexicon_and_model
+from helpers.lm_runs import SMALL, Losses, data, module, trainer
 from PIL import Image as Picture
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavit_lm import MultimodalLM
-from lavit_lm.documents import as_segments, clip
-from lavit_lm.emission import emit
-from lavit_lm.files import save_model
-from lavit_lm.lexicon import Lexicon
+from lavit_lm.checkpoints.native import save_model
+from lavit_lm.generation.interleaved import emit
+from lavit_lm.models.losses import Seen, Sum, cross_entropy, regression, sources
+from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.emu import Emu
-from lavit_lm.objectives.losses import Seen, Sum, cross_entropy, regression, sources
-from lavit_lm.packing import FREE, Packed, pack, pad
-from lavit_lm.resampler import CausalResampler
-from lavit_lm.segments import Image, Role, Row, Segment, Text
-from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.sequences.documents import as_segments, clip
+from lavit_lm.sequences.packing import FREE, Packed, pack, pad
+from lavit_lm.sequences.segments import Image, Role, Row, Segment, Text
+from lavit_lm.vision.resampler import CausalResampler
+from lavit_lm.vocabulary.processor import Lexicon
 from lavit_tok import VisualCodes, VisualTokenizer
 
 FAMILIES = ["llama", "qwen2", "gpt2"]

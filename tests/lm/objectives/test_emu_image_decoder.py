@@ -11,20 +11,20 @@ import lightning as L
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from emu_parts import EMU, N, built
-from lm_parts import lexicon_and_model
-from lm_runs import CAPTIONS
+from helpers.emu_parts import EMU, N, built
+from helpers.lm_parts import lexicon_and_model
+from helpers.lm_runs import CAPTIONS
 from safetensors.torch import load_file, save_file
 
 from lavit_lm import MultimodalLM
+from lavit_lm.checkpoints.native import save_model
 from lavit_lm.cli import main
-from lavit_lm.files import save_model
+from lavit_lm.objectives.emu.image_decoder import ReaderShape, VectorDecoder, VectorReader
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.pixels.decoder_training import VectorDecoderTraining, renew_keys
-from lavit_lm.pixels.vector_decoder import ReaderShape, VectorDecoder, VectorReader
+from lavit_lm.training.emu_decoder import VectorDecoderTraining, renew_keys
 from lavit_tok import ImageDataModule, VisualCodes, VisualTokenizer, WeightsError, vae_latents
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "lm"
+FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
 RECIPES = sorted(
     path for path in FOLDER.glob("*.yaml") if "lavit-lm fit-decoder -c recipes/lm/" + path.name in path.read_text()
 )

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from lm_runs import SMALL, Losses, data, module, trainer
+from helpers.lm_runs import SMALL, Losses, data, module, trainer
 
 from lavit_lm import MultimodalLM
 from lavit_lm.objectives import by_name
 from lavit_tok import WeightsError
 
-PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
+PAGE = Path(__file__).parents[3] / "docs" / "objectives.md"
 
 
 @pytest.fixture

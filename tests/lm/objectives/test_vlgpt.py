@@ -11,23 +11,23 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from lm_parts import lexicon_and_model
-from lm_runs import SMALL, Losses, data, module, saving, trainer
+from helpers.lm_parts import lexicon_and_model
+from helpers.lm_runs import SMALL, Losses, data, module, saving, trainer
+from helpers.vlgpt_parts import stage_one_directory, tiny_diffusion
 from PIL import Image as Picture
 from torch import Tensor, nn
-from vlgpt_parts import stage_one_directory, tiny_diffusion
 
 from lavit_lm import MultimodalLM
-from lavit_lm.emission import emit
-from lavit_lm.files import save_model
-from lavit_lm.generation import Sampling
-from lavit_lm.lexicon import Lexicon
+from lavit_lm.checkpoints.native import save_model
+from lavit_lm.generation.interleaved import emit
+from lavit_lm.generation.sampling import Sampling
+from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.vlgpt import VLGPT
-from lavit_lm.packing import pack, pad
-from lavit_lm.segments import Image, Role, Row, Segment, Text
-from lavit_lm.sequence_model import SequenceModel
+from lavit_lm.sequences.packing import pack, pad
+from lavit_lm.sequences.segments import Image, Role, Row, Segment, Text
+from lavit_lm.vocabulary.processor import Lexicon
 from lavit_tok import VisualCodes, VisualTokenizer, WeightsError
 
 N = 4

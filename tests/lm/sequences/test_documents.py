@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from lm_runs import Losses, data, module, saving, trainer
+from helpers.lm_runs import Losses, data, module, saving, trainer
 from PIL import Image as Picture
 
-from lavit_lm.documents import Documents, as_segments, clip, document_line, storyboard
 from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.segments import Image, Role, Text
+from lavit_lm.sequences.documents import Documents, as_segments, clip, document_line, storyboard
+from lavit_lm.sequences.segments import Image, Role, Text
 from lavit_tok import ImageError, VisualTokenizer, to_uint8
 
 EMU = Emu(queries=3, depth=1, heads=2, train_encoder=False)

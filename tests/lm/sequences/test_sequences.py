@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from lm_parts import CODES, image, lexicon_and_model, pairs, plain_row
-from small_lms import FAMILIES
+from helpers.lm_parts import CODES, image, lexicon_and_model, pairs, plain_row
+from helpers.small_lms import FAMILIES
 
-import lavit_lm.masks
-import lavit_lm.packing
-import lavit_lm.segments
-from lavit_lm.masks import model_mask, visible
+import lavit_lm.sequences.masks
+import lavit_lm.sequences.packing
+import lavit_lm.sequences.segments
+from lavit_lm.models.losses import log_likelihood, sources
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.objectives.losses import log_likelihood, sources
-from lavit_lm.packing import FREE, Packed, pack, pad, plan
-from lavit_lm.segments import Image, Role, Text
-from lavit_lm.vocabulary import VocabularyError
+from lavit_lm.sequences.masks import model_mask, visible
+from lavit_lm.sequences.packing import FREE, Packed, pack, pad, plan
+from lavit_lm.sequences.segments import Image, Role, Text
+from lavit_lm.vocabulary.visual_vocabulary import VocabularyError
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -106,7 +106,7 @@ def test_the_blocks_that_are_drawn():
     rows = [plain_row([1, 1, 1], key="a"), plain_row([2, 2], key="c"), plain_row([3, 3, 3, 3], key="b")]
     assert plan([3, 2, 4], 8) == [[2, 0], [1]]
     batch = pack([[rows[2], rows[0]], [rows[1]]], 8, 0)
-    drawing = lavit_lm.packing.__doc__ or ""
+    drawing = lavit_lm.sequences.packing.__doc__ or ""
     for name, values in (("documents", batch.documents), ("positions", batch.positions)):
         drawn = next(line for line in drawing.splitlines() if line.strip().startswith(name)).split()[1:]
         assert [int(word) for word in drawn] == values.flatten().tolist(), name
@@ -170,7 +170,7 @@ def test_the_mask_that_is_drawn():
     seen = visible(batch.documents, batch.prefix)[0]
     drawn = [
         line.split()[2:8]
-        for line in (lavit_lm.masks.__doc__ or "").splitlines()
+        for line in (lavit_lm.sequences.masks.__doc__ or "").splitlines()
         if line.split()[:2] in (["0", "P"], ["0", "."], ["1", "P"], ["1", "."])
     ]
     assert len(drawn) == 6
@@ -248,7 +248,9 @@ def test_without_the_mask_documents_see_each_other(monkeypatch: pytest.MonkeyPat
     rows = [LaVIT().layout(s, lexicon, generator(i)) for i, s in enumerate(pairs(4))]
     batch = pack([rows], sum(map(len, rows)), lexicon.pad)
     right = losses_of(model, batch)
-    monkeypatch.setattr("lavit_lm.masks.visible", lambda documents, prefix=None: visible(torch.zeros_like(documents)))
+    monkeypatch.setattr(
+        "lavit_lm.sequences.masks.visible", lambda documents, prefix=None: visible(torch.zeros_like(documents))
+    )
     wrong = losses_of(model, batch)
     assert abs(right["text"][0] - wrong["text"][0]) / right["text"][1] > 1e-4
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lm_runs import (
+from helpers.lm_runs import (
     SMALL,
     TOGETHER,
     Losses,
@@ -26,8 +26,8 @@ from lm_runs import (
 )
 
 from lavit_lm import MultimodalLM
-from lavit_lm.objectives.losses import Sum
-from lavit_lm.order import HeldOutOrder
+from lavit_lm.models.losses import Sum
+from lavit_lm.training.sampler import HeldOutOrder
 
 LORA = {"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}
 TIED = {"continuous": True, "visual_lr": 1e-3, "lm": {**SMALL, "tie_word_embeddings": True}}

@@ -9,11 +9,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from helpers.lm_runs import CAPTIONS, Losses, data, module, trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lm_runs import CAPTIONS, Losses, data, module, trainer
 from PIL import Image as Picture
 
-from lavit_lm.samples import LogSamples, as_in_evaluation
+from lavit_lm.training.log_samples import LogSamples, as_in_evaluation
 from lavit_tok import PixelDecoder
 
 
@@ -31,7 +31,7 @@ def log(folder: Path, name: str, decoder: str | None, steps: int = 4, **settings
 
 def test_samples_change_nothing(folder: Path, tiny_decoder: PixelDecoder):
     """Dropout draws from the global generator, so that any draw of the callback would show."""
-    from lm_runs import SMALL
+    from helpers.lm_runs import SMALL
 
     tiny_decoder.save_pretrained(folder / "decoder")
     settings = {"lm": {**SMALL, "attention_dropout": 0.3}}
@@ -67,7 +67,7 @@ def test_captions_of_vectors(folder: Path):
 
 
 def test_a_sample_that_cannot_be_made_does_not_end_the_run(folder: Path):
-    from lm_runs import SMALL
+    from helpers.lm_runs import SMALL
 
     seen = Losses()
     samples = LogSamples(every=1, decoder=None, max_tokens=400)

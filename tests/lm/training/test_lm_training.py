@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lm_parts import image, pairs
-from lm_runs import CAPTIONS, SMALL, SMALL_BART, Losses, data, module, saving, trainer
-from small_lms import small_tokenizer
-from vlgpt_parts import stage_one_directory
+from helpers.lm_parts import image, pairs
+from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, Losses, data, module, saving, trainer
+from helpers.small_lms import small_tokenizer
+from helpers.vlgpt_parts import stage_one_directory
 
 from lavit_lm import MultimodalLM
 from lavit_lm.cli import main
-from lavit_lm.lexicon import Lexicon
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.order import BlockOrder, Layout, Samples
-from lavit_lm.packing import pack, pad
-from lavit_lm.segments import Image, Text
-from lavit_lm.vocabulary import VisualVocabulary
+from lavit_lm.sequences.packing import pack, pad
+from lavit_lm.sequences.segments import Image, Text
+from lavit_lm.training.sampler import BlockOrder, Layout, Samples
+from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 from lavit_tok import ShardError, VisualTokenizer, WeightsError
 from lavit_tok.cli import main as lavit_tok
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "lm"
+FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
 RECIPES = sorted(
     path for path in FOLDER.glob("*.yaml") if "lavit-lm fit -c recipes/lm/" + path.name in path.read_text()
 )

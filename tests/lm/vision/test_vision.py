@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lm_runs import Losses, data, module, saving, trainer
+from helpers.lm_runs import Losses, data, module, saving, trainer
 from PIL import Image as Picture
 
-from lavit_lm.packing import Packed
+from lavit_lm.sequences.packing import Packed
 from lavit_tok import ImageError, ShardError, ShardPictures, Shards, VisualTokenizer, to_uint8
 from lavit_tok.cli import main as lavit_tok
 

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from small_lms import TEXTS
+from helpers.small_lms import TEXTS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from lavit_lm import VisualVocabulary, VocabularyError
-from lavit_lm.text_tokenizer import BYTES, encode_plain, forget, train_text_tokenizer
+from lavit_lm.vocabulary.text_tokenizer import BYTES, encode_plain, forget, train_text_tokenizer
 
 CAPTIONS = [
     "a red apple on a table",

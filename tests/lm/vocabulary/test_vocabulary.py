@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_lms import FAMILIES, TEXTS, small_lm, small_tokenizer
+from helpers.small_lms import FAMILIES, TEXTS, small_lm, small_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTrainedTokenizerFast
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer, WeightsError, cli, pickled, weights
-from lavit_tok.released import head_count, load_released
-from lavit_tok.weights import load_weights, save_weights
+from lavit_tok.checkpoints.released.loader import head_count, load_released
+from lavit_tok.checkpoints.weights import load_weights, save_weights
 
-MINI = Path(__file__).parent / "golden" / "lavit-mini"
+MINI = Path(__file__).parents[2] / "golden" / "lavit-mini"
 KINDS = ("lowres", "highres")
 TOKENIZER = "visual_tokenizer/tokenizer_encoder.bin"
 ENCODER = "visual_tokenizer/eva_vitg_psz14.bin"

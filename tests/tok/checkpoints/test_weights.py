@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavit_tok import ConfigError, VisualTokenizer, WeightsError, weights
-from lavit_tok.weights import compare, find_directory, load_weights, read_json, save_weights, weight_files
+from lavit_tok.checkpoints.weights import compare, find_directory, load_weights, read_json, save_weights, weight_files
 
 
 class Malicious:

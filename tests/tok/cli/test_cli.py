@@ -17,9 +17,9 @@ import yaml
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.batch_jobs import photographs
-from lavit_tok.cli import COMMANDS, main
-from lavit_tok.code_files import CodeRow, Header, code_writer, read_codes
+from lavit_tok.cli.parser import COMMANDS, main
+from lavit_tok.data.code_files import CodeRow, Header, code_writer, read_codes
+from lavit_tok.data.jobs import photographs
 
 
 @pytest.fixture

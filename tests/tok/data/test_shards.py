@@ -20,11 +20,11 @@ import pytest
 import lavit_tok
 from lavit_tok import ShardError, Shards, VisualTokenizer
 from lavit_tok.cli import main
-from lavit_tok.code_files import CodeRow, Header, read_codes
-from lavit_tok.images import open_image
-from lavit_tok.shard_files import Manifest, sha256
+from lavit_tok.data.code_files import CodeRow, Header, read_codes
+from lavit_tok.data.shard_manifest import Manifest, sha256
+from lavit_tok.encode.image_processor import open_image
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[3] / "README.md").read_text()
 CORRUPT = 2  # of the ten training pictures
 
 
@@ -231,7 +231,7 @@ from lavit_tok import Shards
 assert not {"datasets", "lightning", "diffusers"} & {*sys.modules}  # the reader alone is light
 from lavit_tok import VisualTokenizer
 from lavit_tok.cli import main
-from lavit_tok.training.sources import load_splits
+from lavit_tok.data.image_sources import load_splits
 
 out, data, weights, words, replace = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:], os.replace
 VisualTokenizer.from_pretrained(weights), load_splits(data)  # what they import is imported once, for all children
@@ -420,7 +420,7 @@ def test_pictures_that_cannot_be_used(
     (tmp_path / "file").write_text("")
     shards("file", code=2)
     assert str(tmp_path / "file") in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "lavit_tok.training.shard_job", None)
+    monkeypatch.setitem(sys.modules, "lavit_tok.data.shard_writer", None)
     shards(code=2)
     assert "pip install 'lavit-tok[train]'" in capsys.readouterr().err
 
@@ -525,7 +525,7 @@ def test_manifests_that_cannot_be_read(shards: Callable[..., Path], tmp_path: Pa
         Shards.open(out, "test")
     text = (out / "manifest.json").read_text()
     for change, reason in (
-        (lambda v: v.update(version=2), "it is lavit_tok.shards version 2"),
+        (lambda v: v.update(version=2), "it is lavit_tok.data.shard_reader version 2"),
         (lambda v: v.pop("format"), "KeyError: 'format'"),
         (lambda v: v.update(codebook_size="16"), "codebook_size should be int, got '16'"),
         (lambda v: v.update(mirror=0), "mirror should be bool, got 0"),

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn import functional as F
 
 from lavit_tok import CodeError, VisualCodes, VisualTokenizer
-from lavit_tok.condition import Condition, Conditioning
+from lavit_tok.decode.conditioner import Condition, Conditioning
 
 STYLES: dict[str, dict[str, Any]] = {
     "sd": {"cross_dims": [24], "null_length": 3},

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lavit_tok import CodeError, PixelDecoder, VisualCodes, VisualTokenizer, WeightsError
-from lavit_tok.condition import Condition
+from lavit_tok.decode.conditioner import Condition
 
 BLOCKS: dict[str, Any] = {
     "sample_size": 8,

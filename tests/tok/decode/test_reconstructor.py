@@ -9,8 +9,8 @@ import reference
 import torch
 from torch import Tensor
 
-from lavit_tok.reconstructor import Reconstructor
-from lavit_tok.records import Layout
+from lavit_tok.codes import Layout
+from lavit_tok.decode.reconstructor import Reconstructor
 
 WIDTH, PATCHES, DIM = 16, 9, 4
 

@@ -16,7 +16,16 @@ import torch
 from PIL import Image
 
 from lavit_tok import ImageError, TokenizerConfig
-from lavit_tok.images import CLIP_MEAN, CLIP_STD, as_list, find_images, normalise, open_image, resize, to_uint8
+from lavit_tok.encode.image_processor import (
+    CLIP_MEAN,
+    CLIP_STD,
+    as_list,
+    find_images,
+    normalise,
+    open_image,
+    resize,
+    to_uint8,
+)
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavit_tok.attention import Formula
-from lavit_tok.merger import Merger, cross_policy, grid_positions, self_policy
-from lavit_tok.selector import straight_through
+from lavit_tok.encode.merger import Merger, cross_policy, grid_positions, self_policy
+from lavit_tok.encode.selector import straight_through
+from lavit_tok.nn.attention import Formula
 
 WIDTH, PATCHES = 16, 9
 
@@ -50,7 +50,7 @@ DRAWING = """
 
 @pytest.mark.parametrize("as_type", [torch.bool, torch.float32])
 def test_the_drawing(as_type: torch.dtype):
-    import lavit_tok.merger as room
+    import lavit_tok.encode.merger as room
 
     assert room.__doc__ is not None and DRAWING.strip() in room.__doc__
     keep = torch.tensor([[True, False, True, True, False]])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lavit_tok import quantizer
-from lavit_tok.quantizer import Codebook, Quantizer, TrainingCodebook, spherical_kmeans, usage
+from lavit_tok.encode.quantizer import Codebook, Quantizer, TrainingCodebook, spherical_kmeans, usage
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:

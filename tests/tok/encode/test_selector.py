@@ -11,7 +11,7 @@ import reference
 import torch
 from torch import Tensor
 
-from lavit_tok.selector import (
+from lavit_tok.encode.selector import (
     Selector,
     dithered,
     keep_by_budget,

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from lavit_tok import ConfigError, TokenizerConfig, VisualTokenizer
-from lavit_tok.encoder import ENCODERS, VisionEncoder
+from lavit_tok.encode.vision_encoder import ENCODERS, VisionEncoder
 
 WIDTH, PATCHES = 16, 16
 

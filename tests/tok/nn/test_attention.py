@@ -9,7 +9,7 @@ import reference
 import torch
 from torch import Tensor
 
-from lavit_tok.attention import Attention, Block, Formula, attend, masked_softmax
+from lavit_tok.nn.attention import Attention, Block, Formula, attend, masked_softmax
 
 
 def noise(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -154,7 +154,7 @@ def test_a_few_images_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch, s
     policy = random_policy(1 if shared else 5, 1, 1 if shared else 3, 6)
     with torch.no_grad():
         together = attend(q, k, v, policy, "compat")
-        monkeypatch.setattr("lavit_tok.attention.SCORES", 2 * 2 * 3 * 6)  # two images
+        monkeypatch.setattr("lavit_tok.nn.attention.SCORES", 2 * 2 * 3 * 6)  # two images
         assert torch.equal(attend(q, k, v, policy, "compat"), together)
-        monkeypatch.setattr("lavit_tok.attention.SCORES", 1)
+        monkeypatch.setattr("lavit_tok.nn.attention.SCORES", 1)
         assert torch.equal(attend(q, k, v, policy, "compat"), together)

@@ -16,8 +16,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from lavit_tok.training.data import HOLDOUT_EVERY, EpochOrder, ImageDataModule
-from lavit_tok.training.sources import Augmentation
+from lavit_tok.data.image_sources import Augmentation
+from lavit_tok.training.data_module import HOLDOUT_EVERY, EpochOrder, ImageDataModule
 
 
 def picture(number: int) -> bytes:

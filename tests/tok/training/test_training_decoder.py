@@ -11,16 +11,16 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from helpers.small_diffusion import small_vae
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
-from small_diffusion import small_vae
 
 from lavit_tok import PixelDecoder, VisualTokenizer
 from lavit_tok.cli import main
-from lavit_tok.training.common import step_generator
-from lavit_tok.training.data import ImageDataModule
-from lavit_tok.training.decoder import PixelDecoderTraining
-from lavit_tok.training.encoded import EncodedSet, FrozenParts
+from lavit_tok.training.data_module import ImageDataModule
+from lavit_tok.training.decoder_training import PixelDecoderTraining
+from lavit_tok.training.encoded_images import EncodedSet, FrozenParts
+from lavit_tok.training.logging import step_generator
 
 UNET: dict[str, Any] = {
     "sample_size": 16,
@@ -314,7 +314,7 @@ def test_bad_settings_are_refused(parts: dict[str, str], folder: Path, tmp_path:
         trainer.fit(training(parts, cache=True), ImageDataModule(str(folder), 32, 8))
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*/decoder.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*/decoder.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)

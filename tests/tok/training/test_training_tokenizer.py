@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.selector import keep_scores, straight_through
-from lavit_tok.training.common import Recent, step_generator, warmup_cosine
-from lavit_tok.training.data import ImageDataModule
-from lavit_tok.training.tokenizer import TokenizerTraining
+from lavit_tok.encode.selector import keep_scores, straight_through
+from lavit_tok.training.data_module import ImageDataModule
+from lavit_tok.training.logging import Recent, step_generator, warmup_cosine
+from lavit_tok.training.tokenizer_training import TokenizerTraining
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,3 @@
+from lavit_lm.cli.parser import main
+
+__all__ = ["main"]

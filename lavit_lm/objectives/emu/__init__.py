@@ -1,0 +1,3 @@
+from lavit_lm.objectives.emu.objective import Emu
+
+__all__ = ["Emu"]

@@ -1,0 +1,3 @@
+from lavit_tok.cli.parser import main
+
+__all__ = ["main"]

@@ -1,0 +1,5 @@
+import sys
+
+from lavit_tok.cli.parser import main
+
+sys.exit(main())

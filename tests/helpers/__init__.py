@@ -1,0 +1,1 @@
+"""Small models, data sets and runs that several test files share."""
