@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer, WeightsError, cli, pickled, weights
+from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer, WeightsError, cli
+from lavit_tok.checkpoints import weights
+from lavit_tok.checkpoints.released import pickled
 from lavit_tok.checkpoints.released.loader import head_count, load_released
 from lavit_tok.checkpoints.weights import load_weights, save_weights
 

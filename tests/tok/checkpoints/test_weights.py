@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lavit_tok import ConfigError, VisualTokenizer, WeightsError, weights
+from lavit_tok import ConfigError, VisualTokenizer, WeightsError
+from lavit_tok.checkpoints import weights
 from lavit_tok.checkpoints.weights import compare, find_directory, load_weights, read_json, save_weights, weight_files
 
 

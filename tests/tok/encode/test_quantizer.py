@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_tok import quantizer
+from lavit_tok.encode import quantizer
 from lavit_tok.encode.quantizer import Codebook, Quantizer, TrainingCodebook, spherical_kmeans, usage
 
 
