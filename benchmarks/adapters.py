@@ -81,9 +81,9 @@ class Lavit:
         )
         self.decodes = decoder is not None
         encoding = [tokenizer.encoder, tokenizer.selector, tokenizer.merger, tokenizer.quantizer]
-        drawing = [] if decoder is None else [decoder.condition, decoder.unet, decoder.vae.decoder]
+        drawing = [] if decoder is None else [decoder.conditioner, decoder.unet, decoder.vae.decoder]
         self.parameters = {"encode": count(*encoding), "decode": count(*drawing)}
-        parts = [tokenizer] if decoder is None else [tokenizer, decoder.condition, decoder.unet, decoder.vae]
+        parts = [tokenizer] if decoder is None else [tokenizer, decoder.conditioner, decoder.unet, decoder.vae]
         self.identity = f"{weights_digest(*parts)}, {steps} steps, guidance {guidance:g}"
         if decoder is not None:
             decoder.set_progress_bar_config(disable=True)

@@ -24,7 +24,7 @@ from PIL import Image
 from lavit_tok.data.image_sources import load_splits, read_row, row_key, undecoded
 from lavit_tok.encode.image_processor import ImageError, open_image
 
-Opened = tuple[Image.Image | None, dict[str, str] | None]
+OpenedImages = tuple[Image.Image | None, dict[str, str] | None]
 """The picture, or else its key and what is wrong with it."""
 KARPATHY_TEST = 5000
 
@@ -54,8 +54,8 @@ class CaptionSet:
         }
         return replace(self, standard=self.standard if len(places) == self.total else None, **picked)
 
-    def open(self, i: int) -> Opened:
-        return open_picture(self.pictures[i], self.ids[i])
+    def open(self, i: int) -> OpenedImages:
+        return open_picture(self.images[i], self.ids[i])
 
     def describe(self) -> str:
         return f"{len(self)} of the {self.total} pictures of {self.name}"
@@ -159,7 +159,7 @@ def spelling(caption: str) -> str:
 # Pictures and files
 
 
-def open_picture(source: Any, key: Any) -> Opened:
+def open_picture(source: Any, key: Any) -> OpenedImages:
     """A file, or a place of a data set."""
     if not isinstance(source, Path):
         rows, column, place = source
@@ -172,7 +172,7 @@ def open_picture(source: Any, key: Any) -> Opened:
 
 def require_files(found: Any) -> None:
     """Raise ValueError if a picture's file is not there, with its name."""
-    files = [source for source in found.pictures if isinstance(source, Path)]
+    files = [source for source in found.images if isinstance(source, Path)]
     missing = [source for source in files if not source.is_file()]
     if missing:
         raise ValueError(

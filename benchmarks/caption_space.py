@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
 from lavit_tok import to_uint8
-from lavit_tok.encode.image_processor import normalise
+from lavit_tok.encode.image_processor import normalize
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "default"
 TIE = 1e-9  # products of equal vectors may differ by rounding
@@ -65,7 +65,7 @@ class Scorer:
         for part in pictures.split(batch_size):
             if part.shape[-1] != size:
                 part = to_uint8([picture.permute(1, 2, 0).numpy() for picture in part], size)
-            states = self.vision(pixel_values=normalise(part).to(self.device)).last_hidden_state[:, 1:]
+            states = self.vision(pixel_values=normalize(part).to(self.device)).last_hidden_state[:, 1:]
             mean = F.layer_norm(states, states.shape[-1:]).mean(1)
             found.append(F.normalize(F.linear(mean, self.weight, self.bias).float(), dim=1).cpu())
         return torch.cat(found)

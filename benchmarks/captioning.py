@@ -48,14 +48,14 @@ class Captioner:
 
     def __init__(self, lm: MultimodalLM, shots: Sequence[tuple[Image.Image, str]], a: Namespace) -> None:
         self.lm, self.a = lm, a
-        self.wording = lm.objective.wording.caption if a.prompt is None else a.prompt
+        self.prompt_templates = lm.objective.prompt_templates.caption if a.prompt is None else a.prompt
         self.before: list[Any] = []
         for picture, caption in shots:
             self.before += [picture, f"{self.wording} {caption}".strip()]
 
     def __call__(self, pictures: Sequence[Image.Image], items: Sequence[int]) -> list[str]:
         """One caption for each; its generator depends on the item's number alone."""
-        asked = [self.wording] if self.wording else []
+        asked = [self.prompt_templates] if self.prompt_templates else []
         prompts = [[*self.before, picture, *asked] for picture in pictures]
         return talking.said(self.lm, prompts, items, self.a)
 
@@ -69,7 +69,7 @@ def main(a: Namespace) -> dict[str, Any]:
     settings = talking.settings_of(lm, a, "captioning") | {
         "pictures": digest(found.ids, found.name),
         "examples": digest([text for _, text in shots], [p.tobytes().hex() for p, _ in shots]),
-        "prompt": captioner.wording,
+        "prompt": captioner.prompt_templates,
         "decoding": [how, a.seed],
     }
     parts = Parts(a.out, a.name, settings)
@@ -79,7 +79,7 @@ def main(a: Namespace) -> dict[str, Any]:
         "set": found.describe(),
         "model": Path(a.model).name,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
-        "prompt": captioner.wording,
+        "prompt": captioner.prompt_templates,
         "shots": a.shots,
         "examples": [text for _, text in shots],
         "decoding": how,

@@ -27,7 +27,7 @@ from lavit_tok import PixelDecoder, VisualCodes
 
 
 def random_codes(decoder: PixelDecoder, batch: int, keep: float) -> VisualCodes:
-    config = decoder.condition.config
+    config = decoder.conditioner.config
     generator = torch.Generator().manual_seed(0)
     count = max(1, round(config.patches * keep))
     rows = torch.randint(0, config.codebook_size, (batch, count), generator=generator)
@@ -38,9 +38,9 @@ def random_codes(decoder: PixelDecoder, batch: int, keep: float) -> VisualCodes:
 def bare_loop(decoder: PixelDecoder, codes: VisualCodes, steps: int, guided: bool) -> Callable[[], Any]:
     """A function that calls the U-Net `steps` times; what it reads is computed here, once."""
     device = decoder.unet.device
-    condition = decoder.condition(codes.to(device))
+    condition = decoder.conditioner(codes.to(device))
     if guided:
-        condition = decoder.condition.unconditional(condition).cat(condition)
+        condition = decoder.conditioner.unconditional(condition).cat(condition)
     side = decoder.unet.config.sample_size
     batch = len(condition.tokens)
     latents = torch.randn(batch, decoder.vae.config.latent_channels, side, side, device=device)
@@ -70,16 +70,16 @@ def ours(a: Namespace, steps: int, guidance: float) -> list[dict[str, Any]]:
     """The bare loop and the pipeline at one setting."""
     decoder = PixelDecoder.from_pretrained(a.decoder, device=a.device)
     decoder.set_progress_bar_config(disable=True)
-    for part in (decoder.condition, decoder.unet, decoder.vae):
+    for part in (decoder.conditioner, decoder.unet, decoder.vae):
         part.requires_grad_(False)  # torch's FLOP counter fails on views of weights that would be trained
     codes, guided = random_codes(decoder, a.batch_size, a.keep), guidance != 1
     one = codes.take([0])
     count = len(codes.values) / len(codes)
-    bits = count * math.log2(decoder.condition.config.codebook_size)
+    bits = count * math.log2(decoder.conditioner.config.codebook_size)
     label = f"{steps} steps, guidance {guidance:g}"
     unet = adapters.count(decoder.unet)
     load = {"name": a.tokenizer, "device": a.device, "decoder": a.decoder, "steps": steps, "guidance": guidance}
-    whole = unet + adapters.count(decoder.condition, decoder.vae.decoder)
+    whole = unet + adapters.count(decoder.conditioner, decoder.vae.decoder)
     loops = [bare_loop(decoder, some, steps, guided) for some in (codes, one)]
     calls = [drawing(decoder, some, steps, guidance) for some in (codes, one)]
     entries = [

@@ -32,7 +32,7 @@ from torch import Tensor
 import lavit_lm
 import lavit_tok
 from lavit_lm import MultimodalLM
-from lavit_lm.generation.sampling import Rule
+from lavit_lm.generation.sampling import GenerationConstraint
 from lavit_lm.models.kv_state import left_padded
 from lavit_lm.sequences.packing import FREE
 from lavit_lm.training.module import LanguageModeling
@@ -58,7 +58,7 @@ def build(a: Namespace, captions: list[str]) -> MultimodalLM:
         module.configure_model()
         visual = VisualTokenizer.from_pretrained(name, device=a.device)
         assert module.model is not None
-        return MultimodalLM(module.model.to(a.device, dtype), module.lexicon, visual)
+        return MultimodalLM(module.model.to(a.device, dtype), module.processor, visual)
 
 
 def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any]:
@@ -107,11 +107,11 @@ def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any
 
 def bare(lm: MultimodalLM, prompts: list[str], guidance: float, a: Namespace) -> Callable[[], Tensor]:
     """`transformers`' own sampling loop from the same rows, as a user without this library would call it."""
-    rows, free = [lm.prompts.painting(prompt) for prompt in prompts], lm.prompts.row([], "image")
-    ids, _, _, documents = left_padded(rows, lm.lexicon.pad)
+    rows, free = [lm.prompts.for_image(prompt) for prompt in prompts], lm.prompts.row([], "image")
+    ids, _, _, documents = left_padded(rows, lm.processor.pad)
     given = {"input_ids": ids.to(lm.device), "attention_mask": (documents != FREE).long().to(lm.device)}
     options: dict[str, Any] = {"min_new_tokens": a.codes, "max_new_tokens": a.codes, "do_sample": True}
-    options |= {"top_k": a.top_k, "pad_token_id": lm.lexicon.pad}
+    options |= {"top_k": a.top_k, "pad_token_id": lm.processor.pad}
     if guidance != 1:
         options |= {"guidance_scale": guidance, "negative_prompt_ids": free.ids.expand(len(rows), -1).to(lm.device)}
 
@@ -131,12 +131,12 @@ def equal_share(a: list[list[int]], b: list[list[int]]) -> float:
 def constraint(lm: MultimodalLM, batch: int, a: Namespace, repeats: int = 200) -> dict[str, float]:
     """Seconds a step for the mask of allowed ids and its use, and once a call for what they are made from."""
     size, device = lm.model.causal.get_output_embeddings().out_features, lm.device
-    rule, logits = Rule("image", 1, a.codes), torch.zeros(batch, size, device=device)
-    stops = torch.tensor(rule.stops(lm.lexicon), device=device)
-    words = rule.words(lm.lexicon, size, device)
+    rule, logits = GenerationConstraint("image", 1, a.codes), torch.zeros(batch, size, device=device)
+    stops = torch.tensor(rule.stops(lm.processor), device=device)
+    words = rule.words(lm.processor, size, device)
 
     def once() -> Tensor:
-        return rule.words(lm.lexicon, size, device)
+        return rule.words(lm.processor, size, device)
 
     def each_step() -> Tensor:
         return logits.masked_fill(~rule.allowed(words, stops, 1), -torch.inf)

@@ -1,6 +1,6 @@
 """What the benchmarks of language models share: models of stated shapes with random weights, and rows to train on.
 
-token shards, or made-up captions and codes of the measured lengths  ->  rows {key, caption, codes}  ->  Layout
+token shards, or made-up captions and codes of the measured lengths  ->  rows {key, caption, codes}  ->  RaggedLayout
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from lavit_lm import MultimodalLM
 from lavit_lm.models.losses import sources
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import pad
-from lavit_lm.sequences.segments import Image, Role, Text
+from lavit_lm.sequences.segments import ImageSegment, Role, TextSegment
 from lavit_tok import VisualCodes
 from lavit_tok.data.image_sources import load_splits
 
@@ -78,13 +78,13 @@ def code_nats(lm: MultimodalLM, codes: VisualCodes, captions: Sequence[str] | No
     layout, generator = LaVIT("text_first", prompt_drop=0.0).layout, torch.Generator()
     rows = []
     for i in range(len(codes)):
-        before = [] if captions is None else [Text(captions[i])]
-        rows.append(layout([*before, Image(codes[i].cpu())], lm.lexicon, generator, str(i)))
+        before = [] if captions is None else [TextSegment(captions[i])]
+        rows.append(layout([*before, ImageSegment(codes[i].cpu())], lm.processor, generator, str(i)))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # of like lengths together, so that little is padding
     found = torch.zeros(len(rows), 2, dtype=torch.float64)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = pad([rows[i] for i in chosen], lm.lexicon.pad).to(lm.device)
+        batch = pad([rows[i] for i in chosen], lm.processor.pad).to(lm.device)
         before, at = sources(batch, (batch.roles == Role.VISUAL) | (batch.roles == Role.END))
         logits = lm.model.head(lm.model.see(batch).states.flatten(0, 1)[before]).float()
         nats = F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none").double().cpu()

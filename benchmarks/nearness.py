@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_tok.encode.image_processor import normalise, resize
+from lavit_tok.encode.image_processor import normalize, resize
 
 
 class Clip:
@@ -49,7 +49,7 @@ class Clip:
         """uint8 [n 3 h w] -> [n d]"""
         size = self.model.config.vision_config.image_size
         cut = torch.stack([resize(Image.fromarray(p.permute(1, 2, 0).numpy()), size, crop=True) for p in pictures])
-        pooled = self.model.vision_model(pixel_values=normalise(cut).to(self.device)).pooler_output
+        pooled = self.model.vision_model(pixel_values=normalize(cut).to(self.device)).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=1).cpu()
 
     @torch.no_grad()

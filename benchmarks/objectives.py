@@ -34,9 +34,9 @@ from PIL import Image as Picture
 from lavit_lm import MultimodalLM
 from lavit_lm.objectives import by_name
 from lavit_lm.training.data_module import LanguageDataModule
-from lavit_lm.training.emu_decoder import VectorDecoderTraining
+from lavit_lm.training.emu_decoder import EmuDecoderTraining
 from lavit_lm.training.module import LanguageModeling
-from lavit_lm.training.vlgpt_tokenizer import TokenizerStage
+from lavit_lm.training.vlgpt_tokenizer import VLGPTTokenizerTraining
 from lavit_tok import ImageDataModule, to_uint8
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "lm"
@@ -107,14 +107,14 @@ def train(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
     }
-    kept = ("lr", "visual_lr", "encoder_lr", "weight_decay", "betas", "min_lr_share")
+    kept = ("lr", "visual_lr", "encoder_lr", "weight_decay", "betas", "min_lr_ratio")
     rates = {key: value for key, value in own["model"].items() if key in kept} | {"warmup_steps": a.steps // 10}
     rates = {key: tuple(value) if isinstance(value, list) else value for key, value in rates.items()}
     objective = by_name(name)(**settings)
     out = {"out": str(folder / "model"), "seed": seed}
     module = LanguageModeling(lm, a.text_tokenizer, a.tokenizer, objective, **out, **rates)
     shards = a.grid_shards if name == "davinci" else a.shards
-    pictures = a.data if objective.reads_pictures else None
+    pictures = a.data if objective.needs_pixels else None
     data = LanguageDataModule(shards, a.block, a.batch, seed=seed, pictures=pictures)
     seen = fit(module, data, a.steps, a)
     values = {"seconds_per_step": statistics.median(seen.seconds), "pairs": seen.documents, "settings": settings}
@@ -127,7 +127,7 @@ def train(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
 def vlgpt_tokenizer(seed: int, folder: Path, a: Namespace) -> tuple[str, float]:
     own = {k: v for k, v in recipe("vlgpt-tokenizer")["model"].items() if k not in ("width", "out")}
     own |= {"visual_tokenizer": a.tokenizer, "out": str(folder / "tokenizer"), "warmup_steps": a.first // 10}
-    stage = TokenizerStage(a.width, seed=seed, **own)
+    stage = VLGPTTokenizerTraining(a.width, seed=seed, **own)
     seen = fit(stage, pictures_of(seed, a), a.first, a)
     return str(folder / "tokenizer"), sum(seen.seconds)
 
@@ -136,7 +136,7 @@ def emu_decoder(seed: int, folder: Path, a: Namespace) -> float:
     own = {k: v for k, v in recipe("emu-decoder")["model"].items() if not k.startswith("sample")}
     own |= {"model": str(folder / "model"), "out": str(folder / "decoder"), "warmup_steps": a.after // 10, "seed": seed}
     own |= {"betas": tuple(own["betas"])} if "betas" in own else {}
-    return sum(fit(VectorDecoderTraining(**own), pictures_of(seed, a), a.after, a).seconds)
+    return sum(fit(EmuDecoderTraining(**own), pictures_of(seed, a), a.after, a).seconds)
 
 
 def pictures_of(seed: int, a: Namespace) -> ImageDataModule:
@@ -152,13 +152,13 @@ def measure(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
     pictures = picture_sets.load_pictures(a.data, a.size, a.split, None, lm.visual.config.crop)
     said = [i for i, caption in enumerate(pictures.captions) if caption.strip()]
     nats, tokens = 0.0, 0
-    for i in said[:: max(1, len(said) // a.pictures)][: a.pictures]:
+    for i in said[:: max(1, len(said) // a.images)][: a.images]:
         context = [Picture.fromarray(pictures.pixels[i].permute(1, 2, 0).numpy())]
-        if lm.objective.wording.caption:
-            context.append(lm.objective.wording.caption)
+        if lm.objective.prompt_templates.caption:
+            context.append(lm.objective.prompt_templates.caption)
         caption = pictures.captions[i]
         nats -= float(lm.rank(context, [caption])[0])
-        tokens += len(lm.lexicon.text(caption)) + 1
+        tokens += len(lm.processor.text(caption)) + 1
     places = choose(pictures.captions, a.captions, 0)
     captions = [pictures.captions[i] for i in places]
     drawn = paint(lm, captions, seed, a)
@@ -177,7 +177,7 @@ def paint(lm: MultimodalLM, captions: list[str], seed: int, a: Namespace) -> lis
         def generators(first: int = start, count: int = len(part)) -> list[torch.Generator]:
             return [torch.Generator().manual_seed(seed * len(captions) + first + i) for i in range(count)]
 
-        if lm.objective.paints == "codes":
+        if lm.objective.image_output == "codes":
             said: tuple[Any, ...] = (lm.generate_codes_batch(part, generator=generators()),)
         else:
             said = lm.generate_vectors_batch(part), lm.generate_vectors_batch([""])
@@ -190,7 +190,7 @@ def one(name: str, seed: int, a: Namespace) -> dict[str, Any]:
     folder = a.runs / f"{name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     asked = {k: getattr(a, k) for k in ("steps", "first", "after", "width", "layers", "block", "batch", "captions")}
-    asked |= {"pictures": a.pictures, "denoising": a.denoising, "precision": a.precision}
+    asked |= {"pictures": a.images, "denoising": a.denoising, "precision": a.precision}
     values: dict[str, Any] = {}
     for part, make in (("trained", train), ("measured", measure)):
         done = folder / f"{part}.json"
@@ -258,7 +258,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], a: Namespace) -> None:
 
 def arguments() -> Any:
     found = common.parser(__doc__, limit=None)
-    found.add_argument("--shards", required=True, help="of the data set, by lavit-tok shards --mirror")
+    found.add_argument("--shards", required=True, help="of the data set, by lavit-tok shards --flip")
     found.add_argument("--grid-shards", required=True, help="of the same, with --budget of all patches: DaVinci's")
     found.add_argument("--text-tokenizer", required=True, help="recipes/lm/text_tokenizer.py's folder")
     found.add_argument("--scorer", default="runs/default/teacher", help="folder that recipes/default/teacher.py wrote")

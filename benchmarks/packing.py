@@ -31,9 +31,9 @@ from packing_overhead import overhead, useful
 from timing import interleaved, ratio
 
 from lavit_lm.sequences.packing import Packed, pack, pad
-from lavit_lm.sequences.segments import Row
+from lavit_lm.sequences.segments import TokenSequence
 from lavit_lm.training.module import LanguageModeling
-from lavit_lm.training.sampler import BlockOrder, Blocks, Layout, Samples
+from lavit_lm.training.sampler import BlockOrder, Blocks, RaggedLayout, Samples
 from lavit_tok import ShardError
 
 FILL, SPEEDUP, LOSS, LIGHTNING, MFU = 0.98, 1.4, 1e-5, 0.9, 0.45
@@ -43,7 +43,7 @@ BLOCK = {"small": 512, "1b": 4096}
 # Fill
 
 
-def fill(layout: Layout, block: int, window: int) -> dict[str, Any]:
+def fill(layout: RaggedLayout, block: int, window: int) -> dict[str, Any]:
     """One epoch of blocks in the order of training."""
     order = BlockOrder(layout, block, 1, window)
     epoch = list(itertools.takewhile(lambda places: places[0][0] == 0, order))
@@ -63,22 +63,22 @@ def fill(layout: Layout, block: int, window: int) -> dict[str, Any]:
 # Speed and loss
 
 
-def batches_of_rows(layout: Layout, a: Namespace) -> list[list[list[Row]]]:
+def batches_of_rows(layout: RaggedLayout, a: Namespace) -> list[list[list[TokenSequence]]]:
     """Rows of the first batches of training: for each batch its blocks, for each block its rows."""
     order = iter(BlockOrder(layout, a.block, a.batch_size, a.window))
     made = Blocks(layout, a.block)
     return [[made[next(order)] for _ in range(a.batch_size)] for _ in range(a.batches)]
 
 
-def shuffled(rows: Sequence[Row], batches: int, seed: int) -> list[list[Row]]:
+def shuffled(rows: Sequence[TokenSequence], batches: int, seed: int) -> list[list[TokenSequence]]:
     """Rows in random order, dealt into as many batches."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return [[rows[i] for i in order[start::batches]] for start in range(min(batches, len(rows)))]
 
 
-def like_lengths(rows: Sequence[Row], places: int) -> list[list[Row]]:
+def like_lengths(rows: Sequence[TokenSequence], places: int) -> list[list[TokenSequence]]:
     """Rows sorted by length, cut into padded batches of at most this many places."""
-    batches: list[list[Row]] = []
+    batches: list[list[TokenSequence]] = []
     for row in sorted(rows, key=len, reverse=True):
         if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > places:
             batches.append([])
@@ -86,9 +86,9 @@ def like_lengths(rows: Sequence[Row], places: int) -> list[list[Row]]:
     return batches
 
 
-def speed(module: Any, groups: list[list[list[Row]]], a: Namespace) -> dict[str, Any]:
+def speed(module: Any, groups: list[list[list[TokenSequence]]], a: Namespace) -> dict[str, Any]:
     """Seconds of forward and backward over the same rows in three forms, in turns."""
-    model, objective, empty = module.model.train(), module.objective, module.lexicon.pad
+    model, objective, empty = module.model.train(), module.objective, module.processor.pad
     rows = [row for blocks in groups for block in blocks for row in block]
     forms = {
         "packed": [pack(blocks, a.block, empty) for blocks in groups],
@@ -129,9 +129,9 @@ def speed(module: Any, groups: list[list[list[Row]]], a: Namespace) -> dict[str,
 
 
 @torch.no_grad()
-def loss_difference(module: Any, blocks: list[list[Row]], a: Namespace) -> dict[str, Any]:
+def loss_difference(module: Any, blocks: list[list[TokenSequence]], a: Namespace) -> dict[str, Any]:
     """Mean losses in nats of a packed batch and of its rows one at a time, all in float32."""
-    model, objective, empty = module.model.eval(), module.objective, module.lexicon.pad
+    model, objective, empty = module.model.eval(), module.objective, module.processor.pad
     packed = model(pack(blocks, a.block, empty).to(a.device), objective)
     alone = [model(pad([row], empty).to(a.device), objective) for block in blocks for row in block]
     found: dict[str, Any] = {"rows": len(alone)}
@@ -157,14 +157,19 @@ def main(a: Namespace) -> dict[str, Any]:
         folder = Path(name)
         rows = source(a, folder, codebook_size)
         module = LanguageModeling(
-            lm, rows.text_tokenizer, a.tokenizer, checkpoint_blocks=a.checkpoint_blocks, compile=a.compile, seed=a.seed
+            lm,
+            rows.text_tokenizer,
+            a.tokenizer,
+            gradient_checkpointing=a.gradient_checkpointing,
+            compile=a.compile,
+            seed=a.seed,
         )
         if rows.fingerprint not in (None, module.fingerprint):
             raise ShardError(f"{a.shards}: made by another tokenizer than {a.tokenizer!r} (--tokenizer)")
         module.configure_model()
         assert module.model is not None
         module.model.to(a.device)
-        layout = Layout(Samples(rows.pairs), module.objective, module.lexicon, a.seed)
+        layout = RaggedLayout(Samples(rows.pairs), module.objective, module.processor, a.seed)
         per_place, with_attention = flops_per_place(module.model.causal, a.block)
         values: dict[str, Any] = {
             "rows": rows.described,

@@ -19,7 +19,7 @@ from timing import clock, ratio
 
 from lavit_lm.sequences.packing import FREE, Packed
 from lavit_lm.training.data_module import ResumingLoader
-from lavit_lm.training.sampler import BlockOrder, Blocks, Layout
+from lavit_lm.training.sampler import BlockOrder, Blocks, RaggedLayout
 
 
 def useful(batches: Sequence[Packed]) -> int:
@@ -72,7 +72,7 @@ class InTurns(L.Callback):
         self.since = clock(self.device)[0]
 
 
-def overhead(module: Any, layout: Layout, a: Namespace, folder: Path) -> dict[str, Any]:
+def overhead(module: Any, layout: RaggedLayout, a: Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of a whole step: Lightning with our code, as `fit` runs it, and the bare model."""
     blocks = Blocks(layout, a.block)
     order = BlockOrder(layout, a.block, a.batch_size, a.window)

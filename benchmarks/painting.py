@@ -60,7 +60,7 @@ class Painter:
         words = [seeded("codes", seed, one, k) for _, one, k in asked]
         noise = [seeded("noise", seed, one, k) for _, one, k in asked]
         drawing = {"num_inference_steps": a.steps}
-        if lm.objective.paints == "vectors":  # nothing of a batch: one call takes one generator
+        if lm.objective.image_output == "vectors":  # nothing of a batch: one call takes one generator
             pictures = [
                 lm.generate_images(caption, generator=g, decoder_guidance=a.decoder_guidance, **drawing)[0]
                 for (caption, _, _), g in zip(asked, noise, strict=True)

@@ -33,11 +33,11 @@ class Done:
     def departures(self) -> list[str]:
         """From the protocol for any rFID, in words; empty if there are none."""
         found = []
-        if self.pictures < FID_USUAL:
+        if self.images < FID_USUAL:
             found.append(f"only {self.pictures} pictures, comparable from {FID_USUAL} on")
         if not self.cropped:
             found.append("whole pictures squeezed to a square, no centre crop")
-        if self.set_name and self.pictures != SETS[self.set_name]:
+        if self.set_name and self.images != SETS[self.set_name]:
             bad = f", {self.bad_rows} unreadable" if self.bad_rows else ""
             found.append(f"{self.pictures} of the {SETS[self.set_name]} pictures of {self.set_name}{bad}")
         if self.random_weights:

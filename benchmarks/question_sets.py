@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from caption_sets import Format, Opened, id_of, open_picture, read_json, rows_of
+from caption_sets import Format, OpenedImages, id_of, open_picture, read_json, rows_of
 
 from lavit_tok.data.image_sources import row_key
 
@@ -60,8 +60,8 @@ class QuestionSet:
         picked: dict[str, list[Any]] = {name: [getattr(self, name)[i] for i in places] for name in names}
         return replace(self, standard=self.standard if len(places) == self.total else None, **picked)
 
-    def open(self, i: int) -> Opened:
-        return open_picture(self.pictures[i], self.ids[i])
+    def open(self, i: int) -> OpenedImages:
+        return open_picture(self.images[i], self.ids[i])
 
     def describe(self) -> str:
         return f"{len(self)} of the {self.total} questions of {self.name}"

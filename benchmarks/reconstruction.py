@@ -27,12 +27,12 @@ from reconstruction_run import Run, curve_features
 
 def main(arguments: Namespace) -> dict[str, Any]:
     a, run = arguments, Run(arguments)
-    everything = list(range(len(run.pictures)))
+    everything = list(range(len(run.images)))
     points = [OWN, *((method, b) for method in (LEARNED, RANDOM, NORM) for b in run.budgets())] if run.own else []
     mean = run.mean_feature() if run.own else None
     found = run.codes(OWN, 0, everything, "own", mean)
     codes = as_codes(found, run.tokenizer.codebook_size)
-    values: dict[str, Any] = run.pictures.record()
+    values: dict[str, Any] = run.images.record()
     values |= {
         "tokenizer": run.tokenizer.name,
         "weights": run.tokenizer.weights,
@@ -40,7 +40,7 @@ def main(arguments: Namespace) -> dict[str, Any]:
     }
     values["codes_per_image"] = float(codes.lengths.double().mean())
     body = f"{run.tokenizer.name} ({run.tokenizer.weights}). {values['set']}; "
-    body += f"{values['codes_per_image']:.1f} codes an image on average." + common.rejected(run.pictures.rejects)
+    body += f"{values['codes_per_image']:.1f} codes an image on average." + common.rejected(run.images.rejects)
     a.out.mkdir(parents=True, exist_ok=True)
     # The curve's pictures are some of the drawn ones, so that its first point needs no new drawing.
     places, _ = run.places()

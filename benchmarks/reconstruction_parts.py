@@ -56,7 +56,9 @@ def coded(
     keep = keep_mask(tokenizer, features, point, seed, places)
     codes = tokenizer.quantize(tokenizer.project(tokenizer.merge(features, keep)), keep.sum(1))
     measure = metrics.cosines if point == OWN else metrics.plain_and_centred
-    return {"values": codes.values, "lengths": codes.lengths} | measure(features, tokenizer.reconstruct(codes), mean)
+    return {"values": codes.values, "lengths": codes.lengths} | measure(
+        features, tokenizer.reconstruct_features(codes), mean
+    )
 
 
 def as_codes(found: dict[str, Tensor], size: int) -> VisualCodes:

@@ -46,14 +46,14 @@ class Run:
     def __init__(self, a: Namespace) -> None:
         self.a = a
         self.tokenizer = adapters.load(a.tokenizer, a.device, a.image_size, a.decoder, a.steps, a.guidance)
-        self.pictures = picture_sets.load_pictures(a.data, self.tokenizer.image_size, a.split, a.limit, not a.squeeze)
+        self.images = picture_sets.load_pictures(a.data, self.tokenizer.image_size, a.split, a.limit, not a.squeeze)
         self.own = self.tokenizer.tokenizer if isinstance(self.tokenizer, adapters.Lavit) else None
         if self.tokenizer.decodes and a.inception:
-            protocol.refuse_few(min(a.pictures, len(self.pictures)), a.force)
+            protocol.refuse_few(min(a.images, len(self.images)), a.force)
         if not self.own and not self.tokenizer.decodes:
             raise ValueError(f"{a.tokenizer}: it has neither our features nor a decoder, so nothing can be measured")
         settings = common.given(a)
-        content = {"tokenizer": self.tokenizer.identity, "pixels": pixels_digest(self.pictures.pixels)}
+        content = {"tokenizer": self.tokenizer.identity, "pixels": pixels_digest(self.images.pixels)}
         self.parts = Parts(a.out, "reconstruction", settings | content | {"where": common.provenance("reconstruction")})
 
     def budgets(self) -> list[int]:
@@ -68,15 +68,15 @@ class Run:
     def mean_feature(self) -> Tensor:
         assert self.own is not None
         a, own = self.a, self.own
-        reference = picture_sets.reference_pictures(a.data, own.config.image_size, a.mean_pictures, self.pictures)
+        reference = picture_sets.reference_pictures(a.data, own.config.image_size, a.mean_pictures, self.images)
         self.reference = reference.describe()
         batches = reference.batches(a.batch_size)
         return self.parts.tensors("mean", lambda: {"mean": metrics.feature_mean(own, batches)})["mean"]
 
     def places(self) -> tuple[list[int], list[int]]:
         """(places of the drawn pictures, of the further ones among which a source is sought), each evenly spaced."""
-        count = min(self.a.pictures, len(self.pictures))
-        candidates = common.evenly(max(count, self.a.sources), len(self.pictures))
+        count = min(self.a.images, len(self.images))
+        candidates = common.evenly(max(count, self.a.sources), len(self.images))
         places = [candidates[i] for i in common.evenly(count, len(candidates))]
         drawn = set(places)
         return places, [i for i in candidates if i not in drawn]
@@ -91,7 +91,7 @@ class Run:
         """Codes and, of ours, cosines of the pictures at these places."""
 
         def part(batch: list[int]) -> dict[str, Tensor]:
-            images = self.pictures.pixels[batch]
+            images = self.images.pixels[batch]
             if self.own is not None and mean is not None:
                 return coded(self.own, images, point, seed, batch, mean)
             codes = self.tokenizer.encode(images)
@@ -107,7 +107,7 @@ class Run:
         for i, batch in enumerate(progress(self.batches(places), f"draw-{what}, seed {seed}")):
             some = codes.take(range(start, start + len(batch)))
             start += len(batch)
-            sources = self.pictures.pixels[batch]
+            sources = self.images.pixels[batch]
             compute = partial(
                 drawn_part, self.tokenizer, some, sources, batch, seed, self.spaces, self.lpips, first and i == 0
             )
@@ -119,7 +119,7 @@ class Run:
         """The sources' features in every space."""
 
         def part(batch: list[int]) -> dict[str, Tensor]:
-            return {f"{i}": space(self.pictures.pixels[batch]) for i, space in enumerate(self.spaces.values())}
+            return {f"{i}": space(self.images.pixels[batch]) for i, space in enumerate(self.spaces.values())}
 
         if not self.spaces:
             return []
@@ -129,7 +129,7 @@ class Run:
 
     def done_with(self, count: int) -> protocol.Done:
         """How figures over `count` pictures were made."""
-        a, pictures = self.a, self.pictures
+        a, pictures = self.a, self.images
         random = self.tokenizer.weights == adapters.RANDOM
         bad = len(pictures.rejects)
         return protocol.Done(count, self.tokenizer.image_size, pictures.cropped, bad, a.set_name, random)
@@ -138,7 +138,7 @@ class Run:
         self, own_codes: VisualCodes, curve: Sequence[int], points: Sequence[Point], mean: Any
     ) -> dict[str, Any]:
         """Every seed's figures at the own decision, and those of the curve's points over the curve's pictures."""
-        a, pictures = self.a, self.pictures
+        a, pictures = self.a, self.images
         places, others = self.places()
         count = len(places)
         self.spaces = feature_spaces(a, self.tokenizer)

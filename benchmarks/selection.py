@@ -58,7 +58,7 @@ def measure(
         scores = keep_scores(tokenizer.score(features))
         for method, budget, seed, keep in selections(features, scores, budgets, generators):
             codes = tokenizer.quantize(tokenizer.project(tokenizer.merge(features, keep)), keep.sum(1))
-            values = plain_and_centred(features, tokenizer.reconstruct(codes), mean)
+            values = plain_and_centred(features, tokenizer.reconstruct_features(codes), mean)
             runs = found.setdefault((method, budget), {}).setdefault(seed, {"codes": [], "plain": [], "centred": []})
             runs["codes"].append(codes.lengths.double().cpu())
             runs["plain"].append(values["plain"].cpu())

@@ -128,7 +128,7 @@ def main(a: Namespace) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in lm.model.parameters()),
         "sampling": {k: getattr(a, k) for k in ("guidance", "top_k", "top_p", "temperature", "steps")}
         | {"decoder_guidance": a.decoder_guidance},
-        "says": lm.objective.paints,
+        "says": lm.objective.image_output,
         "best_of": {"samples": a.best_of, "by": chooser.name if chooser and a.best_of > 1 else None},
         "codes_per_picture": codes_per_picture([f for drawn in files.values() for f in drawn]),
         "seed": a.seed,

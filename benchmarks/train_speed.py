@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.encode.image_processor import normalise
+from lavit_tok.encode.image_processor import normalize
 from lavit_tok.encode.selector import keep_by_budget, keep_scores
 from lavit_tok.training.tokenizer_training import TokenizerTraining
 
@@ -52,10 +52,21 @@ def config_of(case: str, a: Namespace) -> TokenizerConfig:
 def module_for(config: TokenizerConfig, stretch: str) -> TokenizerTraining:
     """The training module in one stretch from its first step on, keeping a third of the patches."""
     never = 1_000_000
-    plan = {"settle_at": never, "quantize_at": never} if stretch == "sampled" else {"settle_at": 0, "quantize_at": 0}
+    plan = (
+        {"stop_sampling_step": never, "quantize_at": never}
+        if stretch == "sampled"
+        else {"stop_sampling_step": 0, "quantize_at": 0}
+    )
     # Recent vectors are kept for k-means only: a short memory, since there is none here.
     return TokenizerTraining(
-        config, rho=RHO, hold_ratio=True, budget_share=0.0, kmeans_samples=4096, blend_steps=1, picture_every=0, **plan
+        config,
+        rho=RHO,
+        hold_ratio=True,
+        random_budget_ratio=0.0,
+        kmeans_samples=4096,
+        blend_steps=1,
+        log_images_every=0,
+        **plan,
     )
 
 
@@ -83,7 +94,7 @@ class Bare:
     def step(self, images: Tensor) -> float:
         tokenizer, config = self.tokenizer, self.tokenizer.config
         with torch.no_grad():
-            features = tokenizer.features(normalise(images, config.image_mean, config.image_std))
+            features = tokenizer.features(normalize(images, config.image_mean, config.image_std))
             keep = keep_by_budget(keep_scores(tokenizer.score(features)), RHO)
         if self.stretch == "sampled":
             policy = keep.float()

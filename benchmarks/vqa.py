@@ -27,7 +27,7 @@ import torch
 from figures import SHOWN, figure
 from parts import Parts, digest, write_whole
 from PIL import Image
-from vqa_accuracy import accuracy, normalise
+from vqa_accuracy import accuracy, normalize
 
 from lavit_lm import MultimodalLM
 
@@ -60,7 +60,7 @@ class Answerer:
         a: Namespace,
     ) -> None:
         self.lm, self.candidates, self.a = lm, list(candidates), a
-        self.template = lm.objective.wording.answer if a.template is None else a.template
+        self.template = lm.objective.prompt_templates.answer if a.template is None else a.template
         self.before: list[Any] = []
         for picture, question, answer in shots:
             self.before += [picture, f"{self.asked(question)} {answer}".strip()]
@@ -154,12 +154,12 @@ def candidates_of(a: Namespace, found: question_sets.QuestionSet) -> list[str]:
                 raise ValueError(f"{path}: expected an answer a line, got none")
             return list(dict.fromkeys(offered))[: a.candidates_top]
         given = question_sets.answers_in(path)
-    counts = Counter(normalise(answer) for answer in given if answer.strip())
+    counts = Counter(normalize(answer) for answer in given if answer.strip())
     if not counts:
         raise ValueError(f"--candidates {Path(a.candidates).name}: it holds no answers")
     spelt: dict[str, str] = {}
     for answer in given:
-        spelt.setdefault(normalise(answer), answer)
+        spelt.setdefault(normalize(answer), answer)
     ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
     return [spelt[answer] for answer in ordered[: a.candidates_top]]
 
@@ -208,7 +208,7 @@ def scores(found: question_sets.QuestionSet, places: list[int], lines: Any, offe
         departures.append(f"{counts} human answers a question, not ten" + "; it counts as ten" * (people == {1}))
     if len(places) < len(found):
         departures.append(f"{len(found) - len(places)} of {len(found)} questions left out, unreadable or unanswered")
-    exact = sum(normalise(lines[i]["said"]) in map(normalise, found.answers[i]) for i in places)
+    exact = sum(normalize(lines[i]["said"]) in map(normalize, found.answers[i]) for i in places)
     return {
         "accuracy": mean(places),
         "by_type": {t: {"accuracy": mean(p), "questions": len(p)} for t in types for p in [_of(found, places, t)]},
@@ -228,7 +228,7 @@ def _of(found: question_sets.QuestionSet, places: list[int], kind: str) -> list[
 
 def _commonest(found: question_sets.QuestionSet, places: list[int]) -> float:
     """The accuracy of one answer to everything, the commonest of this very set: a floor that knows no picture."""
-    answer = Counter(normalise(x) for i in places for x in found.answers[i]).most_common(1)[0][0]
+    answer = Counter(normalize(x) for i in places for x in found.answers[i]).most_common(1)[0][0]
     return sum(accuracy(answer, found.answers[i]) for i in places) / len(places)
 
 

@@ -1,6 +1,6 @@
 """The accuracy of visual question answering, by the published description (visualqa.org/evaluation, VQA v2).
 
-    "The two dogs."  -normalise->  "2 dogs"
+    "The two dogs."  -normalize->  "2 dogs"
 
 An answer's accuracy is min(people who gave it / 3, 1), averaged over all ways to leave one of the ten people out. Both
 sides are normalised alike: lower case; periods gone, but for decimals; number words as digits; articles gone; missing
@@ -32,7 +32,7 @@ CONTRACTIONS = {
 } | {"oclock": "o'clock", "maam": "ma'am", "yall": "y'all"}
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """The form in which answers are compared."""
     text = " ".join(answer.lower().replace("’", "'").split())
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
@@ -53,8 +53,8 @@ def accuracy(answer: str, humans: Sequence[str]) -> float:
     """
     if not humans:
         raise ValueError("expected the answers of people, got none")
-    said = normalise(answer)
-    same = [normalise(human) == said for human in humans]
+    said = normalize(answer)
+    same = [normalize(human) == said for human in humans]
     if len(same) == 1:
         return float(same[0])
     return sum(min((sum(same) - left_out) / 3, 1.0) for left_out in same) / len(same)

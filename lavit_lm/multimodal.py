@@ -9,20 +9,20 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from PIL import Image as Picture
+from PIL import Image
 from torch import Tensor
 
 from lavit_lm.checkpoints.native import load_model, save_model
-from lavit_lm.generation.beam_search import likeliest_rows
+from lavit_lm.generation.beam_search import beam_search
 from lavit_lm.generation.interleaved import emit
-from lavit_lm.generation.prompts import Prompt, Prompts, file_or_picture, parts, require_words
-from lavit_lm.generation.sampling import Generators, Rule, Sampling, continue_rows
+from lavit_lm.generation.prompts import Prompt, Prompts, parts, path_or_image, require_words
+from lavit_lm.generation.sampling import GenerationConstraint, Generators, Sampling, generate_ids
 from lavit_lm.models.losses import log_likelihood
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import pad
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
 
 PICTURE_SAMPLING = Sampling(top_k=50, guidance_scale=3.0)
@@ -43,14 +43,14 @@ class MultimodalLM:
     def __init__(
         self,
         model: SequenceModel,
-        lexicon: Lexicon,
+        processor: MultimodalProcessor,
         visual: VisualTokenizer,
         decoder: Any = None,
         objective: Objective | None = None,
     ) -> None:
-        self.model, self.lexicon, self.visual = model.eval(), lexicon, visual
+        self.model, self.processor, self.visual = model.eval(), processor, visual
         self.objective = objective or LaVIT()
-        self.prompts = Prompts(lexicon, visual, self.objective)
+        self.prompts = Prompts(processor, visual, self.objective)
         self._decoder = decoder
 
     @classmethod
@@ -65,8 +65,8 @@ class MultimodalLM:
         objective: Objective | None = None,
     ) -> MultimodalLM:
         """The shipped model, a directory, or a Hub id. Raises WeightsError, see files.load_model."""
-        model, lexicon, visual, objective = load_model(name, visual_tokenizer, dtype, device, objective)
-        return cls(model, lexicon, visual, decoder, objective)
+        model, processor, visual, objective = load_model(name, visual_tokenizer, dtype, device, objective)
+        return cls(model, processor, visual, decoder, objective)
 
     @property
     def device(self) -> torch.device:
@@ -79,8 +79,8 @@ class MultimodalLM:
             raise ValueError("this model has no pixel decoder: it gives codes (generate_codes), not pictures")
         if isinstance(self._decoder, str):
             self._decoder = self.objective.decoder(self._decoder, self.device)
-            drawn = getattr(getattr(self._decoder, "condition", None), "config", None)
-            size, own = getattr(drawn, "codebook_size", None), self.lexicon.vocabulary.codebook_size
+            drawn = getattr(getattr(self._decoder, "conditioner", None), "config", None)
+            size, own = getattr(drawn, "codebook_size", None), self.processor.vocabulary.codebook_size
             if size not in (None, own):
                 raise ValueError(f"the pixel decoder draws codes of a codebook of {size} rows, the model says {own}")
         return self._decoder
@@ -94,7 +94,7 @@ class MultimodalLM:
         guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
         generator: torch.Generator | None = None,
         **decoding: Any,
-    ) -> list[Picture.Image]:
+    ) -> list[Image.Image]:
         """n pictures of a prompt, which may mix texts and pictures.
 
         Args:
@@ -108,7 +108,7 @@ class MultimodalLM:
         drawing = {name: decoding.pop(name) for name in ("num_inference_steps",) if name in decoding}
         if "decoder_guidance" in decoding:
             drawing["guidance_scale"] = decoding.pop("decoder_guidance")
-        if self.objective.paints == "vectors":
+        if self.objective.image_output == "vectors":
             vectors = self.generate_vectors_batch([require_words(prompt)] * n, **decoding)
             return self._draw(vectors, generator, drawing)
         codes = self.generate_codes(prompt, n, guidance_scale, generator, **decoding)
@@ -154,26 +154,26 @@ class MultimodalLM:
         Raises:
             ValueError: no prompt, one without room for a picture, or a model that says vectors.
         """
-        if self.objective.paints != "codes":
+        if self.objective.image_output != "codes":
             raise ValueError(f"{self.objective.name} says vectors for a picture, no codes: ask for pictures")
         patches = self.visual.config.num_patches
         allowed = self.objective.lengths(patches)
         least, most = (a if given is None else given for a, given in zip(allowed, (min_codes, max_codes), strict=True))
         if not 1 <= least <= most <= patches:
             raise ValueError(f"expected 1 <= min_codes <= max_codes <= {patches}, got {least} and {most}")
-        opened = [self.prompts.painting(prompt) for prompt in prompts]
+        opened = [self.prompts.for_image(prompt) for prompt in prompts]
         free = self.prompts.row([], "image")
-        said = continue_rows(
+        said = generate_ids(
             self.model,
-            self.lexicon,
+            self.processor,
             opened,
-            Rule("image", least, most),
+            GenerationConstraint("image", least, most),
             Sampling(temperature, top_k, top_p, guidance_scale),
             [free] * len(opened),
             generator,
             cached,
         )
-        vocabulary = self.lexicon.vocabulary
+        vocabulary = self.processor.vocabulary
         codes = [vocabulary.to_codes(torch.tensor([i for i in ids if i != vocabulary.end])) for ids in said]
         return VisualCodes.from_list([c.tolist() for c in codes], vocabulary.codebook_size)
 
@@ -183,10 +183,10 @@ class MultimodalLM:
         Raises:
             ValueError: no prompt, one without room for a picture, or a model that says codes.
         """
-        if self.objective.paints != "vectors":
+        if self.objective.image_output != "vectors":
             raise ValueError(f"{self.objective.name} says codes for a picture, no vectors: ask for codes")
-        rows = [self.prompts.painting(prompt) for prompt in prompts]
-        said = emit(self.model, self.lexicon, rows, self._vectors, opened=True, cached=cached)
+        rows = [self.prompts.for_image(prompt) for prompt in prompts]
+        said = emit(self.model, self.processor, rows, self._vectors, opened=True, cached=cached)
         return torch.stack([vectors for (vectors,) in said if isinstance(vectors, Tensor)])
 
     # Text
@@ -212,15 +212,18 @@ class MultimodalLM:
         Raises:
             ValueError: no prompt, one without room for text, or beams that are to be sampled.
         """
-        rows, rule = [self.prompts.row(prompt, "text") for prompt in prompts], Rule("text", min_tokens, max_tokens)
+        rows, rule = (
+            [self.prompts.row(prompt, "text") for prompt in prompts],
+            GenerationConstraint("text", min_tokens, max_tokens),
+        )
         if beams is not None:
             if sampling or generator is not None:
                 raise ValueError(f"beams: nothing is sampled there, got {sorted(sampling) or 'a generator'} as well")
-            said = likeliest_rows(self.model, self.lexicon, rows, rule, beams)
+            said = beam_search(self.model, self.processor, rows, rule, beams)
         else:
             chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
-            said = continue_rows(self.model, self.lexicon, rows, rule, chosen, None, generator)
-        return [self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids).strip() for ids in said]
+            said = generate_ids(self.model, self.processor, rows, rule, chosen, None, generator)
+        return [self.processor.vocabulary.decode_text(self.processor.tokenizer, ids).strip() for ids in said]
 
     def caption(
         self, images: Any, max_tokens: int = 64, min_tokens: int = 1, beams: int | None = None, **sampling: Any
@@ -233,8 +236,8 @@ class MultimodalLM:
             beams: say the likeliest of so many continuations kept side by side (beam.py), without sampling.
         """
         several = isinstance(images, list)
-        said = self.objective.wording.caption
-        prompts = [[file_or_picture(image), *([said] if said else [])] for image in (images if several else [images])]
+        said = self.objective.prompt_templates.caption
+        prompts = [[path_or_image(image), *([said] if said else [])] for image in (images if several else [images])]
         captions = self.generate_text_batch(prompts, max_tokens, min_tokens=min_tokens, beams=beams, **sampling)
         return captions if several else captions[0]
 
@@ -252,8 +255,8 @@ class MultimodalLM:
             template: how the model's training data puts questions, {} for the question; by default as its objective's
                 paper does.
         """
-        asked = (self.objective.wording.answer if template is None else template).replace("{}", question)
-        return self.generate_text_batch([[file_or_picture(image), asked]], max_tokens, **sampling)[0]
+        asked = (self.objective.prompt_templates.answer if template is None else template).replace("{}", question)
+        return self.generate_text_batch([[path_or_image(image), asked]], max_tokens, **sampling)[0]
 
     def complete(
         self,
@@ -262,7 +265,7 @@ class MultimodalLM:
         max_images: int = 1,
         guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
         generator: torch.Generator | None = None,
-        pictures: bool = True,
+        images: bool = True,
         **sampling: Any,
     ) -> list[Any]:
         """Go on with texts and pictures in turn until the model ends.
@@ -277,42 +280,49 @@ class MultimodalLM:
         Raises:
             ValueError: pictures asked for of a model that never opens one by itself, or no room.
         """
-        if max_images and not self.objective.opens_images:
+        if max_images and not self.objective.emits_image_start:
             raise ValueError(
                 f"{self.objective.name} never says by itself that a picture comes: give max_images=0 for text, or ask "
                 "for a picture with generate_images"
             )
-        if self.objective.paints == "vectors":
-            return self._complete_with_vectors(prompt, max_tokens, max_images, generator, pictures, sampling)
+        if self.objective.image_output == "vectors":
+            return self._complete_with_vectors(prompt, max_tokens, max_images, generator, images, sampling)
         given = parts(prompt)
         said: list[Any] = []
         for number in range(max_images + 1):
             kind: Literal["mixed", "text"] = "mixed" if number < max_images else "text"
             chosen = Sampling(**{"temperature": 0.0, **sampling})
             row = self.prompts.row(given + said, "text")
-            ids = continue_rows(self.model, self.lexicon, [row], Rule(kind, 0, max_tokens), chosen, None, generator)[0]
-            text = self.lexicon.vocabulary.decode_text(self.lexicon.tokenizer, ids)
+            ids = generate_ids(
+                self.model, self.processor, [row], GenerationConstraint(kind, 0, max_tokens), chosen, None, generator
+            )[0]
+            text = self.processor.vocabulary.decode_text(self.processor.tokenizer, ids)
             said += [text] if text else []
-            if not ids or ids[-1] != self.lexicon.vocabulary.begin:
+            if not ids or ids[-1] != self.processor.vocabulary.begin:
                 break
             said.append(self.generate_codes(given + said, 1, guidance_scale, generator))
-        if pictures:
+        if images:
             said = [self._draw(s, generator, {})[0] if isinstance(s, VisualCodes) else s for s in said]
         return said
 
     def _complete_with_vectors(
-        self, prompt: Prompt, max_tokens: int, max_images: int, generator: Any, pictures: bool, sampling: dict[str, Any]
+        self, prompt: Prompt, max_tokens: int, max_images: int, generator: Any, images: bool, sampling: dict[str, Any]
     ) -> list[Any]:
         chosen = Sampling(**{"temperature": 0.0, **sampling})
         options: dict[str, Any] = {"max_words": max_tokens, "max_images": max_images, "sampling": chosen}
         (said,) = emit(
-            self.model, self.lexicon, [self.prompts.row(prompt, "text")], self._vectors, generator=generator, **options
+            self.model,
+            self.processor,
+            [self.prompts.row(prompt, "text")],
+            self._vectors,
+            generator=generator,
+            **options,
         )
-        decode = self.lexicon.vocabulary.decode_text
+        decode = self.processor.vocabulary.decode_text
         return [
-            decode(self.lexicon.tokenizer, part)
+            decode(self.processor.tokenizer, part)
             if isinstance(part, list)
-            else (self._draw(part[None], generator, {})[0] if pictures else part)
+            else (self._draw(part[None], generator, {})[0] if images else part)
             for part in said
         ]
 
@@ -321,7 +331,7 @@ class MultimodalLM:
         """How many vectors a picture has."""
         return self.objective.lengths(self.visual.config.num_patches)[1]
 
-    def _draw(self, said: Any, generator: torch.Generator | None, drawing: dict[str, Any]) -> list[Picture.Image]:
+    def _draw(self, said: Any, generator: torch.Generator | None, drawing: dict[str, Any]) -> list[Image.Image]:
         """Pictures of codes, or of vectors float [b n d], whose unconditional stream is what is said of no prompt."""
         if isinstance(said, VisualCodes):
             return self.decoder(said, generator=generator, **drawing).images
@@ -339,8 +349,8 @@ class MultimodalLM:
         if not candidates:
             raise ValueError("expected at least one candidate, got none")
         given = self.prompts.segments(context)
-        rows = [self.objective.scored(given, self.prompts.segment(c), self.lexicon) for c in candidates]
-        batch = pad(rows, self.lexicon.pad).to(self.device)
+        rows = [self.objective.scoring_sequence(given, self.prompts.segment(c), self.processor) for c in candidates]
+        batch = pad(rows, self.processor.pad).to(self.device)
         nats = log_likelihood(self.model.see(batch), batch)
         return nats / batch.predict.sum(1) if per_token else nats
 
@@ -357,10 +367,10 @@ class MultimodalLM:
             WeightsError: the directory holds something else.
         """
         fingerprint = self.visual.fingerprint()
-        save_model(out, self.model, self.lexicon, self.objective, visual_tokenizer, fingerprint, dtype)
+        save_model(out, self.model, self.processor, self.objective, visual_tokenizer, fingerprint, dtype)
 
     def export(self, out: str | Path, dtype: torch.dtype | None = None) -> None:
         """A plain `transformers` directory that other programs serve; see export.py."""
         from lavit_lm.checkpoints.export import export
 
-        export(self.model.lm, self.lexicon.tokenizer, out, dtype)
+        export(self.model.lm, self.processor.tokenizer, out, dtype)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lavit_tok.checkpoints.weights import WeightsError
     from lavit_tok.codes import CodeError, VisualCodes
     from lavit_tok.config import ConfigError, TokenizerConfig
-    from lavit_tok.data.shard_images import ShardPictures
+    from lavit_tok.data.shard_images import ShardImages
     from lavit_tok.data.shard_manifest import ShardError
     from lavit_tok.data.shard_reader import Shards
     from lavit_tok.decode.conditioner import Conditioning
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lavit_tok.training.data_module import ImageDataModule
     from lavit_tok.training.denoising import Noised, denoising_loss, vae_latents
     from lavit_tok.training.ema import AveragedTraining
-    from lavit_tok.training.logging import logged_picture, logged_text, step_generator
+    from lavit_tok.training.logging import log_image, log_text, step_generator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "Noised",
     "PixelDecoder",
     "ShardError",
-    "ShardPictures",
+    "ShardImages",
     "Shards",
     "TokenizerConfig",
     "VisualCodes",
@@ -45,8 +45,8 @@ __all__ = [
     "WeightsError",
     "denoising_loss",
     "load_released",
-    "logged_picture",
-    "logged_text",
+    "log_image",
+    "log_text",
     "step_generator",
     "to_uint8",
     "vae_latents",
@@ -67,10 +67,10 @@ _MODULES = {
     "PixelDecoder": "decode.pipeline",
     "ShardError": "data.shard_manifest",
     "Shards": "data.shard_reader",
-    "ShardPictures": "data.shard_images",
+    "ShardImages": "data.shard_images",
     "ImageDataModule": "training.data_module",
-    "logged_picture": "training.logging",
-    "logged_text": "training.logging",
+    "log_image": "training.logging",
+    "log_text": "training.logging",
     "step_generator": "training.logging",
     "AveragedTraining": "training.ema",
     "Noised": "training.denoising",

@@ -1,4 +1,4 @@
-"""What passes between the rooms, said once: Layout (how ragged rows lie) and VisualCodes (a batch of code sequences).
+"""What passes between the rooms, said once: RaggedLayout (how ragged rows lie) and VisualCodes (a batch of code sequences).
 
 This is the only file that knows that images have different numbers of codes. Everything ragged is stored as all images'
 rows, one after another, and `lengths`:
@@ -25,13 +25,13 @@ class CodeError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class RaggedLayout:
     """Where each row of a ragged batch lies: its image (`row`) and its place in the image's sequence (`column`)."""
 
     lengths: Int64[Tensor, " batch"]
 
     @classmethod
-    def of(cls, mask: Bool[Tensor, "batch n"]) -> Layout:
+    def of(cls, mask: Bool[Tensor, "batch n"]) -> RaggedLayout:
         """The layout of the rows picked by a mask, raster order, images one after another."""
         return cls(mask.sum(1))
 
@@ -158,8 +158,8 @@ class VisualCodes:
         return [row.tolist() for row in self]
 
     @cached_property
-    def layout(self) -> Layout:
-        return Layout(self.lengths)
+    def layout(self) -> RaggedLayout:
+        return RaggedLayout(self.lengths)
 
     @property
     def device(self) -> torch.device:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from lavit_tok.checkpoints.weights import empty, find_directory, load_weights, save_weights
-from lavit_tok.codes import Layout, VisualCodes
+from lavit_tok.codes import RaggedLayout, VisualCodes
 from lavit_tok.config import ConfigError, TokenizerConfig
 from lavit_tok.decode.reconstructor import Reconstructor
 from lavit_tok.encode import image_processor as pixels_room
@@ -68,7 +68,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
 
     @property
     def device(self) -> torch.device:
-        return self.quantizer.codebook.rows.device
+        return self.quantizer.codebook.embeddings.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +79,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
 
         Taken of the rows rounded to float16, so that a copy saved in half precision has the same.
         """
-        rows = self.quantizer.codebook.rows.detach().to("cpu", torch.float16)
+        rows = self.quantizer.codebook.embeddings.detach().to("cpu", torch.float16)
         return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     def preprocess(self, images: Any) -> Float[Tensor, "batch 3 h w"]:
         """Any image input -> normalised pixels of the model's size, on the model's device and in its dtype."""
         uint8 = pixels_room.to_uint8(images, self.config.image_size, self.config.crop).to(self.device)
-        return pixels_room.normalise(uint8, self.config.image_mean, self.config.image_std).to(self.dtype)
+        return pixels_room.normalize(uint8, self.config.image_mean, self.config.image_std).to(self.dtype)
 
     def features(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches width"]:
         """Patch features of the frozen encoder. Raises ValueError for pixels of another size or with NaN."""
@@ -173,12 +173,12 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return self.quantizer.codebook.lookup(codes.values.to(self.device))
 
     @torch.no_grad()
-    def reconstruct(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
+    def reconstruct_features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
         """The encoder's features of every patch, as far as the codes tell. Raises CodeError for codes that misfit."""
         if self.reconstructor is None:
             raise ValueError("this tokenizer has no reconstructor (config.reconstructor_depth is 0): it only encodes")
         codes.check_lengths(self.config.num_patches)
-        return self.reconstructor.ragged(self.lookup(codes), Layout(codes.lengths.to(self.device)))
+        return self.reconstructor.ragged(self.lookup(codes), RaggedLayout(codes.lengths.to(self.device)))
 
     @torch.no_grad()
     def embed(

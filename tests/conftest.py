@@ -72,11 +72,11 @@ def tiny_decoder(tiny_tokenizer: VisualTokenizer) -> Any:
     from helpers.small_diffusion import small_unet, small_vae
 
     from lavit_tok import PixelDecoder
-    from lavit_tok.decode.conditioner import Condition
+    from lavit_tok.decode.conditioner import Conditioner
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        condition = Condition.for_tokenizer(tiny_tokenizer, cross_dims=(16,))
+        condition = Conditioner.for_tokenizer(tiny_tokenizer, cross_dims=(16,))
         unet, vae = small_unet(16), small_vae()
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     return PixelDecoder(condition, unet.eval(), vae.eval(), scheduler)

@@ -171,7 +171,7 @@ def encode(tokenizer: Any, image: Image.Image) -> list[int]:
     features = tokenizer.encoder(pixels(image, tokenizer.config))[0]
     keep = select(score(tokenizer.selector, features), tokenizer.config.dither)
     z = project(tokenizer.quantizer, merge(tokenizer.merger, features, keep))
-    return nearest(z, tokenizer.quantizer.codebook.rows)
+    return nearest(z, tokenizer.quantizer.codebook.embeddings)
 
 
 def ema_step(

@@ -30,9 +30,9 @@ def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     names: dict[str, object] = {}
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README.md, snippet {number}", "exec"), names)
-    pictures = names["pictures"]
-    assert isinstance(pictures, list)
-    assert len(pictures) == 2
+    images = names["pictures"]
+    assert isinstance(images, list)
+    assert len(images) == 2
     painted = names["painted"]
     assert isinstance(painted, list)
     assert len(painted) == 2

@@ -23,7 +23,7 @@ from lavit_lm.models.loading import lm_class, sequence_model
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.base import Objective
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer, WeightsError
 
 FORMAT, VERSION = "lavit_lm", 1
@@ -33,7 +33,7 @@ DEFAULT = Path(__file__).parents[1] / "default"
 def save_model(
     out: str | Path,
     model: SequenceModel,
-    lexicon: Lexicon,
+    processor: MultimodalProcessor,
     objective: Objective,
     visual_tokenizer: str,
     fingerprint: str,
@@ -50,7 +50,7 @@ def save_model(
     check_free(target)
     out = target.with_name(f".{target.name}.new")
     shutil.rmtree(out, ignore_errors=True)
-    export(model.lm, lexicon.tokenizer, out, dtype)
+    export(model.lm, processor.tokenizer, out, dtype)
     if tensors := {name: t.detach().cpu().to(dtype or t.dtype) for name, t in _parts(model).state_dict().items()}:
         save_file(tensors, out / "parts.safetensors")
     values = {
@@ -58,7 +58,7 @@ def save_model(
         "version": VERSION,
         "visual_tokenizer": visual_tokenizer,
         "fingerprint": fingerprint,
-        "codebook_size": lexicon.vocabulary.codebook_size,
+        "codebook_size": processor.vocabulary.codebook_size,
         "objective": {"name": objective.name, **objective.settings()},
     }
     (out / "lavit_lm.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -79,7 +79,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     objective: Objective | None = None,
-) -> tuple[SequenceModel, Lexicon, VisualTokenizer, Objective]:
+) -> tuple[SequenceModel, MultimodalProcessor, VisualTokenizer, Objective]:
     """Read the directory.
 
     Args:
@@ -113,7 +113,7 @@ def load_model(
     except (OSError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"{file}: {error}") from None
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return model, Lexicon.of(tokenizer), visual, objective
+    return model, MultimodalProcessor.of(tokenizer), visual, objective
 
 
 def _parts(model: SequenceModel) -> nn.ModuleDict:

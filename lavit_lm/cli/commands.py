@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lavit_tok.cli.commands import lightning_command
-from lavit_tok.data.jobs import Rejects, chunks, device, listed_pictures, opened, png_name, save_png
+from lavit_tok.data.jobs import Rejects, chunks, device, list_images, opened, png_name, save_png
 
 if TYPE_CHECKING:
     from lavit_lm.multimodal import MultimodalLM
@@ -33,13 +33,13 @@ def test(words: list[str]) -> int:
 
 def fit_tokenizer(words: list[str]) -> int:
     """Train VL-GPT's tokenizer and detokenizer; the words are LightningCLI's."""
-    names = "lavit_lm.training.vlgpt_tokenizer:TokenizerStage", "lavit_tok:ImageDataModule"
+    names = "lavit_lm.training.vlgpt_tokenizer:VLGPTTokenizerTraining", "lavit_tok:ImageDataModule"
     return lightning_command("lavit-lm", "fit-tokenizer", "fit", *names, words)
 
 
 def fit_decoder(words: list[str]) -> int:
     """Train a decoder of the vectors that a language model says; the words are LightningCLI's."""
-    names = "lavit_lm.training.emu_decoder:VectorDecoderTraining", "lavit_tok:ImageDataModule"
+    names = "lavit_lm.training.emu_decoder:EmuDecoderTraining", "lavit_tok:ImageDataModule"
     return lightning_command("lavit-lm", "fit-decoder", "fit", *names, words)
 
 
@@ -54,13 +54,13 @@ def generate(arguments: argparse.Namespace) -> int:
 
     lm = _model(arguments, arguments.decoder)
     generator = torch.Generator().manual_seed(arguments.seed)
-    if lm.objective.paints == "vectors":
+    if lm.objective.image_output == "vectors":
         vectors = lm.generate_vectors_batch([require_words(arguments.prompt)]).expand(arguments.n, -1, -1)
         null = lm.generate_vectors_batch([[]])
         drawn = lm.decoder(vectors, null, arguments.steps, arguments.decoder_guidance, generator).images
-        for number, picture in enumerate(drawn):
+        for number, image in enumerate(drawn):
             path = arguments.out / png_name(number, arguments.prompt)
-            save_png(picture, path)
+            save_png(image, path)
             print(f"{vectors.shape[1]:7d} vectors  {path}")
         return 0
     codes = lm.generate_codes(
@@ -71,10 +71,10 @@ def generate(arguments: argparse.Namespace) -> int:
         top_k=arguments.top_k,
         temperature=arguments.temperature,
     )
-    pictures = lm.decoder(codes, arguments.steps, arguments.decoder_guidance, generator).images
-    for number, picture in enumerate(pictures):
+    images = lm.decoder(codes, arguments.steps, arguments.decoder_guidance, generator).images
+    for number, image in enumerate(images):
         path = arguments.out / png_name(number, arguments.prompt)
-        save_png(picture, path)
+        save_png(image, path)
         print(f"{len(codes[number]):7d} codes  {path}")
     lines = [json.dumps({"prompt": arguments.prompt, "codes": row}) for row in codes.to_list()]
     (arguments.out / "codes.jsonl").write_text("\n".join(lines) + "\n")
@@ -83,24 +83,24 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def caption(arguments: argparse.Namespace) -> int:
     """A line of text for each picture on stdout: path, tab, text."""
-    paths = listed_pictures(arguments.images)
+    paths = list_images(arguments.images)
     lm = _model(arguments, None)
     rejects, count = Rejects(None, only=len(paths) == 1), 0
     with rejects:
         for chunk in chunks(enumerate(paths), arguments.batch_size):
-            pictures = opened(chunk, rejects)
-            if not pictures:
+            opened_images = opened(chunk, rejects)
+            if not opened_images:
                 continue
-            images = [image for _, _, image in pictures]
+            images = [image for _, _, image in opened_images]
             if arguments.question is None:
                 texts = lm.caption(images, arguments.max_tokens)
             else:
                 texts = [lm.answer(image, arguments.question, max_tokens=arguments.max_tokens) for image in images]
-            for (_, path, _), text in zip(pictures, texts, strict=True):
+            for (_, path, _), text in zip(opened_images, texts, strict=True):
                 print(f"{path}\t{text}")
-            count += len(pictures)
+            count += len(opened_images)
         rejects.require(count)
-    print(f"{count} of {len(paths)} pictures{rejects.summary()}", file=sys.stderr)
+    print(f"{count} of {len(paths)} opened_images{rejects.summary()}", file=sys.stderr)
     return 0
 
 

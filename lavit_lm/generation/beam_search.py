@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from lavit_lm.generation.sampling import Rule
-from lavit_lm.sequences.segments import Row
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.generation.sampling import GenerationConstraint
+from lavit_lm.sequences.segments import TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
 @dataclass
@@ -32,11 +32,11 @@ class Beams:
 
 
 @torch.no_grad()
-def likeliest_rows(
+def beam_search(
     model: Any,
-    lexicon: Lexicon,
-    prompts: Sequence[Row],
-    rule: Rule,
+    processor: MultimodalProcessor,
+    prompts: Sequence[TokenSequence],
+    rule: GenerationConstraint,
     beams: int = 2,
     length_penalty: float = 1.0,
     cached: bool = True,
@@ -56,13 +56,13 @@ def likeliest_rows(
     """
     if not prompts or beams < 1:
         raise ValueError(f"expected at least one prompt and one beam, got {len(prompts)} and {beams}")
-    state = model.decoding([row for row in prompts for _ in range(beams)], lexicon.pad, rule.most, cached)
-    stops = torch.tensor(rule.stops(lexicon), device=state.device)
+    state = model.decoding([row for row in prompts for _ in range(beams)], processor.pad, rule.most, cached)
+    stops = torch.tensor(rule.stops(processor), device=state.device)
     found = [Beams([[] for _ in range(beams)]) for _ in prompts]
     scores = torch.full((len(prompts), beams), -torch.inf, device=state.device)
     scores[:, 0] = 0.0  # the beams of a prompt are still one and the same
     logits = model.head(state.prefill()).float()
-    words = rule.words(lexicon, logits.shape[1], state.device)
+    words = rule.words(processor, logits.shape[1], state.device)
     last = rule.most + (rule.kind == "image") - 1  # an image's end comes after its last code
     for step in range(last + 1):
         may = rule.allowed(words, stops, step)
@@ -78,7 +78,7 @@ def likeliest_rows(
         sources = [number * beams + source for number, rows in enumerate(taken) for _, source, _ in rows]
         state.reorder(torch.tensor(sources, device=state.device))
         ids = torch.tensor([token for rows in taken for _, _, token in rows], device=state.device)
-        logits = model.head(state.say(ids)).float()
+        logits = model.head(state.append_ids(ids)).float()
     return [one.best() for one in found]
 
 
@@ -93,7 +93,7 @@ def _go_on(
     over: bool,
 ) -> list[tuple[float, int, int]]:
     """(score, the beam it continues, id) of each beam's next id; what ends here is set aside."""
-    kept: list[tuple[float, int, int]] = []
+    keep: list[tuple[float, int, int]] = []
     if len(one.ended) >= beams:  # over: what prompts beside it still find is nothing to it
         values, places = (), ()
     for rank, (value, place) in enumerate(zip(values, places, strict=True)):
@@ -103,8 +103,8 @@ def _go_on(
             continue
         if over or (token in stops and rank < beams):
             one.ended.append((value / len(said) ** penalty, said))
-        elif token not in stops and len(kept) < beams:
-            kept.append((value, source, token))
-    kept += [(-torch.inf, 0, stops[0])] * (beams - len(kept))  # fewer ids than beams may come: a beam that never wins
-    one.said = [[*one.said[source], token] for _, source, token in kept]
-    return kept
+        elif token not in stops and len(keep) < beams:
+            keep.append((value, source, token))
+    keep += [(-torch.inf, 0, stops[0])] * (beams - len(keep))  # fewer ids than beams may come: a beam that never wins
+    one.said = [[*one.said[source], token] for _, source, token in keep]
+    return keep

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lavit_lm.generation.sampling import Generators, Rule, Sampling, per_row
-from lavit_lm.sequences.segments import Row
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.generation.sampling import GenerationConstraint, Generators, Sampling, per_row
+from lavit_lm.sequences.segments import TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 GREEDY = Sampling(temperature=0.0)
 Said = list[int] | Tensor
@@ -38,7 +38,7 @@ class State(Enum):
 
 
 @dataclass
-class Speaker:
+class SequenceState:
     """One row: its state, what it has said, and how much it may still say.
 
     Args:
@@ -90,8 +90,8 @@ class Speaker:
 @torch.no_grad()
 def emit(
     model: Any,
-    lexicon: Lexicon,
-    prompts: Sequence[Row],
+    processor: MultimodalProcessor,
+    prompts: Sequence[TokenSequence],
     n: int,
     opened: bool = False,
     max_words: int = 0,
@@ -125,50 +125,52 @@ def emit(
         )
     if model.regressor is None:
         raise ValueError("the model has no regression head: it says no vectors")
-    v, images = lexicon.vocabulary, max_images + opened
+    v, images = processor.vocabulary, max_images + opened
     most = max(1, images * (n + 2) + (max_images + 1) * max_words)
-    state = model.decoding(prompts, lexicon.pad, most, cached)
+    state = model.decoding(prompts, processor.pad, most, cached)
     generators = per_row(generator, len(prompts))
     first = State.PAINT if opened else State.TEXT
-    speakers = [Speaker(first, max_words, max_images, n) for _ in prompts]
+    speakers = [SequenceState(first, max_words, max_images, n) for _ in prompts]
     hidden = state.prefill()
     words: Tensor | None = None
-    edges = torch.tensor([lexicon.pad, v.end], device=hidden.device)
+    edges = torch.tensor([processor.pad, v.end], device=hidden.device)
     while any(speaker.state is not State.OVER for speaker in speakers):
-        pad, end = state.embedded(edges)
-        fed = pad.expand(len(prompts), -1).clone()
+        pad, end = state.embed_ids(edges)
+        is_embedding = pad.expand(len(prompts), -1).clone()
         if texts := _in(speakers, State.TEXT):
             logits = model.head(hidden[texts]).float()
             if words is None:  # the same at every step
-                words = Rule("text").words(lexicon, logits.shape[1], logits.device)
-            may = _allowed(lexicon, [speakers[i].images > 0 for i in texts], words)
+                words = GenerationConstraint("text").words(processor, logits.shape[1], logits.device)
+            may = _allowed(processor, [speakers[i].images > 0 for i in texts], words)
             drawn = sampling.draw(logits.masked_fill(~may, -torch.inf), [generators[i] for i in texts])
-            fed[texts] = state.embedded(drawn)
+            is_embedding[texts] = state.embed_ids(drawn)
             for i, word in zip(texts, drawn.tolist(), strict=True):
-                speakers[i].word(word, v.begin, lexicon.stop)
+                speakers[i].word(word, v.begin, processor.stop)
         closing = _in(speakers, State.CLOSE, fed_now=texts)
         painting = _in(speakers, State.PAINT, fed_now=texts)
         if painting:
             vectors = model.regressor(hidden[painting])
-            fed[painting] = vectors.to(fed.dtype)
+            is_embedding[painting] = vectors.to(is_embedding.dtype)
             for i, vector in zip(painting, vectors, strict=True):
                 speakers[i].vector(vector)
         for i in closing:
-            fed[i] = end
+            is_embedding[i] = end
             speakers[i].close()
         if any(speaker.state is not State.OVER for speaker in speakers):
-            hidden = state.feed(fed)
+            hidden = state.append_embeddings(is_embedding)
     return [speaker.said for speaker in speakers]
 
 
-def _in(speakers: Sequence[Speaker], state: State, fed_now: Sequence[int] = ()) -> list[int]:
+def _in(speakers: Sequence[SequenceState], state: State, fed_now: Sequence[int] = ()) -> list[int]:
     """Rows in this state that have not been fed in this step."""
     return [i for i, speaker in enumerate(speakers) if speaker.state is state and i not in fed_now]
 
 
-def _allowed(lexicon: Lexicon, may_open: Sequence[bool], words: Bool[Tensor, " v"]) -> Bool[Tensor, "t v"]:
+def _allowed(
+    processor: MultimodalProcessor, may_open: Sequence[bool], words: Bool[Tensor, " v"]
+) -> Bool[Tensor, "t v"]:
     """True at words and the end of text, and at the opening of a picture in the rows that may open one."""
     may = words.expand(len(may_open), -1).clone()
-    may[:, lexicon.stop] = True
-    may[:, lexicon.vocabulary.begin] = torch.tensor(may_open, device=words.device)
+    may[:, processor.stop] = True
+    may[:, processor.vocabulary.begin] = torch.tensor(may_open, device=words.device)
     return may

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lavit_lm.objectives.base import Objective
-from lavit_lm.sequences.segments import Image, Row, Segment, Text
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment, TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer, to_uint8
 
 Prompt = str | Sequence[Any]
@@ -27,17 +27,17 @@ class Prompts:
         objective: what it was trained with.
     """
 
-    lexicon: Lexicon
+    processor: MultimodalProcessor
     visual: VisualTokenizer
     objective: Objective
 
-    def row(self, prompt: Prompt, opens: Literal["text", "image"]) -> Row:
+    def row(self, prompt: Prompt, opens: Literal["text", "image"]) -> TokenSequence:
         """The row after which a text or a picture is to be said. Raises ValueError."""
-        return self.objective.prompt(self.segments(prompt), self.lexicon, opens)
+        return self.objective.prompt(self.segments(prompt), self.processor, opens)
 
-    def painting(self, prompt: Prompt) -> Row:
+    def for_image(self, prompt: Prompt) -> TokenSequence:
         """The row after which a picture is to be said, in the words that the model was trained to paint after."""
-        return self.row(worded(prompt, self.objective.wording.image), "image")
+        return self.row(worded(prompt, self.objective.prompt_templates.image), "image")
 
     def segments(self, prompt: Prompt) -> list[Segment]:
         return [self.segment(part) for part in parts(prompt)]
@@ -49,20 +49,20 @@ class Prompts:
             ValueError: codes of several pictures, or of another codebook.
         """
         if isinstance(part, str):
-            return Text(part)
+            return TextSegment(part)
         if isinstance(part, VisualCodes):
             if len(part) != 1:
                 raise ValueError(f"expected codes of one picture in a prompt, got {len(part)}")
             part.check(self.visual.config.codebook_size)
-            return Image(part[0].cpu())
+            return ImageSegment(part[0].cpu())
         c = self.visual.config
         pixels = to_uint8(part, c.image_size, c.crop)
-        if self.objective.paints == "vectors":
-            return Image(picture=pixels[0])
+        if self.objective.image_output == "vectors":
+            return ImageSegment(image=pixels[0])
         least, _ = self.objective.lengths(c.num_patches)
         codes = self.visual.encode(pixels, budget=None if least == 1 else least)
         assert codes.keep is not None
-        return Image(codes[0].cpu(), pixels[0], codes.keep[0].cpu())
+        return ImageSegment(codes[0].cpu(), pixels[0], codes.keep[0].cpu())
 
 
 def parts(prompt: Prompt) -> list[Any]:
@@ -80,9 +80,9 @@ def require_words(prompt: Prompt) -> Prompt:
     return prompt
 
 
-def worded(prompt: Prompt, wording: str) -> list[Any]:
+def worded(prompt: Prompt, prompt_templates: str) -> list[Any]:
     """The prompt between the words that the model was trained to paint after."""
-    before, _, after = wording.partition("{}")
+    before, _, after = prompt_templates.partition("{}")
     whole = parts(prompt)
     if before:
         whole = [before + whole[0], *whole[1:]] if whole and isinstance(whole[0], str) else [before, *whole]
@@ -91,6 +91,6 @@ def worded(prompt: Prompt, wording: str) -> list[Any]:
     return whole
 
 
-def file_or_picture(source: Any) -> Any:
+def path_or_image(source: Any) -> Any:
     """Where only a picture can be meant, a string is its file."""
     return Path(source) if isinstance(source, str) else source

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-def rerank(pictures: Sequence[Any], score: Callable[[Sequence[Any]], Iterable[float]], best: int = 1) -> list[Any]:
+def rerank(images: Sequence[Any], score: Callable[[Sequence[Any]], Iterable[float]], best: int = 1) -> list[Any]:
     """The best pictures by a scorer, best first; of equal ones the earlier.
 
         rerank(lm.generate_images("a red apple", 128), score)[0]
@@ -22,9 +22,9 @@ def rerank(pictures: Sequence[Any], score: Callable[[Sequence[Any]], Iterable[fl
     Raises:
         ValueError: no pictures, another number of scores, or scores that are not numbers.
     """
-    if not 1 <= best <= len(pictures):
-        raise ValueError(f"best: expected 1 to the number of pictures, {len(pictures)}, got {best}")
-    scores = torch.tensor([float(one) for one in score(pictures)])
-    if len(scores) != len(pictures) or bool(scores.isnan().any()):
-        raise ValueError(f"score: expected a number for each of {len(pictures)} pictures, got {scores.tolist()[:8]}")
-    return [pictures[i] for i in scores.argsort(descending=True, stable=True)[:best].tolist()]
+    if not 1 <= best <= len(images):
+        raise ValueError(f"best: expected 1 to the number of pictures, {len(images)}, got {best}")
+    scores = torch.tensor([float(one) for one in score(images)])
+    if len(scores) != len(images) or bool(scores.isnan().any()):
+        raise ValueError(f"score: expected a number for each of {len(images)} pictures, got {scores.tolist()[:8]}")
+    return [images[i] for i in scores.argsort(descending=True, stable=True)[:best].tolist()]

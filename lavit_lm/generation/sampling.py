@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.sequences.segments import Row
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.sequences.segments import TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One for all rows, which then get seeds of their own, or one for each."""
@@ -77,7 +77,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Rule:
+class GenerationConstraint:
     """What may be said next.
 
     kind "image": the prompts end inside an image; codes, and its end once there are `least`, until `most`.
@@ -93,20 +93,20 @@ class Rule:
         if not 0 <= self.least <= self.most or self.most < 1:
             raise ValueError(f"expected 0 <= least <= most and most >= 1, got least {self.least}, most {self.most}")
 
-    def stops(self, lexicon: Lexicon) -> list[int]:
+    def stops(self, processor: MultimodalProcessor) -> list[int]:
         """Ids that end a row."""
-        v = lexicon.vocabulary
-        return {"image": [v.end], "text": [lexicon.stop], "mixed": [lexicon.stop, v.begin]}[self.kind]
+        v = processor.vocabulary
+        return {"image": [v.end], "text": [processor.stop], "mixed": [processor.stop, v.begin]}[self.kind]
 
-    def words(self, lexicon: Lexicon, size: int, device: torch.device) -> Bool[Tensor, " v"]:
+    def words(self, processor: MultimodalProcessor, size: int, device: torch.device) -> Bool[Tensor, " v"]:
         """True at what an answer is made of: codes, or text that is no special token; for logits of width `size`."""
         if self.kind == "image":
-            return lexicon.vocabulary.mask(size, device)
+            return processor.vocabulary.mask(size, device)
         ids = torch.arange(size, device=device)
-        added = lexicon.tokenizer.added_tokens_decoder
-        special = [i for i, token in added.items() if token.special] + lexicon.tokenizer.all_special_ids
-        never = torch.isin(ids, torch.tensor(special, device=device)) | lexicon.vocabulary.is_visual(ids)
-        return (ids < len(lexicon.tokenizer)) & ~never
+        added = processor.tokenizer.added_tokens_decoder
+        special = [i for i, token in added.items() if token.special] + processor.tokenizer.all_special_ids
+        never = torch.isin(ids, torch.tensor(special, device=device)) | processor.vocabulary.is_visual(ids)
+        return (ids < len(processor.tokenizer)) & ~never
 
     def allowed(self, words: Bool[Tensor, " v"], stops: Int64[Tensor, " s"], said: int) -> Bool[Tensor, " v"]:
         """True at ids that may come after `said` ids."""
@@ -117,13 +117,13 @@ class Rule:
 
 
 @torch.no_grad()
-def continue_rows(
+def generate_ids(
     model: SequenceModel,
-    lexicon: Lexicon,
-    prompts: Sequence[Row],
-    rule: Rule,
+    processor: MultimodalProcessor,
+    prompts: Sequence[TokenSequence],
+    rule: GenerationConstraint,
     sampling: Sampling = Sampling(),
-    unconditional: Sequence[Row] | None = None,
+    unconditional: Sequence[TokenSequence] | None = None,
     generator: Generators = None,
     cached: bool = True,
 ) -> list[list[int]]:
@@ -146,13 +146,13 @@ def continue_rows(
     if guided and (unconditional is None or len(unconditional) != len(prompts)):
         raise ValueError("guidance needs an unconditional row for each prompt")
     rows = [*prompts, *(unconditional or [])] if guided else list(prompts)
-    state = model.decoding(rows, lexicon.pad, rule.most, cached)
+    state = model.decoding(rows, processor.pad, rule.most, cached)
     generators = per_row(generator, len(prompts))
-    stops = torch.tensor(rule.stops(lexicon), device=state.device)
+    stops = torch.tensor(rule.stops(processor), device=state.device)
     said: list[list[int]] = [[] for _ in prompts]
     open_rows = torch.ones(len(prompts), dtype=torch.bool, device=state.device)
     logits = model.head(state.prefill()).float()
-    words = rule.words(lexicon, logits.shape[1], state.device)
+    words = rule.words(processor, logits.shape[1], state.device)
     for step in range(rule.most + (rule.kind == "image")):  # an image's end comes after its last code
         if guided:
             conditional, free = logits.chunk(2)
@@ -164,7 +164,7 @@ def continue_rows(
         open_rows &= ~torch.isin(drawn, stops)
         if not bool(open_rows.any()):
             break
-        logits = model.head(state.say(torch.cat([drawn, drawn]) if guided else drawn)).float()
+        logits = model.head(state.append_ids(torch.cat([drawn, drawn]) if guided else drawn)).float()
     return said
 
 

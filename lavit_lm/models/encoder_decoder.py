@@ -23,7 +23,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from lavit_lm.models.kv_state import Decoding
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.sequences.packing import FREE, Packed, pad
-from lavit_lm.sequences.segments import Row
+from lavit_lm.sequences.segments import TokenSequence
 
 FAMILIES = ("t5", "bart")
 
@@ -84,7 +84,7 @@ class PrefixSeq2Seq(SequenceModel):
         if room is not None and places > room:
             raise ValueError(f"a prefix or suffix of {places} places exceeds the model's context of {room}")
 
-    def decoding(self, rows: Sequence[Row], pad: int, most: int, cached: bool = True) -> Any:
+    def decoding(self, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True) -> Any:
         """Rows to go on with; see PrefixDecoding."""
         return PrefixDecoding(self, rows, pad, most, cached)
 
@@ -110,7 +110,9 @@ class PrefixDecoding(Decoding):
             not be left-padded for), or no room in the model's context.
     """
 
-    def __init__(self, model: PrefixSeq2Seq, rows: Sequence[Row], pad_id: int, most: int, cached: bool = True) -> None:
+    def __init__(
+        self, model: PrefixSeq2Seq, rows: Sequence[TokenSequence], pad_id: int, most: int, cached: bool = True
+    ) -> None:
         lengths = {int((~row.prefix).sum()) for row in rows}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
@@ -122,7 +124,7 @@ class PrefixDecoding(Decoding):
         self.device = model.causal.get_input_embeddings().weight.device
         batch = pad(rows, pad_id).to(self.device)
         _check(batch, batch.documents != FREE)
-        inputs = model.embed(batch.ids, batch.fed, batch.pictures, batch.kept)
+        inputs = model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
         there = batch.documents != FREE
         context, self.known, _ = _rows(inputs, batch.documents, batch.prefix & there)
         self.inputs: Tensor = _rows(inputs, batch.documents, ~batch.prefix & there)[0]
@@ -130,7 +132,7 @@ class PrefixDecoding(Decoding):
         config = model.causal.config
         self.cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config)) if cached else None
 
-    def feed(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    def append_embeddings(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """One more vector in each row; the state after it."""
         if self.cache is not None:
             return self._forward(vectors[:, None])

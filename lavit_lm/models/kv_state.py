@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from lavit_lm.sequences.masks import model_mask
-from lavit_lm.sequences.packing import FREE, fed_pictures
-from lavit_lm.sequences.segments import Row
+from lavit_lm.sequences.packing import FREE, embedded_images
+from lavit_lm.sequences.segments import TokenSequence
 
 
 class Decoding:
@@ -36,7 +36,7 @@ class Decoding:
         ValueError: an empty row, or one that leaves no room in the model's context.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Row], pad: int, most: int, cached: bool = True) -> None:
+    def __init__(self, model: Any, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True) -> None:
         if min(map(len, rows)) == 0:
             raise ValueError("a prompt of no places: nothing stands there from which to go on")
         room = getattr(model.causal.config.get_text_config(), "max_position_embeddings", None)
@@ -48,9 +48,9 @@ class Decoding:
             )
         self.model, self.cached = model, cached
         self.device = model.causal.get_input_embeddings().weight.device
-        ids, fed, self.prefix, self.documents = left_padded(rows, pad)
-        pictures, kept = fed_pictures(rows)
-        tensors = (ids, fed, pictures, kept)
+        ids, is_embedding, self.prefix, self.documents = left_padded(rows, pad)
+        images, keep = embedded_images(rows)
+        tensors = (ids, is_embedding, images, keep)
         self.inputs: Tensor = model.embed(*(tensor.to(self.device) for tensor in tensors))
         self.prefix, self.documents = self.prefix.to(self.device), self.documents.to(self.device)
         self.cache = DynamicCache(config=model.causal.config) if cached else None
@@ -59,15 +59,15 @@ class Decoding:
         """Read the rows; the state after each one's last place."""
         return self._forward(self.inputs)
 
-    def say(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
+    def append_ids(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
         """One more id in each row; the state after it."""
-        return self.feed(self.embedded(ids))
+        return self.append_embeddings(self.embed_ids(ids))
 
-    def embedded(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
+    def embed_ids(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
         """What the LM is fed for ids."""
         return self.model.causal.get_input_embeddings()(ids)
 
-    def feed(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    def append_embeddings(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """One more vector in each row; the state after it."""
         self.documents, self.prefix = F.pad(self.documents, (0, 1)), F.pad(self.prefix, (0, 1))
         if self.cache is not None:
@@ -96,14 +96,19 @@ class Decoding:
 
 
 def left_padded(
-    rows: Sequence[Row], pad: int
+    rows: Sequence[TokenSequence], pad: int
 ) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"], Bool[Tensor, "b l"], Int64[Tensor, "b l"]]:
     """(ids, fed, prefix, documents) of rows that end together; documents are 0, and -1 before a row begins."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), pad)
-    fed, prefix = torch.zeros(2, len(rows), length, dtype=torch.bool)
+    is_embedding, prefix = torch.zeros(2, len(rows), length, dtype=torch.bool)
     documents = torch.full((len(rows), length), FREE)
     for i, row in enumerate(rows):
         place = slice(length - len(row), length)
-        ids[i, place], fed[i, place], prefix[i, place], documents[i, place] = row.ids, row.fed, row.prefix, 0
-    return ids, fed, prefix, documents
+        ids[i, place], is_embedding[i, place], prefix[i, place], documents[i, place] = (
+            row.ids,
+            row.is_embedding,
+            row.prefix,
+            0,
+        )
+    return ids, is_embedding, prefix, documents

@@ -12,18 +12,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from lavit_lm.models.encoder_decoder import PrefixSeq2Seq
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.vocabulary.embedding_rows import extend_model
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
 
 
-def load_lm(source: str | dict[str, Any], lexicon: Lexicon, own: int, rows_are_new: bool, seed: int) -> Any:
+def load_lm(
+    source: str | dict[str, Any], processor: MultimodalProcessor, own: int, new_embeddings: bool, seed: int
+) -> Any:
     """A causal LM, or an encoder-decoder, with rows for the image tokens, float32.
 
     Args:
         source: directory or Hub id, or the JSON of a `transformers` config for a new one.
         lexicon: its text tokenizer, extended.
         own: ids of the text tokenizer before that.
-        rows_are_new: whether the image tokens' rows are to be drawn; False where they were trained already.
+        new_embeddings: whether the image tokens' rows are to be drawn; False where they were trained already.
         seed: draws them, and the weights of a new LM.
 
     Raises:
@@ -35,7 +37,7 @@ def load_lm(source: str | dict[str, Any], lexicon: Lexicon, own: int, rows_are_n
             kind = lm_class(AutoConfig.from_pretrained(source))
             lm = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         else:
-            special = {f"{n}_token_id": getattr(lexicon.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+            special = {f"{n}_token_id": getattr(processor.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
             config = AutoConfig.for_model(**{**source, "vocab_size": own, **special})
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -44,8 +46,8 @@ def load_lm(source: str | dict[str, Any], lexicon: Lexicon, own: int, rows_are_n
         named = source if isinstance(source, str) else source.get("model_type", "a config without model_type")
         reason = shorten(str(error), 160)  # transformers lists all it knows
         raise ValueError(f"lm: expected a causal LM of transformers, got {named!r}: {reason}") from None
-    vocabulary = lexicon.vocabulary
-    if rows_are_new or not isinstance(source, str):
+    vocabulary = processor.vocabulary
+    if new_embeddings or not isinstance(source, str):
         extend_model(lm, vocabulary.begin, vocabulary.stop, torch.Generator().manual_seed(seed))
     elif lm.get_input_embeddings().num_embeddings < vocabulary.stop:
         rows = lm.get_input_embeddings().num_embeddings

@@ -41,7 +41,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ModelOutput:
     """What a model made of a batch, and the two heads that read it.
 
     Args:
@@ -68,21 +68,21 @@ def sources(batch: Packed, targets: Bool[Tensor, "b l"]) -> tuple[Int64[Tensor, 
     return before, at
 
 
-def cross_entropy(seen: Seen, batch: Packed) -> dict[str, Sum]:
+def cross_entropy(seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
     """Sums of -log p(id) in nats, "text" and "image" (codes, begin, end) apart. Logits are made at sources only."""
     nats, at = _nats(seen, batch)
     is_text = batch.roles.flatten()[at] == Role.TEXT
     return {name: Sum(nats[where].sum(), where.sum()) for name, where in (("text", is_text), ("image", ~is_text))}
 
 
-def with_pictures(batch: Packed) -> Bool[Tensor, "b l"]:
+def has_images(batch: Packed) -> Bool[Tensor, "b l"]:
     """True at the places of documents that are fed vectors."""
     blocks, length = batch.documents.shape
     document = batch.documents + (length + 1) * torch.arange(blocks, device=batch.documents.device)[:, None]
-    return torch.isin(document, document[batch.fed])
+    return torch.isin(document, document[batch.is_embedding])
 
 
-def regression(seen: Seen, batch: Packed) -> dict[str, Sum]:
+def regression(seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
     """{"vectors": sums of squared errors, each a mean over d; "spread": what the targets' standard deviation is}.
 
     The target of place i - 1 is the very vector that place i was fed, detached: it is the bridge's, or the embedding of
@@ -102,14 +102,14 @@ def regression(seen: Seen, batch: Packed) -> dict[str, Sum]:
     return {"vectors": Sum((said - targets).square().mean(1).sum(), count), "spread": Sum(spread * count, count)}
 
 
-def log_likelihood(seen: Seen, batch: Packed) -> Float[Tensor, " b"]:
+def log_likelihood(seen: ModelOutput, batch: Packed) -> Float[Tensor, " b"]:
     """log p of each block's predicted ids given what stands before them, in nats."""
     nats, at = _nats(seen, batch)
     rows = torch.div(at, batch.ids.shape[1], rounding_mode="floor")
     return -torch.zeros(len(batch.ids), device=nats.device).index_add(0, rows, nats)
 
 
-def _nats(seen: Seen, batch: Packed) -> tuple[Float[Tensor, " t"], Int64[Tensor, " t"]]:
+def _nats(seen: ModelOutput, batch: Packed) -> tuple[Float[Tensor, " t"], Int64[Tensor, " t"]]:
     """(-log p of every predicted id, where it stands in the flattened batch)."""
     before, at = sources(batch, batch.predict)
     logits = seen.head(seen.states.flatten(0, 1)[before]).float()

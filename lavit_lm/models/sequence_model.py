@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from lavit_lm.models.kv_state import Decoding
-from lavit_lm.models.losses import Seen, Sum
+from lavit_lm.models.losses import ModelOutput, Sum
 from lavit_lm.sequences.masks import model_mask
 from lavit_lm.sequences.packing import Packed
-from lavit_lm.sequences.segments import Row
+from lavit_lm.sequences.segments import TokenSequence
 
 
 class SequenceModel(nn.Module):
@@ -49,10 +49,10 @@ class SequenceModel(nn.Module):
         """Named losses of a batch."""
         return objective.losses(self.see(batch), batch)
 
-    def see(self, batch: Packed) -> Seen:
+    def see(self, batch: Packed) -> ModelOutput:
         """What the objectives' losses read."""
-        inputs = self.embed(batch.ids, batch.fed, batch.pictures, batch.kept)
-        return Seen(self.read(inputs, batch), inputs, self.head, self.regressor)
+        inputs = self.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
+        return ModelOutput(self.read(inputs, batch), inputs, self.head, self.regressor)
 
     def trained(self) -> dict[str, list[nn.Parameter]]:
         """Parameters with a gradient, by the rate they are trained at: "lm", "visual" (the bridge), "encoder"."""
@@ -70,13 +70,13 @@ class SequenceModel(nn.Module):
     def embed(
         self,
         ids: Int64[Tensor, "b l"],
-        fed: Bool[Tensor, "b l"],
-        pictures: UInt8[Tensor, "k 3 h w"],
-        kept: Bool[Tensor, "j patches"],
+        is_embedding: Bool[Tensor, "b l"],
+        images: UInt8[Tensor, "k 3 h w"],
+        keep: Bool[Tensor, "j patches"],
     ) -> Float[Tensor, "b l d"]:
         """What the LM reads: rows of its embedding, and the bridge's vectors at fed places."""
         embedded = self.causal.get_input_embeddings()(ids)
-        if not bool(fed.any()):
+        if not bool(is_embedding.any()):
             if self.bridge is not None and torch.is_grad_enabled():
                 # Processes that share gradients wait for each other's: the bridge has one, of 0, also without pictures.
                 sums = [p.sum() for p in self.bridge.parameters() if p.requires_grad]
@@ -84,7 +84,7 @@ class SequenceModel(nn.Module):
             return embedded
         if self.bridge is None:
             raise ValueError("the batch has pictures to feed as vectors, but the model has no bridge for them")
-        return embedded.masked_scatter(fed[..., None], self.bridge(pictures, kept).to(embedded.dtype))
+        return embedded.masked_scatter(is_embedding[..., None], self.bridge(images, keep).to(embedded.dtype))
 
     def read(self, inputs: Float[Tensor, "b l d"], batch: Packed) -> Float[Tensor, "b l d"]:
         """Hidden states after the LM's last norm."""
@@ -95,7 +95,7 @@ class SequenceModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def decoding(self, rows: Sequence[Row], pad: int, most: int, cached: bool = True) -> Decoding:
+    def decoding(self, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True) -> Decoding:
         """Rows to go on with; see Decoding."""
         return Decoding(self, rows, pad, most, cached)
 

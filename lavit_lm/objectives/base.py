@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.models.losses import Seen, Sum, cross_entropy
+from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy
 from lavit_lm.sequences.packing import Packed
-from lavit_lm.sequences.segments import Image, Row, Segment
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.sequences.segments import ImageSegment, Segment, TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 Order = Literal["both", "image_first", "text_first", "given"]
 
 
-class Parts(NamedTuple):
+class ObjectiveModules(NamedTuple):
     """What an objective adds to an LM; see SequenceModel."""
 
     bridge: nn.Module | None = None
@@ -35,7 +35,7 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wording:
+class PromptTemplates:
     """How a user's wish is put to the model.
 
     Args:
@@ -54,14 +54,14 @@ class Objective(ABC):
 
     name: ClassVar[str]
     """In a model's lavit_lm.json."""
-    paints: ClassVar[Literal["codes", "vectors"]] = "codes"
+    image_output: ClassVar[Literal["codes", "vectors"]] = "codes"
     """What the model says for a picture."""
-    wording: ClassVar[Wording] = Wording()
-    opens_images: ClassVar[bool] = True
+    prompt_templates: ClassVar[PromptTemplates] = PromptTemplates()
+    emits_image_start: ClassVar[bool] = True
     """Whether the model itself can say that a picture comes now."""
 
     @property
-    def reads_pictures(self) -> bool:
+    def needs_pixels(self) -> bool:
         """Whether rows need the pictures themselves, beside their codes or in place of them."""
         return False
 
@@ -70,7 +70,9 @@ class Objective(ABC):
         return asdict(self)  # type: ignore[call-overload]
 
     @abstractmethod
-    def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
+    def layout(
+        self, sample: Sequence[Segment], processor: MultimodalProcessor, generator: torch.Generator, key: str = ""
+    ) -> TokenSequence:
         """One row of a sample, as it is trained on.
 
         All chance comes from the generator, and every draw is made whatever the sample is, so that rows do not change
@@ -81,18 +83,22 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
+    def prompt(
+        self, segments: Sequence[Segment], processor: MultimodalProcessor, opens: Literal["text", "image"]
+    ) -> TokenSequence:
         """The row after which a text or a picture is to be said; for a picture it ends with what opens one.
 
         Raises:
             ValueError: a request that this objective cannot meet.
         """
 
-    def scored(self, context: Sequence[Segment], answer: Segment, lexicon: Lexicon) -> Row:
+    def scoring_sequence(
+        self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
+    ) -> TokenSequence:
         """A row of which only the answer is predicted, for its likelihood."""
         raise ValueError(f"{self.name}: a likelihood of {type(answer).__name__.lower()}s is not defined")
 
-    def finished(self, batch: Packed, visual: Any, lexicon: Lexicon) -> Packed:
+    def on_device(self, batch: Packed, visual: Any, processor: MultimodalProcessor) -> Packed:
         """A batch as it has come to the device, with ids that only the visual tokenizer can tell; by default as it is.
 
         Args:
@@ -100,7 +106,7 @@ class Objective(ABC):
         """
         return batch
 
-    def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
+    def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
         """Named sums; by default {"text": ..., "image": ...}, sums of nats."""
         return cross_entropy(seen, batch)
 
@@ -108,14 +114,14 @@ class Objective(ABC):
     def total(self, losses: dict[str, Sum]) -> Tensor:
         """The loss to descend."""
 
-    def parts(self, visual: Any, width: int) -> Parts:
+    def parts(self, visual: Any, width: int) -> ObjectiveModules:
         """New bridge and regression head, drawn from torch's own generator.
 
         Args:
             visual: the frozen VisualTokenizer.
             width: the LM's.
         """
-        return Parts()
+        return ObjectiveModules()
 
     def decoder(self, name: str, device: torch.device) -> Any:
         """What draws the pictures that the model says: called with codes, or with vectors and those of no prompt.
@@ -143,15 +149,15 @@ def ordered(sample: Sequence[Segment], order: Order, chance: float, key: str = "
     segments = list(sample)
     if not segments:
         raise ValueError(f"sample {key!r} has no segments: nothing could be learnt from it")
-    if order != "given" and sorted(type(s).__name__ for s in segments) == ["Image", "Text"]:
+    if order != "given" and sorted(type(s).__name__ for s in segments) == ["ImageSegment", "TextSegment"]:
         image_first = order == "image_first" or (order == "both" and chance < 0.5)
-        segments.sort(key=lambda s: isinstance(s, Image) != image_first)
+        segments.sort(key=lambda s: isinstance(s, ImageSegment) != image_first)
     return segments
 
 
-def require_picture(image: Image, name: str, key: str = "") -> Image:
+def require_pixels(image: ImageSegment, name: str, key: str = "") -> ImageSegment:
     """The image, if it has the picture itself. Raises ValueError."""
-    if image.picture is None:
+    if image.image is None:
         of = f"sample {key!r}" if key else "the prompt"
         raise ValueError(f"{name} reads pictures, and {of} has only the codes of one: give the picture itself")
     return image

@@ -12,15 +12,15 @@ from typing import ClassVar, Literal
 
 import torch
 
-from lavit_lm.objectives.base import Objective, Order, ordered, require_picture
-from lavit_lm.sequences.segments import Flags, Image, Role, Row, RowBuilder, Segment, Text
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.objectives.base import Objective, Order, ordered, require_pixels
+from lavit_lm.sequences.segments import Flags, ImageSegment, Role, Segment, SequenceBuilder, TextSegment, TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
 class VectorObjective(Objective):
     """Words and vectors in turn, causal within a document."""
 
-    paints: ClassVar[Literal["codes", "vectors"]] = "vectors"
+    image_output: ClassVar[Literal["codes", "vectors"]] = "vectors"
     title: ClassVar[str]
     """In messages."""
     order: Order
@@ -31,44 +31,50 @@ class VectorObjective(Objective):
         """N, of a picture."""
 
     @abstractmethod
-    def flags(self, learn: bool) -> tuple[Flags, Flags, Flags]:
+    def flags(self, is_target: bool) -> tuple[Flags, Flags, Flags]:
         """What is predicted of a picture: at its opening, its vectors, its end."""
 
     @property
-    def reads_pictures(self) -> bool:
+    def needs_pixels(self) -> bool:
         return True
 
     def lengths(self, patches: int) -> tuple[int, int]:
         """Exactly N."""
         return self.vectors, self.vectors
 
-    def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
+    def layout(
+        self, sample: Sequence[Segment], processor: MultimodalProcessor, generator: torch.Generator, key: str = ""
+    ) -> TokenSequence:
         """One row of any texts and pictures. Raises ValueError for no segments, or a picture of which only codes are
         known."""
         segments = ordered(sample, self.order, torch.rand((), generator=generator).item(), key)
-        return self._places(segments, lexicon, key).text([lexicon.stop], predict=segments[-1].learn).row(key)
+        return self._places(segments, processor, key).text([processor.stop], predict=segments[-1].is_target).row(key)
 
-    def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
+    def prompt(
+        self, segments: Sequence[Segment], processor: MultimodalProcessor, opens: Literal["text", "image"]
+    ) -> TokenSequence:
         """Words and pictures one after another; for a picture that is asked for, <|img| is said for the model."""
-        builder = self._places(segments, lexicon)
-        return (builder if opens == "text" else builder.add([lexicon.vocabulary.begin], Role.BEGIN)).row()
+        builder = self._places(segments, processor)
+        return (builder if opens == "text" else builder.add([processor.vocabulary.begin], Role.BEGIN)).row()
 
-    def scored(self, context: Sequence[Segment], answer: Segment, lexicon: Lexicon) -> Row:
+    def scoring_sequence(
+        self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
+    ) -> TokenSequence:
         """A text, with the row's end. Raises ValueError for a picture: the model gives vectors no probability."""
-        if not isinstance(answer, Text):
-            return super().scored(context, answer, lexicon)
-        said = [replace(segment, learn=False) for segment in context] + [replace(answer, learn=True)]
-        return self._places(said, lexicon).text([lexicon.stop], predict=True).row()
+        if not isinstance(answer, TextSegment):
+            return super().scoring_sequence(context, answer, processor)
+        said = [replace(segment, is_target=False) for segment in context] + [replace(answer, is_target=True)]
+        return self._places(said, processor).text([processor.stop], predict=True).row()
 
-    def _places(self, segments: Sequence[Segment], lexicon: Lexicon, key: str = "") -> RowBuilder:
-        vocabulary, builder = lexicon.vocabulary, RowBuilder().text(lexicon.start)
-        edges, nobody_reads = (vocabulary.begin, vocabulary.end), [lexicon.pad] * self.vectors
+    def _places(self, segments: Sequence[Segment], processor: MultimodalProcessor, key: str = "") -> SequenceBuilder:
+        vocabulary, builder = processor.vocabulary, SequenceBuilder().text(processor.start)
+        edges, nobody_reads = (vocabulary.begin, vocabulary.end), [processor.pad] * self.vectors
         for segment in segments:
-            if isinstance(segment, Text):
-                builder.text(lexicon.text(segment.text), predict=segment.learn)
+            if isinstance(segment, TextSegment):
+                builder.text(processor.text(segment.text), predict=segment.is_target)
                 continue
-            fed = Image(
-                picture=require_picture(segment, self.title, key).picture
+            is_embedding = ImageSegment(
+                image=require_pixels(segment, self.title, key).image
             )  # the bridge asks for no mask of patches
-            builder.image(edges, nobody_reads, *self.flags(segment.learn), fed)
+            builder.image(edges, nobody_reads, *self.flags(segment.is_target), is_embedding)
         return builder

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from lavit_lm.sequences.segments import Image, Segment, Text
+from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
 from lavit_tok import ImageError, VisualCodes, to_uint8
 
 FRAMES = 8
@@ -33,7 +33,7 @@ FRAMES = 8
 Encode = Callable[[UInt8[Tensor, "b 3 s s"]], VisualCodes]
 
 
-def clip(pictures: Sequence[Any], frames: int = FRAMES) -> list[Any]:
+def clip(images: Sequence[Any], frames: int = FRAMES) -> list[Any]:
     """The pictures in the middle of as many equal stretches; all of them if there are no more.
 
     10 pictures, 3 frames:  0 (1) 2 | 3 4 (5) 6 | 7 (8) 9
@@ -41,11 +41,11 @@ def clip(pictures: Sequence[Any], frames: int = FRAMES) -> list[Any]:
     Raises:
         ValueError: no picture, or less than one frame.
     """
-    if not pictures or frames < 1:
-        raise ValueError(f"expected pictures and at least one frame, got {len(pictures)} and {frames}")
-    if len(pictures) <= frames:
-        return list(pictures)
-    return [pictures[(2 * i + 1) * len(pictures) // (2 * frames)] for i in range(frames)]
+    if not images or frames < 1:
+        raise ValueError(f"expected pictures and at least one frame, got {len(images)} and {frames}")
+    if len(images) <= frames:
+        return list(images)
+    return [images[(2 * i + 1) * len(images) // (2 * frames)] for i in range(frames)]
 
 
 def storyboard(frames: Sequence[tuple[float, Any]], subtitles: Sequence[tuple[float, str]]) -> list[Any]:
@@ -66,14 +66,14 @@ def storyboard(frames: Sequence[tuple[float, Any]], subtitles: Sequence[tuple[fl
         raise ValueError("a storyboard needs at least one frame, got none")
     parts: list[Any] = []
     last = float("-inf")
-    for time, picture in [*frames, (float("inf"), None)]:
+    for time, image in [*frames, (float("inf"), None)]:
         said = " ".join(text.strip() for at, text in subtitles if last <= at < time and text.strip())
-        parts += ([said] if said else []) + ([] if picture is None else [picture])
+        parts += ([said] if said else []) + ([] if image is None else [image])
         last = time
     return parts
 
 
-def as_segments(parts: Sequence[Any], size: int, crop: bool = False, learn: bool = True) -> list[Segment]:
+def as_segments(parts: Sequence[Any], size: int, crop: bool = False, is_target: bool = True) -> list[Segment]:
     """Segments of an objective that reads pictures; a picture is opened only when it is fed.
 
     Args:
@@ -82,7 +82,9 @@ def as_segments(parts: Sequence[Any], size: int, crop: bool = False, learn: bool
         learn: whether the model is trained to say them.
     """
     return [
-        Text(part, learn) if isinstance(part, str) else Image(picture=partial(_opened, part, size, crop), learn=learn)
+        TextSegment(part, is_target)
+        if isinstance(part, str)
+        else ImageSegment(image=partial(_opened, part, size, crop), is_target=is_target)
         for part in parts
     ]
 
@@ -151,9 +153,9 @@ class Documents:
 
     def _segment(self, segment: dict[str, str], line: int) -> Segment:
         if "text" in segment:
-            return Text(segment["text"])
+            return TextSegment(segment["text"])
         codes, keep = self.codes.get(segment["image"], (None, None))
-        return Image(codes, partial(self._picture, segment["image"], line) if self.open_later else None, keep)
+        return ImageSegment(codes, partial(self._picture, segment["image"], line) if self.open_later else None, keep)
 
     def _picture(self, name: str, line: int) -> UInt8[Tensor, "3 s s"]:
         try:

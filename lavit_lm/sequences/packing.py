@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Int8, Int64, UInt8
 from torch import Tensor
 
-from lavit_lm.sequences.segments import Role, Row
+from lavit_lm.sequences.segments import Role, TokenSequence
 
 FREE = -1  # document of the free places
 
@@ -44,9 +44,9 @@ class Packed:
     predict: Bool[Tensor, "b l"]
     regress: Bool[Tensor, "b l"]
     prefix: Bool[Tensor, "b l"]
-    fed: Bool[Tensor, "b l"]
-    pictures: UInt8[Tensor, "k 3 h w"]
-    kept: Bool[Tensor, "j patches"]
+    is_embedding: Bool[Tensor, "b l"]
+    images: UInt8[Tensor, "k 3 h w"]
+    keep: Bool[Tensor, "j patches"]
     documents: Int64[Tensor, "b l"]
     positions: Int64[Tensor, "b l"]
     keys: tuple[tuple[str, ...], ...]
@@ -101,15 +101,17 @@ def _longest(left: dict[int, list[int]], room: int) -> tuple[int, ...]:
     return tuple(sorted((length for length in left if length <= room), reverse=True)[:1])
 
 
-def fed_pictures(rows: Sequence[Row]) -> tuple[UInt8[Tensor, "k 3 h w"], Bool[Tensor, "j patches"]]:
+def embedded_images(rows: Sequence[TokenSequence]) -> tuple[UInt8[Tensor, "k 3 h w"], Bool[Tensor, "j patches"]]:
     """(pictures, kept) of all rows, in order: what a bridge makes the vectors of their fed places from."""
-    fed = [row for row in rows if row.images]
-    pictures = torch.cat([row.pictures for row in fed]) if fed else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
-    kept = torch.cat([row.kept for row in fed]) if fed else torch.zeros(0, 0, dtype=torch.bool)
-    return pictures, kept
+    is_embedding = [row for row in rows if row.image_segments]
+    images = (
+        torch.cat([row.images for row in is_embedding]) if is_embedding else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
+    )
+    keep = torch.cat([row.keep for row in is_embedding]) if is_embedding else torch.zeros(0, 0, dtype=torch.bool)
+    return images, keep
 
 
-def pack(blocks: Sequence[Sequence[Row]], length: int, pad: int) -> Packed:
+def pack(blocks: Sequence[Sequence[TokenSequence]], length: int, pad: int) -> Packed:
     """The rows of each block, laid out one after another.
 
     Args:
@@ -128,7 +130,7 @@ def pack(blocks: Sequence[Sequence[Row]], length: int, pad: int) -> Packed:
     size = (len(blocks), length)
     ids = torch.full(size, pad, dtype=torch.int64)
     roles = torch.full(size, int(Role.TEXT), dtype=torch.int8)
-    flags = {name: torch.zeros(size, dtype=torch.bool) for name in ("predict", "regress", "prefix", "fed")}
+    flags = {name: torch.zeros(size, dtype=torch.bool) for name in ("predict", "regress", "prefix", "is_embedding")}
     documents = torch.full(size, FREE, dtype=torch.int64)
     positions = torch.zeros(size, dtype=torch.int64)
     for b, rows in enumerate(blocks):
@@ -141,13 +143,11 @@ def pack(blocks: Sequence[Sequence[Row]], length: int, pad: int) -> Packed:
                 flag[b, place] = getattr(row, name)
             start += len(row)
         positions[b, start:] = torch.arange(length - start)
-    pictures, kept = fed_pictures([row for rows in blocks for row in rows])
+    images, keep = embedded_images([row for rows in blocks for row in rows])
     keys = tuple(tuple(row.key for row in rows) for rows in blocks)
-    return Packed(
-        ids, roles, **flags, pictures=pictures, kept=kept, documents=documents, positions=positions, keys=keys
-    )
+    return Packed(ids, roles, **flags, images=images, keep=keep, documents=documents, positions=positions, keys=keys)
 
 
-def pad(rows: Sequence[Row], pad: int) -> Packed:
+def pad(rows: Sequence[TokenSequence], pad: int) -> Packed:
     """One row a block, as long as the longest: what packing is measured against."""
     return pack([[row] for row in rows], max(map(len, rows), default=1), pad)

@@ -39,7 +39,7 @@ class Role(IntEnum):
 
 
 @dataclass(frozen=True)
-class Text:
+class TextSegment:
     """Words of a sample.
 
     Args:
@@ -48,11 +48,11 @@ class Text:
     """
 
     text: str
-    learn: bool = True
+    is_target: bool = True
 
 
 @dataclass(frozen=True)
-class Image:
+class ImageSegment:
     """A picture of a sample: its codes, the picture itself where a model is fed vectors made from it, or both.
 
     Args:
@@ -68,23 +68,23 @@ class Image:
     """
 
     codes: Int64[Tensor, " n"] | None = None
-    picture: UInt8[Tensor, "3 h w"] | Callable[[], UInt8[Tensor, "3 h w"]] | None = None
+    image: UInt8[Tensor, "3 h w"] | Callable[[], UInt8[Tensor, "3 h w"]] | None = None
     keep: Bool[Tensor, " patches"] | None = None
-    learn: bool = True
+    is_target: bool = True
 
     def __post_init__(self) -> None:
         if self.codes is None:
-            if self.picture is None:
+            if self.image is None:
                 raise ValueError("an image needs codes, or a picture to make vectors of, got neither")
             return
         if self.codes.ndim != 1 or len(self.codes) == 0:
             raise ValueError(f"an image needs at least one code, got codes of shape {list(self.codes.shape)}")
-        if self.picture is not None and (self.keep is None or int(self.keep.sum()) != len(self.codes)):
-            kept = "none" if self.keep is None else int(self.keep.sum())
-            raise ValueError(f"a picture of {len(self.codes)} codes needs a mask of as many patches, got {kept}")
+        if self.image is not None and (self.keep is None or int(self.keep.sum()) != len(self.codes)):
+            keep = "none" if self.keep is None else int(self.keep.sum())
+            raise ValueError(f"a picture of {len(self.codes)} codes needs a mask of as many patches, got {keep}")
 
 
-Segment = Text | Image
+Segment = TextSegment | ImageSegment
 
 
 class Flags(TypedDict, total=False):
@@ -96,7 +96,7 @@ class Flags(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenSequence:
     """One sample as places of a sequence; every tensor has one entry for each place.
 
     Args:
@@ -116,35 +116,35 @@ class Row:
     predict: Bool[Tensor, " n"]
     regress: Bool[Tensor, " n"]
     prefix: Bool[Tensor, " n"]
-    fed: Bool[Tensor, " n"]
-    images: tuple[Image, ...] = ()
+    is_embedding: Bool[Tensor, " n"]
+    image_segments: tuple[ImageSegment, ...] = ()
     key: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @cached_property
-    def pictures(self) -> UInt8[Tensor, "k 3 h w"]:
+    def images(self) -> UInt8[Tensor, "k 3 h w"]:
         """uint8 [k 3 h w] of the images, opened now; k is 0 if there are none."""
-        opened = [image.picture() if callable(image.picture) else image.picture for image in self.images]
-        found = [picture for picture in opened if picture is not None]
+        opened = [image.image() if callable(image.image) else image.image for image in self.image_segments]
+        found = [image for image in opened if image is not None]
         return torch.stack(found) if found else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
 
     @property
-    def kept(self) -> Bool[Tensor, "k patches"]:
+    def keep(self) -> Bool[Tensor, "k patches"]:
         """bool [k patches], the patches of the images that get a vector; k is 0 where the bridge asks for none."""
-        masks = [image.keep for image in self.images if image.keep is not None]
+        masks = [image.keep for image in self.image_segments if image.keep is not None]
         return torch.stack(masks) if masks else torch.zeros(0, 0, dtype=torch.bool)
 
 
 @dataclass
-class RowBuilder:
+class SequenceBuilder:
     """Collects places one after another; `row` closes it."""
 
     ids: list[int] = field(default_factory=list)
     roles: list[int] = field(default_factory=list)
     flags: list[tuple[bool, bool, bool, bool]] = field(default_factory=list)
-    fed: list[Image] = field(default_factory=list)
+    is_embedding: list[ImageSegment] = field(default_factory=list)
 
     def add(
         self,
@@ -154,17 +154,17 @@ class RowBuilder:
         predict: bool = False,
         regress: bool = False,
         prefix: bool = False,
-        feed: Image | None = None,
-    ) -> RowBuilder:
+        feed: ImageSegment | None = None,
+    ) -> SequenceBuilder:
         """Append places of one role; `feed` is an image with a picture, whose vectors stand there. Returns itself."""
         self.ids += ids
         self.roles += [int(role)] * len(ids)
         self.flags += [(predict, regress, prefix, feed is not None)] * len(ids)
         if feed is not None:
-            self.fed.append(feed)
+            self.is_embedding.append(feed)
         return self
 
-    def text(self, ids: Sequence[int], **flags: Unpack[Flags]) -> RowBuilder:
+    def text(self, ids: Sequence[int], **flags: Unpack[Flags]) -> SequenceBuilder:
         """Append text ids."""
         return self.add(ids, Role.TEXT, **flags)
 
@@ -175,8 +175,8 @@ class RowBuilder:
         begin: Flags,
         visual: Flags,
         end: Flags,
-        feed: Image | None = None,
-    ) -> RowBuilder:
+        feed: ImageSegment | None = None,
+    ) -> SequenceBuilder:
         """Append an image between its edges, each of the three parts with flags of its own, as `add` takes them.
 
         Args:
@@ -188,13 +188,13 @@ class RowBuilder:
         self.add(ids, Role.VISUAL, **visual, feed=feed)
         return self.add(edges[1:], Role.END, **end)
 
-    def row(self, key: str = "") -> Row:
+    def row(self, key: str = "") -> TokenSequence:
         flags = torch.tensor(self.flags, dtype=torch.bool).reshape(-1, 4)
         flags[:1, :2] = False  # nothing stands before the first place to predict it from
-        return Row(
+        return TokenSequence(
             torch.tensor(self.ids, dtype=torch.int64),
             torch.tensor(self.roles, dtype=torch.int8),
             *(flags[:, 0], flags[:, 1], flags[:, 2], flags[:, 3]),
-            tuple(self.fed),
+            tuple(self.is_embedding),
             key,
         )

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 
 from lavit_lm.sequences.documents import Documents
 from lavit_lm.sequences.packing import plan
-from lavit_lm.training.sampler import BlockOrder, Blocks, HeldOutOrder, Layout, Place, Samples
-from lavit_tok import ShardPictures, Shards
+from lavit_lm.training.sampler import BlockOrder, Blocks, ExampleLayout, HeldOutOrder, Place, Samples
+from lavit_tok import ShardImages, Shards
 
 
 class ResumingLoader(DataLoader):
@@ -63,7 +63,7 @@ class LanguageDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         splits: tuple[str, str, str] = ("train", "validation", "test"),
-        pictures: str | None = None,
+        images: str | None = None,
         documents: str | None = None,
     ) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class LanguageDataModule(LightningDataModule):
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.shards, self.block, self.batch_size, self.texts = shards, block, batch_size, texts
         self.window, self.num_workers, self.seed, self.splits = window, num_workers, seed, splits
-        self.pictures, self.documents = pictures, documents
+        self.images, self.documents = images, documents
         self.order: BlockOrder | None = None
         self.too_long: dict[str, int] = {}
         self.told = False
@@ -87,42 +87,42 @@ class LanguageDataModule(LightningDataModule):
         """
         module: Any = self.trainer.lightning_module
         name = module.objective.name
-        if module.objective.reads_pictures and self.pictures is None:
+        if module.objective.needs_pixels and self.images is None:
             raise ValueError(
                 f"{name}: images are fed as vectors of their pictures, which the shards do not hold; give "
                 f"data.pictures, the data set that {self.shards} was made from"
             )
-        if self.pictures is not None and not module.objective.reads_pictures:
+        if self.images is not None and not module.objective.needs_pixels:
             raise ValueError(f"data.pictures: the objective {name}, as it is set, reads codes and no pictures")
         if stage == "fit":
             samples = self._samples(self.splits[0], self._texts(), self._documents())
-            layout = Layout(samples, module.objective, module.lexicon, self.seed)
+            layout = ExampleLayout(samples, module.objective, module.processor, self.seed)
             sizes = self.block, self.batch_size, self.window
             self.order = BlockOrder(layout, *sizes, *self._ranks(), self._consumed)
             self.blocks = Blocks(layout, self.block)
         held_out = self._samples(self.splits[2 if stage == "test" else 1])
-        self.held_out = Layout(held_out, module.objective, module.lexicon, self.seed)
+        self.held_out = ExampleLayout(held_out, module.objective, module.processor, self.seed)
         self._held_out_blocks = self._plan_held_out()
         self._tell_too_long()
 
     def _samples(self, split: str, texts: Any | None = None, documents: Any | None = None) -> Samples:
         module: Any = self.trainer.lightning_module
         shards = Shards.open(self.shards, split)
-        vocabulary = module.lexicon.vocabulary
+        vocabulary = module.processor.vocabulary
         shards.require(fingerprint=module.fingerprint, codebook_size=vocabulary.codebook_size)
         c = module.visual.config
-        pictures = None if self.pictures is None else ShardPictures(shards, self.pictures, c.image_size, c.crop)
-        return Samples(shards.dataset(), texts, pictures, shards.patches, documents)
+        images = None if self.images is None else ShardImages(shards, self.images, c.image_size, c.crop)
+        return Samples(shards.dataset(), texts, images, shards.patches, documents)
 
     def _documents(self) -> Documents | None:
         if self.documents is None:
             return None
         module: Any = self.trainer.lightning_module
         c, encode = module.visual.config, None
-        if module.objective.paints == "codes":
+        if module.objective.image_output == "codes":
             least, _ = module.objective.lengths(c.num_patches)
             encode = partial(module.visual.encode, budget=None if least == 1 else least)
-        return Documents(self.documents, c.image_size, c.crop, encode, open_later=module.objective.reads_pictures)
+        return Documents(self.documents, c.image_size, c.crop, encode, open_later=module.objective.needs_pixels)
 
     def _texts(self) -> Any | None:
         if self.texts is None:

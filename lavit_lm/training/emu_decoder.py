@@ -16,23 +16,23 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image as Picture
+from PIL import Image
 from torch import Tensor
 
 from lavit_lm.multimodal import MultimodalLM
-from lavit_lm.objectives.emu.image_decoder import ReaderShape, VectorDecoder, VectorReader
+from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, VectorReaderConfig
 from lavit_tok import (
     AveragedTraining,
     Noised,
     PixelDecoder,
     denoising_loss,
-    logged_picture,
+    log_image,
     step_generator,
     vae_latents,
 )
 
 
-class VectorDecoderTraining(AveragedTraining):
+class EmuDecoderTraining(AveragedTraining):
     """Trains a reader, a PixelDecoder's projection, and its U-Net; language model and VAE stay frozen.
 
     Args:
@@ -96,17 +96,17 @@ class VectorDecoderTraining(AveragedTraining):
         # In lists: frozen, neither saved nor moved by Lightning.
         self._lm = [MultimodalLM.from_pretrained(model, decoder=None)]
         self._pixels = [PixelDecoder.from_pretrained(pixel_decoder)]
-        if self.lm.objective.paints != "vectors":
+        if self.lm.objective.image_output != "vectors":
             raise ValueError(f"model: expected one that says vectors, got {model}, which says codes ({self._named})")
         pixels, lm = self._pixels[0], self.lm
-        c, width = pixels.condition.config, lm.model.causal.config.get_text_config().hidden_size
+        c, width = pixels.conditioner.config, lm.model.causal.config.get_text_config().hidden_size
         n = lm.objective.lengths(lm.visual.config.num_patches)[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.reader = VectorReader(ReaderShape(width, n, c.width, c.patches, depth, heads, inner))
+            self.reader = VectorReader(VectorReaderConfig(width, n, c.width, c.patches, depth, heads, inner))
             if fresh_keys:
                 renew_keys(pixels.unet)
-        self.projection = pixels.condition.projection.requires_grad_(True).train()
+        self.projection = pixels.conditioner.projection.requires_grad_(True).train()
         if self.projection.null is not None:
             self.projection.null.requires_grad_(False)  # in its place are the vectors of an empty prompt
         pixels.unet.requires_grad_(train_unet)
@@ -197,7 +197,7 @@ class VectorDecoderTraining(AveragedTraining):
         s, step = self.settings, self.global_step
         last_part = (batch_idx + 1) % int(self.trainer.accumulate_grad_batches) == 0
         if s.samples and s.sample_every and last_part and step % s.sample_every == 0 and self.trainer.is_global_zero:
-            logged_picture(self, "samples", self.sample(list(s.samples)))
+            log_image(self, "samples", self.sample(list(s.samples)))
 
     def on_fit_end(self) -> None:
         if self.settings.out is not None and self.trainer.is_global_zero:
@@ -208,7 +208,7 @@ class VectorDecoderTraining(AveragedTraining):
     # What comes out
 
     @torch.no_grad()
-    def sample(self, prompts: list[str]) -> Picture.Image:
+    def sample(self, prompts: list[str]) -> Image.Image:
         """Pictures of prompts side by side, by the averaged weights, with the same noise each time."""
         s, unet = self.settings, self.drawn.pixels.unet
         training, generators = unet.training, [step_generator(s.seed, i, 2**32, "cpu") for i in range(len(prompts))]
@@ -218,7 +218,7 @@ class VectorDecoderTraining(AveragedTraining):
             drawn = self.drawn(self.vectors(prompts), self.vectors([""]), *options, output_type="pt").images
         unet.train(training)
         pixels = torch.cat(list(drawn.float().cpu()), 2).mul(255).round().byte()
-        return Picture.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
     def _to_device(self) -> None:
         self.lm.model.to(self.device)

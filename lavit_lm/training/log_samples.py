@@ -17,12 +17,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image as Picture
+from PIL import Image as Image
 from torch import nn
 
 from lavit_lm.multimodal import MultimodalLM
-from lavit_lm.sequences.segments import Image, Text
-from lavit_tok import PixelDecoder, VisualCodes, logged_picture, logged_text
+from lavit_lm.sequences.segments import ImageSegment, TextSegment
+from lavit_tok import PixelDecoder, VisualCodes, log_image, log_text
 
 
 class LogSamples(L.Callback):
@@ -45,17 +45,17 @@ class LogSamples(L.Callback):
     def __init__(
         self,
         every: int = 500,
-        pictures: int = 4,
+        images: int = 4,
         decoder: str | None = "default",
         max_tokens: int = 32,
         guidance_scale: float = 3.0,
         num_inference_steps: int = 20,
         seed: int = 0,
     ) -> None:
-        for name, value in (("every", every), ("pictures", pictures)):
+        for name, value in (("every", every), ("pictures", images)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        self.every, self.pictures, self.max_tokens, self.seed = every, pictures, max_tokens, seed
+        self.every, self.images, self.max_tokens, self.seed = every, images, max_tokens, seed
         self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
         self._decoder: PixelDecoder | str | None = decoder
         self._last = -1
@@ -68,7 +68,7 @@ class LogSamples(L.Callback):
         if step == self._last or step % self.every:
             return  # `step` stands still within an accumulated step
         self._last = step
-        with isolate_rng(), as_in_evaluation(module.model), torch.no_grad():
+        with isolate_rng(), evaluation_mode(module.model), torch.no_grad():
             try:
                 self._log(trainer, module)
             except ValueError as error:  # a sample must not end a training
@@ -78,14 +78,14 @@ class LogSamples(L.Callback):
         pairs = self._pairs(trainer.datamodule.held_out.samples)
         size = module.codebook_size
         captions = [text for _, text in pairs]
-        lm = MultimodalLM(module.model, module.lexicon, module.visual, self._decoder, module.objective)
-        shown = [VisualCodes.from_list(_codes(i), size) if i.picture is None else _pixels(i) for i, _ in pairs]
+        lm = MultimodalLM(module.model, module.processor, module.visual, self._decoder, module.objective)
+        shown = [VisualCodes.from_list(_codes(i), size) if i.image is None else _pixels(i) for i, _ in pairs]
         said = lm.caption(shown, self.max_tokens)
         if trainer.is_global_zero:
             lines = ["| caption | the model's |", "| --- | --- |"]
             lines += [f"| {_cell(true)} | {_cell(own)} |" for true, own in zip(captions, said, strict=True)]
-            logged_text(module, "captions", "\n".join(lines) + "\n")
-        if self._decoder is None or module.objective.paints != "codes":
+            log_text(module, "captions", "\n".join(lines) + "\n")
+        if self._decoder is None or module.objective.image_output != "codes":
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + module.global_step)
         drawn = lm.generate_codes_batch(captions, self.guidance_scale, generator)
@@ -94,16 +94,16 @@ class LogSamples(L.Callback):
         self._decoder = lm.decoder
         both = VisualCodes.from_list([row for image, _ in pairs for row in _codes(image)] + drawn.to_list(), size)
         images = lm.decoder(both, self.num_inference_steps, generator=generator).images
-        logged_picture(module, "generated", _sheet(images[: len(pairs)], images[len(pairs) :]))
+        log_image(module, "generated", _sheet(images[: len(pairs)], images[len(pairs) :]))
 
-    def _pairs(self, samples: Any) -> list[tuple[Image, str]]:
+    def _pairs(self, samples: Any) -> list[tuple[ImageSegment, str]]:
         """Held-out pictures with their captions, the same ones each time."""
-        found: dict[int, tuple[Image, str]] = {}
-        for number in [*range(0, len(samples), max(1, len(samples) // self.pictures)), *range(len(samples))]:
+        found: dict[int, tuple[ImageSegment, str]] = {}
+        for number in [*range(0, len(samples), max(1, len(samples) // self.images)), *range(len(samples))]:
             segments = samples[number][0]
-            if [type(segment) for segment in segments] == [Image, Text]:
+            if [type(segment) for segment in segments] == [ImageSegment, TextSegment]:
                 found[number] = (segments[0], segments[1].text)
-            if len(found) == self.pictures:
+            if len(found) == self.images:
                 break
         if not found:
             raise ValueError("the validation split has no captioned picture")
@@ -111,7 +111,7 @@ class LogSamples(L.Callback):
 
 
 @contextlib.contextmanager
-def as_in_evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """In evaluation mode and, where weights are sharded, with whole weights; afterwards everything is as it was."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -130,22 +130,22 @@ def as_in_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _codes(image: Image) -> list[list[int]]:
+def _codes(image: ImageSegment) -> list[list[int]]:
     return [] if image.codes is None else [image.codes.tolist()]
 
 
-def _pixels(image: Image) -> Any:
-    return image.picture() if callable(image.picture) else image.picture
+def _pixels(image: ImageSegment) -> Any:
+    return image.image() if callable(image.image) else image.image
 
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _sheet(above: list[Any], below: list[Any]) -> Picture.Image:
+def _sheet(above: list[Any], below: list[Any]) -> Image.Image:
     """Two rows of pictures of one size."""
     width, height = above[0].size
-    sheet = Picture.new("RGB", (width * len(above), 2 * height))
+    sheet = Image.new("RGB", (width * len(above), 2 * height))
     for row, images in enumerate((above, below)):
         for column, image in enumerate(images):
             sheet.paste(image, (column * width, row * height))

@@ -26,7 +26,7 @@ from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import Packed
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
 from lavit_tok import VisualTokenizer
 
@@ -49,10 +49,10 @@ class LanguageModeling(L.LightningModule):
         visual_lr: peak learning rate of the bridge.
         encoder_lr: peak learning rate of the bridge's own vision encoder, where the objective trains one.
         warmup_steps: linear warm-up, before a cosine.
-        min_lr_share: at which share of its peak the cosine ends.
+        min_lr_ratio: at which share of its peak the cosine ends.
         weight_decay: AdamW's, on matrices only.
         betas: AdamW's.
-        checkpoint_blocks: recompute the LM's blocks in the backward pass, for less memory.
+        gradient_checkpointing: recompute the LM's blocks in the backward pass, for less memory.
         compile: torch.compile the LM.
         seed: draws the new rows, the weights of a new LM, of the objective's parts and of LoRA's adapters.
     """
@@ -69,10 +69,10 @@ class LanguageModeling(L.LightningModule):
         visual_lr: float = 1e-4,
         encoder_lr: float = 1e-5,
         warmup_steps: int = 100,
-        min_lr_share: float = 0.1,
+        min_lr_ratio: float = 0.1,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
-        checkpoint_blocks: bool = False,
+        gradient_checkpointing: bool = False,
         compile: bool = False,
         seed: int = 0,
     ) -> None:
@@ -91,15 +91,15 @@ class LanguageModeling(L.LightningModule):
         self._visual = [visual]  # in a list: frozen, neither saved nor moved by Lightning
         self.own_tokens = len(tokenizer)
         try:
-            self.lexicon = Lexicon.of(tokenizer)
-            self.rows_are_new = False
+            self.processor = MultimodalProcessor.of(tokenizer)
+            self.new_embeddings = False
         except VocabularyError:
             VisualVocabulary.extend(tokenizer, None, self.codebook_size)
-            self.lexicon = Lexicon.of(tokenizer)
-            self.rows_are_new = True
-        if self.lexicon.vocabulary.codebook_size != self.codebook_size:
+            self.processor = MultimodalProcessor.of(tokenizer)
+            self.new_embeddings = True
+        if self.processor.vocabulary.codebook_size != self.codebook_size:
             raise VocabularyError(
-                f"the text tokenizer has {self.lexicon.vocabulary.codebook_size} codes, the visual tokenizer "
+                f"the text tokenizer has {self.processor.vocabulary.codebook_size} codes, the visual tokenizer "
                 f"{visual_tokenizer!r} {self.codebook_size}: ids would stand for other codes"
             )
         self.model: SequenceModel | None = None
@@ -134,7 +134,7 @@ class LanguageModeling(L.LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=s.betas)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, s.warmup_steps, total, min_lr_rate=s.min_lr_share
+            optimizer, s.warmup_steps, total, min_lr_rate=s.min_lr_ratio
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -172,7 +172,7 @@ class LanguageModeling(L.LightningModule):
         return batch.to(device)
 
     def on_after_batch_transfer(self, batch: Packed, dataloader_idx: int) -> Packed:
-        return self.objective.finished(batch, self.visual, self.lexicon)
+        return self.objective.on_device(batch, self.visual, self.processor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Frozen weights are not saved: they are read from where they came from."""
@@ -207,7 +207,7 @@ class LanguageModeling(L.LightningModule):
                 model = self._sequence_model().to(next(iter(whole.values())).dtype)
                 model.load_state_dict(whole)
         if self.global_rank == 0:
-            save_model(out, model, self.lexicon, self.objective, self.settings.visual_tokenizer, self.fingerprint)
+            save_model(out, model, self.processor, self.objective, self.settings.visual_tokenizer, self.fingerprint)
 
     @property
     def _processes(self) -> int:
@@ -264,12 +264,12 @@ class LanguageModeling(L.LightningModule):
     def _sequence_model(self) -> SequenceModel:
         """The LM and its bridge, as they are before training, whole."""
         s = self.settings
-        lm = load_lm(s.lm, self.lexicon, self.own_tokens, self.rows_are_new, s.seed)
+        lm = load_lm(s.lm, self.processor, self.own_tokens, self.new_embeddings, s.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(s.seed)
             width = lm.config.get_text_config().hidden_size
             parts = self.objective.parts(self.visual, width)
-            if s.checkpoint_blocks:
+            if s.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
                 lm.train()
-            return sequence_model(lm if s.lora is None else with_lora(lm, self.lexicon.vocabulary, s.lora), *parts)
+            return sequence_model(lm if s.lora is None else with_lora(lm, self.processor.vocabulary, s.lora), *parts)

@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from lavit_lm.sequences.packing import Packed, pack, plan
-from lavit_lm.sequences.segments import Image, Row, Segment, Text
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment, TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 Place = tuple[int, int]
 """(epoch, row number): what a row's draws depend on, besides the seed."""
@@ -30,7 +30,7 @@ class Samples:
     Args:
         pairs: rows with "key", "caption" and "codes", e.g. Shards.dataset().
         texts: rows with "text", or None.
-        pictures: the picture behind each pair by number, e.g. ShardPictures; the pairs then need "keep", the numbers of
+        pictures: the picture behind each pair by number, e.g. ShardImages; the pairs then need "keep", the numbers of
             the patches behind the codes. None gives images without their pictures.
         patches: of a picture.
         documents: documents[i] is (segments, key), e.g. Documents; or None.
@@ -40,11 +40,11 @@ class Samples:
         self,
         pairs: Any,
         texts: Any | None = None,
-        pictures: Any | None = None,
+        images: Any | None = None,
         patches: int = 0,
         documents: Any | None = None,
     ) -> None:
-        self.pairs, self.texts, self.pictures, self.patches = pairs, texts or (), pictures, patches
+        self.pairs, self.texts, self.images, self.patches = pairs, texts or (), images, patches
         self.documents = documents or ()
 
     def __len__(self) -> int:
@@ -56,18 +56,18 @@ class Samples:
             return self.documents[number - len(self.pairs) - len(self.texts)]
         if number >= len(self.pairs):
             at = number - len(self.pairs)
-            return [Text(self.texts[at]["text"])], f"text {at}"
+            return [TextSegment(self.texts[at]["text"])], f"text {at}"
         row = self.pairs[number]
-        image = Image(torch.as_tensor(row["codes"], dtype=torch.int64))
-        if self.pictures is not None:
+        image = ImageSegment(torch.as_tensor(row["codes"], dtype=torch.int64))
+        if self.images is not None:
             keep = torch.zeros(self.patches, dtype=torch.bool)
             keep[torch.as_tensor(row["keep"], dtype=torch.int64)] = True
-            image = Image(image.codes, partial(self.pictures.__getitem__, number), keep)
-        return [image, *([Text(row["caption"])] if row["caption"] else [])], row["key"]
+            image = ImageSegment(image.codes, partial(self.images.__getitem__, number), keep)
+        return [image, *([TextSegment(row["caption"])] if row["caption"] else [])], row["key"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExampleLayout:
     """Lays samples out as rows by an objective, the same row for the same place.
 
     Args:
@@ -79,26 +79,26 @@ class Layout:
 
     samples: Any
     objective: Any
-    lexicon: Lexicon
+    processor: MultimodalProcessor
     seed: int = 0
 
-    def row(self, place: Place) -> Row:
+    def row(self, place: Place) -> TokenSequence:
         word = np.random.SeedSequence([self.seed, *place]).generate_state(1)[0]
         segments, key = self.samples[place[1]]
-        return self.objective.layout(segments, self.lexicon, torch.Generator().manual_seed(int(word)), key)
+        return self.objective.layout(segments, self.processor, torch.Generator().manual_seed(int(word)), key)
 
 
 class Blocks(Dataset):
     """Places of a block's rows -> the rows; collate packs the blocks of a batch."""
 
-    def __init__(self, layout: Layout, length: int) -> None:
+    def __init__(self, layout: ExampleLayout, length: int) -> None:
         self.layout, self.length = layout, length
 
-    def __getitem__(self, places: Sequence[Place]) -> list[Row]:
+    def __getitem__(self, places: Sequence[Place]) -> list[TokenSequence]:
         return [self.layout.row(place) for place in places]
 
-    def collate(self, blocks: list[list[Row]]) -> Packed:
-        return pack(blocks, self.length, self.layout.lexicon.pad)
+    def collate(self, blocks: list[list[TokenSequence]]) -> Packed:
+        return pack(blocks, self.length, self.layout.processor.pad)
 
 
 class BlockOrder(DistributedSampler):
@@ -118,7 +118,7 @@ class BlockOrder(DistributedSampler):
 
     def __init__(
         self,
-        layout: Layout,
+        layout: ExampleLayout,
         length: int,
         batch_size: int,
         window: int,

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
 from lavit_lm.objectives.vlgpt.condition_kinds import load_conditions
-from lavit_lm.objectives.vlgpt.conditions import Condition
-from lavit_lm.objectives.vlgpt.detokenizer import ContinuousTokenizer, TokenizerShape
+from lavit_lm.objectives.vlgpt.conditions import DiffusionConditions
+from lavit_lm.objectives.vlgpt.detokenizer import ContinuousTokenizer, VLGPTTokenizerConfig
 from lavit_lm.objectives.vlgpt.image_decoder import check_free, save_tokenizer
 from lavit_tok import VisualTokenizer
 
 
-class TokenizerStage(L.LightningModule):
+class VLGPTTokenizerTraining(L.LightningModule):
     """Trains VL-GPT's tokenizer and detokenizer.
 
     Args:
@@ -87,7 +87,7 @@ class TokenizerStage(L.LightningModule):
                 f"image_weight, text_weight: expected 0 or more, and more than 0 for a condition that the diffusion "
                 f"model has ({', '.join(self.weights)}), got {image_weight}, {text_weight}"
             )
-        shape = TokenizerShape(width, queries, depth, heads, visual.config.width if inner is None else inner)
+        shape = VLGPTTokenizerConfig(width, queries, depth, heads, visual.config.width if inner is None else inner)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = ContinuousTokenizer(visual, shape, *shapes)
@@ -107,16 +107,16 @@ class TokenizerStage(L.LightningModule):
 
     # The loss
 
-    def targets(self, pictures: UInt8[Tensor, "b 3 h w"], captions: list[str] | None) -> Condition:
+    def targets(self, images: UInt8[Tensor, "b 3 h w"], captions: list[str] | None) -> DiffusionConditions:
         """e_v and e_t, as far as they are to be learnt. Raises ValueError for missing captions."""
         if self.weights.get("text") and captions is None:
             raise ValueError("the text condition is made of captions, and the data have none: give data.caption_column")
         with torch.autocast(self.device.type, enabled=False):  # as the diffusion model's own encoders made them
-            image = self.conditions.image_condition(pictures) if self.weights.get("image") else None
+            image = self.conditions.image_condition(images) if self.weights.get("image") else None
             text = self.conditions.text_condition(captions) if self.weights.get("text") else None
-        return Condition(image, text)
+        return DiffusionConditions(image, text)
 
-    def losses(self, estimated: Condition, targets: Condition) -> dict[str, Float[Tensor, ""]]:
+    def losses(self, estimated: DiffusionConditions, targets: DiffusionConditions) -> dict[str, Float[Tensor, ""]]:
         """Mean squared errors, "image" and "text", of what is learnt."""
         pairs = {name: (getattr(estimated, name), getattr(targets, name)) for name in self.weights}
         return {name: F.mse_loss(z.float(), e) for name, (z, e) in pairs.items() if e is not None}

@@ -33,13 +33,13 @@ class ContinuousBridge(nn.Module):
         )
         self.path.merger.load_state_dict(tokenizer.merger.state_dict())
 
-    def forward(self, pictures: UInt8[Tensor, "k 3 h w"], kept: Bool[Tensor, "k patches"]) -> Float[Tensor, "m width"]:
+    def forward(self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]) -> Float[Tensor, "m width"]:
         """A vector for each kept patch, raster order, pictures one after another.
 
         Raises:
             ValueError: pictures of another size than the tokenizer's.
         """
-        tokenizer = self._frozen[0].to(pictures.device)
+        tokenizer = self._frozen[0].to(images.device)
         with torch.no_grad():
-            features = tokenizer.features(tokenizer.preprocess(pictures))
-        return self.path(features.to(self.path.projection.weight.dtype), kept)
+            features = tokenizer.features(tokenizer.preprocess(images))
+        return self.path(features.to(self.path.projection.weight.dtype), keep)

@@ -58,17 +58,17 @@ class CausalResampler(EncoderReader):
         self.norm = nn.LayerNorm(inner, c.layer_norm_eps)
         self.projection = nn.Linear(inner, width)
 
-    def forward(self, pictures: UInt8[Tensor, "k 3 h w"], kept: Bool[Tensor, "j patches"]) -> Float[Tensor, "m width"]:
+    def forward(self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "j patches"]) -> Float[Tensor, "m width"]:
         """Vectors of all pictures, one picture after another; `kept` is not asked, every patch is read.
 
         Raises:
             ValueError: pictures of another size than the tokenizer's.
         """
-        return self.vectors(self.features(pictures)).flatten(0, 1)
+        return self.vectors(self.features(images)).flatten(0, 1)
 
-    def features(self, pictures: UInt8[Tensor, "k 3 h w"]) -> Float[Tensor, "k p d"]:
+    def features(self, images: UInt8[Tensor, "k 3 h w"]) -> Float[Tensor, "k p d"]:
         """Of every patch; with a gradient where the encoder is trained."""
-        return self.encoded(self.pixels(pictures), self.queries.dtype)
+        return self.encoded(self.pixels(images), self.queries.dtype)
 
     def vectors(self, features: Float[Tensor, "k p d"]) -> Float[Tensor, "k n width"]:
         """Of each picture, in the queries' order."""

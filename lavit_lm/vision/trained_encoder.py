@@ -26,9 +26,9 @@ class EncoderReader(nn.Module):
             self.encoder = trained_encoder(tokenizer)
         tokenizer.requires_grad_(False).eval()
 
-    def pixels(self, pictures: UInt8[Tensor, "k 3 h w"]) -> Float[Tensor, "k 3 h w"]:
+    def pixels(self, images: UInt8[Tensor, "k 3 h w"]) -> Float[Tensor, "k 3 h w"]:
         """As the encoder takes them. Raises ValueError for pictures of another size than the tokenizer's."""
-        return self._tokenizer[0].to(pictures.device).preprocess(pictures)
+        return self._tokenizer[0].to(images.device).preprocess(images)
 
     def encoded(self, pixels: Float[Tensor, "k 3 h w"], dtype: torch.dtype) -> Float[Tensor, "k p d"]:
         """Features of every patch; with a gradient where the encoder is trained."""

@@ -1,4 +1,4 @@
-"""Lexicon: a text tokenizer and its visual vocabulary, which together turn any segment into ids."""
+"""MultimodalProcessor: a text tokenizer and its visual vocabulary, which together turn any segment into ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
 
 @dataclass(frozen=True)
-class Lexicon:
+class MultimodalProcessor:
     """What an objective needs to write rows of ids.
 
     Args:
@@ -31,7 +31,7 @@ class Lexicon:
             raise ValueError("the text tokenizer has no end-of-text token (eos_token): no text would ever end")
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Lexicon:
+    def of(cls, tokenizer: Any) -> MultimodalProcessor:
         """From a tokenizer that was extended by VisualVocabulary.extend, also one loaded by plain AutoTokenizer."""
         return cls(tokenizer, VisualVocabulary.of(tokenizer))
 

@@ -85,16 +85,16 @@ def _specials(tokenizer: Any) -> frozenset[int]:
 
     Kept, since listing some ten thousand tokens, or merely counting them, takes many times as long as a caption.
     """
-    kept = _special_ids.get(tokenizer)
-    if kept is None:
+    keep = _special_ids.get(tokenizer)
+    if keep is None:
         named = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         unknown = named.pop("unk_token", None)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         if unknown is not None and unknown not in named.values():
             special.discard(tokenizer.convert_tokens_to_ids(unknown))
-        kept = _special_ids[tokenizer] = frozenset(special)
-    return kept
+        keep = _special_ids[tokenizer] = frozenset(special)
+    return keep
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -15,12 +15,12 @@ from PIL import Image
 
 from lavit_tok.cli.parser import SCHEDULERS
 from lavit_tok.codes import CodeError, VisualCodes
-from lavit_tok.data.code_files import CodeFileError, CodeRow, Header, code_writer, read_codes, require_suffix
+from lavit_tok.data.code_files import CodeFileError, CodeRecord, Header, code_writer, read_codes, require_suffix
 from lavit_tok.data.jobs import (
     Rejects,
     chunks,
     device,
-    listed_pictures,
+    list_images,
     opened,
     photographs,
     png_name,
@@ -38,7 +38,7 @@ def encode(arguments: argparse.Namespace) -> int:
     """Pictures -> a file of codes."""
     if arguments.out is not None:
         require_suffix(arguments.out)
-    paths = listed_pictures(arguments.images)
+    paths = list_images(arguments.images)
     tokenizer = VisualTokenizer.from_pretrained(arguments.tokenizer, device=device(arguments.device))
     config = tokenizer.config
     header = Header(str(arguments.tokenizer), config.codebook_size, config.num_patches)
@@ -47,14 +47,14 @@ def encode(arguments: argparse.Namespace) -> int:
     total = count = 0
     with rejects, code_writer(arguments.out, header) as writer:
         for chunk in chunks(enumerate(progress(paths, "encode")), arguments.batch_size):
-            pictures = opened(chunk, rejects)
-            if not pictures:
+            images = opened(chunk, rejects)
+            if not images:
                 continue
-            pixels = torch.stack([resize(image, config.image_size, config.crop) for _, _, image in pictures])
+            pixels = torch.stack([resize(image, config.image_size, config.crop) for _, _, image in images])
             codes = tokenizer.encode(pixels, arguments.budget, arguments.sample, generator).to("cpu")
             kept = [mask.nonzero().flatten().tolist() for mask in _keep(codes)]
-            keys = [str(path) for _, path, _ in pictures]
-            writer.add([CodeRow(*row) for row in zip(keys, codes.to_list(), kept, strict=True)])
+            keys = [str(path) for _, path, _ in images]
+            writer.add([CodeRecord(*row) for row in zip(keys, codes.to_list(), kept, strict=True)])
             count, total = count + len(codes), total + len(codes.values)
         rejects.require(count)
     mean = f"{total / count:.1f} codes each ({config.num_patches} patches)"
@@ -66,7 +66,7 @@ def decode(arguments: argparse.Namespace) -> int:
     """A file of codes -> PNG files, named by row and key."""
     header, rows = read_codes(arguments.codes)
     decoder = _decoder(arguments)
-    size, patches = decoder.condition.config.codebook_size, decoder.condition.config.patches
+    size, patches = decoder.conditioner.config.codebook_size, decoder.conditioner.config.patches
     if header.codebook_size != size:
         raise CodeError(
             f"{arguments.codes}: its codes index a codebook of {header.codebook_size} rows, the decoder's has {size}: "
@@ -75,7 +75,7 @@ def decode(arguments: argparse.Namespace) -> int:
     rejects, count = Rejects(arguments.out / "rejects.jsonl"), 0
     with rejects:
         for chunk in chunks(enumerate(progress(rows, "decode")), arguments.batch_size):
-            good: list[tuple[int, CodeRow]] = []
+            good: list[tuple[int, CodeRecord]] = []
             for number, row in chunk:
                 try:
                     good.append((number, _checked(row, size, patches)))
@@ -84,9 +84,9 @@ def decode(arguments: argparse.Namespace) -> int:
             if not good:
                 continue
             codes = VisualCodes.from_list([row.codes for _, row in good], size)
-            pictures = _draw(decoder, codes, [number for number, _ in good], arguments)
-            for (number, row), picture in zip(good, pictures, strict=True):
-                save_png(picture, arguments.out / png_name(number, row.key))
+            images = _draw(decoder, codes, [number for number, _ in good], arguments)
+            for (number, row), image in zip(good, images, strict=True):
+                save_png(image, arguments.out / png_name(number, row.key))
             count += len(good)
         rejects.require(count)
     print(
@@ -99,7 +99,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     """Pictures -> sheets of original, kept patches (dropped ones dimmed) and reconstruction."""
     from lavit_tok.visualize import kept_overlay, sheet
 
-    paths = listed_pictures(arguments.images) if arguments.images else photographs()
+    paths = list_images(arguments.images) if arguments.images else photographs()
     tokenizer = VisualTokenizer.from_pretrained(arguments.tokenizer, device=device(arguments.device))
     decoder, config = _decoder(arguments), tokenizer.config
     side, grid = max(PANEL, config.image_size), config.image_size // config.patch_size
@@ -110,18 +110,18 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     labels: list[list[str]] = []
     with rejects:
         for chunk in chunks(enumerate(progress(paths, "reconstruct")), arguments.batch_size):
-            pictures = opened(chunk, rejects)
-            if not pictures:
+            images = opened(chunk, rejects)
+            if not images:
                 continue
-            pixels = torch.stack([resize(image, config.image_size, config.crop) for _, _, image in pictures])
+            pixels = torch.stack([resize(image, config.image_size, config.crop) for _, _, image in images])
             codes = tokenizer.encode(pixels, arguments.budget).to("cpu")
-            drawn = _draw(decoder, codes, [number for number, _, _ in pictures], arguments)
-            for (number, path, image), length, keep, picture in zip(
-                pictures, codes.lengths.tolist(), _keep(codes), drawn, strict=True
+            drawn = _draw(decoder, codes, [number for number, _, _ in images], arguments)
+            for (number, path, image), length, keep, decoded in zip(
+                images, codes.lengths.tolist(), _keep(codes), drawn, strict=True
             ):
                 original = open_image(resize(image, side, config.crop))
                 kept = kept_overlay(original, keep, (grid, grid))
-                panels = [original, kept, picture.resize((side, side), Image.Resampling.BICUBIC)]
+                panels = [original, kept, decoded.resize((side, side), Image.Resampling.BICUBIC)]
                 texts = [path.name, f"{length} of {config.num_patches} patches", f"from {length} codes"]
                 save_png(sheet([panels], titles, [texts]), arguments.out / png_name(number, str(path)))
                 print(f"{length:7d} of {config.num_patches} tokens  {path}")
@@ -196,9 +196,9 @@ def _keep(codes: VisualCodes) -> torch.Tensor:
     return codes.keep
 
 
-def _checked(row: Any, size: int, patches: int) -> CodeRow:
+def _checked(row: Any, size: int, patches: int) -> CodeRecord:
     """The row, if a decoder of this codebook size and number of patches can draw it. Raises ValueError."""
-    if not isinstance(row, CodeRow):
+    if not isinstance(row, CodeRecord):
         raise CodeFileError(row.reason)
     VisualCodes.from_list([row.codes], size)
     if not 1 <= len(row.codes) <= patches:

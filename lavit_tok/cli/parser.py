@@ -182,7 +182,7 @@ def _shards_arguments(sub: argparse.ArgumentParser) -> None:
         "--key-column", metavar="C", help="what to call a picture; a column of keys or its path by default"
     )
     _encoding_arguments(sub)
-    sub.add_argument("--mirror", action="store_true", help="tokenise each picture's mirror image, too")
+    sub.add_argument("--flip", action="store_true", help="tokenize each picture's mirror image, too")
     sub.add_argument("--shard-size", type=positive, default=4096, metavar="N", help="pictures a shard")
     sub.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that open and resize")
     _batch_arguments(sub, "codes do not depend on it, unless --budget is a fraction")

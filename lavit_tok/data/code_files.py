@@ -58,7 +58,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class CodeRow:
+class CodeRecord:
     """One picture's codes."""
 
     key: str
@@ -67,7 +67,7 @@ class CodeRow:
 
 
 @dataclass(frozen=True)
-class BadRow:
+class BadRecord:
     """A row that cannot be read."""
 
     key: str
@@ -75,7 +75,7 @@ class BadRow:
 
 
 class Writer(Protocol):
-    def add(self, rows: Sequence[CodeRow]) -> None: ...
+    def add(self, rows: Sequence[CodeRecord]) -> None: ...
 
 
 @contextmanager
@@ -99,8 +99,8 @@ def require_suffix(path: Path) -> None:
         raise CodeFileError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
-def read_codes(path: Path) -> tuple[Header, Iterator[CodeRow | BadRow]]:
-    """Header and rows; a row that is no list of whole numbers comes as BadRow. Raises CodeFileError, OSError."""
+def read_codes(path: Path) -> tuple[Header, Iterator[CodeRecord | BadRecord]]:
+    """Header and rows; a row that is no list of whole numbers comes as BadRecord. Raises CodeFileError, OSError."""
     require_suffix(path)
     if path.suffix == ".jsonl":
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -119,7 +119,7 @@ def read_codes(path: Path) -> tuple[Header, Iterator[CodeRow | BadRow]]:
     return Header.from_json(metadata.get(FORMAT.encode(), b""), path), _parquet_rows(file)
 
 
-def _json_rows(path: Path) -> Iterator[CodeRow | BadRow]:
+def _json_rows(path: Path) -> Iterator[CodeRecord | BadRecord]:
     with open(path, encoding="utf-8", errors="replace") as file:
         next(file)
         for number, line in enumerate(file, start=2):
@@ -130,7 +130,7 @@ def _json_rows(path: Path) -> Iterator[CodeRow | BadRow]:
             yield _row(values, f"line {number}")
 
 
-def _parquet_rows(file: Any) -> Iterator[CodeRow | BadRow]:
+def _parquet_rows(file: Any) -> Iterator[CodeRecord | BadRecord]:
     number = 0
     for batch in file.iter_batches(batch_size=ROW_GROUP):
         for values in batch.to_pylist():
@@ -138,17 +138,17 @@ def _parquet_rows(file: Any) -> Iterator[CodeRow | BadRow]:
             number += 1
 
 
-def _row(values: Any, place: str) -> CodeRow | BadRow:
+def _row(values: Any, place: str) -> CodeRecord | BadRecord:
     if not isinstance(values, dict):
-        return BadRow(place, "not a JSON object")
+        return BadRecord(place, "not a JSON object")
     key, codes, keep = str(values.get("key", place)), values.get("codes"), values.get("keep")
     if not _whole_numbers(codes):
-        return BadRow(key, "codes: expected a list of whole numbers")
+        return BadRecord(key, "codes: expected a list of whole numbers")
     if keep is not None and not _whole_numbers(keep):
-        return BadRow(key, "keep: expected a list of patches or nothing")
+        return BadRecord(key, "keep: expected a list of patches or nothing")
     if values.get("length", len(codes)) != len(codes):
-        return BadRow(key, f"length says {values['length']}, but there are {len(codes)} codes")
-    return CodeRow(key, codes, keep)
+        return BadRecord(key, f"length says {values['length']}, but there are {len(codes)} codes")
+    return CodeRecord(key, codes, keep)
 
 
 def _whole_numbers(values: Any) -> TypeGuard[list[int]]:
@@ -160,7 +160,7 @@ class _JsonWriter:
         self.file = file
         self.header: Header | None = header
 
-    def add(self, rows: Sequence[CodeRow]) -> None:
+    def add(self, rows: Sequence[CodeRecord]) -> None:
         if self.header is not None:  # not before there is a row, so that a job that fails prints nothing
             print(self.header.to_json(), file=self.file)
             self.header = None
@@ -168,7 +168,7 @@ class _JsonWriter:
             print(json.dumps(_values(row), ensure_ascii=False), file=self.file)
 
 
-def _values(row: CodeRow) -> dict[str, Any]:
+def _values(row: CodeRecord) -> dict[str, Any]:
     return {"key": row.key, "codes": row.codes, "length": len(row.codes), "keep": row.keep}
 
 
@@ -182,9 +182,9 @@ class _ParquetWriter:
         self.schema: Any = pa.schema(list(fields.items()), metadata={FORMAT: header.to_json()})
         self.table: Any = pa.Table
         self.file: Any = pq.ParquetWriter(path, self.schema, compression="zstd")
-        self.waiting: list[CodeRow] = []
+        self.waiting: list[CodeRecord] = []
 
-    def add(self, rows: Sequence[CodeRow]) -> None:
+    def add(self, rows: Sequence[CodeRecord]) -> None:
         self.waiting += rows
         if len(self.waiting) >= ROW_GROUP:
             self.flush()

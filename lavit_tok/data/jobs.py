@@ -116,7 +116,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def listed_pictures(names: Sequence[str]) -> list[Path]:
+def list_images(names: Sequence[str]) -> list[Path]:
     """Files as given, folders walked; - reads more names from stdin, one a line. Raises ImageError for none."""
     lines = [line.rstrip("\n") for line in sys.stdin] if "-" in names else []
     paths = find_images([*(name for name in names if name != "-"), *(line for line in lines if line)])
@@ -154,9 +154,9 @@ def device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
-def save_png(picture: Image.Image, path: Path) -> None:
+def save_png(image: Image.Image, path: Path) -> None:
     with atomic(path) as part:
-        picture.save(part, "PNG")
+        image.save(part, "PNG")
 
 
 def png_name(number: int, key: str) -> str:

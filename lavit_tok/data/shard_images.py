@@ -1,6 +1,6 @@
 """The pictures behind shards: for whoever reads codes from shards, and pixels from where the codes were made.
 
-shards, and the data set they were made from  -ShardPictures->  uint8 [3 s s] of any row
+shards, and the data set they were made from  -ShardImages->  uint8 [3 s s] of any row
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from lavit_tok.data.image_sources import load_splits
 from lavit_tok.data.shard_manifest import Manifest, ShardError
 from lavit_tok.data.shard_reader import Shards
-from lavit_tok.data.shard_source import Pictures
+from lavit_tok.data.shard_source import SplitImages
 from lavit_tok.encode.image_processor import ImageError
 
 
-class ShardPictures:
+class ShardImages:
     """Map-style: pictures[i] is what the codes of row i were made from, opened when asked for.
 
         three pictures, number 1 corrupt, with mirror      row of the shards   0    1    2    3
@@ -44,32 +44,32 @@ class ShardPictures:
         if shards.split not in found:
             raise ShardError(f"{data}: expected a split {shards.split!r} as in the shards, got {', '.join(found)}")
         columns = (source.image_column, source.caption_column or "", source.key_column)
-        self.pictures = Pictures(found[shards.split], data, *columns, size, crop)
-        self.data, self.mirror = data, shards.mirror
-        if (len(self.pictures), self.pictures.digest()) != (source.pictures, source.digest):
+        self.images = SplitImages(found[shards.split], data, *columns, size, crop)
+        self.data, self.flip = data, shards.flip
+        if (len(self.images), self.images.digest()) != (source.images, source.digest):
             raise ShardError(
-                f"{data}: expected the {source.pictures} pictures of split {shards.split!r} that {shards.directory} "
-                f"was made from, got {len(self.pictures)}, of which a key, a caption or a file size is another: "
+                f"{data}: expected the {source.images} pictures of split {shards.split!r} that {shards.directory} "
+                f"was made from, got {len(self.images)}, of which a key, a caption or a file size is another: "
                 "vectors of other pictures would stand for these codes"
             )
         rejects = shards.directory / f"{shards.split}.rejects.jsonl"
         lines = rejects.read_text(encoding="utf-8").split("\n") if rejects.exists() else []
         corrupt = [json.loads(line)["row"] for line in lines if line]
-        self.rows = np.setdiff1d(np.arange(source.pictures), corrupt)
+        self.rows = np.setdiff1d(np.arange(source.images), corrupt)
         if len(self) != shards.rows:
             raise ShardError(
                 f"{rejects}: expected {shards.rejects} pictures that could not be read, got {len(corrupt)}"
             )
 
     def __len__(self) -> int:
-        return len(self.rows) * (1 + self.mirror)
+        return len(self.rows) * (1 + self.flip)
 
     def __getitem__(self, row: int) -> UInt8[Tensor, "3 size size"]:
         """uint8 [3 s s]. Raises ImageError for a picture that can no longer be read, IndexError beyond the rows."""
-        number, mirrored = divmod(row, 1 + self.mirror)
+        number, flipped = divmod(row, 1 + self.flip)
         at = int(self.rows[number])
-        opened = self.pictures[range(at, at + 1)]
+        opened = self.images[range(at, at + 1)]
         (entry,) = opened.entries
         if entry.reason is not None:
             raise ImageError(f"{self.data}: {entry.key}: {entry.reason}; it could be read when the shards were made")
-        return opened.pixels[0].flip(2) if mirrored else opened.pixels[0]
+        return opened.pixels[0].flip(2) if flipped else opened.pixels[0]

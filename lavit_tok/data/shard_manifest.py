@@ -49,7 +49,7 @@ class Settings:
     budget: int | float | None
     batch_size: int | None
     """Of a fractional budget, which is spent across a batch; else None, since codes do not depend on it."""
-    mirror: bool
+    flip: bool
     shard_size: int
 
 
@@ -59,7 +59,7 @@ class Source:
 
     data: str
     """The data set, as it was given."""
-    pictures: int
+    images: int
     digest: str
     """16 hexadecimal digits of every picture's key, caption and encoded size, in order."""
     image_column: str
@@ -121,18 +121,18 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class ShardRow:
+class ShardRecord:
     key: str
     caption: str
     codes: list[int]
     keep: list[int]
     """Patches behind the codes, raster order."""
-    mirrored: bool = False
+    flipped: bool = False
 
 
-def shard_names(split: str, pictures: int, size: int) -> list[str]:
+def shard_names(split: str, images: int, size: int) -> list[str]:
     """("train", 10, 4) -> train-00000.parquet, train-00001.parquet, train-00002.parquet."""
-    return [f"{split}-{number:05d}.parquet" for number in range(-(-pictures // size))]
+    return [f"{split}-{number:05d}.parquet" for number in range(-(-images // size))]
 
 
 def sha256(path: Path) -> str:
@@ -140,23 +140,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_shard(path: Path, rows: Sequence[ShardRow], settings: Settings) -> None:
+def write_shard(path: Path, rows: Sequence[ShardRecord], settings: Settings) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     header = Header(settings.tokenizer, settings.codebook_size, settings.patches)
-    columns = schema(settings.mirror).with_metadata({CODES: header.to_json()})
+    columns = schema(settings.flip).with_metadata({CODES: header.to_json()})
     values = [{**asdict(row), "length": len(row.codes)} for row in rows]
     pq.write_table(pa.Table.from_pylist(values, schema=columns), path, compression="zstd")
 
 
-def schema(mirror: bool) -> Any:
+def schema(flip: bool) -> Any:
     """Of a shard's columns."""
     import pyarrow as pa
 
     numbers, length = pa.list_(pa.int32()), pa.int32()
     fields = {"key": pa.string(), "caption": pa.string(), "codes": numbers, "length": length, "keep": numbers}
-    return pa.schema(list((fields | ({"mirrored": pa.bool_()} if mirror else {})).items()))
+    return pa.schema(list((fields | ({"mirrored": pa.bool_()} if flip else {})).items()))
 
 
 def _record(kind: type[Record], values: Any) -> Record:

@@ -28,7 +28,7 @@ class Shards:
     codebook_size: int
     patches: int
     budget: int | float | None
-    mirror: bool
+    flip: bool
     """Each picture is followed by its mirror image."""
     data: str
     """The data set, as it was given."""
@@ -58,7 +58,7 @@ class Shards:
         if split not in manifest.splits:
             raise ShardError(f"{directory}: expected a split {split!r}, got {', '.join(manifest.splits) or 'none'}")
         settings, source, shards = manifest.settings, manifest.splits[split].source, manifest.splits[split].shards
-        expected = shard_names(split, source.pictures, settings.shard_size)
+        expected = shard_names(split, source.images, settings.shard_size)
         if [shard.file for shard in shards] != expected:
             raise ShardError(
                 f"{directory}: {len(shards)} of {len(expected)} shards of split {split!r} are done: training would see "
@@ -74,7 +74,7 @@ class Shards:
             codebook_size=settings.codebook_size,
             patches=settings.patches,
             budget=settings.budget,
-            mirror=settings.mirror,
+            flip=settings.flip,
             data=source.data,
             rows=sum(shard.rows for shard in shards),
             codes=sum(shard.codes for shard in shards),
@@ -118,8 +118,8 @@ def check_shard(path: Path, shard: Shard, settings: Settings, verify: bool = Tru
         raise ShardError(f"{path}: truncated or altered: its sha256 is {found}, {MANIFEST} says {shard.sha256}")
     try:
         with pq.ParquetFile(path) as file:
-            if not file.schema_arrow.equals(schema(settings.mirror)):
-                raise ShardError(f"{path}: expected columns {schema(settings.mirror).names} of codes with captions")
+            if not file.schema_arrow.equals(schema(settings.flip)):
+                raise ShardError(f"{path}: expected columns {schema(settings.flip).names} of codes with captions")
             if file.metadata.num_rows != shard.rows:
                 raise ShardError(f"{path}: has {file.metadata.num_rows} rows, {MANIFEST} says {shard.rows}")
             reason = _misfit(file.read(["codes", "length", "keep"]), settings) if verify else ""

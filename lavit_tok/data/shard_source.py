@@ -1,6 +1,6 @@
 """What shards are made from: pictures of a captioned data set, opened in any process, and their codes.
 
-rows of the data set  -Pictures->  Opened: keys, captions, uint8 [m 3 s s], reasons  -encode->  rows of a shard
+rows of the data set  -Pictures->  OpenedImages: keys, captions, uint8 [m 3 s s], reasons  -encode->  rows of a shard
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavit_tok.data.image_sources import KEY_COLUMNS, read_row, row_key, undecoded
-from lavit_tok.data.shard_manifest import Settings, ShardRow
+from lavit_tok.data.shard_manifest import Settings, ShardRecord
 from lavit_tok.encode.image_processor import resize
 from lavit_tok.tokenizer import VisualTokenizer
 
@@ -40,7 +40,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedImages:
     """Consecutive rows of the data set."""
 
     entries: list[Entry]
@@ -48,7 +48,7 @@ class Opened:
     """The m pictures that can be read. One tensor: each costs a file descriptor on its way between processes."""
 
 
-class Pictures(Dataset):
+class SplitImages(Dataset):
     """The pictures of one split: pictures[range(5, 8)] opens three of them.
 
     Args:
@@ -85,7 +85,7 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, numbers: range) -> Opened:
+    def __getitem__(self, numbers: range) -> OpenedImages:
         entries, pixels = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
         for number in numbers:
             row = self.rows[number]
@@ -95,7 +95,7 @@ class Pictures(Dataset):
             entries.append(Entry(number, key, self._caption(row), reason))
             if image is not None:
                 pixels.append(resize(image, self.size, self.crop)[None])
-        return Opened(entries, torch.cat(pixels))
+        return OpenedImages(entries, torch.cat(pixels))
 
     def digest(self) -> str:
         """16 hexadecimal digits of every row's key, caption and encoded size: equal for the same data set elsewhere."""
@@ -133,19 +133,19 @@ def weights_digest(tokenizer: VisualTokenizer) -> str:
     return sha.hexdigest()[:16]
 
 
-def encode(tokenizer: VisualTokenizer, opened: Opened, settings: Settings) -> list[ShardRow]:
+def encode(tokenizer: VisualTokenizer, opened: OpenedImages, settings: Settings) -> list[ShardRecord]:
     """Rows of the pictures that can be read; with mirror, each is followed by its mirror image's."""
     good = [entry for entry in opened.entries if entry.reason is None]
     if not good:
         return []
-    views = [opened.pixels, opened.pixels.flip(3)] if settings.mirror else [opened.pixels]
-    columns: list[list[ShardRow]] = []
-    for mirrored, pixels in enumerate(views):
+    views = [opened.pixels, opened.pixels.flip(3)] if settings.flip else [opened.pixels]
+    columns: list[list[ShardRecord]] = []
+    for flipped, pixels in enumerate(views):
         codes = tokenizer.encode(pixels, settings.budget).to("cpu")
         assert codes.keep is not None  # codes of pictures always know their patches
         kept = [mask.nonzero().flatten().tolist() for mask in codes.keep]
         rows = zip(good, codes.to_list(), kept, strict=True)
-        columns.append([ShardRow(e.key, e.caption, values, patches, bool(mirrored)) for e, values, patches in rows])
+        columns.append([ShardRecord(e.key, e.caption, values, patches, bool(flipped)) for e, values, patches in rows])
     return [row for pair in zip(*columns, strict=True) for row in pair]
 
 

@@ -1,4 +1,4 @@
-"""`lavit-tok shards`: tokenise a captioned data set once. It can be stopped at any moment, and goes on from there.
+"""`lavit-tok shards`: tokenize a captioned data set once. It can be stopped at any moment, and goes on from there.
 
 A shard depends on its own pictures and the settings alone, and is written whole: first the parquet file, then the list
 of rejects, then the manifest, each beside its place and moved there. What the manifest does not list is done again.
@@ -24,14 +24,14 @@ from lavit_tok.data.shard_manifest import (
     Settings,
     Shard,
     ShardError,
-    ShardRow,
+    ShardRecord,
     Source,
     Split,
     sha256,
     shard_names,
     write_shard,
 )
-from lavit_tok.data.shard_source import Pictures, encode, weights_digest
+from lavit_tok.data.shard_source import SplitImages, encode, weights_digest
 from lavit_tok.tokenizer import VisualTokenizer
 
 Skipped = dict[int, dict[str, Any]]
@@ -57,14 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
         patches=config.num_patches,
         budget=arguments.budget,
         batch_size=arguments.batch_size if isinstance(arguments.budget, float) else None,
-        mirror=arguments.mirror,
+        flip=arguments.flip,
         shard_size=arguments.shard_size,
     )
     columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
     with alone(arguments.out):
         for name in names:
-            pictures = Pictures(found[name], arguments.data, *columns, config.image_size, config.crop)
-            job = ShardJob(arguments.out, name, pictures, settings, arguments.data)
+            images = SplitImages(found[name], arguments.data, *columns, config.image_size, config.crop)
+            job = ShardJob(arguments.out, name, images, settings, arguments.data)
             job.run(tokenizer, arguments.batch_size, arguments.num_workers)
             print(job.summary(), file=sys.stderr)
     return 0
@@ -77,19 +77,19 @@ class ShardJob:
         ShardError: the folder holds shards of other settings, or of another data set.
     """
 
-    def __init__(self, out: Path, name: str, pictures: Pictures, settings: Settings, data: str) -> None:
-        if not len(pictures):
+    def __init__(self, out: Path, name: str, images: SplitImages, settings: Settings, data: str) -> None:
+        if not len(images):
             raise ValueError(f"{data}: split {name!r} has no rows")
-        self.out, self.name, self.pictures, self.size = out, name, pictures, settings.shard_size
-        columns = (pictures.image_column, pictures.caption_column, pictures.key_column)
-        source = Source(data, len(pictures), pictures.digest(), *columns)
+        self.out, self.name, self.images, self.size = out, name, images, settings.shard_size
+        columns = (images.image_column, images.caption_column, images.key_column)
+        source = Source(data, len(images), images.digest(), *columns)
         self.manifest = Manifest(settings, {})
         if (out / MANIFEST).exists():
             self.manifest = Manifest.read(out)
         begun = self.manifest.splits.get(name, Split(source, ()))
         _require_same(out, asdict(self.manifest.settings) | asdict(begun.source), asdict(settings) | asdict(source))
         self.source, self.settings = begun.source, self.manifest.settings  # names as they were first given
-        self.names = shard_names(name, len(pictures), self.size)
+        self.names = shard_names(name, len(images), self.size)
         self.rejects = self._known_rejects()
         self.done = {shard.file: shard for shard in begun.shards if self._is_complete(shard)}
         self.found = len(self.done)
@@ -100,18 +100,18 @@ class ShardJob:
         """Raises OSError where a file cannot be written, ValueError if no picture at all can be read."""
         batches: list[Any] = []  # of row numbers, none of them across two shards
         for number, name in enumerate(self.names):
-            end = min((number + 1) * self.size, len(self.pictures))
+            end = min((number + 1) * self.size, len(self.images))
             starts = range(number * self.size, end, batch_size) if name not in self.done else ()
             batches += [range(start, min(start + batch_size, end)) for start in starts]
-        loader: Any = DataLoader(self.pictures, batch_size=None, sampler=batches, num_workers=num_workers)
-        rows: list[ShardRow] = []
+        loader: Any = DataLoader(self.images, batch_size=None, sampler=batches, num_workers=num_workers)
+        rows: list[ShardRecord] = []
         rejects: Skipped = {}
         for opened in progress(loader, f"shards {self.name}"):
             rows += encode(tokenizer, opened, self.settings)
             bad = (entry for entry in opened.entries if entry.reason is not None)
             rejects |= {e.row: {"key": e.key, "reason": e.reason, "row": e.row} for e in bad}
             last = opened.entries[-1].row
-            if (last + 1) % self.size == 0 or last + 1 == len(self.pictures):
+            if (last + 1) % self.size == 0 or last + 1 == len(self.images):
                 self._save(self.names[last // self.size], rows, rejects)
                 rows, rejects = [], {}
         if not sum(shard.rows for shard in self.done.values()):
@@ -125,11 +125,11 @@ class ShardJob:
         shards = self.done.values()
         rows, codes = sum(shard.rows for shard in shards), sum(shard.codes for shard in shards)
         mean = f"{codes / rows:.1f} codes each ({self.settings.patches} patches)"
-        text = f"{self.name}: {rows} rows of {len(self.pictures)} pictures, {mean}, {len(shards)} shards"
+        text = f"{self.name}: {rows} rows of {len(self.images)} pictures, {mean}, {len(shards)} shards"
         text += f", {self.found} of them there before" if self.found else ""
         return text + (f"; {len(self.rejects)} skipped, listed in {self._rejects_file}" if self.rejects else "")
 
-    def _save(self, file: str, rows: list[ShardRow], rejects: Skipped) -> None:
+    def _save(self, file: str, rows: list[ShardRecord], rejects: Skipped) -> None:
         try:
             with atomic(self.out / file) as part:
                 write_shard(part, rows, self.settings)
@@ -169,7 +169,7 @@ class ShardJob:
                 known |= {values["row"]: {name: values[name] for name in ("key", "reason", "row")}}
             except (ValueError, KeyError, TypeError):
                 continue
-        return {row: values for row, values in known.items() if row in range(len(self.pictures))}
+        return {row: values for row, values in known.items() if row in range(len(self.images))}
 
     def _is_complete(self, shard: Shard) -> bool:
         path = self.out / shard.file

@@ -105,9 +105,9 @@ class AttentionPool(nn.Module):
 
 
 class Projection(nn.Module):
-    """X_rec -> Conditioning: the part of a Condition that is trained together with the U-Net.
+    """X_rec -> Conditioning: the part of a Conditioner that is trained together with the U-Net.
 
-    Args: see Condition.
+    Args: see Conditioner.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Projection(nn.Module):
         return rearrange(x, "b (r c) (k p q) -> b k (r p) (c q)", r=side, p=scale, q=scale)
 
 
-class Condition(ModelMixin, ConfigMixin):
+class Conditioner(ModelMixin, ConfigMixin):
     """Codes to Conditioning, with its own copy of the codebook and the reconstructor: a decoder needs no tokenizer.
 
     Args:
@@ -182,7 +182,7 @@ class Condition(ModelMixin, ConfigMixin):
         pool_heads: attention heads of the pool (sdxl).
         spatial_channels: further input channels of the U-Net, 0 for none.
         spatial_scale: cells of the spatial channels per patch side.
-        feature_norm: normalise each feature (LayerNorm without weights) before projecting; the release does not.
+        feature_norm: normalize each feature (LayerNorm without weights) before projecting; the release does not.
 
     Raises:
         ValueError: naming the setting, what was expected and what came.
@@ -239,7 +239,7 @@ class Condition(ModelMixin, ConfigMixin):
         self.eval()
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: VisualTokenizer, **settings: Any) -> Condition:
+    def for_tokenizer(cls, tokenizer: VisualTokenizer, **settings: Any) -> Conditioner:
         """A condition on this tokenizer's codes: copies of its codebook and reconstructor, and a new projection.
 
         Args:
@@ -265,7 +265,7 @@ class Condition(ModelMixin, ConfigMixin):
         """X_rec, the features of every patch. Raises CodeError for codes of another codebook, none, or too many."""
         codes.check(self.config.codebook_size)
         codes.check_lengths(self.config.patches)
-        codes = codes.to(self.codebook.rows.device)
+        codes = codes.to(self.codebook.embeddings.device)
         return self.reconstructor.ragged(self.codebook.lookup(codes.values), codes.layout)
 
     def forward(self, codes: VisualCodes) -> Conditioning:

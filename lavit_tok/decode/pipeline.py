@@ -1,6 +1,6 @@
 """Room 8: codes -> pixels, by diffusion. One guided loop in a diffusers pipeline.
 
-VisualCodes -Condition-> c;  noise -U-Net, 25 times: u + s (c - u)-> latents -VAE, float32-> pixels
+VisualCodes -Conditioner-> c;  noise -U-Net, 25 times: u + s (c - u)-> latents -VAE, float32-> pixels
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lavit_tok.checkpoints.weights import WeightsError, empty, find_directory, load_weights, read_json
 from lavit_tok.codes import VisualCodes
-from lavit_tok.decode.conditioner import Condition, Conditioning
+from lavit_tok.decode.conditioner import Conditioner, Conditioning
 
-MODELS: dict[str, type[Any]] = {"condition": Condition, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+MODELS: dict[str, type[Any]] = {"conditioner": Conditioner, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 SINGLE = "diffusion_pytorch_model.safetensors"
 SCHEDULERS = frozenset(
     {
@@ -53,7 +53,7 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
     """Draws the pictures that visual codes describe (LaVIT, ICLR 2024, section 3.1).
 
     Args:
-        condition: codes to conditions; holds the tokenizer's codebook and reconstructor.
+        conditioner: codes to conditions; holds the tokenizer's codebook and reconstructor.
         unet: the noise predictor.
         vae: latents to pixels.
         scheduler: any diffusers scheduler of U-Nets; swap it by
@@ -63,25 +63,29 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         ValueError: parts whose sizes do not fit each other.
     """
 
-    model_cpu_offload_seq = "condition->unet->vae"
+    model_cpu_offload_seq = "conditioner->unet->vae"
     # Offload by layers moves weights when their own layer runs; the null embedding is read without any running.
-    _exclude_from_cpu_offload = ["condition"]  # noqa: RUF012 (diffusers' name and type)
+    _exclude_from_cpu_offload = ["conditioner"]  # noqa: RUF012 (diffusers' name and type)
 
     def __init__(
-        self, condition: Condition, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: diffusers.SchedulerMixin
+        self,
+        conditioner: Conditioner,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        scheduler: diffusers.SchedulerMixin,
     ) -> None:
         super().__init__()
         latent = vae.config.latent_channels
         sizes = {
-            "cross_attention_dim": sum(condition.config.cross_dims),
-            "in_channels": latent + condition.config.spatial_channels,
+            "cross_attention_dim": sum(conditioner.config.cross_dims),
+            "in_channels": latent + conditioner.config.spatial_channels,
             "out_channels": latent,
         }
         for name, expected in sizes.items():
             got = unet.config[name]
             if got != expected:
                 raise ValueError(f"unet.{name}: expected {expected}, to fit condition and VAE, got {got}")
-        self.register_modules(condition=condition, unet=unet, vae=vae, scheduler=scheduler)
+        self.register_modules(conditioner=conditioner, unet=unet, vae=vae, scheduler=scheduler)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -118,10 +122,10 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             CodeError: codes of another tokenizer.
             ValueError: an impossible size, number of generators or output type.
         """
-        condition = self.condition(codes)
-        images = self.draw(
+        condition = self.conditioner(codes)
+        images = self.decode_condition(
             condition,
-            self.condition.unconditional(condition),
+            self.conditioner.unconditional(condition),
             num_inference_steps,
             guidance_scale,
             generator,
@@ -136,7 +140,7 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
-    def draw(
+    def decode_condition(
         self,
         condition: Conditioning,
         unconditional: Conditioning,
@@ -164,7 +168,7 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         if guided:
             condition = unconditional.cat(condition)
         height, width = self._size(height), self._size(width)
-        latents = self.start(batch, height, width, generator, latents).to(device)
+        latents = self.prepare_latents(batch, height, width, generator, latents).to(device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma
         ids = [*(original_size or (height, width)), 0, 0, height, width]
@@ -184,7 +188,7 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             return latents
         return self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
 
-    def start(
+    def prepare_latents(
         self, batch: int, height: int, width: int, generator: Generators | None = None, latents: Tensor | None = None
     ) -> Float[Tensor, "batch c h w"]:
         """Unit-variance noise to start from, in the U-Net's dtype: drawn, or the caller's once its shape is checked."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from lavit_tok.codes import Layout
+from lavit_tok.codes import RaggedLayout
 from lavit_tok.nn.attention import Block
 
 
@@ -32,7 +32,9 @@ class Reconstructor(nn.Module):
         self.norm_out = nn.LayerNorm(width, eps)
         self.project_out = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
 
-    def ragged(self, vectors: Float[Tensor, "total code_dim"], layout: Layout) -> Float[Tensor, "batch patches width"]:
+    def ragged(
+        self, vectors: Float[Tensor, "total code_dim"], layout: RaggedLayout
+    ) -> Float[Tensor, "batch patches width"]:
         """forward, from the rows of all images one after another."""
         index = torch.arange(layout.width, device=vectors.device)[None]
         return self(layout.pad(vectors), index, layout.mask)

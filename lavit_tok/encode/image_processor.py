@@ -103,7 +103,7 @@ def to_uint8(images: Any, size: int, crop: bool = False) -> UInt8[Tensor, "batch
     return torch.stack([resize(image, size, crop) for image in opened])
 
 
-def normalise(
+def normalize(
     pixels: UInt8[Tensor, "batch 3 h w"],
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lavit_tok.codes import Layout
+from lavit_tok.codes import RaggedLayout
 from lavit_tok.nn.attention import Attention, Block, Formula
 
 
@@ -122,7 +122,7 @@ class Merger(nn.Module):
         What all blocks share (places of rows, masks) is worked out once: for small models the many small steps around
         the matrix products would otherwise cost as much as the arithmetic (benchmarks/encode_speed.py).
         """
-        kept, dropped = Layout.of(keep), Layout.of(~keep)
+        kept, dropped = RaggedLayout.of(keep), RaggedLayout.of(~keep)
         flat = keep.flatten()
         taken, left = flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1)
         if self.position is None:
@@ -144,7 +144,7 @@ class Merger(nn.Module):
         return self.norm_out(x)
 
 
-def _cross_mask(dropped: Layout, kept: Layout, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _cross_mask(dropped: RaggedLayout, kept: RaggedLayout, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """What the kept rows see of the padded dropped rows, made once for all blocks.
 
     Returns: the additive mask [b 1 1 m], None where no slot is free; and bool [total 1], True for kept rows of images
@@ -162,8 +162,8 @@ def _rows(
     attention: Attention,
     x: Tensor,
     context: Tensor | None,
-    layout: Layout,
-    keys: Layout,
+    layout: RaggedLayout,
+    keys: RaggedLayout,
     bias: Tensor | None = None,
     blind: Tensor | None = None,
     causal: bool = False,

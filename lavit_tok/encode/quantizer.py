@@ -25,11 +25,11 @@ CHUNK = 1 << 26  # entries of the distance matrix computed at a time (256 MiB in
 class Codebook(KeepFloat32):
     """K rows of width c, held and searched in float32 whatever the dtype of the rest of the model."""
 
-    rows: Tensor
+    embeddings: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=-1))
+        self.register_buffer("embeddings", F.normalize(torch.randn(size, dim), dim=-1))
 
     @torch.no_grad()
     def nearest(self, z: Float[Tensor, "total dim"]) -> Int64[Tensor, " total"]:
@@ -37,16 +37,16 @@ class Codebook(KeepFloat32):
         with torch.autocast(z.device.type, enabled=False):
             # Under set_float32_matmul_precision("high") products are rounded to 10 bits or fewer, which changes codes.
             exact = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
-            z, rows = z.float().to(exact), self.rows.to(exact)
+            z, rows = z.float().to(exact), self.embeddings.to(exact)
             if not bool(z.isfinite().all()):
-                raise ValueError("features to quantise hold NaN or infinity: any code would be arbitrary")
+                raise ValueError("features to quantize hold NaN or infinity: any code would be arbitrary")
             half_norms = rows.square().sum(1) / 2
             step = max(1, CHUNK // len(rows))
             chunks = [(half_norms - part @ rows.T).argmin(1) for part in z.split(step)]
             return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device=z.device)
 
     def lookup(self, codes: Int64[Tensor, " total"]) -> Float[Tensor, "total dim"]:
-        return self.rows[codes]
+        return self.embeddings[codes]
 
 
 class Quantizer(nn.Module):
@@ -94,7 +94,7 @@ class TrainingCodebook(nn.Module):
     Args:
         codebook: where the rows come from and are written back to.
         decay: EMA decay of counts and sums.
-        dead_share: a row is replaced by a random input when its moving count falls below this share of the mean
+        dead_ratio: a row is replaced by a random input when its moving count falls below this share of the mean
             count n / K of a step; 0 never replaces. An absolute threshold would replace all rows of a small batch.
         gradient: how the decoder's gradient passes the rounding: straight-through or the rotation trick (2024).
     """
@@ -103,7 +103,7 @@ class TrainingCodebook(nn.Module):
         self,
         codebook: Codebook,
         decay: float = 0.99,
-        dead_share: float = 0.05,
+        dead_ratio: float = 0.05,
         gradient: Literal["straight_through", "rotation"] = "straight_through",
     ) -> None:
         super().__init__()
@@ -112,30 +112,30 @@ class TrainingCodebook(nn.Module):
         except ImportError as error:
             need = "training a codebook needs vector-quantize-pytorch: pip install 'lavit-tok[train]'"
             raise ImportError(need) from error
-        size, dim = codebook.rows.shape
+        size, dim = codebook.embeddings.shape
         self.vq: Any = VectorQuantize(
             dim=dim,
             codebook_size=size,
             use_cosine_sim=True,
             decay=decay,
             kmeans_init=False,
-            threshold_ema_dead_code=1e-9,  # above 0, else the package leaves replacement out; set by expect_rows
+            threshold_ema_dead_code=1e-9,  # above 0, else the package leaves replacement out; set by set_vectors_per_step
             rotation_trick=gradient == "rotation",
             commitment_weight=1.0,
         )
-        self.dead_share = dead_share
-        self.load_rows(codebook.rows)
+        self.dead_ratio = dead_ratio
+        self.load_embeddings(codebook.embeddings)
 
-    def expect_rows(self, rows_per_step: int | float) -> None:
-        """Tell how many vectors a step brings, n: a row is dead when its moving count is below dead_share * n / K."""
+    def set_vectors_per_step(self, rows_per_step: int | float) -> None:
+        """Tell how many vectors a step brings, n: a row is dead when its moving count is below dead_ratio * n / K."""
         inner = self.vq._codebook
-        inner.threshold_ema_dead_code = self.dead_share * rows_per_step / len(self.rows)
+        inner.threshold_ema_dead_code = self.dead_ratio * rows_per_step / len(self.embeddings)
         # The count a replaced row starts from; the package fixes it at construction, where it would be next to 0 here,
         # and the row would count as dead again at the next step although inputs chose it.
         inner.reset_cluster_size = inner.threshold_ema_dead_code
 
     @torch.no_grad()
-    def load_rows(self, rows: Float[Tensor, "size dim"], counts: Tensor | None = None) -> None:
+    def load_embeddings(self, rows: Float[Tensor, "size dim"], counts: Tensor | None = None) -> None:
         """Set every buffer the package keeps; setting the rows alone would be undone by the first training step."""
         inner = self.vq._codebook
         counts = torch.ones(len(rows), device=rows.device) if counts is None else counts.float()
@@ -145,7 +145,7 @@ class TrainingCodebook(nn.Module):
         inner.embed_avg.copy_((rows * counts[:, None])[None])
 
     @property
-    def rows(self) -> Float[Tensor, "size dim"]:
+    def embeddings(self) -> Float[Tensor, "size dim"]:
         return self.vq._codebook.embed[0]
 
     def forward(self, z: Float[Tensor, "total dim"], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -140,7 +140,7 @@ def logistic_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return uniform.log() - (-uniform).log1p()
 
 
-def shift_to_share(scores: Float[Tensor, "batch patches"], share: float) -> Float[Tensor, ""]:
+def shift_to_ratio(scores: Float[Tensor, "batch patches"], share: float) -> Float[Tensor, ""]:
     """What to add to all scores so that sampling them keeps this share of the batch's patches, in expectation.
 
     The root c of mean(sigmoid(s + c)) = share, with its gradient: through s + c no gradient can change the share, only
@@ -167,11 +167,11 @@ def straight_through(
 ) -> Float[Tensor, "batch patches"]:
     """The training decision M in {0, 1} with the gradient of the soft one (Gumbel-softmax, hard, straight-through).
 
-    With `share`, the batch's scores are shifted first so that this share of the patches is kept (shift_to_share).
+    With `share`, the batch's scores are shifted first so that this share of the patches is kept (shift_to_ratio).
     """
     scores = keep_scores(log_probs)
     if share is not None:
-        scores = scores + shift_to_share(scores, share)
+        scores = scores + shift_to_ratio(scores, share)
     if sample:
         scores = scores + logistic_noise(scores, generator)
     soft = (scores / temperature).sigmoid()

@@ -20,12 +20,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from lavit_tok.decode.conditioner import Condition
+from lavit_tok.decode.conditioner import Conditioner
 from lavit_tok.decode.pipeline import PixelDecoder
 from lavit_tok.training.denoising import Noised, denoising_loss
 from lavit_tok.training.ema import AveragedTraining
 from lavit_tok.training.encoded_images import Encoded, EncodedSet, FrozenParts, load_unet
-from lavit_tok.training.logging import logged_picture, step_generator
+from lavit_tok.training.logging import log_image, step_generator
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -49,7 +49,7 @@ class PixelDecoderTraining(AveragedTraining):
         pool_heads: attention heads of the pool (sdxl).
         spatial_channels: further input channels that lay the features out in space; 0 (LaVIT) for none.
         spatial_scale: cells of these channels per patch side.
-        feature_norm: normalise each feature vector before projecting; LaVIT does not.
+        feature_norm: normalize each feature vector before projecting; LaVIT does not.
         prediction_type: what the U-Net predicts: the noise ("epsilon", LaVIT) or "v_prediction".
         noise_schedule: diffusers' name of the schedule of betas.
         zero_terminal_snr: rescale it so that the last step is pure noise; needs v_prediction.
@@ -94,7 +94,7 @@ class PixelDecoderTraining(AveragedTraining):
         zero_terminal_snr: bool = False,
         min_snr: float = 0.0,
         drop: float = 0.1,
-        mirror: float = 0.0,
+        flip: float = 0.0,
         lr: float = 1e-4,
         warmup_steps: int = 500,
         weight_decay: float = 0.01,
@@ -109,7 +109,7 @@ class PixelDecoderTraining(AveragedTraining):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("drop", drop), ("mirror", mirror), ("ema_decay", ema_decay)):
+        for name, value in (("drop", drop), ("mirror", flip), ("ema_decay", ema_decay)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a number in 0..1, got {value}")
         if zero_terminal_snr and prediction_type != "v_prediction":
@@ -119,7 +119,7 @@ class PixelDecoderTraining(AveragedTraining):
         self.save_hyperparameters()
         self.settings: Any = self.hparams
         self.parts = FrozenParts(tokenizer, vae)
-        condition = Condition.for_tokenizer(
+        condition = Conditioner.for_tokenizer(
             self.parts.tokenizer,
             style=style,
             cross_dims=list(cross_dims),
@@ -130,7 +130,9 @@ class PixelDecoderTraining(AveragedTraining):
             spatial_scale=spatial_scale,
             feature_norm=feature_norm,
         )
-        self.condition = [condition]  # in a list: its codebook and reconstructor are frozen and no part of this module
+        self.conditioner = [
+            condition
+        ]  # in a list: its codebook and reconstructor are frozen and no part of this module
         self.projection = condition.projection.train()
         latent = self.parts.vae.config.latent_channels
         sizes = {
@@ -179,11 +181,11 @@ class PixelDecoderTraining(AveragedTraining):
         step = self.global_step * parts + batch_idx % parts
         generator = step_generator(self.settings.seed, step, self.global_rank, "cpu")
         images = batch["images"]
-        mirrored = torch.rand(len(images), generator=generator) < self.settings.mirror
+        flipped = torch.rand(len(images), generator=generator) < self.settings.flip
         if self.encoded is not None:
-            encoded = self.encoded(batch["index"], mirrored, self.device)
+            encoded = self.encoded(batch["index"], flipped, self.device)
         else:
-            flipped = mirrored.to(images.device).view(-1, 1, 1, 1)
+            flipped = flipped.to(images.device).view(-1, 1, 1, 1)
             encoded = self.parts(torch.where(flipped, images.flip(3), images))
         loss = self.diffusion_loss(encoded, generator, self.settings.drop)
         self.log("train/loss", loss, prog_bar=True)
@@ -233,7 +235,7 @@ class PixelDecoderTraining(AveragedTraining):
         """Save a PixelDecoder of the averaged weights."""
         with self.averaged():
             decoder = copy.deepcopy(self.decoder())
-        for part in (decoder.condition, decoder.unet, decoder.vae):
+        for part in (decoder.conditioner, decoder.unet, decoder.vae):
             nn.Module.to(part.cpu(), memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         decoder.save_pretrained(directory, dtype=DTYPES[self.settings.out_dtype])
 
@@ -258,7 +260,7 @@ class PixelDecoderTraining(AveragedTraining):
         self.log("sample/psnr", -10 * error.log10().mean(), rank_zero_only=True)
         sheet = torch.cat([torch.cat(list(row), 2) for row in (original, drawn)], 1)
         pixels = (sheet * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-        logged_picture(self, "samples", Image.fromarray(pixels))
+        log_image(self, "samples", Image.fromarray(pixels))
 
     def _encode_all(self, images: Any) -> EncodedSet:
         if images is None or getattr(images, "pixels", None) is None:
@@ -274,5 +276,5 @@ class PixelDecoderTraining(AveragedTraining):
 
         folder = Path(self.trainer.default_root_dir) / "cache"
         mine = folder if self.trainer.is_global_zero else None
-        mirrored = self.settings.mirror > 0
-        return EncodedSet(images.pixels, images.index, self.parts, mirrored, mine, report=report)
+        flipped = self.settings.flip > 0
+        return EncodedSet(images.pixels, images.index, self.parts, flipped, mine, report=report)

@@ -61,7 +61,7 @@ class FrozenParts:
     def __call__(self, images: UInt8[Tensor, "batch 3 h w"]) -> Encoded:
         """Features of the codes, and the mode of the VAE's posterior, scaled to unit variance; all in float32."""
         with torch.autocast(images.device.type, enabled=False):  # under bf16 some 3 % of the codes would differ
-            features = self.tokenizer.reconstruct(self.codes(images))
+            features = self.tokenizer.reconstruct_features(self.codes(images))
         return Encoded(features, vae_latents(self.vae, images))
 
     def fingerprint(self) -> Any:
@@ -93,12 +93,12 @@ class EncodedSet:
         pixels: UInt8[Tensor, "n 3 h w"],
         index: Int64[Tensor, " n"],
         parts: FrozenParts,
-        mirrored: bool = True,
+        flipped: bool = True,
         folder: Path | None = None,
         batch_size: int = 128,
         report: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.sides = 2 if mirrored else 1
+        self.sides = 2 if flipped else 1
         self.position = torch.full((int(index.max()) + 1,), -1, dtype=torch.int64)
         self.position[index] = torch.arange(len(index))
         path = None
@@ -116,14 +116,14 @@ class EncodedSet:
                 path.with_suffix(".partial").replace(path)  # a run that is stopped here leaves no half file
         self.features, self.latents = stored["features"], stored["latents"]
 
-    def __call__(self, index: Int64[Tensor, " batch"], mirrored: Tensor, device: torch.device | str) -> Encoded:
+    def __call__(self, index: Int64[Tensor, " batch"], flipped: Tensor, device: torch.device | str) -> Encoded:
         """Rows of these pictures, or of their mirror images where `mirrored` (bool [batch]) says so; float32."""
         rows = self.position[index.cpu()]
-        if self.sides == 1 and bool(mirrored.any()):
+        if self.sides == 1 and bool(flipped.any()):
             raise ValueError("mirror images were not encoded before training")
         if bool((rows < 0).any()):
             raise ValueError(f"pictures {index[rows < 0].tolist()} were not encoded before training")
-        rows = self.sides * rows + mirrored.cpu().long()
+        rows = self.sides * rows + flipped.cpu().long()
         return Encoded(self.features[rows].float().to(device), self.latents[rows].float().to(device))
 
     def _encode(self, pixels: Tensor, parts: FrozenParts, batch_size: int, report: Any) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def step_generator(seed: int, step: int, rank: int, device: torch.device | str) 
     return torch.Generator(device=device).manual_seed(int(mixed >> np.uint64(1)))
 
 
-def logged_picture(module: L.LightningModule, name: str, image: Image.Image) -> Path | None:
+def log_image(module: L.LightningModule, name: str, image: Image.Image) -> Path | None:
     """Save a picture under the run's log directory and hand it to a TensorBoard logger where there is one."""
     path = _log_directory(module.trainer) / "pictures" / f"{name}-{module.global_step:07d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,8 +41,8 @@ def logged_picture(module: L.LightningModule, name: str, image: Image.Image) -> 
     return path
 
 
-def logged_text(module: L.LightningModule, name: str, text: str) -> Path:
-    """Save a text of Markdown, as logged_picture does a picture, under `texts`."""
+def log_text(module: L.LightningModule, name: str, text: str) -> Path:
+    """Save a text of Markdown, as log_image does a picture, under `texts`."""
     path = _log_directory(module.trainer) / "texts" / f"{name}-{module.global_step:07d}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

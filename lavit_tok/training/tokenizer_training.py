@@ -4,7 +4,7 @@
 
 The authors report that starting with quantisation stalls; so a run has three stretches:
 
-    step 0 ........ settle_at ............ quantize_at ............................ max_steps
+    step 0 ........ stop_sampling_step ............ quantize_at ............................ max_steps
     A  sampled keep decisions   A' decisions settled    B  quantised: k-means rows over many batches, then EMA;
        (straight-through),         (no sampling, budget     z is blended into its row over blend_steps
        no quantisation             calibrated to rho)
@@ -25,14 +25,14 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_tok.codes import Layout
+from lavit_tok.codes import RaggedLayout
 from lavit_tok.config import TokenizerConfig
-from lavit_tok.encode.image_processor import normalise
+from lavit_tok.encode.image_processor import normalize
 from lavit_tok.encode.quantizer import TrainingCodebook, Usage, spherical_kmeans, usage
 from lavit_tok.encode.selector import dithered, keep_by_budget, keep_scores, straight_through
 from lavit_tok.encode.vision_encoder import VisionEncoder
 from lavit_tok.tokenizer import VisualTokenizer
-from lavit_tok.training.logging import Recent, logged_picture, step_generator, warmup_cosine
+from lavit_tok.training.logging import Recent, log_image, step_generator, warmup_cosine
 from lavit_tok.visualize import kept_overlay, sheet
 
 
@@ -47,26 +47,26 @@ class TokenizerTraining(L.LightningModule):
         ratio_weight: weight of (rho - mean keep)^2.
         hold_ratio: shift the scores of each batch so that rho is kept while decisions are sampled; the loss above then
             has little to do. False as published, where the loss alone holds the ratio.
-        centred_weight: weight of a second cosine loss, with the running mean feature subtracted from both sides; 0 as
+        centered_weight: weight of a second cosine loss, with the running mean feature subtracted from both sides; 0 as
             published. Plain cosine alone leaves the length of a reconstructed feature free.
         temperature: of the Gumbel-softmax decision.
         lr: peak learning rate before quantisation.
         quantized_lr: peak learning rate after the switch.
-        min_lr_share: the cosine of each stretch ends at this share of its peak.
+        min_lr_ratio: the cosine of each stretch ends at this share of its peak.
         warmup_steps: linear warm-up at the start and again at the switch.
         weight_decay: AdamW's, on matrices only.
-        settle_at: step at which decisions stop being sampled and the keep ratio is calibrated to rho.
+        stop_sampling_step: step at which decisions stop being sampled and the keep ratio is calibrated to rho.
         quantize_at: step at which the codebook is initialised and quantisation begins.
-        selector_after: whether the selector goes on learning after settle_at.
-        budget_share: share of the batches after settle_at that are trained at a random budget, so users may set one.
+        selector_after: whether the selector goes on learning after stop_sampling_step.
+        random_budget_ratio: share of the batches after stop_sampling_step that are trained at a random budget, so users may set one.
         kmeans_samples: how many of the latest vectors before the switch k-means sees.
         kmeans_iterations: its iterations.
         blend_steps: steps over which z is replaced by its codebook row.
         commitment_weight: pull of z towards its row.
         decay: EMA decay of the codebook.
-        dead_share: rows used less than this share of the mean are replaced.
+        dead_ratio: rows used less than this share of the mean are replaced.
         gradient: how gradients pass the rounding.
-        picture_every: a picture of kept patches every so many steps; 0 for none.
+        log_images_every: a picture of kept patches every so many steps; 0 for none.
         seed: seed of every random draw here.
     """
 
@@ -78,32 +78,34 @@ class TokenizerTraining(L.LightningModule):
         rho: float = 1 / 3,
         ratio_weight: float = 2.0,
         hold_ratio: bool = False,
-        centred_weight: float = 0.0,
+        centered_weight: float = 0.0,
         temperature: float = 1.0,
         lr: float = 1e-3,
         quantized_lr: float = 5e-4,
-        min_lr_share: float = 0.1,
+        min_lr_ratio: float = 0.1,
         warmup_steps: int = 100,
         weight_decay: float = 0.01,
-        settle_at: int = 1000,
+        stop_sampling_step: int = 1000,
         quantize_at: int = 1200,
         selector_after: Literal["frozen", "live"] = "frozen",
-        budget_share: float = 0.25,
+        random_budget_ratio: float = 0.25,
         kmeans_samples: int = 65536,
         kmeans_iterations: int = 20,
         blend_steps: int = 200,
         commitment_weight: float = 0.25,
         decay: float = 0.99,
-        dead_share: float = 0.05,
+        dead_ratio: float = 0.05,
         gradient: Literal["straight_through", "rotation"] = "straight_through",
-        picture_every: int = 500,
+        log_images_every: int = 500,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 < rho < 1:
             raise ValueError(f"rho: expected a share between 0 and 1, got {rho}")
-        if not 0 <= settle_at <= quantize_at:
-            raise ValueError(f"settle_at: expected 0 <= settle_at <= quantize_at, got {settle_at} and {quantize_at}")
+        if not 0 <= stop_sampling_step <= quantize_at:
+            raise ValueError(
+                f"stop_sampling_step: expected 0 <= stop_sampling_step <= quantize_at, got {stop_sampling_step} and {quantize_at}"
+            )
         self.save_hyperparameters(ignore=["config"])
         self.settings: Any = self.hparams
         config = config or TokenizerConfig()
@@ -126,7 +128,7 @@ class TokenizerTraining(L.LightningModule):
     def configure_model(self) -> None:
         if self.codebook is None:
             s = self.settings
-            self.codebook = TrainingCodebook(self.tokenizer.quantizer.codebook, s.decay, s.dead_share, s.gradient)
+            self.codebook = TrainingCodebook(self.tokenizer.quantizer.codebook, s.decay, s.dead_ratio, s.gradient)
 
     def configure_optimizers(self) -> Any:
         s = self.settings
@@ -140,8 +142,8 @@ class TokenizerTraining(L.LightningModule):
 
         def factor(step: int) -> float:
             if step < s.quantize_at:
-                return warmup_cosine(step, min(s.quantize_at, total), s.warmup_steps, s.min_lr_share)
-            share = warmup_cosine(step - s.quantize_at, total - s.quantize_at, s.warmup_steps, s.min_lr_share)
+                return warmup_cosine(step, min(s.quantize_at, total), s.warmup_steps, s.min_lr_ratio)
+            share = warmup_cosine(step - s.quantize_at, total - s.quantize_at, s.warmup_steps, s.min_lr_ratio)
             return share * s.quantized_lr / s.lr
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -158,11 +160,11 @@ class TokenizerTraining(L.LightningModule):
 
     def on_fit_start(self) -> None:
         assert self.codebook is not None
-        self.codebook.expect_rows(self._rows_per_step())
+        self.codebook.set_vectors_per_step(self._rows_per_step())
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         s, step = self.settings, self.global_step
-        if int(self.stage) == 0 and step >= s.settle_at:
+        if int(self.stage) == 0 and step >= s.stop_sampling_step:
             self.recent_scores.seen.zero_()  # scores of a selector that still moved
             self.stage.fill_(1)
         if int(self.stage) == 1 and step >= s.quantize_at:
@@ -188,7 +190,7 @@ class TokenizerTraining(L.LightningModule):
             ratio_loss = (s.rho - policy.mean()).square()
         else:
             budget = None
-            if torch.rand((), generator=generator, device=self.device) < s.budget_share:
+            if torch.rand((), generator=generator, device=self.device) < s.random_budget_ratio:
                 budget = 0.08 + 0.72 * float(torch.rand((), generator=generator, device=self.device))
             keep = keep_by_budget(keep_scores(log_probs) + self._calibrate(), budget)
             reconstructed, codes, commitment = self._ragged(features, keep)
@@ -197,14 +199,19 @@ class TokenizerTraining(L.LightningModule):
             mean = features.mean((0, 1))
             self.mean_feature.lerp_(mean, 1.0 if self.global_step == 0 else 0.02)
         plain, centred = self.cosines(features, reconstructed)
-        loss = (1 - plain) + s.centred_weight * (1 - centred) + s.ratio_weight * ratio_loss
+        loss = (1 - plain) + s.centered_weight * (1 - centred) + s.ratio_weight * ratio_loss
         loss = loss + s.commitment_weight * commitment
-        values = {"loss": loss, "feature_loss": 1 - plain, "centred_cosine": centred, "keep_ratio": keep.float().mean()}
+        values = {
+            "loss": loss,
+            "feature_loss": 1 - plain,
+            "centered_cosine": centred,
+            "keep_ratio": keep.float().mean(),
+        }
         if codes is not None:
             self._log_usage("train", usage(codes, self.tokenizer.config.codebook_size))
             values["commitment"] = commitment
         self.log_dict({f"train/{k}": v for k, v in values.items()}, prog_bar=True)
-        if s.picture_every and self.global_step % s.picture_every == 0:
+        if s.log_images_every and self.global_step % s.log_images_every == 0:
             self._picture(batch["images"], keep)
         return loss
 
@@ -215,7 +222,7 @@ class TokenizerTraining(L.LightningModule):
         keep = tok.select(tok.score(features))
         reconstructed, codes, _ = self._ragged(features, keep)
         plain, centred = self.cosines(features, reconstructed)
-        values = {"cosine": plain, "centred_cosine": centred, "keep_ratio": keep.float().mean()}
+        values = {"cosine": plain, "centered_cosine": centred, "keep_ratio": keep.float().mean()}
         self.log_dict({f"val/{k}": v for k, v in values.items()}, batch_size=len(keep), sync_dist=True)
         if codes is not None:
             self.validation_codes.append(codes)
@@ -233,7 +240,7 @@ class TokenizerTraining(L.LightningModule):
 
     def features(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches width"]:
         c = self.tokenizer.config
-        return self.tokenizer.features(normalise(images, c.image_mean, c.image_std).to(self.tokenizer.dtype)).float()
+        return self.tokenizer.features(normalize(images, c.image_mean, c.image_std).to(self.tokenizer.dtype)).float()
 
     def cosines(self, x: Float[Tensor, "b n d"], y: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor]:
         """Mean cosine over patches, plain and with the running mean feature subtracted from both."""
@@ -254,7 +261,7 @@ class TokenizerTraining(L.LightningModule):
         self, features: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"]
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The way of encode(): only kept rows are computed."""
-        layout = Layout.of(keep)
+        layout = RaggedLayout.of(keep)
         vectors, codes, commitment = self._quantize(self.tokenizer.project(self.tokenizer.merge(features, keep)))
         return self.tokenizer.reconstructor.ragged(vectors, layout), codes, commitment
 
@@ -294,7 +301,7 @@ class TokenizerTraining(L.LightningModule):
         size = self.tokenizer.config.codebook_size
         rows, counts = spherical_kmeans(self.recent_z.latest(), size, self.settings.kmeans_iterations, generator)
         rows, counts = self.trainer.strategy.broadcast((rows, counts))
-        self.codebook.load_rows(rows, counts * self._rows_per_step() / counts.sum())
+        self.codebook.load_embeddings(rows, counts * self._rows_per_step() / counts.sum())
 
     def _rows_per_step(self) -> float:
         batch_size = getattr(self.trainer.datamodule, "batch_size", 1)
@@ -303,7 +310,7 @@ class TokenizerTraining(L.LightningModule):
     def export(self, directory: str | Path) -> None:
         """The trained tokenizer, with the learned rows, as VisualTokenizer.from_pretrained reads it."""
         assert self.codebook is not None
-        self.tokenizer.quantizer.codebook.rows.copy_(self.codebook.rows)
+        self.tokenizer.quantizer.codebook.embeddings.copy_(self.codebook.embeddings)
         self.tokenizer.save_pretrained(directory)
 
     def _log_usage(self, part: str, used: Usage) -> None:
@@ -313,4 +320,4 @@ class TokenizerTraining(L.LightningModule):
         if self.trainer.is_global_zero:
             side = self.tokenizer.config.image_size // self.tokenizer.config.patch_size
             shown = [kept_overlay(images[i], keep[i], (side, side)) for i in range(min(16, len(images)))]
-            logged_picture(self, "kept_patches", sheet([shown[:8], shown[8:]]))
+            log_image(self, "kept_patches", sheet([shown[:8], shown[8:]]))

@@ -76,15 +76,15 @@ def flatness(image: Image.Image) -> float:
 
 
 def make_record(image: Image.Image, task: Task, key: str, digest: bytes, lossy: bool) -> Record:
-    """The finished row of one picture; `content` identifies its pixels."""
+    """The finished row of one square; `content` identifies its pixels."""
     buffer = io.BytesIO()
     if lossy:
         image.save(buffer, "JPEG", quality=92)
     else:
         image.save(buffer, "PNG")
     content = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-    picture = {"bytes": buffer.getvalue(), "path": None}
-    return {"image": picture, "caption": task.caption, "source": task.source, "key": key,
+    square = {"bytes": buffer.getvalue(), "path": None}
+    return {"image": square, "caption": task.caption, "source": task.source, "key": key,
             "licence": task.licence, "split": split_of(digest), "content": content}  # fmt: skip
 
 
@@ -114,8 +114,7 @@ def process(task: Task) -> tuple[list[Record], list[dict[str, str]]]:
 
 def write_split(records: list[Record], split: str, out: Path) -> None:
     """Write one split as parquet shards that know their image column."""
-    from datasets import Dataset, Features, Value, disable_progress_bars
-    from datasets import Image as ImageFeature
+    from datasets import Dataset, Features, ImageFeature, Value, disable_progress_bars
 
     disable_progress_bars()
     columns = ("caption", "source", "key", "licence")
@@ -133,8 +132,8 @@ def build(raw: Path, out: Path, workers: int = 2) -> dict[str, Any]:
     rejects: list[dict[str, str]] = []
     found: list[Record] = []
     for task, digest, pixels in fashion_pictures(raw):
-        picture = Image.fromarray(pixels).convert("RGB")
-        found.append(make_record(picture, task, task.key, digest, lossy=False))
+        image = Image.fromarray(pixels).convert("RGB")
+        found.append(make_record(image, task, task.key, digest, lossy=False))
     tasks = file_tasks(raw)
     with ProcessPoolExecutor(workers) if workers else contextlib.nullcontext() as pool:
         results = pool.map(process, tasks, chunksize=4) if pool else map(process, tasks)

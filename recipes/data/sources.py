@@ -89,14 +89,14 @@ def fashion_pictures(raw: Path, count: int = FASHION_COUNT) -> Iterator[tuple[Ta
             continue
         pixels = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=16)
         labels = gzip.decompress((raw / FASHION / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
-        for index, picture in enumerate(pixels.reshape(-1, 28, 28)):
-            digest = hashlib.sha256(picture.tobytes()).digest()
+        for index, image in enumerate(pixels.reshape(-1, 28, 28)):
+            digest = hashlib.sha256(image.tobytes()).digest()
             key = f"{path.relative_to(raw).as_posix()}#{index}"
-            found.append((digest, key, labels[index], picture))
+            found.append((digest, key, labels[index], image))
     found.sort(key=lambda item: item[:2])
-    for digest, key, label, picture in found[:count]:
+    for digest, key, label, image in found[:count]:
         caption = f"a photo of {FASHION_LABELS[label]}"
-        yield Task(raw, key, "fashion-mnist", caption, "MIT"), digest, picture
+        yield Task(raw, key, "fashion-mnist", caption, "MIT"), digest, image
 
 
 def file_tasks(raw: Path) -> list[Task]:

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from build import ROWS_PER_SHARD
-from datasets import Dataset, Image, load_dataset
-from PIL import Image as Picture
+from datasets import Dataset, load_dataset
+from PIL import Image
 
 KEPT_LEAST = 0.6
 """Share of the area that a cut keeps at least."""
 
 
-def cut(image: Picture.Image, seed: str) -> Picture.Image:
+def cut(image: Image.Image, seed: str) -> Image.Image:
     """A part with the picture's own proportions, its place and size drawn from `seed`."""
     draw = random.Random(int.from_bytes(hashlib.sha256(seed.encode()).digest(), "big"))
     side = draw.uniform(KEPT_LEAST, 1.0) ** 0.5
@@ -38,7 +38,7 @@ def cut(image: Picture.Image, seed: str) -> Picture.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def encoded(image: Picture.Image, like: str) -> bytes:
+def encoded(image: Image.Image, like: str) -> bytes:
     """In the file format of the picture it was cut from."""
     buffer = io.BytesIO()
     image.save(buffer, like, **({"quality": 92} if like == "JPEG" else {}))
@@ -49,11 +49,11 @@ def views(rows: Any, count: int) -> Iterator[dict[str, Any]]:
     """Every row, followed by its cuts."""
     for row in rows:
         yield row
-        with Picture.open(io.BytesIO(row["image"]["bytes"])) as image:
+        with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
             for number in range(1, count + 1):
                 key = f"{row['key']}@{number}"
-                picture = {"bytes": encoded(cut(image, key), image.format or "PNG"), "path": None}
-                yield {**row, "image": picture, "key": key}
+                opened = {"bytes": encoded(cut(image, key), image.format or "PNG"), "path": None}
+                yield {**row, "image": opened, "key": key}
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers.lm_parts import lexicon_and_model
+from helpers.lm_parts import processor_and_model
 from helpers.small_lms import TEXTS, small_tokenizer
 from helpers.small_sets import captioned, crop
 from PIL import Image as Picture
@@ -44,8 +44,8 @@ def model(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) ->
     """A random language model's directory; its visual tokenizer and a decoder lie beside it."""
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     tiny_decoder.save_pretrained(tmp_path / "decoder")
-    lexicon, lm = lexicon_and_model("llama")
-    save_model(tmp_path / "lm", lm, lexicon, LaVIT(), str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    processor, lm = processor_and_model("llama")
+    save_model(tmp_path / "lm", lm, processor, LaVIT(), str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
     return tmp_path / "lm"
 
 
@@ -146,7 +146,7 @@ def refused(scripts: Any, script: ModuleType, capsys: Any, out: Path, *words: ob
     ],
 )
 def test_vqa_answers_are_normalised(scripts: Any, answer: str, form: str):
-    assert scripts("vqa_accuracy").normalise(answer) == form
+    assert scripts("vqa_accuracy").normalize(answer) == form
 
 
 def test_vqa_accuracy_by_hand(scripts: Any):
@@ -301,13 +301,13 @@ def test_official_question_files(scripts: Any, coco: Path):
     found = script.read_questions(coco / "questions.json", coco / "annotations.json", coco / "val2014")
     assert found.ids[:2] == [420, 530] and found.questions[1] == "what is 1?" and found.answers[2] == ten(2)
     assert found.types[3] == "number" and found.id_name == "question_id"
-    assert found.pictures[0].name == "COCO_val2014_000000000042.jpg"
+    assert found.images[0].name == "COCO_val2014_000000000042.jpg"
     vizwiz = script.read_questions(coco / "vizwiz.json", None, coco / "val2014")
     assert vizwiz.ids[0] == "COCO_val2014_000000000042.jpg" and vizwiz.answers == found.answers
     assert vizwiz.id_name == "image" and vizwiz.questions == found.questions
     shutil.copy(coco / "val2014" / "COCO_val2014_000000000042.jpg", coco / "000000000042.jpg")
     newer = script.read_questions(coco / "questions.json", None, coco)
-    assert newer.pictures[0].name == "000000000042.jpg" and newer.answers[0] == []
+    assert newer.images[0].name == "000000000042.jpg" and newer.answers[0] == []
     with pytest.raises(ValueError, match="expected VQAv2's questions"):
         script.read_questions(coco / "captions_val2014.json", None, coco)
     with pytest.raises(ValueError, match="expected VQAv2's answers"):
@@ -623,7 +623,7 @@ def test_text_to_image_runs(
         with Picture.open(file) as kept:
             assert np.abs(np.array(kept, int) - np.array(image, int)).max() <= 1, "rounding of another batch"
             assert kept.text["caption"] == caption  # type: ignore[attr-defined]
-    crops = [Picture.open(captions.pictures[p]).convert("RGB") for p in places]
+    crops = [Picture.open(captions.images[p]).convert("RGB") for p in places]
     square = [c.resize((40, 32), Picture.Resampling.BICUBIC).crop((4, 0, 36, 32)) for c in crops]  # 150x120
     kept = [Picture.open(file).resize((32, 32), Picture.Resampling.BICUBIC) for file in files]
 

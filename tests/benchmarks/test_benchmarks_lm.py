@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.lm_parts import lexicon_and_model
+from helpers.lm_parts import processor_and_model
 from helpers.lm_runs import SMALL
 from helpers.small_lms import TEXTS, small_lm, small_tokenizer
 from helpers.small_sets import captioned
@@ -48,8 +48,8 @@ def folder(
 @pytest.fixture
 def model(folder: Path, tiny_tokenizer: VisualTokenizer) -> Path:
     """A random language model's directory."""
-    lexicon, lm = lexicon_and_model("llama")
-    save_model(folder / "lm", lm, lexicon, LaVIT(), str(folder / "visual"), tiny_tokenizer.fingerprint())
+    processor, lm = processor_and_model("llama")
+    save_model(folder / "lm", lm, processor, LaVIT(), str(folder / "visual"), tiny_tokenizer.fingerprint())
     return folder / "lm"
 
 
@@ -104,9 +104,9 @@ def test_packing_runs_on_shards(scripts: Any, folder: Path, tmp_path: Path, caps
     assert (fill["rows"], fill["too_long"]) == (PICTURES, 0)
     assert fill["fill"] == pytest.approx(fill["used"] / (64 * fill["blocks"]))
     # a row is <s>, <|img|> codes <|/img|>, words (unless they were dropped as a prompt) and </s>
-    visual, lexicon = VisualTokenizer.from_pretrained(folder / "visual"), lexicon_and_model("llama")[0]
+    visual, processor = VisualTokenizer.from_pretrained(folder / "visual"), processor_and_model("llama")[0]
     pictures = scripts("picture_sets").load_pictures(str(folder / "pictures"), 32, "train", crop=visual.config.crop)
-    codes, said = visual.encode(pictures.pixels).lengths, [len(lexicon.text(c)) for c in pictures.captions]
+    codes, said = visual.encode(pictures.pixels).lengths, [len(processor.text(c)) for c in pictures.captions]
     without = int(codes.sum()) + 4 * PICTURES
     assert without < fill["used"] <= without + sum(said)
     assert found["loss"]["difference"] <= script.LOSS
@@ -200,12 +200,12 @@ def test_generate_speed_runs(scripts: Any, folder: Path, model: Path, tmp_path: 
     assert (tmp_path / "out" / "generate_speed.png").exists() and not list((tmp_path / "out").glob(".*"))
     lm = MultimodalLM.from_pretrained(model, decoder=None)
     greedy = script.arguments().parse_args(["--codes", "5", "--top-k", "1"])
-    rows, free = [lm.prompts.painting(text) for text in TEXTS], lm.prompts.row([], "image")
+    rows, free = [lm.prompts.for_image(text) for text in TEXTS], lm.prompts.row([], "image")
     for guidance in (1.0, 3.0):  # the bare loop goes on from the same rows, under the same formula
         said = script.bare(lm, TEXTS, guidance, greedy)()
         given, other = (logits_after(lm, some) for some in (rows, [free] * len(TEXTS)))
         logits = other + guidance * (given - other)
-        logits[:, lm.lexicon.stop] = -torch.inf  # of the very first id no model may make an end
+        logits[:, lm.processor.stop] = -torch.inf  # of the very first id no model may make an end
         assert said.shape == (len(TEXTS), 5) and said[:, 0].tolist() == logits.argmax(1).tolist()
     assert script.equal_share([[1, 2], [3, 4]], [[1, 2], [3, 5]]) == 0.75
     words = ["--model", folder / "lm.json", "--tokenizer", folder / "visual", "--codes"]
@@ -313,17 +313,17 @@ def described(scorer: Path, pictures: list[Picture.Image]) -> torch.Tensor:
     teacher = Teacher(image_size=16, patch_size=8, hidden_size=16, layers=1, heads=2, intermediate_size=32)
     teacher.vision = CLIPVisionModel.from_pretrained(scorer)
     teacher.caption_projection.load_state_dict(load_file(scorer / "caption_projection.safetensors"))
-    from lavit_tok.encode.image_processor import normalise
+    from lavit_tok.encode.image_processor import normalize
 
     small = [picture.resize((16, 16), Picture.Resampling.BICUBIC) for picture in pictures]
     pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in small])
-    return teacher.eval().describe(teacher.norm(teacher.features(normalise(pixels))))
+    return teacher.eval().describe(teacher.norm(teacher.features(normalize(pixels))))
 
 
 @torch.no_grad()
 def check_bits(found: dict[str, Any], lm: MultimodalLM, codes: VisualCodes, captions: list[str]) -> None:
     """Against one plain forward of the LM for each picture, and numpy's entropy."""
-    listed, v = codes.to_list(), lm.lexicon.vocabulary
+    listed, v = codes.to_list(), lm.processor.vocabulary
     count = sum(map(len, listed))
     assert (found["images"], found["codes"]) == (len(captions), count)
     shares = np.bincount(np.concatenate(listed)) / count
@@ -332,7 +332,7 @@ def check_bits(found: dict[str, Any], lm: MultimodalLM, codes: VisualCodes, capt
     for name, prompts in (("given the caption", captions), ("without it", [""] * len(captions))):
         total, ends = 0.0, 0.0
         for row, prompt in zip(listed, prompts, strict=True):
-            before = [*lm.lexicon.start, *lm.lexicon.text(prompt), v.begin]
+            before = [*lm.processor.start, *lm.processor.text(prompt), v.begin]
             ids = [*before, *(v.first + code for code in row), v.end]
             log_p = lm.model.causal(torch.tensor([ids])).logits[0].double().log_softmax(-1)
             nats = [-float(log_p[i - 1, ids[i]]) for i in range(len(before), len(ids))]

@@ -109,7 +109,7 @@ def test_training_beside_the_bare_modules(
 def test_the_bare_step_trains_what_lightning_trains(scripts: Any, tiny_tokenizer: VisualTokenizer) -> None:
     """All but the selector, whose gradient only the sampled policy has; the encoder stays as it is."""
     script = scripts("train_speed")
-    images = script.pictures(32, 4, 1)[0]["images"]
+    images = script.images(32, 4, 1)[0]["images"]
     for stretch in script.STRETCHES:
         bare = script.Bare(tiny_tokenizer, stretch, "cpu", 1.0)
         before = {n: p.clone() for n, p in bare.tokenizer.named_parameters()}

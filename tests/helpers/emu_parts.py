@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import torch
 
-from helpers.lm_parts import lexicon_and_model
+from helpers.lm_parts import processor_and_model
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.emu import Emu
-from lavit_lm.sequences.segments import Image
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.sequences.segments import ImageSegment
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer
 
 N = 3
 EMU = Emu("given", queries=N, depth=2, heads=2)
 
 
-def picture(seed: int) -> Image:
+def image(seed: int) -> ImageSegment:
     """Noise of one colour: pictures that a tiny encoder tells apart."""
     generator = torch.Generator().manual_seed(seed)
     ground = torch.randint(256, (3, 1, 1), generator=generator)
     noise = torch.randint(-60, 60, (3, 32, 32), generator=generator)
-    return Image(picture=(ground + noise).clamp(0, 255).to(torch.uint8))
+    return ImageSegment(image=(ground + noise).clamp(0, 255).to(torch.uint8))
 
 
-def built(visual: VisualTokenizer, family: str = "llama", objective: Emu = EMU) -> tuple[Lexicon, SequenceModel]:
-    lexicon, plain = lexicon_and_model(family)
+def built(
+    visual: VisualTokenizer, family: str = "llama", objective: Emu = EMU
+) -> tuple[MultimodalProcessor, SequenceModel]:
+    processor, plain = processor_and_model(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = SequenceModel(plain.lm, *objective.parts(visual, plain.lm.config.get_text_config().hidden_size))
-    return lexicon, model.eval()
+    return processor, model.eval()

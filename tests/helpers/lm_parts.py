@@ -6,37 +6,37 @@ import torch
 
 from helpers.small_lms import small_lm, small_tokenizer
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.sequences.segments import Image, Role, Row, RowBuilder, Segment, Text
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.sequences.segments import ImageSegment, Role, Segment, SequenceBuilder, TextSegment, TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
 CODES = 16
 
 
-def lexicon_and_model(
+def processor_and_model(
     family: str = "llama", kernel: str = "sdpa", tied: bool = False, seed: int = 0
-) -> tuple[Lexicon, SequenceModel]:
+) -> tuple[MultimodalProcessor, SequenceModel]:
     tokenizer = small_tokenizer(family)
     lm = small_lm(family, len(tokenizer), tied, seed)
     VisualVocabulary.extend(tokenizer, lm, CODES, torch.Generator().manual_seed(seed))
     lm.set_attn_implementation(kernel)
-    return Lexicon.of(tokenizer), SequenceModel(lm).eval()
+    return MultimodalProcessor.of(tokenizer), SequenceModel(lm).eval()
 
 
-def image(seed: int, length: int | None = None, **more: object) -> Image:
+def image(seed: int, length: int | None = None, **more: object) -> ImageSegment:
     generator = torch.Generator().manual_seed(seed)
     length = int(torch.randint(1, 9, (), generator=generator)) if length is None else length
-    return Image(torch.randint(CODES, (length,), generator=generator), **more)  # type: ignore[arg-type]
+    return ImageSegment(torch.randint(CODES, (length,), generator=generator), **more)  # type: ignore[arg-type]
 
 
 def pairs(count: int) -> list[list[Segment]]:
     words = ["a red apple", "two dogs run along the beach", "an apple and a table in the old town", "rain"]
-    return [[image(i), Text(words[i % len(words)])] for i in range(count)]
+    return [[image(i), TextSegment(words[i % len(words)])] for i in range(count)]
 
 
-def plain_row(ids: list[int], prefix: int = 0, key: str = "") -> Row:
+def plain_sequence(ids: list[int], prefix: int = 0, key: str = "") -> TokenSequence:
     """Text ids, all but the first predicted, the first `prefix` of them seen by all."""
-    builder = RowBuilder()
+    builder = SequenceBuilder()
     for i, one in enumerate(ids):
         builder.add([one], Role.TEXT, predict=True, prefix=i < prefix)
     return builder.row(key)

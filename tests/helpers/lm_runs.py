@@ -106,12 +106,12 @@ def train_together(folder: Path, strategy: str, stop: int | None, settings: dict
         "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
         "fsdp, one file": lambda: ModelParallelStrategy(world, 1, save_distributed_checkpoint=False),
     }
-    callbacks = [seen, saving(folder), LogSamples(every=2, pictures=2, decoder=None, max_tokens=4)]
+    callbacks = [seen, saving(folder), LogSamples(every=2, images=2, decoder=None, max_tokens=4)]
     fitted = trainer(folder, 4, callbacks, devices=world, strategy=kinds[strategy](), **TOGETHER)
-    pictures = str(folder / "pictures") if settings.get("continuous") else None
+    images = str(folder / "pictures") if settings.get("continuous") else None
     ckpt = None if stop is not None else "last"
     try:
-        fitted.fit(module(folder, **settings), data(folder, batch_size=1, pictures=pictures), ckpt_path=ckpt)
+        fitted.fit(module(folder, **settings), data(folder, batch_size=1, images=images), ckpt_path=ckpt)
     except RuntimeError as error:
         if str(error) != "power cut":
             raise

@@ -85,12 +85,12 @@ def _named(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def stage_one(folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any) -> Any:
-    """A TokenizerStage on the visual tokenizer in folder/visual, by default for the pixel decoder in folder/decoder."""
-    from lavit_lm.training.vlgpt_tokenizer import TokenizerStage
+    """A VLGPTTokenizerTraining on the visual tokenizer in folder/visual, by default for the pixel decoder in folder/decoder."""
+    from lavit_lm.training.vlgpt_tokenizer import VLGPTTokenizerTraining
 
     conditions = conditions or {"kind": "pixel_decoder", "decoder": str(folder / "decoder")}
     sizes = {"queries": 4, "depth": 2, "heads": 2}
-    return TokenizerStage(width, str(folder / "visual"), conditions, **{**sizes, **more})
+    return VLGPTTokenizerTraining(width, str(folder / "visual"), conditions, **{**sizes, **more})
 
 
 def stage_one_directory(folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any) -> str:

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lm_parts import CODES, lexicon_and_model
-from PIL import Image as Picture
+from helpers.lm_parts import CODES, processor_and_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavit_lm import MultimodalLM
 from lavit_lm.checkpoints.native import save_model
 from lavit_lm.cli import main
-from lavit_lm.generation.sampling import Rule, Sampling, continue_rows
+from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generate_ids
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.vision.continuous import ContinuousBridge
 from lavit_tok import CodeError, VisualCodes, VisualTokenizer, WeightsError
@@ -28,16 +28,16 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture
 def lm(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any) -> MultimodalLM:
-    lexicon, model = lexicon_and_model("llama")
+    processor, model = processor_and_model("llama")
     tiny_decoder.set_progress_bar_config(disable=True)
-    return MultimodalLM(model, lexicon, tiny_tokenizer, tiny_decoder)
+    return MultimodalLM(model, processor, tiny_tokenizer, tiny_decoder)
 
 
 @pytest.fixture
 def directory(lm: MultimodalLM, tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> Path:
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     save_model(
-        tmp_path / "lm", lm.model, lm.lexicon, lm.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint()
+        tmp_path / "lm", lm.model, lm.processor, lm.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint()
     )
     return tmp_path / "lm"
 
@@ -47,23 +47,23 @@ def test_text_to_pictures(lm: MultimodalLM):
     assert len(codes) == 3 and codes.codebook_size == CODES and int(codes.lengths.max()) <= 9
     again = lm.generate_codes("a red apple", 3, generator=generator(), max_codes=9)
     assert again.to_list() == codes.to_list() != lm.generate_codes("a red apple", 3, generator=generator(1)).to_list()
-    pictures = lm.generate_images("a red apple", 2, generator=generator(), num_inference_steps=2)
-    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    images = lm.generate_images("a red apple", 2, generator=generator(), num_inference_steps=2)
+    assert [image.size for image in images] == [(16, 16)] * 2
     exact = lm.generate_codes("a red apple", 1, generator=generator(), min_codes=5, max_codes=5)
     assert exact.lengths.tolist() == [5]
 
 
 def test_prompts_of_text_and_pictures(lm: MultimodalLM, photos: list[Path]):
-    shown = Picture.open(photos[0])
+    shown = Image.open(photos[0])
     mixed = lm.generate_codes(["a red apple", shown, "in the rain"], generator=generator())
     assert len(mixed) == 1
     row = lm.prompts.row(["a red apple", shown, "in the rain"], "image")
-    v = lm.lexicon.vocabulary
+    v = lm.processor.vocabulary
     seen = lm.visual.encode(shown)
-    words = [lm.lexicon.text("a red apple"), lm.lexicon.text("in the rain")]
+    words = [lm.processor.text("a red apple"), lm.processor.text("in the rain")]
     image = [v.begin, *v.to_ids(seen[0]).tolist(), v.end]
-    assert row.ids.tolist() == [*lm.lexicon.start, *words[0], *image, *words[1], v.begin]
-    assert lm.prompts.row([seen], "text").ids.tolist() == [*lm.lexicon.start, *image], "codes stand for their picture"
+    assert row.ids.tolist() == [*lm.processor.start, *words[0], *image, *words[1], v.begin]
+    assert lm.prompts.row([seen], "text").ids.tolist() == [*lm.processor.start, *image], "codes stand for their picture"
     batch = lm.generate_codes_batch(["a red apple", "rain"], generator=[generator(4), generator(5)])
     assert batch[1].tolist() == lm.generate_codes_batch(["rain"], generator=[generator(5)])[0].tolist()
 
@@ -83,29 +83,27 @@ def test_a_caption_is_never_empty(lm: MultimodalLM, photos: list[Path], monkeypa
 
     def ends(states: torch.Tensor) -> torch.Tensor:
         logits = head(states)
-        logits[..., lm.lexicon.stop] += 1e3
+        logits[..., lm.processor.stop] += 1e3
         return logits
 
     monkeypatch.setattr(lm.model, "head", ends)
     row = lm.prompts.row([photos[0]], "text")
-    assert len(continue_rows(lm.model, lm.lexicon, [row], Rule("text", 1, 5), Sampling(0.0))[0]) == 2
+    assert len(generate_ids(lm.model, lm.processor, [row], GenerationConstraint("text", 1, 5), Sampling(0.0))[0]) == 2
     assert len(lm.generate_text_batch([[photos[0]]], 5)) == 1 and len(lm.generate_text_batch([[photos[0]]], 5)[0]) > 0
 
 
 def test_interleaved_out(lm: MultimodalLM, photos: list[Path]):
     kinds = set()
-    lm.model.causal.get_output_embeddings().weight.data[lm.lexicon.vocabulary.begin] *= 3  # likelier to draw
+    lm.model.causal.get_output_embeddings().weight.data[lm.processor.vocabulary.begin] *= 3  # likelier to draw
     for seed in range(12):
-        said = lm.complete(
-            ["a red apple", photos[0]], 20, 2, generator=generator(seed), pictures=False, temperature=4.0
-        )
+        said = lm.complete(["a red apple", photos[0]], 20, 2, generator=generator(seed), images=False, temperature=4.0)
         kinds |= {type(part) for part in said}
         assert sum(isinstance(part, VisualCodes) for part in said) <= 2
     assert kinds == {str, VisualCodes}
     drawn = [
         part for part in lm.complete("a", 30, 1, generator=generator(3), temperature=4.0) if not isinstance(part, str)
     ]
-    assert all(isinstance(part, Picture.Image) for part in drawn)
+    assert all(isinstance(part, Image.Image) for part in drawn)
 
 
 def test_ranking_is_the_likelihood(lm: MultimodalLM, photos: list[Path]):
@@ -113,12 +111,12 @@ def test_ranking_is_the_likelihood(lm: MultimodalLM, photos: list[Path]):
     found = lm.rank([photos[0]], texts)
     start = lm.prompts.row([photos[0]], "text").ids.tolist()
     for text, nats in zip(texts, found.tolist(), strict=True):
-        ids = [*start, *lm.lexicon.text(text), lm.lexicon.stop]
+        ids = [*start, *lm.processor.text(text), lm.processor.stop]
         with torch.no_grad():
             log_p = lm.model.causal(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         assert abs(nats - sum(float(log_p[i - 1, ids[i]]) for i in range(len(start), len(ids)))) < 1e-3
-    pictures = lm.rank("a red apple", photos[:3], per_token=True)
-    assert pictures.shape == (3,) and len(set(pictures.tolist())) == 3
+    images = lm.rank("a red apple", photos[:3], per_token=True)
+    assert images.shape == (3,) and len(set(images.tolist())) == 3
 
 
 def test_saved_and_loaded(lm: MultimodalLM, directory: Path, photos: list[Path]):
@@ -129,16 +127,16 @@ def test_saved_and_loaded(lm: MultimodalLM, directory: Path, photos: list[Path])
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     ids = torch.tensor([lm.prompts.row("rain", "text").ids.tolist()])
     assert torch.equal(plain(ids).logits.argmax(-1), lm.model.causal(ids).logits.argmax(-1))
-    assert len(tokenizer) == len(lm.lexicon.tokenizer)
+    assert len(tokenizer) == len(lm.processor.tokenizer)
     with pytest.raises(ValueError, match="no pixel decoder"):
         loaded.generate_images("rain")
     save_model(
-        directory, loaded.model, loaded.lexicon, loaded.objective, "elsewhere", "0" * 16
+        directory, loaded.model, loaded.processor, loaded.objective, "elsewhere", "0" * 16
     )  # an older model is replaced
     assert json.loads((directory / "lavit_lm.json").read_text())["visual_tokenizer"] == "elsewhere"
     (directory / "lavit_lm.json").unlink()
     with pytest.raises(WeightsError, match="an older model to replace"):
-        save_model(directory, loaded.model, loaded.lexicon, loaded.objective, "elsewhere", "0" * 16)
+        save_model(directory, loaded.model, loaded.processor, loaded.objective, "elsewhere", "0" * 16)
 
 
 def test_saved_in_half_precision(lm: MultimodalLM, directory: Path, tmp_path: Path):
@@ -152,16 +150,16 @@ def test_saved_in_half_precision(lm: MultimodalLM, directory: Path, tmp_path: Pa
 
 
 def test_reading_pictures_as_vectors(tiny_tokenizer: VisualTokenizer, tmp_path: Path, photos: list[Path]):
-    lexicon, model = lexicon_and_model("llama")
+    processor, model = processor_and_model("llama")
     model.bridge = ContinuousBridge(tiny_tokenizer, 16)
     assert not [n for n in model.state_dict() if "encoder" in n], "the visual tokenizer is no part of the model"
-    vectors = MultimodalLM(model, lexicon, tiny_tokenizer, objective=LaVIT(continuous=True))
+    vectors = MultimodalLM(model, processor, tiny_tokenizer, objective=LaVIT(continuous=True))
     row = vectors.prompts.row([photos[0], "a"], "text")
     codes = tiny_tokenizer.encode(str(photos[0]))
-    assert row.fed.sum() == len(codes[0]) and torch.equal(row.kept, codes.keep)
+    assert row.is_embedding.sum() == len(codes[0]) and torch.equal(row.keep, codes.keep)
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     save_model(
-        tmp_path / "lm", model, lexicon, vectors.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint()
+        tmp_path / "lm", model, processor, vectors.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint()
     )
     loaded = MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
     assert loaded.caption(str(photos[0]), 8) == vectors.caption(str(photos[0]), 8)

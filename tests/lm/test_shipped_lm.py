@@ -52,10 +52,8 @@ def test_pictures_and_words_of_photographs(lm: MultimodalLM):
     photos = photographs()
     said = lm.caption(list(photos))
     assert all(said) and len(set(said)) > 2
-    (picture,) = lm.generate_images(
-        "a photo of a bag", generator=torch.Generator().manual_seed(0), num_inference_steps=2
-    )
-    assert picture.size == (64, 64)
+    (image,) = lm.generate_images("a photo of a bag", generator=torch.Generator().manual_seed(0), num_inference_steps=2)
+    assert image.size == (64, 64)
     assert lm.complete([photos[0], " is"], max_tokens=5, max_images=0)
 
 

@@ -157,9 +157,9 @@ def test_views_are_cuts_of_training_pictures_only(tmp_path: Path, monkeypatch: p
         rows = []
         for number in range(3):
             Image.fromarray(pixels).save(tmp_path / "one.png")
-            picture = {"bytes": (tmp_path / "one.png").read_bytes(), "path": None}
+            image = {"bytes": (tmp_path / "one.png").read_bytes(), "path": None}
             row = {
-                "image": picture,
+                "image": image,
                 "caption": f"caption {number}",
                 "source": "s",
                 "key": f"k{number}",

@@ -32,7 +32,7 @@ def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> li
     ]
     words += ["--model.encoder=null", f"--model.config.encoder={json.dumps(encoder)}"]
     words += [f"--model.config.{name}={value}" for name, value in CONFIG.items()]
-    steps = {"settle_at": 0, "quantize_at": 1, "warmup_steps": 1, "blend_steps": 1, "kmeans_samples": 64}
+    steps = {"stop_sampling_step": 0, "quantize_at": 1, "warmup_steps": 1, "blend_steps": 1, "kmeans_samples": 64}
     return [*words, *(f"--model.{k}={v}" for k, v in steps.items()), f"--model.out={root / 'tokenizer'}"]
 
 
@@ -46,7 +46,12 @@ def test_tokenizer_recipe_trains(recipe: Path, tmp_path: Path, tiny_config: Any)
     for word in ("command:", "hardware:", "time:", "expected:"):
         assert word in header
     settings = yaml.safe_load(recipe.read_text())
-    assert 0 < settings["model"]["settle_at"] < settings["model"]["quantize_at"] < settings["trainer"]["max_steps"]
+    assert (
+        0
+        < settings["model"]["stop_sampling_step"]
+        < settings["model"]["quantize_at"]
+        < settings["trainer"]["max_steps"]
+    )
     rng = np.random.default_rng(0)
     (tmp_path / "data" / "train").mkdir(parents=True)
     for i in range(24):

@@ -24,7 +24,7 @@ def recipes(monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = []
     for i in range(24):
@@ -43,7 +43,7 @@ def run(module, monkeypatch, *arguments: str) -> None:
     module.main()
 
 
-def test_the_teacher_recipe_leaves_a_plain_clip_vision_model(recipes, pictures, monkeypatch, tmp_path):
+def test_the_teacher_recipe_leaves_a_plain_clip_vision_model(recipes, images, monkeypatch, tmp_path):
     import sentences
     import teacher
     from safetensors.torch import load_file
@@ -51,13 +51,13 @@ def test_the_teacher_recipe_leaves_a_plain_clip_vision_model(recipes, pictures, 
 
     monkeypatch.setattr(sentences, "embed", lambda texts: torch.nn.functional.normalize(torch.randn(len(texts), 384)))
     out = tmp_path / "teacher"
-    run(teacher, monkeypatch, "--out", str(out), "--data.data", pictures, "--model.layers", "2")
+    run(teacher, monkeypatch, "--out", str(out), "--data.data", images, "--model.layers", "2")
     model = CLIPVisionModel.from_pretrained(out)
     assert model.config.num_hidden_layers == 2
     assert model(pixel_values=torch.zeros(1, 3, 64, 64)).last_hidden_state.shape == (1, 65, 192)
     assert load_file(out / "caption_projection.safetensors")["weight"].shape == (384, 192)
     assert (out / "numbers.json").exists()
-    run(teacher, monkeypatch, "--out", str(out), "--data.data", pictures, "--model.layers", "2", "--ckpt_path", "last")
+    run(teacher, monkeypatch, "--out", str(out), "--data.data", images, "--model.layers", "2", "--ckpt_path", "last")
 
 
 def test_teacher_losses_ignore_duplicates_and_hide_about_the_asked_share(recipes):
@@ -79,13 +79,13 @@ def test_teacher_losses_ignore_duplicates_and_hide_about_the_asked_share(recipes
 
 
 def test_the_autoencoder_recipe_leaves_a_plain_autoencoder_with_its_scaling_factor(
-    recipes, pictures, monkeypatch, tmp_path
+    recipes, images, monkeypatch, tmp_path
 ):
     import vae
     from diffusers import AutoencoderKL
 
     out = tmp_path / "vae"
-    run(vae, monkeypatch, "--out", str(out), "--data.data", pictures, "--model.channels", "[8,8,8]")
+    run(vae, monkeypatch, "--out", str(out), "--data.data", images, "--model.channels", "[8,8,8]")
     model = AutoencoderKL.from_pretrained(out)
     assert model.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 4, 16, 16)
     assert model.config.scaling_factor != 0.18215

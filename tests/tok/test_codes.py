@@ -1,4 +1,4 @@
-"""Layout and VisualCodes: how ragged batches lie, what they refuse."""
+"""RaggedLayout and VisualCodes: how ragged batches lie, what they refuse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lavit_tok import CodeError, VisualCodes
-from lavit_tok.codes import Layout
+from lavit_tok.codes import RaggedLayout
 
 
 def test_the_drawing():
@@ -37,7 +37,7 @@ def test_the_drawing():
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [0, 3, 0], [1, 1, 1], [2, 0, 5, 1]])
 def test_pad_and_unpad_are_inverse(lengths: list[int]):
-    layout = Layout(torch.tensor(lengths, dtype=torch.int64))
+    layout = RaggedLayout(torch.tensor(lengths, dtype=torch.int64))
     for rest in ((), (3,), (2, 2)):
         rows = torch.arange(sum(lengths) * int(torch.tensor(rest).prod())).view(sum(lengths), *rest).float() + 1
         padded = layout.pad(rows)
@@ -49,16 +49,16 @@ def test_pad_and_unpad_are_inverse(lengths: list[int]):
 
 
 def test_spread_repeats_rows_where_pad_would_fill():
-    """The picture of Layout.spread.
+    """The picture of RaggedLayout.spread.
 
     With lengths 3 and 1 the rows a b c d become  a b c
                                                   d d d
     """
     rows = torch.tensor([1, 2, 3, 4])
-    assert Layout(torch.tensor([3, 1])).spread(rows).tolist() == [[1, 2, 3], [4, 4, 4]]
-    assert Layout(torch.tensor([2, 2])).full and not Layout(torch.tensor([3, 1])).full
+    assert RaggedLayout(torch.tensor([3, 1])).spread(rows).tolist() == [[1, 2, 3], [4, 4, 4]]
+    assert RaggedLayout(torch.tensor([2, 2])).full and not RaggedLayout(torch.tensor([3, 1])).full
     for lengths in ([], [0], [0, 0], [2, 2], [0, 3, 0], [3, 0, 1], [1, 0, 0, 4]):
-        layout = Layout(torch.tensor(lengths, dtype=torch.int64))
+        layout = RaggedLayout(torch.tensor(lengths, dtype=torch.int64))
         rows = torch.arange(2 * sum(lengths)).view(-1, 2) + 1
         spread = layout.spread(rows)
         assert spread.shape == (len(lengths), max(lengths, default=0), 2)
@@ -85,8 +85,8 @@ def test_random_batches_round_trip():
 
 def test_layout_of_a_mask():
     mask = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
-    assert Layout.of(mask).lengths.tolist() == [2, 0, 3]
-    assert Layout.of(mask[:0]).width == 0
+    assert RaggedLayout.of(mask).lengths.tolist() == [2, 0, 3]
+    assert RaggedLayout.of(mask[:0]).width == 0
 
 
 def test_take_and_cat_carry_the_masks():

@@ -43,7 +43,7 @@ def test_a_flat_picture_needs_fewer_codes(tokenizer: VisualTokenizer, codes: Vis
 def test_codes_tell_the_features(tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
     """Reconstructed features fit their own picture better than any other, patch by patch on average."""
     features = tokenizer.features(tokenizer.preprocess(photographs()))
-    drawn = tokenizer.reconstruct(codes)
+    drawn = tokenizer.reconstruct_features(codes)
     centre = features.mean((0, 1))
     similar = F.cosine_similarity((drawn - centre)[:, None], (features - centre)[None], dim=-1).mean(-1)
     assert torch.equal(similar.argmax(1), torch.arange(len(codes)))

@@ -39,9 +39,9 @@ def crops(photos: list[Path], count: int = 12) -> list[Image.Image]:
 @pytest.mark.parametrize("attention", ["strict", "compat"])
 def test_codes_equal_the_loop_over_images(tiny_tokenizer: VisualTokenizer, photos: list[Path], attention: Any):
     tiny_tokenizer.merger.formula = attention
-    pictures = crops(photos, 6)
-    codes = tiny_tokenizer.encode(pictures)
-    assert codes.to_list() == [reference.encode(tiny_tokenizer, picture) for picture in pictures]
+    images = crops(photos, 6)
+    codes = tiny_tokenizer.encode(images)
+    assert codes.to_list() == [reference.encode(tiny_tokenizer, image) for image in images]
     assert len(set(codes.lengths.tolist())) > 1 and int(codes.lengths.min()) >= 1
 
 
@@ -68,15 +68,15 @@ def _again(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_alone_or_together_in_any_order(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
-    pictures = crops(photos)
-    alone = [tiny_tokenizer.encode(picture).to_list()[0] for picture in pictures]
-    features = [tiny_tokenizer.reconstruct(VisualCodes.from_list([row])) for row in alone]
+    images = crops(photos)
+    alone = [tiny_tokenizer.encode(image).to_list()[0] for image in images]
+    features = [tiny_tokenizer.reconstruct_features(VisualCodes.from_list([row])) for row in alone]
     chance = random.Random(1)
     for _ in range(6):
-        order = chance.sample(range(len(pictures)), chance.randrange(1, len(pictures)))
-        codes = tiny_tokenizer.encode([pictures[i] for i in order])
+        order = chance.sample(range(len(images)), chance.randrange(1, len(images)))
+        codes = tiny_tokenizer.encode([images[i] for i in order])
         assert codes.to_list() == [alone[i] for i in order]
-        together = tiny_tokenizer.reconstruct(codes)
+        together = tiny_tokenizer.reconstruct_features(codes)
         for place, i in enumerate(order):
             torch.testing.assert_close(together[place], features[i][0], rtol=0, atol=1e-5)
 
@@ -105,9 +105,9 @@ def test_budgets(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
 
 def test_inputs_of_every_kind_give_the_same_codes(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     expected = tiny_tokenizer.encode(photos[0]).to_list()
-    picture = Image.open(photos[0]).convert("RGB")
-    array = np.asarray(picture)
-    for same in (str(photos[0]), photos[0].read_bytes(), picture, array, torch.from_numpy(array.copy()), [photos[0]]):
+    image = Image.open(photos[0]).convert("RGB")
+    array = np.asarray(image)
+    for same in (str(photos[0]), photos[0].read_bytes(), image, array, torch.from_numpy(array.copy()), [photos[0]]):
         assert tiny_tokenizer.encode(same).to_list() == expected
     small = to_uint8(photos, 32)
     for batch in (small, list(small), small.numpy(), small.permute(0, 2, 3, 1).numpy()):
@@ -157,8 +157,8 @@ def test_features_with_nan_are_refused_by_every_room(tiny_tokenizer: VisualToken
 
 def test_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer):
     good = VisualCodes.from_list([[0, 15], [3]])
-    assert tiny_tokenizer.reconstruct(good).shape == (2, 16, 32)
-    assert torch.equal(tiny_tokenizer.lookup(good), tiny_tokenizer.quantizer.codebook.rows[[0, 15, 3]])
+    assert tiny_tokenizer.reconstruct_features(good).shape == (2, 16, 32)
+    assert torch.equal(tiny_tokenizer.lookup(good), tiny_tokenizer.quantizer.codebook.embeddings[[0, 15, 3]])
     for codes, said in (
         (VisualCodes.from_list([[16]]), r"0\.\.15, got 16\.\.16"),
         (VisualCodes.from_list([[3]], 32), "a codebook of 32 rows, this one has 16"),
@@ -167,15 +167,15 @@ def test_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer):
         (VisualCodes.from_list([[1], [2] * 17]), r"lengths 1\.\.17"),
     ):
         with pytest.raises(CodeError, match=said):
-            tiny_tokenizer.reconstruct(codes)
+            tiny_tokenizer.reconstruct_features(codes)
 
 
 def test_reconstruct_equals_the_slow_version(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     codes = tiny_tokenizer.encode(photos)
-    output = tiny_tokenizer.reconstruct(codes)
+    output = tiny_tokenizer.reconstruct_features(codes)
     assert output.shape == (4, 16, 32) and not output.requires_grad
     for one, own in zip(output, codes, strict=True):
-        vectors = tiny_tokenizer.quantizer.codebook.rows[own]
+        vectors = tiny_tokenizer.quantizer.codebook.embeddings[own]
         slow = reference.reconstruct(tiny_tokenizer.reconstructor, vectors)
         torch.testing.assert_close(one.double(), slow, rtol=0, atol=2e-5)
 
@@ -187,7 +187,7 @@ def test_save_and_load(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_
     loaded = VisualTokenizer.from_pretrained(tmp_path)
     assert loaded.config == tiny_tokenizer.config and not loaded.training
     assert loaded.encode(photos).to_list() == expected.to_list()
-    assert torch.equal(loaded.reconstruct(expected), tiny_tokenizer.reconstruct(expected))
+    assert torch.equal(loaded.reconstruct_features(expected), tiny_tokenizer.reconstruct_features(expected))
     state = loaded.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in tiny_tokenizer.state_dict().items())
     assert VisualTokenizer.from_pretrained(str(tmp_path)).encode(photos).to_list() == expected.to_list()
@@ -226,7 +226,7 @@ def test_bfloat16_keeps_decisions_in_float32(tiny_tokenizer: VisualTokenizer, ph
     codes = tiny_tokenizer.encode(photos)
     assert codes.to_list() == tiny_tokenizer.encode(photos).to_list() and int(codes.lengths.min()) >= 1
     assert tiny_tokenizer.preprocess(photos).dtype == torch.bfloat16
-    assert tiny_tokenizer.reconstruct(codes).dtype == torch.bfloat16
+    assert tiny_tokenizer.reconstruct_features(codes).dtype == torch.bfloat16
     tiny_tokenizer.float().save_pretrained(tmp_path)
     loaded = VisualTokenizer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.encode(photos).to_list() == codes.to_list()
@@ -236,7 +236,7 @@ def test_bfloat16_keeps_decisions_in_float32(tiny_tokenizer: VisualTokenizer, ph
 def test_autocast_around_it(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         codes = tiny_tokenizer.encode(photos)
-        assert tiny_tokenizer.reconstruct(codes).isfinite().all()
+        assert tiny_tokenizer.reconstruct_features(codes).isfinite().all()
     assert codes.keep is not None
 
 
@@ -250,7 +250,7 @@ def test_frozen_encoder_and_gradients(tiny_tokenizer: VisualTokenizer, photos: l
     (z.square().mean() + z[:, 0].mean() + log_probs.mean()).backward()
     silent = {n.split(".")[0] for n, p in t.named_parameters() if p.grad is None}
     assert silent == {"encoder", "reconstructor"}
-    assert not t.quantizer.codebook.rows.requires_grad
+    assert not t.quantizer.codebook.embeddings.requires_grad
 
 
 def test_copies_are_independent(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
@@ -267,7 +267,7 @@ def test_other_settings_work_end_to_end(tiny_config: TokenizerConfig, photos: li
         config = dataclasses.replace(tiny_config, **change)  # type: ignore[arg-type]
         tokenizer = VisualTokenizer(config)
         codes = tokenizer.encode(photos, budget=5)
-        assert codes.lengths.tolist() == [5] * 4 and tokenizer.reconstruct(codes).isfinite().all()
+        assert codes.lengths.tolist() == [5] * 4 and tokenizer.reconstruct_features(codes).isfinite().all()
 
 
 def test_sharing_on_the_hub():
@@ -282,5 +282,5 @@ def test_fingerprint_names_the_codebook(tiny_tokenizer: VisualTokenizer, tmp_pat
     assert len(first) == 16 and int(first, 16) >= 0
     tiny_tokenizer.save_pretrained(tmp_path, dtype=torch.float16)
     assert VisualTokenizer.from_pretrained(tmp_path).fingerprint() == first
-    tiny_tokenizer.quantizer.codebook.rows[0, 0] += 0.01
+    tiny_tokenizer.quantizer.codebook.embeddings[0, 0] += 0.01
     assert tiny_tokenizer.fingerprint() != first

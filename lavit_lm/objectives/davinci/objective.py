@@ -34,13 +34,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lavit_lm.models.losses import Seen, Sum, cross_entropy, with_pictures
-from lavit_lm.objectives.base import Objective, Parts, Wording
-from lavit_lm.objectives.davinci.patch_bridge import LATER, GridBridge, with_codes_below
-from lavit_lm.objectives.davinci.prefix_sequences import PrefixRows, codes_of, whole, words_alone
+from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy, has_images
+from lavit_lm.objectives.base import Objective, ObjectiveModules, PromptTemplates
+from lavit_lm.objectives.davinci.patch_bridge import LATER, PatchBridge, with_codes_below
+from lavit_lm.objectives.davinci.prefix_sequences import PrefixSequences, codes_of, whole, words_alone
 from lavit_lm.sequences.packing import Packed
-from lavit_lm.sequences.segments import Image, Role, Row, RowBuilder, Segment, Text
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.sequences.segments import ImageSegment, Role, Segment, SequenceBuilder, TextSegment, TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DaVinci(Objective):
 
     Args:
         text_weight, image_weight, plain_weight: of the three losses, each a mean over its own targets; 1 as published.
-        text_share, image_share, plain_share: how often a pair is laid out for each; plain texts are always "plain".
+        text_ratio, image_ratio, plain_ratio: how often a pair is laid out for each; plain texts are always "plain".
             The paper uses each pair for the first two, and as many texts for the third.
         image_prefix: draw r from 0 .. rows - 2 as the paper has it; False paints whole pictures only (r = 0), which is
             the public code's default.
@@ -66,13 +66,13 @@ class DaVinci(Objective):
     """
 
     name: ClassVar[str] = "davinci"
-    opens_images: ClassVar[bool] = False
+    emits_image_start: ClassVar[bool] = False
     text_weight: float = 1.0
     image_weight: float = 1.0
     plain_weight: float = 1.0
-    text_share: float = 1.0
-    image_share: float = 1.0
-    plain_share: float = 0.0
+    text_ratio: float = 1.0
+    image_ratio: float = 1.0
+    plain_ratio: float = 0.0
     image_prefix: bool = True
     prompt_drop: float = 0.1
     caption_words: int = 30
@@ -86,30 +86,32 @@ class DaVinci(Objective):
         for setting, value in self.settings().items():
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"{setting}: expected 0 or more, got {value}")
-        if self.text_share + self.image_share + self.plain_share == 0:
+        if self.text_ratio + self.image_ratio + self.plain_ratio == 0:
             raise ValueError("expected a share above 0 of at least one of the three tasks: no pair would be laid out")
         if not 0 <= self.prompt_drop <= 1:
             raise ValueError(f"prompt_drop: expected a probability, got {self.prompt_drop}")
 
     @property
-    def reads_pictures(self) -> bool:
+    def needs_pixels(self) -> bool:
         return True
 
     @property
-    def wording(self) -> Wording:  # type: ignore[override]
-        return Wording(caption=self.caption_prompt, answer="{}")
+    def prompt_templates(self) -> PromptTemplates:  # type: ignore[override]
+        return PromptTemplates(caption=self.caption_prompt, answer="{}")
 
     def lengths(self, patches: int) -> tuple[int, int]:
         """A code for every patch."""
         return patches, patches
 
-    def parts(self, visual: Any, width: int) -> Parts:
+    def parts(self, visual: Any, width: int) -> ObjectiveModules:
         """A vector for each patch."""
-        return Parts(GridBridge(visual, width, self.train_encoder))
+        return ObjectiveModules(PatchBridge(visual, width, self.train_encoder))
 
     # Rows
 
-    def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
+    def layout(
+        self, sample: Sequence[Segment], processor: MultimodalProcessor, generator: torch.Generator, key: str = ""
+    ) -> TokenSequence:
         """One row of a picture, a text, or a pair; a picture without a caption is painted from nothing.
 
         What is predicted is the suffix: the segments' `learn` is not asked.
@@ -118,16 +120,16 @@ class DaVinci(Objective):
             ValueError: another sample, or a picture without a code for each of its patches.
         """
         task, k, r, drop = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        images = [segment for segment in sample if isinstance(segment, Image)]
-        texts = [segment for segment in sample if isinstance(segment, Text)]
+        images = [segment for segment in sample if isinstance(segment, ImageSegment)]
+        texts = [segment for segment in sample if isinstance(segment, TextSegment)]
         if not sample or len(images) > 1 or len(texts) > 1:
             raise ValueError(f"sample {key!r}: expected a picture, a text, or one of each, got {len(sample)} segments")
         shares = (
-            [self.text_share, self.image_share, self.plain_share] if images and texts else [0, len(images), len(texts)]
+            [self.text_ratio, self.image_ratio, self.plain_ratio] if images and texts else [0, len(images), len(texts)]
         )
         ends = list(accumulate(shares))
         chosen = ("text", "image", "plain")[bisect(ends[:-1], task * ends[-1])]
-        rows = self._rows(lexicon)
+        rows = self._rows(processor)
         words = rows.words(texts[0]) if texts else []
         words = words[: self.caption_words] if images else words
         if chosen == "image":
@@ -136,48 +138,52 @@ class DaVinci(Objective):
             side = isqrt(len(codes))
             above = int(r * (side - 1)) * side if self.image_prefix else 0
             upper = [replace(image, codes=None, keep=torch.arange(len(codes)) < above)] if above else []
-            row = rows.read([*upper, Text(" ".join(words if drop >= self.prompt_drop else []))])
-            return rows.paint(row, [LATER] * (len(codes) - above) if above else lexicon.codes(codes)).row(key)
+            row = rows.read([*upper, TextSegment(" ".join(words if drop >= self.prompt_drop else []))])
+            return rows.paint(row, [LATER] * (len(codes) - above) if above else processor.codes(codes)).row(key)
         k = min(int(k * len(words)), self.caption_prefix if chosen == "text" else self.text_prefix)
         shown = [whole(images[0], key)] if chosen == "text" else []
-        row = rows.read([*shown, Text(" ".join(words[:k]))]).text(rows.start)
-        return rows.say(row, words[k:]).row(key)
+        row = rows.read([*shown, TextSegment(" ".join(words[:k]))]).text(rows.start)
+        return rows.append_ids(row, words[k:]).row(key)
 
-    def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
+    def prompt(
+        self, segments: Sequence[Segment], processor: MultimodalProcessor, opens: Literal["text", "image"]
+    ) -> TokenSequence:
         """All of the prompt is prefix, but for the words that captions begin with."""
         if opens == "text":
-            return self._opened(segments, lexicon).row()
-        rows = self._rows(lexicon)
+            return self._opened(segments, processor).row()
+        rows = self._rows(processor)
         return rows.paint(rows.read(words_alone(segments)), []).row()
 
-    def scored(self, context: Sequence[Segment], answer: Segment, lexicon: Lexicon) -> Row:
+    def scoring_sequence(
+        self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
+    ) -> TokenSequence:
         """The answer after the start of a suffix, a text with its end: the paper ranks answers to questions so."""
-        rows = self._rows(lexicon)
-        if isinstance(answer, Image):
-            return rows.paint(rows.read(words_alone(context)), lexicon.codes(codes_of(answer))).row()
-        return rows.say(self._opened(context, lexicon), rows.words(answer)).row()
+        rows = self._rows(processor)
+        if isinstance(answer, ImageSegment):
+            return rows.paint(rows.read(words_alone(context)), processor.codes(codes_of(answer))).row()
+        return rows.append_ids(self._opened(context, processor), rows.words(answer)).row()
 
-    def _opened(self, segments: Sequence[Segment], lexicon: Lexicon) -> RowBuilder:
+    def _opened(self, segments: Sequence[Segment], processor: MultimodalProcessor) -> SequenceBuilder:
         """Prefix and start of a text, for a picture with the words that its captions begin with."""
-        rows = self._rows(lexicon)
-        given = [whole(segment) if isinstance(segment, Image) else segment for segment in segments]
-        opening = Text(self.caption_prompt)
+        rows = self._rows(processor)
+        given = [whole(segment) if isinstance(segment, ImageSegment) else segment for segment in segments]
+        opening = TextSegment(self.caption_prompt)
         begun = bool(opening.text) and given[-1:] == [opening]
         row = rows.read(given[:-1] if begun else given).text(rows.start)
         return row.text(rows.ids(rows.words(opening))) if begun else row
 
-    def _rows(self, lexicon: Lexicon) -> PrefixRows:
-        return PrefixRows(lexicon, self.lower_case)
+    def _rows(self, processor: MultimodalProcessor) -> PrefixSequences:
+        return PrefixSequences(processor, self.lower_case)
 
-    def finished(self, batch: Packed, visual: Any, lexicon: Lexicon) -> Packed:
+    def on_device(self, batch: Packed, visual: Any, processor: MultimodalProcessor) -> Packed:
         """With the codes of lower rows, encoded together and on the batch's device."""
-        return with_codes_below(batch, visual, lexicon)
+        return with_codes_below(batch, visual, processor)
 
     # Losses
 
-    def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
+    def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
         """{"text", "image", "plain"}: words of a row with a picture, codes, words of a row without one."""
-        plain = batch.predict & (batch.roles == Role.TEXT) & ~with_pictures(batch)
+        plain = batch.predict & (batch.roles == Role.TEXT) & ~has_images(batch)
         sums = cross_entropy(seen, replace(batch, predict=batch.predict & ~plain))
         return {**sums, "plain": cross_entropy(seen, replace(batch, predict=plain))["text"]}
 

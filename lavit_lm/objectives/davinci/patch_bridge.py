@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from lavit_lm.sequences.packing import Packed
 from lavit_lm.vision.trained_encoder import EncoderReader
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer
 
 LATER = -1
 """An id that with_codes_below will tell; no embedding has such a row, so that it cannot be forgotten."""
 
 
-class GridBridge(EncoderReader):
+class PatchBridge(EncoderReader):
     """Pictures -> a vector of the language model's width for each patch of their upper rows.
 
         pictures [k 3 s s], blank below -> encoder -> norm, linear, + learned positions -> [m width]
@@ -52,22 +52,22 @@ class GridBridge(EncoderReader):
         self.projection = nn.Linear(c.width, width)
         self.positions = nn.Parameter(torch.randn(c.num_patches, width) * 0.02)
 
-    def forward(self, pictures: UInt8[Tensor, "k 3 h w"], kept: Bool[Tensor, "k patches"]) -> Float[Tensor, "m width"]:
+    def forward(self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]) -> Float[Tensor, "m width"]:
         """A vector for each kept patch, raster order, pictures one after another; other patches are not looked at.
 
         Raises:
             ValueError: pictures of another size than the tokenizer's.
         """
-        side, pixels = isqrt(kept.shape[1]), self.pixels(pictures)
+        side, pixels = isqrt(keep.shape[1]), self.pixels(images)
         patch = pixels.shape[-1] // side
-        pixels = pixels * repeat(kept, "k (r c) -> k 1 (r p) (c q)", r=side, p=patch, q=patch)
+        pixels = pixels * repeat(keep, "k (r c) -> k 1 (r p) (c q)", r=side, p=patch, q=patch)
         features = self.encoded(pixels, self.positions.dtype)
-        return (self.projection(self.norm(features)) + self.positions)[kept]
+        return (self.projection(self.norm(features)) + self.positions)[keep]
 
 
 @torch.no_grad()
 def codes_below(
-    tokenizer: VisualTokenizer, pictures: UInt8[Tensor, "k 3 h w"], kept: Bool[Tensor, "k patches"]
+    tokenizer: VisualTokenizer, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]
 ) -> Int64[Tensor, " total"]:
     """Codes of every patch below the kept rows, raster order, pictures one after another.
 
@@ -77,23 +77,23 @@ def codes_below(
     Raises:
         ValueError: kept patches that are not the whole upper rows of a picture.
     """
-    patches, side = kept.shape[1], isqrt(kept.shape[1])
-    counts = kept.sum(1)
-    upper = torch.arange(patches, device=kept.device) < counts[:, None]
-    if bool((counts % side != 0).any()) or not torch.equal(upper, kept):
+    patches, side = keep.shape[1], isqrt(keep.shape[1])
+    counts = keep.sum(1)
+    upper = torch.arange(patches, device=keep.device) < counts[:, None]
+    if bool((counts % side != 0).any()) or not torch.equal(upper, keep):
         raise ValueError(f"expected whole upper rows of {side} patches, got masks of {counts.tolist()} patches")
-    pixels = tokenizer.preprocess(pictures)
+    pixels = tokenizer.preprocess(images)
     moved, height = torch.zeros_like(pixels), pixels.shape[2]
     for i, start in enumerate((counts // side * (height // side)).tolist()):
         moved[i, :, : height - start] = pixels[i, :, start:]
     codes = tokenizer.encode_pixels(moved, budget=patches).padded()
-    return codes[torch.arange(patches, device=kept.device) < (patches - counts)[:, None]]
+    return codes[torch.arange(patches, device=keep.device) < (patches - counts)[:, None]]
 
 
-def with_codes_below(batch: Packed, visual: VisualTokenizer, lexicon: Lexicon) -> Packed:
+def with_codes_below(batch: Packed, visual: VisualTokenizer, processor: MultimodalProcessor) -> Packed:
     """The batch with codes in the places of LATER, of all its pictures together, made on its device."""
-    cut = ~batch.kept.all(1)
+    cut = ~batch.keep.all(1)
     if not bool(cut.any()):
         return batch
-    codes = codes_below(visual.to(batch.ids.device), batch.pictures[cut], batch.kept[cut])
-    return replace(batch, ids=batch.ids.masked_scatter(batch.ids == LATER, lexicon.vocabulary.to_ids(codes)))
+    codes = codes_below(visual.to(batch.ids.device), batch.images[cut], batch.keep[cut])
+    return replace(batch, ids=batch.ids.masked_scatter(batch.ids == LATER, processor.vocabulary.to_ids(codes)))

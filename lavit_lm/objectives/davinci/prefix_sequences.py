@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from jaxtyping import Int64
 from torch import Tensor
 
-from lavit_lm.objectives.base import require_picture
-from lavit_lm.sequences.segments import Flags, Image, Role, RowBuilder, Segment, Text
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.objectives.base import require_pixels
+from lavit_lm.sequences.segments import Flags, ImageSegment, Role, Segment, SequenceBuilder, TextSegment
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
 @dataclass(frozen=True)
-class PrefixRows:
+class PrefixSequences:
     """Writes rows.
 
     Args:
@@ -25,60 +25,60 @@ class PrefixRows:
         lower_case: whether words are lower-cased.
     """
 
-    lexicon: Lexicon
+    processor: MultimodalProcessor
     lower_case: bool
 
     @property
     def start(self) -> list[int]:
         """What a prefix and a text begin with."""
-        return self.lexicon.start or [self.lexicon.stop]
+        return self.processor.start or [self.processor.stop]
 
-    def words(self, text: Text) -> list[str]:
+    def words(self, text: TextSegment) -> list[str]:
         return (text.text.lower() if self.lower_case else text.text).split()
 
     def ids(self, words: Sequence[str]) -> list[int]:
-        return self.lexicon.text(" ".join(words))
+        return self.processor.text(" ".join(words))
 
-    def read(self, segments: Sequence[Segment]) -> RowBuilder:
+    def read(self, segments: Sequence[Segment]) -> SequenceBuilder:
         """The prefix; it begins with a token, so that none is empty."""
-        lexicon, seen = self.lexicon, Flags(prefix=True)
-        edges = lexicon.vocabulary.begin, lexicon.vocabulary.end
-        builder = RowBuilder().text(self.start, **seen)
+        processor, seen = self.processor, Flags(prefix=True)
+        edges = processor.vocabulary.begin, processor.vocabulary.end
+        builder = SequenceBuilder().text(self.start, **seen)
         for segment in segments:
-            if isinstance(segment, Text):
+            if isinstance(segment, TextSegment):
                 builder.text(self.ids(self.words(segment)), **seen)
             else:
                 assert segment.keep is not None
-                fed = replace(segment, codes=None)
-                builder.image(edges, [lexicon.pad] * int(segment.keep.sum()), seen, seen, seen, fed)
+                is_embedding = replace(segment, codes=None)
+                builder.image(edges, [processor.pad] * int(segment.keep.sum()), seen, seen, seen, is_embedding)
         return builder
 
-    def say(self, row: RowBuilder, words: Sequence[str]) -> RowBuilder:
+    def append_ids(self, row: SequenceBuilder, words: Sequence[str]) -> SequenceBuilder:
         """Words said after the prefix and a start, to the end."""
-        return row.text([*self.ids(words), self.lexicon.stop], predict=True)
+        return row.text([*self.ids(words), self.processor.stop], predict=True)
 
-    def paint(self, row: RowBuilder, ids: Sequence[int]) -> RowBuilder:
+    def paint(self, row: SequenceBuilder, ids: Sequence[int]) -> SequenceBuilder:
         """Codes said after the prefix and the opening of a picture."""
-        return row.add([self.lexicon.vocabulary.begin], Role.BEGIN).add(ids, Role.VISUAL, predict=True)
+        return row.add([self.processor.vocabulary.begin], Role.BEGIN).add(ids, Role.VISUAL, predict=True)
 
 
 def words_alone(segments: Sequence[Segment]) -> Sequence[Segment]:
     """The segments, if none is a picture. Raises ValueError."""
-    if any(isinstance(segment, Image) for segment in segments):
+    if any(isinstance(segment, ImageSegment) for segment in segments):
         raise ValueError("davinci paints from words alone, and a picture is in what comes before: give words")
     return segments
 
 
-def codes_of(image: Image) -> Int64[Tensor, " n"]:
+def codes_of(image: ImageSegment) -> Int64[Tensor, " n"]:
     """Raises ValueError for an image without codes."""
     if image.codes is None:
-        raise ValueError("davinci paints codes, and an image has none: tokenise it first")
+        raise ValueError("davinci paints codes, and an image has none: tokenize it first")
     return image.codes
 
 
-def whole(image: Image, key: str = "") -> Image:
+def whole(image: ImageSegment, key: str = "") -> ImageSegment:
     """The image, if there is a code for each of its patches. Raises ValueError."""
-    require_picture(image, "davinci", key)
+    require_pixels(image, "davinci", key)
     if image.keep is None or not bool(image.keep.all()):
         got = "no mask of patches" if image.keep is None else f"{int(image.keep.sum())} of {len(image.keep)}"
         patches = "PATCHES" if image.keep is None else len(image.keep)

@@ -34,7 +34,7 @@ FORMAT, VERSION = "lavit_lm.vector_decoder", 1
 
 
 @dataclass(frozen=True)
-class ReaderShape:
+class VectorReaderConfig:
     """Sizes of a VectorReader.
 
     Args:
@@ -72,7 +72,7 @@ class VectorReader(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, shape: ReaderShape) -> None:
+    def __init__(self, shape: VectorReaderConfig) -> None:
         super().__init__()
         inner, eps = shape.inner, 1e-5
         self.shape = shape
@@ -111,7 +111,7 @@ class VectorDecoder:
     """
 
     def __init__(self, reader: VectorReader, pixels: PixelDecoder) -> None:
-        c, shape = pixels.condition.config, reader.shape
+        c, shape = pixels.conditioner.config, reader.shape
         if (shape.patches, shape.features) != (c.patches, c.width):
             raise ValueError(
                 f"the pixel decoder reads {c.patches} features of width {c.width}, the reader makes {shape.patches} of "
@@ -128,7 +128,7 @@ class VectorDecoder:
                 f"expected {shape.vectors} vectors of width {shape.width} a picture, got {list(vectors.shape)}: this "
                 "decoder was trained on what another language model says"
             )
-        return self.pixels.condition.projection(self.reader(vectors.to(weight)))
+        return self.pixels.conditioner.projection(self.reader(vectors.to(weight)))
 
     @torch.no_grad()
     def __call__(
@@ -158,7 +158,7 @@ class VectorDecoder:
 
         given, free = self.conditioning(vectors), self.conditioning(null.expand(len(vectors), -1, -1))
         options = num_inference_steps, guidance_scale, generator
-        return ImagePipelineOutput(images=self.pixels.draw(given, free, *options, **drawing))
+        return ImagePipelineOutput(images=self.pixels.decode_condition(given, free, *options, **drawing))
 
     def to(self, device: torch.device | str) -> VectorDecoder:
         self.reader.to(device)
@@ -205,12 +205,12 @@ class VectorDecoder:
             raise WeightsError(f"{directory}: {error}") from None
 
 
-def _shape(path: Path) -> ReaderShape:
+def _shape(path: Path) -> VectorReaderConfig:
     try:
         values = json.loads(path.read_text())
         if (values["format"], values["version"]) != (FORMAT, VERSION):
             raise ValueError(f"expected {FORMAT} version {VERSION}, got {values['format']} {values['version']}")
-        return ReaderShape(**values["reader"])
+        return VectorReaderConfig(**values["reader"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise WeightsError(
             f"{path}: expected the directory of a decoder of vectors, as lavit-lm fit-decoder writes it: {error!r}"

@@ -29,8 +29,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.models.losses import Seen, Sum, cross_entropy, regression
-from lavit_lm.objectives.base import Order, Parts
+from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy, regression
+from lavit_lm.objectives.base import ObjectiveModules, Order
 from lavit_lm.objectives.embedding_objective import VectorObjective
 from lavit_lm.sequences.packing import Packed
 from lavit_lm.sequences.segments import Flags
@@ -55,7 +55,7 @@ class Emu(VectorObjective):
 
     name: ClassVar[str] = "emu"
     title: ClassVar[str] = "Emu"
-    opens_images: ClassVar[bool] = False
+    emits_image_start: ClassVar[bool] = False
     order: Order = "both"
     queries: int = 32
     depth: int = 12
@@ -74,14 +74,14 @@ class Emu(VectorObjective):
     def vectors(self) -> int:
         return self.queries
 
-    def flags(self, learn: bool) -> tuple[Flags, Flags, Flags]:
-        said = Flags(regress=learn)
+    def flags(self, is_target: bool) -> tuple[Flags, Flags, Flags]:
+        said = Flags(regress=is_target)
         return Flags(), said, said
 
-    def parts(self, visual: Any, width: int) -> Parts:
+    def parts(self, visual: Any, width: int) -> ObjectiveModules:
         """The causal transformer, and Linear(width, width) without bias."""
         transformer = self.queries, self.depth, self.heads, self.train_encoder, self.inner
-        return Parts(CausalResampler(visual, width, *transformer), nn.Linear(width, width, bias=False))
+        return ObjectiveModules(CausalResampler(visual, width, *transformer), nn.Linear(width, width, bias=False))
 
     def decoder(self, name: str, device: torch.device) -> Any:
         """A VectorDecoder; none ships with the library."""
@@ -89,7 +89,7 @@ class Emu(VectorObjective):
 
         return VectorDecoder.from_pretrained(name, device=device)
 
-    def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
+    def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
         """{"text": nats, "vectors": squared errors, "spread": see losses.regression}."""
         return {"text": cross_entropy(seen, batch)["text"], **regression(seen, batch)}
 

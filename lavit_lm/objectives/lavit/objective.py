@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from lavit_lm.models.losses import Sum
-from lavit_lm.objectives.base import Objective, Order, Parts, ordered
-from lavit_lm.sequences.segments import Flags, Role, Row, RowBuilder, Segment, Text
+from lavit_lm.objectives.base import Objective, ObjectiveModules, Order, ordered
+from lavit_lm.sequences.segments import Flags, Role, Segment, SequenceBuilder, TextSegment, TokenSequence
 from lavit_lm.vision.continuous import ContinuousBridge
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
 @dataclass(frozen=True)
@@ -58,48 +58,58 @@ class LaVIT(Objective):
             raise ValueError(f"image_weight: expected 0 or more, got {self.image_weight}")
 
     @property
-    def reads_pictures(self) -> bool:
+    def needs_pixels(self) -> bool:
         return self.continuous
 
-    def parts(self, visual: Any, width: int) -> Parts:
+    def parts(self, visual: Any, width: int) -> ObjectiveModules:
         """The continuous path, if it is asked for."""
-        return Parts(ContinuousBridge(visual, width) if self.continuous else None)
+        return ObjectiveModules(ContinuousBridge(visual, width) if self.continuous else None)
 
-    def layout(self, sample: Sequence[Segment], lexicon: Lexicon, generator: torch.Generator, key: str = "") -> Row:
+    def layout(
+        self, sample: Sequence[Segment], processor: MultimodalProcessor, generator: torch.Generator, key: str = ""
+    ) -> TokenSequence:
         """One row of a sample. Raises ValueError for one without segments."""
         flip, drop = torch.rand(2, generator=generator).tolist()
         segments = ordered(sample, self.order, flip, key)
-        pair = self.order != "given" and sorted(type(s).__name__ for s in segments) == ["Image", "Text"]
-        dropped = pair and isinstance(segments[0], Text) and drop < self.prompt_drop
+        pair = self.order != "given" and sorted(type(s).__name__ for s in segments) == ["ImageSegment", "TextSegment"]
+        dropped = pair and isinstance(segments[0], TextSegment) and drop < self.prompt_drop
         segments = segments[1:] if dropped else segments
-        ends = segments[-1].learn and not dropped
-        return self._places(segments, lexicon).text([lexicon.stop], predict=ends).row(key)
+        ends = segments[-1].is_target and not dropped
+        return self._places(segments, processor).text([processor.stop], predict=ends).row(key)
 
-    def prompt(self, segments: Sequence[Segment], lexicon: Lexicon, opens: Literal["text", "image"]) -> Row:
+    def prompt(
+        self, segments: Sequence[Segment], processor: MultimodalProcessor, opens: Literal["text", "image"]
+    ) -> TokenSequence:
         """Pictures before a text are read as vectors where the model was trained so, before a picture as codes."""
-        builder = self._places(segments, lexicon, text_follows=opens == "text", vectors=opens == "text")
-        return (builder if opens == "text" else builder.add([lexicon.vocabulary.begin], Role.BEGIN)).row()
+        builder = self._places(segments, processor, text_follows=opens == "text", vectors=opens == "text")
+        return (builder if opens == "text" else builder.add([processor.vocabulary.begin], Role.BEGIN)).row()
 
-    def scored(self, context: Sequence[Segment], answer: Segment, lexicon: Lexicon) -> Row:
+    def scoring_sequence(
+        self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
+    ) -> TokenSequence:
         """The answer, with the row's end."""
-        said = [replace(segment, learn=False) for segment in context] + [replace(answer, learn=True)]
-        return self._places(said, lexicon).text([lexicon.stop], predict=True).row()
+        said = [replace(segment, is_target=False) for segment in context] + [replace(answer, is_target=True)]
+        return self._places(said, processor).text([processor.stop], predict=True).row()
 
     def _places(
-        self, segments: Sequence[Segment], lexicon: Lexicon, text_follows: bool = False, vectors: bool = True
-    ) -> RowBuilder:
-        vocabulary, builder = lexicon.vocabulary, RowBuilder().text(lexicon.start)
+        self,
+        segments: Sequence[Segment],
+        processor: MultimodalProcessor,
+        text_follows: bool = False,
+        vectors: bool = True,
+    ) -> SequenceBuilder:
+        vocabulary, builder = processor.vocabulary, SequenceBuilder().text(processor.start)
         for number, segment in enumerate(segments):
-            said = Flags(predict=segment.learn)
-            if isinstance(segment, Text):
-                builder.text(lexicon.text(segment.text), **said)
+            said = Flags(predict=segment.is_target)
+            if isinstance(segment, TextSegment):
+                builder.text(processor.text(segment.text), **said)
                 continue
             if segment.codes is None:
-                raise ValueError("LaVIT predicts codes, and an image has none: tokenise it first")
-            before_text = text_follows or any(isinstance(s, Text) for s in segments[number + 1 :])
-            fed = self.continuous and vectors and before_text and segment.picture is not None
+                raise ValueError("LaVIT predicts codes, and an image has none: tokenize it first")
+            before_text = text_follows or any(isinstance(s, TextSegment) for s in segments[number + 1 :])
+            is_embedding = self.continuous and vectors and before_text and segment.image is not None
             edges = vocabulary.begin, vocabulary.end
-            builder.image(edges, lexicon.codes(segment.codes), said, said, said, segment if fed else None)
+            builder.image(edges, processor.codes(segment.codes), said, said, said, segment if is_embedding else None)
         return builder
 
     def total(self, losses: dict[str, Sum]) -> Tensor:

@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from lavit_lm.objectives.vlgpt.conditions import Condition, Shape
+from lavit_lm.objectives.vlgpt.conditions import DiffusionConditions, Shape
 from lavit_lm.vision.resampler import CausalResampler
 from lavit_tok import Block, VisualTokenizer
 
 
 @dataclass(frozen=True)
-class TokenizerShape:
+class VLGPTTokenizerConfig:
     """Sizes of the tokenizer's transformer, and of the detokenizer's, which has the same.
 
     Args:
@@ -50,14 +50,14 @@ class Detokenizer(nn.Module):
     """A transformer decoder with a learned query for each token of the conditions (VL-GPT, section 3.1).
 
     Args:
-        shape: see TokenizerShape.
+        shape: see VLGPTTokenizerConfig.
         image, text: (tokens, width) of the conditions; None for one that the diffusion model has not.
 
     Raises:
         ValueError: neither condition.
     """
 
-    def __init__(self, shape: TokenizerShape, image: Shape | None, text: Shape | None) -> None:
+    def __init__(self, shape: VLGPTTokenizerConfig, image: Shape | None, text: Shape | None) -> None:
         super().__init__()
         if image is None and text is None:
             raise ValueError("a diffusion model without any condition: there is nothing to estimate")
@@ -73,7 +73,7 @@ class Detokenizer(nn.Module):
         self.blocks = nn.ModuleList(Block(inner, shape.heads, 4 * inner, eps) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(inner, eps)
 
-    def forward(self, vectors: Float[Tensor, "b k width"]) -> Condition:
+    def forward(self, vectors: Float[Tensor, "b k width"]) -> DiffusionConditions:
         """z_v and z_t."""
         context = self.read(self.vectors_norm(vectors))
         x = torch.cat(list(self.queries.values())).expand(len(vectors), -1, -1)
@@ -82,7 +82,7 @@ class Detokenizer(nn.Module):
             x = block(x, context, mask[None, None], None)
         parts = self.norm(x).split([len(queries) for queries in self.queries.values()], 1)
         said = {name: self.heads[name](part) for name, part in zip(self.queries, parts, strict=True)}
-        return Condition(said.get("image"), said.get("text"))
+        return DiffusionConditions(said.get("image"), said.get("text"))
 
     def mask(self) -> Bool[Tensor, "q q"]:
         """The drawing above: True where the row's query sees the column's."""
@@ -95,21 +95,23 @@ class ContinuousTokenizer(nn.Module):
 
     Args:
         visual: the visual tokenizer, whose frozen encoder makes the features.
-        shape: see TokenizerShape.
+        shape: see VLGPTTokenizerConfig.
         image, text: see Detokenizer.
     """
 
-    def __init__(self, visual: VisualTokenizer, shape: TokenizerShape, image: Shape | None, text: Shape | None) -> None:
+    def __init__(
+        self, visual: VisualTokenizer, shape: VLGPTTokenizerConfig, image: Shape | None, text: Shape | None
+    ) -> None:
         super().__init__()
         self.shape, self.fingerprint = shape, visual.fingerprint()
         self.conditions: tuple[Shape | None, Shape | None] = (image, text)
         self.tokenizer = shape.resampler(visual)
         self.detokenizer = Detokenizer(shape, image, text)
 
-    def forward(self, pictures: UInt8[Tensor, "b 3 h w"]) -> Condition:
+    def forward(self, images: UInt8[Tensor, "b 3 h w"]) -> DiffusionConditions:
         """z_v and z_t of pictures."""
-        return self.detokenizer(self.vectors(pictures))
+        return self.detokenizer(self.vectors(images))
 
-    def vectors(self, pictures: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k width"]:
+    def vectors(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k width"]:
         """x_v of pictures."""
-        return self.tokenizer.vectors(self.tokenizer.features(pictures))
+        return self.tokenizer.vectors(self.tokenizer.features(images))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lavit_lm.objectives.vlgpt.condition_kinds import load_conditions
-from lavit_lm.objectives.vlgpt.detokenizer import ContinuousTokenizer, Detokenizer, TokenizerShape
+from lavit_lm.objectives.vlgpt.detokenizer import ContinuousTokenizer, Detokenizer, VLGPTTokenizerConfig
 from lavit_lm.vision.resampler import CausalResampler
 from lavit_tok import VisualTokenizer, WeightsError
 
@@ -81,7 +81,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: expected {FORMAT} version {VERSION}, with {sorted(wanted)}; missing {sorted(missing)}"
         )
     try:
-        values["shape"] = TokenizerShape(**values["shape"])
+        values["shape"] = VLGPTTokenizerConfig(**values["shape"])
     except TypeError as error:
         raise WeightsError(f"{path}: shape: {error}") from None
     return values

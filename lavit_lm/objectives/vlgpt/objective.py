@@ -25,10 +25,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.models.losses import Seen, Sum, cross_entropy, regression
-from lavit_lm.objectives.base import Order, Parts, Wording
+from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy, regression
+from lavit_lm.objectives.base import ObjectiveModules, Order, PromptTemplates
 from lavit_lm.objectives.embedding_objective import VectorObjective
-from lavit_lm.objectives.vlgpt.detokenizer import TokenizerShape
+from lavit_lm.objectives.vlgpt.detokenizer import VLGPTTokenizerConfig
 from lavit_lm.objectives.vlgpt.image_decoder import DetokenizingDecoder, load_tokenizer, read_config
 from lavit_lm.sequences.packing import Packed
 from lavit_lm.sequences.segments import Flags
@@ -40,7 +40,7 @@ class VLGPT(VectorObjective):
 
     Args:
         tokenizer: directory that `lavit-lm fit-tokenizer` wrote.
-        shape: the tokenizer's sizes, see TokenizerShape. A saved model has them and the weights beside them, so that it
+        shape: the tokenizer's sizes, see VLGPTTokenizerConfig. A saved model has them and the weights beside them, so that it
             needs the directory for drawing only; give none when training.
         order: of pairs: "both" draws one of the two for each row, "image_first", "text_first", or "given".
         regression_weight: of the mean squared error against the mean cross-entropy; the published value is unknown.
@@ -69,21 +69,21 @@ class VLGPT(VectorObjective):
             raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
 
     @property
-    def wording(self) -> Wording:  # type: ignore[override]
-        return Wording(self.caption_prompt, self.image_prompt, self.answer_prompt)
+    def prompt_templates(self) -> PromptTemplates:  # type: ignore[override]
+        return PromptTemplates(self.caption_prompt, self.image_prompt, self.answer_prompt)
 
     @property
     def vectors(self) -> int:
         return self.sizes.queries
 
-    def flags(self, learn: bool) -> tuple[Flags, Flags, Flags]:
-        return Flags(predict=learn), Flags(regress=learn), Flags()
+    def flags(self, is_target: bool) -> tuple[Flags, Flags, Flags]:
+        return Flags(predict=is_target), Flags(regress=is_target), Flags()
 
     @cached_property
-    def sizes(self) -> TokenizerShape:
+    def sizes(self) -> VLGPTTokenizerConfig:
         """The tokenizer's. Raises WeightsError for a directory that is none."""
         if self.shape is not None:
-            return TokenizerShape(**self.shape)
+            return VLGPTTokenizerConfig(**self.shape)
         assert self.tokenizer is not None
         return read_config(self.tokenizer)["shape"]
 
@@ -91,7 +91,7 @@ class VLGPT(VectorObjective):
         """With the tokenizer's sizes, so that a saved model can be read where the directory is not."""
         return {**asdict(self), "shape": asdict(self.sizes)}
 
-    def parts(self, visual: Any, width: int) -> Parts:
+    def parts(self, visual: Any, width: int) -> ObjectiveModules:
         """The frozen tokenizer, and Linear(width, width). Raises ValueError for an LM of another width."""
         if self.sizes.width != width:
             raise ValueError(f"the tokenizer makes vectors of width {self.sizes.width}, the LM reads {width}")
@@ -102,7 +102,7 @@ class VLGPT(VectorObjective):
             bridge = self.sizes.resampler(visual)
             for parameter in bridge.parameters():  # a saved model brings them; NaN tells of a training without any
                 nn.init.constant_(parameter, torch.nan)
-        return Parts(bridge.requires_grad_(False), nn.Linear(width, width))
+        return ObjectiveModules(bridge.requires_grad_(False), nn.Linear(width, width))
 
     def decoder(self, name: str, device: torch.device) -> DetokenizingDecoder:
         """The detokenizer of a directory of stage 1, by "default" of this model's, and its diffusion model.
@@ -113,7 +113,7 @@ class VLGPT(VectorObjective):
         directory = self.tokenizer if name == "default" and self.tokenizer is not None else name
         return DetokenizingDecoder.from_pretrained(directory, device)
 
-    def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
+    def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
         """{"text": nats of words, "image": nats of <|img|, "vectors", "spread": see losses.regression}."""
         return {**cross_entropy(seen, batch), **regression(seen, batch)}
 

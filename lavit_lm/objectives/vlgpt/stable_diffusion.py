@@ -1,4 +1,4 @@
-"""Conditions of Stable Diffusion with an IP-Adapter, for VL-GPT's detokenizer at full size; see pixels/conditions.py.
+"""ConditionedDiffusion of Stable Diffusion with an IP-Adapter, for VL-GPT's detokenizer at full size; see pixels/conditions.py.
 
 captions -CLIP text encoder-> e_t [b 77 768] -------------------> U-Net's own cross-attention -.
 pictures -CLIP image encoder-> e_v [b 257 1280] -IP-Adapter-> its second cross-attention ------+-> pictures
@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image as Picture
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lavit_lm.objectives.vlgpt.conditions import Condition, Shape
+from lavit_lm.objectives.vlgpt.conditions import DiffusionConditions, Shape
 from lavit_tok import VisualTokenizer, WeightsError
 
 
@@ -85,9 +85,9 @@ class StableDiffusionConditions:
         return self
 
     @torch.no_grad()
-    def image_condition(self, pictures: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b n c"]:
+    def image_condition(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b n c"]:
         """By the encoder's own preprocessing: shorter side to its size, then its centre."""
-        opened = [Picture.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in pictures]
+        opened = [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in images]
         return self._seen(self.processor(opened, return_tensors="pt").pixel_values)
 
     @torch.no_grad()
@@ -98,12 +98,12 @@ class StableDiffusionConditions:
         return self.text_encoder(ids.to(self.device)).last_hidden_state.float()
 
     @torch.no_grad()
-    def nulls(self) -> Condition:
+    def nulls(self) -> DiffusionConditions:
         """As the adapter was trained: the text "", and a grey picture's grid, or zeros in the place of one vector."""
         side = self.image_encoder.config.image_size
         grey = torch.zeros(1, 3, side, side)
         image = self._seen(grey) if self.grid else torch.zeros(1, *self.image_shape, device=self.device)
-        return Condition(image, self.text_condition([""]))
+        return DiffusionConditions(image, self.text_condition([""]))
 
     @property
     def pipeline(self) -> Any:
@@ -134,8 +134,12 @@ class StableDiffusionConditions:
         return self._pipeline
 
     def draw(
-        self, condition: Condition, num_inference_steps: int = 25, guidance_scale: float = 3.0, generator: Any = None
-    ) -> list[Picture.Image]:
+        self,
+        condition: DiffusionConditions,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
+        generator: Any = None,
+    ) -> list[Image.Image]:
         batch = next((len(one) for one in condition if one is not None), 0)
         if not batch:
             raise ValueError("both conditions are left out: nothing is left to draw from")

@@ -41,7 +41,7 @@ SELECTOR = {
 QUANTIZER = {
     "projection.0.*": "encode_task_layer.0.*",
     "projection.2.*": "encode_task_layer.2.*",
-    "codebook.rows": "quantize.embedding.weight",
+    "codebook.embeddings": "quantize.embedding.weight",
 }
 
 

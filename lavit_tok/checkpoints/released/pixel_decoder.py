@@ -16,7 +16,7 @@ from lavit_tok.checkpoints.released import names
 from lavit_tok.checkpoints.released.pickled import Part, PickledTensors, Source, expand
 from lavit_tok.checkpoints.weights import WeightsError, empty, read_json, weight_files
 from lavit_tok.config import TokenizerConfig
-from lavit_tok.decode.conditioner import Condition
+from lavit_tok.decode.conditioner import Conditioner
 from lavit_tok.decode.pipeline import SCHEDULERS, PixelDecoder, build_empty
 
 
@@ -27,13 +27,13 @@ def build(
     config: TokenizerConfig,
     dtype: torch.dtype,
 ) -> dict[str, nn.Module]:
-    """Condition, U-Net and VAE of the sizes that tensors and configs show, without weights. Raises WeightsError."""
+    """Conditioner, U-Net and VAE of the sizes that tensors and configs show, without weights. Raises WeightsError."""
     folder = root / names.FOLDERS[kind]
     unet = build_empty(folder / "unet", UNet2DConditionModel, dtype)
     vae = build_empty(folder / "vae", AutoencoderKL, dtype)
     settings = _condition_sizes(kind, files, config)
-    condition = empty(
-        lambda: Condition(
+    conditioner = empty(
+        lambda: Conditioner(
             width=config.width,
             patches=config.num_patches,
             codebook_size=config.codebook_size,
@@ -46,7 +46,7 @@ def build(
         ),
         dtype,
     )
-    return {"condition": condition, "unet": unet.eval(), "vae": vae.eval()}
+    return {"conditioner": conditioner, "unet": unet.eval(), "vae": vae.eval()}
 
 
 def _condition_sizes(
@@ -75,10 +75,10 @@ def add_parts(
     root: Path, kind: names.DecoderKind, files: dict[str, PickledTensors], models: nn.ModuleDict, parts: list[Part]
 ) -> list[Part]:
     """The tokenizer's parts and the decoder's; both draw on the file that holds reconstructor and projections."""
-    own = expand(names.CONDITION[kind], 0, "condition.")
+    own = expand(names.CONDITION[kind], 0, "conditioner.")
     joined = [Part(p.file, {**p.sources, **own}) if p.file is files[kind] else p for p in parts]
     if kind == "lowres":
-        joined.append(Part(files["null"], {"condition.projection.null": Source(("tensor",))}))
+        joined.append(Part(files["null"], {"conditioner.projection.null": Source(("tensor",))}))
     for name in ("unet", "vae"):
         folder = root / names.FOLDERS[kind] / name
         label = f"{names.FOLDERS[kind]}/{name}/{names.DIFFUSERS_FILE}"
@@ -97,8 +97,8 @@ def shared(ours: dict[str, Tensor], filled: dict[str, Tensor]) -> dict[str, Tens
     """The condition's codebook and reconstructor: the tokenizer's own tensors, so that they take memory once."""
     absent = ours.keys() - filled.keys()
     tokenizer = {
-        "condition.codebook.": "tokenizer.quantizer.codebook.",
-        "condition.reconstructor.": "tokenizer.reconstructor.",
+        "conditioner.codebook.": "tokenizer.quantizer.codebook.",
+        "conditioner.reconstructor.": "tokenizer.reconstructor.",
     }
     return {n: filled[new + n.removeprefix(old)] for n in absent for old, new in tokenizer.items() if n.startswith(old)}
 
@@ -106,9 +106,9 @@ def shared(ours: dict[str, Tensor], filled: dict[str, Tensor]) -> dict[str, Tens
 def pipeline(root: Path, kind: names.DecoderKind, models: nn.ModuleDict) -> PixelDecoder:
     """The filled models as a PixelDecoder. Raises WeightsError for parts that do not fit each other."""
     folder = root / names.FOLDERS[kind]
-    condition, unet, vae = (models[name] for name in ("condition", "unet", "vae"))
+    conditioner, unet, vae = (models[name] for name in ("conditioner", "unet", "vae"))
     try:
-        return PixelDecoder(condition, unet, vae, load_ddim(folder / "scheduler"))  # type: ignore[arg-type]
+        return PixelDecoder(conditioner, unet, vae, load_ddim(folder / "scheduler"))  # type: ignore[arg-type]
     except ValueError as error:
         raise WeightsError(f"{folder}: {error}") from None
 

@@ -89,9 +89,9 @@ def test_reads_back(family: str, tied: bool, tmp_path: Path) -> None:
     again = AutoTokenizer.from_pretrained(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     begins = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    picture = [vocabulary.begin, *vocabulary.to_ids(torch.tensor([3, 0, 7])).tolist(), vocabulary.end]
-    assert again(PICTURE).input_ids == [*begins, *picture]
-    assert again.decode(picture, skip_special_tokens=True) == PICTURE
+    image = [vocabulary.begin, *vocabulary.to_ids(torch.tensor([3, 0, 7])).tolist(), vocabulary.end]
+    assert again(PICTURE).input_ids == [*begins, *image]
+    assert again.decode(image, skip_special_tokens=True) == PICTURE
     words = vocabulary.encode_text(tokenizer, "a red apple")
     assert again("a red apple<|img|>").input_ids == [*begins, *words, vocabulary.begin]
     assert not vocabulary.is_visual(torch.tensor(vocabulary.encode_text(again, PICTURE))).any()

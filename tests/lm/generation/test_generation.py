@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.lm_parts import CODES, image, lexicon_and_model
+from helpers.lm_parts import CODES, image, processor_and_model
 from helpers.small_lms import FAMILIES
 
-from lavit_lm.generation.sampling import Rule, Sampling, continue_rows
+from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generate_ids
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.sequences.segments import Role, Row, RowBuilder
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.sequences.segments import Role, SequenceBuilder, TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 LENGTHS = [1, 4, 7]
 
 
-def prompts(lexicon: Lexicon, opened: bool = True) -> list[Row]:
+def prompts(processor: MultimodalProcessor, opened: bool = True) -> list[TokenSequence]:
     """Of unequal lengths; the last one has an image in it."""
-    words = lexicon.text("a red apple on a wooden table")
+    words = processor.text("a red apple on a wooden table")
     found = []
     for number, length in enumerate(LENGTHS):
-        builder = RowBuilder().add([*lexicon.start, *words[:length]], Role.TEXT)
+        builder = SequenceBuilder().add([*processor.start, *words[:length]], Role.TEXT)
         if number == len(LENGTHS) - 1:
             builder.add(
-                [lexicon.vocabulary.begin, *lexicon.codes(image(1, 3).codes), lexicon.vocabulary.end], Role.TEXT
+                [processor.vocabulary.begin, *processor.codes(image(1, 3).codes), processor.vocabulary.end], Role.TEXT
             )
         if opened:
-            builder.add([lexicon.vocabulary.begin], Role.BEGIN)
+            builder.add([processor.vocabulary.begin], Role.BEGIN)
         found.append(builder.row())
     return found
 
 
-def free(lexicon: Lexicon) -> Row:
-    return RowBuilder().add([*lexicon.start, lexicon.vocabulary.begin], Role.BEGIN).row()
+def free(processor: MultimodalProcessor) -> TokenSequence:
+    return SequenceBuilder().add([*processor.start, processor.vocabulary.begin], Role.BEGIN).row()
 
 
 def generators(count: int) -> list[torch.Generator]:
@@ -41,26 +41,31 @@ def generators(count: int) -> list[torch.Generator]:
 
 @torch.no_grad()
 def slow(
-    lexicon: Lexicon, model: SequenceModel, prompt: Row, rule: Rule, sampling: Sampling, generator: torch.Generator
+    processor: MultimodalProcessor,
+    model: SequenceModel,
+    prompt: TokenSequence,
+    rule: GenerationConstraint,
+    sampling: Sampling,
+    generator: torch.Generator,
 ) -> list[int]:
     """One prompt, everything computed anew for each id, by the library's own forward."""
     said: list[int] = []
-    while not said or (said[-1] not in rule.stops(lexicon) and len(said) < rule.most + (rule.kind == "image")):
+    while not said or (said[-1] not in rule.stops(processor) and len(said) < rule.most + (rule.kind == "image")):
 
-        def logits_after(row: Row) -> torch.Tensor:
+        def logits_after(row: TokenSequence) -> torch.Tensor:
             return model.causal(torch.cat([row.ids, torch.tensor(said, dtype=torch.int64)])[None]).logits[0, -1].float()
 
         logits = logits_after(prompt)
         if sampling.guidance_scale != 1:
-            u = logits_after(free(lexicon))
+            u = logits_after(free(processor))
             logits = u + sampling.guidance_scale * (logits - u)
-        v = lexicon.vocabulary
+        v = processor.vocabulary
         for i in range(len(logits)):
-            code, stop = v.first <= i < v.first + CODES, i in rule.stops(lexicon)
+            code, stop = v.first <= i < v.first + CODES, i in rule.stops(processor)
             if rule.kind == "image":
                 fine = (code and len(said) < rule.most) or (stop and len(said) >= rule.least)
             else:
-                word = i < v.begin and i not in lexicon.tokenizer.all_special_ids
+                word = i < v.begin and i not in processor.tokenizer.all_special_ids
                 fine = word or (stop and len(said) >= rule.least)
             if not fine:
                 logits[i] = -torch.inf
@@ -71,14 +76,14 @@ def slow(
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(top_k=5), Sampling(2.0, top_p=0.9, guidance_scale=2.5)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_equal_the_slow_loop(family: str, sampling: Sampling):
-    lexicon, model = lexicon_and_model(family)
-    rows, rule = prompts(lexicon), Rule("image", 2, 6)
-    want = [slow(lexicon, model, row, rule, sampling, g) for row, g in zip(rows, generators(3), strict=True)]
+    processor, model = processor_and_model(family)
+    rows, rule = prompts(processor), GenerationConstraint("image", 2, 6)
+    want = [slow(processor, model, row, rule, sampling, g) for row, g in zip(rows, generators(3), strict=True)]
     for cached in (True, False):
-        found = continue_rows(model, lexicon, rows, rule, sampling, [free(lexicon)] * 3, generators(3), cached)
+        found = generate_ids(model, processor, rows, rule, sampling, [free(processor)] * 3, generators(3), cached)
         assert found == want, f"cached={cached}"
     alone = [
-        continue_rows(model, lexicon, [rows[i]], rule, sampling, [free(lexicon)], [generators(3)[i]])[0]
+        generate_ids(model, processor, [rows[i]], rule, sampling, [free(processor)], [generators(3)[i]])[0]
         for i in range(3)
     ]
     assert alone == want, "neighbours in the batch, and the padding that they bring, change nothing"
@@ -86,18 +91,24 @@ def test_images_equal_the_slow_loop(family: str, sampling: Sampling):
 
 @pytest.mark.parametrize("kind", ["text", "mixed"])
 def test_texts_equal_the_slow_loop(kind: str):
-    lexicon, model = lexicon_and_model("llama")
-    rows, rule, sampling = prompts(lexicon, opened=False), Rule(kind, 0, 12), Sampling(1.5)  # type: ignore[arg-type]
-    want = [slow(lexicon, model, row, rule, sampling, g) for row, g in zip(rows, generators(3), strict=True)]
-    assert continue_rows(model, lexicon, rows, rule, sampling, None, generators(3)) == want
+    processor, model = processor_and_model("llama")
+    rows, rule, sampling = prompts(processor, opened=False), GenerationConstraint(kind, 0, 12), Sampling(1.5)  # type: ignore[arg-type]
+    want = [slow(processor, model, row, rule, sampling, g) for row, g in zip(rows, generators(3), strict=True)]
+    assert generate_ids(model, processor, rows, rule, sampling, None, generators(3)) == want
 
 
 def test_images_hold_codes_and_end():
-    lexicon, model = lexicon_and_model("llama")
-    v = lexicon.vocabulary
+    processor, model = processor_and_model("llama")
+    v = processor.vocabulary
     for least, most in ((1, 1), (3, 3), (2, 9)):
-        said = continue_rows(
-            model, lexicon, prompts(lexicon) * 10, Rule("image", least, most), Sampling(3.0), None, generators(30)
+        said = generate_ids(
+            model,
+            processor,
+            prompts(processor) * 10,
+            GenerationConstraint("image", least, most),
+            Sampling(3.0),
+            None,
+            generators(30),
         )
         for ids in said:
             assert ids[-1] == v.end and least <= len(ids) - 1 <= most
@@ -106,40 +117,55 @@ def test_images_hold_codes_and_end():
 
 
 def test_text_never_becomes_an_image():
-    lexicon, model = lexicon_and_model("llama")
-    v = lexicon.vocabulary
-    said = continue_rows(
-        model, lexicon, prompts(lexicon, False) * 10, Rule("text", 0, 20), Sampling(5.0), None, generators(30)
+    processor, model = processor_and_model("llama")
+    v = processor.vocabulary
+    said = generate_ids(
+        model,
+        processor,
+        prompts(processor, False) * 10,
+        GenerationConstraint("text", 0, 20),
+        Sampling(5.0),
+        None,
+        generators(30),
     )
     assert not v.is_visual(torch.tensor([i for ids in said for i in ids])).any()
-    mixed = continue_rows(
-        model, lexicon, prompts(lexicon, False) * 10, Rule("mixed", 0, 60), Sampling(5.0), None, generators(30)
+    mixed = generate_ids(
+        model,
+        processor,
+        prompts(processor, False) * 10,
+        GenerationConstraint("mixed", 0, 60),
+        Sampling(5.0),
+        None,
+        generators(30),
     )
     assert any(ids[-1] == v.begin for ids in mixed), "an image may begin"
     assert not any(v.is_visual(torch.tensor(ids[:-1])).any() for ids in mixed if len(ids) > 1)
 
 
 def test_guidance_of_one_is_the_conditional_stream():
-    lexicon, model = lexicon_and_model("llama")
-    rows, rule = prompts(lexicon), Rule("image", 1, 8)
-    plain = continue_rows(model, lexicon, rows, rule, Sampling(), None, generators(3))
+    processor, model = processor_and_model("llama")
+    rows, rule = prompts(processor), GenerationConstraint("image", 1, 8)
+    plain = generate_ids(model, processor, rows, rule, Sampling(), None, generators(3))
     assert (
-        continue_rows(model, lexicon, rows, rule, Sampling(guidance_scale=1.0), [free(lexicon)] * 3, generators(3))
+        generate_ids(model, processor, rows, rule, Sampling(guidance_scale=1.0), [free(processor)] * 3, generators(3))
         == plain
     )
-    strong = continue_rows(model, lexicon, rows, rule, Sampling(guidance_scale=9.0), [free(lexicon)] * 3, generators(3))
+    strong = generate_ids(
+        model, processor, rows, rule, Sampling(guidance_scale=9.0), [free(processor)] * 3, generators(3)
+    )
     assert strong != plain
-    same = [free(lexicon)] * 3  # a prompt that is the unconditional stream itself: the scale makes no difference
-    assert continue_rows(
-        model, lexicon, same, rule, Sampling(guidance_scale=9.0), same, generators(3)
-    ) == continue_rows(model, lexicon, same, rule, Sampling(), None, generators(3))
+    same = [free(processor)] * 3  # a prompt that is the unconditional stream itself: the scale makes no difference
+    assert generate_ids(
+        model, processor, same, rule, Sampling(guidance_scale=9.0), same, generators(3)
+    ) == generate_ids(model, processor, same, rule, Sampling(), None, generators(3))
 
 
 def test_one_generator_seeds_every_row():
-    lexicon, model = lexicon_and_model("llama")
-    rows, rule = [free(lexicon)] * 6, Rule("image", 1, 8)
+    processor, model = processor_and_model("llama")
+    rows, rule = [free(processor)] * 6, GenerationConstraint("image", 1, 8)
     made = [
-        continue_rows(model, lexicon, rows, rule, Sampling(), None, torch.Generator().manual_seed(s)) for s in (0, 0, 1)
+        generate_ids(model, processor, rows, rule, Sampling(), None, torch.Generator().manual_seed(s))
+        for s in (0, 0, 1)
     ]
     assert made[0] == made[1] != made[2]
     assert len({tuple(ids) for ids in made[0]}) > 1, "equal prompts in one batch get draws of their own"
@@ -165,18 +191,18 @@ def test_draws_follow_the_probabilities():
 
 
 def test_impossible_requests():
-    lexicon, model = lexicon_and_model("llama")
-    rows = prompts(lexicon)
+    processor, model = processor_and_model("llama")
+    rows = prompts(processor)
     with pytest.raises(ValueError, match="at least one prompt"):
-        continue_rows(model, lexicon, [], Rule("text"))
+        generate_ids(model, processor, [], GenerationConstraint("text"))
     with pytest.raises(ValueError, match="unconditional row for each prompt"):
-        continue_rows(model, lexicon, rows, Rule("image"), Sampling(guidance_scale=2.0))
+        generate_ids(model, processor, rows, GenerationConstraint("image"), Sampling(guidance_scale=2.0))
     with pytest.raises(ValueError, match=r"up to 500 exceed the model's context of 128"):
-        continue_rows(model, lexicon, rows, Rule("text", 0, 500))
+        generate_ids(model, processor, rows, GenerationConstraint("text", 0, 500))
     with pytest.raises(ValueError, match="a prompt of no places"):
-        continue_rows(model, lexicon, [RowBuilder().row()], Rule("text"))
+        generate_ids(model, processor, [SequenceBuilder().row()], GenerationConstraint("text"))
     with pytest.raises(ValueError, match="one for each of 3 rows, got 2"):
-        continue_rows(model, lexicon, rows, Rule("text"), Sampling(), None, generators(2))
+        generate_ids(model, processor, rows, GenerationConstraint("text"), Sampling(), None, generators(2))
     for settings, message in (
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": 0}, "top_k"),
@@ -186,4 +212,4 @@ def test_impossible_requests():
         with pytest.raises(ValueError, match=message):
             Sampling(**settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 <= least <= most"):
-        Rule("image", 3, 2)
+        GenerationConstraint("image", 3, 2)

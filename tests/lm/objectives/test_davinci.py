@@ -13,22 +13,22 @@ import pytest
 import torch
 from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, data, module, trainer
 from helpers.small_lms import small_tokenizer
-from PIL import Image as Picture
+from PIL import Image
 
 from lavit_lm import MultimodalLM
-from lavit_lm.generation.beam_search import likeliest_rows
+from lavit_lm.generation.beam_search import beam_search
 from lavit_lm.generation.rerank import rerank
-from lavit_lm.generation.sampling import Rule, continue_rows
+from lavit_lm.generation.sampling import GenerationConstraint, generate_ids
 from lavit_lm.models.encoder_decoder import PrefixSeq2Seq
 from lavit_lm.models.loading import load_lm, sequence_model
 from lavit_lm.objectives.davinci import DaVinci
-from lavit_lm.objectives.davinci.patch_bridge import LATER, GridBridge, codes_below
+from lavit_lm.objectives.davinci.patch_bridge import LATER, PatchBridge, codes_below
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.masks import visible
 from lavit_lm.sequences.packing import Packed, pack, pad
-from lavit_lm.sequences.segments import Image, Role, Row, Segment, Text
+from lavit_lm.sequences.segments import ImageSegment, Role, Segment, TextSegment, TokenSequence
 from lavit_lm.training.log_samples import LogSamples
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 from lavit_tok import VisualCodes, VisualTokenizer, to_uint8
 from lavit_tok.cli import main as lavit_tok
@@ -40,14 +40,14 @@ LMS: dict[str, dict[str, Any]] = {"llama": SMALL, "t5": T5, "bart": SMALL_BART}
 EACH = pytest.mark.parametrize("family", LMS)
 
 
-def lexicon() -> Lexicon:
+def processor() -> MultimodalProcessor:
     tokenizer = small_tokenizer("llama")
     VisualVocabulary.extend(tokenizer, None, 16)
-    return Lexicon.of(tokenizer)
+    return MultimodalProcessor.of(tokenizer)
 
 
-def built(family: str, visual: VisualTokenizer, objective: DaVinci | None = None) -> tuple[Lexicon, Any]:
-    words, objective = lexicon(), objective or DaVinci()
+def built(family: str, visual: VisualTokenizer, objective: DaVinci | None = None) -> tuple[MultimodalProcessor, Any]:
+    words, objective = processor(), objective or DaVinci()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         bridge, _ = objective.parts(visual, 32)
@@ -55,14 +55,16 @@ def built(family: str, visual: VisualTokenizer, objective: DaVinci | None = None
     return words, sequence_model(lm, bridge).eval()
 
 
-def shown(visual: VisualTokenizer, source: Any) -> Image:
+def shown(visual: VisualTokenizer, source: Any) -> ImageSegment:
     pixels = to_uint8(source, 32)
     codes = visual.encode(pixels, budget=PATCHES)
     assert codes.keep is not None
-    return Image(codes[0], pixels[0], codes.keep[0])
+    return ImageSegment(codes[0], pixels[0], codes.keep[0])
 
 
-def rows_of(objective: DaVinci, samples: list[list[Segment]], words: Lexicon, seed: int = 0) -> list[Row]:
+def rows_of(
+    objective: DaVinci, samples: list[list[Segment]], words: MultimodalProcessor, seed: int = 0
+) -> list[TokenSequence]:
     return [objective.layout(s, words, torch.Generator().manual_seed(seed + i), str(i)) for i, s in enumerate(samples)]
 
 
@@ -71,44 +73,46 @@ def only(task: str, **more: Any) -> DaVinci:
     return DaVinci(**{"prompt_drop": 0.0, **shares, **more})
 
 
-def drawn(row: Row, words: Lexicon) -> str:
+def drawn(row: TokenSequence, words: MultimodalProcessor) -> str:
     """As in davinci.py's docstring."""
     v, names = words.vocabulary, {words.start[0]: "<s>", words.stop: "</s>", words.vocabulary.begin: "[IMG"}
     names |= {v.end: "IMG]", LATER: "later"}
     shown: list[str] = []
-    for i, (token, prefix, fed) in enumerate(zip(row.ids.tolist(), row.prefix, row.fed, strict=True)):
+    for i, (token, prefix, is_embedding) in enumerate(zip(row.ids.tolist(), row.prefix, row.is_embedding, strict=True)):
         shown += ["|"] if not prefix and row.prefix[i - 1] else []
         code = v.first <= token < v.stop
         name = names.get(token) or (str(token - v.first) if code else words.tokenizer.decode([token]).strip())
-        shown.append("v" if fed else name)
+        shown.append("v" if is_embedding else name)
     text = " ".join(shown)
     for word in ("red", "apple"):
         text = text.replace(" ".join(words.tokenizer.decode([i]).strip() for i in words.text(word)), word)
     return text
 
 
-def marks(row: Row) -> str:
+def marks(row: TokenSequence) -> str:
     return "".join(
         "P" if prefix else ("x" if said else ".") for prefix, said in zip(row.prefix, row.predict, strict=True)
     )
 
 
-def a_generator_for(objective: DaVinci, sample: list[Segment], words: Lexicon, wanted: Any) -> Row:
+def a_generator_for(
+    objective: DaVinci, sample: list[Segment], words: MultimodalProcessor, wanted: Any
+) -> TokenSequence:
     rows = (objective.layout(sample, words, torch.Generator().manual_seed(seed)) for seed in itertools.count())
     return next(row for row in rows if wanted(row))
 
 
 def test_the_drawing(photos: list[Path]):
     """Of the module's docstring: a picture of 3 x 3 patches, whose codes are 0 to 8."""
-    words = lexicon()
-    picture = Image(torch.arange(9), torch.zeros(3, 24, 24, dtype=torch.uint8), torch.ones(9, dtype=torch.bool))
-    pair: list[Segment] = [picture, Text("A red apple")]
+    words = processor()
+    image = ImageSegment(torch.arange(9), torch.zeros(3, 24, 24, dtype=torch.uint8), torch.ones(9, dtype=torch.bool))
+    pair: list[Segment] = [image, TextSegment("A red apple")]
     ids = {n: len(words.text(n)) for n in ("a", "red", "apple", "a red")}
 
     row = a_generator_for(only("text"), pair, words, lambda row: int(row.prefix.sum()) == 12 + ids["a"])
     assert drawn(row, words) == "<s> [IMG v v v v v v v v v IMG] a | <s> red apple </s>"
     assert marks(row) == "P" * 13 + "." + "x" * (ids["red"] + ids["apple"] + 1)
-    row = a_generator_for(only("image"), pair, words, lambda row: int(row.fed.sum()) == 3)
+    row = a_generator_for(only("image"), pair, words, lambda row: int(row.is_embedding.sum()) == 3)
     assert drawn(row, words) == "<s> [IMG v v v IMG] a red apple | [IMG" + " later" * 6
     assert marks(row).lstrip("P") == ".xxxxxx"
     assert row.roles[-7:].tolist() == [Role.BEGIN] + [Role.VISUAL] * 6
@@ -123,10 +127,13 @@ def test_the_drawing(photos: list[Path]):
 def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     """Every pair of places of two documents in one block, by gradients."""
     words, model = built(family, tiny_tokenizer)
-    samples: list[list[Segment]] = [[shown(tiny_tokenizer, photos[0]), Text("a red apple")], [Text("two dogs run")]]
+    samples: list[list[Segment]] = [
+        [shown(tiny_tokenizer, photos[0]), TextSegment("a red apple")],
+        [TextSegment("two dogs run")],
+    ]
     rows = rows_of(only("text"), samples, words, 5)
     batch = pack([rows], sum(map(len, rows)) + 2, words.pad)
-    inputs = model.embed(batch.ids, batch.fed, batch.pictures, batch.kept).detach().requires_grad_()
+    inputs = model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep).detach().requires_grad_()
 
     def depends(states: torch.Tensor) -> torch.Tensor:
         """True where a state's gradient reaches an input; a sum over the width, since a norm hides a uniform one."""
@@ -155,23 +162,29 @@ def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, 
 @EACH
 def test_davinci_02_one_objective_for_both(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     """The same rows; packed as alone; and an encoder-decoder's losses are those of its own forward."""
-    objective = DaVinci(plain_share=1.0, train_encoder=family == "bart")
+    objective = DaVinci(plain_ratio=1.0, train_encoder=family == "bart")
     words, model = built(family, tiny_tokenizer, objective)
     samples: list[list[Segment]] = [
-        [shown(tiny_tokenizer, photos[i % 4]), Text(CAPTIONS[i % 4])] if i % 4 else [Text(CAPTIONS[i % 3])]
+        [shown(tiny_tokenizer, photos[i % 4]), TextSegment(CAPTIONS[i % 4])]
+        if i % 4
+        else [TextSegment(CAPTIONS[i % 3])]
         for i in range(16)
     ]
     rows = rows_of(objective, samples, words)
-    batch = objective.finished(pack([rows[:7], rows[7:]], 256, words.pad), tiny_tokenizer, words)
+    batch = objective.on_device(pack([rows[:7], rows[7:]], 256, words.pad), tiny_tokenizer, words)
     together = model(batch, objective)
     assert {name: int(loss.count) for name, loss in together.items()} == {
-        "text": sum(int(row.predict.sum()) for row in rows if row.fed.any() and row.roles[row.predict][0] == Role.TEXT),
+        "text": sum(
+            int(row.predict.sum()) for row in rows if row.is_embedding.any() and row.roles[row.predict][0] == Role.TEXT
+        ),
         "image": sum(int((row.predict & (row.roles == Role.VISUAL)).sum()) for row in rows),
         "plain": sum(
-            int(row.predict.sum()) for row in rows if row.roles[row.predict][0] == Role.TEXT and not row.fed.any()
+            int(row.predict.sum())
+            for row in rows
+            if row.roles[row.predict][0] == Role.TEXT and not row.is_embedding.any()
         ),
     }
-    alone = [model(objective.finished(pad([row], words.pad), tiny_tokenizer, words), objective) for row in rows]
+    alone = [model(objective.on_device(pad([row], words.pad), tiny_tokenizer, words), objective) for row in rows]
     for name, loss in together.items():
         torch.testing.assert_close(
             loss.total, torch.stack([one[name].total for one in alone]).sum(), rtol=1e-4, atol=1e-3
@@ -185,18 +198,18 @@ def test_davinci_02_one_objective_for_both(family: str, tiny_tokenizer: VisualTo
     if family != "llama":
         assert isinstance(model, PrefixSeq2Seq)
         for row in rows[:4]:
-            one = objective.finished(pad([row], words.pad), tiny_tokenizer, words)
-            inputs, prefix = model.embed(one.ids, one.fed, one.pictures, one.kept), one.prefix[0]
+            one = objective.on_device(pad([row], words.pad), tiny_tokenizer, words)
+            inputs, prefix = model.embed(one.ids, one.is_embedding, one.images, one.keep), one.prefix[0]
             logits = model.lm(inputs_embeds=inputs[:, prefix], decoder_inputs_embeds=inputs[:, ~prefix]).logits
             torch.testing.assert_close(model.head(model.see(one).states[0, ~prefix]), logits[0], atol=1e-4, rtol=1e-4)
 
 
 def test_davinci_02_what_an_encoder_decoder_cannot_split(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     words, model = built("t5", tiny_tokenizer)
-    without = LaVIT().layout([Text("rain")], words, torch.Generator())
+    without = LaVIT().layout([TextSegment("rain")], words, torch.Generator())
     with pytest.raises(ValueError, match="which objectives without prefixes do not lay out"):
         model(pad([without], words.pad), LaVIT())
-    row = rows_of(only("plain"), [[Text("rain")]], words)[0]
+    row = rows_of(only("plain"), [[TextSegment("rain")]], words)[0]
     early = replace(row, predict=~row.prefix)
     with pytest.raises(ValueError, match="lay out a start"):
         model(pad([early], words.pad), DaVinci())
@@ -206,16 +219,16 @@ def test_davinci_02_what_an_encoder_decoder_cannot_split(tiny_tokenizer: VisualT
         sequence_model(load_lm({**T5, "model_type": "mt5"}, words, words.vocabulary.begin, True, 0))
     _, bart = built("bart", tiny_tokenizer)
     with pytest.raises(ValueError, match="exceeds the model's context of 128"):
-        bart(pad(rows_of(only("plain"), [[Text("rain " * 400)]], words), words.pad), DaVinci())
+        bart(pad(rows_of(only("plain"), [[TextSegment("rain " * 400)]], words), words.pad), DaVinci())
 
 
 def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
     """Support and evenness of k and r; draws of one cell differ from even by less than 5 deviations."""
-    words = lexicon()
+    words = processor()
     assert len(words.text("a a a")) == 3, "a word is an id here"
     sides = {4: PATCHES, 16: 256}
-    pictures = {
-        side: Image(
+    images = {
+        side: ImageSegment(
             torch.zeros(n, dtype=torch.int64), lambda: torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(n) > 0
         )
         for side, n in sides.items()
@@ -230,26 +243,28 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
         for cell, share in cells.items():
             assert abs(found[cell] - draws * share) < 5 * (draws * share * (1 - share)) ** 0.5 + 1e-9, cell
 
-    def k(row: Row) -> int:
+    def k(row: TokenSequence) -> int:
         return int((row.prefix & (row.roles == Role.TEXT)).sum()) - 1
 
-    told, many = [pictures[4], Text("a a a a a")], [pictures[4], Text("a " * 50)]
+    told, many = [images[4], TextSegment("a a a a a")], [images[4], TextSegment("a " * 50)]
     even(counted(only("text"), told, k, 500), dict.fromkeys(range(5), 1 / 5), 500)
     even(counted(only("text"), many, k, 1000), dict.fromkeys(range(30), 1 / 30), 1000)
     longer = only("text", caption_words=40)
     even(counted(longer, many, k, 1000), {**dict.fromkeys(range(30), 1 / 40), 30: 10 / 40}, 1000)
-    plain = counted(DaVinci(), [Text("a " * 120)], k, 1500)
+    plain = counted(DaVinci(), [TextSegment("a " * 120)], k, 1500)
     even(plain, {**dict.fromkeys(range(96), 1 / 120), 96: 24 / 120}, 1500)
-    assert set(counted(DaVinci(), [Text("")], k, 20)) == {0}
+    assert set(counted(DaVinci(), [TextSegment("")], k, 20)) == {0}
     for side, n in sides.items():
-        found = counted(only("image"), [pictures[side], Text("a")], lambda row, side=side: row.fed.sum() / side, 1000)
+        found = counted(
+            only("image"), [images[side], TextSegment("a")], lambda row, side=side: row.is_embedding.sum() / side, 1000
+        )
         even(found, dict.fromkeys(range(side - 1), 1 / (side - 1)), 1000)
-        row = only("image", image_prefix=False).layout([pictures[side], Text("a")], words, torch.Generator())
-        assert int(row.predict.sum()) == n and not row.fed.any(), "r = 0: the whole picture"
+        row = only("image", image_prefix=False).layout([images[side], TextSegment("a")], words, torch.Generator())
+        assert int(row.predict.sum()) == n and not row.is_embedding.any(), "r = 0: the whole picture"
     dropped = only("image", image_prefix=False, prompt_drop=0.25)
     even(counted(dropped, told, lambda row: k(row) == 0, 500), {0: 0.75, 1: 0.25}, 500)
-    shares = DaVinci(text_share=1.0, image_share=2.0, plain_share=1.0, image_prefix=False)
-    tasks = counted(shares, told, lambda row: 2 * bool(row.fed.any()) + (row.roles == Role.VISUAL).any(), 500)
+    shares = DaVinci(text_ratio=1.0, image_ratio=2.0, plain_ratio=1.0, image_prefix=False)
+    tasks = counted(shares, told, lambda row: 2 * bool(row.is_embedding.any()) + (row.roles == Role.VISUAL).any(), 500)
     even(tasks, {0: 1 / 4, 1: 1 / 2, 3: 1 / 4}, 500)
 
 
@@ -257,14 +272,16 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
 def test_davinci_04_text_loss(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     objective = only("text")
     words, model = built(family, tiny_tokenizer, objective)
-    (row,) = rows_of(objective, [[shown(tiny_tokenizer, photos[0]), Text("A red apple on a wooden table")]], words, 3)
+    (row,) = rows_of(
+        objective, [[shown(tiny_tokenizer, photos[0]), TextSegment("A red apple on a wooden table")]], words, 3
+    )
     batch = pad([row], words.pad)
     seen = model.see(batch)
     seen.inputs.retain_grad()
     losses = objective.losses(seen, batch)
     losses["text"].mean.backward()
-    assert (seen.inputs.grad[batch.fed].abs().sum(1) > 0).all(), "every cell of the grid matters"
-    assert int(batch.fed.sum()) == PATCHES
+    assert (seen.inputs.grad[batch.is_embedding].abs().sum(1) > 0).all(), "every cell of the grid matters"
+    assert int(batch.is_embedding.sum()) == PATCHES
     assert (model.bridge.positions.grad.abs().sum(1) > 0).all()
     suffix = int((~row.prefix).sum())
     assert int(losses["text"].count) == suffix - 1 and not (row.predict & row.prefix).any()
@@ -273,14 +290,16 @@ def test_davinci_04_text_loss(family: str, tiny_tokenizer: VisualTokenizer, phot
 
 
 def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
-    words, objective = lexicon(), only("image")
+    words, objective = processor(), only("image")
     images = [shown(tiny_tokenizer, photo) for photo in photos]
     rows = [
-        a_generator_for(objective, [image, Text("rain")], words, lambda row, r=r: int(row.fed.sum()) == 4 * r)
+        a_generator_for(
+            objective, [image, TextSegment("rain")], words, lambda row, r=r: int(row.is_embedding.sum()) == 4 * r
+        )
         for image, r in zip(images, (0, 1, 2, 2), strict=True)
     ]
     assert (rows[1].ids[rows[1].predict] == LATER).all() and not (rows[0].ids == LATER).any()
-    batch = objective.finished(pack([rows[:3], rows[3:]], 80, words.pad), tiny_tokenizer, words)
+    batch = objective.on_device(pack([rows[:3], rows[3:]], 80, words.pad), tiny_tokenizer, words)
     places = batch.predict & (batch.roles == Role.VISUAL)
     said = [batch.ids[0][places[0] & (batch.documents[0] == d)] for d in range(3)] + [batch.ids[1][places[1]]]
     assert [len(ids) for ids in said] == [(4 - r) * 4 for r in (0, 1, 2, 2)]
@@ -290,22 +309,22 @@ def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[
     differ = 0
     for image, own, r in zip(images[1:], codes[1:], (1, 2, 2), strict=True):
         moved = torch.zeros(1, 3, 32, 32)
-        moved[:, :, : 32 - 8 * r] = tiny_tokenizer.preprocess(image.picture)[:, :, 8 * r :]
+        moved[:, :, : 32 - 8 * r] = tiny_tokenizer.preprocess(image.image)[:, :, 8 * r :]
         assert torch.equal(own, tiny_tokenizer.encode_pixels(moved, PATCHES)[0][: len(own)]), "the crop, encoded"
         differ += int((own != image.codes[4 * r :]).sum())
     assert differ > 0, "and not the codes of the whole picture, cut"
-    changed = images[2].picture.clone()
+    changed = images[2].image.clone()
     changed[:, :16] = 0
     masks = torch.stack([torch.arange(PATCHES) < 8] * 2)
-    above = codes_below(tiny_tokenizer, torch.stack([images[2].picture, changed]), masks)
+    above = codes_below(tiny_tokenizer, torch.stack([images[2].image, changed]), masks)
     assert torch.equal(above[:8], above[8:]), "rows above do not tell"
-    below = images[2].picture.clone()
+    below = images[2].image.clone()
     below[:, 16:] = 0
-    bridge = GridBridge(tiny_tokenizer, 32)
-    vectors = bridge(torch.stack([images[2].picture, below]), masks)
+    bridge = PatchBridge(tiny_tokenizer, 32)
+    vectors = bridge(torch.stack([images[2].image, below]), masks)
     assert vectors.shape == (16, 32) and torch.equal(vectors[:8], vectors[8:]), "rows below are not told"
     with pytest.raises(ValueError, match="whole upper rows of 4 patches"):
-        codes_below(tiny_tokenizer, images[2].picture[None], torch.arange(PATCHES)[None] < 6)
+        codes_below(tiny_tokenizer, images[2].image[None], torch.arange(PATCHES)[None] < 6)
     words, model = built("llama", tiny_tokenizer)
     with pytest.raises(IndexError):
         model(pack([rows[1:3]], 80, words.pad), objective)  # an unfinished batch cannot be trained on by mistake
@@ -328,9 +347,9 @@ def test_davinci_06_the_tied_matrix_is_trained_once(family: str, whole: Path, ph
     texts.write_text("\n".join('{"text": "rain and rain"}' for _ in range(12)))
     objective = DaVinci(train_encoder=family == "bart")
     training = module(whole, lm=settings, objective=objective, out=str(whole / "made"))
-    fitted = trainer(whole, 3, [LogSamples(every=2, pictures=2, decoder=None, max_tokens=4)])
-    pictures = {"pictures": str(whole / "pictures"), "texts": str(texts), "num_workers": 2}
-    fitted.fit(training, data(whole, **pictures))
+    fitted = trainer(whole, 3, [LogSamples(every=2, images=2, decoder=None, max_tokens=4)])
+    images = {"pictures": str(whole / "pictures"), "texts": str(texts), "num_workers": 2}
+    fitted.fit(training, data(whole, **images))
     assert {"train/text", "train/image", "train/plain"} <= set(fitted.callback_metrics)
     assert list(whole.rglob("captions-*.md")), "and what it says was logged"
     held = [id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]]
@@ -342,7 +361,7 @@ def test_davinci_06_the_tied_matrix_is_trained_once(family: str, whole: Path, ph
     assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     made = MultimodalLM.from_pretrained(whole / "made", decoder=None)
     assert type(made.model) is type(training.model) and made.objective == objective
-    ours = MultimodalLM(training.model, training.lexicon, training.visual, None, objective)
+    ours = MultimodalLM(training.model, training.processor, training.visual, None, objective)
     assert made.caption(str(photos[0]), 6) == ours.caption(str(photos[0]), 6)
     draw = {"generator": torch.Generator().manual_seed(0)}
     assert made.generate_codes("rain", **draw).lengths.tolist() == [PATCHES]
@@ -353,7 +372,7 @@ def test_davinci_06_shards_with_fewer_codes_are_refused(folder: Path):
     with pytest.raises(
         ValueError, match=r"has codes of \d+ of 16: make the shards with `lavit-tok shards --budget 16`"
     ):
-        trainer(folder, 1, []).fit(training, data(folder, pictures=str(folder / "pictures")))
+        trainer(folder, 1, []).fit(training, data(folder, images=str(folder / "pictures")))
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -363,19 +382,22 @@ def test_davinci_07_eight_samples_are_learnt_by_heart(
 ):
     objective = only(task.split()[-1], image_prefix=task == "image")
     words, model = built(family, tiny_tokenizer, objective)
-    crops = [Picture.open(photos[i % 4]).convert("RGB").crop((0, 0, 90 + 60 * i, 80 + 50 * i)) for i in range(8)]
+    crops = [Image.open(photos[i % 4]).convert("RGB").crop((0, 0, 90 + 60 * i, 80 + 50 * i)) for i in range(8)]
     images = [shown(tiny_tokenizer, crop) for crop in crops]
     texts = [
-        Text(text) for text in ("rain", "a red", "two dogs", "apple at sunset", "the town", "table", "run", "beach")
+        TextSegment(text)
+        for text in ("rain", "a red", "two dogs", "apple at sunset", "the town", "table", "run", "beach")
     ]
     samples: list[list[Segment]] = [[image, text] for image, text in zip(images, texts, strict=True)]
     rows = rows_of(objective, samples, words)
     if task == "plain":  # what nothing foretells cannot be learnt: one word in, another out
         rows = [
-            a_generator_for(objective, [Text(f"{t.text} {t.text}")], words, lambda row: int(row.prefix.sum()) > 1)
+            a_generator_for(
+                objective, [TextSegment(f"{t.text} {t.text}")], words, lambda row: int(row.prefix.sum()) > 1
+            )
             for t in texts
         ]
-    batch = objective.finished(pad(rows, words.pad), tiny_tokenizer, words)
+    batch = objective.on_device(pad(rows, words.pad), tiny_tokenizer, words)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if family == "llama" else 5e-3)
     for _ in range(500):
         losses = model(batch, objective)
@@ -392,14 +414,14 @@ def test_davinci_07_eight_samples_are_learnt_by_heart(
 @EACH
 def test_davinci_07_empty_prefixes_and_texts(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     words, model = built(family, tiny_tokenizer)
-    picture = shown(tiny_tokenizer, photos[0])
+    image = shown(tiny_tokenizer, photos[0])
     cases: list[tuple[DaVinci, list[Segment], int]] = [
-        (only("plain"), [Text("")], 1),
-        (only("text"), [picture, Text("")], 1),
-        (only("image", image_prefix=False), [picture, Text("")], PATCHES),
-        (only("text", image_prefix=False), [picture], PATCHES),  # a picture without words is painted
-        (only("plain", text_prefix=0), [Text("rain")], len(words.text("rain")) + 1),
-        (only("text", caption_words=0), [picture, Text("rain")], 1),
+        (only("plain"), [TextSegment("")], 1),
+        (only("text"), [image, TextSegment("")], 1),
+        (only("image", image_prefix=False), [image, TextSegment("")], PATCHES),
+        (only("text", image_prefix=False), [image], PATCHES),  # a picture without words is painted
+        (only("plain", text_prefix=0), [TextSegment("rain")], len(words.text("rain")) + 1),
+        (only("text", caption_words=0), [image, TextSegment("rain")], 1),
     ]
     for objective, sample, targets in cases:
         (row,) = rows_of(objective, [sample], words)
@@ -407,14 +429,14 @@ def test_davinci_07_empty_prefixes_and_texts(family: str, tiny_tokenizer: Visual
         loss = objective.total(model(pad([row], words.pad), objective))
         assert bool(loss.isfinite())
         loss.backward()
-    for sample in ([], [picture, picture], [Text("a"), Text("b")]):
+    for sample in ([], [image, image], [TextSegment("a"), TextSegment("b")]):
         with pytest.raises(ValueError, match="expected a picture, a text, or one of each"):
             DaVinci().layout(sample, words, torch.Generator())
     with pytest.raises(ValueError, match="has only the codes of one"):
-        only("text").layout([Image(picture.codes), Text("a")], words, torch.Generator())
+        only("text").layout([ImageSegment(image.codes), TextSegment("a")], words, torch.Generator())
     for wrong, message in (
         ({"text_weight": -1.0}, "text_weight: expected 0 or more"),
-        ({"text_share": 0.0, "image_share": 0.0}, "a share above 0"),
+        ({"text_ratio": 0.0, "image_ratio": 0.0}, "a share above 0"),
         ({"prompt_drop": 2.0}, "a probability"),
         ({"caption_words": -1}, "expected 0 or more"),
     ):
@@ -432,11 +454,11 @@ def lm(request: Any, tiny_tokenizer: VisualTokenizer, tiny_decoder: Any) -> Mult
 def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, photos: list[Path]):
     """Also of a model that would rather say words, or end the picture."""
     with torch.no_grad():
-        lm.model.causal.get_output_embeddings().weight[: lm.lexicon.vocabulary.first] *= 20
+        lm.model.causal.get_output_embeddings().weight[: lm.processor.vocabulary.first] *= 20
     drawn = lm.generate_codes("A red apple", 3, generator=torch.Generator().manual_seed(0), temperature=3.0)
     assert drawn.lengths.tolist() == [PATCHES] * 3 and drawn.codebook_size == 16
-    row = lm.prompts.painting("A red apple")
-    assert row.ids.tolist() == [*lm.lexicon.start, *lm.lexicon.text("a red apple"), lm.lexicon.vocabulary.begin]
+    row = lm.prompts.for_image("A red apple")
+    assert row.ids.tolist() == [*lm.processor.start, *lm.processor.text("a red apple"), lm.processor.vocabulary.begin]
     with pytest.raises(ValueError, match="davinci paints from words alone"):
         lm.generate_codes([photos[0], "a red apple"])
     for cached in (True, False):
@@ -447,17 +469,19 @@ def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, pho
 @torch.no_grad()
 def by_hand(lm: MultimodalLM, prompt: str, scale: float) -> list[int]:
     """Greedy codes under guidance, one full forward for each."""
-    vocabulary, said = lm.lexicon.vocabulary, []
+    vocabulary, said = lm.processor.vocabulary, []
     streams = [lm.prompts.row(text, "image") for text in (prompt, "")]
     while len(said) < PATCHES:
         logits = []
         for row in streams:
             places = torch.tensor(said, dtype=torch.int64)
-            flags = {name: torch.cat([getattr(row, name), torch.zeros(len(said)) > 0]) for name in ("prefix", "fed")}
+            flags = {
+                name: torch.cat([getattr(row, name), torch.zeros(len(said)) > 0]) for name in ("prefix", "is_embedding")
+            }
             more = len(row) + len(said)
             flags |= {name: torch.zeros(more) > 0 for name in ("predict", "regress")}
             longer = replace(row, ids=torch.cat([row.ids, places]), roles=torch.zeros(more, dtype=torch.int8), **flags)
-            batch = pad([longer], lm.lexicon.pad)
+            batch = pad([longer], lm.processor.pad)
             logits.append(lm.model.head(lm.model.see(batch).states[0, -1:])[0])
         guided = logits[1] + scale * (logits[0] - logits[1])
         said.append(vocabulary.first + int(guided[vocabulary.first : vocabulary.stop].argmax()))
@@ -470,12 +494,12 @@ def test_davinci_08_ranking_is_exhaustive_scoring(lm: MultimodalLM, photos: list
     found = lm.rank([photos[0], "What is it?"], answers)
     row = lm.prompts.row([photos[0], "what is it?"], "text")
     for text, nats in zip(answers, found.tolist(), strict=True):
-        ids = torch.tensor([*lm.lexicon.text(text.lower()), lm.lexicon.stop])
-        state = lm.model.decoding([row], lm.lexicon.pad, 60, cached=False)
+        ids = torch.tensor([*lm.processor.text(text.lower()), lm.processor.stop])
+        state = lm.model.decoding([row], lm.processor.pad, 60, cached=False)
         log_p, hidden = 0.0, state.prefill()
         for token in ids:
             log_p += float(lm.model.head(hidden).float().log_softmax(-1)[0, token])
-            hidden = state.say(token[None])
+            hidden = state.append_ids(token[None])
         assert abs(nats - log_p) < 1e-3
     assert lm.rank("a red apple", photos[:2]).shape == (2,), "pictures by words"
     with pytest.raises(ValueError, match="has only the codes of one"):
@@ -483,27 +507,27 @@ def test_davinci_08_ranking_is_exhaustive_scoring(lm: MultimodalLM, photos: list
 
 
 def test_davinci_08_rerank_picks_the_scorer_s_best(lm: MultimodalLM):
-    pictures = lm.generate_images("rain", 3, generator=torch.Generator().manual_seed(0), num_inference_steps=1)
-    light = [float(np.asarray(picture).mean()) for picture in pictures]
-    (best,) = rerank(pictures, lambda given: [float(np.asarray(picture).mean()) for picture in given])
-    assert best is pictures[light.index(max(light))] and len(set(light)) == 3
-    likeliest = rerank(pictures, lambda given: [float(lm.rank([picture], ["rain"])) for picture in given], best=3)
-    scores = [float(lm.rank([picture], ["rain"])) for picture in likeliest]
+    images = lm.generate_images("rain", 3, generator=torch.Generator().manual_seed(0), num_inference_steps=1)
+    light = [float(np.asarray(image).mean()) for image in images]
+    (best,) = rerank(images, lambda given: [float(np.asarray(image).mean()) for image in given])
+    assert best is images[light.index(max(light))] and len(set(light)) == 3
+    likeliest = rerank(images, lambda given: [float(lm.rank([image], ["rain"])) for image in given], best=3)
+    scores = [float(lm.rank([image], ["rain"])) for image in likeliest]
     assert scores == sorted(scores, reverse=True) and len(likeliest) == 3
     with pytest.raises(ValueError, match="a number for each of 3 pictures"):
-        rerank(pictures, lambda given: [1.0])
+        rerank(images, lambda given: [1.0])
     with pytest.raises(ValueError, match="best: expected 1 to"):
-        rerank(pictures, lambda given: [1.0], best=0)
+        rerank(images, lambda given: [1.0], best=0)
 
 
 def test_what_a_user_asks_for(lm: MultimodalLM, photos: list[Path]):
     captions = lm.caption([str(photo) for photo in photos[:3]], 6)
     assert len(captions) == 3 and captions[1] == lm.caption(str(photos[1]), 6)
     row = lm.prompts.row([photos[0], "a picture of"], "text")
-    start = [*lm.lexicon.start, *lm.lexicon.text("a picture of")]
-    assert row.ids[~row.prefix].tolist() == start and int(row.fed.sum()) == PATCHES
+    start = [*lm.processor.start, *lm.processor.text("a picture of")]
+    assert row.ids[~row.prefix].tolist() == start and int(row.is_embedding.sum()) == PATCHES
     asked = lm.prompts.row([photos[0], "What IS it?"], "text")
-    assert asked.ids[~asked.prefix].tolist() == lm.lexicon.start, "a question is read, not said"
+    assert asked.ids[~asked.prefix].tolist() == lm.processor.start, "a question is read, not said"
     assert isinstance(lm.answer(str(photos[0]), "What is it?", max_tokens=4), str)
     said = lm.complete(["a red", photos[0]], 5, max_images=0)
     assert len(said) <= 1 and all(isinstance(part, str) for part in said)
@@ -517,30 +541,30 @@ def test_what_a_user_asks_for(lm: MultimodalLM, photos: list[Path]):
 def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
     """Against all texts of up to two words of a small vocabulary; one beam is greedy."""
     rows = [lm.prompts.row([photo, "a picture of"], "text") for photo in photos[:2]]
-    rule = Rule("text", 1, 5)
-    greedy = continue_rows(lm.model, lm.lexicon, rows, rule, type(lm_sampling())(temperature=0.0))
-    ended = [ids[: ids.index(lm.lexicon.stop) + 1] if lm.lexicon.stop in ids else ids for ids in greedy]
-    assert likeliest_rows(lm.model, lm.lexicon, rows, rule, 1) == ended
-    wide = likeliest_rows(lm.model, lm.lexicon, rows, Rule("text", 1, 2), 400, 0.0)
-    allowed = Rule("text").words(lm.lexicon, lm.model.head(torch.zeros(1, 32)).shape[1], lm.device)
-    stop = lm.lexicon.stop
+    rule = GenerationConstraint("text", 1, 5)
+    greedy = generate_ids(lm.model, lm.processor, rows, rule, type(lm_sampling())(temperature=0.0))
+    ended = [ids[: ids.index(lm.processor.stop) + 1] if lm.processor.stop in ids else ids for ids in greedy]
+    assert beam_search(lm.model, lm.processor, rows, rule, 1) == ended
+    wide = beam_search(lm.model, lm.processor, rows, GenerationConstraint("text", 1, 2), 400, 0.0)
+    allowed = GenerationConstraint("text").words(lm.processor, lm.model.head(torch.zeros(1, 32)).shape[1], lm.device)
+    stop = lm.processor.stop
     for row, found in zip(rows, wide, strict=True):
         best, score = None, -torch.inf
         with torch.no_grad():
-            first = lm.model.head(lm.model.decoding([row], lm.lexicon.pad, 4).prefill())[0]
+            first = lm.model.head(lm.model.decoding([row], lm.processor.pad, 4).prefill())[0]
             first = first.masked_fill(~allowed, -torch.inf).log_softmax(0)
             ids = allowed.nonzero().flatten()
-            state = lm.model.decoding([row] * len(ids), lm.lexicon.pad, 4)
+            state = lm.model.decoding([row] * len(ids), lm.processor.pad, 4)
             state.prefill()
             may = allowed.clone()
             may[stop] = True
-            second = lm.model.head(state.say(ids)).masked_fill(~may, -torch.inf).log_softmax(1)
+            second = lm.model.head(state.append_ids(ids)).masked_fill(~may, -torch.inf).log_softmax(1)
             both = first[ids][:, None] + second
             score, place = both.flatten().max(0)
             best = [int(ids[int(place) // both.shape[1]]), int(place) % both.shape[1]]
         assert found == best, score
-    cached = likeliest_rows(lm.model, lm.lexicon, rows, rule, 3)
-    assert cached == likeliest_rows(lm.model, lm.lexicon, rows, rule, 3, cached=False)
+    cached = beam_search(lm.model, lm.processor, rows, rule, 3)
+    assert cached == beam_search(lm.model, lm.processor, rows, rule, 3, cached=False)
     assert lm.caption(photos[0], 5, beams=3) == lm.caption([photos[0], photos[1]], 5, beams=3)[0]
     with pytest.raises(ValueError, match="beams: nothing is sampled there"):
         lm.caption(photos[0], beams=2, temperature=1.0)
@@ -554,9 +578,9 @@ def lm_sampling() -> Any:
 
 def test_an_encoder_is_trained_with_the_rest(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     """A copy; what no feature depends on stays frozen, and so does the tokenizer's own."""
-    bridge = GridBridge(tiny_tokenizer, 32, train_encoder=True)
-    pictures = to_uint8(photos, 32)
-    bridge(pictures, torch.ones(len(pictures), PATCHES) > 0).square().sum().backward()
+    bridge = PatchBridge(tiny_tokenizer, 32, train_encoder=True)
+    images = to_uint8(photos, 32)
+    bridge(images, torch.ones(len(images), PATCHES) > 0).square().sum().backward()
     moved = {
         name: p.grad is not None and bool(p.grad.any()) for name, p in bridge.named_parameters() if p.requires_grad
     }
@@ -567,13 +591,13 @@ def test_an_encoder_is_trained_with_the_rest(tiny_tokenizer: VisualTokenizer, ph
         "encoder.model.post_layernorm.bias",
     }
     assert all(not p.requires_grad and p.grad is None for p in tiny_tokenizer.encoder.parameters())
-    assert not tiny_tokenizer.features(tiny_tokenizer.preprocess(pictures)).requires_grad
+    assert not tiny_tokenizer.features(tiny_tokenizer.preprocess(images)).requires_grad
 
 
 def test_positions_of_a_suffix_start_anew_in_the_decoder(tiny_tokenizer: VisualTokenizer):
     """An encoder-decoder's state does not depend on where in a block its document stands."""
     words, model = built("bart", tiny_tokenizer)
-    rows = rows_of(only("plain"), [[Text("two dogs run")], [Text("a red apple on a table")]], words)
+    rows = rows_of(only("plain"), [[TextSegment("two dogs run")], [TextSegment("a red apple on a table")]], words)
     batch: Packed = pack([rows], 64, words.pad)
     states = model.see(batch).states[0]
     alone = model.see(pad([rows[1]], words.pad)).states[0]

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from helpers.vlgpt_parts import TEXT, WIDTH, stage_one, tiny_diffusion
-from PIL import Image as Picture
+from PIL import Image
 from torch.nn import functional as F
 
 from lavit_lm.cli import main
 from lavit_lm.objectives.vlgpt.condition_kinds import load_conditions
-from lavit_lm.objectives.vlgpt.conditions import Condition, PixelConditions
-from lavit_lm.objectives.vlgpt.detokenizer import Detokenizer, TokenizerShape
+from lavit_lm.objectives.vlgpt.conditions import DiffusionConditions, PixelDecoderConditions
+from lavit_lm.objectives.vlgpt.detokenizer import Detokenizer, VLGPTTokenizerConfig
 from lavit_lm.objectives.vlgpt.image_decoder import DetokenizingDecoder, load_tokenizer, read_config, save_tokenizer
 from lavit_lm.objectives.vlgpt.stable_diffusion import StableDiffusionConditions
 from lavit_tok import VisualTokenizer, WeightsError
@@ -26,14 +26,14 @@ RECIPES = sorted(
     path for path in FOLDER.glob("*.yaml") if "lavit-lm fit-tokenizer -c recipes/lm/" + path.name in path.read_text()
 )
 CAPTIONS = ["a red apple", "two dogs run", "the old town hall", "rain at sunset"]
-SHAPE = TokenizerShape(24, 4, 2, 2, 16)
+SHAPE = VLGPTTokenizerConfig(24, 4, 2, 2, 16)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(count: int = 4, side: int = 32) -> torch.Tensor:
+def images(count: int = 4, side: int = 32) -> torch.Tensor:
     return torch.randint(256, (count, 3, side, side), generator=generator(), dtype=torch.uint8)
 
 
@@ -79,9 +79,9 @@ def test_stable_diffusion_s_own_encoders(grid: bool, tmp_path: Path):
     c = load_conditions(tiny_diffusion(tmp_path, grid), None)
     assert isinstance(c, StableDiffusionConditions) and c._pipeline is None, "training reads neither U-Net nor VAE"
     assert (c.image_shape, c.text_shape) == ((5, WIDTH) if grid else (1, 8), (TEXT, WIDTH))
-    seen, read = c.image_condition(pictures()), c.text_condition(CAPTIONS)
+    seen, read = c.image_condition(images()), c.text_condition(CAPTIONS)
     assert seen.shape == (4, *c.image_shape) and read.shape == (4, *c.text_shape)
-    opened = [Picture.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures()]
+    opened = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images()]
     own, without = c.pipeline.encode_image(opened, "cpu", 1, grid)
     torch.testing.assert_close(seen, own if grid else own[:, None])
     torch.testing.assert_close(c.nulls().image, (without if grid else without[:, None])[:1])
@@ -89,31 +89,31 @@ def test_stable_diffusion_s_own_encoders(grid: bool, tmp_path: Path):
     torch.testing.assert_close(read, text)
     torch.testing.assert_close(c.nulls().text, negative[:1])
     options = {"num_inference_steps": 2, "guidance_scale": 3.0}
-    ours = c.draw(Condition(seen[:1], read[:1]), **options, generator=generator())
+    ours = c.draw(DiffusionConditions(seen[:1], read[:1]), **options, generator=generator())
     theirs = c.pipeline(CAPTIONS[0], ip_adapter_image=opened[0], **options, generator=generator()).images
     assert list(ours[0].getdata()) == list(theirs[0].getdata()), "the pipeline draws the same by its own ways in"
-    unguided = c.draw(Condition(seen[:1], read[:1]), 2, 1.0, generator())
+    unguided = c.draw(DiffusionConditions(seen[:1], read[:1]), 2, 1.0, generator())
     assert list(unguided[0].getdata()) != list(ours[0].getdata())
     with pytest.raises(ValueError, match="nothing is left to draw from"):
-        c.draw(Condition(None, None))
+        c.draw(DiffusionConditions(None, None))
 
 
 def test_a_pixel_decoder_s_condition(where: Path):
     """X_rec, which its projection reads: drawn from it, a picture is the one that its codes draw."""
     visual = VisualTokenizer.from_pretrained(where / "visual")
     c = load_conditions({"kind": "pixel_decoder", "decoder": str(where / "decoder")}, visual)
-    seen = c.image_condition(pictures(2))
-    torch.testing.assert_close(seen, visual.reconstruct(visual.encode(pictures(2))))
+    seen = c.image_condition(images(2))
+    torch.testing.assert_close(seen, visual.reconstruct_features(visual.encode(images(2))))
     assert seen.shape == (2, *c.image_shape) and c.text_shape is None and c.nulls() == (None, None)
-    ours = c.draw(Condition(seen, None), 2, 2.0, generator())
-    theirs = c.decoder(visual.encode(pictures(2)), 2, 2.0, generator()).images
+    ours = c.draw(DiffusionConditions(seen, None), 2, 2.0, generator())
+    theirs = c.decoder(visual.encode(images(2)), 2, 2.0, generator()).images
     assert [list(p.getdata()) for p in ours] == [list(p.getdata()) for p in theirs]
     with pytest.raises(ValueError, match="no text condition: it was trained without captions"):
         c.text_condition(CAPTIONS)
     with pytest.raises(ValueError, match="nothing is left to draw from"):
-        c.draw(Condition(None, None))
+        c.draw(DiffusionConditions(None, None))
     with pytest.raises(ValueError, match="were loaded to draw"):
-        PixelConditions.load(None, str(where / "decoder")).image_condition(pictures())
+        PixelDecoderConditions.load(None, str(where / "decoder")).image_condition(images())
     with pytest.raises(ValueError, match=r"draws \(patches, codes\) of \(64, 2048\), the visual tokenizer makes"):
         load_conditions({"kind": "pixel_decoder"}, visual)
 
@@ -141,10 +141,10 @@ def test_vlgpt_02_the_loss_is_the_sum(where: Path):
     for image, text in ((0.5, 2.0), (0.0, 1.0), (1.0, 0.0)):
         stage.weights = {"image": image, "text": text}
         stage.zero_grad()
-        estimated = stage.model(pictures())
-        loss = stage.total(stage.losses(estimated, stage.targets(pictures(), CAPTIONS)))
+        estimated = stage.model(images())
+        loss = stage.total(stage.losses(estimated, stage.targets(images(), CAPTIONS)))
         with torch.no_grad():
-            by_hand = image * (estimated.image - own.image_condition(pictures())).square().mean()
+            by_hand = image * (estimated.image - own.image_condition(images())).square().mean()
             by_hand += text * (estimated.text - own.text_condition(CAPTIONS)).square().mean()
         torch.testing.assert_close(loss.detach(), by_hand)
         loss.backward()
@@ -159,7 +159,7 @@ def test_vlgpt_02_the_loss_is_the_sum(where: Path):
     with pytest.raises(ValueError, match=r"model has \(image\), got 0.0, 1.0"):
         stage_one(where, 24, image_weight=0.0)
     with pytest.raises(ValueError, match="the data have none: give data"):
-        stage_one(where, 24, settings).targets(pictures(), None)
+        stage_one(where, 24, settings).targets(images(), None)
 
 
 def test_vlgpt_02_the_diffusion_model_never_runs(folder: Path, tiny_decoder: Any, monkeypatch: pytest.MonkeyPatch):
@@ -223,20 +223,20 @@ def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):
 
     stage = stage_one(where, 24, tiny_diffusion(where), lr=1e-2, warmup_steps=0)
     with torch.no_grad():
-        vectors = stage.model.vectors(pictures())
+        vectors = stage.model.vectors(images())
         assert vectors.shape == (4, 4, 24)
         queries = stage.model.tokenizer.queries
         for query in range(4):
             before = queries.clone()
             queries[query] += torch.randn(queries.shape[1], generator=generator(query))
-            other = stage.model.vectors(pictures())
+            other = stage.model.vectors(images())
             assert torch.equal(other[:, :query], vectors[:, :query]), "a later query changes no earlier vector"
             assert not torch.allclose(other[:, query], vectors[:, query])
             queries.copy_(before)
     own = stage.conditions
     visual = stage.model.tokenizer._tokenizer[0]
     frozen = {"text": own.text_encoder, "image": own.image_encoder, "visual": visual}
-    kept = {name: {k: t.clone() for k, t in part.state_dict().items()} for name, part in frozen.items()}
+    keep = {name: {k: t.clone() for k, t in part.state_dict().items()} for name, part in frozen.items()}
     learnt = {name: p.detach().clone() for name, p in stage.named_parameters()}
     assert all(name.startswith(("model.tokenizer", "model.detokenizer")) for name in learnt)
     assert not [name for name in learnt if "encoder" in name], "the two transformers alone are trained"
@@ -244,11 +244,11 @@ def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):
         max_steps=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, default_root_dir=where,
     )  # fmt: skip
-    batch = {"images": pictures(), "captions": CAPTIONS}
+    batch = {"images": images(), "captions": CAPTIONS}
     fitted.fit(stage, DataLoader([batch] * 3, batch_size=None))
     for name, part in frozen.items():
         for key, tensor in part.state_dict().items():
-            assert torch.equal(tensor, kept[name][key]), f"{name}: {key}"
+            assert torch.equal(tensor, keep[name][key]), f"{name}: {key}"
     assert all(not torch.equal(p, learnt[name]) for name, p in stage.named_parameters()), "all of it is trained"
 
 
@@ -257,9 +257,9 @@ def test_saved_and_read_strictly(where: Path):
     stage = stage_one(where, 24)
     save_tokenizer(where / "stage", stage.model, str(where / "visual"), stage.conditions.settings)
     read = load_tokenizer(where / "stage", visual)
-    torch.testing.assert_close(read.vectors(read.features(pictures())), stage.model.vectors(pictures()))
+    torch.testing.assert_close(read.vectors(read.features(images())), stage.model.vectors(images()))
     decoder = DetokenizingDecoder.from_pretrained(where / "stage")
-    vectors = stage.model.vectors(pictures(1)).detach()
+    vectors = stage.model.vectors(images(1)).detach()
     torch.testing.assert_close(decoder.detokenizer(vectors).image, stage.model.detokenizer(vectors).image)
     assert decoder(vectors, generator=generator(), num_inference_steps=2).images[0].size == (16, 16)
     save_tokenizer(where / "half", stage.model, str(where / "visual"), stage.conditions.settings, ["text"])

@@ -10,47 +10,49 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.emu_parts import EMU, N, built, picture
-from helpers.lm_parts import lexicon_and_model
+from helpers.emu_parts import EMU, N, built, image
+from helpers.lm_parts import processor_and_model
 from helpers.lm_runs import SMALL, Losses, data, module, trainer
-from PIL import Image as Picture
+from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavit_lm import MultimodalLM
 from lavit_lm.checkpoints.native import save_model
 from lavit_lm.generation.interleaved import emit
-from lavit_lm.models.losses import Seen, Sum, cross_entropy, regression, sources
+from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy, regression, sources
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.emu import Emu
 from lavit_lm.sequences.documents import as_segments, clip
 from lavit_lm.sequences.packing import FREE, Packed, pack, pad
-from lavit_lm.sequences.segments import Image, Role, Row, Segment, Text
+from lavit_lm.sequences.segments import ImageSegment, Role, Segment, TextSegment, TokenSequence
 from lavit_lm.vision.resampler import CausalResampler
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
 
 FAMILIES = ["llama", "qwen2", "gpt2"]
 
 
-def row(lexicon: Lexicon, sample: Sequence[Segment], objective: Emu = EMU, key: str = "") -> Row:
-    return objective.layout(sample, lexicon, torch.Generator().manual_seed(0), key)
+def row(
+    processor: MultimodalProcessor, sample: Sequence[Segment], objective: Emu = EMU, key: str = ""
+) -> TokenSequence:
+    return objective.layout(sample, processor, torch.Generator().manual_seed(0), key)
 
 
 def mixed() -> list[list[Segment]]:
     """Rows with 0, 1 and 2 pictures, of different lengths."""
     return [
-        [Text("rain")],
-        [picture(0), Text("two dogs run along the beach")],
-        [Text("a red apple"), picture(1), Text("and"), picture(2)],
+        [TextSegment("rain")],
+        [image(0), TextSegment("two dogs run along the beach")],
+        [TextSegment("a red apple"), image(1), TextSegment("and"), image(2)],
     ]
 
 
 def test_the_drawing(tiny_tokenizer: VisualTokenizer):
-    lexicon, _ = built(tiny_tokenizer)
-    made = row(lexicon, [picture(0), Text("a table")], replace(EMU, queries=2))
-    v, words = lexicon.vocabulary, lexicon.text("a table")
-    assert made.ids.tolist() == [*lexicon.start, v.begin, lexicon.pad, lexicon.pad, v.end, *words, lexicon.stop]
+    processor, _ = built(tiny_tokenizer)
+    made = row(processor, [image(0), TextSegment("a table")], replace(EMU, queries=2))
+    v, words = processor.vocabulary, processor.text("a table")
+    assert made.ids.tolist() == [*processor.start, v.begin, processor.pad, processor.pad, v.end, *words, processor.stop]
     roles = [Role.TEXT, Role.BEGIN, Role.VISUAL, Role.VISUAL, Role.END, *[Role.TEXT] * (len(words) + 1)]
     assert made.roles.tolist() == [int(role) for role in roles]
     marks = {"fed": "..xx.", "predict": ".....", "regress": "..xxx"}
@@ -58,52 +60,54 @@ def test_the_drawing(tiny_tokenizer: VisualTokenizer):
     for name, drawn in marks.items():
         wanted = drawn + after[name] * (len(words) + 1)
         assert "".join("x" if flag else "." for flag in getattr(made, name).tolist()) == wanted, name
-    assert not made.prefix.any() and len(made.images) == 1 and made.kept.numel() == 0
+    assert not made.prefix.any() and len(made.image_segments) == 1 and made.keep.numel() == 0
 
 
 def test_pairs_come_in_both_orders(tiny_tokenizer: VisualTokenizer):
-    lexicon, _ = built(tiny_tokenizer)
+    processor, _ = built(tiny_tokenizer)
     orders = {
         name: {
-            int(Emu(name, queries=2).layout(sample, lexicon, torch.Generator().manual_seed(s)).roles[1])
+            int(Emu(name, queries=2).layout(sample, processor, torch.Generator().manual_seed(s)).roles[1])
             for s in range(16)
-            for sample in ([picture(0), Text("rain")], [Text("rain"), picture(0)])
+            for sample in ([image(0), TextSegment("rain")], [TextSegment("rain"), image(0)])
         }
         for name in ("both", "image_first", "text_first")
     }
     assert orders == {"both": {0, 1}, "image_first": {int(Role.BEGIN)}, "text_first": {int(Role.TEXT)}}
-    question = row(lexicon, [replace(picture(0), learn=False), Text("what?", learn=False), Text("rain")])
+    question = row(
+        processor, [replace(image(0), is_target=False), TextSegment("what?", is_target=False), TextSegment("rain")]
+    )
     said = question.ids[question.predict].tolist()
-    assert said == [*lexicon.text("rain"), lexicon.stop] and not question.regress.any()
+    assert said == [*processor.text("rain"), processor.stop] and not question.regress.any()
 
 
 def test_emu_01_vectors_are_causal(tiny_tokenizer: VisualTokenizer):
     """Another query i changes no vector before it, to the bit, and does change those from it on."""
     _, model = built(tiny_tokenizer, objective=replace(EMU, queries=5))
     bridge: Any = model.bridge
-    pictures = torch.stack([picture(i).picture for i in range(3)])  # type: ignore[misc]
+    images = torch.stack([image(i).image for i in range(3)])  # type: ignore[misc]
     none = torch.zeros(0, 0, dtype=torch.bool)
     with torch.no_grad():
-        before = bridge(pictures, none).view(3, 5, -1)
+        before = bridge(images, none).view(3, 5, -1)
         assert before.shape == (3, 5, 16)
         for i in range(5):
-            kept = bridge.queries[i].clone()
+            keep = bridge.queries[i].clone()
             bridge.queries[i] += torch.linspace(-1, 1, 32)
-            after = bridge(pictures, none).view(3, 5, -1)
-            bridge.queries[i] = kept
+            after = bridge(images, none).view(3, 5, -1)
+            bridge.queries[i] = keep
             assert torch.equal(after[:, :i], before[:, :i])
             assert ((after - before)[:, i:].abs().amax(-1) > 1e-4).all()
         assert (before[0] - before[1]).abs().max() > 1e-3, "pictures differ"
         narrow = CausalResampler(tiny_tokenizer, 16, 4, 1, 2, inner=8)
-        assert narrow(pictures, none).shape == (12, 16)
+        assert narrow(images, none).shape == (12, 16)
     with pytest.raises(ValueError, match="heads that divide the transformer's width, got 4 queries, 1 blocks, 3 heads"):
         CausalResampler(tiny_tokenizer, 16, 4, 1, 3)
 
 
 def test_emu_02_regression_terms(tiny_tokenizer: VisualTokenizer):
     """(N + 1) a picture, in packed rows."""
-    lexicon, model = built(tiny_tokenizer)
-    batch = pack([[row(lexicon, s) for s in mixed()], [row(lexicon, mixed()[2])]], 64, lexicon.pad)
+    processor, model = built(tiny_tokenizer)
+    batch = pack([[row(processor, s) for s in mixed()], [row(processor, mixed()[2])]], 64, processor.pad)
     before, at = sources(batch, batch.regress)
     roles = batch.roles.flatten()
     assert len(at) == (N + 1) * 5
@@ -115,12 +119,12 @@ def test_emu_02_regression_terms(tiny_tokenizer: VisualTokenizer):
 
 def test_emu_03_target_is_next_input(tiny_tokenizer: VisualTokenizer):
     """To the bit, and without a gradient: the loss, remade by a plain loop, moves the model by its sources alone."""
-    lexicon, model = built(tiny_tokenizer)
-    batch = pad([row(lexicon, s) for s in mixed()], lexicon.pad)
+    processor, model = built(tiny_tokenizer)
+    batch = pad([row(processor, s) for s in mixed()], processor.pad)
     seen = model.see(batch)
-    vectors = model.bridge(batch.pictures, batch.kept)  # type: ignore[misc]
-    assert torch.equal(seen.inputs[batch.fed], vectors)
-    end = model.causal.get_input_embeddings().weight[lexicon.vocabulary.end]
+    vectors = model.bridge(batch.images, batch.keep)  # type: ignore[misc]
+    assert torch.equal(seen.inputs[batch.is_embedding], vectors)
+    end = model.causal.get_input_embeddings().weight[processor.vocabulary.end]
     assert torch.equal(seen.inputs[batch.roles == Role.END], end.expand(3, -1))
     assert seen.regressor is not None
     total = torch.zeros(())
@@ -137,24 +141,24 @@ def test_emu_03_target_is_next_input(tiny_tokenizer: VisualTokenizer):
 
 
 def test_emu_04_who_has_cross_entropy(tiny_tokenizer: VisualTokenizer):
-    lexicon, model = built(tiny_tokenizer)
-    batch = pack([[row(lexicon, s) for s in mixed()]], 64, lexicon.pad)
+    processor, model = built(tiny_tokenizer)
+    batch = pack([[row(processor, s) for s in mixed()]], 64, processor.pad)
     before, at = sources(batch, batch.predict)
     assert (batch.documents.flatten()[at] != FREE).all()
     assert (batch.roles.flatten()[at] == Role.TEXT).all()
-    v = lexicon.vocabulary
+    v = processor.vocabulary
     assert not torch.isin(batch.ids.flatten()[at], torch.tensor([v.begin, v.end])).any()
     after_pictures = (batch.roles.flatten()[before] == Role.END).sum()
     assert after_pictures == 3, "the first id after each picture is predicted from its end"
-    texts = sum(len(row(lexicon, s)) - 1 - (N + 2) * sum(isinstance(p, Image) for p in s) for s in mixed())
+    texts = sum(len(row(processor, s)) - 1 - (N + 2) * sum(isinstance(p, ImageSegment) for p in s) for s in mixed())
     assert len(at) == texts == EMU.losses(model.see(batch), batch)["text"].count
     assert cross_entropy(model.see(batch), batch)["image"].count == 0
 
 
 def test_emu_05_no_gradient_from_what_is_to_be_said(tiny_tokenizer: VisualTokenizer):
     """Of each single term, words and vectors, with respect to what the LM is fed."""
-    lexicon, model = built(tiny_tokenizer)
-    batch = pack([[row(lexicon, s) for s in mixed()[1:]]], 64, lexicon.pad)
+    processor, model = built(tiny_tokenizer)
+    batch = pack([[row(processor, s) for s in mixed()[1:]]], 64, processor.pad)
     inputs = model.see(batch).inputs.detach().requires_grad_(True)
     for flag, losses in ((batch.predict, cross_entropy), (batch.regress, regression)):
         name = "predict" if flag is batch.predict else "regress"
@@ -182,8 +186,8 @@ def left(batch: Packed) -> Packed:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_emu_06_padding_and_caching(family: str, tiny_tokenizer: VisualTokenizer):
-    lexicon, model = built(tiny_tokenizer, family)
-    batch = pad([row(lexicon, s) for s in mixed()], lexicon.pad)
+    processor, model = built(tiny_tokenizer, family)
+    batch = pad([row(processor, s) for s in mixed()], processor.pad)
     assert (left(batch).documents[0] == FREE).nonzero().flatten().tolist() == list(
         range((batch.documents[0] == FREE).sum())
     )
@@ -192,29 +196,29 @@ def test_emu_06_padding_and_caching(family: str, tiny_tokenizer: VisualTokenizer
         left_losses = EMU.losses(model.see(left(batch)), left(batch))
         for name, loss in right_losses.items():
             torch.testing.assert_close(left_losses[name].mean, loss.mean, atol=1e-5, rtol=1e-5)
-        prompts = [EMU.prompt(s, lexicon, "image") for s in mixed()]
-        cached = emit(model, lexicon, prompts, N, opened=True, max_words=4)
-        plain = emit(model, lexicon, prompts, N, opened=True, max_words=4, cached=False)
-        alone = [emit(model, lexicon, [prompt], N, opened=True, max_words=4)[0] for prompt in prompts]
+        prompts = [EMU.prompt(s, processor, "image") for s in mixed()]
+        cached = emit(model, processor, prompts, N, opened=True, max_words=4)
+        plain = emit(model, processor, prompts, N, opened=True, max_words=4, cached=False)
+        alone = [emit(model, processor, [prompt], N, opened=True, max_words=4)[0] for prompt in prompts]
         for number, prompt in enumerate(prompts):
-            slow = slowly(model, lexicon, prompt, room=len(prompts[2]))
+            slow = slowly(model, processor, prompt, room=len(prompts[2]))
             for said in (cached, plain, alone):
                 assert isinstance(said[number][0], torch.Tensor)
                 torch.testing.assert_close(said[number][0], slow, atol=1e-4, rtol=1e-4)
                 assert said[number][1:] == cached[number][1:], "the words after the picture"
 
 
-def slowly(model: SequenceModel, lexicon: Lexicon, prompt: Row, room: int) -> torch.Tensor:
+def slowly(model: SequenceModel, processor: MultimodalProcessor, prompt: TokenSequence, room: int) -> torch.Tensor:
     """N vectors by whole forwards over a right-padded row, where vectors said are put in by hand."""
     said: list[torch.Tensor] = []
     for _ in range(N):
         length = len(prompt) + len(said)
-        batch = pad([prompt], lexicon.pad)
-        inputs = model.embed(batch.ids, batch.fed, batch.pictures, batch.kept)
-        free = model.causal.get_input_embeddings()(torch.tensor([lexicon.pad]))
+        batch = pad([prompt], processor.pad)
+        inputs = model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
+        free = model.causal.get_input_embeddings()(torch.tensor([processor.pad]))
         inputs = torch.cat([inputs, *(v[None, None] for v in said), free[None].expand(1, room, -1)], 1)
         documents = torch.where(torch.arange(length + room) < length, 0, FREE)[None]
-        wide = pack([[]], length + room, lexicon.pad)
+        wide = pack([[]], length + room, processor.pad)
         states = model.read(inputs, replace(wide, documents=documents, positions=torch.arange(length + room)[None]))
         said.append(model.regressor(states[0, length - 1]))  # type: ignore[misc]
     return torch.stack(said)
@@ -228,13 +232,13 @@ class Drawn:
 
     def __call__(self, vectors: torch.Tensor, null: torch.Tensor, **more: Any) -> Any:
         self.asked.append((vectors, null, more))
-        return type("Pictures", (), {"images": [Picture.new("RGB", (4, 4))] * len(vectors)})
+        return type("Pictures", (), {"images": [Image.new("RGB", (4, 4))] * len(vectors)})
 
 
 @pytest.fixture
 def lm(tiny_tokenizer: VisualTokenizer) -> MultimodalLM:
-    lexicon, model = built(tiny_tokenizer)
-    return MultimodalLM(model, lexicon, tiny_tokenizer, Drawn(), EMU)  # type: ignore[arg-type]
+    processor, model = built(tiny_tokenizer)
+    return MultimodalLM(model, processor, tiny_tokenizer, Drawn(), EMU)  # type: ignore[arg-type]
 
 
 def test_emu_07_generation(lm: MultimodalLM, photos: list[Path]):
@@ -244,9 +248,9 @@ def test_emu_07_generation(lm: MultimodalLM, photos: list[Path]):
     assert vectors.shape == (4, N, 16)
     distance = torch.cdist(vectors.flatten(1), vectors.flatten(1)) + torch.eye(4)
     assert distance.min() > 1e-4, "each prompt has vectors of its own, blends of two pictures too"
-    empty = lm.objective.prompt([], lm.lexicon, "image")
-    assert empty.ids.tolist() == [*lm.lexicon.start, lm.lexicon.vocabulary.begin]
-    null = slowly(lm.model, lm.lexicon, empty, room=2)
+    empty = lm.objective.prompt([], lm.processor, "image")
+    assert empty.ids.tolist() == [*lm.processor.start, lm.processor.vocabulary.begin]
+    null = slowly(lm.model, lm.processor, empty, room=2)
     torch.testing.assert_close(vectors[1], null, atol=1e-4, rtol=1e-4)
     options = {"decoder_guidance": 1.0, "num_inference_steps": 2, "generator": torch.Generator()}
     assert len(lm.generate_images("a red apple", 2, **options)) == 2
@@ -268,7 +272,7 @@ def test_emu_08_eight_samples_are_learnt_by_heart(tiny_tokenizer: VisualTokenize
 
 
 class Undetached(Emu):
-    def losses(self, seen: Seen, batch: Packed) -> dict[str, Sum]:
+    def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
         before, at = sources(batch, batch.regress)
         error = seen.regressor(seen.states.flatten(0, 1)[before]) - seen.inputs.flatten(0, 1)[at]  # type: ignore[misc]
         return {**super().losses(seen, batch), "vectors": Sum(error.square().mean(1).sum(), torch.tensor(len(at)))}
@@ -276,20 +280,21 @@ class Undetached(Emu):
 
 def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, Sum], float, float]:
     """(losses, std of the pictures' vectors before and after training)."""
-    lexicon, _ = lexicon_and_model()
+    processor, _ = processor_and_model()
     words = ["a red apple", "two dogs run along the beach", "an apple and a table in the old town", "rain"]
     samples: list[list[Segment]] = [
-        [Text("rain " * i + "and", learn=False), picture(i), Text(words[i % 4] + " rain" * (i // 4))] for i in range(8)
+        [TextSegment("rain " * i + "and", is_target=False), image(i), TextSegment(words[i % 4] + " rain" * (i // 4))]
+        for i in range(8)
     ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL, vocab_size=lexicon.vocabulary.stop))
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL, vocab_size=processor.vocabulary.stop))
         model = SequenceModel(lm, *objective.parts(visual, 32))
-    batch = pad([row(lexicon, s, objective) for s in samples], lexicon.pad)
+    batch = pad([row(processor, s, objective) for s in samples], processor.pad)
 
     def deviation() -> float:
         with torch.no_grad():
-            return float(model.bridge(batch.pictures, batch.kept).view(8, N, -1).var(0).mean().sqrt())  # type: ignore[misc]
+            return float(model.bridge(batch.images, batch.keep).view(8, N, -1).var(0).mean().sqrt())  # type: ignore[misc]
 
     before, rates = deviation(), {"lm": 5e-3, "visual": 1e-3, "encoder": 1e-4}
     optimizer = torch.optim.AdamW([{"params": p, "lr": rates[name]} for name, p in model.trained().items()])
@@ -303,16 +308,22 @@ def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, Sum], flo
 
 
 def test_emu_09_any_number_of_pictures(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
-    lexicon, model = built(tiny_tokenizer)
+    processor, model = built(tiny_tokenizer)
     frames = as_segments(clip([photos[i % 4] for i in range(30)]), 32)
-    five: list[Segment] = [part for i in range(5) for part in (picture(i), Text("rain"))]
-    samples = [[Text("rain and rain")], [picture(0)], [picture(0), Text("rain")], five, [*frames, Text("two dogs run")]]
-    rows = [row(lexicon, sample, key=str(i)) for i, sample in enumerate(samples)]
-    batch = pack([rows], sum(map(len, rows)), lexicon.pad)
-    assert batch.fill == 1 and len(batch.pictures) == 1 + 1 + 5 + 8 and batch.fed.sum() == 15 * N
+    five: list[Segment] = [part for i in range(5) for part in (image(i), TextSegment("rain"))]
+    samples = [
+        [TextSegment("rain and rain")],
+        [image(0)],
+        [image(0), TextSegment("rain")],
+        five,
+        [*frames, TextSegment("two dogs run")],
+    ]
+    rows = [row(processor, sample, key=str(i)) for i, sample in enumerate(samples)]
+    batch = pack([rows], sum(map(len, rows)), processor.pad)
+    assert batch.fill == 1 and len(batch.images) == 1 + 1 + 5 + 8 and batch.is_embedding.sum() == 15 * N
     with torch.no_grad():
         packed = EMU.losses(model.see(batch), batch)
-        apart = [EMU.losses(model.see(b), b) for b in (pad([r], lexicon.pad) for r in rows)]
+        apart = [EMU.losses(model.see(b), b) for b in (pad([r], processor.pad) for r in rows)]
     for name in ("text", "vectors"):
         whole = sum(float(losses[name].total) for losses in apart)
         assert math.isclose(float(packed[name].total), whole, rel_tol=1e-4)
@@ -325,7 +336,7 @@ def test_emu_09_three_learning_rates(folder: Path):
     rates = {"lr": 3e-3, "visual_lr": 2e-3, "encoder_lr": 1e-3}
     training = module(folder, objective=objective, **rates, out=str(folder / "out"))
     fitted, seen = trainer(folder, 2, [Losses()]), Losses()
-    fitted.fit(training, data(folder, pictures=str(folder / "pictures")))
+    fitted.fit(training, data(folder, images=str(folder / "pictures")))
     model: Any = training.model
     named = {id(p): name for name, p in model.named_parameters()}
     found = {named[id(p)]: group["initial_lr"] for group in fitted.optimizers[0].param_groups for p in group["params"]}
@@ -350,7 +361,9 @@ def test_pictures_to_text(lm: MultimodalLM, photos: list[Path]):
     assert captions == [lm.caption(str(photo), max_tokens=5) for photo in photos[:2]]
     assert isinstance(lm.answer(str(photos[0]), "What colour is it?", max_tokens=5), str)
     shown = lm.prompts.row([photos[0], "rain", photos[1]], "text")
-    assert len(shown.images) == 2 and shown.fed.sum() == 2 * N, "few-shot prompts are one after another"
+    assert len(shown.image_segments) == 2 and shown.is_embedding.sum() == 2 * N, (
+        "few-shot prompts are one after another"
+    )
     said = lm.complete(["a red apple", photos[0]], 6, max_images=0, temperature=3.0, generator=torch.Generator())
     assert all(isinstance(part, str) for part in said)
 
@@ -359,8 +372,8 @@ def test_ranking_by_mean_cross_entropy(lm: MultimodalLM, photos: list[Path]):
     texts = ["a red apple", "rain", "two dogs run"]
     found = lm.rank([photos[0]], texts, per_token=True)
     for text, nats in zip(texts, found.tolist(), strict=True):
-        sample = row(lm.lexicon, [replace(lm.prompts.segment(photos[0]), learn=False), Text(text)])
-        batch = pad([sample], lm.lexicon.pad)
+        sample = row(lm.processor, [replace(lm.prompts.segment(photos[0]), is_target=False), TextSegment(text)])
+        batch = pad([sample], lm.processor.pad)
         with torch.no_grad():
             assert math.isclose(-float(EMU.losses(lm.model.see(batch), batch)["text"].mean), nats, rel_tol=1e-4)
 
@@ -376,21 +389,21 @@ def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path], tiny_tokenizer:
     with pytest.raises(ValueError, match="a likelihood of images is not defined"):
         lm.rank("rain", [photos[0]])
     with pytest.raises(ValueError, match="sample 'x' has only the codes of one"):
-        row(lm.lexicon, [Image(torch.tensor([1, 2])), Text("rain")], key="x")
+        row(lm.processor, [ImageSegment(torch.tensor([1, 2])), TextSegment("rain")], key="x")
     with pytest.raises(ValueError, match="sample 'x' has no segments"):
-        row(lm.lexicon, [], key="x")
+        row(lm.processor, [], key="x")
     with pytest.raises(ValueError, match="at least one vector a picture, got 0"):
         Emu(queries=0)
     with pytest.raises(ValueError, match="regression_weight: expected 0 or more"):
         Emu(regression_weight=-1.0)
     with pytest.raises(ValueError, match="no decoder of vectors ships"):
-        MultimodalLM(lm.model, lm.lexicon, lm.visual, "default", EMU).generate_images("rain")
+        MultimodalLM(lm.model, lm.processor, lm.visual, "default", EMU).generate_images("rain")
     assert by_name("emu") is Emu and isinstance(VisualCodes, type)
 
 
 def test_saved_and_loaded(lm: MultimodalLM, tmp_path: Path, photos: list[Path], tiny_tokenizer: VisualTokenizer):
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
-    save_model(tmp_path / "lm", lm.model, lm.lexicon, EMU, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    save_model(tmp_path / "lm", lm.model, lm.processor, EMU, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
     loaded = MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
     prompt = ["a", photos[0]]
     assert torch.equal(loaded.generate_vectors_batch([prompt]), lm.generate_vectors_batch([prompt]))

@@ -12,16 +12,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from helpers.emu_parts import EMU, N, built
-from helpers.lm_parts import lexicon_and_model
+from helpers.lm_parts import processor_and_model
 from helpers.lm_runs import CAPTIONS
 from safetensors.torch import load_file, save_file
 
 from lavit_lm import MultimodalLM
 from lavit_lm.checkpoints.native import save_model
 from lavit_lm.cli import main
-from lavit_lm.objectives.emu.image_decoder import ReaderShape, VectorDecoder, VectorReader
+from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, VectorReaderConfig
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.training.emu_decoder import VectorDecoderTraining, renew_keys
+from lavit_lm.training.emu_decoder import EmuDecoderTraining, renew_keys
 from lavit_tok import ImageDataModule, VisualCodes, VisualTokenizer, WeightsError, vae_latents
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
@@ -39,22 +39,22 @@ def decoder(tiny_decoder: Any) -> VectorDecoder:
     """For N vectors of width 16; 16 features of width 32, pictures of 16 pixels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        return VectorDecoder(VectorReader(ReaderShape(16, N, 32, 16, depth=1, heads=2, inner=32)), tiny_decoder)
+        return VectorDecoder(VectorReader(VectorReaderConfig(16, N, 32, 16, depth=1, heads=2, inner=32)), tiny_decoder)
 
 
 @pytest.fixture
 def parts(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) -> dict[str, str]:
     """Directories of a language model that says vectors, and of a pixel decoder."""
-    lexicon, model = built(tiny_tokenizer)
+    processor, model = built(tiny_tokenizer)
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
-    save_model(tmp_path / "lm", model, lexicon, EMU, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    save_model(tmp_path / "lm", model, processor, EMU, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
     tiny_decoder.save_pretrained(tmp_path / "pixels")
     return {"model": str(tmp_path / "lm"), "pixel_decoder": str(tmp_path / "pixels")}
 
 
-def training(parts: dict[str, str], **settings: Any) -> VectorDecoderTraining:
+def training(parts: dict[str, str], **settings: Any) -> EmuDecoderTraining:
     small = {"depth": 1, "heads": 2, "inner": 32, "lr": 5e-3, "warmup_steps": 1, "ema_decay": 0.6}
-    return VectorDecoderTraining(**parts, **{**small, **settings})
+    return EmuDecoderTraining(**parts, **{**small, **settings})
 
 
 def said(seed: int, count: int = 2) -> torch.Tensor:
@@ -64,7 +64,7 @@ def said(seed: int, count: int = 2) -> torch.Tensor:
 def test_vectors_take_the_place_of_features(decoder: VectorDecoder):
     vectors = said(0)
     condition = decoder.conditioning(vectors)
-    of_codes = decoder.pixels.condition(VisualCodes.from_list([[1, 2], [3]], 16))
+    of_codes = decoder.pixels.conditioner(VisualCodes.from_list([[1, 2], [3]], 16))
     assert condition.tokens.shape == of_codes.tokens.shape
     other = vectors.clone()
     other[0, N - 1] += torch.linspace(-1, 1, 16)
@@ -83,29 +83,29 @@ def test_guidance(decoder: VectorDecoder):
         return decoder(vectors, null, guidance_scale=scale, generator=generator(), **options).images
 
     given = decoder.conditioning(vectors)
-    alone = decoder.pixels.draw(given, given, 2, 1.0, generator(), output_type="pt")
+    alone = decoder.pixels.decode_condition(given, given, 2, 1.0, generator(), output_type="pt")
     assert torch.equal(drawn(null, 1.0), alone) and torch.equal(drawn(said(2, 1), 1.0), alone)
     assert not torch.equal(drawn(null, 3.0), drawn(said(2, 1), 3.0))
     assert not torch.equal(drawn(null, 3.0), drawn(torch.zeros(1, N, 16), 3.0))
-    pictures = decoder(vectors, null, num_inference_steps=2, generator=[generator(1), generator(2)]).images
-    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    images = decoder(vectors, null, num_inference_steps=2, generator=[generator(1), generator(2)]).images
+    assert [image.size for image in images] == [(16, 16)] * 2
 
 
 def test_what_does_not_fit(decoder: VectorDecoder, tiny_decoder: Any):
     with pytest.raises(ValueError, match=rf"expected {N} vectors of width 16 a picture, got \[2, 5, 16\]"):
         decoder(torch.zeros(2, 5, 16), torch.zeros(1, 5, 16))
     with pytest.raises(ValueError, match="the pixel decoder reads 16 features of width 32, the reader makes 9"):
-        VectorDecoder(VectorReader(ReaderShape(16, N, 32, 9)), tiny_decoder)
+        VectorDecoder(VectorReader(VectorReaderConfig(16, N, 32, 9)), tiny_decoder)
     with pytest.raises(ValueError, match="heads that divide the inner width"):
-        ReaderShape(16, N, 32, 9, heads=5)
+        VectorReaderConfig(16, N, 32, 9, heads=5)
 
 
 def test_saved_and_loaded(decoder: VectorDecoder, tmp_path: Path):
     decoder.save_pretrained(tmp_path / "decoder")
     loaded = VectorDecoder.from_pretrained(tmp_path / "decoder")
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
-    pictures = [d(said(0), said(1, 1), generator=generator(), **options).images for d in (decoder, loaded)]
-    assert torch.equal(*pictures)
+    images = [d(said(0), said(1, 1), generator=generator(), **options).images for d in (decoder, loaded)]
+    assert torch.equal(*images)
     half = tmp_path / "half"
     decoder.save_pretrained(half, torch.float16)
     assert load_file(half / "reader.safetensors")["places"].dtype == torch.float16
@@ -160,7 +160,7 @@ def test_it_is_trained_on_what_the_model_says(parts: dict[str, str]):
 def test_two_processes_measure_together(parts: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     one, two = training(parts), training(parts)
     one.measure(CAPTIONS)
-    monkeypatch.setattr(VectorDecoderTraining, "_processes", 2)
+    monkeypatch.setattr(EmuDecoderTraining, "_processes", 2)
     two.all_gather = lambda own: torch.stack([own, two.vectors(CAPTIONS[2:])])  # type: ignore[method-assign]
     two.measure(CAPTIONS[:2])
     torch.testing.assert_close(two.reader.mean, one.reader.mean)
@@ -186,10 +186,10 @@ def test_what_is_trained(parts: dict[str, str], tmp_path: Path):
         training(parts, drop=1.5)
     with pytest.raises(ValueError, match=r"the data have none: give data\.caption_column"):
         whole.validation_step({"images": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, 0)
-    lexicon, model = lexicon_and_model()
+    processor, model = processor_and_model()
     lm = MultimodalLM.from_pretrained(parts["model"], decoder=None)
     out = tmp_path / "codes"
-    save_model(out, model, lexicon, LaVIT(), str(tmp_path / "visual"), lm.visual.fingerprint())
+    save_model(out, model, processor, LaVIT(), str(tmp_path / "visual"), lm.visual.fingerprint())
     with pytest.raises(ValueError, match=r"expected one that says vectors, got .*codes, which says codes \(lavit\)"):
         training({**parts, "model": str(out)})
 
@@ -234,7 +234,7 @@ def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
     assert distance.min() > 0.1, "from the same noise"
 
 
-def fit(module: VectorDecoderTraining, pictures: Path, root: Path, steps: int, ckpt: str | None = None) -> Any:
+def fit(module: EmuDecoderTraining, images: Path, root: Path, steps: int, ckpt: str | None = None) -> Any:
     saved = L.pytorch.callbacks.ModelCheckpoint(root / "ckpt", every_n_train_steps=1, save_last=True, save_top_k=-1)
     seen = Losses()
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -242,7 +242,7 @@ def fit(module: VectorDecoderTraining, pictures: Path, root: Path, steps: int, c
     trainer = L.Trainer(
         max_steps=steps, default_root_dir=root, callbacks=[seen, saved], enable_model_summary=False, **options
     )
-    data = ImageDataModule(str(pictures), 16, 8, caption_column="caption", cache=True)
+    data = ImageDataModule(str(images), 16, 8, caption_column="caption", cache=True)
     trainer.fit(module, data, ckpt_path=ckpt, weights_only=False)
     return seen
 

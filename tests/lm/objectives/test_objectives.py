@@ -37,8 +37,8 @@ def test_a_fifth_objective_is_one_file(folder: Path, counting, tmp_path: Path):
     with pytest.raises(WeightsError, match="objective 'counting', which this library does not have"):
         MultimodalLM.from_pretrained(tmp_path / "made", decoder=None)
     lm = MultimodalLM.from_pretrained(tmp_path / "made", objective=counting(), decoder=None)
-    picture = folder / "pictures" / "train" / "0.png"
-    assert lm.caption(str(picture), 4).isdigit()
+    image = folder / "pictures" / "train" / "0.png"
+    assert lm.caption(str(image), 4).isdigit()
     with pytest.raises(ValueError, match="it paints none"):
         lm.generate_codes("a cat")
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers.lm_parts import lexicon_and_model
+from helpers.lm_parts import processor_and_model
 from helpers.lm_runs import SMALL, Losses, data, module, saving, trainer
 from helpers.vlgpt_parts import stage_one_directory, tiny_diffusion
-from PIL import Image as Picture
+from PIL import Image
 from torch import Tensor, nn
 
 from lavit_lm import MultimodalLM
@@ -26,8 +26,8 @@ from lavit_lm.objectives import by_name
 from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.vlgpt import VLGPT
 from lavit_lm.sequences.packing import pack, pad
-from lavit_lm.sequences.segments import Image, Role, Row, Segment, Text
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.sequences.segments import ImageSegment, Role, Segment, TextSegment, TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer, WeightsError
 
 N = 4
@@ -35,14 +35,14 @@ LORA = {"r": 32, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
 class Made(NamedTuple):
-    lexicon: Lexicon
+    processor: MultimodalProcessor
     model: SequenceModel
     objective: VLGPT
 
 
-def picture(seed: int, **more: Any) -> Image:
+def image(seed: int, **more: Any) -> ImageSegment:
     generator = torch.Generator().manual_seed(seed)
-    return Image(picture=torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8), **more)
+    return ImageSegment(image=torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8), **more)
 
 
 @pytest.fixture
@@ -60,14 +60,14 @@ def made(where: Path, tiny_tokenizer: VisualTokenizer) -> Made:
 
 
 def built(objective: VLGPT, visual: VisualTokenizer, family: str = "llama") -> Made:
-    lexicon, plain = lexicon_and_model(family)
+    processor, plain = processor_and_model(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        return Made(lexicon, SequenceModel(plain.lm, *objective.parts(visual, 16)).eval(), objective)
+        return Made(processor, SequenceModel(plain.lm, *objective.parts(visual, 16)).eval(), objective)
 
 
-def row(made: Made, sample: Sequence[Segment], key: str = "") -> Row:
-    return made.objective.layout(sample, made.lexicon, torch.Generator().manual_seed(0), key)
+def row(made: Made, sample: Sequence[Segment], key: str = "") -> TokenSequence:
+    return made.objective.layout(sample, made.processor, torch.Generator().manual_seed(0), key)
 
 
 def test_the_drawing(tiny_tokenizer: VisualTokenizer):
@@ -75,10 +75,10 @@ def test_the_drawing(tiny_tokenizer: VisualTokenizer):
     import lavit_lm.objectives.vlgpt as page
 
     objective = VLGPT(shape={"width": 16, "queries": 2, "depth": 1, "heads": 2, "inner": 32}, order="given")
-    lexicon, _ = lexicon_and_model("llama")
-    made = objective.layout([Text("a cat"), picture(0)], lexicon, torch.Generator())
-    v, words = lexicon.vocabulary, lexicon.text("a cat")
-    assert made.ids.tolist() == [*lexicon.start, *words, v.begin, lexicon.pad, lexicon.pad, v.end, lexicon.stop]
+    processor, _ = processor_and_model("llama")
+    made = objective.layout([TextSegment("a cat"), image(0)], processor, torch.Generator())
+    v, words = processor.vocabulary, processor.text("a cat")
+    assert made.ids.tolist() == [*processor.start, *words, v.begin, processor.pad, processor.pad, v.end, processor.stop]
     assert page.__doc__ is not None
     drawn = {line.split()[0]: line.split()[1:9] for line in page.__doc__.splitlines() if line.startswith(" " * 26)}
     names = {"TEXT": Role.TEXT, "BEGIN": Role.BEGIN, "VIS": Role.VISUAL, "END": Role.END}
@@ -86,29 +86,36 @@ def test_the_drawing(tiny_tokenizer: VisualTokenizer):
     assert made.roles.tolist() == [int(names[drawn["role"][p]]) for p in places]
     for name in ("fed", "predict", "regress"):
         assert getattr(made, name).tolist() == [drawn[name][p] != "." for p in places], name
-    assert not made.prefix.any() and len(made.images) == 1 and len(made.kept) == 0
+    assert not made.prefix.any() and len(made.image_segments) == 1 and len(made.keep) == 0
 
 
 def test_order_and_learning(made: Made):
-    pair = [picture(0), Text("rain")]
+    pair = [image(0), TextSegment("rain")]
     both = replace(made.objective, order="both")
     orders = [
-        both.layout(pair, made.lexicon, torch.Generator().manual_seed(seed)).roles[1].item() for seed in range(60)
+        both.layout(pair, made.processor, torch.Generator().manual_seed(seed)).roles[1].item() for seed in range(60)
     ]
     first = sum(role == Role.BEGIN for role in orders)
     assert 15 < first < 45, "image before its text, or after it, at random"
     # Instruction tuning: the loss is on answers only.
-    asked = row(made, [picture(0, learn=False), Text(" Based on the image, what is it?", learn=False), Text("rain")])
-    answer = len(made.lexicon.text("rain")) + 1
+    asked = row(
+        made,
+        [
+            image(0, is_target=False),
+            TextSegment(" Based on the image, what is it?", is_target=False),
+            TextSegment("rain"),
+        ],
+    )
+    answer = len(made.processor.text("rain")) + 1
     assert asked.predict.tolist() == [False] * (len(asked) - answer) + [True] * answer and not asked.regress.any()
-    painted = row(made, [Text("An image of rain.", learn=False), picture(0)])
+    painted = row(made, [TextSegment("An image of rain.", is_target=False), image(0)])
     where = painted.roles != Role.TEXT
     assert painted.predict[where].tolist() == [True] + [False] * (N + 1) and painted.predict[~where].sum() == 1
     assert painted.regress[where].tolist() == [False, *[True] * N, False]
     with pytest.raises(ValueError, match="sample 'x' has no segments"):
         row(made, [], "x")
     with pytest.raises(ValueError, match="VL-GPT reads pictures, and sample 'x' has only the codes"):
-        row(made, [Image(torch.tensor([1, 2]))], "x")
+        row(made, [ImageSegment(torch.tensor([1, 2]))], "x")
     with pytest.raises(ValueError, match="name the directory of lavit-lm fit-tokenizer"):
         VLGPT()
     with pytest.raises(ValueError, match="regression_weight: expected 0 or more"):
@@ -121,14 +128,17 @@ def test_order_and_learning(made: Made):
 
 def test_losses_by_hand(made: Made):
     """Every target from its own place, slowly; packed with others it is the same."""
-    rows = [row(made, s) for s in ([Text("a red apple"), picture(1), Text("rain")], [picture(2)], [Text("two dogs")])]
-    batch = pad(rows, made.lexicon.pad)
+    rows = [
+        row(made, s)
+        for s in ([TextSegment("a red apple"), image(1), TextSegment("rain")], [image(2)], [TextSegment("two dogs")])
+    ]
+    batch = pad(rows, made.processor.pad)
     with torch.no_grad():
         seen = made.model.see(batch)
         losses = made.objective.losses(seen, batch)
         nats, squares = [], []
         for b, one in enumerate(rows):
-            vectors = iter(made.model.bridge(one.pictures, one.kept)) if one.images else iter(())
+            vectors = iter(made.model.bridge(one.images, one.keep)) if one.image_segments else iter(())
             for place, role in enumerate(one.roles.tolist()):
                 state = seen.states[b, place - 1]
                 if role == Role.VISUAL:
@@ -139,15 +149,15 @@ def test_losses_by_hand(made: Made):
         weighed = replace(made.objective, regression_weight=0.5)
         torch.testing.assert_close(weighed.total(losses), by_hand)
         assert int(losses["vectors"].count) == len(squares) == 2 * N and int(losses["image"].count) == 2
-        together = pack([rows], sum(map(len, rows)), made.lexicon.pad)
+        together = pack([rows], sum(map(len, rows)), made.processor.pad)
         packed = weighed.total(weighed.losses(made.model.see(together), together))
         torch.testing.assert_close(packed, by_hand, atol=1e-5, rtol=1e-5)
 
 
 def test_vlgpt_03_the_head_follows_the_target(made: Made):
     """NaN in one head is never met by targets of the other kind, forwards or backwards."""
-    texts = pad([row(made, [Text("a red apple")])], made.lexicon.pad)
-    painted = pad([row(made, [Text("rain"), picture(1)])], made.lexicon.pad)
+    texts = pad([row(made, [TextSegment("a red apple")])], made.processor.pad)
+    painted = pad([row(made, [TextSegment("rain"), image(1)])], made.processor.pad)
     vectors_only = replace(painted, predict=torch.zeros_like(painted.predict))
 
     def total_and_gradient(batch: Any) -> tuple[Tensor, Tensor]:
@@ -171,9 +181,12 @@ def test_vlgpt_03_the_head_follows_the_target(made: Made):
 
 def test_vlgpt_04_the_opening_is_a_target_here_and_not_in_emu(made: Made):
     emu = Emu("given", queries=N)
-    for sample in ([Text("rain"), picture(0), Text("a red apple"), picture(1)], [picture(2), Text("rain")]):
-        ours, theirs = row(made, sample), emu.layout(sample, made.lexicon, torch.Generator())
-        assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.fed, theirs.fed)
+    for sample in (
+        [TextSegment("rain"), image(0), TextSegment("a red apple"), image(1)],
+        [image(2), TextSegment("rain")],
+    ):
+        ours, theirs = row(made, sample), emu.layout(sample, made.processor, torch.Generator())
+        assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.is_embedding, theirs.is_embedding)
         assert torch.equal(ours.predict ^ theirs.predict, ours.roles == Role.BEGIN) and ours.predict.sum() > 2
         assert torch.equal(ours.predict & ~theirs.predict, ours.roles == Role.BEGIN)
         assert torch.equal(ours.regress ^ theirs.regress, ours.roles == Role.END), "nor is its end a target here"
@@ -199,10 +212,10 @@ def test_vlgpt_05_what_is_trained(folder: Path, tiny_decoder: Any):
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     rows = trained - wanted
     assert wanted < trained and rows and all("trainable_tokens" in name for name in rows), rows ^ wanted
-    new = training.lexicon.vocabulary.stop - training.lexicon.vocabulary.begin
+    new = training.processor.vocabulary.stop - training.processor.vocabulary.begin
     assert {tuple(p.shape) for n, p in model.named_parameters() if n in rows} == {(new, SMALL["hidden_size"])}
     assert all(p.shape[0] == 32 for n, p in model.named_parameters() if "lora_A" in n)
-    batch = pad([row(Made(training.lexicon, model, training.objective), [picture(0), Text("rain")])], 0)
+    batch = pad([row(Made(training.processor, model, training.objective), [image(0), TextSegment("rain")])], 0)
     with torch.no_grad():
         started = model.eval().see(batch).states
         with model.lm.disable_adapter():
@@ -211,7 +224,7 @@ def test_vlgpt_05_what_is_trained(folder: Path, tiny_decoder: Any):
     visual = {name: t.clone() for name, t in training.visual.state_dict().items()}
     seen = Losses()
     fitted = trainer(folder, 4, [seen, saving(folder)])
-    fitted.fit(training, data(folder, pictures=str(folder / "pictures")))
+    fitted.fit(training, data(folder, images=str(folder / "pictures")))
     for name, p in training.model.named_parameters():
         assert torch.equal(p, before[name]) != (name in trained), name
     for name, tensor in training.visual.state_dict().items():
@@ -221,7 +234,7 @@ def test_vlgpt_05_what_is_trained(folder: Path, tiny_decoder: Any):
     resumed = Losses()
     last = sorted((folder / "ckpt").glob("epoch*"), key=lambda path: path.stat().st_mtime)[1]
     trainer(folder, 4, [resumed]).fit(
-        trained_module(folder), data(folder, pictures=str(folder / "pictures")), ckpt_path=last
+        trained_module(folder), data(folder, images=str(folder / "pictures")), ckpt_path=last
     )
     assert resumed.values == seen.values[-len(resumed.values) :] and 0 < len(resumed.values) < 4
 
@@ -231,11 +244,11 @@ def test_a_saved_model_needs_no_stage_1(folder: Path, tiny_decoder: Any):
     tiny_decoder.save_pretrained(folder / "decoder")
     stage_one_directory(folder, SMALL["hidden_size"])
     training = trained_module(folder, out=str(folder / "made"), lm={**SMALL, "tie_word_embeddings": True})
-    trainer(folder, 3, []).fit(training, data(folder, pictures=str(folder / "pictures")))
+    trainer(folder, 3, []).fit(training, data(folder, images=str(folder / "pictures")))
     shutil.move(folder / "stage", folder / "elsewhere")
     lm = MultimodalLM.from_pretrained(folder / "made")
     assert isinstance(lm.objective, VLGPT) and lm.objective.sizes.queries == N
-    batch = pad([row(Made(lm.lexicon, lm.model, lm.objective), [picture(0), Text("rain")])], lm.lexicon.pad)
+    batch = pad([row(Made(lm.processor, lm.model, lm.objective), [image(0), TextSegment("rain")])], lm.processor.pad)
     with torch.no_grad():
         ours, theirs = (one.see(batch) for one in (training.model.eval(), lm.model))
         assert training.model.bridge is not None
@@ -249,28 +262,28 @@ def test_a_saved_model_needs_no_stage_1(folder: Path, tiny_decoder: Any):
         "rain", num_inference_steps=2, generator=torch.Generator().manual_seed(0)
     )
     assert drawn[0].size == (16, 16)
-    save_model(folder / "again", lm.model, lm.lexicon, lm.objective, str(folder / "visual"), lm.visual.fingerprint())
+    save_model(folder / "again", lm.model, lm.processor, lm.objective, str(folder / "visual"), lm.visual.fingerprint())
     assert (folder / "again" / "lavit_lm.json").read_text() == (folder / "made" / "lavit_lm.json").read_text()
     # Sizes without weights: nothing random can pass for a tokenizer.
     said = json.loads((folder / "made" / "lavit_lm.json").read_text())["objective"]
     unread = VLGPT(**{name: value for name, value in said.items() if name != "name"})
     hollow = module(folder, objective=unread, lora=LORA, lm=SMALL)
     with pytest.raises(ValueError, match="the loss is nan; stopped before it spoils"):
-        trainer(folder, 1, []).fit(hollow, data(folder, pictures=str(folder / "pictures")))
+        trainer(folder, 1, []).fit(hollow, data(folder, images=str(folder / "pictures")))
 
 
 # Words and pictures in turn
 
 
 def slowly(
-    made: Made, prompt: Row, opened: bool, max_words: int, max_images: int, sampling: Sampling, seed: int
+    made: Made, prompt: TokenSequence, opened: bool, max_words: int, max_images: int, sampling: Sampling, seed: int
 ) -> list[Any]:
     """What emit does, for one row, in the plainest words; every step reads the whole row anew."""
-    lexicon, model = made.lexicon, made.model
-    v, table = lexicon.vocabulary, model.causal.get_input_embeddings()
+    processor, model = made.processor, made.model
+    v, table = processor.vocabulary, model.causal.get_input_embeddings()
     generator = torch.Generator().manual_seed(seed)
-    kept, shown = prompt.kept, prompt.pictures
-    inputs = model.embed(prompt.ids[None], prompt.fed[None], shown, kept)[0]
+    keep, shown = prompt.keep, prompt.images
+    inputs = model.embed(prompt.ids[None], prompt.is_embedding[None], shown, keep)[0]
 
     def state() -> Tensor:
         return model.causal.base_model(inputs_embeds=inputs[None]).last_hidden_state[0, -1]
@@ -291,13 +304,13 @@ def slowly(
         while len(words) < max_words:
             logits = model.head(state()[None]).float()
             for i in range(logits.shape[1]):
-                token = lexicon.tokenizer.convert_ids_to_tokens(i) if i < len(lexicon.tokenizer) else None
-                if i == lexicon.stop or (i == v.begin and max_images):
+                token = processor.tokenizer.convert_ids_to_tokens(i) if i < len(processor.tokenizer) else None
+                if i == processor.stop or (i == v.begin and max_images):
                     continue
-                if token is None or v.begin <= i < v.stop or token in lexicon.tokenizer.all_special_tokens:
+                if token is None or v.begin <= i < v.stop or token in processor.tokenizer.all_special_tokens:
                     logits[0, i] = -torch.inf
             (drawn,) = sampling.draw(logits, [generator]).tolist()
-            if drawn == lexicon.stop:
+            if drawn == processor.stop:
                 break
             inputs = torch.cat([inputs, table(torch.tensor([drawn]))])
             if drawn == v.begin:
@@ -313,7 +326,7 @@ def slowly(
 
 def opens_often(made: Made) -> None:
     """Make the model say <|img| about every third time; at random it would once in hundreds."""
-    head, begin = made.model.head, made.lexicon.vocabulary.begin
+    head, begin = made.model.head, made.processor.vocabulary.begin
 
     def louder(states: Tensor) -> Tensor:
         logits = head(states)
@@ -328,8 +341,13 @@ def test_vlgpt_06_n_vectors_then_words_again(where: Path, tiny_tokenizer: Visual
     made = built(VLGPT(str(where / "stage"), order="given"), tiny_tokenizer, family)
     opens_often(made)
     prompts = [
-        made.objective.prompt(segments, made.lexicon, "text")
-        for segments in ([Text("a")], [picture(0), Text("two dogs run along")], [Text("rain"), picture(1)], [Text("")])
+        made.objective.prompt(segments, made.processor, "text")
+        for segments in (
+            [TextSegment("a")],
+            [image(0), TextSegment("two dogs run along")],
+            [TextSegment("rain"), image(1)],
+            [TextSegment("")],
+        )
     ]
     kinds: set[str] = set()
     with torch.no_grad():
@@ -339,7 +357,7 @@ def test_vlgpt_06_n_vectors_then_words_again(where: Path, tiny_tokenizer: Visual
             generators = lambda: [torch.Generator().manual_seed(seed) for seed in seeds]  # noqa: E731, B023
             options: dict[str, Any] = {"max_words": words, "max_images": images, "sampling": sampling}
             for cached in (True, False):
-                found = emit(made.model, made.lexicon, prompts, N, generator=generators(), cached=cached, **options)
+                found = emit(made.model, made.processor, prompts, N, generator=generators(), cached=cached, **options)
                 for prompt, seed, ours in zip(prompts, seeds, found, strict=True):
                     theirs = slowly(made, prompt, False, words, images, sampling, seed)
                     assert [type(part) for part in ours] == [type(part) for part in theirs]
@@ -356,9 +374,9 @@ def test_vlgpt_06_n_vectors_then_words_again(where: Path, tiny_tokenizer: Visual
 
 def test_vlgpt_06_text_image_text_image_in_one_call(made: Made):
     """A model that is made to say a word, a picture, a word, a picture and its end."""
-    v, lexicon = made.lexicon.vocabulary, made.lexicon
-    word = lexicon.text("rain")[-1]
-    order = iter([word, v.begin, word, v.begin, lexicon.stop])
+    v, processor = made.processor.vocabulary, made.processor
+    word = processor.text("rain")[-1]
+    order = iter([word, v.begin, word, v.begin, processor.stop])
     asked: list[str] = []
 
     def head(states: Tensor) -> Tensor:
@@ -369,45 +387,45 @@ def test_vlgpt_06_text_image_text_image_in_one_call(made: Made):
 
     made.model.head = head  # type: ignore[method-assign]
     made.model.regressor.register_forward_hook(lambda *_: asked.append("regressor"))  # type: ignore[union-attr]
-    fed: list[Tensor] = []
+    is_embedding: list[Tensor] = []
     table = made.model.causal.get_input_embeddings()
     reads = made.model.causal.base_model.forward
-    made.model.causal.base_model.forward = lambda **k: fed.append(k["inputs_embeds"][0, -1]) or reads(**k)
-    prompt = made.objective.prompt([Text("a")], lexicon, "text")
-    (said,) = emit(made.model, lexicon, [prompt], N, max_words=4, max_images=2)
+    made.model.causal.base_model.forward = lambda **k: is_embedding.append(k["inputs_embeds"][0, -1]) or reads(**k)
+    prompt = made.objective.prompt([TextSegment("a")], processor, "text")
+    (said,) = emit(made.model, processor, [prompt], N, max_words=4, max_images=2)
     assert [type(part) for part in said] == [list, Tensor, list, Tensor] and said[0] == said[2] == [word]
     turn = ["head", "head", *["regressor"] * N]
     assert asked == [*turn, *turn, "head"], "N regressions, no more, and then the LM's head again"
     known = [table.weight[word], table.weight[v.begin], *said[1], table.weight[v.end]]
     known += [table.weight[word], table.weight[v.begin], *said[3], table.weight[v.end]]
-    assert len(fed) == len(known) + 1
-    for place, (ours, theirs) in enumerate(zip(fed[1:], known, strict=True)):
+    assert len(is_embedding) == len(known) + 1
+    for place, (ours, theirs) in enumerate(zip(is_embedding[1:], known, strict=True)):
         torch.testing.assert_close(ours, theirs, msg=f"place {place}")
 
 
 def test_a_picture_that_is_asked_for(made: Made):
     """It is opened by the prompt; with words after it, and without any."""
-    prompts = [made.objective.prompt([Text(text)], made.lexicon, "image") for text in ("rain", "two dogs run")]
-    assert all(int(p.ids[-1]) == made.lexicon.vocabulary.begin for p in prompts)
+    prompts = [made.objective.prompt([TextSegment(text)], made.processor, "image") for text in ("rain", "two dogs run")]
+    assert all(int(p.ids[-1]) == made.processor.vocabulary.begin for p in prompts)
     with torch.no_grad():
         for words, images in ((0, 0), (3, 0), (3, 1)):
             options: dict[str, Any] = {"opened": True, "max_words": words, "max_images": images}
-            found = emit(made.model, made.lexicon, prompts, N, **options)
+            found = emit(made.model, made.processor, prompts, N, **options)
             for prompt, ours in zip(prompts, found, strict=True):
                 theirs = slowly(made, prompt, True, words, images, Sampling(0.0), 0)
                 assert [type(part) for part in ours] == [type(part) for part in theirs]
                 torch.testing.assert_close(ours[0], theirs[0], atol=1e-4, rtol=1e-4)
                 assert [p for p in ours if isinstance(p, list)] == [p for p in theirs if isinstance(p, list)]
-    assert emit(made.model, made.lexicon, prompts, N) == [[], []], "neither words nor pictures: nothing"
+    assert emit(made.model, made.processor, prompts, N) == [[], []], "neither words nor pictures: nothing"
     with pytest.raises(ValueError, match="at least one prompt"):
-        emit(made.model, made.lexicon, [], N)
+        emit(made.model, made.processor, [], N)
     with pytest.raises(ValueError, match="said without guidance"):
-        emit(made.model, made.lexicon, prompts, N, sampling=Sampling(guidance_scale=2.0))
+        emit(made.model, made.processor, prompts, N, sampling=Sampling(guidance_scale=2.0))
     with pytest.raises(ValueError, match="exceed the model's context of 128"):
-        emit(made.model, made.lexicon, prompts, N, opened=True, max_images=30)
+        emit(made.model, made.processor, prompts, N, opened=True, max_images=30)
     made.model.regressor = None
     with pytest.raises(ValueError, match="no regression head"):
-        emit(made.model, made.lexicon, prompts, N)
+        emit(made.model, made.processor, prompts, N)
 
 
 # As a user has it
@@ -415,30 +433,30 @@ def test_a_picture_that_is_asked_for(made: Made):
 
 @pytest.fixture
 def lm(made: Made, tiny_tokenizer: VisualTokenizer) -> MultimodalLM:
-    return MultimodalLM(made.model, made.lexicon, tiny_tokenizer, "default", made.objective)
+    return MultimodalLM(made.model, made.processor, tiny_tokenizer, "default", made.objective)
 
 
 def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
     captions = lm.caption([str(photo) for photo in photos[:2]], 5)
     assert len(captions) == 2 and lm.caption(str(photos[1]), 5) == captions[1]
-    asked = lm.prompts.row([photos[0], lm.objective.wording.answer.replace("{}", "what is it?")], "text")
-    v = lm.lexicon.vocabulary
-    words = lm.lexicon.text(" Based on the image, what is it? Short answer:")
-    assert asked.ids.tolist() == [*lm.lexicon.start, v.begin, *[lm.lexicon.pad] * N, v.end, *words]
+    asked = lm.prompts.row([photos[0], lm.objective.prompt_templates.answer.replace("{}", "what is it?")], "text")
+    v = lm.processor.vocabulary
+    words = lm.processor.text(" Based on the image, what is it? Short answer:")
+    assert asked.ids.tolist() == [*lm.processor.start, v.begin, *[lm.processor.pad] * N, v.end, *words]
     assert isinstance(lm.answer(str(photos[0]), "what is it?", max_tokens=4), str)
-    opened = lm.prompts.painting("a red apple")
-    assert opened.ids.tolist() == [*lm.lexicon.start, *lm.lexicon.text("An image of a red apple."), v.begin]
+    opened = lm.prompts.for_image("a red apple")
+    assert opened.ids.tolist() == [*lm.processor.start, *lm.processor.text("An image of a red apple."), v.begin]
     bare = replace(lm.objective, caption_prompt="", image_prompt="")  # type: ignore[type-var]
-    plain = MultimodalLM(lm.model, lm.lexicon, lm.visual, None, bare)
-    assert plain.prompts.painting("a red apple").ids.tolist() == [
-        *lm.lexicon.start,
-        *lm.lexicon.text("a red apple"),
+    plain = MultimodalLM(lm.model, lm.processor, lm.visual, None, bare)
+    assert plain.prompts.for_image("a red apple").ids.tolist() == [
+        *lm.processor.start,
+        *lm.processor.text("a red apple"),
         v.begin,
     ]
     assert plain.caption(str(photos[0]), 5) == plain.generate_text_batch([[photos[0]]], 5)[0]
-    assert VLGPT(**{k: x for k, x in bare.settings().items() if k != "name"}).wording == bare.wording, (
-        "saved with the model"
-    )
+    assert (
+        VLGPT(**{k: x for k, x in bare.settings().items() if k != "name"}).prompt_templates == bare.prompt_templates
+    ), "saved with the model"
     vectors = lm.generate_vectors_batch(["a red apple", ["rain", photos[0]]])
     assert vectors.shape == (2, N, 16)
     torch.testing.assert_close(lm.generate_vectors_batch(["a red apple"])[0], vectors[0], atol=1e-5, rtol=1e-5)
@@ -447,25 +465,25 @@ def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
     ranked = lm.rank([photos[0]], ["a red apple", "rain"])
     row = lm.prompts.row([photos[0], "rain"], "text")
     with torch.no_grad():
-        batch = pad([row], lm.lexicon.pad)
+        batch = pad([row], lm.processor.pad)
         log_p = lm.model.head(lm.model.see(batch).states[0]).float().log_softmax(-1)
-    ids = [*row.ids.tolist(), lm.lexicon.stop]
-    start = len(ids) - len(lm.lexicon.text("rain")) - 1
+    ids = [*row.ids.tolist(), lm.processor.stop]
+    start = len(ids) - len(lm.processor.text("rain")) - 1
     assert abs(float(ranked[1]) - sum(float(log_p[i - 1, ids[i]]) for i in range(start, len(ids)))) < 1e-3
 
 
 def test_text_image_text_image(lm: MultimodalLM, photos: list[Path]):
-    opens_often(Made(lm.lexicon, lm.model, lm.objective))
+    opens_often(Made(lm.processor, lm.model, lm.objective))
     kinds = set()
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
         options: dict[str, Any] = {"generator": generator, "temperature": 2.0}
-        said = lm.complete(["a red apple", photos[0]], 6, 2, pictures=False, **options)
+        said = lm.complete(["a red apple", photos[0]], 6, 2, images=False, **options)
         kinds.add("".join("t" if isinstance(part, str) else "i" for part in said))
         assert all(part.shape == (N, 16) for part in said if not isinstance(part, str))
     assert "titi" in {kind[:4] for kind in kinds}, kinds
     drawn = lm.complete("a", 6, 2, generator=torch.Generator().manual_seed(3), temperature=2.0)
-    assert any(isinstance(part, Picture.Image) for part in drawn)
+    assert any(isinstance(part, Image.ImageSegment) for part in drawn)
     assert all(isinstance(part, str) for part in lm.complete("a", 4, 0)), "no pictures asked for, none said"
 
 
@@ -485,26 +503,26 @@ def test_vlgpt_07_either_condition_left_out_changes_the_sample(where: Path, tiny
     """Through MultimodalLM's own decoder, with a diffusion model that has both."""
     stage_one_directory(where, 16, tiny_diffusion(where))
     made = built(VLGPT(str(where / "stage"), order="given"), tiny_tokenizer)
-    lm = MultimodalLM(made.model, made.lexicon, tiny_tokenizer, str(where / "stage"), made.objective)
+    lm = MultimodalLM(made.model, made.processor, tiny_tokenizer, str(where / "stage"), made.objective)
     vectors, null = lm.generate_vectors_batch(["a red apple"]), lm.generate_vectors_batch([""])
     options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0}
 
     def drawn(**more: Any) -> list[Any]:
         generator = torch.Generator().manual_seed(0)
-        (picture,) = lm.decoder(vectors, null, generator=generator, **options, **more).images
-        return list(picture.getdata())
+        (image,) = lm.decoder(vectors, null, generator=generator, **options, **more).images
+        return list(image.getdata())
 
     whole, unseen, unread = drawn(), drawn(leave_out="image"), drawn(leave_out="text")
     assert whole == drawn() and whole != unseen and whole != unread and unseen != unread
     seeded = torch.Generator().manual_seed(0)
-    (picture,) = lm.generate_images("a red apple", 1, generator=seeded, num_inference_steps=2, decoder_guidance=3.0)
-    assert list(picture.getdata()) == whole
+    (image,) = lm.generate_images("a red apple", 1, generator=seeded, num_inference_steps=2, decoder_guidance=3.0)
+    assert list(image.getdata()) == whole
 
 
 def test_one_batch_is_learnt_by_heart(made: Made):
     """Words, the opening and the vectors of a text-first pair, each by its own head, with what stage 2 trains."""
-    rows = [row(made, [Text(text, learn=False), picture(i)]) for i, text in enumerate(["rain", "a red apple"])]
-    batch = pad(rows, made.lexicon.pad)
+    rows = [row(made, [TextSegment(text, is_target=False), image(i)]) for i, text in enumerate(["rain", "a red apple"])]
+    batch = pad(rows, made.processor.pad)
     optimizer = torch.optim.AdamW([p for p in made.model.parameters() if p.requires_grad], 5e-3)
     assert made.model.bridge is not None and not any(p.requires_grad for p in made.model.bridge.parameters())
     with torch.no_grad():
@@ -516,7 +534,7 @@ def test_one_batch_is_learnt_by_heart(made: Made):
         optimizer.step()
     assert float(losses["image"].mean) < 0.05 and float(losses["vectors"].mean) < 0.05 * float(losses["spread"].mean)
     assert isinstance(made.model.regressor, nn.Linear)
-    prompts = [made.objective.prompt([Text(text)], made.lexicon, "image") for text in ("rain", "a red apple")]
-    for i, (vectors,) in enumerate(emit(made.model, made.lexicon, prompts, N, opened=True)):
-        wanted = made.model.bridge(rows[i].pictures, rows[i].kept)
+    prompts = [made.objective.prompt([TextSegment(text)], made.processor, "image") for text in ("rain", "a red apple")]
+    for i, (vectors,) in enumerate(emit(made.model, made.processor, prompts, N, opened=True)):
+        wanted = made.model.bridge(rows[i].images, rows[i].keep)
         assert (vectors - wanted).abs().mean() < 0.3 * wanted.std(), "what was learnt is said"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.lm_runs import Losses, data, module, saving, trainer
-from PIL import Image as Picture
+from PIL import Image
 
 from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.documents import Documents, as_segments, clip, document_line, storyboard
-from lavit_lm.sequences.segments import Image, Role, Text
+from lavit_lm.sequences.segments import ImageSegment, Role, TextSegment
 from lavit_tok import ImageError, VisualTokenizer, to_uint8
 
 EMU = Emu(queries=3, depth=1, heads=2, train_encoder=False)
@@ -26,7 +26,7 @@ def album(tmp_path: Path, photos: list[Path]) -> Path:
     """Six documents beside four pictures; a line between them is empty."""
     (tmp_path / "album" / "walk").mkdir(parents=True)
     for i, photo in enumerate(photos):
-        Picture.open(photo).convert("RGB").resize((40, 40)).save(tmp_path / "album" / "walk" / f"{i}.png")
+        Image.open(photo).convert("RGB").resize((40, 40)).save(tmp_path / "album" / "walk" / f"{i}.png")
     one, two = PurePosixPath("walk/0.png"), PurePosixPath("walk/1.png")
     kinds: list[list[Any]] = [["rain"], [one], ["a red apple", one, "and", two], [two, one, "rain"]]
     lines = [document_line(f"document {i}", kinds[i % 4]) for i in range(6)]
@@ -39,9 +39,9 @@ def test_frames_of_a_clip():
     assert clip(list(range(10)), 3) == [1, 5, 8]
     assert clip(list(range(300))) == [18, 56, 93, 131, 168, 206, 243, 281] and clip([4, 5]) == [4, 5]
     assert clip(list(range(8))) == list(range(8)) and clip(list(range(9)), 1) == [4]
-    for pictures, frames in (([], 8), ([1], 0)):
+    for images, frames in (([], 8), ([1], 0)):
         with pytest.raises(ValueError, match="expected pictures and at least one frame"):
-            clip(pictures, frames)
+            clip(images, frames)
 
 
 def test_subtitles_stand_before_the_next_frame():
@@ -59,20 +59,25 @@ def test_subtitles_stand_before_the_next_frame():
 
 
 def test_parts_become_segments(photos: list[Path]):
-    made = as_segments(["rain", photos[0]], 32, learn=False)
-    assert isinstance(made[0], Text) and isinstance(made[1], Image) and not made[0].learn and not made[1].learn
-    assert callable(made[1].picture) and torch.equal(made[1].picture(), to_uint8(photos[0], 32)[0])
+    made = as_segments(["rain", photos[0]], 32, is_target=False)
+    assert (
+        isinstance(made[0], TextSegment)
+        and isinstance(made[1], ImageSegment)
+        and not made[0].is_target
+        and not made[1].is_target
+    )
+    assert callable(made[1].image) and torch.equal(made[1].image(), to_uint8(photos[0], 32)[0])
 
 
 def test_documents_of_pictures_alone(album: Path):
     documents = Documents(album, 32)
     assert len(documents) == 6
     segments, key = documents[4]
-    assert key == "document 4" and segments == [Text("rain")]
+    assert key == "document 4" and segments == [TextSegment("rain")]
     segments, key = documents[2]
-    assert key == "document 2" and [type(s) for s in segments] == [Text, Image, Text, Image]
+    assert key == "document 2" and [type(s) for s in segments] == [TextSegment, ImageSegment, TextSegment, ImageSegment]
     shown: Any = segments[3]
-    assert shown.codes is None and torch.equal(shown.picture(), to_uint8(album.parent / "walk" / "1.png", 32)[0])
+    assert shown.codes is None and torch.equal(shown.image(), to_uint8(album.parent / "walk" / "1.png", 32)[0])
 
 
 def test_documents_are_tokenised(album: Path, tiny_tokenizer: VisualTokenizer):
@@ -80,9 +85,9 @@ def test_documents_are_tokenised(album: Path, tiny_tokenizer: VisualTokenizer):
     shown: Any = documents[2][0][1]
     wanted = tiny_tokenizer.encode(album.parent / "walk" / "0.png")
     assert wanted.keep is not None
-    assert torch.equal(shown.codes, wanted[0]) and torch.equal(shown.keep, wanted.keep[0]) and shown.picture is None
+    assert torch.equal(shown.codes, wanted[0]) and torch.equal(shown.keep, wanted.keep[0]) and shown.image is None
     both: Any = Documents(album, 32, encode=tiny_tokenizer.encode)[2][0][1]
-    assert torch.equal(both.codes, wanted[0]) and callable(both.picture)
+    assert torch.equal(both.codes, wanted[0]) and callable(both.image)
 
 
 BAD = {
@@ -114,7 +119,7 @@ def test_bad_files(album: Path, tiny_tokenizer: VisualTokenizer):
     (album.parent / "walk" / "1.png").write_bytes(b"no picture")
     shown: Any = Documents(album, 32)[2][0][3]
     with pytest.raises(ImageError, match=r"pages.jsonl, line 3: .*1.png"):
-        shown.picture()
+        shown.image()
     with pytest.raises(ImageError, match=r"pages.jsonl, line 3: .*1.png"):
         Documents(album, 32, encode=tiny_tokenizer.encode)
     album.write_text("\n\n")
@@ -126,10 +131,10 @@ def test_bad_files(album: Path, tiny_tokenizer: VisualTokenizer):
 
 @pytest.mark.parametrize("objective", [EMU, LaVIT(), LaVIT(continuous=True)], ids=["emu", "lavit", "lavit-continuous"])
 def test_a_stopped_run_on_documents_goes_on(objective: Any, folder: Path, album: Path):
-    steps, pictures = 8, str(folder / "pictures") if objective.reads_pictures else None
+    steps, images = 8, str(folder / "pictures") if objective.needs_pixels else None
 
     def run(callbacks: list[Any], ckpt: str | None = None) -> None:
-        chosen = data(folder, pictures=pictures, documents=str(album), block=96)
+        chosen = data(folder, images=images, documents=str(album), block=96)
         trainer(folder, steps, callbacks).fit(module(folder, objective=objective), chosen, ckpt_path=ckpt)
 
     whole, cut, rest = Losses(), Losses(stop=4), Losses()
@@ -146,11 +151,14 @@ def test_a_stopped_run_on_documents_goes_on(objective: Any, folder: Path, album:
 def test_documents_and_pairs_share_a_block(folder: Path, album: Path):
     """Pictures of shards have masks of patches and those of documents none: Emu asks for neither."""
     training = module(folder, objective=replace(EMU, order="given"))
-    chosen = data(folder, pictures=str(folder / "pictures"), documents=str(album), block=96)
+    chosen = data(folder, images=str(folder / "pictures"), documents=str(album), block=96)
     trainer(folder, 1, []).fit(training, chosen)
     assert chosen.order is not None
     blocks = [chosen.blocks[places] for places in list(chosen.order._plan(0))]
     keys = [{row.key.split(" ")[0].split("/")[0] for row in block} for block in blocks]
     assert {"document", "train"} in keys
     batch = chosen.blocks.collate(blocks)
-    assert len(batch.pictures) * 3 == batch.fed.sum() == (batch.roles == Role.VISUAL).sum() and batch.kept.numel() == 0
+    assert (
+        len(batch.images) * 3 == batch.is_embedding.sum() == (batch.roles == Role.VISUAL).sum()
+        and batch.keep.numel() == 0
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lm_parts import CODES, image, lexicon_and_model, pairs, plain_row
+from helpers.lm_parts import CODES, image, pairs, plain_sequence, processor_and_model
 from helpers.small_lms import FAMILIES
 
 import lavit_lm.sequences.masks
@@ -17,7 +17,7 @@ from lavit_lm.models.losses import log_likelihood, sources
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.masks import model_mask, visible
 from lavit_lm.sequences.packing import FREE, Packed, pack, pad, plan
-from lavit_lm.sequences.segments import Image, Role, Text
+from lavit_lm.sequences.segments import ImageSegment, Role, TextSegment
 from lavit_lm.vocabulary.visual_vocabulary import VocabularyError
 
 
@@ -29,70 +29,72 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_the_row_that_is_drawn():
-    lexicon, _ = lexicon_and_model("llama")
-    v = lexicon.vocabulary
-    sample = [Text("a cat"), Image(torch.tensor([7, 3, 9]))]
-    row = LaVIT(order="given").layout(sample, lexicon, generator())
-    words = lexicon.text("a cat")
+    processor, _ = processor_and_model("llama")
+    v = processor.vocabulary
+    sample = [TextSegment("a cat"), ImageSegment(torch.tensor([7, 3, 9]))]
+    row = LaVIT(order="given").layout(sample, processor, generator())
+    words = processor.text("a cat")
     codes = [v.first + c for c in (7, 3, 9)]
-    bos, eos = lexicon.tokenizer.bos_token_id, lexicon.tokenizer.eos_token_id
+    bos, eos = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
     assert row.ids.tolist() == [bos, *words, v.begin, *codes, v.end, eos]
     names = [Role(int(r)).name for r in row.roles]
     assert names == ["TEXT"] * (1 + len(words)) + ["BEGIN", *["VISUAL"] * 3, "END", "TEXT"]
     assert row.predict.tolist() == [False] + [True] * (len(row) - 1)
-    assert not row.regress.any() and not row.prefix.any() and not row.fed.any() and len(row.pictures) == 0
+    assert not row.regress.any() and not row.prefix.any() and not row.is_embedding.any() and len(row.images) == 0
 
 
 def test_both_orders_and_dropped_prompts():
-    lexicon, _ = lexicon_and_model("llama")
-    sample = [image(1), Text("rain")]
+    processor, _ = processor_and_model("llama")
+    sample = [image(1), TextSegment("rain")]
     kinds = {"image_first": 0, "text_first": 0, "dropped": 0}
-    text = lexicon.text("rain")
+    text = processor.text("rain")
     for seed in range(400):
-        row = LaVIT(prompt_drop=0.25).layout(sample, lexicon, generator(seed))
+        row = LaVIT(prompt_drop=0.25).layout(sample, processor, generator(seed))
         first = int(row.roles[1])
         kind = "text_first" if first == Role.TEXT else ("image_first" if text[0] in row.ids.tolist() else "dropped")
         kinds[kind] += 1
         assert len(row) == 4 + len(sample[0].codes) + (0 if kind == "dropped" else len(text))
         assert bool(row.predict[-1]) == (kind != "dropped"), "that a picture has no caption is not learnt"
     assert abs(kinds["image_first"] - 200) < 40 and abs(kinds["dropped"] - 50) < 25, kinds
-    assert LaVIT(order="image_first").layout(sample[::-1], lexicon, generator()).roles[1] == Role.BEGIN
-    assert LaVIT(order="text_first", prompt_drop=0.0).layout(sample, lexicon, generator()).roles[1] == Role.TEXT
-    interleaved = [Text("a"), image(1), Text("dog"), image(2)]
-    roles = LaVIT().layout(interleaved, lexicon, generator()).roles.tolist()
+    assert LaVIT(order="image_first").layout(sample[::-1], processor, generator()).roles[1] == Role.BEGIN
+    assert LaVIT(order="text_first", prompt_drop=0.0).layout(sample, processor, generator()).roles[1] == Role.TEXT
+    interleaved = [TextSegment("a"), image(1), TextSegment("dog"), image(2)]
+    roles = LaVIT().layout(interleaved, processor, generator()).roles.tolist()
     assert [r for i, r in enumerate(roles) if i == 0 or roles[i - 1] != r] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
 
 
 def test_what_is_not_to_be_learnt_is_no_target():
-    lexicon, _ = lexicon_and_model("llama")
-    question, answer = Text("a dog?", learn=False), Text("two dogs")
-    row = LaVIT(order="given").layout([image(1, 3, learn=False), question, answer], lexicon, generator())
+    processor, _ = processor_and_model("llama")
+    question, answer = TextSegment("a dog?", is_target=False), TextSegment("two dogs")
+    row = LaVIT(order="given").layout([image(1, 3, is_target=False), question, answer], processor, generator())
     targets = row.ids[row.predict].tolist()
-    assert targets == [*lexicon.text("two dogs"), lexicon.stop]
+    assert targets == [*processor.text("two dogs"), processor.stop]
 
 
 def test_pictures_are_fed_only_before_text():
-    lexicon, _ = lexicon_and_model("llama")
+    processor, _ = processor_and_model("llama")
     keep = torch.tensor([True, False, True, False])
-    shown = Image(torch.tensor([3, 4]), torch.zeros(3, 8, 8, dtype=torch.uint8), keep)
-    before = LaVIT("given", continuous=True).layout([shown, Text("rain")], lexicon, generator())
-    after = LaVIT("given", continuous=True).layout([Text("rain"), shown], lexicon, generator())
-    assert before.fed.sum() == 2 and before.pictures.shape == (1, 3, 8, 8) and torch.equal(before.kept[0], keep)
-    assert torch.equal(before.roles[before.fed], torch.full((2,), int(Role.VISUAL), dtype=torch.int8))
-    assert not after.fed.any() and len(after.pictures) == 0
-    assert torch.equal(before.ids[before.fed], lexicon.vocabulary.to_ids(shown.codes)), "targets are codes all the same"
+    shown = ImageSegment(torch.tensor([3, 4]), torch.zeros(3, 8, 8, dtype=torch.uint8), keep)
+    before = LaVIT("given", continuous=True).layout([shown, TextSegment("rain")], processor, generator())
+    after = LaVIT("given", continuous=True).layout([TextSegment("rain"), shown], processor, generator())
+    assert before.is_embedding.sum() == 2 and before.images.shape == (1, 3, 8, 8) and torch.equal(before.keep[0], keep)
+    assert torch.equal(before.roles[before.is_embedding], torch.full((2,), int(Role.VISUAL), dtype=torch.int8))
+    assert not after.is_embedding.any() and len(after.images) == 0
+    assert torch.equal(before.ids[before.is_embedding], processor.vocabulary.to_ids(shown.codes)), (
+        "targets are codes all the same"
+    )
 
 
 def test_samples_that_cannot_be_rows():
-    lexicon, _ = lexicon_and_model("llama")
+    processor, _ = processor_and_model("llama")
     with pytest.raises(ValueError, match="'k' has no segments"):
-        LaVIT().layout([], lexicon, generator(), "k")
+        LaVIT().layout([], processor, generator(), "k")
     with pytest.raises(ValueError, match="at least one code"):
-        Image(torch.zeros(0, dtype=torch.int64))
+        ImageSegment(torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match="a picture of 2 codes needs a mask of as many patches, got 1"):
-        Image(torch.tensor([1, 2]), torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([True, False]))
+        ImageSegment(torch.tensor([1, 2]), torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([True, False]))
     with pytest.raises(VocabularyError, match=rf"0\.\.{CODES - 1}, got {CODES}"):
-        LaVIT().layout([Image(torch.tensor([CODES]))], lexicon, generator())
+        LaVIT().layout([ImageSegment(torch.tensor([CODES]))], processor, generator())
     with pytest.raises(ValueError, match="prompt_drop: expected a probability"):
         LaVIT(prompt_drop=1.5)
     with pytest.raises(ValueError, match="image_weight: expected 0 or more"):
@@ -103,7 +105,7 @@ def test_samples_that_cannot_be_rows():
 
 
 def test_the_blocks_that_are_drawn():
-    rows = [plain_row([1, 1, 1], key="a"), plain_row([2, 2], key="c"), plain_row([3, 3, 3, 3], key="b")]
+    rows = [plain_sequence([1, 1, 1], key="a"), plain_sequence([2, 2], key="c"), plain_sequence([3, 3, 3, 3], key="b")]
     assert plan([3, 2, 4], 8) == [[2, 0], [1]]
     batch = pack([[rows[2], rows[0]], [rows[1]]], 8, 0)
     drawing = lavit_lm.sequences.packing.__doc__ or ""
@@ -156,7 +158,7 @@ def test_rows_that_do_not_fit():
     with pytest.raises(ValueError, match="got 0"):
         plan([0], 4)
     with pytest.raises(ValueError, match=r"rows of \[3, 3\] places do not fit into a block of 4"):
-        pack([[plain_row([1, 1, 1]), plain_row([1, 1, 1])]], 4, 0)
+        pack([[plain_sequence([1, 1, 1]), plain_sequence([1, 1, 1])]], 4, 0)
     with pytest.raises(ValueError, match="at least one block"):
         pack([], 4, 0)
 
@@ -165,7 +167,7 @@ def test_rows_that_do_not_fit():
 
 
 def test_the_mask_that_is_drawn():
-    rows = [plain_row([1, 2, 3, 4], prefix=2), plain_row([5, 6], prefix=1)]
+    rows = [plain_sequence([1, 2, 3, 4], prefix=2), plain_sequence([5, 6], prefix=1)]
     batch = pack([rows], 6, 0)
     seen = visible(batch.documents, batch.prefix)[0]
     drawn = [
@@ -188,8 +190,8 @@ def mask_of(model: SequenceModel, batch: Packed) -> torch.Tensor | None:
 
 
 def test_masks_of_kernels():
-    _, model = lexicon_and_model("llama")
-    batch = pack([[plain_row([1, 2]), plain_row([3])]], 4, 0)
+    _, model = processor_and_model("llama")
+    batch = pack([[plain_sequence([1, 2]), plain_sequence([3])]], 4, 0)
     as_bool = mask_of(model, batch)
     assert as_bool is not None and as_bool.dtype == torch.bool
     assert batch.documents[0, 3] == FREE and as_bool[0, 0, 3].tolist() == [False, False, False, True]
@@ -199,15 +201,15 @@ def test_masks_of_kernels():
     model.causal.config._attn_implementation = "flash_attention_2"
     assert mask_of(model, batch) is None
     with pytest.raises(ValueError, match="causal only"):
-        mask_of(model, pack([[plain_row([1, 2, 3], prefix=2)]], 4, 0))
+        mask_of(model, pack([[plain_sequence([1, 2, 3], prefix=2)]], 4, 0))
     model.causal.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="expected 'sdpa', 'eager' or a flash kernel"):
         mask_of(model, batch)
 
 
 def test_a_sliding_window_is_not_switched_off_silently():
-    _, model = lexicon_and_model("mistral")
-    batch = pack([[plain_row([1, 2, 3, 4, 5])]], 8, 0)
+    _, model = processor_and_model("mistral")
+    batch = pack([[plain_sequence([1, 2, 3, 4, 5])]], 8, 0)
     model.causal.config.sliding_window = 4
     with pytest.raises(ValueError, match="sliding window of 4"):
         mask_of(model, batch)
@@ -225,12 +227,12 @@ def losses_of(model: Any, batch: Packed) -> dict[str, tuple[float, int]]:
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_loss_equals_unpacked(family: str, kernel: str):
-    lexicon, model = lexicon_and_model(family, kernel)
-    rows = [LaVIT().layout(s, lexicon, generator(i), str(i)) for i, s in enumerate(pairs(12))]
+    processor, model = processor_and_model(family, kernel)
+    rows = [LaVIT().layout(s, processor, generator(i), str(i)) for i, s in enumerate(pairs(12))]
     blocks = plan([len(r) for r in rows], 64)
     assert len(blocks) < len(rows) / 2
-    packed = losses_of(model, pack([[rows[i] for i in b] for b in blocks], 64, lexicon.pad))
-    alone = [losses_of(model, pad([row], lexicon.pad)) for row in rows]
+    packed = losses_of(model, pack([[rows[i] for i in b] for b in blocks], 64, processor.pad))
+    alone = [losses_of(model, pad([row], processor.pad)) for row in rows]
     for name, (total, count) in packed.items():
         assert count == sum(one[name][1] for one in alone) > 0
         assert abs(total - sum(one[name][0] for one in alone)) / count < 1e-5, name
@@ -244,9 +246,9 @@ def test_packed_loss_equals_unpacked(family: str, kernel: str):
 
 def test_without_the_mask_documents_see_each_other(monkeypatch: pytest.MonkeyPatch):
     """The test above can fail: a causal mask over the whole block gives another loss."""
-    lexicon, model = lexicon_and_model("llama")
-    rows = [LaVIT().layout(s, lexicon, generator(i)) for i, s in enumerate(pairs(4))]
-    batch = pack([rows], sum(map(len, rows)), lexicon.pad)
+    processor, model = processor_and_model("llama")
+    rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(4))]
+    batch = pack([rows], sum(map(len, rows)), processor.pad)
     right = losses_of(model, batch)
     monkeypatch.setattr(
         "lavit_lm.sequences.masks.visible", lambda documents, prefix=None: visible(torch.zeros_like(documents))
@@ -257,9 +259,9 @@ def test_without_the_mask_documents_see_each_other(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_no_gradient_from_later_places_or_other_documents(family: str):
-    lexicon, model = lexicon_and_model(family)
-    rows = [LaVIT().layout(s, lexicon, generator(i)) for i, s in enumerate(pairs(3))]
-    batch = pack([rows], sum(map(len, rows)) + 2, lexicon.pad)
+    processor, model = processor_and_model(family)
+    rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
+    batch = pack([rows], sum(map(len, rows)) + 2, processor.pad)
     inputs: list[torch.Tensor] = []
     model.causal.get_input_embeddings().register_forward_hook(
         lambda module, args, out: inputs.append(out.detach().requires_grad_()) or inputs[-1]  # type: ignore[func-returns-value]
@@ -276,7 +278,7 @@ def test_no_gradient_from_later_places_or_other_documents(family: str):
 
 
 def test_a_first_place_is_never_a_target():
-    batch = pack([[plain_row([1, 2]), plain_row([3, 4])]], 4, 0)
+    batch = pack([[plain_sequence([1, 2]), plain_sequence([3, 4])]], 4, 0)
     assert sources(batch, batch.predict)[1].tolist() == [1, 3]
     wrong = batch.predict.clone()
     wrong[0, 2] = True
@@ -285,10 +287,10 @@ def test_a_first_place_is_never_a_target():
 
 
 def test_log_likelihood_of_each_row():
-    lexicon, model = lexicon_and_model("llama")
-    rows = [LaVIT().layout(s, lexicon, generator(i)) for i, s in enumerate(pairs(3))]
+    processor, model = processor_and_model("llama")
+    rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
     with torch.no_grad():
-        together = pad(rows, lexicon.pad)
+        together = pad(rows, processor.pad)
         found = log_likelihood(model.see(together), together)
         for row, value in zip(rows, found.tolist(), strict=True):
             log_p = model.causal(row.ids[None]).logits[0].float().log_softmax(-1)
@@ -297,9 +299,9 @@ def test_log_likelihood_of_each_row():
 
 
 def test_weights_of_modalities():
-    lexicon, model = lexicon_and_model("llama")
-    rows = [LaVIT().layout(s, lexicon, generator(i)) for i, s in enumerate(pairs(3))]
-    losses = model(pad(rows, lexicon.pad), LaVIT())
+    processor, model = processor_and_model("llama")
+    rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
+    losses = model(pad(rows, processor.pad), LaVIT())
     text, image_sum = losses["text"], losses["image"]
     every = LaVIT().total(losses)
     assert torch.isclose(every, (text.total + image_sum.total) / (text.count + image_sum.count))

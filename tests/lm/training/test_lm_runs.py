@@ -71,9 +71,9 @@ def test_killed_in_mid_run(folder: Path):
 )
 def test_two_processes_are_one(strategy: str, settings: dict[str, Any], folder: Path):
     """Each with half of the batch; cut off after two steps and resumed to four."""
-    pictures = str(folder / "pictures") if "continuous" in settings else None
+    images = str(folder / "pictures") if "continuous" in settings else None
     one, whole = Losses(), module(folder, **settings)
-    trainer(folder, 4, [one], **TOGETHER).fit(whole, data(folder, pictures=pictures))
+    trainer(folder, 4, [one], **TOGETHER).fit(whole, data(folder, images=images))
     settings = settings | {"out": str(folder / "out")}
     cut = together(2, train_together, folder, strategy, 3, settings)
     rest = together(2, train_together, folder, strategy, None, settings)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers.lm_runs import CAPTIONS, Losses, data, module, trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image as Picture
+from PIL import Image
 
-from lavit_lm.training.log_samples import LogSamples, as_in_evaluation
+from lavit_lm.training.log_samples import LogSamples, evaluation_mode
 from lavit_tok import PixelDecoder
 
 
@@ -22,10 +22,10 @@ def log(folder: Path, name: str, decoder: str | None, steps: int = 4, **settings
     L.seed_everything(0, verbose=False)
     seen, at = Losses(), folder / name
     logger = TensorBoardLogger(at, name="", version="run")
-    samples = LogSamples(every=2, pictures=3, decoder=decoder, max_tokens=6, num_inference_steps=2)
-    pictures = str(folder / "pictures") if settings.get("continuous") else None
+    samples = LogSamples(every=2, images=3, decoder=decoder, max_tokens=6, num_inference_steps=2)
+    images = str(folder / "pictures") if settings.get("continuous") else None
     fitted = trainer(at, steps, [seen, samples], logger=logger, accumulate_grad_batches=2)
-    fitted.fit(module(folder, **settings), data(folder, pictures=pictures))
+    fitted.fit(module(folder, **settings), data(folder, images=images))
     return seen, at / "run"
 
 
@@ -47,10 +47,10 @@ def test_samples_change_nothing(folder: Path, tiny_decoder: PixelDecoder):
         lines = (at / text).read_text().splitlines()
         assert len(lines) == 2 + 3 and lines[2].startswith(f"| {CAPTIONS[0]} | ")
         assert (at / text).read_text() == (there / text).read_text()
-        with Picture.open(at / f"pictures/generated-{step:07d}.png") as sheet:
+        with Image.open(at / f"pictures/generated-{step:07d}.png") as sheet:
             assert sheet.size == (3 * 16, 2 * 16)
             pixels = np.asarray(sheet)
-        with Picture.open(there / f"pictures/generated-{step:07d}.png") as sheet:
+        with Image.open(there / f"pictures/generated-{step:07d}.png") as sheet:
             assert np.array_equal(pixels, np.asarray(sheet))
     assert len(list((at / "texts").iterdir())) == 2, "once a step, however many batches it has"
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -81,6 +81,6 @@ def test_a_sample_that_cannot_be_made_does_not_end_the_run(folder: Path):
 def test_modes_come_back():
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
     model[1].eval()
-    with as_in_evaluation(model):
+    with evaluation_mode(model):
         assert not any(part.training for part in model.modules())
     assert [part.training for part in model.modules()] == [True, True, False, False]

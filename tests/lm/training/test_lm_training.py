@@ -19,9 +19,9 @@ from lavit_lm import MultimodalLM
 from lavit_lm.cli import main
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import pack, pad
-from lavit_lm.sequences.segments import Image, Text
-from lavit_lm.training.sampler import BlockOrder, Layout, Samples
-from lavit_lm.vocabulary.processor import Lexicon
+from lavit_lm.sequences.segments import ImageSegment, TextSegment
+from lavit_lm.training.sampler import BlockOrder, ExampleLayout, Samples
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 from lavit_tok import ShardError, VisualTokenizer, WeightsError
 from lavit_tok.cli import main as lavit_tok
@@ -59,9 +59,9 @@ def test_a_run_that_was_stopped_goes_on_exactly(folder: Path, monkeypatch: pytes
 
 
 def test_the_order_of_blocks(folder: Path):
-    lexicon = module(folder).lexicon
+    processor = module(folder).processor
     rows = [{"key": str(i), "caption": CAPTIONS[i % 4], "codes": [i % 16] * (1 + i % 5)} for i in range(50)]
-    layout = Layout(Samples(rows), LaVIT(), lexicon, seed=3)
+    layout = ExampleLayout(Samples(rows), LaVIT(), processor, seed=3)
 
     def blocks(count: int, **more: Any) -> list[list[tuple[int, int]]]:
         order = iter(BlockOrder(layout, 64, 2, window=16, **more))
@@ -97,9 +97,9 @@ def test_eight_samples_are_learnt_by_heart(folder: Path):
     training = module(folder)
     training.configure_model()
     assert training.model is not None
-    samples = [[Text(f"{'a red apple ' * i}rain", learn=False), image(i, 8)] for i in range(8)]
+    samples = [[TextSegment(f"{'a red apple ' * i}rain", is_target=False), image(i, 8)] for i in range(8)]
     generator = torch.Generator().manual_seed(0)
-    batch = pad([LaVIT("given").layout(s, training.lexicon, generator) for s in samples], training.lexicon.pad)
+    batch = pad([LaVIT("given").layout(s, training.processor, generator) for s in samples], training.processor.pad)
     optimizer = torch.optim.AdamW(training.model.parameters(), 5e-3)
     for _ in range(150):
         loss = LaVIT().total(training.model(batch, LaVIT()))
@@ -124,7 +124,7 @@ def test_frozen_means_absent(folder: Path):
     trainer(folder, 4, []).fit(again, data(folder), ckpt_path=sorted((folder / "ckpt").glob("epoch*"))[-1])
     training.save(folder / "merged")
     merged = MultimodalLM.from_pretrained(folder / "merged", decoder=None)
-    batch = pad([LaVIT().layout(s, training.lexicon, torch.Generator()) for s in pairs(2)], training.lexicon.pad)
+    batch = pad([LaVIT().layout(s, training.processor, torch.Generator()) for s in pairs(2)], training.processor.pad)
     with torch.no_grad():
         ours, theirs = training.model.eval().see(batch).states, merged.model.see(batch).states
     seen = batch.documents >= 0
@@ -143,7 +143,7 @@ model:
   text_tokenizer: {folder}/text
   visual_tokenizer: {folder}/visual
   objective: {{class_path: lavit_lm.objectives.lavit.LaVIT, init_args: {{prompt_drop: 0.2}}}}
-  checkpoint_blocks: true
+  gradient_checkpointing: true
   out: {folder}/out
 data: {{shards: {folder}/shards, block: 64, batch_size: 2, window: 10}}
 """)
@@ -182,8 +182,8 @@ def test_a_spoilt_batch_is_named(folder: Path):
     training = module(folder)
     training.configure_model()
     assert training.model is not None
-    rows = [LaVIT().layout(s, training.lexicon, torch.Generator(), f"picture {i}") for i, s in enumerate(pairs(2))]
-    batch = pack([rows], 64, training.lexicon.pad)
+    rows = [LaVIT().layout(s, training.processor, torch.Generator(), f"picture {i}") for i, s in enumerate(pairs(2))]
+    batch = pack([rows], 64, training.processor.pad)
     with torch.no_grad():
         next(training.model.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match=r"the loss is nan; stopped .* held: picture 0, picture 1"):
@@ -211,7 +211,7 @@ def test_what_does_not_fit_together(folder: Path, tmp_path: Path):
     tokenizer.eos_token = None
     VisualVocabulary.extend(tokenizer, None, 5)
     with pytest.raises(ValueError, match="no end-of-text token"):
-        Lexicon.of(tokenizer)
+        MultimodalProcessor.of(tokenizer)
 
 
 def test_a_batch_with_pictures_needs_a_bridge(folder: Path):
@@ -219,14 +219,14 @@ def test_a_batch_with_pictures_needs_a_bridge(folder: Path):
     training.configure_model()
     assert training.model is not None
     keep = torch.zeros(16, dtype=torch.bool).index_fill(0, torch.tensor([3, 5]), True)
-    shown = Image(torch.tensor([1, 2]), torch.zeros(3, 32, 32, dtype=torch.uint8), keep)
-    row = LaVIT("given", continuous=True).layout([shown, Text("rain")], training.lexicon, torch.Generator())
+    shown = ImageSegment(torch.tensor([1, 2]), torch.zeros(3, 32, 32, dtype=torch.uint8), keep)
+    row = LaVIT("given", continuous=True).layout([shown, TextSegment("rain")], training.processor, torch.Generator())
     with pytest.raises(ValueError, match="no bridge for them"):
-        training.model(pad([row], training.lexicon.pad), LaVIT())
+        training.model(pad([row], training.processor.pad), LaVIT())
     bridged = module(folder, continuous=True)
     bridged.configure_model()
     assert bridged.model is not None
-    losses = bridged.model(pad([row], bridged.lexicon.pad), LaVIT())
+    losses = bridged.model(pad([row], bridged.processor.pad), LaVIT())
     LaVIT().total(losses).backward()
     moved = [n for n, p in bridged.model.bridge.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]  # type: ignore[union-attr]
     assert "path.projection.weight" in moved and any("merger.blocks" in n for n in moved)
@@ -246,8 +246,8 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
     words += [f"--model.lm={json.dumps(small)}", f"--model.text_tokenizer={folder}/text"]
     words += [f"--model.visual_tokenizer={folder}/visual", f"--model.out={folder}/made", "--model.warmup_steps=1"]
     words += [f"--data.shards={folder}/shards", "--data.block=64", "--data.batch_size=2", "--data.num_workers=0"]
-    reads_pictures = "pictures" in yaml.safe_load(head)["data"] or "--data.pictures" in head
-    words += [f"--data.pictures={folder}/pictures"] if reads_pictures else []
+    needs_pixels = "pictures" in yaml.safe_load(head)["data"] or "--data.pictures" in head
+    words += [f"--data.pictures={folder}/pictures"] if needs_pixels else []
     if "--budget" in head:  # a code for every patch
         (folder / "shards").rename(folder / "dynamic")
         command = ["shards", str(folder / "pictures"), "--tokenizer", str(folder / "visual"), "--budget", "16"]
@@ -262,7 +262,7 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
     assert main(["fit", "-c", str(recipe), *words]) == 0
     made = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     assert made.caption(str(folder / "pictures" / "train" / "0.png"), 4) is not None
-    assert made.objective.reads_pictures == reads_pictures and (made.model.bridge is not None) == reads_pictures
+    assert made.objective.needs_pixels == needs_pixels and (made.model.bridge is not None) == needs_pixels
 
 
 def _lm(recipe: str) -> str:

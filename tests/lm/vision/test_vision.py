@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.lm_runs import Losses, data, module, saving, trainer
-from PIL import Image as Picture
+from PIL import Image
 
 from lavit_lm.sequences.packing import Packed
-from lavit_tok import ImageError, ShardError, ShardPictures, Shards, VisualTokenizer, to_uint8
+from lavit_tok import ImageError, ShardError, ShardImages, Shards, VisualTokenizer, to_uint8
 from lavit_tok.cli import main as lavit_tok
 
 
@@ -29,22 +29,22 @@ class Batches(Losses):
 
 
 def shown(folder: Path, **more: Any) -> Any:
-    return data(folder, pictures=str(folder / "pictures"), **more)
+    return data(folder, images=str(folder / "pictures"), **more)
 
 
 def test_pictures_of_mirrored_shards_with_a_corrupt_one(folder: Path):
-    """The picture in ShardPictures."""
+    """The picture in ShardImages."""
     (folder / "pictures" / "train" / "1.png").write_bytes(b"no picture")
-    words = ["shards", str(folder / "pictures"), "--tokenizer", str(folder / "visual"), "--mirror", "--split", "train"]
+    words = ["shards", str(folder / "pictures"), "--tokenizer", str(folder / "visual"), "--flip", "--split", "train"]
     assert lavit_tok([*words, "--out", str(folder / "mirrored")]) == 0
     shards = Shards.open(folder / "mirrored", "train")
     rows, tokenizer = shards.dataset(), VisualTokenizer.from_pretrained(folder / "visual")
-    pictures = ShardPictures(shards, str(folder / "pictures"), tokenizer.config.image_size)
-    assert len(pictures) == len(rows) == 46
+    images = ShardImages(shards, str(folder / "pictures"), tokenizer.config.image_size)
+    assert len(images) == len(rows) == 46
     for number, row in enumerate(rows):
         pixels = to_uint8(folder / "pictures" / row["key"], 32)[0]
-        assert torch.equal(pictures[number], pixels.flip(2) if row["mirrored"] else pixels)
-        assert tokenizer.encode(pictures[number][None]).to_list() == [row["codes"]]
+        assert torch.equal(images[number], pixels.flip(2) if row["mirrored"] else pixels)
+        assert tokenizer.encode(images[number][None]).to_list() == [row["codes"]]
     assert [row["mirrored"] for row in rows][:4] == [False, True, False, True]
 
 
@@ -56,10 +56,10 @@ def test_vectors_are_those_of_the_row_s_picture(folder: Path):
     checked = unfed = 0
     for batch in seen.batches:
         with torch.no_grad():
-            embedded = training.model.embed(batch.ids, batch.fed, batch.pictures, batch.kept)
+            embedded = training.model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
         for b, keys in enumerate(batch.keys):
             for document, key in enumerate(keys):
-                own = (batch.documents[b] == document) & batch.fed[b]
+                own = (batch.documents[b] == document) & batch.is_embedding[b]
                 if not own.any():
                     unfed += 1
                     continue
@@ -74,12 +74,12 @@ def test_vectors_are_those_of_the_row_s_picture(folder: Path):
 
 def test_a_picture_is_opened_only_where_it_is_fed(folder: Path, monkeypatch: pytest.MonkeyPatch):
     opened: list[int] = []
-    reads = ShardPictures.__getitem__
-    monkeypatch.setattr(ShardPictures, "__getitem__", lambda self, row: opened.append(row) or reads(self, row))
+    reads = ShardImages.__getitem__
+    monkeypatch.setattr(ShardImages, "__getitem__", lambda self, row: opened.append(row) or reads(self, row))
     loader, seen = shown(folder), Batches()
     fitted = trainer(folder, 3, [seen], limit_val_batches=0)
     fitted.fit(module(folder, continuous=True), loader)
-    assert len(opened) == sum(len(batch.pictures) for batch in seen.batches) > 0, "none for the plan's lengths"
+    assert len(opened) == sum(len(batch.images) for batch in seen.batches) > 0, "none for the plan's lengths"
 
 
 def test_continuous_training_resumes(folder: Path):
@@ -123,15 +123,15 @@ def test_pictures_that_do_not_fit(folder: Path, photos: list[Path]):
     with pytest.raises(ValueError, match="reads codes and no pictures"):
         fit(shown(folder))
     with pytest.raises(ValueError, match="expected an image folder, parquet"):
-        fit(data(folder, pictures=str(folder / "nowhere")), continuous=True)
+        fit(data(folder, images=str(folder / "nowhere")), continuous=True)
     with pytest.raises(ShardError, match=r"expected the 24 pictures .* got 6, of which"):
-        fit(data(folder, pictures=str(folder / "pictures" / "validation")), continuous=True)
+        fit(data(folder, images=str(folder / "pictures" / "validation")), continuous=True)
     shards = Shards.open(folder / "shards", "train")
-    pictures = ShardPictures(shards, str(folder / "pictures"), 32)
+    images = ShardImages(shards, str(folder / "pictures"), 32)
     (folder / "pictures" / "train" / "3.png").unlink()
     with pytest.raises(ImageError, match=r"train/3\.png: .*; it could be read when the shards were made"):
-        pictures[3]
-    Picture.open(photos[0]).crop((0, 0, 99, 88)).save(folder / "pictures" / "train" / "3.png")
+        images[3]
+    Image.open(photos[0]).crop((0, 0, 99, 88)).save(folder / "pictures" / "train" / "3.png")
     with pytest.raises(ShardError, match="got 24, of which a key, a caption or a file size is another"):
         fit(shown(folder), continuous=True)
     (folder / "pictures" / "train").rename(folder / "pictures" / "test")

@@ -217,8 +217,8 @@ def test_tokens_that_are_not_special() -> None:
 def test_decode_text() -> None:
     tokenizer, model, vocabulary = extended("qwen3", spare=2 * K)
     words = vocabulary.encode_text(tokenizer, "a red apple")
-    picture = [vocabulary.begin, *vocabulary.to_ids(torch.arange(3)).tolist(), vocabulary.end]
-    ids = [*words[:2], *picture, *words[2:], tokenizer.eos_token_id]
+    image = [vocabulary.begin, *vocabulary.to_ids(torch.arange(3)).tolist(), vocabulary.end]
+    ids = [*words[:2], *image, *words[2:], tokenizer.eos_token_id]
     assert vocabulary.decode_text(tokenizer, ids) == "a red apple"
     assert vocabulary.decode_text(tokenizer, torch.tensor(ids)) == "a red apple"
     assert vocabulary.decode_text(tokenizer, []) == ""

@@ -99,13 +99,15 @@ def test_golden_conditions(golden: dict[str, Tensor], loaded: dict[str, Any], ki
     tokenizer, decoder = loaded[kind]
     codes = VisualCodes(golden[f"{mask}.ids"], golden[f"{mask}.lengths"])
     for place in (slice(0, 3), slice(1, 2)):  # together, and one alone
-        condition = decoder.condition(codes.take(range(3)[place]))
+        condition = decoder.conditioner(codes.take(range(3)[place]))
         if kind == "lowres":
             assert error(condition.tokens, golden[f"{mask}.lowres.condition"][place]) < 1e-4
         else:
             assert error(condition.tokens, golden[f"{mask}.highres.prompt_embeds"][place]) < 1e-4
             assert error(condition.pooled, golden[f"{mask}.highres.pooled_prompt_embeds"][place]) < 1e-4
-    assert torch.equal(tokenizer.reconstruct(codes), decoder.condition.features(codes))  # the same reconstructor
+    assert torch.equal(
+        tokenizer.reconstruct_features(codes), decoder.conditioner.features(codes)
+    )  # the same reconstructor
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +141,7 @@ SIZES = {
 HEADS = 3  # not what the width suggests
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.randn(2, 3, SIZES["image"], SIZES["image"], generator=torch.Generator().manual_seed(3))
 
 
@@ -151,7 +153,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("release")
     slow.write(root, 1, **SIZES)
     eva, encoder = slow.read(root / ENCODER), slow.read(root / TOKENIZER)
-    log_probs = torch.cat([slow.score(encoder, slow.encode_features(eva, image, HEADS)) for image in pictures()])
+    log_probs = torch.cat([slow.score(encoder, slow.encode_features(eva, image, HEADS)) for image in images()])
     # Half of the patches are kept: a mask of all or nothing would prove little.
     scores = (log_probs[:, 0] - log_probs[:, 1]).sort().values
     middle = scores[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean().float()  # and none is at the threshold
@@ -191,7 +193,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_sizes_equal_the_slow_reference(other: Path, kind: str):
-    heads, pixels = HEADS, pictures()
+    heads, pixels = HEADS, decoded()
     images = len(pixels)
     tokenizer, decoder = load_released(other, kind, num_heads=heads)  # type: ignore[arg-type]
     assert decoder is not None
@@ -200,7 +202,7 @@ def test_other_sizes_equal_the_slow_reference(other: Path, kind: str):
     w = files["tokenizer_decoder.bin" if kind == "lowres" else "highres_tokenizer_decoder.bin"]
     lm = slow.read(other / LM)
     codes = tokenizer.encode_pixels(pixels)
-    condition = decoder.condition(codes)
+    condition = decoder.conditioner(codes)
     embeds = tokenizer.embed_features(tokenizer.features(pixels)).split(codes.lengths.tolist())
     for i in range(images):
         features = slow.encode_features(eva, pixels[i], heads)
@@ -214,7 +216,7 @@ def test_other_sizes_equal_the_slow_reference(other: Path, kind: str):
         llm = slow.linear(lm, "vit_proj", slow.merge(lm, features, keep, heads))
         assert error(embeds[i].double(), llm) < 1e-4
         x = slow.decode_features(w, encoder["quantize.embedding.weight"][expected], heads)
-        assert error(tokenizer.reconstruct(codes)[i].double(), x) < 1e-4
+        assert error(tokenizer.reconstruct_features(codes)[i].double(), x) < 1e-4
         if kind == "lowres":
             tokens = slow.linear(w, "unet_proj", x)
         else:
@@ -222,7 +224,7 @@ def test_other_sizes_equal_the_slow_reference(other: Path, kind: str):
             assert error(condition.pooled[i].double(), slow.pool(w, x, heads)) < 1e-4
         assert error(condition.tokens[i].double(), tokens) < 1e-4
     if kind == "lowres":
-        null = decoder.condition.unconditional(condition)
+        null = decoder.conditioner.unconditional(condition)
         assert null.mask.sum(1).tolist() == [SIZES["null"]] * images
         assert torch.equal(
             null.tokens[0, : SIZES["null"]], torch.load(other / "pixel_decoding/uncond_embeddings.bin")[0]
@@ -372,7 +374,7 @@ def test_only_what_is_asked_for_is_read(copy: Path, golden: dict[str, Tensor]):
     codes = tokenizer.encode_pixels(golden["pixel_values"])
     assert torch.equal(codes.values, golden["argmax.ids"])
     with pytest.raises(ValueError, match="no reconstructor"):
-        tokenizer.reconstruct(codes)
+        tokenizer.reconstruct_features(codes)
     with pytest.raises(ValueError, match="no continuous path"):
         tokenizer.embed(torch.zeros(3, 112, 112, dtype=torch.uint8))
     (copy / LM).write_bytes(b"would be refused if it were opened")
@@ -391,7 +393,7 @@ def test_streaming_and_shared_memory(monkeypatch: pytest.MonkeyPatch, loaded: di
     assert opened.count(MINI / ENCODER) > 4
     for (name, a), (_, b) in zip(tokenizer.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
-    own = decoder.condition.reconstructor.state_dict()
+    own = decoder.conditioner.reconstructor.state_dict()
     for name, tensor in tokenizer.reconstructor.state_dict().items():
         assert own[name].data_ptr() == tensor.data_ptr(), name
     biases = [layer.self_attn.qkv.bias.chunk(3)[1] for layer in tokenizer.encoder.model.encoder.layers]
@@ -404,7 +406,7 @@ def test_dtype(golden: dict[str, Tensor]):
     assert decoder is not None
     assert {p.dtype for p in tokenizer.encoder.parameters()} == {torch.bfloat16}
     assert decoder.unet.dtype == tokenizer.merger.norm_in.weight.dtype == torch.bfloat16
-    assert tokenizer.quantizer.codebook.rows.dtype == tokenizer.selector.judge[0].weight.dtype == torch.float32
+    assert tokenizer.quantizer.codebook.embeddings.dtype == tokenizer.selector.judge[0].weight.dtype == torch.float32
     features = tokenizer.features(golden["pixel_values"]).float()
     assert error(features, golden["encoder_features"]) < 0.2
     decoder.set_progress_bar_config(disable=True)
@@ -489,7 +491,7 @@ def test_convert(golden: dict[str, Tensor], loaded: dict[str, Any], kind: str, t
     assert tokenizer.config == before.config
     for name, tensor in before.state_dict().items():
         assert torch.equal(tensor, tokenizer.state_dict()[name]), name
-    for part in ("condition", "unet", "vae"):
+    for part in ("conditioner", "unet", "vae"):
         for name, tensor in getattr(drawn, part).state_dict().items():
             assert torch.equal(tensor, getattr(decoder, part).state_dict()[name]), name
     assert dict(decoder.scheduler.config).items() >= {"steps_offset": 1, "clip_sample": False}.items()

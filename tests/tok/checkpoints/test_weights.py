@@ -237,7 +237,7 @@ def test_a_config_of_another_size_lists_the_differences(tiny_tokenizer: VisualTo
     with pytest.raises(WeightsError) as caught:
         VisualTokenizer.from_pretrained(tmp_path)
     lines = str(caught.value).splitlines()[1:]
-    assert "mis-shaped  quantizer.codebook.rows: expected [17, 4], got [16, 4]" in lines
+    assert "mis-shaped  quantizer.codebook.embeddings: expected [17, 4], got [16, 4]" in lines
     missing = [line for line in lines if line.startswith("missing     merger.blocks.2.")]
     assert missing and len(missing) == len(lines) - 1
 

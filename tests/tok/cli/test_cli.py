@@ -18,7 +18,7 @@ from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.cli.parser import COMMANDS, main
-from lavit_tok.data.code_files import CodeRow, Header, code_writer, read_codes
+from lavit_tok.data.code_files import CodeRecord, Header, code_writer, read_codes
 from lavit_tok.data.jobs import photographs
 
 
@@ -97,10 +97,10 @@ def test_encode_folder_then_decode(
     together = sorted((tmp_path / "together").iterdir())
     assert [p.name for p in together] == [f"{i:06d}-{Path(row.key).stem}.png" for i, row in enumerate(good)]
     for path in together:
-        picture = np.asarray(Image.open(path)).astype(int)
-        assert picture.shape == (16, 16, 3)
-        assert np.abs(picture - np.asarray(Image.open(tmp_path / "alone" / path.name))).max() <= 1
-        assert np.abs(picture - np.asarray(Image.open(tmp_path / "otherwise" / path.name))).max() > 1
+        decoded = np.asarray(Image.open(path)).astype(int)
+        assert decoded.shape == (16, 16, 3)
+        assert np.abs(decoded - np.asarray(Image.open(tmp_path / "alone" / path.name))).max() <= 1
+        assert np.abs(decoded - np.asarray(Image.open(tmp_path / "otherwise" / path.name))).max() > 1
 
 
 def test_budget_and_sampling(weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +152,12 @@ def test_bad_rows_are_skipped_and_listed(weights: Path, tmp_path: Path, capsys: 
     path, out = tmp_path / "codes.jsonl", tmp_path / "out"
     with code_writer(path, Header("t", 16, 16)) as writer:
         writer.add(
-            [CodeRow("good", [1, 2, 3]), CodeRow("large", [16]), CodeRow("empty", []), CodeRow("long", [1] * 17)]
+            [
+                CodeRecord("good", [1, 2, 3]),
+                CodeRecord("large", [16]),
+                CodeRecord("empty", []),
+                CodeRecord("long", [1] * 17),
+            ]
         )
     with open(path, "a") as file:
         file.write('{"key": "text", "codes": ["1"]}\nnot json\n{"key": "short", "codes": [1], "length": 2}\n')
@@ -173,7 +178,7 @@ def test_bad_rows_are_skipped_and_listed(weights: Path, tmp_path: Path, capsys: 
 def test_codes_of_another_codebook(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "codes.parquet"
     with code_writer(path, Header("t", 1024, 16)) as writer:
-        writer.add([CodeRow("a", [1, 2, 3])])
+        writer.add([CodeRecord("a", [1, 2, 3])])
     assert main(words("decode", path, "--decoder", weights / "decoder", "--out", tmp_path / "out")) == 2
     message = capsys.readouterr().err
     assert f"{path}: its codes index a codebook of 1024 rows, the decoder's has 16" in message
@@ -193,7 +198,7 @@ def test_files_that_hold_no_codes(content: bytes, suffix: str, tmp_path: Path, c
 
 def test_parquet_keeps_everything(tmp_path: Path) -> None:
     path = tmp_path / "codes.parquet"
-    rows = [CodeRow(f"picture {i}", list(range(i % 5)), None if i % 3 else [0, i % 7]) for i in range(20_000)]
+    rows = [CodeRecord(f"picture {i}", list(range(i % 5)), None if i % 3 else [0, i % 7]) for i in range(20_000)]
     with code_writer(path, Header("owner/name", 16384, 256)) as writer:
         for start in range(0, len(rows), 700):
             writer.add(rows[start : start + 700])
@@ -205,7 +210,7 @@ def test_parquet_keeps_everything(tmp_path: Path) -> None:
 def test_a_job_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
     def die(path: Path) -> None:
         with code_writer(path, Header("t", 16, 16)) as writer:
-            writer.add([CodeRow("a", [1])])
+            writer.add([CodeRecord("a", [1])])
             raise KeyboardInterrupt
 
     for suffix in (".parquet", ".jsonl"):
@@ -268,10 +273,10 @@ def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> 
         "model": {
             "config": {k: v for k, v in tiny_config.to_dict().items() if not k.startswith("format")},
             "out": str(tmp_path / "tokenizer"),
-            "settle_at": 1,
+            "stop_sampling_step": 1,
             "quantize_at": 1,
             "kmeans_samples": 64,
-            "picture_every": 0,
+            "log_images_every": 0,
         },
         "data": {"data": str(tmp_path / "pictures"), "image_size": 32, "batch_size": 4},
     }

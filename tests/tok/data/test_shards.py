@@ -20,7 +20,7 @@ import pytest
 import lavit_tok
 from lavit_tok import ShardError, Shards, VisualTokenizer
 from lavit_tok.cli import main
-from lavit_tok.data.code_files import CodeRow, Header, read_codes
+from lavit_tok.data.code_files import CodeRecord, Header, read_codes
 from lavit_tok.data.shard_manifest import Manifest, sha256
 from lavit_tok.encode.image_processor import open_image
 
@@ -42,15 +42,15 @@ def album(photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder with captions: ten training pictures, number 2 corrupt, number 5 with a long caption; two to
     validate; 40 x 32 pixels."""
     folder = tmp_path_factory.mktemp("album")
-    pictures = [open_image(photo) for photo in photos]
+    images = [open_image(photo) for photo in photos]
     noise = np.random.default_rng(0).bytes(20_000).hex()  # which does not compress to less than its 20 kB
     for split, count in (("train", 10), ("validation", 2)):
         (folder / split).mkdir()
         lines = []
         for i in range(count):
             left = 20 * i if split == "train" else 100
-            picture = pictures[i % 4].crop((left, 0, left + 200, 160)).resize((40, 32))
-            picture.save(folder / split / f"{i:02d}.png")
+            image = images[i % 4].crop((left, 0, left + 200, 160)).resize((40, 32))
+            image.save(folder / split / f"{i:02d}.png")
             lines.append({"file_name": f"{i:02d}.png", "caption": noise if i == 5 else f"{split} {i}" if i else None})
         (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / f"train/{CORRUPT:02d}.png").write_bytes(b"\x89PNG but not really")
@@ -114,17 +114,17 @@ def test_the_drawing(shards: Callable[..., Path], album: Path, weights: Path, ca
     found = pq.ParquetFile(out / names[0]).schema_arrow
     assert {f.name: str(f.type) for f in found} == schema | {"keep": "list<element: int32>"}
 
-    both = shards("both", "--mirror")
+    both = shards("both", "--flip")
     assert [keys(both / name) for name in names] == [
         ["00", "00", "01", "01", "03", "03"],
         [f"0{i // 2}" for i in range(8, 16)],
         ["08", "08", "09", "09"],
     ]
-    mirrored = [row for name in names for row in pq.ParquetFile(both / name).read().to_pylist()]
-    assert [row.pop("mirrored") for row in mirrored] == [False, True] * 9
-    assert mirrored[::2] == rows
+    flipped = [row for name in names for row in pq.ParquetFile(both / name).read().to_pylist()]
+    assert [row.pop("mirrored") for row in flipped] == [False, True] * 9
+    assert flipped[::2] == rows
     flipped = [np.asarray(open_image(album / row["key"]))[:, ::-1].copy() for row in rows]
-    assert [row["codes"] for row in mirrored[1::2]] == tokenizer.encode(flipped).to_list() != codes.to_list()
+    assert [row["codes"] for row in flipped[1::2]] == tokenizer.encode(flipped).to_list() != codes.to_list()
 
 
 def test_manifest_and_rejects(shards: Callable[..., Path], weights: Path, album: Path) -> None:
@@ -150,16 +150,16 @@ def test_manifest_and_rejects(shards: Callable[..., Path], weights: Path, album:
 def test_neither_processes_nor_the_place_of_the_data_matter(
     shards: Callable[..., Path], album: Path, tmp_path: Path
 ) -> None:
-    alone = files(shards("alone", "--mirror", "--budget", 0.25))
-    assert files(shards("together", "--mirror", "--budget", 0.25, "--num-workers", 2)) == alone
+    alone = files(shards("alone", "--flip", "--budget", 0.25))
+    assert files(shards("together", "--flip", "--budget", 0.25, "--num-workers", 2)) == alone
     import shutil
 
-    moved = shards("moved", "--mirror", "--budget", 0.25, data=shutil.copytree(album, tmp_path / "moved album"))
+    moved = shards("moved", "--flip", "--budget", 0.25, data=shutil.copytree(album, tmp_path / "moved album"))
     there = files(moved)
     assert {name: there[name] for name in there if name != "manifest.json"} == {
         name: alone[name] for name in alone if name != "manifest.json"
     }
-    before = files(shards("alone", "--mirror", "--budget", 0.25, data=tmp_path / "moved album"))
+    before = files(shards("alone", "--flip", "--budget", 0.25, data=tmp_path / "moved album"))
     assert before == alone  # the same data set elsewhere: nothing to do
 
 
@@ -185,9 +185,9 @@ def test_splits_share_a_manifest(shards: Callable[..., Path]) -> None:
 
 def parquet(path: Path, album: Path, corrupt: tuple[int, ...] = (CORRUPT,), **columns: list[Any]) -> Path:
     """Ten pictures of the album as bytes, with the given columns of text or numbers."""
-    pictures = [{"bytes": (album / f"train/{i:02d}.png").read_bytes(), "path": f"{i}.png"} for i in range(10)]
-    pictures = [p | {"bytes": p["bytes"][:40]} if i in corrupt else p for i, p in enumerate(pictures)]
-    rows = datasets.Dataset.from_dict({"picture": pictures, **columns})
+    images = [{"bytes": (album / f"train/{i:02d}.png").read_bytes(), "path": f"{i}.png"} for i in range(10)]
+    images = [p | {"bytes": p["bytes"][:40]} if i in corrupt else p for i, p in enumerate(images)]
+    rows = datasets.Dataset.from_dict({"picture": images, **columns})
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.cast_column("picture", datasets.Image(decode=False)).to_parquet(path)
     return path
@@ -346,13 +346,13 @@ def test_other_settings_are_refused(
     whole = files(out)
     tiny_tokenizer.selector.shift(0.5)
     tiny_tokenizer.save_pretrained(tmp_path / "other selector")
-    tiny_tokenizer.quantizer.codebook.rows.neg_()
+    tiny_tokenizer.quantizer.codebook.embeddings.neg_()
     tiny_tokenizer.save_pretrained(tmp_path / "other codebook")
     other = parquet(tmp_path / "other.parquet", album, caption=[f"caption {i}" for i in range(10)])
     for words, names in (
         (["--budget", 2], ["budget 1 then, 2 now"]),
         (["--budget", "1.0"], ["budget 1 then, 1.0 now", "batch_size None then, 3 now"]),
-        (["--budget", 1, "--mirror", "--shard-size", 5], ["mirror False then, True now", "shard_size 4 then, 5 now"]),
+        (["--budget", 1, "--flip", "--shard-size", 5], ["mirror False then, True now", "shard_size 4 then, 5 now"]),
         (["--budget", 1, "--caption-column", ""], ["caption_column 'caption' then, None now"]),
         (["--budget", 1, "--tokenizer", tmp_path / "other selector"], ["tokenizer '", "weights '"]),
         (["--budget", 1, "--tokenizer", tmp_path / "other codebook"], ["tokenizer '", "fingerprint '"]),
@@ -433,13 +433,13 @@ def test_words_that_are_refused(capsys: Any) -> None:
 
 
 def test_reading_for_training(shards: Callable[..., Path], weights: Path, album: Path, tmp_path: Path) -> None:
-    out = shards("a [1] *", "--mirror", "--shard-size", 1)  # number 2 has a shard of its own, which is empty
+    out = shards("a [1] *", "--flip", "--shard-size", 1)  # number 2 has a shard of its own, which is empty
     opened = Shards.open(str(out), "train")
     tokenizer = VisualTokenizer.from_pretrained(weights)
     opened.require(fingerprint=tokenizer.fingerprint(), codebook_size=16)
     assert (opened.split, opened.tokenizer, opened.data) == ("train", str(weights), str(album))
     assert (opened.rows, opened.rejects, len(opened.files)) == (18, 1, 9)
-    assert (opened.codebook_size, opened.patches, opened.budget, opened.mirror) == (16, 16, None, True)
+    assert (opened.codebook_size, opened.patches, opened.budget, opened.flip) == (16, 16, None, True)
     rows = opened.dataset(tmp_path / "copies")
     assert isinstance(rows, datasets.Dataset) and len(rows) == 18
     assert rows.column_names == ["key", "caption", "codes", "length", "keep", "mirrored"]
@@ -448,7 +448,7 @@ def test_reading_for_training(shards: Callable[..., Path], weights: Path, album:
     assert Shards.open(out, "train", verify=False) == opened
     header, codes = read_codes(out / "train-00000.parquet")  # so `lavit-tok decode` draws it
     assert header == Header(str(weights), 16, 16)
-    assert list(codes)[1] == CodeRow(rows[1]["key"], rows[1]["codes"], rows[1]["keep"])
+    assert list(codes)[1] == CodeRecord(rows[1]["key"], rows[1]["codes"], rows[1]["keep"])
 
 
 def test_shards_of_another_tokenizer(shards: Callable[..., Path], weights: Path) -> None:
@@ -528,7 +528,7 @@ def test_manifests_that_cannot_be_read(shards: Callable[..., Path], tmp_path: Pa
         (lambda v: v.update(version=2), "it is lavit_tok.data.shard_reader version 2"),
         (lambda v: v.pop("format"), "KeyError: 'format'"),
         (lambda v: v.update(codebook_size="16"), "codebook_size should be int, got '16'"),
-        (lambda v: v.update(mirror=0), "mirror should be bool, got 0"),
+        (lambda v: v.update(flip=0), "mirror should be bool, got 0"),
         (lambda v: v.update(budget="all"), "budget should be int | float | None, got 'all'"),
         (lambda v: v.update(shard_size=0), "shard_size should be at least 1"),
         (lambda v: v["splits"]["train"].pop("pictures"), "pictures should be int, got None"),

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn import functional as F
 
 from lavit_tok import CodeError, VisualCodes, VisualTokenizer
-from lavit_tok.decode.conditioner import Condition, Conditioning
+from lavit_tok.decode.conditioner import Conditioner, Conditioning
 
 STYLES: dict[str, dict[str, Any]] = {
     "sd": {"cross_dims": [24], "null_length": 3},
@@ -20,10 +20,10 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def condition(tokenizer: VisualTokenizer, **settings: Any) -> Condition:
+def condition(tokenizer: VisualTokenizer, **settings: Any) -> Conditioner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return Condition.for_tokenizer(tokenizer, **settings)
+        return Conditioner.for_tokenizer(tokenizer, **settings)
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def equal(a: Conditioning, b: Conditioning) -> None:
 
 def test_features_are_the_tokenizers(tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
     made = condition(tiny_tokenizer, cross_dims=[24])
-    assert torch.equal(made.features(codes), tiny_tokenizer.reconstruct(codes))
+    assert torch.equal(made.features(codes), tiny_tokenizer.reconstruct_features(codes))
     with torch.no_grad():
         tiny_tokenizer.reconstructor.queries.add_(1)  # a copy, not shared with the tokenizer
-    assert not torch.equal(made.features(codes), tiny_tokenizer.reconstruct(codes))
+    assert not torch.equal(made.features(codes), tiny_tokenizer.reconstruct_features(codes))
 
 
 @torch.no_grad()
@@ -224,9 +224,9 @@ def test_refuses_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer) -> None:
 )
 def test_refuses_settings(settings: dict[str, Any], message: str, tiny_tokenizer: VisualTokenizer) -> None:
     with pytest.raises(ValueError, match=message):
-        Condition.for_tokenizer(tiny_tokenizer, **{"cross_dims": [24], **settings})
+        Conditioner.for_tokenizer(tiny_tokenizer, **{"cross_dims": [24], **settings})
     with pytest.raises(ValueError, match="square number"):
-        Condition(patches=15, spatial_channels=1)
+        Conditioner(patches=15, spatial_channels=1)
 
 
 @torch.no_grad()
@@ -235,4 +235,4 @@ def test_diffusers_round_trip(style: str, tmp_path: Path, tiny_tokenizer: Visual
     made = condition(tiny_tokenizer, **STYLES[style])
     made.save_pretrained(tmp_path)
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
-    equal(Condition.from_pretrained(tmp_path)(codes), made(codes))
+    equal(Conditioner.from_pretrained(tmp_path)(codes), made(codes))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lavit_tok import CodeError, PixelDecoder, VisualCodes, VisualTokenizer, WeightsError
-from lavit_tok.decode.conditioner import Condition
+from lavit_tok.decode.conditioner import Conditioner
 
 BLOCKS: dict[str, Any] = {
     "sample_size": 8,
@@ -47,11 +47,13 @@ def decoders(tiny_decoder: PixelDecoder, tiny_tokenizer: VisualTokenizer) -> dic
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         made = {"sd": tiny_decoder}
-        pooled = Condition.for_tokenizer(tiny_tokenizer, style="sdxl", cross_dims=[6, 10], pooled_dim=12, pool_heads=2)
+        pooled = Conditioner.for_tokenizer(
+            tiny_tokenizer, style="sdxl", cross_dims=[6, 10], pooled_dim=12, pool_heads=2
+        )
         extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
         unet = UNet2DConditionModel(**BLOCKS, **extra, projection_class_embeddings_input_dim=12 + 6 * 4)
         made["sdxl"] = PixelDecoder(pooled, unet.eval(), tiny_decoder.vae, tiny_decoder.scheduler)
-        spatial = Condition.for_tokenizer(tiny_tokenizer, cross_dims=[16], spatial_channels=3, null_length=16)
+        spatial = Conditioner.for_tokenizer(tiny_tokenizer, cross_dims=[16], spatial_channels=3, null_length=16)
         unet = UNet2DConditionModel(**BLOCKS, in_channels=7)
         made["spatial"] = PixelDecoder(spatial, unet.eval(), tiny_decoder.vae, tiny_decoder.scheduler)
     for decoder in made.values():
@@ -78,8 +80,8 @@ def test_guidance_by_hand(kind: str, decoders: dict[str, PixelDecoder], codes: V
     scheduler = DDIMScheduler.from_config(decoder.scheduler.config)
     scheduler.set_timesteps(1)
     with torch.no_grad():
-        given = decoder.condition(codes)
-        null, ids = decoder.condition.unconditional(given), torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 3)
+        given = decoder.conditioner(codes)
+        null, ids = decoder.conditioner.unconditional(given), torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 3)
         c, u = (decoder.unet(timestep=scheduler.timesteps[0], **x.inputs(noise(), ids)).sample for x in (given, null))
         expected = scheduler.step(u + 3 * (c - u), scheduler.timesteps[0], noise()).prev_sample
     drawn = draw(decoder, codes, steps=1, latents=noise(), output_type="latent")
@@ -129,11 +131,11 @@ def test_chance_is_an_argument(decoders: dict[str, PixelDecoder], codes: VisualC
 def test_output_types(decoders: dict[str, PixelDecoder], codes: VisualCodes) -> None:
     decoder = decoders["sd"]
     pt, array = (draw(decoder, codes, latents=noise(), output_type=t) for t in ("pt", "np"))
-    pictures = decoder(codes, 2, latents=noise()).images
+    images = decoder(codes, 2, latents=noise()).images
     assert pt.shape == (3, 3, 16, 16) and pt.dtype == torch.float32 and 0 <= pt.min() < pt.max() <= 1
     assert array.shape == (3, 16, 16, 3) and np.allclose(array, pt.permute(0, 2, 3, 1).numpy())
-    assert [p.size for p in pictures] == [(16, 16)] * 3
-    assert np.abs(np.stack([np.asarray(p) for p in pictures]) / 255 - array).max() <= 0.5 / 255 + 1e-6
+    assert [p.size for p in images] == [(16, 16)] * 3
+    assert np.abs(np.stack([np.asarray(p) for p in images]) / 255 - array).max() <= 0.5 / 255 + 1e-6
     (bare,) = decoder(codes, 2, latents=noise(), output_type="pt", return_dict=False)
     assert torch.equal(bare, pt)
     with pytest.raises(ValueError, match="output_type: expected 'pil', 'np', 'pt' or 'latent', got 'jpg'"):
@@ -209,7 +211,7 @@ def test_refuses_codes_of_another_tokenizer(decoders: dict[str, PixelDecoder]) -
 def test_refuses_parts_that_do_not_fit(decoders: dict[str, PixelDecoder]) -> None:
     sd, spatial = decoders["sd"], decoders["spatial"]
     with pytest.raises(ValueError, match=r"unet\.in_channels: expected 7, to fit condition and VAE, got 4"):
-        PixelDecoder(spatial.condition, sd.unet, sd.vae, sd.scheduler)
+        PixelDecoder(spatial.conditioner, sd.unet, sd.vae, sd.scheduler)
 
 
 # Files
@@ -231,8 +233,8 @@ def test_half_precision_files(decoders: dict[str, PixelDecoder], codes: VisualCo
     assert decoder.unet.dtype == decoder.vae.dtype == torch.float32  # saving changes nothing here
     stored = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float16}
-    rows = load_file(tmp_path / "condition" / "diffusion_pytorch_model.safetensors")["codebook.rows"]
-    assert torch.equal(rows, decoder.condition.codebook.rows)  # the codebook stays exact
+    rows = load_file(tmp_path / "conditioner" / "diffusion_pytorch_model.safetensors")["codebook.embeddings"]
+    assert torch.equal(rows, decoder.conditioner.codebook.embeddings)  # the codebook stays exact
     again = PixelDecoder.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert again.unet.dtype == torch.float32
@@ -240,7 +242,7 @@ def test_half_precision_files(decoders: dict[str, PixelDecoder], codes: VisualCo
     assert difference.abs().max() < 0.02
     bf16 = PixelDecoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
     bf16.set_progress_bar_config(disable=True)
-    assert bf16.unet.dtype == torch.bfloat16 and bf16.condition.codebook.rows.dtype == torch.float32
+    assert bf16.unet.dtype == torch.bfloat16 and bf16.conditioner.codebook.embeddings.dtype == torch.float32
     assert (draw(bf16, codes, latents=noise()) - draw(decoder, codes, latents=noise())).abs().mean() < 0.05
 
 
@@ -252,7 +254,7 @@ def test_classes_are_not_chosen_by_files(decoders: dict[str, PixelDecoder], code
     """model_index.json naming other classes changes nothing; a config naming another one is refused."""
     decoders["sd"].save_pretrained(tmp_path)
     edit(tmp_path / "model_index.json", unet=["os", "system"], _class_name="Evil", condition=["subprocess", "Popen"])
-    assert type(PixelDecoder.from_pretrained(tmp_path).condition) is Condition
+    assert type(PixelDecoder.from_pretrained(tmp_path).conditioner) is Conditioner
     (tmp_path / "model_index.json").unlink()
     assert type(PixelDecoder.from_pretrained(tmp_path)) is PixelDecoder
     edit(tmp_path / "scheduler" / "scheduler_config.json", _class_name="DiffusionPipeline")
@@ -283,7 +285,7 @@ def test_tampered_weights_are_refused(decoders: dict[str, PixelDecoder], tmp_pat
             PixelDecoder.from_pretrained(tmp_path / "bad")
         assert all(m in str(error.value) for m in messages), str(error.value)
 
-    unet, condition = ("unet/diffusion_pytorch_model.safetensors", "condition/diffusion_pytorch_model.safetensors")
+    unet, condition = ("unet/diffusion_pytorch_model.safetensors", "conditioner/diffusion_pytorch_model.safetensors")
 
     def several(tensors: dict[str, Any]) -> None:
         tensors["extra"] = torch.zeros(2)
@@ -294,12 +296,16 @@ def test_tampered_weights_are_refused(decoders: dict[str, PixelDecoder], tmp_pat
         lambda d: rewrite(d / unet, several),
         *("unexpected  extra [2]", "missing     conv_out.bias [4]", "mis-shaped  conv_in.bias: expected [16], got [3]"),
     )
-    refused(lambda d: rewrite(d / condition, lambda t: t["codebook.rows"].fill_(torch.nan)), "codebook.rows", "NaN")
+    refused(
+        lambda d: rewrite(d / condition, lambda t: t["codebook.embeddings"].fill_(torch.nan)),
+        "codebook.embeddings",
+        "NaN",
+    )
     refused(lambda d: (d / unet).write_bytes((d / unet).read_bytes()[:-64]), "not a whole safetensors file")
     refused(lambda d: (d / unet).unlink(), "found neither")
     refused(lambda d: edit(d / "unet" / "config.json", colour="red"), "unknown settings ['colour']")
-    refused(lambda d: edit(d / "condition" / "config.json", null_length=0), "null_length")
-    refused(lambda d: edit(d / "condition" / "config.json", codebook_size=17), "mis-shaped  codebook.rows")
+    refused(lambda d: edit(d / "conditioner" / "config.json", null_length=0), "null_length")
+    refused(lambda d: edit(d / "conditioner" / "config.json", codebook_size=17), "mis-shaped  codebook.embeddings")
     refused(lambda d: (d / "vae" / "config.json").write_text("{"), "cannot be read as JSON")
     refused(lambda d: shutil.rmtree(d / "scheduler"), "scheduler_config.json")
 

@@ -9,7 +9,7 @@ import reference
 import torch
 from torch import Tensor
 
-from lavit_tok.codes import Layout
+from lavit_tok.codes import RaggedLayout
 from lavit_tok.decode.reconstructor import Reconstructor
 
 WIDTH, PATCHES, DIM = 16, 9, 4
@@ -30,7 +30,7 @@ def vectors(lengths: list[int]) -> Tensor:
 
 
 def run(room: Reconstructor, rows: Tensor, lengths: list[int], fill: float = 0, spare: int = 0) -> Tensor:
-    layout = Layout(torch.tensor(lengths))
+    layout = RaggedLayout(torch.tensor(lengths))
     padded, mask = layout.pad(rows, fill), layout.mask
     if spare:  # wider than the longest needs
         padded = torch.cat([padded, padded.new_full((len(lengths), spare, DIM), fill)], 1)
@@ -77,7 +77,7 @@ def test_the_place_in_the_sequence_is_read(room: Reconstructor):
 
 def test_a_float_policy_gives_the_same_and_passes_a_gradient(room: Reconstructor):
     lengths = [3, 1, 5]
-    layout, rows = Layout(torch.tensor(lengths)), vectors(lengths)
+    layout, rows = RaggedLayout(torch.tensor(lengths)), vectors(lengths)
     policy = layout.mask.float().requires_grad_()
     index = torch.arange(5)[None]
     output = room(layout.pad(rows), index, policy)

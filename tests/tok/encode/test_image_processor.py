@@ -21,7 +21,7 @@ from lavit_tok.encode.image_processor import (
     CLIP_STD,
     as_list,
     find_images,
-    normalise,
+    normalize,
     open_image,
     resize,
     to_uint8,
@@ -109,13 +109,13 @@ def test_the_bomb_check_leaves_other_warnings_alone():
 
 
 def test_colour_spaces_become_rgb():
-    picture = Image.fromarray(noise())
-    cmyk = values(encoded(picture.convert("CMYK"), "JPEG", quality=100, subsampling=0))
+    image = Image.fromarray(noise())
+    cmyk = values(encoded(image.convert("CMYK"), "JPEG", quality=100, subsampling=0))
     assert np.abs(cmyk.astype(int) - noise()).mean() < 6  # an inverted one would be off by 85
-    grey = np.asarray(picture.convert("L"))
-    assert (values(encoded(picture.convert("L"), "PNG")) == grey[..., None]).all()
+    grey = np.asarray(image.convert("L"))
+    assert (values(encoded(image.convert("L"), "PNG")) == grey[..., None]).all()
     for mode in ("1", "P", "HSV", "YCbCr", "LA", "PA", "RGBX"):
-        source = picture.convert("L").convert(mode) if mode in ("LA",) else picture.convert(mode)
+        source = image.convert("L").convert(mode) if mode in ("LA",) else image.convert(mode)
         assert values(source).shape == (40, 60, 3)
 
 
@@ -284,21 +284,21 @@ def test_one_image_or_many(photos: list[Path]):
 
 def test_the_pixels_are_those_of_the_published_recipe(photos: list[Path], tiny_config: TokenizerConfig):
     for photo in photos:
-        ours = normalise(to_uint8(photo, tiny_config.image_size))
+        ours = normalize(to_uint8(photo, tiny_config.image_size))
         theirs = reference.pixels(Image.open(photo), tiny_config)
         assert (ours - theirs).abs().max() < 1e-6
     black, white = torch.zeros(1, 3, 1, 1, dtype=torch.uint8), torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
     for c in range(3):
-        assert float(normalise(black)[0, c]) == pytest.approx(-CLIP_MEAN[c] / CLIP_STD[c], abs=1e-6)
-        assert float(normalise(white)[0, c]) == pytest.approx((1 - CLIP_MEAN[c]) / CLIP_STD[c], abs=1e-6)
+        assert float(normalize(black)[0, c]) == pytest.approx(-CLIP_MEAN[c] / CLIP_STD[c], abs=1e-6)
+        assert float(normalize(white)[0, c]) == pytest.approx((1 - CLIP_MEAN[c]) / CLIP_STD[c], abs=1e-6)
 
 
 def test_crop_cuts_the_centre_and_resize_keeps_all():
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 255  # white exactly in the middle square
-    picture = Image.fromarray(wide)
-    assert (resize(picture, 20, crop=True) == 255).all()
-    assert 0.2 < (resize(picture, 20) > 128).float().mean() < 0.5
+    image = Image.fromarray(wide)
+    assert (resize(image, 20, crop=True) == 255).all()
+    assert 0.2 < (resize(image, 20) > 128).float().mean() < 0.5
 
 
 def test_folders_are_walked_in_order(tmp_path: Path):

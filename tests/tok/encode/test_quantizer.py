@@ -21,7 +21,7 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 def codebook(rows: Tensor) -> Codebook:
     book = Codebook(*rows.shape)
-    book.rows.copy_(rows)
+    book.embeddings.copy_(rows)
     return book
 
 
@@ -68,7 +68,7 @@ def test_low_precision_around_it_changes_no_code():
     book = codebook(rows)
     expected = book.nearest(z)
     book.to(torch.bfloat16)
-    assert book.rows.dtype == torch.float32 and torch.equal(book.rows, rows)
+    assert book.embeddings.dtype == torch.float32 and torch.equal(book.embeddings, rows)
     assert torch.equal(book.nearest(z), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(book.nearest(z), expected)
@@ -95,8 +95,8 @@ def test_projection_equals_the_slow_version_and_has_unit_length():
     torch.testing.assert_close(z.double(), reference.project(room, merged), rtol=0, atol=1e-6)
     torch.testing.assert_close(z.norm(dim=1), torch.ones(7))
     assert room.to(torch.bfloat16).project(merged.bfloat16()).dtype == torch.float32
-    torch.testing.assert_close(room.codebook.rows.norm(dim=1), torch.ones(32))
-    assert torch.equal(room.codebook.lookup(torch.tensor([3, 3])), room.codebook.rows[[3, 3]])
+    torch.testing.assert_close(room.codebook.embeddings.norm(dim=1), torch.ones(32))
+    assert torch.equal(room.codebook.lookup(torch.tensor([3, 3])), room.codebook.embeddings[[3, 3]])
 
 
 def test_usage_of_counts_made_by_hand():
@@ -116,7 +116,7 @@ def test_usage_of_counts_made_by_hand():
 def trained(rows: Tensor, counts: Tensor | None = None, **options: float) -> TrainingCodebook:
     room = TrainingCodebook(codebook(rows), **options).train()  # type: ignore[arg-type]
     if counts is not None:
-        room.load_rows(rows, counts)
+        room.load_embeddings(rows, counts)
     return room
 
 
@@ -125,8 +125,8 @@ def test_ema_equals_the_formula(decay: float):
     """One step and several, from even and from uneven counts."""
     for counts in (torch.ones(6), torch.tensor([9.0, 1, 4, 2, 30, 0.5])):
         rows = unit(6, 4)
-        room = trained(rows, counts, decay=decay, dead_share=0.0)
-        room.expect_rows(50)
+        room = trained(rows, counts, decay=decay, dead_ratio=0.0)
+        room.set_vectors_per_step(50)
         sums = rows * counts[:, None]
         for step in range(5):
             z = unit(50, 4, seed=step + 1)
@@ -135,55 +135,57 @@ def test_ema_equals_the_formula(decay: float):
             rows, counts, sums, expected = reference.ema_step(rows, counts, sums, z, decay)
             assert codes.tolist() == expected
             torch.testing.assert_close(quantized.double(), before[codes].double(), rtol=0, atol=1e-6)
-            torch.testing.assert_close(room.rows.double(), rows, rtol=0, atol=1e-5)
+            torch.testing.assert_close(room.embeddings.double(), rows, rtol=0, atol=1e-5)
             torch.testing.assert_close(room.vq._codebook.cluster_size[0].double(), counts, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(room.vq._codebook.embed_avg[0].double(), sums, rtol=1e-5, atol=1e-5)
 
 
 def test_loaded_rows_survive_a_step():
-    """Setting the package's rows alone is undone by the first step; load_rows sets all it keeps."""
+    """Setting the package's rows alone is undone by the first step; load_embeddings sets all it keeps."""
     loaded, z = unit(6, 4, seed=9), unit(12, 4, seed=1)
     room = trained(unit(6, 4), decay=0.99)
-    room.load_rows(loaded, torch.full((6,), 100.0))
-    assert torch.equal(room.rows, loaded)
+    room.load_embeddings(loaded, torch.full((6,), 100.0))
+    assert torch.equal(room.embeddings, loaded)
     room(z)
-    assert (F.cosine_similarity(room.rows, loaded, dim=1) > 0.999).all() and not torch.equal(room.rows, loaded)
+    assert (F.cosine_similarity(room.embeddings, loaded, dim=1) > 0.999).all() and not torch.equal(
+        room.embeddings, loaded
+    )
     careless = trained(unit(6, 4), decay=0.99)
     careless.vq._codebook.embed.copy_(loaded[None])
     careless(z)
-    assert (F.cosine_similarity(careless.rows, loaded, dim=1) < 0.999).any()
+    assert (F.cosine_similarity(careless.embeddings, loaded, dim=1) < 0.999).any()
 
 
 def test_dead_rows_are_replaced_relative_to_the_mean_count():
     """n = 64 vectors a step, K = 8: the mean count is 8, dead is below 0.05 * 8 = 0.4. One row is never chosen."""
     rows = torch.cat([F.normalize(torch.eye(7, 8) + 0.01, dim=-1), -F.normalize(torch.ones(1, 8), dim=-1)])
-    room = trained(rows, torch.full((8,), 8.0), decay=0.5, dead_share=0.05)
-    room.expect_rows(64)
+    room = trained(rows, torch.full((8,), 8.0), decay=0.5, dead_ratio=0.05)
+    room.set_vectors_per_step(64)
     z = F.normalize(rows[:7].repeat(10, 1)[:64] + 0.05 * unit(64, 8), dim=-1)
     for count in (4, 2, 1, 0.5):
         _, codes, _ = room(z)
         assert 7 not in codes.tolist()
-        torch.testing.assert_close(room.rows[7], rows[7], rtol=0, atol=1e-6)  # still alive
+        torch.testing.assert_close(room.embeddings[7], rows[7], rtol=0, atol=1e-6)  # still alive
         assert float(room.vq._codebook.cluster_size[0, 7]) == pytest.approx(count)
-    others = room.rows[:7].clone()
+    others = room.embeddings[:7].clone()
     room(z)  # 0.25 < 0.4
-    assert ((z - room.rows[7]).abs().amax(1) < 1e-5).any(), "an input took its place"
-    assert (F.cosine_similarity(room.rows[:7], others, dim=1) > 0.999).all(), "and no other row was touched"
-    fresh = room.rows[7].clone()
+    assert ((z - room.embeddings[7]).abs().amax(1) < 1e-5).any(), "an input took its place"
+    assert (F.cosine_similarity(room.embeddings[:7], others, dim=1) > 0.999).all(), "and no other row was touched"
+    fresh = room.embeddings[7].clone()
     _, codes, _ = room(z)
     assert 7 in codes.tolist()
-    assert F.cosine_similarity(room.rows[7], fresh, dim=0) > 0.9, "a replaced row that inputs choose lives on"
+    assert F.cosine_similarity(room.embeddings[7], fresh, dim=0) > 0.9, "a replaced row that inputs choose lives on"
 
 
 def test_what_is_not_dead_is_not_replaced():
     """A threshold that is absolute would count every row of a small batch as dead; and 0 never replaces."""
     rows = unit(32, 8)
-    small = trained(rows, torch.full((32,), 0.25), decay=0.99, dead_share=0.05)
-    small.expect_rows(8)
+    small = trained(rows, torch.full((32,), 0.25), decay=0.99, dead_ratio=0.05)
+    small.set_vectors_per_step(8)
     small(unit(8, 8, seed=1))
     assert (F.cosine_similarity(small.rows, rows, dim=1) > 0.95).all()
-    never = trained(rows, torch.full((32,), 1e-3), decay=0.5, dead_share=0.0)
-    never.expect_rows(8)
+    never = trained(rows, torch.full((32,), 1e-3), decay=0.5, dead_ratio=0.0)
+    never.set_vectors_per_step(8)
     for _ in range(20):
         never(rows[:8])
     torch.testing.assert_close(never.rows, rows, rtol=0, atol=1e-4)
@@ -191,14 +193,14 @@ def test_what_is_not_dead_is_not_replaced():
 
 def test_replacement_takes_its_chance_from_the_seed():
     def run(seed: int) -> Tensor:
-        room = trained(unit(32, 8), torch.full((32,), 1e-3), decay=0.5, dead_share=0.5)
-        room.expect_rows(64)
+        room = trained(unit(32, 8), torch.full((32,), 1e-3), decay=0.5, dead_ratio=0.5)
+        room.set_vectors_per_step(64)
         room(unit(64, 8, seed=1)[:40], seed)
-        return room.rows.clone()
+        return room.embeddings.clone()
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
-    room = trained(unit(32, 8), dead_share=0.5)
-    room.expect_rows(64)
+    room = trained(unit(32, 8), dead_ratio=0.5)
+    room.set_vectors_per_step(64)
     before = torch.random.get_rng_state()
     room(unit(64, 8, seed=1), 5)
     assert torch.equal(before, torch.random.get_rng_state()), "the global chance is left alone"
@@ -206,8 +208,8 @@ def test_replacement_takes_its_chance_from_the_seed():
 
 def test_eval_mode_changes_nothing():
     rows, z = unit(16, 4), unit(40, 4, seed=1)
-    room = trained(rows, dead_share=0.9)
-    room.expect_rows(1000)  # nearly every row would count as dead
+    room = trained(rows, dead_ratio=0.9)
+    room.set_vectors_per_step(1000)  # nearly every row would count as dead
     room.eval()
     before = {k: v.clone() for k, v in room.state_dict().items()}
     quantized, codes, _ = room(z)

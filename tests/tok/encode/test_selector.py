@@ -19,7 +19,7 @@ from lavit_tok.encode.selector import (
     logistic_noise,
     ordered_noise,
     select,
-    shift_to_share,
+    shift_to_ratio,
     straight_through,
 )
 
@@ -214,7 +214,7 @@ def test_a_share_is_held_and_no_gradient_moves_it():
     scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 3 + 2
     scores.requires_grad_()
     for share in (0.1, 1 / 3, 0.9):
-        shift = shift_to_share(scores, share)
+        shift = shift_to_ratio(scores, share)
         chance = (scores + shift).sigmoid()
         assert abs(float(chance.mean().detach()) - share) < 1e-5
         (slope,) = torch.autograd.grad(chance.mean(), scores, retain_graph=True)
@@ -223,7 +223,7 @@ def test_a_share_is_held_and_no_gradient_moves_it():
         moved = scores.detach().clone()
         moved[1, 1] += 0.05
         with torch.no_grad():  # against a finite difference, through the shift
-            found = (moved + shift_to_share(moved, share)).sigmoid()[0, 0] - chance[0, 0]
+            found = (moved + shift_to_ratio(moved, share)).sigmoid()[0, 0] - chance[0, 0]
         assert abs(float(found) / 0.05 - float(slope[1, 1])) < 1e-4
     log_probs = torch.stack([scores.detach(), torch.zeros_like(scores)], -1).log_softmax(-1)
     draws = [straight_through(log_probs, torch.Generator().manual_seed(s), share=0.25).mean() for s in range(200)]

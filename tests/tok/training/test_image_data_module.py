@@ -20,7 +20,7 @@ from lavit_tok.data.image_sources import Augmentation
 from lavit_tok.training.data_module import HOLDOUT_EVERY, EpochOrder, ImageDataModule
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     """A plain 12x10 picture whose red value is its number."""
     stream = io.BytesIO()
     Image.new("RGB", (12, 10), (number, 255 - number, 40)).save(stream, "PNG")
@@ -41,7 +41,7 @@ def folder(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> Path
         (path / split).mkdir(parents=True)
         for i in range(count if split == "train" else 5):
             bad = i in corrupt and split == "train"
-            (path / split / f"{i:03}.png").write_bytes(b"no picture" if bad else picture(i))
+            (path / split / f"{i:03}.png").write_bytes(b"no picture" if bad else image(i))
     return path
 
 
@@ -49,7 +49,7 @@ def parquet(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> Pat
     path.mkdir(parents=True, exist_ok=True)
     rows = [
         {
-            "image": {"bytes": picture(i)[: 30 if i in corrupt else None], "path": None},
+            "image": {"bytes": image(i)[: 30 if i in corrupt else None], "path": None},
             "caption": f"number {i}",
             "key": f"row/{i}",
         }
@@ -67,7 +67,7 @@ def webdataset(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> 
     for shard in range(2):
         with tarfile.open(path / f"train-{shard}.tar", "w") as tar:
             for i in range(shard, count, 2):
-                parts = {"png": b"no picture" if i in corrupt else picture(i), "txt": f"number {i}".encode()}
+                parts = {"png": b"no picture" if i in corrupt else image(i), "txt": f"number {i}".encode()}
                 for suffix, content in parts.items():
                     info = tarfile.TarInfo(f"{i:03}.{suffix}")
                     info.size = len(content)

@@ -40,10 +40,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, count in (("train", 20), ("validation", 4)):
         (root / split).mkdir()
         for i in range(count):
-            picture = np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)
+            image = np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)
             top, left = rng.integers(0, 16, size=2)
-            picture[top : top + 9, left : left + 7] = rng.integers(256, size=3)
-            Image.fromarray(picture).save(root / split / f"{i:02}.png")
+            image[top : top + 9, left : left + 7] = rng.integers(256, size=3)
+            Image.fromarray(image).save(root / split / f"{i:02}.png")
     return root
 
 
@@ -127,7 +127,7 @@ def test_features_and_latents_are_the_frozen_parts_own(parts: dict[str, str]) ->
     frozen, tokenizer = FrozenParts(**parts), VisualTokenizer.from_pretrained(parts["tokenizer"])
     images = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     encoded = frozen(images)
-    assert torch.equal(encoded.features, tokenizer.reconstruct(tokenizer.encode(images)))
+    assert torch.equal(encoded.features, tokenizer.reconstruct_features(tokenizer.encode(images)))
     latents = frozen.vae.encode(images.float() / 127.5 - 1).latent_dist.mean * 0.8
     torch.testing.assert_close(encoded.latents, latents)
     with torch.autocast("cpu", torch.bfloat16):
@@ -152,7 +152,7 @@ def test_encoded_once(parts: dict[str, str], tmp_path: Path) -> None:
     assert torch.equal(again.features, made.features) and len(list((tmp_path / "cache").iterdir())) == 1
     EncodedSet(255 - pixels, index, FrozenParts(**parts), True, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2  # other pictures, another file
-    plain = EncodedSet(pixels, index, FrozenParts(**parts), mirrored=False)
+    plain = EncodedSet(pixels, index, FrozenParts(**parts), flipped=False)
     assert len(plain.latents) == 5
     sides = [m(index, torch.zeros(5, dtype=torch.bool), "cpu") for m in (made, plain)]
     torch.testing.assert_close(sides[0].latents, sides[1].latents, rtol=2e-3, atol=2e-3)
@@ -224,9 +224,9 @@ def test_it_learns_and_exports_the_average(parts: dict[str, str], folder: Path, 
     """The loss falls; the exported decoder is the averaged one, and draws codes without tokenizer or Lightning."""
     settings = {"spatial_channels": 4, "spatial_scale": 2, "feature_norm": True, "null_length": 16, "cache": True}
     module = training(parts, out=str(tmp_path / "out"), **settings)
-    pictures = ImageDataModule(str(folder), 32, 8, cache=True)
-    pictures.setup("fit")
-    images = torch.stack([pictures.sets["train"][i]["images"] for i in range(16)])
+    decoded = ImageDataModule(str(folder), 32, 8, cache=True)
+    decoded.setup("fit")
+    images = torch.stack([decoded.sets["train"][i]["images"] for i in range(16)])
 
     def loss() -> float:
         with torch.no_grad(), module.averaged():

@@ -25,10 +25,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, rng = tmp_path_factory.mktemp("pictures") / "train", np.random.default_rng(0)
     root.mkdir()
     for i in range(40):
-        picture = np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)
+        image = np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)
         top, left = rng.integers(0, 20, size=2)
-        picture[top : top + 12, left : left + 12] = rng.integers(256, size=3)
-        Image.fromarray(picture).save(root / f"{i:02}.png")
+        image[top : top + 12, left : left + 12] = rng.integers(256, size=3)
+        Image.fromarray(image).save(root / f"{i:02}.png")
     return root.parent
 
 
@@ -43,8 +43,15 @@ class Losses(L.Callback):
 def fit(config: TokenizerConfig, folder: Path, root: Path, steps: int, ckpt: str | None = None, **settings: Any) -> Any:
     """Train a little; returns the module, its trainer and the logged losses of every step."""
     L.seed_everything(0, verbose=False)
-    chosen = {"settle_at": 3, "quantize_at": 4, "blend_steps": 2, "kmeans_samples": 256, "warmup_steps": 1, "lr": 3e-3}
-    module = TokenizerTraining(config, picture_every=0, **{**chosen, **settings})
+    chosen = {
+        "stop_sampling_step": 3,
+        "quantize_at": 4,
+        "blend_steps": 2,
+        "kmeans_samples": 256,
+        "warmup_steps": 1,
+        "lr": 3e-3,
+    }
+    module = TokenizerTraining(config, log_images_every=0, **{**chosen, **settings})
     losses = Losses()
     trainer = L.Trainer(
         max_steps=steps,
@@ -64,7 +71,7 @@ def fit(config: TokenizerConfig, folder: Path, root: Path, steps: int, ckpt: str
 
 def test_resumed_run_repeats_the_uninterrupted_one(tiny_config: TokenizerConfig, folder: Path, tmp_path: Path) -> None:
     """Stopped in stretch A' and resumed over the switch to quantisation."""
-    constant = {"min_lr_share": 1.0}  # the plan's length then does not enter the learning rate
+    constant = {"min_lr_ratio": 1.0}  # the plan's length then does not enter the learning rate
     whole, _, losses = fit(tiny_config, folder, tmp_path, 8, **constant)
     _, trainer, first = fit(tiny_config, folder, tmp_path, 4, **constant)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
@@ -99,11 +106,11 @@ def test_every_trained_part_moves(tiny_config: TokenizerConfig, folder: Path, tm
 
 
 def test_settled_selector_keeps_rho_and_freezes(tiny_config: TokenizerConfig, folder: Path, tmp_path: Path) -> None:
-    """From settle_at on each batch's own scores count: at least the first settled batch keeps rho of its patches.
+    """From stop_sampling_step on each batch's own scores count: at least the first settled batch keeps rho of its patches.
 
     (At least: every image keeps one patch, even where all of its scores lie below the batch's upper quarter.)
     """
-    settings = {"budget_share": 0.0, "rho": 0.25, "settle_at": 3, "quantize_at": 7}
+    settings = {"random_budget_ratio": 0.0, "rho": 0.25, "stop_sampling_step": 3, "quantize_at": 7}
     module, _, values = fit(tiny_config, folder, tmp_path, 7, **settings)
     ratios = [v["train/keep_ratio"] for v in values[3:]]
     assert 0.25 - 1 / 128 <= ratios[0] <= 0.25 + 8 / 128, "but for the patch at the border itself"
@@ -112,8 +119,8 @@ def test_settled_selector_keeps_rho_and_freezes(tiny_config: TokenizerConfig, fo
 
 
 def test_live_selector_goes_on_learning(tiny_config: TokenizerConfig, folder: Path, tmp_path: Path) -> None:
-    short, _, _ = fit(tiny_config, folder, tmp_path, 5, selector_after="live", min_lr_share=1.0)
-    long, _, _ = fit(tiny_config, folder, tmp_path, 8, selector_after="live", min_lr_share=1.0)
+    short, _, _ = fit(tiny_config, folder, tmp_path, 5, selector_after="live", min_lr_ratio=1.0)
+    long, _, _ = fit(tiny_config, folder, tmp_path, 8, selector_after="live", min_lr_ratio=1.0)
     a, b = short.tokenizer.selector.state_dict(), long.tokenizer.selector.state_dict()
     assert not torch.equal(a["judge.0.weight"], b["judge.0.weight"])
 
@@ -148,10 +155,10 @@ def test_chain_train_save_load_encode_reconstruct(
     module, _, values = fit(tiny_config, folder, tmp_path, 8, out=str(tmp_path / "tok"))
     assert {"train/codebook_usage", "train/perplexity", "train/feature_loss", "train/keep_ratio"} <= set(values[-1])
     loaded = VisualTokenizer.from_pretrained(tmp_path / "tok")
-    torch.testing.assert_close(loaded.quantizer.codebook.rows, module.codebook.rows)
+    torch.testing.assert_close(loaded.quantizer.codebook.embeddings, module.codebook.embeddings)
     codes = loaded.encode(photos)
     assert len(codes) == len(photos) and int(codes.lengths.min()) >= 1
-    assert loaded.reconstruct(codes).shape == (len(photos), 16, 32)
+    assert loaded.reconstruct_features(codes).shape == (len(photos), 16, 32)
     scores = keep_scores(loaded.score(loaded.features(loaded.preprocess(photos))))
     assert torch.equal(codes.keep, (scores > 0) | torch.nn.functional.one_hot(scores.argmax(1), 16).bool())
 
@@ -190,7 +197,7 @@ def test_step_generator_depends_on_its_arguments_only() -> None:
     assert len({tuple(draw(*a)) for a in [(0, 5, 0), (1, 5, 0), (0, 6, 0), (0, 5, 1)]}) == 4
 
 
-@pytest.mark.parametrize("bad", [{"rho": 0.0}, {"rho": 1.5}, {"settle_at": 9, "quantize_at": 3}])
+@pytest.mark.parametrize("bad", [{"rho": 0.0}, {"rho": 1.5}, {"stop_sampling_step": 9, "quantize_at": 3}])
 def test_impossible_settings_are_refused(tiny_config: TokenizerConfig, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         TokenizerTraining(tiny_config, **bad)
