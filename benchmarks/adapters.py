@@ -56,7 +56,9 @@ class ImageTokenizer(Protocol):
     def encode(self, images: UInt8[Tensor, "b 3 s s"]) -> VisualCodes:
         """Codes of a batch, on the CPU, each picture with its own number of them."""
 
-    def decode(self, codes: VisualCodes, generators: Sequence[torch.Generator]) -> UInt8[Tensor, "b 3 s s"]:
+    def decode(
+        self, codes: VisualCodes, generators: Sequence[torch.Generator]
+    ) -> UInt8[Tensor, "b 3 s s"]:
         """Pictures, on the CPU. One generator a picture, so that none depends on its batch; or it is not random."""
 
 
@@ -72,7 +74,12 @@ class Lavit:
         steps: int = 25,
         guidance: float = 3.0,
     ) -> None:
-        self.tokenizer, self.decoder, self.steps, self.guidance = tokenizer, decoder, steps, guidance
+        self.tokenizer, self.decoder, self.steps, self.guidance = (
+            tokenizer,
+            decoder,
+            steps,
+            guidance,
+        )
         self.name, self.weights, config = name, weights, tokenizer.config
         self.image_size, self.codebook_size, self.most_codes = (
             config.image_size,
@@ -81,19 +88,31 @@ class Lavit:
         )
         self.decodes = decoder is not None
         encoding = [tokenizer.encoder, tokenizer.selector, tokenizer.merger, tokenizer.quantizer]
-        drawing = [] if decoder is None else [decoder.conditioner, decoder.unet, decoder.vae.decoder]
+        drawing = (
+            [] if decoder is None else [decoder.conditioner, decoder.unet, decoder.vae.decoder]
+        )
         self.parameters = {"encode": count(*encoding), "decode": count(*drawing)}
-        parts = [tokenizer] if decoder is None else [tokenizer, decoder.conditioner, decoder.unet, decoder.vae]
+        parts = (
+            [tokenizer]
+            if decoder is None
+            else [tokenizer, decoder.conditioner, decoder.unet, decoder.vae]
+        )
         self.identity = f"{weights_digest(*parts)}, {steps} steps, guidance {guidance:g}"
         if decoder is not None:
             decoder.set_progress_bar_config(disable=True)
 
-    def encode(self, images: UInt8[Tensor, "b 3 s s"], budget: int | float | None = None) -> VisualCodes:
+    def encode(
+        self, images: UInt8[Tensor, "b 3 s s"], budget: int | float | None = None
+    ) -> VisualCodes:
         return self.tokenizer.encode(images, budget).to("cpu")
 
-    def decode(self, codes: VisualCodes, generators: Sequence[torch.Generator]) -> UInt8[Tensor, "b 3 s s"]:
+    def decode(
+        self, codes: VisualCodes, generators: Sequence[torch.Generator]
+    ) -> UInt8[Tensor, "b 3 s s"]:
         if self.decoder is None:
-            raise ValueError(f"{self.name}: no decoder was given (--decoder), so there are no pictures to measure")
+            raise ValueError(
+                f"{self.name}: no decoder was given (--decoder), so there are no pictures to measure"
+            )
         drawn = self.decoder(
             codes.to(self.tokenizer.device),
             num_inference_steps=self.steps,

@@ -63,8 +63,12 @@ def score(
         ValueError: no pictures, one without true captions, or ptb where it cannot run.
     """
     if not said or len(said) != len(references) or not all(references):
-        raise ValueError("expected one caption for each of some pictures, which all have true captions")
-    unfit = INSTALL if find_spec(PACKAGE) is None else None if shutil.which("java") else "needs Java"
+        raise ValueError(
+            "expected one caption for each of some pictures, which all have true captions"
+        )
+    unfit = (
+        INSTALL if find_spec(PACKAGE) is None else None if shutil.which("java") else "needs Java"
+    )
     if tokenization == "ptb" and unfit:
         raise ValueError(f"--tokenization ptb: {unfit}")
     ptb = unfit is None and tokenization != "words"
@@ -74,7 +78,14 @@ def score(
     if find_spec(PACKAGE) is None:
         by = f"torchmetrics {importlib.metadata.version('torchmetrics')}"
         absent = {name: INSTALL for name in scorers if name != "BLEU"}
-        return Scored(_torchmetrics_bleu(true, made) if "BLEU" in scorers else {}, absent, how, by, False, None)
+        return Scored(
+            _torchmetrics_bleu(true, made) if "BLEU" in scorers else {},
+            absent,
+            how,
+            by,
+            False,
+            None,
+        )
     values: dict[str, float] = {}
     absent = {}
     each: list[float] | None = None
@@ -93,7 +104,9 @@ def score(
     return Scored(values, absent, how, by, ptb, each)
 
 
-def _run(name: str, true: dict[int, list[str]], made: dict[int, list[str]]) -> tuple[dict[str, float], Any]:
+def _run(
+    name: str, true: dict[int, list[str]], made: dict[int, list[str]]
+) -> tuple[dict[str, float], Any]:
     scorer = _scorer(name)
     with contextlib.redirect_stdout(io.StringIO()):  # BLEU prints lengths
         total, each = scorer.compute_score(true, made)
@@ -145,16 +158,25 @@ def _ptb(captions: Sequence[Sequence[str]]) -> list[list[str]]:
     lines = {i: [{"caption": " ".join(c.split())} for c in row] for i, row in enumerate(captions)}
     found = PTBTokenizer().tokenize(lines)
     if [len(found.get(i, ())) for i in lines] != [len(row) for row in captions]:
-        raise ValueError("the PTB tokenizer gave another number of captions than it got: are they plain text?")
+        raise ValueError(
+            "the PTB tokenizer gave another number of captions than it got: are they plain text?"
+        )
     return [found[i] for i in lines]
 
 
 def _words(captions: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [[" ".join(re.findall(r"[\w']+", caption.lower())) for caption in row] for row in captions]
+    return [
+        [" ".join(re.findall(r"[\w']+", caption.lower())) for caption in row] for row in captions
+    ]
 
 
-def _torchmetrics_bleu(true: Sequence[Sequence[str]], made: Sequence[Sequence[str]]) -> dict[str, float]:
+def _torchmetrics_bleu(
+    true: Sequence[Sequence[str]], made: Sequence[Sequence[str]]
+) -> dict[str, float]:
     from torchmetrics.functional.text import bleu_score
 
     said = [row[0] for row in made]
-    return {f"BLEU-{n}": 100 * float(bleu_score(said, [list(row) for row in true], n_gram=n)) for n in range(1, 5)}
+    return {
+        f"BLEU-{n}": 100 * float(bleu_score(said, [list(row) for row in true], n_gram=n))
+        for n in range(1, 5)
+    }

@@ -50,9 +50,12 @@ class CaptionSet:
 
     def take(self, places: Sequence[int]) -> CaptionSet:
         picked: dict[str, list[Any]] = {
-            name: [getattr(self, name)[i] for i in places] for name in ("ids", "pictures", "captions")
+            name: [getattr(self, name)[i] for i in places]
+            for name in ("ids", "pictures", "captions")
         }
-        return replace(self, standard=self.standard if len(places) == self.total else None, **picked)
+        return replace(
+            self, standard=self.standard if len(places) == self.total else None, **picked
+        )
 
     def open(self, i: int) -> OpenedImages:
         return open_picture(self.images[i], self.ids[i])
@@ -66,10 +69,20 @@ class CaptionSet:
 
 def add_captions(found: Any) -> None:
     """The arguments that `captions_of` reads."""
-    found.add_argument("--annotations", type=Path, help="COCO's caption annotations, or Karpathy's split file")
-    found.add_argument("--images", type=Path, help="folder of the pictures that --annotations names")
-    found.add_argument("--data", help="in their place: image folder, parquet or arrow path, or Hub name, with captions")
-    found.add_argument("--split", help="of Karpathy's file (test) or of --data (test, else validation, else the first)")
+    found.add_argument(
+        "--annotations", type=Path, help="COCO's caption annotations, or Karpathy's split file"
+    )
+    found.add_argument(
+        "--images", type=Path, help="folder of the pictures that --annotations names"
+    )
+    found.add_argument(
+        "--data",
+        help="in their place: image folder, parquet or arrow path, or Hub name, with captions",
+    )
+    found.add_argument(
+        "--split",
+        help="of Karpathy's file (test) or of --data (test, else validation, else the first)",
+    )
 
 
 def captions_of(a: Namespace) -> CaptionSet:
@@ -79,7 +92,9 @@ def captions_of(a: Namespace) -> CaptionSet:
     if a.data is not None:
         return caption_rows(a.data, a.split)
     if a.images is None:
-        raise ValueError(f"--annotations {a.annotations.name}: expected --images, the folder of its pictures")
+        raise ValueError(
+            f"--annotations {a.annotations.name}: expected --images, the folder of its pictures"
+        )
     return read_captions(a.annotations, a.images, a.split)
 
 
@@ -120,7 +135,9 @@ def _karpathy(path: Path, images: Path, found: Any, split: str) -> CaptionSet:
     whole = found.get("dataset") == "coco" and split == "test" and len(entries) == KARPATHY_TEST
     return CaptionSet(
         ids=[entry.get("cocoid", entry.get("imgid")) for entry in entries],
-        pictures=[a if a.exists() or not b.exists() else b for a, b in zip(files, flat, strict=True)],
+        pictures=[
+            a if a.exists() or not b.exists() else b for a, b in zip(files, flat, strict=True)
+        ],
         captions=[[str(sentence["raw"]) for sentence in entry["sentences"]] for entry in entries],
         name=f"split {split!r} of {path.name}",
         standard="COCO, Karpathy's test split" if whole else None,
@@ -149,7 +166,11 @@ def training_captions(data: str) -> frozenset[str]:
     """All captions of a data set's train split, in one spelling; none if there is no such split."""
     rows = load_splits(data).get("train")
     known = rows is not None and "caption" in rows.column_names
-    return frozenset(spelling(caption) for caption in rows["caption"] if caption) if known else frozenset()
+    return (
+        frozenset(spelling(caption) for caption in rows["caption"] if caption)
+        if known
+        else frozenset()
+    )
 
 
 def spelling(caption: str) -> str:
@@ -204,7 +225,9 @@ def examples(found: Any, count: int, seed: int) -> list[tuple[int, Image.Image]]
         if picture is not None:
             chosen.append((place, picture))
     if len(chosen) < count:
-        raise ValueError(f"{found.name}: expected {count} examples, got {len(chosen)} usable pictures")
+        raise ValueError(
+            f"{found.name}: expected {count} examples, got {len(chosen)} usable pictures"
+        )
     return chosen
 
 
@@ -238,6 +261,11 @@ class Format:
         return None
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, (LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError)):
+        if isinstance(
+            error,
+            (LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError),
+        ):
             said = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{self.path}: expected {self.expected}; got another format: {said}") from None
+            raise ValueError(
+                f"{self.path}: expected {self.expected}; got another format: {said}"
+            ) from None

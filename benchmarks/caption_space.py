@@ -46,16 +46,22 @@ class Scorer:
             raise ValueError(
                 f"--scorer {directory}: expected the folder that recipes/default/teacher.py wrote; missing {missing}"
             )
-        self.vision: Any = CLIPVisionModel.from_pretrained(directory, use_safetensors=True).eval().to(device)
+        self.vision: Any = (
+            CLIPVisionModel.from_pretrained(directory, use_safetensors=True).eval().to(device)
+        )
         width = self.vision.config.hidden_size
         try:
             tensors = load_file(directory / FILES[2], device=device)
             self.weight, self.bias = tensors["weight"], tensors["bias"]
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{directory / FILES[2]}: expected tensors weight and bias: {error}") from None
+            raise ValueError(
+                f"{directory / FILES[2]}: expected tensors weight and bias: {error}"
+            ) from None
         if self.weight.shape[1] != width or self.bias.shape != self.weight.shape[:1]:
             shapes = list(self.weight.shape), list(self.bias.shape)
-            raise ValueError(f"{directory / FILES[2]}: expected a layer of {width} inputs, got shapes {shapes}")
+            raise ValueError(
+                f"{directory / FILES[2]}: expected a layer of {width} inputs, got shapes {shapes}"
+            )
         self.device = device
 
     @torch.no_grad()
@@ -65,7 +71,9 @@ class Scorer:
         for part in pictures.split(batch_size):
             if part.shape[-1] != size:
                 part = to_uint8([picture.permute(1, 2, 0).numpy() for picture in part], size)
-            states = self.vision(pixel_values=normalize(part).to(self.device)).last_hidden_state[:, 1:]
+            states = self.vision(pixel_values=normalize(part).to(self.device)).last_hidden_state[
+                :, 1:
+            ]
             mean = F.layer_norm(states, states.shape[-1:]).mean(1)
             found.append(F.normalize(F.linear(mean, self.weight, self.bias).float(), dim=1).cpu())
         return torch.cat(found)

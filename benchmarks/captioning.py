@@ -46,9 +46,13 @@ class Captioner:
         a: prompt, max_tokens, temperature, top_p, seed.
     """
 
-    def __init__(self, lm: MultimodalLM, shots: Sequence[tuple[Image.Image, str]], a: Namespace) -> None:
+    def __init__(
+        self, lm: MultimodalLM, shots: Sequence[tuple[Image.Image, str]], a: Namespace
+    ) -> None:
         self.lm, self.a = lm, a
-        self.prompt_templates = lm.objective.prompt_templates.caption if a.prompt is None else a.prompt
+        self.prompt_templates = (
+            lm.objective.prompt_templates.caption if a.prompt is None else a.prompt
+        )
         self.before: list[Any] = []
         for picture, caption in shots:
             self.before += [picture, f"{self.wording} {caption}".strip()]
@@ -108,24 +112,42 @@ def examples(a: Namespace) -> list[tuple[Image.Image, str]]:
         source = caption_sets.caption_rows(a.data, a.shots_split)
         own = caption_sets.captions_of(a)
         if source.name == own.name:
-            raise ValueError(f"--shots-split {a.shots_split}: the examples would be of the split that is captioned")
+            raise ValueError(
+                f"--shots-split {a.shots_split}: the examples would be of the split that is captioned"
+            )
     elif a.shots_annotations is not None:
         images = a.shots_images or a.images
         same = a.shots_annotations.resolve() == a.annotations.resolve()
-        source = caption_sets.read_captions(a.shots_annotations, images, a.shots_split if same else None)
+        source = caption_sets.read_captions(
+            a.shots_annotations, images, a.shots_split if same else None
+        )
         if same and source.name == caption_sets.captions_of(a).name:
-            raise ValueError(f"--shots-split {a.shots_split}: the examples would be of the split that is captioned")
+            raise ValueError(
+                f"--shots-split {a.shots_split}: the examples would be of the split that is captioned"
+            )
     else:
-        raise ValueError("--shots: expected --shots-annotations, and --shots-images if the pictures lie elsewhere")
+        raise ValueError(
+            "--shots: expected --shots-annotations, and --shots-images if the pictures lie elsewhere"
+        )
     chosen = caption_sets.examples(source, a.shots, a.seed)
-    return [(picture, source.captions[place][0] if source.captions[place] else "") for place, picture in chosen]
+    return [
+        (picture, source.captions[place][0] if source.captions[place] else "")
+        for place, picture in chosen
+    ]
 
 
-def scores(found: caption_sets.CaptionSet, places: list[int], captions: list[str], a: Namespace) -> dict[str, Any]:
+def scores(
+    found: caption_sets.CaptionSet, places: list[int], captions: list[str], a: Namespace
+) -> dict[str, Any]:
     """The scores, and what keeps them from standing beside published ones."""
     if not places:
-        return {"scores": None, "label": f"no scores: {found.name} holds no captions; the results file can be sent in"}
-    result = caption_scores.score([found.captions[i] for i in places], captions, a.scorers, a.tokenization)
+        return {
+            "scores": None,
+            "label": f"no scores: {found.name} holds no captions; the results file can be sent in",
+        }
+    result = caption_scores.score(
+        [found.captions[i] for i in places], captions, a.scorers, a.tokenization
+    )
     departures = [] if found.standard else ["not the whole Karpathy test split of COCO"]
     if len(places) < len(found):
         departures.append(
@@ -134,7 +156,11 @@ def scores(found: caption_sets.CaptionSet, places: list[int], captions: list[str
     if not result.official:
         departures.append(result.tokenization)
     known = caption_sets.training_captions(a.data) if a.data else frozenset()
-    unseen = [k for k, i in enumerate(places) if known.isdisjoint(map(caption_sets.spelling, found.captions[i]))]
+    unseen = [
+        k
+        for k, i in enumerate(places)
+        if known.isdisjoint(map(caption_sets.spelling, found.captions[i]))
+    ]
     rest = [result.cider[k] for k in unseen] if result.cider else []
     least = min(len(found.captions[i]) for i in places)
     if least < 5:
@@ -156,7 +182,13 @@ def scores(found: caption_sets.CaptionSet, places: list[int], captions: list[str
 # What comes out
 
 
-def show(found: caption_sets.CaptionSet, good: Sequence[int], lines: Any, values: dict[str, Any], a: Namespace) -> None:
+def show(
+    found: caption_sets.CaptionSet,
+    good: Sequence[int],
+    lines: Any,
+    values: dict[str, Any],
+    a: Namespace,
+) -> None:
     chosen = [good[i] for i in common.evenly(SHOWN, len(good))]
     pictures = [picture for picture, _ in map(found.open, chosen) if picture is not None]
     texts = []
@@ -168,17 +200,21 @@ def show(found: caption_sets.CaptionSet, good: Sequence[int], lines: Any, values
 
 
 def text(v: dict[str, Any], a: Namespace) -> str:
-    body = f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; {v['decoding']}; "
-    body += f"{v['shots']} examples before each picture; prompt {v['prompt']!r}.\n\n{v['label']}.\n\n"
+    body = (
+        f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; {v['decoding']}; "
+    )
+    body += (
+        f"{v['shots']} examples before each picture; prompt {v['prompt']!r}.\n\n{v['label']}.\n\n"
+    )
     if v["scores"] is not None:
-        rows: list[tuple[Any, Any]] = [(name, f"{value:.2f}") for name, value in v["scores"].items()]
+        rows: list[tuple[Any, Any]] = [
+            (name, f"{value:.2f}") for name, value in v["scores"].items()
+        ]
         if v["cider_of_unseen"] is not None:
             rows.append(("CIDEr of captions not in train", f"{v['cider_of_unseen']:.2f}"))
         rows += [(name, f"not measured: {why}") for name, why in v["absent"].items()]
         body += common.table(("score", "x 100"), rows)
-        body += (
-            f"\n\nCIDEr is CIDEr-D, its document frequencies are those of these {v['cider_frequencies_over']} pictures."
-        )
+        body += f"\n\nCIDEr is CIDEr-D, its document frequencies are those of these {v['cider_frequencies_over']} pictures."
         if v["seen_in_training"] is not None:
             body += f" The true captions of {v['seen_in_training']} of them stand in the train split too."
         body += "\n\n## Published\n\nCIDEr on COCO by the authors' own account. "
@@ -188,17 +224,29 @@ def text(v: dict[str, Any], a: Namespace) -> str:
             body += "The same set and scorer.\n\n"
         body += common.table(("model", "CIDEr", ""), PUBLISHED)
     body += common.rejected(v["rejects"])
-    return body + f"\n\nResults for the official server: `{a.name}.results.json`.\n\n![captions]({a.name}.png)"
+    return (
+        body
+        + f"\n\nResults for the official server: `{a.name}.results.json`.\n\n![captions]({a.name}.png)"
+    )
 
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
     caption_sets.add_captions(found)
     talking.add_model(found)
-    found.add_argument("--prompt", help="said after the picture; by default as the model's objective says it")
+    found.add_argument(
+        "--prompt", help="said after the picture; by default as the model's objective says it"
+    )
     found.add_argument("--max-tokens", type=common.positive, default=48, help="of a caption")
-    found.add_argument("--scorers", nargs="+", choices=caption_scores.SCORERS, default=list(caption_scores.SCORERS))
-    found.add_argument("--tokenization", choices=["auto", "ptb", "words"], default="auto", help="see caption_scores.py")
+    found.add_argument(
+        "--scorers", nargs="+", choices=caption_scores.SCORERS, default=list(caption_scores.SCORERS)
+    )
+    found.add_argument(
+        "--tokenization",
+        choices=["auto", "ptb", "words"],
+        default="auto",
+        help="see caption_scores.py",
+    )
     found.add_argument("--name", default="captioning", help="of the result files")
     return found
 

@@ -27,7 +27,7 @@ PACKAGES = (
     "transformers",
     "diffusers",
     "datasets",
-    "lightning",
+    "pytorch_lightning",
     "torchmetrics",
     "numpy",
     "pillow",
@@ -44,18 +44,27 @@ def parser(
 ) -> argparse.ArgumentParser:
     """The arguments that all benchmarks take."""
     found = argparse.ArgumentParser(
-        description=(description or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(description or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     if data:
-        found.add_argument("--data", required=True, help="image folder, parquet or arrow path, or Hub name")
+        found.add_argument(
+            "--data", required=True, help="image folder, parquet or arrow path, or Hub name"
+        )
         found.add_argument("--split", help="test, else validation, else the first, if not given")
-        found.add_argument("--limit", type=positive, help="at most this many pictures, evenly spaced")
+        found.add_argument(
+            "--limit", type=positive, help="at most this many pictures, evenly spaced"
+        )
     if tokenizer:
-        found.add_argument("--tokenizer", default="default", help="'default', a directory or a Hub id")
+        found.add_argument(
+            "--tokenizer", default="default", help="'default', a directory or a Hub id"
+        )
     found.add_argument("--out", default="results", type=Path, help="folder of the result files")
     found.add_argument("--batch-size", type=positive, default=64)
     found.add_argument("--device", default="cpu")
-    found.add_argument("--threads", type=positive, help="CPU threads of torch; its own choice if not given")
+    found.add_argument(
+        "--threads", type=positive, help="CPU threads of torch; its own choice if not given"
+    )
     found.set_defaults(**defaults)
     return found
 
@@ -69,7 +78,9 @@ def any_tokenizer(found: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--image-size", type=positive, default=256, help="of those four, in pixels")
     group.add_argument(
-        "--squeeze", action="store_true", help="whole pictures squeezed to a square, not the protocol's centre crop"
+        "--squeeze",
+        action="store_true",
+        help="whole pictures squeezed to a square, not the protocol's centre crop",
     )
 
 
@@ -119,13 +130,19 @@ def hardware() -> str:
     """Processor, its cores here, torch's threads, memory, GPU, and how busy the machine was."""
     cpu, memory = platform.processor() or platform.machine(), ""
     if Path("/proc/cpuinfo").exists():
-        names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        names = [
+            x.split(":")[1].strip()
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in x
+        ]
         cpu = names[0] if names else cpu
         gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         memory = f", {gib:.0f} GiB"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads{memory}{gpu}{load}"
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads{memory}{gpu}{load}"
+    )
 
 
 MEASURING = (
@@ -157,12 +174,20 @@ def provenance(*scripts: str, packages: Sequence[ModuleType] = (lavit_tok,)) -> 
         files += sorted(Path(str(package.__file__)).parent.rglob("*.py"))
     for path in files:
         found.update(path.read_bytes())
-    return {"code": found.hexdigest()[:12], "versions": _versions(), "threads": torch.get_num_threads()}
+    return {
+        "code": found.hexdigest()[:12],
+        "versions": _versions(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def given(arguments: argparse.Namespace) -> dict[str, str]:
     """The command line, for the settings of a resumed run: not where results go, nor threads, which provenance has."""
-    return {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "threads")}
+    return {
+        name: str(value)
+        for name, value in vars(arguments).items()
+        if name not in ("out", "threads")
+    }
 
 
 def short(argument: str) -> str:
@@ -178,11 +203,23 @@ def _commit() -> str:
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../lavit_tok", "../lavit_lm", ".")
-        return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
+        changed = git(
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            "../lavit_tok",
+            "../lavit_lm",
+            ".",
+        )
+        return git("rev-parse", "--short", "HEAD") + (
+            " with uncommitted changes" if changed else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
 
@@ -204,7 +241,10 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A markdown table; floats with four significant digits."""
     cells = [[_cell(value) for value in row] for row in (headers, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(headers))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
@@ -219,7 +259,11 @@ def _cell(value: Any) -> str:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Mean and spread of one figure over several seeds; the spread is their standard deviation (n - 1)."""
     found = torch.tensor(list(values), dtype=torch.float64)
-    return {"mean": float(found.mean()), "std": float(found.std()) if len(found) > 1 else 0.0, "seeds": len(found)}
+    return {
+        "mean": float(found.mean()),
+        "std": float(found.std()) if len(found) > 1 else 0.0,
+        "seeds": len(found),
+    }
 
 
 def plus_minus(value: dict[str, float]) -> str:
@@ -250,7 +294,9 @@ def rejected(rejects: Sequence[dict[str, str]], most: int = 20) -> str:
         return ""
     lines = [f"- `{r['key']}`: {r['reason']}" for r in rejects[:most]]
     lines += [f"- and {len(rejects) - most} more, in the JSON file"] if len(rejects) > most else []
-    return f"\n\n{len(rejects)} pictures could not be read and are in no figure:\n\n" + "\n".join(lines)
+    return f"\n\n{len(rejects)} pictures could not be read and are in no figure:\n\n" + "\n".join(
+        lines
+    )
 
 
 def pyplot() -> Any:

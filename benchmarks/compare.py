@@ -27,7 +27,9 @@ def read_results(paths: list[Path]) -> list[dict[str, Any]]:
             pixels = values.get("pixels")
             kept = {key: values[key] for key in ("stamp", "set", "codes_per_image")}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path}: expected a result of reconstruction.py: {error!r}") from error
+            raise ValueError(
+                f"{path}: expected a result of reconstruction.py: {error!r}"
+            ) from error
         weights = values.get("weights", "weights not named")
         name = f"{values.get('tokenizer', 'lavit-tok')} ({weights})"
         found.append({**kept, "name": name, "file": path.name, "pixels": pixels})
@@ -42,7 +44,12 @@ def distances_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     # Results written before distances were listed apart.
     summary = pixels.get("summary", {})
     return [
-        {"name": name, "kind": "rFID" if name.startswith("rFID") else "Frechet", "antialias": None, "value": value}
+        {
+            "name": name,
+            "kind": "rFID" if name.startswith("rFID") else "Frechet",
+            "antialias": None,
+            "value": value,
+        }
         for name, value in summary.items()
         if name.startswith(("rFID", "Frechet"))
     ]
@@ -67,7 +74,9 @@ def split(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dic
     return beside, listed
 
 
-def _row(result: dict[str, Any], distance: dict[str, Any] | None, reasons: list[str]) -> dict[str, Any]:
+def _row(
+    result: dict[str, Any], distance: dict[str, Any] | None, reasons: list[str]
+) -> dict[str, Any]:
     pixels = result["pixels"] or {}
     return {
         "tokenizer": result["name"],
@@ -88,7 +97,9 @@ def plot(published: list[dict[str, Any]], beside: list[dict[str, Any]], path: Pa
         own = sorted((p for p in published if p["tokenizer"] == name), key=lambda p: p["codes"])
         x, y = [p["codes"] for p in own], [p["rfid"] for p in own]
         style = {"markerfacecolor": "none"} if "note" in own[0] else {}
-        axis.plot(x, y, marker="o", linestyle="-" if len(set(x)) > 1 else "none", color="0.5", **style)
+        axis.plot(
+            x, y, marker="o", linestyle="-" if len(set(x)) > 1 else "none", color="0.5", **style
+        )
         labels.append((x[-1], y[-1], name))
     for row in beside:
         mean, std = row["value"]["mean"], row["value"]["std"]
@@ -97,19 +108,25 @@ def plot(published: list[dict[str, Any]], beside: list[dict[str, Any]], path: Pa
     for x, y, at, name in spaced(labels):
         line = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.6}
         axis.annotate(name, (x, y), (x * 1.15, at), fontsize=8, va="center", arrowprops=line)
-    axis.set(xscale="log", xlabel="codes an image, mean", ylabel="rFID, ImageNet-256 (lower is better)")
+    axis.set(
+        xscale="log", xlabel="codes an image, mean", ylabel="rFID, ImageNet-256 (lower is better)"
+    )
     ticks = [32, 64, 128, 256, 512, 1024, 2048]
     axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
     axis.set_xlim(right=4000)
     if not beside:
-        axis.set_title("published figures only: ours was not measured under their protocol", fontsize=9)
+        axis.set_title(
+            "published figures only: ours was not measured under their protocol", fontsize=9
+        )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def spaced(labels: list[tuple[float, float, str]], gap: float = 0.2) -> list[tuple[float, float, float, str]]:
+def spaced(
+    labels: list[tuple[float, float, str]], gap: float = 0.2
+) -> list[tuple[float, float, float, str]]:
     """(x, y, height of the label, name): labels of points at one x are moved up until they are `gap` apart."""
     found: list[tuple[float, float, float, str]] = []
     for x, y, name in sorted(labels):
@@ -134,12 +151,19 @@ def source(figure: dict[str, Any]) -> str:
 
 def text(values: dict[str, Any]) -> str:
     rows: list[tuple[Any, ...]] = [
-        (f"**{r['tokenizer']}**", common.plus_minus(r["value"]), f"{r['codes']:.1f} on average", r["source"])
+        (
+            f"**{r['tokenizer']}**",
+            common.plus_minus(r["value"]),
+            f"{r['codes']:.1f} on average",
+            r["source"],
+        )
         for r in values["ours_beside"]
     ]
     rows += [(f["tokenizer"], f["rfid"], f["tokens"], source(f)) for f in values["figures"]]
     rows += [(name, "none published", "-", "-") for name in values["none_published"]]
-    body = f"{values['protocol']}.\n\n" + common.table(("tokenizer", "rFID", "codes an image", "source"), rows)
+    body = f"{values['protocol']}.\n\n" + common.table(
+        ("tokenizer", "rFID", "codes an image", "source"), rows
+    )
     notes = {f["tokenizer"]: f["note"] for f in values["figures"] if "note" in f}
     body += "\n\n" + " ".join(f"{name}: {note}." for name, note in notes.items())
     body += "\n\n![rFID against codes an image](compare.png)"
@@ -158,14 +182,20 @@ def text(values: dict[str, Any]) -> str:
             for r in values["ours_listed"]
         ]
         body += "\n\n## Ours, not comparable\n\n"
-        body += common.table(("tokenizer", "measure", "value", "codes an image", "why not above", "source"), lines)
+        body += common.table(
+            ("tokenizer", "measure", "value", "codes an image", "why not above", "source"), lines
+        )
     return body
 
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False)
     found.add_argument(
-        "--results", nargs="*", type=Path, default=[Path("results/reconstruction.json")], help="of reconstruction.py"
+        "--results",
+        nargs="*",
+        type=Path,
+        default=[Path("results/reconstruction.json")],
+        help="of reconstruction.py",
     )
     return found
 

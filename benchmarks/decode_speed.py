@@ -35,7 +35,9 @@ def random_codes(decoder: PixelDecoder, batch: int, keep: float) -> VisualCodes:
 
 
 @torch.no_grad()
-def bare_loop(decoder: PixelDecoder, codes: VisualCodes, steps: int, guided: bool) -> Callable[[], Any]:
+def bare_loop(
+    decoder: PixelDecoder, codes: VisualCodes, steps: int, guided: bool
+) -> Callable[[], Any]:
     """A function that calls the U-Net `steps` times; what it reads is computed here, once."""
     device = decoder.unet.device
     condition = decoder.conditioner(codes.to(device))
@@ -57,7 +59,9 @@ def bare_loop(decoder: PixelDecoder, codes: VisualCodes, steps: int, guided: boo
     return loop
 
 
-def drawing(decoder: PixelDecoder, codes: VisualCodes, steps: int, guidance: float) -> Callable[[], Any]:
+def drawing(
+    decoder: PixelDecoder, codes: VisualCodes, steps: int, guidance: float
+) -> Callable[[], Any]:
     def draw() -> Any:
         noise = [torch.Generator().manual_seed(i) for i in range(len(codes))]
         options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
@@ -71,20 +75,38 @@ def ours(a: Namespace, steps: int, guidance: float) -> list[dict[str, Any]]:
     decoder = PixelDecoder.from_pretrained(a.decoder, device=a.device)
     decoder.set_progress_bar_config(disable=True)
     for part in (decoder.conditioner, decoder.unet, decoder.vae):
-        part.requires_grad_(False)  # torch's FLOP counter fails on views of weights that would be trained
+        part.requires_grad_(
+            False
+        )  # torch's FLOP counter fails on views of weights that would be trained
     codes, guided = random_codes(decoder, a.batch_size, a.keep), guidance != 1
     one = codes.take([0])
     count = len(codes.values) / len(codes)
     bits = count * math.log2(decoder.conditioner.config.codebook_size)
     label = f"{steps} steps, guidance {guidance:g}"
     unet = adapters.count(decoder.unet)
-    load = {"name": a.tokenizer, "device": a.device, "decoder": a.decoder, "steps": steps, "guidance": guidance}
+    load = {
+        "name": a.tokenizer,
+        "device": a.device,
+        "decoder": a.decoder,
+        "steps": steps,
+        "guidance": guidance,
+    }
     whole = unet + adapters.count(decoder.conditioner, decoder.vae.decoder)
     loops = [bare_loop(decoder, some, steps, guided) for some in (codes, one)]
     calls = [drawing(decoder, some, steps, guidance) for some in (codes, one)]
     entries = [
         Entry(f"bare U-Net loop, {label}", a.decoder, a.batch_size, *loops, unet),
-        Entry(f"lavit-tok, {label}", a.decoder, a.batch_size, *calls, whole, count, bits, beside=0, load=load),
+        Entry(
+            f"lavit-tok, {label}",
+            a.decoder,
+            a.batch_size,
+            *calls,
+            whole,
+            count,
+            bits,
+            beside=0,
+            load=load,
+        ),
     ]
     return measured(entries, a)
 
@@ -99,15 +121,21 @@ def others(a: Namespace, size: int) -> list[dict[str, Any]]:
             print(f"{name}: no decoder, left out", flush=True)
             continue
         generator = torch.Generator().manual_seed(0)
-        rows = torch.randint(0, other.codebook_size, (a.batch_size, other.most_codes), generator=generator)
+        rows = torch.randint(
+            0, other.codebook_size, (a.batch_size, other.most_codes), generator=generator
+        )
         codes = VisualCodes.from_list(list(rows), codebook_size=other.codebook_size)
         noise = [torch.Generator().manual_seed(i) for i in range(a.batch_size)]
-        calls = [partial(other.decode, some, noise[: len(some)]) for some in (codes, codes.take([0]))]
+        calls = [
+            partial(other.decode, some, noise[: len(some)]) for some in (codes, codes.take([0]))
+        ]
         bits = other.most_codes * math.log2(other.codebook_size)
         count = float(other.most_codes)
         load = {"name": name, "device": a.device, "image_size": size}
         weights = other.parameters["decode"]
-        entries.append(Entry(other.name, other.weights, a.batch_size, *calls, weights, count, bits, load=load))
+        entries.append(
+            Entry(other.name, other.weights, a.batch_size, *calls, weights, count, bits, load=load)
+        )
     return measured(entries, a) if entries else []
 
 
@@ -123,7 +151,9 @@ def main(arguments: Namespace) -> dict[str, Any]:
     a = arguments
     settings = common.given(a)
     parts = Parts(
-        a.out, "decode_speed", {"script": "decode_speed", **settings, "where": common.provenance("decode_speed")}
+        a.out,
+        "decode_speed",
+        {"script": "decode_speed", **settings, "where": common.provenance("decode_speed")},
     )
     decoder = PixelDecoder.from_pretrained(a.decoder)
     size = decoder.unet.config.sample_size * decoder.vae_scale_factor
@@ -146,9 +176,7 @@ def text(values: dict[str, Any]) -> str:
     size = values["image_size"]
     body = f"Codes in, pixels out, {size} pixels, float32. 'Beside' the bare U-Net loop: FLOP ratio and time ratio say "
     body += "what conditions, scheduler and VAE add to it.\n\n" + table(values["rows"])
-    body += (
-        "\n\nWeights of the others are random: their speed and FLOPs are their own. Weights, M: those that decoding "
-    )
+    body += "\n\nWeights of the others are random: their speed and FLOPs are their own. Weights, M: those that decoding "
     body += "uses. `transformers` carries no decoder of Chameleon. Ours is a diffusion model and the others are not: "
     return body + "it runs its U-Net at every step, they run once.\n\n![images/s](decode_speed.png)"
 
@@ -158,10 +186,16 @@ def arguments() -> Any:
     found.add_argument("--decoder", default="default", help="'default', a directory or a Hub id")
     found.add_argument("--steps", type=common.positive, nargs="+", default=[10, 25])
     found.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0])
-    found.add_argument("--keep", type=float, default=1 / 3, help="codes a picture, as a share of its patches")
+    found.add_argument(
+        "--keep", type=float, default=1 / 3, help="codes a picture, as a share of its patches"
+    )
     found.add_argument("--repeats", type=common.positive, default=3)
-    found.add_argument("--memory", action="store_true", help="also each one's peak memory, in a process of its own")
-    found.add_argument("--beside", nargs="*", default=["emu3", "janus", "vqmodel"], help="other tokenizers")
+    found.add_argument(
+        "--memory", action="store_true", help="also each one's peak memory, in a process of its own"
+    )
+    found.add_argument(
+        "--beside", nargs="*", default=["emu3", "janus", "vqmodel"], help="other tokenizers"
+    )
     return found
 
 

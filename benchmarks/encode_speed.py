@@ -52,7 +52,12 @@ def base_config(**changes: Any) -> TokenizerConfig:
         "image_size": 224,
         "patch_size": 16,
     }
-    sizes: dict[str, Any] = {"codebook_size": 8192, "code_dim": 32, "merger_depth": 4, "reconstructor_depth": 4}
+    sizes: dict[str, Any] = {
+        "codebook_size": 8192,
+        "code_dim": 32,
+        "merger_depth": 4,
+        "reconstructor_depth": 4,
+    }
     return TokenizerConfig(encoder=encoder, num_heads=12, **{**sizes, **changes})
 
 
@@ -65,7 +70,9 @@ def fused_attention_is_counted(device: str) -> bool:
 
 
 @torch.no_grad()
-def measure(tokenizer: VisualTokenizer, batch: int, arguments: Namespace, formulas: list[str]) -> list[dict[str, Any]]:
+def measure(
+    tokenizer: VisualTokenizer, batch: int, arguments: Namespace, formulas: list[str]
+) -> list[dict[str, Any]]:
     """FLOPs, times and their ratios of one model at one batch size: a row for each formula of the merger."""
     config, device, keep = tokenizer.config, str(tokenizer.device), arguments.keep
     generator = torch.Generator().manual_seed(0)
@@ -83,19 +90,27 @@ def measure(tokenizer: VisualTokenizer, batch: int, arguments: Namespace, formul
     def dense() -> Any:
         features = bare(1)
         mask = tokenizer.select(tokenizer.score(features), keep)
-        return tokenizer.quantizer.codebook.nearest(tokenizer.project(tokenizer.merger.dense(features, mask)[mask]))
+        return tokenizer.quantizer.codebook.nearest(
+            tokenizer.project(tokenizer.merger.dense(features, mask)[mask])
+        )
 
     encoders = [partial(encode, formula) for formula in formulas]
-    one = {"bare": flops(partial(bare, 1)), "encode_all_rows": flops(dense)}  # the same for each image
+    one = {
+        "bare": flops(partial(bare, 1)),
+        "encode_all_rows": flops(dense),
+    }  # the same for each image
     counts = [flops(call) for call in encoders]
-    seconds = interleaved([bare, *encoders], arguments.repeats, device, arguments.seconds, warm=arguments.warm)
+    seconds = interleaved(
+        [bare, *encoders], arguments.repeats, device, arguments.seconds, warm=arguments.warm
+    )
     times = [statistics.median(wall for wall, _ in found) for found in seconds]
     kept = float(encode(formulas[0]).lengths.double().mean())
     runs = []
     for formula, count, time, pairs in zip(formulas, counts, times[1:], seconds[1:], strict=True):
         floor = count / batch / one["bare"]
         ratio, cpu_ratio = (
-            statistics.median(e[i] / b[i] for b, e in zip(seconds[0], pairs, strict=True)) for i in (0, 1)
+            statistics.median(e[i] / b[i] for b, e in zip(seconds[0], pairs, strict=True))
+            for i in (0, 1)
         )
         runs.append(
             {
@@ -192,8 +207,12 @@ def beside(case: str, tokenizer: VisualTokenizer, a: Namespace) -> list[dict[str
                 f"--beside {name}: expected pictures of {size} pixels, as {case} has, got {other.image_size}"
             )
         calls = [partial(other.encode, some) for some in (images, images[:1])]
-        if isinstance(other, adapters.GridTokenizer):  # without what goes before: pixels in, codes out, as ours above
-            calls = [partial(other.tokens, some.to(device) / 127.5 - 1) for some in (images, images[:1])]
+        if isinstance(
+            other, adapters.GridTokenizer
+        ):  # without what goes before: pixels in, codes out, as ours above
+            calls = [
+                partial(other.tokens, some.to(device) / 127.5 - 1) for some in (images, images[:1])
+            ]
         count = float(other.encode(images).lengths.double().mean())
         bits = count * math.log2(other.codebook_size)
         entries.append(
@@ -215,7 +234,10 @@ def beside(case: str, tokenizer: VisualTokenizer, a: Namespace) -> list[dict[str
         if a.memory:
             tokenizer.save_pretrained(folder)
             add_memory("encode", rows)
-    return [{"case": case, "image_size": size, **{k: v for k, v in row.items() if k != "load"}} for row in rows]
+    return [
+        {"case": case, "image_size": size, **{k: v for k, v in row.items() if k != "load"}}
+        for row in rows
+    ]
 
 
 # The script
@@ -240,7 +262,10 @@ def one_case(case: str, name: str, a: Namespace) -> dict[str, Any]:
             tokenizer.save_pretrained(folder)
             weights = sum(p.nbytes for p in tokenizer.state_dict().values()) / 2**30
             del tokenizer  # two models of 8 GB need not be there at once
-            found["runs"][-1]["peak_memory"] = {"weights_gib": weights, **peak_memory(folder, dtype, max(batches))}
+            found["runs"][-1]["peak_memory"] = {
+                "weights_gib": weights,
+                **peak_memory(folder, dtype, max(batches)),
+            }
     return found
 
 
@@ -250,7 +275,9 @@ def main(arguments: Namespace) -> dict[str, Any]:
         a.cases, a.beside = ["lavit"], []
     name = "encode_speed_full" if a.full else "encode_speed"
     settings = common.given(a)
-    parts = Parts(a.out, name, {"script": name, **settings, "where": common.provenance("encode_speed")})
+    parts = Parts(
+        a.out, name, {"script": name, **settings, "where": common.provenance("encode_speed")}
+    )
     todo = [(case, dtype) for dtype in a.dtypes for case in a.cases]
     found = [
         parts.values(f"{case}-{dtype}", partial(one_case, case, dtype, a))
@@ -282,23 +309,50 @@ def text(values: dict[str, Any]) -> str:
         )
         for r in values["runs"]
     ]
-    head = ("model", "batch", "kept", "GFLOPs bare", "encode", "all rows", "images/s bare", "encode")
+    head = (
+        "model",
+        "batch",
+        "kept",
+        "GFLOPs bare",
+        "encode",
+        "all rows",
+        "images/s bare",
+        "encode",
+    )
     body = f"Target: overhead = (time ratio) / (FLOP ratio) at most {values['target']}. GFLOPs are for one image. "
     body += "'all rows' is what encoding would cost if the merger computed every patch.\n\n"
-    body += common.table((*head, "FLOP ratio", "time ratio", "overhead", "overhead, CPU time"), rows)
+    body += common.table(
+        (*head, "FLOP ratio", "time ratio", "overhead", "overhead, CPU time"), rows
+    )
     counted = "counts" if values["fused_attention_counted"] else "does not count"
     body += f"\n\nThis torch {counted} fused attention here; both sides were counted under the math kernel. "
     least = min(r["repeats"] for r in values["runs"])
     body += f"Medians of interleaved rounds after warm ones; at least {least} rounds."
-    memory = [(r["case"], r["dtype"], r["peak_memory"]) for r in values["runs"] if "peak_memory" in r]
+    memory = [
+        (r["case"], r["dtype"], r["peak_memory"]) for r in values["runs"] if "peak_memory" in r
+    ]
     if memory:
-        head = ("model", "dtype", "weights, GiB", "after imports", "peak after loading", "peak after encoding", "batch")
+        head = (
+            "model",
+            "dtype",
+            "weights, GiB",
+            "after imports",
+            "peak after loading",
+            "peak after encoding",
+            "batch",
+        )
         names = ("weights_gib", "imports_gib", "loaded_gib", "encoded_gib", "batch")
         body += "\n\nPeak resident memory of a process:\n\n"
-        body += common.table(head, [(case, dtype, *(m[name] for name in names)) for case, dtype, m in memory])
+        body += common.table(
+            head, [(case, dtype, *(m[name] for name in names)) for case, dtype, m in memory]
+        )
     if values["beside"]:
-        sizes = ", ".join(str(s) for s in dict.fromkeys(row["image_size"] for row in values["beside"]))
-        body += f"\n\n## Beside other tokenizers, {sizes} pixels, float32\n\n" + table(values["beside"])
+        sizes = ", ".join(
+            str(s) for s in dict.fromkeys(row["image_size"] for row in values["beside"])
+        )
+        body += f"\n\n## Beside other tokenizers, {sizes} pixels, float32\n\n" + table(
+            values["beside"]
+        )
         body += "\n\nPixels in, codes out. The others have random weights: speed, codes and FLOPs are their own. "
         body += "Weights, M: those that encoding uses. Emu3 codes a picture as four equal frames."
         body += "\n\n![images/s](encode_speed.png)"
@@ -308,23 +362,44 @@ def text(values: dict[str, Any]) -> str:
 def arguments() -> Any:
     found = common.parser(__doc__, data=False)
     cases = list(BATCHES)
-    found.add_argument("--cases", nargs="+", choices=cases, default=["small", "base"], help="small: the shipped sizes")
+    found.add_argument(
+        "--cases",
+        nargs="+",
+        choices=cases,
+        default=["small", "base"],
+        help="small: the shipped sizes",
+    )
     found.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     found.add_argument("--batch-sizes", type=int, nargs="+", help=f"by default {BATCHES}")
-    found.add_argument("--keep", type=float, default=1 / 3, help="share of the patches kept, spent across the batch")
+    found.add_argument(
+        "--keep",
+        type=float,
+        default=1 / 3,
+        help="share of the patches kept, spent across the batch",
+    )
     found.add_argument("--repeats", type=int, default=5)
     found.add_argument("--warm", type=int, default=2, help="rounds before those that count")
-    found.add_argument("--seconds", type=float, default=4.0, help="repeat at least this long, 100 times at most")
-    found.add_argument("--memory", action="store_true", help="also the peak memory of loading and encoding")
+    found.add_argument(
+        "--seconds", type=float, default=4.0, help="repeat at least this long, 100 times at most"
+    )
+    found.add_argument(
+        "--memory", action="store_true", help="also the peak memory of loading and encoding"
+    )
     found.add_argument(
         "--beside",
         nargs="*",
         default=list(adapters.KINDS),
         help="other tokenizers at the same resolution, float32: these, or module:function",
     )
-    found.add_argument("--beside-batch-size", type=common.positive, help="4 at the shipped size, else 1")
+    found.add_argument(
+        "--beside-batch-size", type=common.positive, help="4 at the shipped size, else 1"
+    )
     found.add_argument("--beside-repeats", type=common.positive, default=3)
-    found.add_argument("--full", action="store_true", help="the paper's size, strict and compat, at batch 1, 4 and 16")
+    found.add_argument(
+        "--full",
+        action="store_true",
+        help="the paper's size, strict and compat, at batch 1, 4 and 16",
+    )
     return found
 
 

@@ -15,7 +15,11 @@ ACROSS, SHOWN = 4, 12
 
 
 def figure(
-    path: Path, bars: dict[str, float], unit: str, pictures: Sequence[Image.Image], texts: Sequence[str]
+    path: Path,
+    bars: dict[str, float],
+    unit: str,
+    pictures: Sequence[Image.Image],
+    texts: Sequence[str],
 ) -> None:
     """Write a PNG.
 

@@ -69,7 +69,13 @@ def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any
         def call() -> None:
             generators = [torch.Generator().manual_seed(a.seed + i) for i in range(len(prompts))]
             codes = lm.generate_codes_batch(
-                prompts, guidance, generators, min_codes=a.codes, max_codes=a.codes, top_k=a.top_k, cached=cached
+                prompts,
+                guidance,
+                generators,
+                min_codes=a.codes,
+                max_codes=a.codes,
+                top_k=a.top_k,
+                cached=cached,
             )
             found[name] = codes.to_list()
 
@@ -78,8 +84,13 @@ def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any
     forms = {"unguided": (1.0, True), "guided": (a.guidance, True)}
     if not a.cached_only:
         forms |= {"unguided, uncached": (1.0, False), "guided, uncached": (a.guidance, False)}
-    calls: dict[str, Callable[[], Any]] = {name: generate(name, *how) for name, how in forms.items()}
-    calls |= {"transformers": bare(lm, prompts, 1.0, a), "transformers, guided": bare(lm, prompts, a.guidance, a)}
+    calls: dict[str, Callable[[], Any]] = {
+        name: generate(name, *how) for name, how in forms.items()
+    }
+    calls |= {
+        "transformers": bare(lm, prompts, 1.0, a),
+        "transformers, guided": bare(lm, prompts, a.guidance, a),
+    }
     times = interleaved(list(calls.values()), a.repeats, a.device, a.seconds, warm=1)
     walls = {name: [wall for wall, _ in each] for name, each in zip(calls, times, strict=True)}
     seconds = {name: statistics.median(each) for name, each in walls.items()}
@@ -88,13 +99,16 @@ def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any
         "codes": a.codes,
         "repeats": len(walls["unguided"]),
         "seconds": seconds,
-        "codes_per_second": {name: len(prompts) * a.codes / value for name, value in seconds.items()},
+        "codes_per_second": {
+            name: len(prompts) * a.codes / value for name, value in seconds.items()
+        },
         "guided_over_unguided": ratio(walls["guided"], walls["unguided"]),
         "over_transformers": {
             "unguided": ratio(walls["unguided"], walls["transformers"]),
             "guided": ratio(walls["guided"], walls["transformers, guided"]),
         },
-        "constraint": constraint(lm, len(prompts), a) | {"step": seconds["unguided"] / (a.codes + 1)},
+        "constraint": constraint(lm, len(prompts), a)
+        | {"step": seconds["unguided"] / (a.codes + 1)},
     }
     values["constraint"]["share"] = values["constraint"]["seconds"] / values["constraint"]["step"]
     if not a.cached_only:
@@ -105,15 +119,27 @@ def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any
     return values
 
 
-def bare(lm: MultimodalLM, prompts: list[str], guidance: float, a: Namespace) -> Callable[[], Tensor]:
+def bare(
+    lm: MultimodalLM, prompts: list[str], guidance: float, a: Namespace
+) -> Callable[[], Tensor]:
     """`transformers`' own sampling loop from the same rows, as a user without this library would call it."""
     rows, free = [lm.prompts.for_image(prompt) for prompt in prompts], lm.prompts.row([], "image")
     ids, _, _, documents = left_padded(rows, lm.processor.pad)
-    given = {"input_ids": ids.to(lm.device), "attention_mask": (documents != FREE).long().to(lm.device)}
-    options: dict[str, Any] = {"min_new_tokens": a.codes, "max_new_tokens": a.codes, "do_sample": True}
+    given = {
+        "input_ids": ids.to(lm.device),
+        "attention_mask": (documents != FREE).long().to(lm.device),
+    }
+    options: dict[str, Any] = {
+        "min_new_tokens": a.codes,
+        "max_new_tokens": a.codes,
+        "do_sample": True,
+    }
     options |= {"top_k": a.top_k, "pad_token_id": lm.processor.pad}
     if guidance != 1:
-        options |= {"guidance_scale": guidance, "negative_prompt_ids": free.ids.expand(len(rows), -1).to(lm.device)}
+        options |= {
+            "guidance_scale": guidance,
+            "negative_prompt_ids": free.ids.expand(len(rows), -1).to(lm.device),
+        }
 
     def call() -> Tensor:
         with torch.random.fork_rng(devices=[]):
@@ -131,7 +157,10 @@ def equal_share(a: list[list[int]], b: list[list[int]]) -> float:
 def constraint(lm: MultimodalLM, batch: int, a: Namespace, repeats: int = 200) -> dict[str, float]:
     """Seconds a step for the mask of allowed ids and its use, and once a call for what they are made from."""
     size, device = lm.model.causal.get_output_embeddings().out_features, lm.device
-    rule, logits = GenerationConstraint("image", 1, a.codes), torch.zeros(batch, size, device=device)
+    rule, logits = (
+        GenerationConstraint("image", 1, a.codes),
+        torch.zeros(batch, size, device=device),
+    )
     stops = torch.tensor(rule.stops(lm.processor), device=device)
     words = rule.words(lm.processor, size, device)
 
@@ -141,7 +170,9 @@ def constraint(lm: MultimodalLM, batch: int, a: Namespace, repeats: int = 200) -
     def each_step() -> Tensor:
         return logits.masked_fill(~rule.allowed(words, stops, 1), -torch.inf)
 
-    first, steps = ([w for w, _ in times] for times in interleaved([once, each_step], repeats, a.device))
+    first, steps = (
+        [w for w, _ in times] for times in interleaved([once, each_step], repeats, a.device)
+    )
     return {"seconds": statistics.median(steps), "seconds_once": statistics.median(first)}
 
 
@@ -154,12 +185,16 @@ def main(a: Namespace) -> dict[str, Any]:
     lm = build(a, captions)
     patches = lm.visual.config.num_patches
     if a.codes > patches:
-        raise ValueError(f"--codes: expected 1..{patches}, as many as a picture has patches, got {a.codes}")
+        raise ValueError(
+            f"--codes: expected 1..{patches}, as many as a picture has patches, got {a.codes}"
+        )
     settings = common.given(a)
     where = common.provenance("generate_speed", packages=(lavit_tok, lavit_lm))
     parts = Parts(a.out, a.name, settings | {"weights": digest(lm.model), "where": where})
     sizes = progress(a.batch_sizes, "batch sizes", len(a.batch_sizes))
-    runs = [parts.values(f"batch-{size}", partial(measure, lm, captions[:size], a)) for size in sizes]
+    runs = [
+        parts.values(f"batch-{size}", partial(measure, lm, captions[:size], a)) for size in sizes
+    ]
     parameters = sum(p.numel() for p in lm.model.parameters())
     values = {
         "model": Path(a.model).name,
@@ -196,7 +231,9 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 def text(v: dict[str, Any], a: Namespace) -> str:
     body = f"Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights, {v['dtype']}; {v['runs'][0]['codes']} codes a "
-    body += f"picture, guidance {v['guidance']:g}. Aim: guided over unguided at most {v['target']}.\n\n"
+    body += (
+        f"picture, guidance {v['guidance']:g}. Aim: guided over unguided at most {v['target']}.\n\n"
+    )
     rows = [
         (
             r["batch"],
@@ -206,10 +243,23 @@ def text(v: dict[str, Any], a: Namespace) -> str:
         )
         for r in v["runs"]
     ]
-    head = ("batch", "seconds unguided", "guided", "guided over unguided", "codes/s unguided", "guided")
+    head = (
+        "batch",
+        "seconds unguided",
+        "guided",
+        "guided over unguided",
+        "codes/s unguided",
+        "guided",
+    )
     body += common.table(head, rows)
     if "unguided, uncached" in v["runs"][0]["seconds"]:
-        head = ("batch", "uncached over cached, unguided", "guided", "equal codes, unguided", "guided")
+        head = (
+            "batch",
+            "uncached over cached, unguided",
+            "guided",
+            "equal codes, unguided",
+            "guided",
+        )
         rows = [
             (
                 r["batch"],
@@ -220,7 +270,10 @@ def text(v: dict[str, Any], a: Namespace) -> str:
         ]
         body += "\n\n" + common.table(head, rows)
     head = ("batch", "over transformers' own loop, unguided", "guided")
-    rows = [(r["batch"], *(f"{r['over_transformers'][k]:.3f}" for k in ("unguided", "guided"))) for r in v["runs"]]
+    rows = [
+        (r["batch"], *(f"{r['over_transformers'][k]:.3f}" for k in ("unguided", "guided")))
+        for r in v["runs"]
+    ]
     body += "\n\n" + common.table(head, rows)
     head = ("batch", "constraint, ms a step", "a step, ms", "share", "once a call, ms")
     rows = [
@@ -239,16 +292,33 @@ def text(v: dict[str, Any], a: Namespace) -> str:
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False)
-    found.add_argument("--model", default="small", help=f"'default', a directory, {', '.join(SHAPES)} or a JSON config")
+    found.add_argument(
+        "--model",
+        default="small",
+        help=f"'default', a directory, {', '.join(SHAPES)} or a JSON config",
+    )
     found.add_argument("--tokenizer", help="visual tokenizer, if not the one that the model names")
-    found.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
-    found.add_argument("--batch-sizes", type=common.positive, nargs="+", default=[1, 8, 32], help="prompts at a time")
+    found.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the weights",
+    )
+    found.add_argument(
+        "--batch-sizes",
+        type=common.positive,
+        nargs="+",
+        default=[1, 8, 32],
+        help="prompts at a time",
+    )
     found.add_argument("--codes", type=common.positive, default=20, help="codes a picture")
     found.add_argument("--guidance", type=float, default=3.0)
     found.add_argument("--top-k", type=common.positive, default=50)
     found.add_argument("--repeats", type=common.positive, default=5)
     found.add_argument("--seconds", type=float, default=0.0, help="turns for at least this long")
-    found.add_argument("--cached-only", action="store_true", help="leave out the uncached forms, which are slow")
+    found.add_argument(
+        "--cached-only", action="store_true", help="leave out the uncached forms, which are slow"
+    )
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--name", default="generate_speed", help="of the result files")
     return found

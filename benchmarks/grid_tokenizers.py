@@ -31,7 +31,14 @@ def weights_digest(*modules: nn.Module) -> str:
     for module in modules:
         for name, value in module.state_dict().items():
             found.update(name.encode())
-            found.update(value.detach().to("cpu", copy=False).contiguous().flatten().view(torch.uint8).numpy())
+            found.update(
+                value.detach()
+                .to("cpu", copy=False)
+                .contiguous()
+                .flatten()
+                .view(torch.uint8)
+                .numpy()
+            )
     return found.hexdigest()[:12]
 
 
@@ -78,18 +85,32 @@ class GridTokenizer:
     @torch.no_grad()
     def encode(self, images: UInt8[Tensor, "b 3 s s"]) -> VisualCodes:
         if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"{self.name}: expected {self.image_size} pixels a side, got {list(images.shape)}")
+            raise ValueError(
+                f"{self.name}: expected {self.image_size} pixels a side, got {list(images.shape)}"
+            )
         like = next(self.model.parameters())
-        found = self.tokens(images.to(like.device, like.dtype) / 127.5 - 1).reshape(len(images), -1).cpu()
+        found = (
+            self.tokens(images.to(like.device, like.dtype) / 127.5 - 1)
+            .reshape(len(images), -1)
+            .cpu()
+        )
         if found.shape[1] != self.most_codes:
-            raise ValueError(f"{self.name}: expected {self.most_codes} codes a picture, got {found.shape[1]}")
+            raise ValueError(
+                f"{self.name}: expected {self.most_codes} codes a picture, got {found.shape[1]}"
+            )
         lengths = torch.full((len(images),), self.most_codes)
-        return VisualCodes(found.flatten(), lengths, torch.ones_like(found, dtype=torch.bool), self.codebook_size)
+        return VisualCodes(
+            found.flatten(), lengths, torch.ones_like(found, dtype=torch.bool), self.codebook_size
+        )
 
     @torch.no_grad()
-    def decode(self, codes: VisualCodes, generators: Sequence[torch.Generator] = ()) -> UInt8[Tensor, "b 3 s s"]:
+    def decode(
+        self, codes: VisualCodes, generators: Sequence[torch.Generator] = ()
+    ) -> UInt8[Tensor, "b 3 s s"]:
         if self.pixels is None:
-            raise ValueError(f"{self.name}: `transformers` carries no decoder of it, so it can only encode")
+            raise ValueError(
+                f"{self.name}: `transformers` carries no decoder of it, so it can only encode"
+            )
         grid = codes.padded().view(len(codes), self.side, self.side)
         return to_uint8(self.pixels(grid.to(next(self.model.parameters()).device)), -1.0)
 
@@ -102,7 +123,9 @@ def to_uint8(images: Tensor, low: float) -> UInt8[Tensor, "b 3 s s"]:
 # The tokenizers that the field's libraries carry
 
 
-def _model(kind: Any, config: Any, weights: str | None, build: Callable[[], nn.Module]) -> tuple[Any, str]:
+def _model(
+    kind: Any, config: Any, weights: str | None, build: Callable[[], nn.Module]
+) -> tuple[Any, str]:
     """The model with these weights, or by config with random ones that are the same each time."""
     if weights is not None:
         return kind.from_pretrained(weights, use_safetensors=True).eval(), Path(weights).name
@@ -129,7 +152,9 @@ def emu3(size: int, weights: str | None = None, **changes: Any) -> GridTokenizer
         sizes = torch.tensor([[size, size]] * len(pixels))
         return torch.stack(list(model.encode(pixels, sizes).image_tokens))
 
-    return GridTokenizer("emu3", source, size, side, config.codebook_size, model, tokens, model.decode)
+    return GridTokenizer(
+        "emu3", source, size, side, config.codebook_size, model, tokens, model.decode
+    )
 
 
 def chameleon(size: int, weights: str | None = None, **changes: Any) -> GridTokenizer:
@@ -140,7 +165,14 @@ def chameleon(size: int, weights: str | None = None, **changes: Any) -> GridToke
     config = model.config
     side = _cells("chameleon", size, 2 ** (len(config.channel_multiplier) - 1))
     return GridTokenizer(
-        "chameleon", source, size, side, config.num_embeddings, model, lambda x: model.encode(x).image_tokens, None
+        "chameleon",
+        source,
+        size,
+        side,
+        config.num_embeddings,
+        model,
+        lambda x: model.encode(x).image_tokens,
+        None,
     )
 
 
@@ -154,13 +186,23 @@ def janus(size: int, weights: str | None = None, **changes: Any) -> GridTokenize
     model, source = _model(JanusVQVAE, config, weights, lambda: JanusVQVAE(config))
     config = model.config
     side = _cells("janus", size, 2 ** (len(config.channel_multiplier) - 1))
-    model.quantize.quant_state_dims = [side, side]  # what decode() expects, wherever its weights were trained
+    model.quantize.quant_state_dims = [
+        side,
+        side,
+    ]  # what decode() expects, wherever its weights were trained
 
     def pixels(grid: Tensor) -> Tensor:
         return model.decode(grid.flatten(1))
 
     return GridTokenizer(
-        "janus", source, size, side, config.num_embeddings, model, lambda x: model.encode(x).image_tokens, pixels
+        "janus",
+        source,
+        size,
+        side,
+        config.num_embeddings,
+        model,
+        lambda x: model.encode(x).image_tokens,
+        pixels,
     )
 
 
@@ -189,9 +231,13 @@ def vqmodel(size: int, weights: str | None = None, **changes: Any) -> GridTokeni
 
     def pixels(grid: Tensor) -> Tensor:
         rows = model.quantize.get_codebook_entry(grid.flatten(), (len(grid), side, side, dim))
-        return model.decoder(model.post_quant_conv(rows), rows if settings.norm_type == "spatial" else None)
+        return model.decoder(
+            model.post_quant_conv(rows), rows if settings.norm_type == "spatial" else None
+        )
 
-    return GridTokenizer("vqmodel", source, size, side, settings.num_vq_embeddings, model, tokens, pixels)
+    return GridTokenizer(
+        "vqmodel", source, size, side, settings.num_vq_embeddings, model, tokens, pixels
+    )
 
 
 KINDS: dict[str, Callable[..., GridTokenizer]] = {

@@ -91,32 +91,53 @@ def add_source(found: Any) -> None:
     """The arguments that `source` reads."""
     where = found.add_mutually_exclusive_group(required=True)
     where.add_argument("--shards", help="folder that `lavit-tok shards` wrote")
-    where.add_argument("--synthetic", action="store_true", help="made-up rows, as long as the default data's")
+    where.add_argument(
+        "--synthetic", action="store_true", help="made-up rows, as long as the default data's"
+    )
     found.add_argument("--split", default="train", help="of the shards")
-    found.add_argument("--text-tokenizer", help="directory or Hub id; with --shards, one is trained if not given")
-    found.add_argument("--rows", type=common.positive, help="at most this many, evenly spaced; synthetic 8192")
-    found.add_argument("--lengths", type=Path, default=LENGTHS, help="tokens_per_image.json behind --synthetic")
+    found.add_argument(
+        "--text-tokenizer", help="directory or Hub id; with --shards, one is trained if not given"
+    )
+    found.add_argument(
+        "--rows", type=common.positive, help="at most this many, evenly spaced; synthetic 8192"
+    )
+    found.add_argument(
+        "--lengths", type=Path, default=LENGTHS, help="tokens_per_image.json behind --synthetic"
+    )
 
 
 def source(a: Namespace, folder: Path, codebook_size: int) -> Source:
     """Rows as the arguments ask for. Raises ValueError (ShardError) for shards or lengths that cannot be read."""
     if a.synthetic:
         pairs = synthetic(a.rows or 8192, histogram(a.lengths), codebook_size, a.seed)
-        fingerprint, described = None, f"{len(pairs)} made-up rows, code counts as in {a.lengths.name}"
+        fingerprint, described = (
+            None,
+            f"{len(pairs)} made-up rows, code counts as in {a.lengths.name}",
+        )
     else:
         shards = Shards.open(a.shards, a.split)
         pairs = shards.dataset()
         if a.rows:
             pairs = pairs.select(common.evenly(a.rows, len(pairs)))
-        fingerprint, described = shards.fingerprint, f"{len(pairs)} rows of split {a.split!r} of the shards"
+        fingerprint, described = (
+            shards.fingerprint,
+            f"{len(pairs)} rows of split {a.split!r} of the shards",
+        )
     if a.text_tokenizer:
         return Source(pairs, a.text_tokenizer, fingerprint, described)
     captions = (
-        [caption for caption in pairs["caption"] if caption] if not a.synthetic else [p["caption"] for p in pairs]
+        [caption for caption in pairs["caption"] if caption]
+        if not a.synthetic
+        else [p["caption"] for p in pairs]
     )
     tokenizer = train_text_tokenizer(captions, TEXT_IDS)
     tokenizer.save_pretrained(folder / "text")
-    return Source(pairs, str(folder / "text"), fingerprint, f"{described}; {len(tokenizer)} text ids learnt from them")
+    return Source(
+        pairs,
+        str(folder / "text"),
+        fingerprint,
+        f"{described}; {len(tokenizer)} text ids learnt from them",
+    )
 
 
 def histogram(path: Path) -> list[int]:
@@ -124,7 +145,9 @@ def histogram(path: Path) -> list[int]:
     try:
         counts = [int(count) for count in json.loads(path.read_text())["histogram"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: expected the JSON that tokens_per_image.py writes: {error}") from None
+        raise ValueError(
+            f"{path}: expected the JSON that tokens_per_image.py writes: {error}"
+        ) from None
     if sum(counts[1:]) == 0:
         raise ValueError(f"{path}: its histogram has no picture with a code")
     return counts

@@ -49,7 +49,10 @@ def images_text(v: dict[str, Any], a: Namespace) -> str:
     body += common.table(("pictures", "top-1", "top-5"), rows)
     counts = v["codes_per_image"]
     body += f"\n\nCodes a picture: {common.plus_minus(counts['generated'])} generated, {counts['true']:.4g} true.\n\n"
-    return body + f"![true and generated pictures of {min(SHOWN, v['captions'])} captions]({a.name}.png)"
+    return (
+        body
+        + f"![true and generated pictures of {min(SHOWN, v['captions'])} captions]({a.name}.png)"
+    )
 
 
 def captions_text(all_values: dict[str, Any], v: dict[str, Any]) -> str:
@@ -65,11 +68,19 @@ def captions_text(all_values: dict[str, Any], v: dict[str, Any]) -> str:
     ]
     body = f"## Image to text\n\nWhat a generated caption identifies among {v['captions']}. Aim: top-5 at least "
     body += f"{TIMES_CHANCE} x chance; it is {v['times_chance']:.2f} x (the picture, by the teacher's space).\n\n"
-    body += common.table(("by the generated caption", "top-1", "top-5", "top-1, not in train", "top-5"), rows)
+    body += common.table(
+        ("by the generated caption", "top-1", "top-5", "top-1, not in train", "top-5"), rows
+    )
     body += f"\n\nExactly the true caption: {100 * v['exact']:.1f} %; mean similarity to it "
-    body += f"{v['similarity_to_true_caption']:.3f}; {v['different']} different captions were said.\n\n"
-    lines = list(zip(all_values["keys"], all_values["true_captions"], v["said"], strict=True))[:SHOWN]
-    return body + common.table(("picture", "true caption", "generated caption"), [map(cell, line) for line in lines])
+    body += (
+        f"{v['similarity_to_true_caption']:.3f}; {v['different']} different captions were said.\n\n"
+    )
+    lines = list(zip(all_values["keys"], all_values["true_captions"], v["said"], strict=True))[
+        :SHOWN
+    ]
+    return body + common.table(
+        ("picture", "true caption", "generated caption"), [map(cell, line) for line in lines]
+    )
 
 
 def cell(text: str) -> str:
@@ -94,7 +105,11 @@ def bits_text(v: dict[str, Any]) -> str:
     body += common.table(("", "bits a code", "below unigram", "with the image's end"), rows)
     if "by_source" in v:
         rows = [
-            (n, s["codes"], *(f"{s[k]:.3f}" for k in ("given the caption", "without it", "unigram_entropy")))
+            (
+                n,
+                s["codes"],
+                *(f"{s[k]:.3f}" for k in ("given the caption", "without it", "unigram_entropy")),
+            )
             for n, s in v["by_source"].items()
         ]
         body += "\n\n" + common.table(
@@ -103,7 +118,9 @@ def bits_text(v: dict[str, Any]) -> str:
     return body
 
 
-def contact_sheet(true: Tensor, made: Tensor, captions: Sequence[str], across: int = 4) -> Picture.Image:
+def contact_sheet(
+    true: Tensor, made: Tensor, captions: Sequence[str], across: int = 4
+) -> Picture.Image:
     """True and generated picture side by side, twice their size, `across` pairs a line, captions under them."""
 
     def large(pixels: Tensor) -> Picture.Image:

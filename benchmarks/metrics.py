@@ -8,7 +8,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lavit_tok import VisualTokenizer
@@ -125,7 +128,9 @@ class EncoderSpace(nn.Module):
 
     def __init__(self, tokenizer: VisualTokenizer) -> None:
         super().__init__()
-        self._tokenizer = [tokenizer]  # not a sub-module: torchmetrics moves and casts what it holds
+        self._tokenizer = [
+            tokenizer
+        ]  # not a sub-module: torchmetrics moves and casts what it holds
         self.num_features = tokenizer.config.width
 
     @torch.no_grad()
@@ -143,16 +148,22 @@ class VisionSpace(nn.Module):
     def __init__(self, kind: str, weights: str) -> None:
         super().__init__()
         if kind not in VISION:
-            raise ValueError(f"--spaces {kind}:{weights}: expected encoder, or one of {sorted(VISION)} with a folder")
+            raise ValueError(
+                f"--spaces {kind}:{weights}: expected encoder, or one of {sorted(VISION)} with a folder"
+            )
         name, mean, std = VISION[kind]
-        self.model = getattr(transformers, name).from_pretrained(weights, use_safetensors=True).eval()
+        self.model = (
+            getattr(transformers, name).from_pretrained(weights, use_safetensors=True).eval()
+        )
         self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
         self.num_features = self.model.config.hidden_size
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         size = self.model.config.image_size
-        pixels = F.interpolate(images.float() / 255, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = F.interpolate(
+            images.float() / 255, (size, size), mode="bicubic", antialias=True
+        ).clamp(0, 1)
         like = next(self.model.parameters())
         pixels = ((pixels - self.mean) / self.std).to(like.device, like.dtype)
         return self.model(pixel_values=pixels).pooler_output.float().cpu()
@@ -169,7 +180,9 @@ VISION = {
 
 def inception(weights: Any, antialias: bool) -> nn.Module:
     """torchmetrics' Inception-v3 2048-d with torch-fidelity's weights; resized to 299 with or without antialiasing."""
-    return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights, antialias=antialias).inception
+    return FrechetInceptionDistance(
+        2048, feature_extractor_weights_path=weights, antialias=antialias
+    ).inception
 
 
 class _AsTheyAre(nn.Module):
@@ -193,4 +206,6 @@ def frechet_of_features(sources: Tensor, drawn: Tensor) -> float:
 
 def frechet(space: nn.Module, sources: Tensor, drawn: Tensor, batch: int) -> float:
     """Frechet distance of uint8 pictures [n 3 h w] in a space; sources are the same crops that were encoded."""
-    return frechet_of_features(*(torch.cat([space(part) for part in x.split(batch)]) for x in (sources, drawn)))
+    return frechet_of_features(
+        *(torch.cat([space(part) for part in x.split(batch)]) for x in (sources, drawn))
+    )

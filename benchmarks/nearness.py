@@ -36,19 +36,27 @@ class Clip:
         from transformers import AutoTokenizer, CLIPModel
 
         if not directory.is_dir():
-            raise ValueError(f"--clip {directory}: expected the folder of a CLIP model with its tokenizer")
+            raise ValueError(
+                f"--clip {directory}: expected the folder of a CLIP model with its tokenizer"
+            )
         try:
-            self.model: Any = CLIPModel.from_pretrained(directory, use_safetensors=True).eval().to(device)
+            self.model: Any = (
+                CLIPModel.from_pretrained(directory, use_safetensors=True).eval().to(device)
+            )
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"--clip {directory}: expected a CLIP model with its tokenizer: {error}") from None
+            raise ValueError(
+                f"--clip {directory}: expected a CLIP model with its tokenizer: {error}"
+            ) from None
         self.name, self.weights, self.device = f"CLIP {directory.name}", self.model, device
 
     @torch.no_grad()
     def describe(self, pictures: Tensor) -> Tensor:
         """uint8 [n 3 h w] -> [n d]"""
         size = self.model.config.vision_config.image_size
-        cut = torch.stack([resize(Image.fromarray(p.permute(1, 2, 0).numpy()), size, crop=True) for p in pictures])
+        cut = torch.stack(
+            [resize(Image.fromarray(p.permute(1, 2, 0).numpy()), size, crop=True) for p in pictures]
+        )
         pooled = self.model.vision_model(pixel_values=normalize(cut).to(self.device)).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=1).cpu()
 
@@ -56,7 +64,9 @@ class Clip:
     def embed(self, captions: Sequence[str]) -> Tensor:
         """[n d]; longer captions than CLIP reads are cut."""
         most = self.model.config.text_config.max_position_embeddings
-        given = self.tokenizer(list(captions), padding=True, truncation=True, max_length=most, return_tensors="pt")
+        given = self.tokenizer(
+            list(captions), padding=True, truncation=True, max_length=most, return_tensors="pt"
+        )
         given = {name: given[name].to(self.device) for name in ("input_ids", "attention_mask")}
         pooled = self.model.text_model(**given).pooler_output
         return F.normalize(self.model.text_projection(pooled).float(), dim=1).cpu()

@@ -27,9 +27,9 @@ import picture_sets
 import torch
 import yaml
 from caption_space import Scorer, embed, ranks, top
-from lightning import Callback, Trainer, seed_everything
 from lm_quality import SHOWN, choose, contact_sheet
 from PIL import Image as Picture
+from pytorch_lightning import Callback, Trainer, seed_everything
 
 from lavit_lm import MultimodalLM
 from lavit_lm.objectives import by_name
@@ -65,14 +65,21 @@ class Steps(Callback):
     def on_train_start(self, *_: Any) -> None:
         self.at = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
         now = time.perf_counter()
         self.seconds.append(now - self.at)
         self.at = now
-        self.documents += sum(map(len, getattr(batch, "keys", ()) if not isinstance(batch, dict) else ()))
+        self.documents += sum(
+            map(len, getattr(batch, "keys", ()) if not isinstance(batch, dict) else ())
+        )
         if trainer.global_step % 25 == 0:
             loss = float(trainer.callback_metrics["train/loss"])
-            print(f"step {trainer.global_step}: {loss:.3f}, {statistics.median(self.seconds):.2f} s", flush=True)
+            print(
+                f"step {trainer.global_step}: {loss:.3f}, {statistics.median(self.seconds):.2f} s",
+                flush=True,
+            )
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -108,8 +115,12 @@ def train(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
         "tie_word_embeddings": True,
     }
     kept = ("lr", "visual_lr", "encoder_lr", "weight_decay", "betas", "min_lr_ratio")
-    rates = {key: value for key, value in own["model"].items() if key in kept} | {"warmup_steps": a.steps // 10}
-    rates = {key: tuple(value) if isinstance(value, list) else value for key, value in rates.items()}
+    rates = {key: value for key, value in own["model"].items() if key in kept} | {
+        "warmup_steps": a.steps // 10
+    }
+    rates = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in rates.items()
+    }
     objective = by_name(name)(**settings)
     out = {"out": str(folder / "model"), "seed": seed}
     module = LanguageModeling(lm, a.text_tokenizer, a.tokenizer, objective, **out, **rates)
@@ -117,7 +128,11 @@ def train(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
     pictures = a.data if objective.needs_pixels else None
     data = LanguageDataModule(shards, a.block, a.batch, seed=seed, pictures=pictures)
     seen = fit(module, data, a.steps, a)
-    values = {"seconds_per_step": statistics.median(seen.seconds), "pairs": seen.documents, "settings": settings}
+    values = {
+        "seconds_per_step": statistics.median(seen.seconds),
+        "pairs": seen.documents,
+        "settings": settings,
+    }
     values["parameters"] = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
     if name == "emu":
         extra["decoder_seconds"] = emu_decoder(seed, folder, a)
@@ -126,7 +141,11 @@ def train(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
 
 def vlgpt_tokenizer(seed: int, folder: Path, a: Namespace) -> tuple[str, float]:
     own = {k: v for k, v in recipe("vlgpt-tokenizer")["model"].items() if k not in ("width", "out")}
-    own |= {"visual_tokenizer": a.tokenizer, "out": str(folder / "tokenizer"), "warmup_steps": a.first // 10}
+    own |= {
+        "visual_tokenizer": a.tokenizer,
+        "out": str(folder / "tokenizer"),
+        "warmup_steps": a.first // 10,
+    }
     stage = VLGPTTokenizerTraining(a.width, seed=seed, **own)
     seen = fit(stage, pictures_of(seed, a), a.first, a)
     return str(folder / "tokenizer"), sum(seen.seconds)
@@ -134,20 +153,29 @@ def vlgpt_tokenizer(seed: int, folder: Path, a: Namespace) -> tuple[str, float]:
 
 def emu_decoder(seed: int, folder: Path, a: Namespace) -> float:
     own = {k: v for k, v in recipe("emu-decoder")["model"].items() if not k.startswith("sample")}
-    own |= {"model": str(folder / "model"), "out": str(folder / "decoder"), "warmup_steps": a.after // 10, "seed": seed}
+    own |= {
+        "model": str(folder / "model"),
+        "out": str(folder / "decoder"),
+        "warmup_steps": a.after // 10,
+        "seed": seed,
+    }
     own |= {"betas": tuple(own["betas"])} if "betas" in own else {}
     return sum(fit(EmuDecoderTraining(**own), pictures_of(seed, a), a.after, a).seconds)
 
 
 def pictures_of(seed: int, a: Namespace) -> ImageDataModule:
-    return ImageDataModule(a.data, a.size, 32, seed=seed, caption_column="caption", flip=0.5, cache=True)
+    return ImageDataModule(
+        a.data, a.size, 32, seed=seed, caption_column="caption", flip=0.5, cache=True
+    )
 
 
 # Measures
 
 
 def measure(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
-    decoder = {"emu": str(folder / "decoder"), "vlgpt": str(folder / "tokenizer")}.get(name, a.decoder)
+    decoder = {"emu": str(folder / "decoder"), "vlgpt": str(folder / "tokenizer")}.get(
+        name, a.decoder
+    )
     lm = MultimodalLM.from_pretrained(folder / "model", decoder=decoder)
     pictures = picture_sets.load_pictures(a.data, a.size, a.split, None, lm.visual.config.crop)
     said = [i for i, caption in enumerate(pictures.captions) if caption.strip()]
@@ -164,7 +192,9 @@ def measure(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
     drawn = paint(lm, captions, seed, a)
     pixels = to_uint8(drawn, a.size)
     found = top(ranks(Scorer(a.scorer).describe(pixels), embed(captions)))
-    contact_sheet(pictures.pixels[places][:SHOWN], pixels[:SHOWN], captions[:SHOWN]).save(folder / "painted.png")
+    contact_sheet(pictures.pixels[places][:SHOWN], pixels[:SHOWN], captions[:SHOWN]).save(
+        folder / "painted.png"
+    )
     return {"caption_nats": nats / tokens, "caption_tokens": tokens, **found}
 
 
@@ -175,7 +205,10 @@ def paint(lm: MultimodalLM, captions: list[str], seed: int, a: Namespace) -> lis
         part = captions[start : start + a.batch_size]
 
         def generators(first: int = start, count: int = len(part)) -> list[torch.Generator]:
-            return [torch.Generator().manual_seed(seed * len(captions) + first + i) for i in range(count)]
+            return [
+                torch.Generator().manual_seed(seed * len(captions) + first + i)
+                for i in range(count)
+            ]
 
         if lm.objective.image_output == "codes":
             said: tuple[Any, ...] = (lm.generate_codes_batch(part, generator=generators()),)
@@ -189,7 +222,10 @@ def one(name: str, seed: int, a: Namespace) -> dict[str, Any]:
     """Trained and measured, or read where both is done."""
     folder = a.runs / f"{name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    asked = {k: getattr(a, k) for k in ("steps", "first", "after", "width", "layers", "block", "batch", "captions")}
+    asked = {
+        k: getattr(a, k)
+        for k in ("steps", "first", "after", "width", "layers", "block", "batch", "captions")
+    }
     asked |= {"pictures": a.images, "denoising": a.denoising, "precision": a.precision}
     values: dict[str, Any] = {}
     for part, make in (("trained", train), ("measured", measure)):
@@ -197,7 +233,9 @@ def one(name: str, seed: int, a: Namespace) -> dict[str, Any]:
         if done.exists():
             found = json.loads(done.read_text())
             if found["asked"] != asked:
-                raise ValueError(f"{done}: made with {found['asked']}, asked for {asked}: give another --runs")
+                raise ValueError(
+                    f"{done}: made with {found['asked']}, asked for {asked}: give another --runs"
+                )
         else:
             print(f"{name}, seed {seed}: {part}", flush=True)
             found = {"asked": asked, **make(name, seed, folder, a)}
@@ -222,17 +260,28 @@ def main(a: Namespace) -> dict[str, Any]:
 
 def write(runs: dict[str, list[dict[str, Any]]], a: Namespace) -> None:
     keys = ("caption_nats", "top1", "top5", "seconds_per_step")
-    spread = {name: {k: common.spread([run[k] for run in own]) for k in keys} for name, own in runs.items()}
+    spread = {
+        name: {k: common.spread([run[k] for run in own]) for k in keys}
+        for name, own in runs.items()
+    }
     rows = [
         (name, len(runs[name]), *(common.plus_minus(own[k]) for k in keys), runs[name][0]["pairs"])
         for name, own in spread.items()
     ]
-    head = ("objective", "seeds", "caption, nats a token", "top-1", "top-5", "seconds a step", "documents seen")
-    body = f"{a.steps} steps of {a.batch} blocks of {a.block} places; llama of {a.layers} layers, {a.width} wide, from "
-    body += (
-        f"random weights. {a.pictures} held-out captions; pictures of {a.captions} captions. VL-GPT: {a.first} steps "
+    head = (
+        "objective",
+        "seeds",
+        "caption, nats a token",
+        "top-1",
+        "top-5",
+        "seconds a step",
+        "documents seen",
     )
-    body += f"for its tokenizer before. Emu: {a.after} for its decoder after.\n\n" + common.table(head, rows)
+    body = f"{a.steps} steps of {a.batch} blocks of {a.block} places; llama of {a.layers} layers, {a.width} wide, from "
+    body += f"random weights. {a.pictures} held-out captions; pictures of {a.captions} captions. VL-GPT: {a.first} steps "
+    body += f"for its tokenizer before. Emu: {a.after} for its decoder after.\n\n" + common.table(
+        head, rows
+    )
     body += f"\n\nChance: top-1 {1 / a.captions:.3g}, top-5 {5 / a.captions:.3g}.\n\n![](objectives.png)"
     common.write("objectives", a.out, "Four objectives", body, {"runs": runs, "spread": spread})
     plot(runs, a)
@@ -258,25 +307,48 @@ def plot(runs: dict[str, list[dict[str, Any]]], a: Namespace) -> None:
 
 def arguments() -> Any:
     found = common.parser(__doc__, limit=None)
-    found.add_argument("--shards", required=True, help="of the data set, by lavit-tok shards --flip")
-    found.add_argument("--grid-shards", required=True, help="of the same, with --budget of all patches: DaVinci's")
-    found.add_argument("--text-tokenizer", required=True, help="recipes/lm/text_tokenizer.py's folder")
-    found.add_argument("--scorer", default="runs/default/teacher", help="folder that recipes/default/teacher.py wrote")
+    found.add_argument(
+        "--shards", required=True, help="of the data set, by lavit-tok shards --flip"
+    )
+    found.add_argument(
+        "--grid-shards", required=True, help="of the same, with --budget of all patches: DaVinci's"
+    )
+    found.add_argument(
+        "--text-tokenizer", required=True, help="recipes/lm/text_tokenizer.py's folder"
+    )
+    found.add_argument(
+        "--scorer",
+        default="runs/default/teacher",
+        help="folder that recipes/default/teacher.py wrote",
+    )
     found.add_argument("--decoder", default="default", help="pixel decoder of codes")
     found.add_argument("--objectives", nargs="+", choices=NAMES, default=list(NAMES))
     found.add_argument("--seeds", type=common.positive, default=3)
     found.add_argument("--steps", type=common.positive, default=400, help="of the language model")
     found.add_argument("--first", type=common.positive, default=300, help="of VL-GPT's tokenizer")
     found.add_argument("--after", type=common.positive, default=300, help="of Emu's decoder")
-    found.add_argument("--width", type=common.positive, default=192, help="of the LM; a multiple of 64")
+    found.add_argument(
+        "--width", type=common.positive, default=192, help="of the LM; a multiple of 64"
+    )
     found.add_argument("--layers", type=common.positive, default=4)
     found.add_argument("--block", type=common.positive, default=256, help="places")
     found.add_argument("--batch", type=common.positive, default=16, help="blocks of a step")
-    found.add_argument("--pictures", type=common.positive, default=400, help="held-out captions whose loss is taken")
-    found.add_argument("--captions", type=common.positive, default=100, help="that pictures are painted for")
-    found.add_argument("--denoising", type=common.positive, default=20, help="steps of the pixel decoders")
+    found.add_argument(
+        "--pictures",
+        type=common.positive,
+        default=400,
+        help="held-out captions whose loss is taken",
+    )
+    found.add_argument(
+        "--captions", type=common.positive, default=100, help="that pictures are painted for"
+    )
+    found.add_argument(
+        "--denoising", type=common.positive, default=20, help="steps of the pixel decoders"
+    )
     found.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
-    found.add_argument("--runs", type=Path, default=Path("runs/objectives"), help="folder of the trained models")
+    found.add_argument(
+        "--runs", type=Path, default=Path("runs/objectives"), help="folder of the trained models"
+    )
     return found
 
 

@@ -26,7 +26,15 @@ from typing import Any
 
 import common
 import torch
-from language_models import SHAPES, add_source, autocast, flops_per_place, matmul_peak, shape, source
+from language_models import (
+    SHAPES,
+    add_source,
+    autocast,
+    flops_per_place,
+    matmul_peak,
+    shape,
+    source,
+)
 from packing_overhead import overhead, useful
 from timing import interleaved, ratio
 
@@ -93,7 +101,9 @@ def speed(module: Any, groups: list[list[list[TokenSequence]]], a: Namespace) ->
     forms = {
         "packed": [pack(blocks, a.block, empty) for blocks in groups],
         "padded": [pad(part, empty) for part in shuffled(rows, len(groups), a.seed)],
-        "padded, like lengths": [pad(part, empty) for part in like_lengths(rows, a.batch_size * a.block)],
+        "padded, like lengths": [
+            pad(part, empty) for part in like_lengths(rows, a.batch_size * a.block)
+        ],
     }
     forms = {name: [batch.to(a.device) for batch in batches] for name, batches in forms.items()}
     tokens = useful(forms["packed"])
@@ -108,7 +118,9 @@ def speed(module: Any, groups: list[list[list[TokenSequence]]], a: Namespace) ->
 
         return call
 
-    times = interleaved([descend(batches) for batches in forms.values()], a.repeats, a.device, a.seconds)
+    times = interleaved(
+        [descend(batches) for batches in forms.values()], a.repeats, a.device, a.seconds
+    )
     walls = {name: [wall for wall, _ in found] for name, found in zip(forms, times, strict=True)}
     return {
         "rows": len(rows),
@@ -139,8 +151,14 @@ def loss_difference(module: Any, blocks: list[list[TokenSequence]], a: Namespace
         count = int(losses.count)
         total = sum(float(one[name].total) for one in alone)
         if count:
-            found[name] = {"targets": count, "packed": float(losses.total) / count, "alone": total / count}
-    found["difference"] = max(abs(v["packed"] - v["alone"]) for v in found.values() if isinstance(v, dict))
+            found[name] = {
+                "targets": count,
+                "packed": float(losses.total) / count,
+                "alone": total / count,
+            }
+    found["difference"] = max(
+        abs(v["packed"] - v["alone"]) for v in found.values() if isinstance(v, dict)
+    )
     return found
 
 
@@ -165,7 +183,9 @@ def main(a: Namespace) -> dict[str, Any]:
             seed=a.seed,
         )
         if rows.fingerprint not in (None, module.fingerprint):
-            raise ShardError(f"{a.shards}: made by another tokenizer than {a.tokenizer!r} (--tokenizer)")
+            raise ShardError(
+                f"{a.shards}: made by another tokenizer than {a.tokenizer!r} (--tokenizer)"
+            )
         module.configure_model()
         assert module.model is not None
         module.model.to(a.device)
@@ -189,10 +209,15 @@ def main(a: Namespace) -> dict[str, Any]:
         padded = values["speed"]["forms"]["padded"]["packed_is_faster_by"]
         print(f"packed over padded: {padded:.3f} times the useful tokens/s", flush=True)
         values["overhead"] = overhead(module, layout, a, folder)
-        print(f"Lightning and our code over bare: {values['overhead']['share_of_bare']:.3f}", flush=True)
+        print(
+            f"Lightning and our code over bare: {values['overhead']['share_of_bare']:.3f}",
+            flush=True,
+        )
         peak = matmul_peak(a.device, "float32" if a.dtype == "float32" else "bfloat16", a.matmul)
         rates = {
-            "packed, forward and backward": values["speed"]["forms"]["packed"]["useful_tokens_per_second"],
+            "packed, forward and backward": values["speed"]["forms"]["packed"][
+                "useful_tokens_per_second"
+            ],
             "Lightning, whole step": values["overhead"]["useful_tokens_per_second"]["lightning"],
         }
         values["utilisation"] = {
@@ -232,11 +257,22 @@ def text(v: dict[str, Any]) -> str:
     body += common.table(("measure", "value", "aim"), rows)
     body += f"\n\n{f['rows']} rows, {f['row_length']['mean']:.1f} places on average, {f['row_length']['max']} at most, "
     body += f"in {f['blocks']} blocks, planned {f['window']} at a time; {f['too_long']} too long for a block.\n\n"
-    head = ("form", "batches", "places", "fill", "seconds", "useful tokens/s", "packed is faster by")
+    head = (
+        "form",
+        "batches",
+        "places",
+        "fill",
+        "seconds",
+        "useful tokens/s",
+        "packed is faster by",
+    )
     lines = [
         (
             name,
-            *(form[k] for k in ("batches", "places", "fill", "seconds", "useful_tokens_per_second")),
+            *(
+                form[k]
+                for k in ("batches", "places", "fill", "seconds", "useful_tokens_per_second")
+            ),
             f"{form['packed_is_faster_by']:.3f}",
         )
         for name, form in s["forms"].items()
@@ -255,20 +291,46 @@ def text(v: dict[str, Any]) -> str:
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, batch_size=4)
     add_source(found)
-    found.add_argument("--model", default="small", help=f"{', '.join(SHAPES)}, a JSON config, or a recipe (*.yaml)")
-    found.add_argument("--dtype", choices=["float32", "bf16"], default="float32", help="bf16: autocast over float32")
-    found.add_argument("--block", type=common.positive, help=f"places of a block; {BLOCK}, else the model's context")
+    found.add_argument(
+        "--model", default="small", help=f"{', '.join(SHAPES)}, a JSON config, or a recipe (*.yaml)"
+    )
+    found.add_argument(
+        "--dtype",
+        choices=["float32", "bf16"],
+        default="float32",
+        help="bf16: autocast over float32",
+    )
+    found.add_argument(
+        "--block",
+        type=common.positive,
+        help=f"places of a block; {BLOCK}, else the model's context",
+    )
     found.add_argument("--window", type=common.positive, default=4096, help="rows planned together")
-    found.add_argument("--batches", type=common.positive, default=4, help="packed batches that are timed")
-    found.add_argument("--repeats", type=common.positive, default=5, help="turns of packed and padded")
+    found.add_argument(
+        "--batches", type=common.positive, default=4, help="packed batches that are timed"
+    )
+    found.add_argument(
+        "--repeats", type=common.positive, default=5, help="turns of packed and padded"
+    )
     found.add_argument("--seconds", type=float, default=0.0, help="turns for at least this long")
-    found.add_argument("--steps", type=common.positive, default=10, help="steps of Lightning, and of the bare model")
+    found.add_argument(
+        "--steps",
+        type=common.positive,
+        default=10,
+        help="steps of Lightning, and of the bare model",
+    )
     found.add_argument("--warm", type=int, default=2, help="steps before them that do not count")
     found.add_argument("--clip", type=float, default=1.0, help="gradient norm, on both sides")
     found.add_argument("--num-workers", type=int, default=0, help="loading processes")
-    found.add_argument("--checkpoint-blocks", action="store_true", help="recompute blocks in the backward pass")
-    found.add_argument("--compile", action="store_true", help="torch.compile our LM (the bare one stays as it is)")
-    found.add_argument("--matmul", type=common.positive, help="side of the matrices behind the peak")
+    found.add_argument(
+        "--checkpoint-blocks", action="store_true", help="recompute blocks in the backward pass"
+    )
+    found.add_argument(
+        "--compile", action="store_true", help="torch.compile our LM (the bare one stays as it is)"
+    )
+    found.add_argument(
+        "--matmul", type=common.positive, help="side of the matrices behind the peak"
+    )
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--name", default="packing", help="of the result files")
     return found

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+import pytorch_lightning as pl
 import torch
 from language_models import autocast
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from timing import clock, ratio
 
 from lavit_lm.sequences.packing import FREE, Packed
@@ -32,13 +32,17 @@ class Bare:
     def __init__(self, causal: Any, module: Any, a: Namespace) -> None:
         s = module.settings
         self.model, self.a = causal, a
-        self.optimizer = torch.optim.AdamW(causal.parameters(), lr=s.lr / s.warmup_steps, betas=s.betas)
+        self.optimizer = torch.optim.AdamW(
+            causal.parameters(), lr=s.lr / s.warmup_steps, betas=s.betas
+        )
 
     def step(self, batch: Packed, documents: bool) -> float:
         labels = batch.ids.masked_fill(~batch.predict, -100)
         positions = batch.positions if documents else None
         with autocast(self.a.device, self.a.dtype):
-            loss = self.model(input_ids=batch.ids, position_ids=positions, labels=labels, use_cache=False).loss
+            loss = self.model(
+                input_ids=batch.ids, position_ids=positions, labels=labels, use_cache=False
+            ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.a.clip)
         self.optimizer.step()
@@ -46,19 +50,25 @@ class Bare:
         return float(loss.detach())
 
 
-class InTurns(L.Callback):
+class InTurns(pl.Callback):
     """After each of Lightning's steps, the bare model's on the same batch; what lies between them is Lightning's."""
 
     def __init__(self, bare: Bare, device: str) -> None:
         self.bare, self.device, self.since = bare, device, 0.0
-        self.seconds: dict[str, list[float]] = {"lightning": [], "bare": [], "bare, plain causal": []}
+        self.seconds: dict[str, list[float]] = {
+            "lightning": [],
+            "bare": [],
+            "bare, plain causal": [],
+        }
         self.losses: dict[str, list[float]] = {"lightning": [], "bare": []}
         self.tokens: list[int] = []
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self.since = clock(self.device)[0]
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Packed, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Packed, index: int
+    ) -> None:
         now = clock(self.device)[0]
         self.seconds["lightning"].append(now - self.since)
         self.losses["lightning"].append(float(outputs["loss"]))
@@ -77,12 +87,19 @@ def overhead(module: Any, layout: RaggedLayout, a: Namespace, folder: Path) -> d
     blocks = Blocks(layout, a.block)
     order = BlockOrder(layout, a.block, a.batch_size, a.window)
     loader = ResumingLoader(
-        blocks, a.batch_size, sampler=order, drop_last=True, collate_fn=blocks.collate, num_workers=a.num_workers
+        blocks,
+        a.batch_size,
+        sampler=order,
+        drop_last=True,
+        collate_fn=blocks.collate,
+        num_workers=a.num_workers,
     )
-    turns = InTurns(Bare(copy.deepcopy(module.model.causal).to(a.device).train(), module, a), a.device)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    turns = InTurns(
+        Bare(copy.deepcopy(module.model.causal).to(a.device).train(), module, a), a.device
+    )
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     index = torch.device(a.device).index or 0
-    trainer = L.Trainer(
+    trainer = pl.Trainer(
         accelerator="gpu" if a.device.startswith("cuda") else "cpu",
         devices=[index] if a.device.startswith("cuda") else 1,
         precision="32-true" if a.dtype == "float32" else "bf16-mixed",
@@ -107,7 +124,9 @@ def overhead(module: Any, layout: RaggedLayout, a: Namespace, folder: Path) -> d
         "useful_tokens_a_step": tokens,
         "first_loss": {name: found[0] for name, found in turns.losses.items()},
         "seconds": {name: statistics.median(found) for name, found in seconds.items()},
-        "useful_tokens_per_second": {name: tokens / statistics.median(found) for name, found in seconds.items()},
+        "useful_tokens_per_second": {
+            name: tokens / statistics.median(found) for name, found in seconds.items()
+        },
         "share_of_bare": ratio(seconds["bare"], seconds["lightning"]),
         "share_of_plain_causal": ratio(seconds["bare, plain causal"], seconds["lightning"]),
     }

@@ -39,7 +39,11 @@ class Painter:
     def __call__(self, captions: Sequence[str], ids: Sequence[Any], seed: int) -> list[Noted]:
         """One picture of each caption, the best of some by the scorer, and what is to be known of it."""
         count = self.a.best_of
-        asked = [(caption, one, k) for caption, one in zip(captions, ids, strict=True) for k in range(count)]
+        asked = [
+            (caption, one, k)
+            for caption, one in zip(captions, ids, strict=True)
+            for k in range(count)
+        ]
         made: list[Noted] = []
         for start in range(0, len(asked), self.a.batch_size):
             made += self.samples(asked[start : start + self.a.batch_size], seed)
@@ -56,21 +60,31 @@ class Painter:
 
     def samples(self, asked: Sequence[tuple[str, Any, int]], seed: int) -> list[Noted]:
         a, lm = self.a, self.lm
-        notes = [{"caption": caption, "id": str(one), "sample": str(k)} for caption, one, k in asked]
+        notes = [
+            {"caption": caption, "id": str(one), "sample": str(k)} for caption, one, k in asked
+        ]
         words = [seeded("codes", seed, one, k) for _, one, k in asked]
         noise = [seeded("noise", seed, one, k) for _, one, k in asked]
         drawing = {"num_inference_steps": a.steps}
-        if lm.objective.image_output == "vectors":  # nothing of a batch: one call takes one generator
+        if (
+            lm.objective.image_output == "vectors"
+        ):  # nothing of a batch: one call takes one generator
             pictures = [
-                lm.generate_images(caption, generator=g, decoder_guidance=a.decoder_guidance, **drawing)[0]
+                lm.generate_images(
+                    caption, generator=g, decoder_guidance=a.decoder_guidance, **drawing
+                )[0]
                 for (caption, _, _), g in zip(asked, noise, strict=True)
             ]
             return list(zip(pictures, notes, strict=True))
         sampling = {"top_k": a.top_k, "top_p": a.top_p, "temperature": a.temperature}
-        codes = lm.generate_codes_batch([caption for caption, _, _ in asked], a.guidance, words, **sampling)
+        codes = lm.generate_codes_batch(
+            [caption for caption, _, _ in asked], a.guidance, words, **sampling
+        )
         for note, length in zip(notes, codes.lengths.tolist(), strict=True):
             note["codes"] = str(length)
-        shown = lm.decoder(codes.to(a.device), generator=noise, guidance_scale=a.decoder_guidance, **drawing).images
+        shown = lm.decoder(
+            codes.to(a.device), generator=noise, guidance_scale=a.decoder_guidance, **drawing
+        ).images
         return list(zip(shown, notes, strict=True))
 
 
@@ -78,7 +92,9 @@ def uint8(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def paint(painter: Painter, captions: list[str], ids: list[Any], seed: int, folder: Path, a: Namespace) -> list[Path]:
+def paint(
+    painter: Painter, captions: list[str], ids: list[Any], seed: int, folder: Path, a: Namespace
+) -> list[Path]:
     """Files of all pictures of one seed; those that are there already are not made again.
 
     A batch is always of the same captions: of one that is not whole all pictures are made, and those missing written.
@@ -124,7 +140,9 @@ def add_painter(found: Any) -> None:
     found.add_argument("--model", default="default", help="'default', a directory or a Hub id")
     found.add_argument("--visual-tokenizer", help="if not the one that the model names")
     found.add_argument("--decoder", default="default", help="'default', a directory or a Hub id")
-    found.add_argument("--guidance", type=float, default=3.0, help="of the language model, where it says codes")
+    found.add_argument(
+        "--guidance", type=float, default=3.0, help="of the language model, where it says codes"
+    )
     found.add_argument("--top-k", type=common.positive, default=50)
     found.add_argument("--top-p", type=float)
     found.add_argument("--temperature", type=float, default=1.0)

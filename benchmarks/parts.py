@@ -47,7 +47,10 @@ class Parts:
 
     def __init__(self, out: Path, name: str, settings: dict[str, Any], kept: bool = False) -> None:
         text = json.dumps(settings, sort_keys=True, indent=2, default=str)
-        self.folder = Path(out) / f"{'' if kept else '.'}{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.folder = (
+            Path(out)
+            / f"{'' if kept else '.'}{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         there = len(list(self.folder.glob("*.safetensors")))
         if there:
@@ -63,7 +66,9 @@ class Parts:
         """compute()'s values, which JSON can hold, likewise."""
         return self._part(name, lambda: ({"none": torch.zeros(1)}, compute()))[1]
 
-    def _part(self, name: str, compute: Callable[[], tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
+    def _part(
+        self, name: str, compute: Callable[[], tuple[dict[str, Tensor], Any]]
+    ) -> tuple[dict[str, Tensor], Any]:
         path = self.folder / f"{name}.safetensors"
         if path.exists():
             self.reused += 1
@@ -75,7 +80,9 @@ class Parts:
             os.replace(unfinished, path)
         # Read back even when just computed, so that a resumed run and this one go through the same numbers.
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in sorted(file.keys())}, json.loads(file.metadata()["values"])
+            return {key: file.get_tensor(key) for key in sorted(file.keys())}, json.loads(
+                file.metadata()["values"]
+            )
 
     def done(self) -> None:
         """The result is written: the parts have served."""
@@ -106,13 +113,17 @@ def digest(*things: Any) -> str:
         if isinstance(thing, nn.Module):
             for name, tensor in sorted(thing.state_dict().items()):
                 total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                total.update(
+                    tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                )
         elif thing is None or isinstance(thing, (str, int, float, list, tuple, dict)):
             total.update(json.dumps(thing, sort_keys=True).encode())
         else:
             held = getattr(thing, "components", None) or vars(thing)
             modules = {k: v for k, v in held.items() if isinstance(v, nn.Module)}
-            total.update(digest(type(thing).__name__, *(modules[k] for k in sorted(modules))).encode())
+            total.update(
+                digest(type(thing).__name__, *(modules[k] for k in sorted(modules))).encode()
+            )
     return total.hexdigest()
 
 

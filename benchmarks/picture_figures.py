@@ -26,17 +26,30 @@ class Reference:
         places: of the set. Pictures that cannot be read are in no figure, nor are those made of their captions.
     """
 
-    def __init__(self, found: caption_sets.CaptionSet, places: Sequence[int], spaces: Any, scorers: Any, a: Namespace):
+    def __init__(
+        self,
+        found: caption_sets.CaptionSet,
+        places: Sequence[int],
+        spaces: Any,
+        scorers: Any,
+        a: Namespace,
+    ):
         self.rejects: list[dict[str, str]] = []
         self.good: list[int] = []
         """Which of the places have a picture."""
         self.shown: dict[int, Image.Image] = {}
         pixels = self._read(found, places, a)
-        self.features, self.described = described(pixels, len(places), spaces, scorers, "reference", a.batch_size)
+        self.features, self.described = described(
+            pixels, len(places), spaces, scorers, "reference", a.batch_size
+        )
         if not self.good:
-            raise ValueError(f"{found.name}: not one usable picture of {len(places)}, the first: {self.rejects[0]}")
+            raise ValueError(
+                f"{found.name}: not one usable picture of {len(places)}, the first: {self.rejects[0]}"
+            )
 
-    def _read(self, found: caption_sets.CaptionSet, places: Sequence[int], a: Namespace) -> Iterator[Tensor]:
+    def _read(
+        self, found: caption_sets.CaptionSet, places: Sequence[int], a: Namespace
+    ) -> Iterator[Tensor]:
         for number, place in enumerate(places):
             picture, reject = found.open(place)
             if picture is None:
@@ -72,20 +85,34 @@ def described(
             batch = []
     if batch:
         take(batch)
-    joined = [{name: torch.cat(parts) for name, parts in found.items() if parts} for found in (features, vectors)]
+    joined = [
+        {name: torch.cat(parts) for name, parts in found.items() if parts}
+        for found in (features, vectors)
+    ]
     return joined[0], joined[1]
 
 
 def spaces_of(lm: MultimodalLM, a: Namespace) -> dict[str, Any]:
     """Feature spaces by the name of their distance."""
     if not a.inception:
-        return {"Frechet distance in the visual tokenizer's encoder space (not FID)": metrics.EncoderSpace(lm.visual)}
+        return {
+            "Frechet distance in the visual tokenizer's encoder space (not FID)": metrics.EncoderSpace(
+                lm.visual
+            )
+        }
     name = "FID, torchmetrics Inception-v3 2048-d, antialias="
-    return {f"{name}{antialias}": metrics.inception(a.inception, antialias) for antialias in (True, False)}
+    return {
+        f"{name}{antialias}": metrics.inception(a.inception, antialias)
+        for antialias in (True, False)
+    }
 
 
 def made_figures(
-    features: dict[str, Tensor], vectors: dict[str, Tensor], against: dict[str, Tensor], texts: Any, spread: list[int]
+    features: dict[str, Tensor],
+    vectors: dict[str, Tensor],
+    against: dict[str, Tensor],
+    texts: Any,
+    spread: list[int],
 ) -> dict[str, float]:
     """Distances to the reference, and nearness to the captions.
 
@@ -93,9 +120,13 @@ def made_figures(
         texts: vectors [n e] of the pictures' captions, by scorer.
         spread: places of pictures whose captions all differ, among which the own one is sought.
     """
-    values = {name: metrics.frechet_of_features(against[name], found) for name, found in features.items()}
+    values = {
+        name: metrics.frechet_of_features(against[name], found) for name, found in features.items()
+    }
     for name, found in vectors.items():
-        values[f"{name}: 100 x cosine with the own caption"] = 100 * float((found * texts[name]).sum(1).mean())
+        values[f"{name}: 100 x cosine with the own caption"] = 100 * float(
+            (found * texts[name]).sum(1).mean()
+        )
         hits = top(ranks(found[spread], texts[name][spread]))
         values |= {f"{name}: own caption among {len(spread)}, {k}": v for k, v in hits.items()}
     return values

@@ -50,9 +50,7 @@ class Pictures:
     def describe(self) -> str:
         size = self.pixels.shape[-1]
         form = "crop" if self.cropped else "resized to"
-        text = (
-            f"{len(self)} pictures, evenly spaced over the {self.total} of split {self.split!r}, {form} {size}x{size}"
-        )
+        text = f"{len(self)} pictures, evenly spaced over the {self.total} of split {self.split!r}, {form} {size}x{size}"
         return text + (f"; {len(self.rejects)} bad rows skipped" if self.rejects else "")
 
     def record(self) -> dict[str, Any]:
@@ -95,12 +93,16 @@ def load_pictures(
         texts = {"key": key, "source": row.get("source"), "caption": row.get("caption") or ""}
         return (None if image is None else resize(image, size, crop)), reject, texts
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter lock
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # Pillow decodes and resizes outside the interpreter lock
         found = list(progress(pool.map(read, places), "pictures", len(places)))
     pixels = [p for p, _, _ in found if p is not None]
     rejects = [_nameable(r) for _, r, _ in found if r is not None]
     if not pixels:
-        raise ValueError(f"{data}: not one usable picture in split {name!r} ({len(rejects)} bad rows)")
+        raise ValueError(
+            f"{data}: not one usable picture in split {name!r} ({len(rejects)} bad rows)"
+        )
     texts = [t for p, _, t in found if p is not None]
     groups = [str(t["source"]) for t in texts if t["source"] is not None]
     return Pictures(

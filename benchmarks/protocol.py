@@ -39,7 +39,9 @@ class Done:
             found.append("whole pictures squeezed to a square, no centre crop")
         if self.set_name and self.images != SETS[self.set_name]:
             bad = f", {self.bad_rows} unreadable" if self.bad_rows else ""
-            found.append(f"{self.pictures} of the {SETS[self.set_name]} pictures of {self.set_name}{bad}")
+            found.append(
+                f"{self.pictures} of the {SETS[self.set_name]} pictures of {self.set_name}{bad}"
+            )
         if self.random_weights:
             found.append("random weights")
         return found

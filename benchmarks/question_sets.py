@@ -57,8 +57,12 @@ class QuestionSet:
 
     def take(self, places: Sequence[int]) -> QuestionSet:
         names = ("ids", "pictures", "questions", "answers", "types")
-        picked: dict[str, list[Any]] = {name: [getattr(self, name)[i] for i in places] for name in names}
-        return replace(self, standard=self.standard if len(places) == self.total else None, **picked)
+        picked: dict[str, list[Any]] = {
+            name: [getattr(self, name)[i] for i in places] for name in names
+        }
+        return replace(
+            self, standard=self.standard if len(places) == self.total else None, **picked
+        )
 
     def open(self, i: int) -> OpenedImages:
         return open_picture(self.images[i], self.ids[i])
@@ -72,13 +76,25 @@ class QuestionSet:
 
 def add_questions(found: Any) -> None:
     """The arguments that `questions_of` reads."""
-    found.add_argument("--questions", type=Path, help="questions of VQAv2 or OK-VQA, or VizWiz's single file")
-    found.add_argument("--annotations", type=Path, help="answers to --questions; without them answers are only written")
-    found.add_argument("--images", type=Path, help="folder of the pictures that --questions names")
-    found.add_argument("--data", help="in their place: any data set with questions and answers, or with captions")
-    found.add_argument("--split", help="of --data: test, else validation, else the first, if not given")
     found.add_argument(
-        "--question", default="what is this?", help="what is asked of a --data that has captions and no questions"
+        "--questions", type=Path, help="questions of VQAv2 or OK-VQA, or VizWiz's single file"
+    )
+    found.add_argument(
+        "--annotations",
+        type=Path,
+        help="answers to --questions; without them answers are only written",
+    )
+    found.add_argument("--images", type=Path, help="folder of the pictures that --questions names")
+    found.add_argument(
+        "--data", help="in their place: any data set with questions and answers, or with captions"
+    )
+    found.add_argument(
+        "--split", help="of --data: test, else validation, else the first, if not given"
+    )
+    found.add_argument(
+        "--question",
+        default="what is this?",
+        help="what is asked of a --data that has captions and no questions",
     )
 
 
@@ -89,7 +105,9 @@ def questions_of(a: Namespace) -> QuestionSet:
     if a.data is not None:
         return question_rows(a.data, a.split, a.question)
     if a.images is None:
-        raise ValueError(f"--questions {a.questions.name}: expected --images, the folder of its pictures")
+        raise ValueError(
+            f"--questions {a.questions.name}: expected --images, the folder of its pictures"
+        )
     return read_questions(a.questions, a.annotations, a.images)
 
 
@@ -110,7 +128,10 @@ def read_questions(path: Path, annotations: Path | None, images: Path) -> Questi
     answers: list[list[str]] = [[] for _ in ids]
     types = ["all"] * len(ids)
     if annotations is not None:
-        with Format(annotations, "VQAv2's answers {annotations: [{question_id, answers: [{answer}], answer_type}]}"):
+        with Format(
+            annotations,
+            "VQAv2's answers {annotations: [{question_id, answers: [{answer}], answer_type}]}",
+        ):
             by_id = {one["question_id"]: one for one in read_json(annotations)["annotations"]}
             missing = [i for i in ids if i not in by_id]
             if missing:
@@ -126,7 +147,9 @@ def read_questions(path: Path, annotations: Path | None, images: Path) -> Questi
 
 def _vizwiz(path: Path, annotations: Path | None, images: Path, found: list[Any]) -> QuestionSet:
     if annotations is not None:
-        raise ValueError(f"{path.name}: VizWiz's file holds its answers, got --annotations {annotations.name} as well")
+        raise ValueError(
+            f"{path.name}: VizWiz's file holds its answers, got --annotations {annotations.name} as well"
+        )
     return QuestionSet(
         ids=[str(one["image"]) for one in found],
         pictures=[images / one["image"] for one in found],
@@ -169,18 +192,27 @@ def question_rows(data: str, split: str | None, question: str) -> QuestionSet:
     columns = rows.column_names
     answered = next((c for c in ("answers", "answer", "caption") if c in columns), None)
     if answered is None or ("question" not in columns and "caption" not in columns):
-        raise ValueError(f"{data}: expected columns question and answers, or caption, got {', '.join(columns)}")
+        raise ValueError(
+            f"{data}: expected columns question and answers, or caption, got {', '.join(columns)}"
+        )
     made_up = None
     if "question" not in columns:
-        made_up, answered = f"no questions: {question!r} is asked of all, the caption is the only answer", "caption"
+        made_up, answered = (
+            f"no questions: {question!r} is asked of all, the caption is the only answer",
+            "caption",
+        )
     given = [_answers(x) if isinstance(x, list) else [str(x)] if x else [] for x in rows[answered]]
     places = [i for i, answers in enumerate(given) if any(answer.strip() for answer in answers)]
     return QuestionSet(
         ids=[id_of(row_key(rows[i], column, f"row {i}", QUESTION_KEYS), data) for i in places],
         pictures=[(rows, column, i) for i in places],
-        questions=[question] * len(places) if made_up else [str(rows[i]["question"]) for i in places],
+        questions=[question] * len(places)
+        if made_up
+        else [str(rows[i]["question"]) for i in places],
         answers=[given[i] for i in places],
-        types=[str(rows[i]["answer_type"]) for i in places] if "answer_type" in columns else ["all"] * len(places),
+        types=[str(rows[i]["answer_type"]) for i in places]
+        if "answer_type" in columns
+        else ["all"] * len(places),
         name=f"split {name!r} of {Path(data).name}",
         standard=None,
         total=len(places),

@@ -33,7 +33,9 @@ def noise_of(seed: int, place: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(word) >> 1)
 
 
-def keep_mask(tokenizer: VisualTokenizer, features: Tensor, point: Point, seed: int, places: Sequence[int]) -> Tensor:
+def keep_mask(
+    tokenizer: VisualTokenizer, features: Tensor, point: Point, seed: int, places: Sequence[int]
+) -> Tensor:
     """bool [b n]: the patches that are coded at this point of the curve."""
     method, budget = point
     scores = keep_scores(tokenizer.score(features))
@@ -49,7 +51,12 @@ def keep_mask(tokenizer: VisualTokenizer, features: Tensor, point: Point, seed: 
 
 @torch.no_grad()
 def coded(
-    tokenizer: VisualTokenizer, images: Tensor, point: Point, seed: int, places: Sequence[int], mean: Tensor
+    tokenizer: VisualTokenizer,
+    images: Tensor,
+    point: Point,
+    seed: int,
+    places: Sequence[int],
+    mean: Tensor,
 ) -> dict[str, Tensor]:
     """Codes of a batch at one point of the curve, and each picture's cosines; floors beside the own decision."""
     features = tokenizer.features(tokenizer.preprocess(images))
@@ -89,7 +96,11 @@ def drawn_part(
 
 
 def scores(
-    found: dict[str, Tensor], rows: Tensor, thumbnails: Tensor, real: Sequence[Tensor], names: Sequence[str]
+    found: dict[str, Tensor],
+    rows: Tensor,
+    thumbnails: Tensor,
+    real: Sequence[Tensor],
+    names: Sequence[str],
 ) -> dict[str, float]:
     """The figures of one seed, over some of its pictures.
 
@@ -101,25 +112,35 @@ def scores(
     """
     pairs = [name for name in ("psnr", "ssim", "lpips") if name in found]
     values = {name: float(found[name][rows].double().mean()) for name in pairs}
-    values["retrieval"] = float(metrics.found_own(found["thumbnail"][rows], thumbnails).double().mean())
+    values["retrieval"] = float(
+        metrics.found_own(found["thumbnail"][rows], thumbnails).double().mean()
+    )
     for i, (sources, name) in enumerate(zip(real, names, strict=True)):
         values[name] = metrics.frechet_of_features(sources[rows], found[f"space {i}"][rows])
     return values
 
 
-def feature_spaces(a: Namespace, tokenizer: adapters.ImageTokenizer) -> dict[str, Callable[[Tensor], Tensor]]:
+def feature_spaces(
+    a: Namespace, tokenizer: adapters.ImageTokenizer
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """What is asked for, by name; "rFID True" and "rFID False" for Inception with antialiasing and without."""
     found: dict[str, Callable[[Tensor], Tensor]] = {}
     for name in a.spaces:
         kind, _, weights = name.partition(":")
         if name == "encoder":
             own = isinstance(tokenizer, adapters.Lavit)
-            encoder = tokenizer.tokenizer if own else VisualTokenizer.from_pretrained("default", device=a.device)  # type: ignore[attr-defined]
-            found["the tokenizer's encoder space" if own else "the shipped encoder's space"] = metrics.EncoderSpace(
-                encoder
+            encoder = (
+                tokenizer.tokenizer
+                if own
+                else VisualTokenizer.from_pretrained("default", device=a.device)
+            )  # type: ignore[attr-defined]
+            found["the tokenizer's encoder space" if own else "the shipped encoder's space"] = (
+                metrics.EncoderSpace(encoder)
             )
         else:
-            found[f"{kind} space ({Path(weights).name})"] = metrics.VisionSpace(kind, weights).to(a.device)
+            found[f"{kind} space ({Path(weights).name})"] = metrics.VisionSpace(kind, weights).to(
+                a.device
+            )
     for antialias in (True, False) if a.inception else ():
         network = metrics.inception(a.inception, antialias).to(a.device)
         found[f"rFID {antialias}"] = partial(_on, network, a.device)
@@ -139,7 +160,10 @@ def space_name(space: str, done: protocol.Done) -> str:
 
 def kind_of(space: str) -> dict[str, Any]:
     rfid = space.startswith("rFID ")
-    return {"kind": "rFID" if rfid else "Frechet", "antialias": space.endswith("True") if rfid else None}
+    return {
+        "kind": "rFID" if rfid else "Frechet",
+        "antialias": space.endswith("True") if rfid else None,
+    }
 
 
 def label(point: Point) -> str:

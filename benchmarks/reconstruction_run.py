@@ -45,21 +45,38 @@ class Run:
 
     def __init__(self, a: Namespace) -> None:
         self.a = a
-        self.tokenizer = adapters.load(a.tokenizer, a.device, a.image_size, a.decoder, a.steps, a.guidance)
-        self.images = picture_sets.load_pictures(a.data, self.tokenizer.image_size, a.split, a.limit, not a.squeeze)
+        self.tokenizer = adapters.load(
+            a.tokenizer, a.device, a.image_size, a.decoder, a.steps, a.guidance
+        )
+        self.images = picture_sets.load_pictures(
+            a.data, self.tokenizer.image_size, a.split, a.limit, not a.squeeze
+        )
         self.own = self.tokenizer.tokenizer if isinstance(self.tokenizer, adapters.Lavit) else None
         if self.tokenizer.decodes and a.inception:
             protocol.refuse_few(min(a.images, len(self.images)), a.force)
         if not self.own and not self.tokenizer.decodes:
-            raise ValueError(f"{a.tokenizer}: it has neither our features nor a decoder, so nothing can be measured")
+            raise ValueError(
+                f"{a.tokenizer}: it has neither our features nor a decoder, so nothing can be measured"
+            )
         settings = common.given(a)
-        content = {"tokenizer": self.tokenizer.identity, "pixels": pixels_digest(self.images.pixels)}
-        self.parts = Parts(a.out, "reconstruction", settings | content | {"where": common.provenance("reconstruction")})
+        content = {
+            "tokenizer": self.tokenizer.identity,
+            "pixels": pixels_digest(self.images.pixels),
+        }
+        self.parts = Parts(
+            a.out,
+            "reconstruction",
+            settings | content | {"where": common.provenance("reconstruction")},
+        )
 
     def budgets(self) -> list[int]:
         """As asked for, or an eighth, a quarter, a third and a half of the patches."""
         patches = self.tokenizer.most_codes
-        found = self.a.budgets if self.a.budgets is not None else sorted({max(1, patches // k) for k in (8, 4, 3, 2)})
+        found = (
+            self.a.budgets
+            if self.a.budgets is not None
+            else sorted({max(1, patches // k) for k in (8, 4, 3, 2)})
+        )
         wrong = [b for b in found if not 1 <= b <= patches]
         if wrong:
             raise ValueError(f"--budgets: expected 1..{patches} codes an image, got {wrong}")
@@ -68,10 +85,14 @@ class Run:
     def mean_feature(self) -> Tensor:
         assert self.own is not None
         a, own = self.a, self.own
-        reference = picture_sets.reference_pictures(a.data, own.config.image_size, a.mean_pictures, self.images)
+        reference = picture_sets.reference_pictures(
+            a.data, own.config.image_size, a.mean_pictures, self.images
+        )
         self.reference = reference.describe()
         batches = reference.batches(a.batch_size)
-        return self.parts.tensors("mean", lambda: {"mean": metrics.feature_mean(own, batches)})["mean"]
+        return self.parts.tensors("mean", lambda: {"mean": metrics.feature_mean(own, batches)})[
+            "mean"
+        ]
 
     def places(self) -> tuple[list[int], list[int]]:
         """(places of the drawn pictures, of the further ones among which a source is sought), each evenly spaced."""
@@ -99,9 +120,13 @@ class Run:
 
         name = f"codes-{what}"
         todo = progress(self.batches(places), name)
-        return joined([self.parts.tensors(f"{name}-{i:05}", partial(part, b)) for i, b in enumerate(todo)])
+        return joined(
+            [self.parts.tensors(f"{name}-{i:05}", partial(part, b)) for i, b in enumerate(todo)]
+        )
 
-    def draw(self, codes: VisualCodes, seed: int, places: Sequence[int], what: str, first: bool) -> dict[str, Tensor]:
+    def draw(
+        self, codes: VisualCodes, seed: int, places: Sequence[int], what: str, first: bool
+    ) -> dict[str, Tensor]:
         """Scores of the pictures drawn from these codes, one for each place."""
         found, start = [], 0
         for i, batch in enumerate(progress(self.batches(places), f"draw-{what}, seed {seed}")):
@@ -109,7 +134,15 @@ class Run:
             start += len(batch)
             sources = self.images.pixels[batch]
             compute = partial(
-                drawn_part, self.tokenizer, some, sources, batch, seed, self.spaces, self.lpips, first and i == 0
+                drawn_part,
+                self.tokenizer,
+                some,
+                sources,
+                batch,
+                seed,
+                self.spaces,
+                self.lpips,
+                first and i == 0,
             )
             found.append(self.parts.tensors(f"draw-{what}-{seed}-{i:05}", compute))
         self.shown = found[0].pop("drawn") if first else self.shown
@@ -119,12 +152,17 @@ class Run:
         """The sources' features in every space."""
 
         def part(batch: list[int]) -> dict[str, Tensor]:
-            return {f"{i}": space(self.images.pixels[batch]) for i, space in enumerate(self.spaces.values())}
+            return {
+                f"{i}": space(self.images.pixels[batch])
+                for i, space in enumerate(self.spaces.values())
+            }
 
         if not self.spaces:
             return []
         todo = progress(self.batches(places), "source features")
-        found = joined([self.parts.tensors(f"real-{i:05}", partial(part, b)) for i, b in enumerate(todo)])
+        found = joined(
+            [self.parts.tensors(f"real-{i:05}", partial(part, b)) for i, b in enumerate(todo)]
+        )
         return [found[f"{i}"] for i in range(len(self.spaces))]
 
     def done_with(self, count: int) -> protocol.Done:
@@ -132,7 +170,9 @@ class Run:
         a, pictures = self.a, self.images
         random = self.tokenizer.weights == adapters.RANDOM
         bad = len(pictures.rejects)
-        return protocol.Done(count, self.tokenizer.image_size, pictures.cropped, bad, a.set_name, random)
+        return protocol.Done(
+            count, self.tokenizer.image_size, pictures.cropped, bad, a.set_name, random
+        )
 
     def pixels(
         self, own_codes: VisualCodes, curve: Sequence[int], points: Sequence[Point], mean: Any
@@ -144,7 +184,9 @@ class Run:
         self.spaces = feature_spaces(a, self.tokenizer)
         self.lpips = metrics.lpips_metric() if a.lpips else None
         self.shown: Tensor | None = None
-        searched = torch.cat([metrics.thumbnails(pictures.pixels[[i]].float() / 255) for i in places + others])
+        searched = torch.cat(
+            [metrics.thumbnails(pictures.pixels[[i]].float() / 255) for i in places + others]
+        )
         done = self.done_with(count)
         names = [space_name(space, done) for space in self.spaces]
         real = self.real_features(places)
@@ -154,22 +196,38 @@ class Run:
         for seed in range(a.seeds):
             found[seed] = self.draw(codes, seed, places, "own", seed == 0)
             runs.append(scores(found[seed], everything, searched, real, names))
-            print(f"seed {seed}: " + ", ".join(f"{k} {v:.4g}" for k, v in runs[-1].items()), flush=True)
+            print(
+                f"seed {seed}: " + ", ".join(f"{k} {v:.4g}" for k, v in runs[-1].items()),
+                flush=True,
+            )
         self.sources = pictures.pixels[places[: a.batch_size]]
         settings = {"pictures": count, "sources": len(searched), "seeds": a.seeds}
         own = {"steps": a.steps, "guidance": a.guidance} if self.own is not None else {}
-        departures = {"departures": done.departures(), "against_published": done.against_published()}
+        departures = {
+            "departures": done.departures(),
+            "against_published": done.against_published(),
+        }
         kinds = [kind_of(space) for space in self.spaces]
         distances = [
-            {"name": n, **k, "value": common.spread([r[n] for r in runs])} for n, k in zip(names, kinds, strict=True)
+            {"name": n, **k, "value": common.spread([r[n] for r in runs])}
+            for n, k in zip(names, kinds, strict=True)
         ]
         summary = {name: common.spread([r[name] for r in runs]) for name in runs[0]}
-        values = {**settings, **own, **departures, "per_seed": runs, "summary": summary, "distances": distances}
+        values = {
+            **settings,
+            **own,
+            **departures,
+            "per_seed": runs,
+            "summary": summary,
+            "distances": distances,
+        }
         values["codes_per_image"] = float(codes.lengths.double().mean())
         row_of = {place: row for row, place in enumerate(places)}
         rows = [row_of[place] for place in curve]
         if points:
-            values["curve"] = self.curve_pixels(points, places, torch.tensor(rows), found, searched, real, mean)
+            values["curve"] = self.curve_pixels(
+                points, places, torch.tensor(rows), found, searched, real, mean
+            )
         return values
 
     def curve_pixels(
@@ -186,9 +244,15 @@ class Run:
         some = [places[i] for i in rows.tolist()]
         enough = len(some) >= protocol.FID_LEAST
         other = torch.ones(len(searched), dtype=torch.bool).index_fill(0, rows, False)
-        ordered = torch.cat([searched[rows], searched[other]])  # the rows' own come first, as retrieval expects
+        ordered = torch.cat(
+            [searched[rows], searched[other]]
+        )  # the rows' own come first, as retrieval expects
         subset = [features[rows] for features in real] if enough else []
-        names = [space_name(space, self.done_with(len(some))) for space in self.spaces] if enough else []
+        names = (
+            [space_name(space, self.done_with(len(some))) for space in self.spaces]
+            if enough
+            else []
+        )
         table, everything = [], torch.arange(len(some))
         for point in points:
             runs = []
@@ -197,11 +261,16 @@ class Run:
                     drawn = {key: value[rows] for key, value in own[seed].items()}
                 else:
                     what = label(point).replace(" ", "_")
-                    codes = self.codes(point, seed, some, f"{what}-{seed}" if point[0] == RANDOM else what, mean)
-                    drawn = self.draw(as_codes(codes, self.tokenizer.codebook_size), seed, some, what, False)
+                    codes = self.codes(
+                        point, seed, some, f"{what}-{seed}" if point[0] == RANDOM else what, mean
+                    )
+                    drawn = self.draw(
+                        as_codes(codes, self.tokenizer.codebook_size), seed, some, what, False
+                    )
                 runs.append(scores(drawn, everything, ordered, subset, names))
             table.append(
-                {"method": point[0], "budget": point[1]} | {k: common.spread([r[k] for r in runs]) for k in runs[0]}
+                {"method": point[0], "budget": point[1]}
+                | {k: common.spread([r[k] for r in runs]) for k in runs[0]}
             )
         return table
 
@@ -219,8 +288,14 @@ def curve_features(
                 found = {key: own[key][list(curve)] for key in ("lengths", "plain", "centred")}
             else:
                 what = label(point).replace(" ", "_")
-                found = run.codes(point, seed, curve, f"{what}-{seed}" if point[0] == RANDOM else what, mean)
-            runs.append({key: float(found[key].double().mean()) for key in ("lengths", "plain", "centred")})
+                found = run.codes(
+                    point, seed, curve, f"{what}-{seed}" if point[0] == RANDOM else what, mean
+                )
+            runs.append(
+                {key: float(found[key].double().mean()) for key in ("lengths", "plain", "centred")}
+            )
         row = {key: common.spread([r[key] for r in runs]) for key in ("plain", "centred")}
-        table.append({"method": point[0], "budget": point[1], "codes_per_image": runs[0]["lengths"], **row})
+        table.append(
+            {"method": point[0], "budget": point[1], "codes_per_image": runs[0]["lengths"], **row}
+        )
     return table

@@ -68,13 +68,17 @@ class Request:
     expected: list[int]
 
 
-def learnt_by_heart(out: Path, codebook_size: int, steps: int, seed: int) -> tuple[list[str], list[list[int]]]:
+def learnt_by_heart(
+    out: Path, codebook_size: int, steps: int, seed: int
+) -> tuple[list[str], list[list[int]]]:
     """Export a small Llama that has learnt eight pairs in both orders. Returns the captions and their codes."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     tokenizer = train_text_tokenizer(CAPTIONS, 320)
     shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=256, **shape)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=256, **shape
+    )
     model = LlamaForCausalLM(config)
     vocabulary = VisualVocabulary.extend(tokenizer, model, codebook_size, generator)
     lengths = torch.randint(4, 17, (len(CAPTIONS),), generator=generator).tolist()
@@ -83,10 +87,15 @@ def learnt_by_heart(out: Path, codebook_size: int, steps: int, seed: int) -> tup
     for caption, picture in zip(CAPTIONS, codes, strict=True):
         text = vocabulary.encode_text(tokenizer, caption)
         image = [vocabulary.begin, *vocabulary.to_ids(picture).tolist(), vocabulary.end]
-        rows += [[tokenizer.bos_token_id, *a, *b, tokenizer.eos_token_id] for a, b in ((text, image), (image, text))]
+        rows += [
+            [tokenizer.bos_token_id, *a, *b, tokenizer.eos_token_id]
+            for a, b in ((text, image), (image, text))
+        ]
     width = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    labels = ids.masked_fill(torch.arange(width) >= torch.tensor([[len(row)] for row in rows]), -100)
+    labels = ids.masked_fill(
+        torch.arange(width) >= torch.tensor([[len(row)] for row in rows]), -100
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     for step in range(steps):
         loss = model(ids, labels=labels).loss
@@ -109,7 +118,9 @@ def requests(directory: Path, caption: str, codes: list[int], most: int) -> list
     found = []
     for name, prompt in questions.items():
         inputs = tokenizer(prompt, return_tensors="pt")
-        answer = model.generate(**inputs, max_new_tokens=most, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answer = model.generate(**inputs, max_new_tokens=most, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         found += [Request(name, ask, prompt, answer.tolist()) for ask in ("completion", "chat")]
     return [*found, Request("image codes", "stream", found[-1].prompt, found[-1].expected)]
 
@@ -122,14 +133,22 @@ def server(command: list[str], directory: Path, log: Path, seconds: float) -> It
         port = probe.getsockname()[1]
     whole = [*command, str(directory), "--host", "127.0.0.1", "--port", str(port)]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as output, subprocess.Popen(whole, stdout=output, stderr=output, env=offline) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(whole, stdout=output, stderr=output, env=offline) as process,
+    ):
         try:
             address, start = f"http://127.0.0.1:{port}", time.monotonic()
             while not _answers(f"{address}/health"):
                 if process.poll() is not None or time.monotonic() - start > seconds:
-                    raise RuntimeError(f"{shlex.join(command)} gave no answer:\n{log.read_text()[-3000:]}")
+                    raise RuntimeError(
+                        f"{shlex.join(command)} gave no answer:\n{log.read_text()[-3000:]}"
+                    )
                 time.sleep(0.5)
-            print(f"server ready after {time.monotonic() - start:.1f} s: {shlex.join(command)}", flush=True)
+            print(
+                f"server ready after {time.monotonic() - start:.1f} s: {shlex.join(command)}",
+                flush=True,
+            )
             yield address
         finally:
             process.terminate()
@@ -158,7 +177,9 @@ def asker(address: str, model: str, most: int) -> Callable[[Request], tuple[str,
         if request.ask == "chat":
             messages: Any = [{"role": "user", "content": request.prompt}]
             reply = client.chat.completions.create(messages=messages, **greedy)
-            return reply.choices[0].message.content or "", getattr(reply.usage, "completion_tokens", None)
+            return reply.choices[0].message.content or "", getattr(
+                reply.usage, "completion_tokens", None
+            )
         if request.ask == "stream":
             chunks = client.completions.create(prompt=request.prompt, stream=True, **greedy)
             return "".join(chunk.choices[0].text or "" for chunk in chunks if chunk.choices), None
@@ -168,17 +189,26 @@ def asker(address: str, model: str, most: int) -> Callable[[Request], tuple[str,
     return ask
 
 
-def judge(request: Request, text: str, counted: int | None, seconds: float, tokenizer: Any) -> dict[str, Any]:
+def judge(
+    request: Request, text: str, counted: int | None, seconds: float, tokenizer: Any
+) -> dict[str, Any]:
     """Compare an answer with greedy decoding, as text and as ids; an image's must be codes up to its end."""
     vocabulary = VisualVocabulary.of(tokenizer)
-    result: dict[str, Any] = {"request": request.name, "as": request.ask, "text": text, "seconds": round(seconds, 3)}
+    result: dict[str, Any] = {
+        "request": request.name,
+        "as": request.ask,
+        "text": text,
+        "seconds": round(seconds, 3),
+    }
     result["text_equal"] = text == tokenizer.decode(request.expected, skip_special_tokens=True)
     if counted is not None:
         result["count_equal"] = counted == len(request.expected)
     if request.name == "image codes":
         shown = [i for i in request.expected if bool(vocabulary.is_visual(torch.tensor(i)))]
         got = tokenizer(text, add_special_tokens=False).input_ids
-        result["ids_equal"] = [i for i in got if bool(vocabulary.is_visual(torch.tensor(i)))] == shown
+        result["ids_equal"] = [
+            i for i in got if bool(vocabulary.is_visual(torch.tensor(i)))
+        ] == shown
         codes = [int(number) for number in CODE.findall(text.split(END)[0])]
         result["codes"] = codes
         result["only_codes"] = not CODE.sub("", text.split(END)[0]) and len(codes) > 0
@@ -189,12 +219,20 @@ def judge(request: Request, text: str, counted: int | None, seconds: float, toke
 def main(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    command = shlex.split(arguments.command) if arguments.command else [_beside("transformers"), "serve"]
+    command = (
+        shlex.split(arguments.command) if arguments.command else [_beside("transformers"), "serve"]
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        directory, most, known = arguments.model or Path(scratch, "exported"), arguments.max_tokens, None
+        directory, most, known = (
+            arguments.model or Path(scratch, "exported"),
+            arguments.max_tokens,
+            None,
+        )
         caption, codes = arguments.caption, arguments.codes
         if arguments.model is None:
-            captions, pictures = learnt_by_heart(directory, arguments.codebook_size, arguments.steps, arguments.seed)
+            captions, pictures = learnt_by_heart(
+                directory, arguments.codebook_size, arguments.steps, arguments.seed
+            )
             caption, codes = captions[0], pictures[0]
             known = {"caption": caption, "codes": codes}
         asked = requests(directory, caption, codes, most)
@@ -205,14 +243,30 @@ def main(arguments: argparse.Namespace) -> int:
             for request in asked:
                 start = time.perf_counter()
                 text, counted = ask(request)
-                results.append(judge(request, text, counted, time.perf_counter() - start, tokenizer))
+                results.append(
+                    judge(request, text, counted, time.perf_counter() - start, tokenizer)
+                )
                 print(json.dumps(results[-1], ensure_ascii=False), flush=True)
     checks = ("text_equal", "count_equal", "ids_equal", "only_codes", "ended")
-    wrong = [f"{r['request']} as {r['as']}: {name}" for r in results for name in checks if not r.get(name, True)]
+    wrong = [
+        f"{r['request']} as {r['as']}: {name}"
+        for r in results
+        for name in checks
+        if not r.get(name, True)
+    ]
     if known:
-        wrong += [f"{r['request']} as {r['as']}: not what was learnt" for r in results if not _learnt(r, known)]
+        wrong += [
+            f"{r['request']} as {r['as']}: not what was learnt"
+            for r in results
+            if not _learnt(r, known)
+        ]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    summary = {"requests": len(results), "wrong": wrong, "python": platform.python_version(), "versions": versions}
+    summary = {
+        "requests": len(results),
+        "wrong": wrong,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
     print(json.dumps(summary, ensure_ascii=False))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -234,7 +288,8 @@ def _beside(name: str) -> str:
 
 def arguments() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     found.add_argument(
         "--model",
@@ -242,16 +297,23 @@ def arguments() -> argparse.ArgumentParser:
         help="a directory written by lavit_lm.checkpoints.export; a small one is made if not given",
     )
     found.add_argument("--caption", default="a red apple", help="what to draw, with --model")
-    found.add_argument("--codes", type=int, nargs="+", default=[0, 1, 2, 3], help="what to caption, with --model")
     found.add_argument(
-        "--command", help="starts the server, as `COMMAND DIRECTORY --host H --port P`; transformers serve"
+        "--codes", type=int, nargs="+", default=[0, 1, 2, 3], help="what to caption, with --model"
+    )
+    found.add_argument(
+        "--command",
+        help="starts the server, as `COMMAND DIRECTORY --host H --port P`; transformers serve",
     )
     found.add_argument("--max-tokens", type=int, default=40, help="of an answer")
     found.add_argument("--codebook-size", type=int, default=64, help="of the small model")
     found.add_argument("--steps", type=int, default=150, help="that the small model learns")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--wait", type=float, default=180.0, help="seconds for the server to start")
-    found.add_argument("--threads", type=int, help="CPU threads of torch in this process; its own choice if not given")
+    found.add_argument(
+        "--threads",
+        type=int,
+        help="CPU threads of torch in this process; its own choice if not given",
+    )
     found.add_argument("--out", type=Path, help="folder for serve_check.json")
     return found
 

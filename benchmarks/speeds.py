@@ -94,7 +94,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
         for r in rows
     ]
-    head = ("what", "weights", "batch", "codes an image", "bits", "weights, M", "GFLOPs an image", "images/s")
+    head = (
+        "what",
+        "weights",
+        "batch",
+        "codes an image",
+        "bits",
+        "weights, M",
+        "GFLOPs an image",
+        "images/s",
+    )
     return common.table((*head, "beside", "FLOP ratio", "time ratio", "peak memory, GiB"), lines)
 
 
@@ -102,9 +111,14 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Images/s of all rows, on a logarithmic scale."""
     plt = common.pyplot()
     figure, axis = plt.subplots(figsize=(7.5, 0.9 + 0.34 * len(rows)), layout="constrained")
-    names = [f"{r['name']} ({r['tokens_per_image']:.0f} codes)" if r["tokens_per_image"] else r["name"] for r in rows]
+    names = [
+        f"{r['name']} ({r['tokens_per_image']:.0f} codes)" if r["tokens_per_image"] else r["name"]
+        for r in rows
+    ]
     values = [r["images_per_second"] for r in rows]
-    bars = axis.barh(range(len(rows)), values, color=["tab:red" if "lavit-tok" in n else "0.6" for n in names])
+    bars = axis.barh(
+        range(len(rows)), values, color=["tab:red" if "lavit-tok" in n else "0.6" for n in names]
+    )
     axis.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=8)
     axis.set_yticks(range(len(rows)), names, fontsize=8)
     axis.invert_yaxis()

@@ -35,7 +35,9 @@ def batches(arguments: Namespace, tokenizer: VisualTokenizer) -> tuple[Any, str]
     size = tokenizer.config.image_size
     if arguments.data is None:
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randint(256, (arguments.limit or 64, 3, size, size), generator=generator, dtype=torch.uint8)
+        noise = torch.randint(
+            256, (arguments.limit or 64, 3, size, size), generator=generator, dtype=torch.uint8
+        )
         return noise.split(arguments.batch_size), f"{len(noise)} pictures of noise"
     pictures = picture_sets.load_pictures(arguments.data, size, arguments.split, arguments.limit)
     return pictures.batches(arguments.batch_size), pictures.describe()
@@ -58,11 +60,19 @@ def compare(tokenizer: VisualTokenizer, arguments: Namespace, scale: float) -> d
             merger.formula = formula
             z[formula] = tokenizer.project(merger(features, keep))
             codes[formula] = tokenizer.quantize(z[formula], keep.sum(1)).values
-        tokens, changed = tokens + len(z["strict"]), changed + int((codes["strict"] != codes["compat"]).sum())
+        tokens, changed = (
+            tokens + len(z["strict"]),
+            changed + int((codes["strict"] != codes["compat"]).sum()),
+        )
         kept, patches = kept + int(keep.sum()), patches + keep.numel()
         shifts.append((z["strict"] - z["compat"]).norm(dim=1))
     shift = torch.cat(shifts)
-    found = {"query_scale": scale, "tokens": tokens, "kept_share": kept / patches, "changed": changed / tokens}
+    found = {
+        "query_scale": scale,
+        "tokens": tokens,
+        "kept_share": kept / patches,
+        "changed": changed / tokens,
+    }
     return {**found, "shift": float(shift.mean()), "largest_shift": float(shift.max())}
 
 
@@ -82,12 +92,24 @@ def main(arguments: Namespace) -> dict[str, Any]:
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False)
-    found.add_argument("--release", help="directory of released LaVIT files; --tokenizer is used without it")
-    found.add_argument("--num-heads", type=int, help="attention heads of the release, if not as published")
-    found.add_argument("--data", help="image folder, parquet or arrow path, or Hub name; noise if not given")
+    found.add_argument(
+        "--release", help="directory of released LaVIT files; --tokenizer is used without it"
+    )
+    found.add_argument(
+        "--num-heads", type=int, help="attention heads of the release, if not as published"
+    )
+    found.add_argument(
+        "--data", help="image folder, parquet or arrow path, or Hub name; noise if not given"
+    )
     found.add_argument("--split", help="test, else validation, else the first, if not given")
     found.add_argument("--limit", type=int, help="at most this many pictures, evenly spaced")
-    found.add_argument("--query-scale", type=float, nargs="+", default=[1.0], help="factors of the merger's queries")
+    found.add_argument(
+        "--query-scale",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="factors of the merger's queries",
+    )
     return found
 
 

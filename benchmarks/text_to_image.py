@@ -55,7 +55,9 @@ def choose(found: caption_sets.CaptionSet, count: int, seed: int) -> tuple[list[
     if not any(found.captions):
         raise ValueError(f"{found.name}: it holds no captions to draw")
     rng = np.random.default_rng(seed)
-    order = [i for i in rng.permutation(len(found)).tolist() if any(c.strip() for c in found.captions[i])]
+    order = [
+        i for i in rng.permutation(len(found)).tolist() if any(c.strip() for c in found.captions[i])
+    ]
     places = order[:count]
     said = [[c for c in found.captions[i] if c.strip()] for i in places]
     return places, [" ".join(c[int(rng.integers(len(c)))].split()) for c in said]
@@ -71,15 +73,21 @@ def main(a: Namespace) -> dict[str, Any]:
     others = [i for i in range(len(found)) if i not in set(places)]
     caption_sets.require_files(found.take(places + (others if a.reference == "all" else [])))
     if a.inception and len(places) < FID_LEAST and not a.force:
-        raise ValueError(f"FID over {len(places)} pictures means nothing: give at least {FID_LEAST}, or --force")
+        raise ValueError(
+            f"FID over {len(places)} pictures means nothing: give at least {FID_LEAST}, or --force"
+        )
     scorers = scorers_of(a)
     if a.best_of > 1 and not scorers:
         raise ValueError("--best-of: expected --clip or --scorer, which chooses the best")
     chooser = next(iter(scorers.values()), None)
-    lm = MultimodalLM.from_pretrained(a.model, visual_tokenizer=a.visual_tokenizer, decoder=a.decoder, device=a.device)
+    lm = MultimodalLM.from_pretrained(
+        a.model, visual_tokenizer=a.visual_tokenizer, decoder=a.decoder, device=a.device
+    )
     a.size = a.size or lm.visual.config.image_size
     spaces = spaces_of(lm, a)
-    texts = {scorer.name: scorer.embed(captions) for scorer in scorers.values()}  # what is missing is said now
+    texts = {
+        scorer.name: scorer.embed(captions) for scorer in scorers.values()
+    }  # what is missing is said now
     by_name = {scorer.name: scorer for scorer in scorers.values()}
     settings = {
         "weights": digest(lm.model, lm.visual, lm.decoder),
@@ -97,7 +105,10 @@ def main(a: Namespace) -> dict[str, Any]:
 
     reference = Reference(found, places, spaces, by_name, a)
     good = reference.good
-    against, extra = dict(reference.features), others if a.reference == "all" else others[: len(good)]
+    against, extra = (
+        dict(reference.features),
+        others if a.reference == "all" else others[: len(good)],
+    )
     enough = a.reference == "all" or len(others) >= len(good)
     rest = Reference(found, extra, spaces, {}, a) if extra and enough else None
     if a.reference == "all" and rest:
@@ -108,7 +119,9 @@ def main(a: Namespace) -> dict[str, Any]:
     for seed, drawn in files.items():
         native = open_image(drawn[0]).size
         pixels = (resize(open_image(drawn[i]), a.size, crop=not a.squeeze) for i in good)
-        made, near = described(pixels, len(good), spaces, by_name, f"figures of seed {seed}", a.batch_size)
+        made, near = described(
+            pixels, len(good), spaces, by_name, f"figures of seed {seed}", a.batch_size
+        )
         runs.append(made_figures(made, near, against, texts, spread))
     true = made_figures({}, reference.described, against, texts, spread)
     if rest and a.reference == "chosen":
@@ -122,14 +135,21 @@ def main(a: Namespace) -> dict[str, Any]:
         "different_captions": len(set(captions)),
         "scored": len(good),
         "reference": len(next(iter(against.values()))),
-        "reference_is": "all pictures of the set" if a.reference == "all" else "the pictures of the captions",
+        "reference_is": "all pictures of the set"
+        if a.reference == "all"
+        else "the pictures of the captions",
         "crop": f"{'squeezed' if a.squeeze else 'centre crop'} {a.size}x{a.size}, made at {native[0]}x{native[1]}",
         "model": Path(a.model).name,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
-        "sampling": {k: getattr(a, k) for k in ("guidance", "top_k", "top_p", "temperature", "steps")}
+        "sampling": {
+            k: getattr(a, k) for k in ("guidance", "top_k", "top_p", "temperature", "steps")
+        }
         | {"decoder_guidance": a.decoder_guidance},
         "says": lm.objective.image_output,
-        "best_of": {"samples": a.best_of, "by": chooser.name if chooser and a.best_of > 1 else None},
+        "best_of": {
+            "samples": a.best_of,
+            "by": chooser.name if chooser and a.best_of > 1 else None,
+        },
         "codes_per_picture": codes_per_picture([f for drawn in files.values() for f in drawn]),
         "seed": a.seed,
         "per_seed": runs,
@@ -188,10 +208,18 @@ def departures_of(found: caption_sets.CaptionSet, a: Namespace, count: int, bad:
 # What comes out
 
 
-def show(reference: Reference, files: Sequence[Path], captions: Sequence[str], v: dict[str, Any], a: Namespace) -> None:
+def show(
+    reference: Reference,
+    files: Sequence[Path],
+    captions: Sequence[str],
+    v: dict[str, Any],
+    a: Namespace,
+) -> None:
     pictures, texts = [], []
     for number, true in reference.shown.items():
-        made = Image.fromarray(resize(open_image(files[number]), a.size, crop=not a.squeeze).permute(1, 2, 0).numpy())
+        made = Image.fromarray(
+            resize(open_image(files[number]), a.size, crop=not a.squeeze).permute(1, 2, 0).numpy()
+        )
         pair = Image.new("RGB", (2 * a.size + 2, a.size), "white")
         pair.paste(true, (0, 0))
         pair.paste(made, (a.size + 2, 0))
@@ -229,28 +257,50 @@ def text(v: dict[str, Any], a: Namespace) -> str:
     body += "what no model can be expected to undercut by much. Nearness is that of the captions' own pictures.\n\n"
     body += "## Published\n\nFID on COCO by the authors' own account. "
     body += (
-        "Not comparable with the figures above: " + "; ".join(v["departures"]) if v["departures"] else "The same set"
+        "Not comparable with the figures above: " + "; ".join(v["departures"])
+        if v["departures"]
+        else "The same set"
     )
     body += ".\n\n" + common.table(("model", "FID"), PUBLISHED)
     body += common.rejected(v["rejects"])
-    return body + f"\n\nAll pictures: `{v['pictures']}/`.\n\n![true and made pictures]({a.name}.png)"
+    return (
+        body + f"\n\nAll pictures: `{v['pictures']}/`.\n\n![true and made pictures]({a.name}.png)"
+    )
 
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
     caption_sets.add_captions(found)
     add_painter(found)
-    found.add_argument("--captions", type=common.positive, default=PROTOCOL, help="at most, one picture each")
+    found.add_argument(
+        "--captions", type=common.positive, default=PROTOCOL, help="at most, one picture each"
+    )
     found.add_argument("--seed", type=int, default=0, help="of the choice of captions")
     found.add_argument("--seeds", type=common.positive, default=3, help="seeds of the pictures")
-    found.add_argument("--best-of", type=common.positive, default=1, help="samples of a caption, best by the scorer")
     found.add_argument(
-        "--reference", choices=["chosen", "all"], default="chosen", help="pictures of the captions, or all"
+        "--best-of",
+        type=common.positive,
+        default=1,
+        help="samples of a caption, best by the scorer",
     )
-    found.add_argument("--size", type=common.positive, help="of the crops; the visual tokenizer's if not given")
-    found.add_argument("--squeeze", action="store_true", help="whole pictures squeezed to a square, no centre crop")
-    found.add_argument("--inception", type=Path, help="Inception-v3 weights of torch-fidelity, for FID")
-    found.add_argument("--clip", type=Path, help="folder of a CLIP model; the first of --clip, --scorer chooses")
+    found.add_argument(
+        "--reference",
+        choices=["chosen", "all"],
+        default="chosen",
+        help="pictures of the captions, or all",
+    )
+    found.add_argument(
+        "--size", type=common.positive, help="of the crops; the visual tokenizer's if not given"
+    )
+    found.add_argument(
+        "--squeeze", action="store_true", help="whole pictures squeezed to a square, no centre crop"
+    )
+    found.add_argument(
+        "--inception", type=Path, help="Inception-v3 weights of torch-fidelity, for FID"
+    )
+    found.add_argument(
+        "--clip", type=Path, help="folder of a CLIP model; the first of --clip, --scorer chooses"
+    )
     found.add_argument("--scorer", type=Path, help="folder that recipes/default/teacher.py wrote")
     found.add_argument("--force", action="store_true", help=f"FID even under {FID_LEAST} pictures")
     found.add_argument("--name", default="text_to_image", help="of the result files")

@@ -27,7 +27,11 @@ def clock(device: str) -> tuple[float, float]:
 
 
 def interleaved(
-    calls: Sequence[Callable[[], Any]], repeats: int, device: str, seconds: float = 0.0, warm: int = 2
+    calls: Sequence[Callable[[], Any]],
+    repeats: int,
+    device: str,
+    seconds: float = 0.0,
+    warm: int = 2,
 ) -> list[list[tuple[float, float]]]:
     """(wall, CPU) seconds of each call, taken in turns after `warm` rounds that do not count.
 

@@ -48,7 +48,9 @@ def statistics(
 ) -> dict[str, Any]:
     """Everything this benchmark reports, from the codes alone and the pictures' JPEG sizes."""
     counts = codes.lengths.double()
-    quantiles = torch.quantile(counts, torch.tensor(PERCENTILES, dtype=torch.float64) / 100).tolist()
+    quantiles = torch.quantile(
+        counts, torch.tensor(PERCENTILES, dtype=torch.float64) / 100
+    ).tolist()
     used = usage(codes.values, codebook_size)
     bits = counts * math.log2(codebook_size)
     keep = float(counts.mean()) / patches
@@ -63,7 +65,11 @@ def statistics(
             "max": int(counts.max()),
         },
         "bits_per_image": {"mean": float(bits.mean()), "bits_per_code": math.log2(codebook_size)},
-        "keep_ratio": {"measured": keep, "rho": rho, "difference": None if rho is None else keep - rho},
+        "keep_ratio": {
+            "measured": keep,
+            "rho": rho,
+            "difference": None if rho is None else keep - rho,
+        },
         "spearman_with_jpeg_size": rank_correlation(codes.lengths.tolist(), jpeg),
         "codebook": {
             "size": codebook_size,
@@ -83,7 +89,11 @@ def histogram(values: dict[str, Any], path: Any) -> None:
     counts = values["histogram"]
     axes.bar(range(len(counts)), counts, width=1.0)
     axes.axvline(values["codes_per_image"]["mean"], color="black", linestyle="--", label="mean")
-    axes.set(xlabel=f"codes an image (of {values['patches']} patches)", ylabel="images", xlim=(0, len(counts)))
+    axes.set(
+        xlabel=f"codes an image (of {values['patches']} patches)",
+        ylabel="images",
+        xlim=(0, len(counts)),
+    )
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -96,7 +106,9 @@ def text_histogram(counts: list[int], bins: int = 16, width: int = 40) -> str:
     totals = [sum(counts[low : high + 1]) for low, high in sums]
     top = max(1, *totals)
     label = [f"{low}" if low == high else f"{low}-{high}" for low, high in sums]
-    lines = [f"{n:>9} {t:>6} {'#' * round(width * t / top)}" for n, t in zip(label, totals, strict=True)]
+    lines = [
+        f"{n:>9} {t:>6} {'#' * round(width * t / top)}" for n, t in zip(label, totals, strict=True)
+    ]
     return "```\n" + "\n".join(lines) + "\n```"
 
 
@@ -109,15 +121,22 @@ def extremes(codes: VisualCodes, count: int) -> tuple[list[int], list[int]]:
     return order[:count], most[:count]
 
 
-def contact_sheet(pixels: Tensor, codes: VisualCodes, count: int, grid: tuple[int, int]) -> Image.Image:
+def contact_sheet(
+    pixels: Tensor, codes: VisualCodes, count: int, grid: tuple[int, int]
+) -> Image.Image:
     """Two double rows: pictures with the fewest codes and their kept patches, then those with the most."""
     assert codes.keep is not None
     rows, labels = [], []
     for name, places in zip(("fewest", "most"), extremes(codes, count), strict=True):
         shown = [Image.fromarray(pixels[i].permute(1, 2, 0).contiguous().numpy()) for i in places]
         side = max(64, shown[0].width)  # so that labels can be read under small pictures
-        kept = [kept_overlay(image, codes.keep[i], grid) for image, i in zip(shown, places, strict=True)]
-        rows += [[image.resize((side, side), Image.Resampling.NEAREST) for image in line] for line in (shown, kept)]
+        kept = [
+            kept_overlay(image, codes.keep[i], grid) for image, i in zip(shown, places, strict=True)
+        ]
+        rows += [
+            [image.resize((side, side), Image.Resampling.NEAREST) for image in line]
+            for line in (shown, kept)
+        ]
         labels += [[f"{name}: {int(codes.lengths[i])}" for i in places], [""] * len(places)]
     return sheet(rows, labels=labels)
 
@@ -125,7 +144,9 @@ def contact_sheet(pixels: Tensor, codes: VisualCodes, count: int, grid: tuple[in
 def main(arguments: Namespace) -> dict[str, Any]:
     a = arguments
     tokenizer = adapters.load(a.tokenizer, a.device, a.image_size)
-    pictures = picture_sets.load_pictures(a.data, tokenizer.image_size, a.split, a.limit, not a.squeeze)
+    pictures = picture_sets.load_pictures(
+        a.data, tokenizer.image_size, a.split, a.limit, not a.squeeze
+    )
     rho = a.rho if isinstance(tokenizer, adapters.Lavit) else None
     settings = {
         "script": "tokens_per_image",
@@ -144,15 +165,25 @@ def main(arguments: Namespace) -> dict[str, Any]:
         return {"values": codes.values, "lengths": codes.lengths, "jpeg": sizes, **masks}
 
     batches = progress(list(pictures.batches(a.batch_size)), "encode")
-    found = joined([parts.tensors(f"codes-{i:05}", partial(part, images)) for i, images in enumerate(batches)])
-    codes = VisualCodes(found["values"], found["lengths"], found.get("keep"), tokenizer.codebook_size)
+    found = joined(
+        [parts.tensors(f"codes-{i:05}", partial(part, images)) for i, images in enumerate(batches)]
+    )
+    codes = VisualCodes(
+        found["values"], found["lengths"], found.get("keep"), tokenizer.codebook_size
+    )
     jpeg = found["jpeg"].tolist()
     values = statistics(codes, tokenizer.most_codes, tokenizer.codebook_size, rho, jpeg)
-    values |= {"tokenizer": tokenizer.name, "weights": tokenizer.weights, "image_size": tokenizer.image_size}
+    values |= {
+        "tokenizer": tokenizer.name,
+        "weights": tokenizer.weights,
+        "image_size": tokenizer.image_size,
+    }
     values |= {**pictures.record(), "jpeg_quality": a.jpeg_quality}
     few, many = extremes(codes, a.extremes)
     for name, places in (("fewest", few), ("most", many)):
-        values[name] = [{"key": common.short(pictures.keys[i]), "codes": int(codes.lengths[i])} for i in places]
+        values[name] = [
+            {"key": common.short(pictures.keys[i]), "codes": int(codes.lengths[i])} for i in places
+        ]
 
     body = text(values)
     if pictures.groups:
@@ -164,8 +195,12 @@ def main(arguments: Namespace) -> dict[str, Any]:
     histogram(values, a.out / "tokens_per_image.png")
     side = round(tokenizer.most_codes**0.5)
     if codes.keep is not None and side**2 == tokenizer.most_codes:
-        contact_sheet(pictures.pixels, codes, a.extremes, (side, side)).save(a.out / "tokens_per_image_extremes.png")
-        body += "\n\n![the pictures with the fewest and with the most codes, and their kept patches]"
+        contact_sheet(pictures.pixels, codes, a.extremes, (side, side)).save(
+            a.out / "tokens_per_image_extremes.png"
+        )
+        body += (
+            "\n\n![the pictures with the fewest and with the most codes, and their kept patches]"
+        )
         body += "(tokens_per_image_extremes.png)"
     common.write("tokens_per_image", a.out, "Codes an image", body, values)
     parts.done()
@@ -178,16 +213,30 @@ def text(values: dict[str, Any]) -> str:
     rows = [
         ("codes an image, mean ± std", f"{counts['mean']:.2f} ± {counts['std']:.2f}"),
         (f"codes an image, {' / '.join(order)}", " / ".join(f"{counts[k]:g}" for k in order)),
-        ("bits an image, mean", f"{values['bits_per_image']['mean']:.1f} (codes x log2 {book['size']})"),
+        (
+            "bits an image, mean",
+            f"{values['bits_per_image']['mean']:.1f} (codes x log2 {book['size']})",
+        ),
     ]
     if keep["rho"] is not None:
-        ratio = f"{keep['measured']:.4f}, rho {keep['rho']:.4f}, difference {keep['difference']:+.4f}"
+        ratio = (
+            f"{keep['measured']:.4f}, rho {keep['rho']:.4f}, difference {keep['difference']:+.4f}"
+        )
         rows.append(("keep ratio", ratio))
     quality = values["jpeg_quality"]
     rows += [
-        (f"Spearman, code count with JPEG size (quality {quality})", values["spearman_with_jpeg_size"]),
-        ("codebook rows in use", f"{book['used_percent']:.1f} % of {book['size']}, by {book['codes_seen']} codes"),
-        ("codebook perplexity", f"{book['perplexity']:.1f} ({book['perplexity_percent']:.1f} % of K)"),
+        (
+            f"Spearman, code count with JPEG size (quality {quality})",
+            values["spearman_with_jpeg_size"],
+        ),
+        (
+            "codebook rows in use",
+            f"{book['used_percent']:.1f} % of {book['size']}, by {book['codes_seen']} codes",
+        ),
+        (
+            "codebook perplexity",
+            f"{book['perplexity']:.1f} ({book['perplexity_percent']:.1f} % of K)",
+        ),
         ("unigram entropy, bits a code", book["unigram_entropy_bits"]),
     ]
     head = f"{values['tokenizer']} ({values['weights']}). {values['set']}."
@@ -196,7 +245,9 @@ def text(values: dict[str, Any]) -> str:
     return head + "\n\n" + common.table(("measure", "value"), rows)
 
 
-def by_group(codes: VisualCodes, groups: list[str], values: dict[str, Any]) -> list[tuple[str, int, float]]:
+def by_group(
+    codes: VisualCodes, groups: list[str], values: dict[str, Any]
+) -> list[tuple[str, int, float]]:
     """Mean code count of each source of a mixed set; also put into `values`."""
     rows = []
     for name in picture_sets.count_groups(groups):
@@ -208,9 +259,13 @@ def by_group(codes: VisualCodes, groups: list[str], values: dict[str, Any]) -> l
 
 def arguments() -> Any:
     found = common.parser(__doc__)
-    found.add_argument("--rho", type=float, default=1 / 3, help="the keep ratio that training aimed at")
+    found.add_argument(
+        "--rho", type=float, default=1 / 3, help="the keep ratio that training aimed at"
+    )
     found.add_argument("--jpeg-quality", type=int, default=90)
-    found.add_argument("--extremes", type=common.positive, default=12, help="pictures a row of the contact sheet")
+    found.add_argument(
+        "--extremes", type=common.positive, default=12, help="pictures a row of the contact sheet"
+    )
     common.any_tokenizer(found)
     return found
 

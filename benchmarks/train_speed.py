@@ -23,7 +23,7 @@ from typing import Any
 
 import adapters
 import common
-import lightning as L
+import pytorch_lightning as pl
 import timing
 import torch
 from encode_speed import base_config
@@ -85,9 +85,15 @@ class Bare:
     """The modules of a copy of the tokenizer, trained on one cosine loss with a fixed rule for the mask."""
 
     def __init__(self, tokenizer: VisualTokenizer, stretch: str, device: str, clip: float) -> None:
-        self.tokenizer, self.stretch, self.clip = copy.deepcopy(tokenizer).to(device).train(), stretch, clip
+        self.tokenizer, self.stretch, self.clip = (
+            copy.deepcopy(tokenizer).to(device).train(),
+            stretch,
+            clip,
+        )
         self.parameters = [
-            p for n, p in self.tokenizer.named_parameters() if not n.startswith(("encoder.", "selector."))
+            p
+            for n, p in self.tokenizer.named_parameters()
+            if not n.startswith(("encoder.", "selector."))
         ]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
 
@@ -104,7 +110,9 @@ class Bare:
         else:
             z = tokenizer.project(tokenizer.merge(features, keep))
             codes = tokenizer.quantize(z.detach(), keep.sum(1))
-            rebuilt = tokenizer.reconstructor.ragged(z + (tokenizer.lookup(codes) - z).detach(), codes.layout)
+            rebuilt = tokenizer.reconstructor.ragged(
+                z + (tokenizer.lookup(codes) - z).detach(), codes.layout
+            )
         loss = 1 - F.cosine_similarity(features, rebuilt, dim=-1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -113,7 +121,7 @@ class Bare:
         return float(loss.detach())
 
 
-class InTurns(L.Callback):
+class InTurns(pl.Callback):
     """After each of Lightning's steps the bare one, on the same batch; and the stretch, set before the first."""
 
     def __init__(self, bare: Bare | None, stretch: str, device: str) -> None:
@@ -126,7 +134,9 @@ class InTurns(L.Callback):
             module.stage.fill_(2)  # without k-means: the rows are as random as everything else
         self.since = clock(self.device)[0]
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
         self.seconds["lavit-tok"].append(clock(self.device)[0] - self.since)
         self.kept.append(float(trainer.callback_metrics["train/keep_ratio"]))
         if self.bare is not None:
@@ -145,16 +155,18 @@ def fit(
     batches = pictures(config.image_size, batch, steps)
     with torch.no_grad():
         module.to(a.device)
-        scores = keep_scores(module.tokenizer.score(module.features(batches[0]["images"].to(a.device))))
+        scores = keep_scores(
+            module.tokenizer.score(module.features(batches[0]["images"].to(a.device)))
+        )
         module.tokenizer.selector.shift(-float(scores.flatten().quantile(1 - RHO)))
     bare = Bare(module.tokenizer, stretch, a.device, a.clip) if beside else None
     counted = timing.flops(lambda: bare.step(batches[0]["images"].to(a.device))) if bare else 0
     turns = InTurns(bare, stretch, a.device)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     cuda = a.device.startswith("cuda")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few workers and few batches
-        trainer = L.Trainer(
+        trainer = pl.Trainer(
             accelerator="gpu" if cuda else "cpu",
             devices=[torch.device(a.device).index or 0] if cuda else 1,
             max_steps=steps,
@@ -168,7 +180,9 @@ def fit(
             default_root_dir=folder,
         )
         trainer.fit(module, DataLoader(batches, batch_size=None))
-    trained = sum(p.numel() for n, p in module.tokenizer.named_parameters() if not n.startswith("encoder."))
+    trained = sum(
+        p.numel() for n, p in module.tokenizer.named_parameters() if not n.startswith("encoder.")
+    )
     return {
         "seconds": turns.seconds,
         "kept_share": statistics.fmean(turns.kept),
@@ -202,7 +216,9 @@ def measure(case: str, stretch: str, a: Namespace) -> dict[str, Any]:
         **found,
         "steps": a.steps,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "images_per_second": {name: batch / statistics.median(times) for name, times in seconds.items()},
+        "images_per_second": {
+            name: batch / statistics.median(times) for name, times in seconds.items()
+        },
         "time_ratio": timing.ratio(seconds["lavit-tok"], seconds["bare"]),
     }
     if a.memory:
@@ -215,7 +231,9 @@ def main(arguments: Namespace) -> dict[str, Any]:
     a = arguments
     settings = common.given(a)
     parts = Parts(
-        a.out, "train_speed", {"script": "train_speed", **settings, "where": common.provenance("train_speed")}
+        a.out,
+        "train_speed",
+        {"script": "train_speed", **settings, "where": common.provenance("train_speed")},
     )
     todo = [(case, stretch) for case in a.cases for stretch in STRETCHES]
     rows = [
@@ -267,19 +285,31 @@ def text(values: dict[str, Any]) -> str:
         "weights, M, trained + frozen",
         "bare GFLOPs an image",
     )
-    body = common.table((*head, "images/s bare", "lavit-tok", "time ratio", "peak memory, GiB"), lines)
+    body = common.table(
+        (*head, "images/s bare", "lavit-tok", "time ratio", "peak memory, GiB"), lines
+    )
     body += "\n\nWhole steps, float32. Bare: the same modules on one cosine loss and AdamW, in turns with Lightning's "
-    return body + "steps; its FLOPs are those of its forward and backward.\n\n![images/s](train_speed.png)"
+    return (
+        body
+        + "steps; its FLOPs are those of its forward and backward.\n\n![images/s](train_speed.png)"
+    )
 
 
 def arguments() -> Any:
     found = common.parser(__doc__, data=False, batch_size=None)
-    found.add_argument("--cases", nargs="+", choices=["shipped", "small", "base", "lavit"], default=["shipped", "base"])
+    found.add_argument(
+        "--cases",
+        nargs="+",
+        choices=["shipped", "small", "base", "lavit"],
+        default=["shipped", "base"],
+    )
     found.add_argument("--warm", type=int, default=2, help="steps before those that count")
     found.add_argument("--steps", type=common.positive, default=8)
     found.add_argument("--clip", type=float, default=1.0)
     found.add_argument(
-        "--memory", action="store_true", help="also the peak memory of training, in a process of its own"
+        "--memory",
+        action="store_true",
+        help="also the peak memory of training, in a process of its own",
     )
     return found
 

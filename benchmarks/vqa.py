@@ -68,7 +68,9 @@ class Answerer:
     def asked(self, question: str) -> str:
         return self.template.replace("{}", question)
 
-    def __call__(self, pictures: Sequence[Image.Image], questions: Sequence[str], items: Sequence[int]) -> list[str]:
+    def __call__(
+        self, pictures: Sequence[Image.Image], questions: Sequence[str], items: Sequence[int]
+    ) -> list[str]:
         """One answer for each."""
         prompts = []
         for picture, question in zip(pictures, questions, strict=True):
@@ -82,7 +84,9 @@ class Answerer:
         """The likeliest candidate."""
         size = self.a.batch_size
         parts = [self.candidates[i : i + size] for i in range(0, len(self.candidates), size)]
-        found = torch.cat([self.lm.rank(prompt, part, per_token=self.a.per_token).cpu() for part in parts])
+        found = torch.cat(
+            [self.lm.rank(prompt, part, per_token=self.a.per_token).cpu() for part in parts]
+        )
         return self.candidates[int(found.argmax())]
 
 
@@ -149,7 +153,11 @@ def candidates_of(a: Namespace, found: question_sets.QuestionSet) -> list[str]:
     else:
         path = Path(a.candidates)
         if path.suffix != ".json":
-            offered = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            offered = [
+                line.strip()
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if line.strip()
+            ]
             if not offered:
                 raise ValueError(f"{path}: expected an answer a line, got none")
             return list(dict.fromkeys(offered))[: a.candidates_top]
@@ -175,21 +183,32 @@ def examples(a: Namespace) -> list[tuple[Image.Image, str, str]]:
     if a.data is not None:
         source = question_sets.question_rows(a.data, a.shots_split, a.question)
         if source.name == question_sets.questions_of(a).name:
-            raise ValueError(f"--shots-split {a.shots_split}: the examples would be of the split that is asked about")
+            raise ValueError(
+                f"--shots-split {a.shots_split}: the examples would be of the split that is asked about"
+            )
     elif a.shots_questions is not None:
         if a.shots_questions.resolve() == a.questions.resolve():
-            raise ValueError("--shots-questions: the examples would be of the file that is asked about")
+            raise ValueError(
+                "--shots-questions: the examples would be of the file that is asked about"
+            )
         images = a.shots_images or a.images
         source = question_sets.read_questions(a.shots_questions, a.shots_annotations, images)
     else:
-        raise ValueError("--shots: expected --shots-questions, --shots-annotations (and --shots-images)")
+        raise ValueError(
+            "--shots: expected --shots-questions, --shots-annotations (and --shots-images)"
+        )
     source = source.take([i for i, answers in enumerate(source.answers) if answers])
     chosen = caption_sets.examples(source, a.shots, a.seed)
     common_answer = [Counter(source.answers[place]).most_common(1)[0][0] for place, _ in chosen]
-    return [(p, source.questions[place], said) for (place, p), said in zip(chosen, common_answer, strict=True)]
+    return [
+        (p, source.questions[place], said)
+        for (place, p), said in zip(chosen, common_answer, strict=True)
+    ]
 
 
-def scores(found: question_sets.QuestionSet, places: list[int], lines: Any, offered: int) -> dict[str, Any]:
+def scores(
+    found: question_sets.QuestionSet, places: list[int], lines: Any, offered: int
+) -> dict[str, Any]:
     """Accuracy x 100, of all and of each answer type, and what keeps it from standing beside published ones."""
     if not places:
         label = f"no accuracy: {found.name} comes without answers; the results file can be sent in"
@@ -205,13 +224,21 @@ def scores(found: question_sets.QuestionSet, places: list[int], lines: Any, offe
     people = {len(found.answers[i]) for i in places}
     if people != {HUMANS}:
         counts = "1" if people == {1} else f"{min(people)} to {max(people)}"
-        departures.append(f"{counts} human answers a question, not ten" + "; it counts as ten" * (people == {1}))
+        departures.append(
+            f"{counts} human answers a question, not ten" + "; it counts as ten" * (people == {1})
+        )
     if len(places) < len(found):
-        departures.append(f"{len(found) - len(places)} of {len(found)} questions left out, unreadable or unanswered")
+        departures.append(
+            f"{len(found) - len(places)} of {len(found)} questions left out, unreadable or unanswered"
+        )
     exact = sum(normalize(lines[i]["said"]) in map(normalize, found.answers[i]) for i in places)
     return {
         "accuracy": mean(places),
-        "by_type": {t: {"accuracy": mean(p), "questions": len(p)} for t in types for p in [_of(found, places, t)]},
+        "by_type": {
+            t: {"accuracy": mean(p), "questions": len(p)}
+            for t in types
+            for p in [_of(found, places, t)]
+        },
         "some_human_said_it": 100 * exact / len(places),
         "always_the_commonest": 100 * _commonest(found, places),
         "chance": 100 / offered if offered else None,
@@ -236,7 +263,11 @@ def _commonest(found: question_sets.QuestionSet, places: list[int]) -> float:
 
 
 def show(
-    found: question_sets.QuestionSet, good: Sequence[int], lines: Any, values: dict[str, Any], a: Namespace
+    found: question_sets.QuestionSet,
+    good: Sequence[int],
+    lines: Any,
+    values: dict[str, Any],
+    a: Namespace,
 ) -> None:
     chosen = [good[i] for i in common.evenly(SHOWN, len(good))]
     pictures = [picture for picture, _ in map(found.open, chosen) if picture is not None]
@@ -246,23 +277,35 @@ def show(
         texts.append(f"{found.questions[i]}\nsaid: {lines[i]['said']}\ntrue: {true}")
     bars: dict[str, float] = {}
     if values["accuracy"] is not None:
-        bars = {"all": values["accuracy"]} | {t: v["accuracy"] for t, v in values["by_type"].items() if t != "all"}
+        bars = {"all": values["accuracy"]} | {
+            t: v["accuracy"] for t, v in values["by_type"].items() if t != "all"
+        }
         bars["the commonest answer to everything"] = values["always_the_commonest"]
     figure(a.out / f"{a.name}.png", bars, "accuracy x 100", pictures, texts)
     values["shown"] = [{"id": found.ids[i], "text": t} for i, t in zip(chosen, texts, strict=True)]
 
 
 def text(v: dict[str, Any], a: Namespace) -> str:
-    body = f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; {v['decoding']}; "
+    body = (
+        f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; {v['decoding']}; "
+    )
     body += f"{v['shots']} examples before each question; template {v['template']!r}.\n\n{v['label']}.\n\n"
     if v["accuracy"] is not None:
         rows = [("all", f"{v['accuracy']:.2f}", v["answers"])]
-        rows += [(t, f"{x['accuracy']:.2f}", x["questions"]) for t, x in v["by_type"].items() if t != "all"]
-        rows.append(("floor: the commonest answer to everything", f"{v['always_the_commonest']:.2f}", "-"))
+        rows += [
+            (t, f"{x['accuracy']:.2f}", x["questions"])
+            for t, x in v["by_type"].items()
+            if t != "all"
+        ]
+        rows.append(
+            ("floor: the commonest answer to everything", f"{v['always_the_commonest']:.2f}", "-")
+        )
         if v["chance"] is not None:
             rows.append(("a candidate by chance, if just one is right", f"{v['chance']:.2f}", "-"))
         body += common.table(("answers", "accuracy x 100", "questions"), rows)
-        body += f"\n\n{v['some_human_said_it']:.2f} % of the answers were given by at least one person."
+        body += (
+            f"\n\n{v['some_human_said_it']:.2f} % of the answers were given by at least one person."
+        )
         body += "\n\n## Published\n\nBy the authors' own account. "
         if v["departures"]:
             body += "Not comparable with the figures above: " + "; ".join(v["departures"]) + ".\n\n"
@@ -270,7 +313,10 @@ def text(v: dict[str, Any], a: Namespace) -> str:
             body += "The VQAv2 figures are of test-dev, by the evaluation server, which takes the results file.\n\n"
         body += common.table(("model", "VQAv2", "OK-VQA", "VizWiz", ""), PUBLISHED)
     body += common.rejected(v["rejects"])
-    return body + f"\n\nResults for the official server: `{a.name}.results.json`.\n\n![answers]({a.name}.png)"
+    return (
+        body
+        + f"\n\nResults for the official server: `{a.name}.results.json`.\n\n![answers]({a.name}.png)"
+    )
 
 
 def arguments() -> Any:
@@ -278,13 +324,20 @@ def arguments() -> Any:
     question_sets.add_questions(found)
     talking.add_model(found)
     found.add_argument("--shots-questions", type=Path, help="question file of the examples")
-    found.add_argument("--template", help="{} is the question; by default as the model's objective asks")
+    found.add_argument(
+        "--template", help="{} is the question; by default as the model's objective asks"
+    )
     found.add_argument("--max-tokens", type=common.positive, default=16, help="of an answer")
     found.add_argument(
-        "--candidates", help="rank these: a text file, an answer a line; a VQA annotation file; or 'own', the set's"
+        "--candidates",
+        help="rank these: a text file, an answer a line; a VQA annotation file; or 'own', the set's",
     )
-    found.add_argument("--candidates-top", type=common.positive, default=3129, help="the most frequent so many")
-    found.add_argument("--per-token", action="store_true", help="rank by mean log-likelihood of a token")
+    found.add_argument(
+        "--candidates-top", type=common.positive, default=3129, help="the most frequent so many"
+    )
+    found.add_argument(
+        "--per-token", action="store_true", help="rank by mean log-likelihood of a token"
+    )
     found.add_argument("--name", default="vqa", help="of the result files")
     return found
 

@@ -28,7 +28,9 @@ ENDINGS = {
 }
 """Without an apostrophe these are no other English words; "its", "well" or "shell" would be."""
 CONTRACTIONS = {
-    word + ending.replace("'", ""): word + ending for ending, words in ENDINGS.items() for word in words.split()
+    word + ending.replace("'", ""): word + ending
+    for ending, words in ENDINGS.items()
+    for word in words.split()
 } | {"oclock": "o'clock", "maam": "ma'am", "yall": "y'all"}
 
 

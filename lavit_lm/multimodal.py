@@ -65,7 +65,9 @@ class MultimodalLM:
         objective: Objective | None = None,
     ) -> MultimodalLM:
         """The shipped model, a directory, or a Hub id. Raises WeightsError, see files.load_model."""
-        model, processor, visual, objective = load_model(name, visual_tokenizer, dtype, device, objective)
+        model, processor, visual, objective = load_model(
+            name, visual_tokenizer, dtype, device, objective
+        )
         return cls(model, processor, visual, decoder, objective)
 
     @property
@@ -76,13 +78,20 @@ class MultimodalLM:
     def decoder(self) -> Any:
         """The pixel decoder. Raises ValueError where there is none, or one of another codebook size."""
         if self._decoder is None:
-            raise ValueError("this model has no pixel decoder: it gives codes (generate_codes), not pictures")
+            raise ValueError(
+                "this model has no pixel decoder: it gives codes (generate_codes), not pictures"
+            )
         if isinstance(self._decoder, str):
             self._decoder = self.objective.decoder(self._decoder, self.device)
             drawn = getattr(getattr(self._decoder, "conditioner", None), "config", None)
-            size, own = getattr(drawn, "codebook_size", None), self.processor.vocabulary.codebook_size
+            size, own = (
+                getattr(drawn, "codebook_size", None),
+                self.processor.vocabulary.codebook_size,
+            )
             if size not in (None, own):
-                raise ValueError(f"the pixel decoder draws codes of a codebook of {size} rows, the model says {own}")
+                raise ValueError(
+                    f"the pixel decoder draws codes of a codebook of {size} rows, the model says {own}"
+                )
         return self._decoder
 
     # Pictures
@@ -105,7 +114,9 @@ class MultimodalLM:
         Raises:
             ValueError: as generate_codes.
         """
-        drawing = {name: decoding.pop(name) for name in ("num_inference_steps",) if name in decoding}
+        drawing = {
+            name: decoding.pop(name) for name in ("num_inference_steps",) if name in decoding
+        }
         if "decoder_guidance" in decoding:
             drawing["guidance_scale"] = decoding.pop("decoder_guidance")
         if self.objective.image_output == "vectors":
@@ -127,7 +138,9 @@ class MultimodalLM:
         Raises:
             ValueError: as there, and for a string without any word.
         """
-        return self.generate_codes_batch([require_words(prompt)] * n, guidance_scale, generator, **sampling)
+        return self.generate_codes_batch(
+            [require_words(prompt)] * n, guidance_scale, generator, **sampling
+        )
 
     def generate_codes_batch(
         self,
@@ -155,12 +168,19 @@ class MultimodalLM:
             ValueError: no prompt, one without room for a picture, or a model that says vectors.
         """
         if self.objective.image_output != "codes":
-            raise ValueError(f"{self.objective.name} says vectors for a picture, no codes: ask for pictures")
+            raise ValueError(
+                f"{self.objective.name} says vectors for a picture, no codes: ask for pictures"
+            )
         patches = self.visual.config.num_patches
         allowed = self.objective.lengths(patches)
-        least, most = (a if given is None else given for a, given in zip(allowed, (min_codes, max_codes), strict=True))
+        least, most = (
+            a if given is None else given
+            for a, given in zip(allowed, (min_codes, max_codes), strict=True)
+        )
         if not 1 <= least <= most <= patches:
-            raise ValueError(f"expected 1 <= min_codes <= max_codes <= {patches}, got {least} and {most}")
+            raise ValueError(
+                f"expected 1 <= min_codes <= max_codes <= {patches}, got {least} and {most}"
+            )
         opened = [self.prompts.for_image(prompt) for prompt in prompts]
         free = self.prompts.row([], "image")
         said = generate_ids(
@@ -174,17 +194,24 @@ class MultimodalLM:
             cached,
         )
         vocabulary = self.processor.vocabulary
-        codes = [vocabulary.to_codes(torch.tensor([i for i in ids if i != vocabulary.end])) for ids in said]
+        codes = [
+            vocabulary.to_codes(torch.tensor([i for i in ids if i != vocabulary.end]))
+            for ids in said
+        ]
         return VisualCodes.from_list([c.tolist() for c in codes], vocabulary.codebook_size)
 
-    def generate_vectors_batch(self, prompts: Sequence[Prompt], cached: bool = True) -> Float[Tensor, "b n d"]:
+    def generate_vectors_batch(
+        self, prompts: Sequence[Prompt], cached: bool = True
+    ) -> Float[Tensor, "b n d"]:
         """A picture's vectors for each prompt, for a model that says vectors. Nothing is drawn by chance.
 
         Raises:
             ValueError: no prompt, one without room for a picture, or a model that says codes.
         """
         if self.objective.image_output != "vectors":
-            raise ValueError(f"{self.objective.name} says codes for a picture, no vectors: ask for codes")
+            raise ValueError(
+                f"{self.objective.name} says codes for a picture, no vectors: ask for codes"
+            )
         rows = [self.prompts.for_image(prompt) for prompt in prompts]
         said = emit(self.model, self.processor, rows, self._vectors, opened=True, cached=cached)
         return torch.stack([vectors for (vectors,) in said if isinstance(vectors, Tensor)])
@@ -218,15 +245,25 @@ class MultimodalLM:
         )
         if beams is not None:
             if sampling or generator is not None:
-                raise ValueError(f"beams: nothing is sampled there, got {sorted(sampling) or 'a generator'} as well")
+                raise ValueError(
+                    f"beams: nothing is sampled there, got {sorted(sampling) or 'a generator'} as well"
+                )
             said = beam_search(self.model, self.processor, rows, rule, beams)
         else:
             chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
             said = generate_ids(self.model, self.processor, rows, rule, chosen, None, generator)
-        return [self.processor.vocabulary.decode_text(self.processor.tokenizer, ids).strip() for ids in said]
+        return [
+            self.processor.vocabulary.decode_text(self.processor.tokenizer, ids).strip()
+            for ids in said
+        ]
 
     def caption(
-        self, images: Any, max_tokens: int = 64, min_tokens: int = 1, beams: int | None = None, **sampling: Any
+        self,
+        images: Any,
+        max_tokens: int = 64,
+        min_tokens: int = 1,
+        beams: int | None = None,
+        **sampling: Any,
     ) -> Any:
         """A caption of at least one token; for a list of pictures a list of them.
 
@@ -237,8 +274,13 @@ class MultimodalLM:
         """
         several = isinstance(images, list)
         said = self.objective.prompt_templates.caption
-        prompts = [[path_or_image(image), *([said] if said else [])] for image in (images if several else [images])]
-        captions = self.generate_text_batch(prompts, max_tokens, min_tokens=min_tokens, beams=beams, **sampling)
+        prompts = [
+            [path_or_image(image), *([said] if said else [])]
+            for image in (images if several else [images])
+        ]
+        captions = self.generate_text_batch(
+            prompts, max_tokens, min_tokens=min_tokens, beams=beams, **sampling
+        )
         return captions if several else captions[0]
 
     def answer(
@@ -255,7 +297,9 @@ class MultimodalLM:
             template: how the model's training data puts questions, {} for the question; by default as its objective's
                 paper does.
         """
-        asked = (self.objective.prompt_templates.answer if template is None else template).replace("{}", question)
+        asked = (self.objective.prompt_templates.answer if template is None else template).replace(
+            "{}", question
+        )
         return self.generate_text_batch([[path_or_image(image), asked]], max_tokens, **sampling)[0]
 
     def complete(
@@ -286,7 +330,9 @@ class MultimodalLM:
                 "for a picture with generate_images"
             )
         if self.objective.image_output == "vectors":
-            return self._complete_with_vectors(prompt, max_tokens, max_images, generator, images, sampling)
+            return self._complete_with_vectors(
+                prompt, max_tokens, max_images, generator, images, sampling
+            )
         given = parts(prompt)
         said: list[Any] = []
         for number in range(max_images + 1):
@@ -294,7 +340,13 @@ class MultimodalLM:
             chosen = Sampling(**{"temperature": 0.0, **sampling})
             row = self.prompts.row(given + said, "text")
             ids = generate_ids(
-                self.model, self.processor, [row], GenerationConstraint(kind, 0, max_tokens), chosen, None, generator
+                self.model,
+                self.processor,
+                [row],
+                GenerationConstraint(kind, 0, max_tokens),
+                chosen,
+                None,
+                generator,
             )[0]
             text = self.processor.vocabulary.decode_text(self.processor.tokenizer, ids)
             said += [text] if text else []
@@ -302,14 +354,26 @@ class MultimodalLM:
                 break
             said.append(self.generate_codes(given + said, 1, guidance_scale, generator))
         if images:
-            said = [self._draw(s, generator, {})[0] if isinstance(s, VisualCodes) else s for s in said]
+            said = [
+                self._draw(s, generator, {})[0] if isinstance(s, VisualCodes) else s for s in said
+            ]
         return said
 
     def _complete_with_vectors(
-        self, prompt: Prompt, max_tokens: int, max_images: int, generator: Any, images: bool, sampling: dict[str, Any]
+        self,
+        prompt: Prompt,
+        max_tokens: int,
+        max_images: int,
+        generator: Any,
+        images: bool,
+        sampling: dict[str, Any],
     ) -> list[Any]:
         chosen = Sampling(**{"temperature": 0.0, **sampling})
-        options: dict[str, Any] = {"max_words": max_tokens, "max_images": max_images, "sampling": chosen}
+        options: dict[str, Any] = {
+            "max_words": max_tokens,
+            "max_images": max_images,
+            "sampling": chosen,
+        }
         (said,) = emit(
             self.model,
             self.processor,
@@ -331,16 +395,22 @@ class MultimodalLM:
         """How many vectors a picture has."""
         return self.objective.lengths(self.visual.config.num_patches)[1]
 
-    def _draw(self, said: Any, generator: torch.Generator | None, drawing: dict[str, Any]) -> list[Image.Image]:
+    def _draw(
+        self, said: Any, generator: torch.Generator | None, drawing: dict[str, Any]
+    ) -> list[Image.Image]:
         """Pictures of codes, or of vectors float [b n d], whose unconditional stream is what is said of no prompt."""
         if isinstance(said, VisualCodes):
             return self.decoder(said, generator=generator, **drawing).images
-        return self.decoder(said, self.generate_vectors_batch([""]), generator=generator, **drawing).images
+        return self.decoder(
+            said, self.generate_vectors_batch([""]), generator=generator, **drawing
+        ).images
 
     # Likelihood
 
     @torch.no_grad()
-    def rank(self, context: Prompt, candidates: Sequence[Any], per_token: bool = False) -> Float[Tensor, " n"]:
+    def rank(
+        self, context: Prompt, candidates: Sequence[Any], per_token: bool = False
+    ) -> Float[Tensor, " n"]:
         """log p(candidate | context) in nats: texts or pictures (as Prompt takes them); greater is likelier.
 
         Args:
@@ -349,7 +419,10 @@ class MultimodalLM:
         if not candidates:
             raise ValueError("expected at least one candidate, got none")
         given = self.prompts.segments(context)
-        rows = [self.objective.scoring_sequence(given, self.prompts.segment(c), self.processor) for c in candidates]
+        rows = [
+            self.objective.scoring_sequence(given, self.prompts.segment(c), self.processor)
+            for c in candidates
+        ]
         batch = pad(rows, self.processor.pad).to(self.device)
         nats = log_likelihood(self.model.see(batch), batch)
         return nats / batch.predict.sum(1) if per_token else nats
@@ -367,7 +440,9 @@ class MultimodalLM:
             WeightsError: the directory holds something else.
         """
         fingerprint = self.visual.fingerprint()
-        save_model(out, self.model, self.processor, self.objective, visual_tokenizer, fingerprint, dtype)
+        save_model(
+            out, self.model, self.processor, self.objective, visual_tokenizer, fingerprint, dtype
+        )
 
     def export(self, out: str | Path, dtype: torch.dtype | None = None) -> None:
         """A plain `transformers` directory that other programs serve; see export.py."""

@@ -65,10 +65,14 @@ class RaggedLayout:
         """For every padded slot a row to put there: its own, or for a free slot the nearest row before or after it."""
         ends = self.lengths.cumsum(0)
         last = (ends - 1).clamp(min=0)[:, None]
-        place = (ends - self.lengths)[:, None] + torch.arange(self.width, device=self.lengths.device)
+        place = (ends - self.lengths)[:, None] + torch.arange(
+            self.width, device=self.lengths.device
+        )
         return torch.minimum(place, last).flatten()
 
-    def pad(self, rows: Shaped[Tensor, "total *rest"], fill: int | float = 0) -> Shaped[Tensor, "batch width *rest"]:
+    def pad(
+        self, rows: Shaped[Tensor, "total *rest"], fill: int | float = 0
+    ) -> Shaped[Tensor, "batch width *rest"]:
         """Rows one after another -> a rectangle, the free slots filled."""
         batch = len(self.lengths)
         padded = rows.new_full((batch * self.width, *rows.shape[1:]), fill)
@@ -112,17 +116,27 @@ class VisualCodes:
         for name in ("values", "lengths"):
             tensor = getattr(self, name)
             if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.ndim != 1:
-                got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                got = (
+                    f"{tensor.dtype} {list(tensor.shape)}"
+                    if isinstance(tensor, Tensor)
+                    else type(tensor).__name__
+                )
                 raise CodeError(f"{name}: expected an int64 tensor of one dimension, got {got}")
         if len(self.lengths) and int(self.lengths.min()) < 0:
             raise CodeError(f"lengths: expected none below 0, got {int(self.lengths.min())}")
         if int(self.lengths.sum()) != len(self.values):
-            raise CodeError(f"lengths add up to {int(self.lengths.sum())}, but there are {len(self.values)} codes")
+            raise CodeError(
+                f"lengths add up to {int(self.lengths.sum())}, but there are {len(self.values)} codes"
+            )
         if self.keep is not None:
             if self.keep.dtype != torch.bool or self.keep.ndim != 2:
-                raise CodeError(f"keep: expected bool [batch patches], got {self.keep.dtype} {list(self.keep.shape)}")
+                raise CodeError(
+                    f"keep: expected bool [batch patches], got {self.keep.dtype} {list(self.keep.shape)}"
+                )
             if not torch.equal(self.keep.sum(1), self.lengths):
-                raise CodeError("keep: each image's number of kept patches must equal its number of codes")
+                raise CodeError(
+                    "keep: each image's number of kept patches must equal its number of codes"
+                )
         self.check(self.codebook_size)
 
     def check(self, codebook_size: int | None) -> None:
@@ -144,15 +158,27 @@ class VisualCodes:
     def check_lengths(self, patches: int) -> None:
         """Raise CodeError unless there are images, each of 1..patches codes, as a reconstructor can read."""
         if len(self) == 0 or int(self.lengths.min()) < 1 or self.layout.width > patches:
-            got = "no images" if len(self) == 0 else f"lengths {int(self.lengths.min())}..{self.layout.width}"
-            raise CodeError(f"expected at least one image and 1..{patches} codes an image, got {got}")
+            got = (
+                "no images"
+                if len(self) == 0
+                else f"lengths {int(self.lengths.min())}..{self.layout.width}"
+            )
+            raise CodeError(
+                f"expected at least one image and 1..{patches} codes an image, got {got}"
+            )
 
     @classmethod
     def from_list(cls, codes: Sequence[Any], codebook_size: int | None = None) -> VisualCodes:
         """From one sequence of integers (list or tensor) per image."""
         rows = [_row(c, i) for i, c in enumerate(codes)]
-        values = torch.cat([row.long() for row in rows]) if rows else torch.empty(0, dtype=torch.int64)
-        return cls(values, torch.tensor([len(r) for r in rows], dtype=torch.int64), codebook_size=codebook_size)
+        values = (
+            torch.cat([row.long() for row in rows]) if rows else torch.empty(0, dtype=torch.int64)
+        )
+        return cls(
+            values,
+            torch.tensor([len(r) for r in rows], dtype=torch.int64),
+            codebook_size=codebook_size,
+        )
 
     def to_list(self) -> list[list[int]]:
         return [row.tolist() for row in self]
@@ -171,7 +197,9 @@ class VisualCodes:
 
     def to(self, device: torch.device | str) -> VisualCodes:
         keep = None if self.keep is None else self.keep.to(device)
-        return VisualCodes(self.values.to(device), self.lengths.to(device), keep, self.codebook_size)
+        return VisualCodes(
+            self.values.to(device), self.lengths.to(device), keep, self.codebook_size
+        )
 
     def take(self, indices: Sequence[int]) -> VisualCodes:
         """Some of the images, in the order asked for; an image may be taken twice."""
@@ -188,10 +216,15 @@ class VisualCodes:
             raise CodeError("expected at least one batch of codes to join, got none")
         sizes = {b.codebook_size for b in batches}
         if len(sizes) > 1:
-            raise CodeError(f"expected codes of one tokenizer, got codebook sizes {sorted(map(str, sizes))}")
+            raise CodeError(
+                f"expected codes of one tokenizer, got codebook sizes {sorted(map(str, sizes))}"
+            )
         masks = [b.keep for b in batches if b.keep is not None]
         keep = torch.cat(masks) if len(masks) == len(batches) else None
-        values, lengths = torch.cat([b.values for b in batches]), torch.cat([b.lengths for b in batches])
+        values, lengths = (
+            torch.cat([b.values for b in batches]),
+            torch.cat([b.lengths for b in batches]),
+        )
         return cls(values, lengths, keep, sizes.pop())
 
     @cached_property
@@ -218,7 +251,9 @@ def _row(codes: Any, image: int) -> Int64[Tensor, " n"]:
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CodeError(f"image {image}: expected a sequence of integer codes: {error}") from None
     if row.ndim != 1:
-        raise CodeError(f"image {image}: expected one sequence of codes for each image, got shape {list(row.shape)}")
+        raise CodeError(
+            f"image {image}: expected one sequence of codes for each image, got shape {list(row.shape)}"
+        )
     if len(row) and (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool):
         raise CodeError(f"image {image}: expected integer codes, got {row.dtype}")
     return row.long()

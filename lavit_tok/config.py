@@ -77,16 +77,27 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
-            numbers = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
+            numbers = (
+                isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
+            )
             self._require(name, numbers, "3 finite numbers")
             object.__setattr__(self, name, tuple(float(x) for x in value))
         named = isinstance(self.encoder, dict) and "model_type" in self.encoder
         self._require("encoder", named, "a dict with model_type")
-        least_values = {"codebook_size": 2, "code_dim": 1, "merger_depth": 0, "reconstructor_depth": 0}
+        least_values = {
+            "codebook_size": 2,
+            "code_dim": 1,
+            "merger_depth": 0,
+            "reconstructor_depth": 0,
+        }
         for name, least in {**least_values, "continuous_width": 0, "continuous_depth": 0}.items():
             value = getattr(self, name)
-            self._require(name, type(value) is int and value >= least, f"an integer of at least {least}")
-        self._require("width", self.width % 4 == 0, "a multiple of 4 (the selector halves it twice)")
+            self._require(
+                name, type(value) is int and value >= least, f"an integer of at least {least}"
+            )
+        self._require(
+            "width", self.width % 4 == 0, "a multiple of 4 (the selector halves it twice)"
+        )
         heads = self.num_heads
         divides = type(heads) is int and heads > 0 and self.width % heads == 0
         self._require("num_heads", divides, f"a divisor of {self.width}")
@@ -98,7 +109,9 @@ class TokenizerConfig:
         self._require("attention", self.attention in ("strict", "compat"), "'strict' or 'compat'")
         self._require("image_std", min(self.image_std) > 0, "positive numbers")
         patch = self.patch_size
-        self._require("image_size", self.image_size % patch == 0, f"a multiple of patch_size {patch}")
+        self._require(
+            "image_size", self.image_size % patch == 0, f"a multiple of patch_size {patch}"
+        )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -109,7 +122,9 @@ class TokenizerConfig:
         if isinstance(value, (list, tuple)) and len(set(value)) == 1:
             value = value[0]
         patches = self.encoder.get("num_patches")
-        if name == "image_size" and value is None and type(patches) is int and patches > 0:  # SigLIP2 counts patches
+        if (
+            name == "image_size" and value is None and type(patches) is int and patches > 0
+        ):  # SigLIP2 counts patches
             value = math.isqrt(patches) * self.patch_size
         if type(value) is not int or value < 1:
             raise ConfigError(f"encoder.{name}: expected a positive integer, got {value!r}")
@@ -145,17 +160,28 @@ class TokenizerConfig:
         return int(self.width * self.mlp_ratio)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": "lavit_tok.tokenizer", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return {
+            "format": "lavit_tok.tokenizer",
+            "format_version": FORMAT_VERSION,
+            **dataclasses.asdict(self),
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
         values = dict(values)
-        kind, version = values.pop("format", "lavit_tok.tokenizer"), values.pop("format_version", FORMAT_VERSION)
+        kind, version = (
+            values.pop("format", "lavit_tok.tokenizer"),
+            values.pop("format_version", FORMAT_VERSION),
+        )
         if kind != "lavit_tok.tokenizer" or version != FORMAT_VERSION:
-            raise ConfigError(f"expected format lavit_tok.tokenizer version {FORMAT_VERSION}, got {kind} {version}")
+            raise ConfigError(
+                f"expected format lavit_tok.tokenizer version {FORMAT_VERSION}, got {kind} {version}"
+            )
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
-            raise ConfigError(f"unknown settings {unknown}: ignoring them would build another model than was saved")
+            raise ConfigError(
+                f"unknown settings {unknown}: ignoring them would build another model than was saved"
+            )
         for name in ("image_mean", "image_std"):  # JSON knows no tuples
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])

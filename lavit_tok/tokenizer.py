@@ -41,28 +41,51 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     reconstructor: Reconstructor
     continuous: ContinuousPath | None
 
-    def __init__(self, config: TokenizerConfig | None = None, encoder: VisionEncoder | None = None) -> None:
+    def __init__(
+        self, config: TokenizerConfig | None = None, encoder: VisionEncoder | None = None
+    ) -> None:
         super().__init__()
         self.config = config or TokenizerConfig()
         c = self.config
         self.encoder = encoder or VisionEncoder.from_config(c.encoder, c.encoder_norm)
         if self.encoder.config.hidden_size != c.width:
-            raise ConfigError(f"encoder: expected features of width {c.width}, got {self.encoder.config.hidden_size}")
+            raise ConfigError(
+                f"encoder: expected features of width {c.width}, got {self.encoder.config.hidden_size}"
+            )
         self.selector = Selector(c.width, c.layer_norm_eps)
         self.merger = Merger(
-            c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention, c.positions
+            c.width,
+            c.merger_depth,
+            c.num_heads,
+            c.mlp_width,
+            c.layer_norm_eps,
+            c.attention,
+            c.positions,
         )
         self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
         self.reconstructor = None  # type: ignore[assignment]  # in a tokenizer that only encodes
         if c.reconstructor_depth:
             self.reconstructor = Reconstructor(
-                c.width, c.num_patches, c.code_dim, c.reconstructor_depth, c.num_heads, c.mlp_width, c.layer_norm_eps
+                c.width,
+                c.num_patches,
+                c.code_dim,
+                c.reconstructor_depth,
+                c.num_heads,
+                c.mlp_width,
+                c.layer_norm_eps,
             )
         self.continuous = None
         if c.continuous_width:
             depth, out = c.continuous_depth, c.continuous_width
             self.continuous = ContinuousPath(
-                c.width, depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention, out, c.positions
+                c.width,
+                depth,
+                c.num_heads,
+                c.mlp_width,
+                c.layer_norm_eps,
+                c.attention,
+                out,
+                c.positions,
             )
         self.eval()
 
@@ -121,13 +144,23 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
 
     def preprocess(self, images: Any) -> Float[Tensor, "batch 3 h w"]:
         """Any image input -> normalised pixels of the model's size, on the model's device and in its dtype."""
-        uint8 = pixels_room.to_uint8(images, self.config.image_size, self.config.crop).to(self.device)
-        return pixels_room.normalize(uint8, self.config.image_mean, self.config.image_std).to(self.dtype)
+        uint8 = pixels_room.to_uint8(images, self.config.image_size, self.config.crop).to(
+            self.device
+        )
+        return pixels_room.normalize(uint8, self.config.image_mean, self.config.image_std).to(
+            self.dtype
+        )
 
-    def features(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches width"]:
+    def features(
+        self, pixels: Float[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch patches width"]:
         """Patch features of the frozen encoder. Raises ValueError for pixels of another size or with NaN."""
         size = self.config.image_size
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size) or not pixels.is_floating_point():
+        if (
+            pixels.ndim != 4
+            or tuple(pixels.shape[1:]) != (3, size, size)
+            or not pixels.is_floating_point()
+        ):
             raise ValueError(
                 f"pixels: expected float [batch 3 {size} {size}] from preprocess(), "
                 f"got {pixels.dtype} {list(pixels.shape)}"
@@ -135,10 +168,14 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         if len(pixels) == 0:
             raise ValueError("pixels: expected at least one image, got an empty batch")
         if not bool(pixels.isfinite().all()):
-            raise ValueError("pixels hold NaN or infinity: every code of those images would be arbitrary")
+            raise ValueError(
+                "pixels hold NaN or infinity: every code of those images would be arbitrary"
+            )
         return self.encoder(pixels)
 
-    def score(self, features: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch patches 2"]:
+    def score(
+        self, features: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch patches 2"]:
         """Log-probabilities, float32: index 0 keep, index 1 drop; with config.dither its fixed pattern is in them."""
         log_probs = self.selector(features)
         return selector_room.dithered(log_probs) if self.config.dither else log_probs
@@ -163,9 +200,13 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         """Merged features -> unit-norm vectors of the code space, float32."""
         return self.quantizer.project(merged)
 
-    def quantize(self, z: Float[Tensor, "total code_dim"], lengths: Int64[Tensor, " batch"]) -> VisualCodes:
+    def quantize(
+        self, z: Float[Tensor, "total code_dim"], lengths: Int64[Tensor, " batch"]
+    ) -> VisualCodes:
         """Exact nearest codebook rows, in float32."""
-        return VisualCodes(self.quantizer.codebook.nearest(z), lengths, codebook_size=self.config.codebook_size)
+        return VisualCodes(
+            self.quantizer.codebook.nearest(z), lengths, codebook_size=self.config.codebook_size
+        )
 
     def lookup(self, codes: VisualCodes) -> Float[Tensor, "total code_dim"]:
         """Codebook rows of all codes. Raises CodeError for codes of another codebook."""
@@ -176,9 +217,13 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     def reconstruct_features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
         """The encoder's features of every patch, as far as the codes tell. Raises CodeError for codes that misfit."""
         if self.reconstructor is None:
-            raise ValueError("this tokenizer has no reconstructor (config.reconstructor_depth is 0): it only encodes")
+            raise ValueError(
+                "this tokenizer has no reconstructor (config.reconstructor_depth is 0): it only encodes"
+            )
         codes.check_lengths(self.config.num_patches)
-        return self.reconstructor.ragged(self.lookup(codes), RaggedLayout(codes.lengths.to(self.device)))
+        return self.reconstructor.ragged(
+            self.lookup(codes), RaggedLayout(codes.lengths.to(self.device))
+        )
 
     @torch.no_grad()
     def embed(
@@ -199,7 +244,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
             ImageError, ValueError: as encode; or a tokenizer without a continuous path.
         """
         self._continuous()  # before anything is computed
-        return self.embed_features(self.features(self.preprocess(images)), budget, sample, generator, keep)
+        return self.embed_features(
+            self.features(self.preprocess(images)), budget, sample, generator, keep
+        )
 
     @torch.no_grad()
     def embed_features(
@@ -225,7 +272,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
 
     # Files
 
-    def save_pretrained(self, save_directory: Any, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: Any, *, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Any:
         """Write config.json and model.safetensors, floats as `dtype` (e.g. torch.float16 to halve the file)."""
         self._save_dtype = dtype
         return super().save_pretrained(save_directory, **kwargs)

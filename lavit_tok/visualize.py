@@ -51,7 +51,9 @@ def kept_overlay(image: Any, keep: Any, grid: tuple[int, int], dim: float = DIM)
     if rows < 1 or columns < 1 or kept.size != rows * columns:
         raise ValueError(f"keep: expected {rows} x {columns} decisions, got {kept.size}")
     pixels = np.asarray(open_image(image))
-    row = np.arange(pixels.shape[0]) * rows // pixels.shape[0]  # which patch row each line of pixels belongs to
+    row = (
+        np.arange(pixels.shape[0]) * rows // pixels.shape[0]
+    )  # which patch row each line of pixels belongs to
     column = np.arange(pixels.shape[1]) * columns // pixels.shape[1]
     visible = kept.reshape(rows, columns)[row[:, None], column[None]]
     return Image.fromarray(np.where(visible[..., None], pixels, (pixels * dim).astype(np.uint8)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network; huggingface_hub reads this at import
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # no test may need a network; huggingface_hub reads this at import
 
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +35,12 @@ def tiny_config() -> TokenizerConfig:
         "patch_size": 8,
     }
     return TokenizerConfig(
-        encoder=encoder, codebook_size=16, code_dim=4, merger_depth=2, reconstructor_depth=2, num_heads=2
+        encoder=encoder,
+        codebook_size=16,
+        code_dim=4,
+        merger_depth=2,
+        reconstructor_depth=2,
+        num_heads=2,
     )
 
 
@@ -101,7 +108,10 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture
 def folder(
-    tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_tokenizer: VisualTokenizer,
+    photos: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     """For lavit_lm: a visual tokenizer, shards of 24 captioned crops of photographs, and a text tokenizer."""
     from helpers.lm_runs import CAPTIONS
@@ -114,7 +124,13 @@ def folder(
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     for split, count in (("train", 24), ("validation", 6)):
         captioned(tmp_path / "pictures" / split, photos, [CAPTIONS[i % 4] for i in range(count)])
-    words = [str(tmp_path / "pictures"), "--tokenizer", str(tmp_path / "visual"), "--out", str(tmp_path / "shards")]
+    words = [
+        str(tmp_path / "pictures"),
+        "--tokenizer",
+        str(tmp_path / "visual"),
+        "--out",
+        str(tmp_path / "shards"),
+    ]
     assert main(["shards", *words]) == 0
     small_tokenizer("llama").save_pretrained(tmp_path / "text")
     return tmp_path

@@ -67,7 +67,9 @@ def attention(room: Any, x: Tensor, context: Tensor, policy: Tensor, formula: st
     return linear(room.out, out)
 
 
-def block(room: Any, x: Tensor, context: Tensor, own: Tensor, other: Tensor, formula: str) -> Tensor:
+def block(
+    room: Any, x: Tensor, context: Tensor, own: Tensor, other: Tensor, formula: str
+) -> Tensor:
     normed = layer_norm(room.norm_self, x)
     x = x + attention(room.self_attention, normed, normed, own, formula)
     x = x + attention(room.cross_attention, layer_norm(room.norm_cross, x), context, other, formula)
@@ -80,7 +82,9 @@ def score(selector: Any, features: Tensor) -> Tensor:
     x = gelu(linear(first, layer_norm(norm, features)))
     half = x.shape[1] // 2
     x = torch.stack([torch.cat([row[:half], x[:, half:].mean(0)]) for row in x])
-    x = linear(selector.judge[4], gelu(linear(selector.judge[2], gelu(linear(selector.judge[0], x)))))
+    x = linear(
+        selector.judge[4], gelu(linear(selector.judge[2], gelu(linear(selector.judge[0], x))))
+    )
     return torch.stack([row - (row - row.max()).exp().sum().log() - row.max() for row in x])
 
 
@@ -159,7 +163,9 @@ def reconstruct(room: Any, vectors: Tensor) -> Tensor:
 
 def pixels(image: Image.Image, config: Any) -> Tensor:
     """PIL RGB -> float [1 3 h w]: resize to the square, /255, mean, standard deviation."""
-    small = image.convert("RGB").resize((config.image_size, config.image_size), Image.Resampling.BICUBIC)
+    small = image.convert("RGB").resize(
+        (config.image_size, config.image_size), Image.Resampling.BICUBIC
+    )
     values = np.asarray(small).astype(np.float64) / 255
     values = (values - np.array(config.image_mean)) / np.array(config.image_std)
     return torch.from_numpy(values.transpose(2, 0, 1)[None]).float()

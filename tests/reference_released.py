@@ -27,7 +27,10 @@ def linear(w: Weights, name: str, x: Tensor) -> Tensor:
 
 def norm(w: Weights, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+    return (
+        centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w[name + ".weight"]
+        + w[name + ".bias"]
+    )
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -57,7 +60,11 @@ def encode_features(w: Weights, pixels: Tensor, heads: int) -> Tensor:
     kernel = w["patch_embed.proj.weight"]
     p = kernel.shape[-1]
     grid = pixels.shape[-1] // p
-    cuts = [pixels[:, i * p : (i + 1) * p, j * p : (j + 1) * p].flatten() for i in range(grid) for j in range(grid)]
+    cuts = [
+        pixels[:, i * p : (i + 1) * p, j * p : (j + 1) * p].flatten()
+        for i in range(grid)
+        for j in range(grid)
+    ]
     patches = torch.stack(cuts).double() @ kernel.flatten(1).T + w["patch_embed.proj.bias"]
     x = torch.cat([w["cls_token"][0], patches]) + w["pos_embed"][0]
     number = 0
@@ -97,7 +104,11 @@ def merge(w: Weights, features: Tensor, keep: Tensor, heads: int) -> Tensor:
         q, k, v = linear(w, b + "token_causal_attn.qkv", norm(w, b + "norm0", x)).chunk(3, 1)
         x = x + linear(w, b + "token_causal_attn.proj", attend(q, k, v, heads, own))
         a = b + "token_cross_attn."
-        q, k, v = linear(w, a + "query", norm(w, b + "norm1", x)), linear(w, a + "key", origin), None
+        q, k, v = (
+            linear(w, a + "query", norm(w, b + "norm1", x)),
+            linear(w, a + "key", origin),
+            None,
+        )
         v = linear(w, a + "value", origin)
         x = x + linear(w, a + "proj", attend(q, k, v, heads, other))
         x = x + mlp(w, b + "mlp", norm(w, b + "norm2", x))
@@ -131,7 +142,9 @@ def decode_features(w: Weights, vectors: Tensor, heads: int) -> Tensor:
         x = x + linear(w, a + "proj", attend(q, k, v, heads))
         x = x + mlp(w, b + "mlp", norm(w, b + "norm2", x))
         number += 1
-    return linear(w, "decode_task_layer.2", linear(w, "decode_task_layer.0", norm(w, "norm", x)).tanh())
+    return linear(
+        w, "decode_task_layer.2", linear(w, "decode_task_layer.0", norm(w, "norm", x)).tanh()
+    )
 
 
 def pool(w: Weights, x: Tensor, heads: int) -> Tensor:
@@ -145,14 +158,22 @@ def pool(w: Weights, x: Tensor, heads: int) -> Tensor:
 # A release of any size, drawn at random
 
 
-def block(g: torch.Generator, prefix: str, width: int, hidden: int, own: str, cross: str) -> Weights:
+def block(
+    g: torch.Generator, prefix: str, width: int, hidden: int, own: str, cross: str
+) -> Weights:
     made = {}
     for name in ("norm0", "norm1", "norm2"):
         made |= layer_norm(g, f"{prefix}.{name}", width)
-    made |= dense(g, f"{prefix}.{own}.qkv", width, 3 * width) | dense(g, f"{prefix}.{own}.proj", width, width)
+    made |= dense(g, f"{prefix}.{own}.qkv", width, 3 * width) | dense(
+        g, f"{prefix}.{own}.proj", width, width
+    )
     for name in ("query", "key", "value", "proj"):
         made |= dense(g, f"{prefix}.{cross}.{name}", width, width)
-    return made | dense(g, f"{prefix}.mlp.fc1", width, hidden) | dense(g, f"{prefix}.mlp.fc2", hidden, width)
+    return (
+        made
+        | dense(g, f"{prefix}.mlp.fc1", width, hidden)
+        | dense(g, f"{prefix}.mlp.fc2", hidden, width)
+    )
 
 
 def dense(g: torch.Generator, name: str, inputs: int, outputs: int) -> Weights:
@@ -176,7 +197,11 @@ def write(root: Path, seed: int, skipped: Sequence[str] = (), **s: Any) -> None:
         return torch.randn(*shape, generator=g)
 
     def eva() -> Weights:
-        made = {"cls_token": draw(1, 1, d), "pos_embed": draw(1, n + 1, d), "patch_embed.proj.bias": draw(d)}
+        made = {
+            "cls_token": draw(1, 1, d),
+            "pos_embed": draw(1, n + 1, d),
+            "patch_embed.proj.bias": draw(d),
+        }
         made["patch_embed.proj.weight"] = draw(d, 3, s["patch"], s["patch"]) / s["patch"]
         for i in range(s["layers"]):
             b = f"blocks.{i}"
@@ -184,26 +209,52 @@ def write(root: Path, seed: int, skipped: Sequence[str] = (), **s: Any) -> None:
             made |= {f"{b}.attn.q_bias": draw(d), f"{b}.attn.v_bias": draw(d)}
             made[f"{b}.attn.qkv.weight"] = draw(3 * d, d) * d**-0.5
             made |= dense(g, f"{b}.attn.proj", d, d)
-            made |= dense(g, f"{b}.mlp.fc1", d, s["encoder_mlp"]) | dense(g, f"{b}.mlp.fc2", s["encoder_mlp"], d)
+            made |= dense(g, f"{b}.mlp.fc1", d, s["encoder_mlp"]) | dense(
+                g, f"{b}.mlp.fc2", s["encoder_mlp"], d
+            )
         return made | layer_norm(g, "norm", d) | dense(g, "head", d, 10)
 
     def merger(depth: int) -> Weights:
-        made = layer_norm(g, "causal_encoder.ln_vision", d) | layer_norm(g, "causal_encoder.norm", d)
+        made = layer_norm(g, "causal_encoder.ln_vision", d) | layer_norm(
+            g, "causal_encoder.norm", d
+        )
         for i in range(depth):
-            made |= block(g, f"causal_encoder.blocks.{i}", d, s["mlp"], "token_causal_attn", "token_cross_attn")
+            made |= block(
+                g,
+                f"causal_encoder.blocks.{i}",
+                d,
+                s["mlp"],
+                "token_causal_attn",
+                "token_cross_attn",
+            )
         return made
 
     def encoder() -> Weights:
         rows = draw(s["codes"], s["code_dim"])
-        made = {"quantize.embedding.weight": rows / rows.norm(dim=1, keepdim=True), **merger(s["merger_depth"])}
-        made |= {"quantize.embedding.cluster_size": torch.ones(s["codes"])}  # a leftover of training
-        made |= layer_norm(g, "token_predictor.in_conv.0", d) | dense(g, "token_predictor.in_conv.1", d, d)
+        made = {
+            "quantize.embedding.weight": rows / rows.norm(dim=1, keepdim=True),
+            **merger(s["merger_depth"]),
+        }
+        made |= {
+            "quantize.embedding.cluster_size": torch.ones(s["codes"])
+        }  # a leftover of training
+        made |= layer_norm(g, "token_predictor.in_conv.0", d) | dense(
+            g, "token_predictor.in_conv.1", d, d
+        )
         for layer, i, o in ((0, d, d // 2), (2, d // 2, d // 4), (4, d // 4, 2)):
             made |= dense(g, f"token_predictor.out_conv.{layer}", i, o)
-        return made | dense(g, "encode_task_layer.0", d, d) | dense(g, "encode_task_layer.2", d, s["code_dim"])
+        return (
+            made
+            | dense(g, "encode_task_layer.0", d, d)
+            | dense(g, "encode_task_layer.2", d, s["code_dim"])
+        )
 
     def decoder() -> Weights:
-        made = {"pos_embed": draw(1, n, d), "query_embed": draw(1, n, d), **dense(g, "in_proj", s["code_dim"], d)}
+        made = {
+            "pos_embed": draw(1, n, d),
+            "query_embed": draw(1, n, d),
+            **dense(g, "in_proj", s["code_dim"], d),
+        }
         for i in range(s["reconstructor_depth"]):
             made |= block(g, f"blocks.{i}", d, s["mlp"], "self_attn", "cross_attn")
         made |= layer_norm(g, "norm", d)
@@ -223,7 +274,9 @@ def write(root: Path, seed: int, skipped: Sequence[str] = (), **s: Any) -> None:
         "visual_tokenizer/tokenizer_encoder.bin": encoder,
         "visual_tokenizer/tokenizer_decoder.bin": lambda: decoder() | dense(g, "unet_proj", d, low),
         "visual_tokenizer/highres_tokenizer_decoder.bin": highres,
-        "language_model/visual_weight.bin": lambda: merger(s["merger_depth"] + 1) | dense(g, "vit_proj", d, s["llm"]),
+        "language_model/visual_weight.bin": lambda: (
+            merger(s["merger_depth"] + 1) | dense(g, "vit_proj", d, s["llm"])
+        ),
         "pixel_decoding/uncond_embeddings.bin": lambda: draw(1, s["null"], low),
     }
     for name, make in files.items():

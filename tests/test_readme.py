@@ -14,7 +14,7 @@ from lavit_tok.cli.parser import COMMANDS, parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = ("data_path", "sequences", "objectives", "benchmarks")
+PAGES = ("architecture", "sequences", "objectives", "benchmarks")
 QUICK_START = README.partition("## Quick start\n")[2].partition("\n## ")[0]
 
 
@@ -43,7 +43,11 @@ def test_quick_start_begins_with_two_shell_blocks() -> None:
     assert QUICK_START.index("```sh") == QUICK_START.index("```")
     for block, environment in ((first, ".venv"), (second, ".venv-test")):
         lines = block.splitlines()
-        install = [f"python3 -m venv {environment}", f". {environment}/bin/activate", "pip install torch==2.13.0"]
+        install = [
+            f"python3 -m venv {environment}",
+            f". {environment}/bin/activate",
+            "pip install torch==2.13.0",
+        ]
         assert lines[:3] == install
         assert lines[3].startswith("pip install -c constraints.txt ")
         assert len(lines) == 5
@@ -52,7 +56,9 @@ def test_quick_start_begins_with_two_shell_blocks() -> None:
 
 
 def test_continuous_integration_runs_the_second_block() -> None:
-    shown = subprocess.run(["bash", ROOT / ".ci/run", "--show"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["bash", ROOT / ".ci/run", "--show"], capture_output=True, text=True, check=True
+    )
     assert shown.stdout == blocks(QUICK_START, "sh")[1]
 
 
@@ -70,7 +76,10 @@ def test_every_command_of_the_readme_is_understood() -> None:
 def test_every_command_of_language_models_is_in_its_table() -> None:
     rows = re.findall(r"^\| (`lavit-lm .*?) \|", README, re.MULTILINE)
     listed = [
-        word for row in rows for word in re.findall(r"`(?:lavit-lm )?([a-z-]+)", row) if not word.startswith("lavit")
+        word
+        for row in rows
+        for word in re.findall(r"`(?:lavit-lm )?([a-z-]+)", row)
+        if not word.startswith("lavit")
     ]
     assert sorted(listed) == sorted(lm_cli.COMMANDS)
     for line in re.findall(r"^lavit-lm (.*)$", README, re.MULTILINE):
@@ -78,15 +87,26 @@ def test_every_command_of_language_models_is_in_its_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "docs/data_path.md", "docs/sequences.md", "docs/objectives.md"]
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/sequences.md",
+        "docs/objectives.md",
+    ],
 )
 def test_links_lead_somewhere(name: str) -> None:
     path = ROOT / name
-    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()) if "://" not in link]
+    links = [
+        link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()) if "://" not in link
+    ]
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize(("page", "house"), [("data_path", "lavit_tok"), ("sequences", "lavit_lm")])
+@pytest.mark.parametrize(
+    ("page", "house"), [("architecture", "lavit_tok"), ("sequences", "lavit_lm")]
+)
 def test_files_named_in_the_data_path_exist(page: str, house: str) -> None:
     named = set(re.findall(r"\b([a-z_]+\.py)\b", (ROOT / f"docs/{page}.md").read_text()))
     assert len(named) > 12
@@ -98,9 +118,15 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     assert lines[0] == "torch==2.13.0"
-    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    pinned = {
+        canonicalize_name(name): version for name, version in (line.split("==") for line in lines)
+    }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     tested = [
         project["dependencies"],
@@ -108,4 +134,6 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
     ]
     for requirement in (Requirement(text) for texts in tested for text in texts):
         if requirement.name != "lavit-tok":
-            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), (
+                requirement
+            )

@@ -52,7 +52,9 @@ class ExportError(ValueError):
     """An LM that cannot be written as a plain directory, or that is another one when it is read back."""
 
 
-def export(model: Any, tokenizer: Any, out: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
+def export(
+    model: Any, tokenizer: Any, out: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> Path:
     """Write an extended LM and its tokenizer, read them back, and compare ids and logits. Neither is changed.
 
     Args:
@@ -111,7 +113,11 @@ def serving_tokenizer(tokenizer: Any, vocabulary: VisualVocabulary) -> PreTraine
         pair=[*before, "$A", "$B:1"],
         special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in before],
     )
-    names = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    names = {
+        name: value
+        for name, value in tokenizer.special_tokens_map.items()
+        if isinstance(value, str)
+    }
     names.setdefault("pad_token", names["eos_token"])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -132,7 +138,9 @@ def _plain_model(model: Any, dtype: torch.dtype | None) -> Any:
         plain = (copy.deepcopy(plain) if plain is own else plain).to(dtype)
     left = [name for name, _ in plain.named_parameters() if any(part in name for part in ADAPTERS)]
     if left:
-        raise ExportError(f"adapters that are not merged, such as {left[0]}: no other engine would apply them")
+        raise ExportError(
+            f"adapters that are not merged, such as {left[0]}: no other engine would apply them"
+        )
     broken = [name for name, value in plain.named_parameters() if not bool(value.isfinite().all())]
     if broken:
         raise ExportError(f"these weights hold NaN or infinity as {plain.dtype}: {broken}")
@@ -140,10 +148,14 @@ def _plain_model(model: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _write(model: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path) -> None:
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     config = copy.deepcopy(model.config)
     if config.is_encoder_decoder:  # what a suffix begins with, see DaVinci
-        ids["decoder_start_token_id"] = ids["eos_token_id"] if ids["bos_token_id"] is None else ids["bos_token_id"]
+        ids["decoder_start_token_id"] = (
+            ids["eos_token_id"] if ids["bos_token_id"] is None else ids["bos_token_id"]
+        )
     for name, value in ids.items():
         setattr(config, name, value)
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -157,24 +169,41 @@ def _write(model: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: 
     settings = directory / "tokenizer_config.json"
     named = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n")
-    values = {"begin": vocabulary.begin, "end": vocabulary.end, "first": vocabulary.first, "last": vocabulary.stop - 1}
+    values = {
+        "begin": vocabulary.begin,
+        "end": vocabulary.end,
+        "first": vocabulary.first,
+        "last": vocabulary.stop - 1,
+    }
     first, last = (tokenizer.convert_ids_to_tokens(values[name]) for name in ("first", "last"))
-    card = CARD.read_text().replace("{size}", str(vocabulary.codebook_size)).replace("{bos}", tokenizer.bos_token or "")
+    card = (
+        CARD.read_text()
+        .replace("{size}", str(vocabulary.codebook_size))
+        .replace("{bos}", tokenizer.bos_token or "")
+    )
     for name, value in values.items():
         card = card.replace(f"{{{name}}}", str(value))
-    (directory / "README.md").write_text(card.replace("{first name}", first).replace("{last name}", last))
+    (directory / "README.md").write_text(
+        card.replace("{first name}", first).replace("{last name}", last)
+    )
 
 
 @torch.no_grad()
-def _compare(given: Any, plain: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path) -> None:
+def _compare(
+    given: Any, plain: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path
+) -> None:
     """Raise ExportError unless what was written reads back, by plain Auto classes, as what was given."""
     again = AutoTokenizer.from_pretrained(directory)
     if VisualVocabulary.of(again) != vocabulary:
-        raise ExportError(f"the tokenizer read back has {VisualVocabulary.of(again)}, expected {vocabulary}")
+        raise ExportError(
+            f"the tokenizer read back has {VisualVocabulary.of(again)}, expected {vocabulary}"
+        )
     first, last = tokenizer.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1])
     probe = f"{BEGIN}{first}{last}{END} A picture,  of Ünïcode 中文"
     if again(probe).input_ids != tokenizer(probe).input_ids:
-        raise ExportError(f"{probe!r} is read as {again(probe).input_ids}, expected {tokenizer(probe).input_ids}")
+        raise ExportError(
+            f"{probe!r} is read as {again(probe).input_ids}, expected {tokenizer(probe).input_ids}"
+        )
     context = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
     ids = torch.tensor([again(probe).input_ids[:context]], device=plain.device)
     kind = lm_class(AutoConfig.from_pretrained(directory))
@@ -182,7 +211,9 @@ def _compare(given: Any, plain: Any, tokenizer: Any, vocabulary: VisualVocabular
     written = _logits(loaded, ids)
     # Against what was given, adapters unmerged, where its floats are the same; rounded ones only against themselves.
     dtypes = {value.dtype for value in given.parameters()}
-    for expected in [_logits(lm, ids) for lm in ([given, plain] if dtypes == {plain.dtype} else [plain])]:
+    for expected in [
+        _logits(lm, ids) for lm in ([given, plain] if dtypes == {plain.dtype} else [plain])
+    ]:
         difference = float((written - expected).abs().max() / expected.std())
         if not difference <= TOLERANCE.get(plain.dtype, 0.05):
             raise ExportError(
@@ -194,6 +225,8 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     training = model.training
     try:
         said = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-        return model.eval()(ids, attention_mask=torch.ones_like(ids), use_cache=False, **said).logits.float()
+        return model.eval()(
+            ids, attention_mask=torch.ones_like(ids), use_cache=False, **said
+        ).logits.float()
     finally:
         model.train(training)

@@ -51,7 +51,10 @@ def save_model(
     out = target.with_name(f".{target.name}.new")
     shutil.rmtree(out, ignore_errors=True)
     export(model.lm, processor.tokenizer, out, dtype)
-    if tensors := {name: t.detach().cpu().to(dtype or t.dtype) for name, t in _parts(model).state_dict().items()}:
+    if tensors := {
+        name: t.detach().cpu().to(dtype or t.dtype)
+        for name, t in _parts(model).state_dict().items()
+    }:
         save_file(tensors, out / "parts.safetensors")
     values = {
         "format": FORMAT,
@@ -69,8 +72,12 @@ def save_model(
 def check_free(out: str | Path) -> None:
     """Raise WeightsError for a directory that holds anything but an older model: it would be lost."""
     out = Path(out)
-    if out.exists() and not (out.is_dir() and ((out / "lavit_lm.json").exists() or not any(out.iterdir()))):
-        raise WeightsError(f"{out}: expected a new or empty directory, or an older model to replace")
+    if out.exists() and not (
+        out.is_dir() and ((out / "lavit_lm.json").exists() or not any(out.iterdir()))
+    ):
+        raise WeightsError(
+            f"{out}: expected a new or empty directory, or an older model to replace"
+        )
 
 
 def load_model(
@@ -92,7 +99,9 @@ def load_model(
     """
     directory = _directory(name)
     values = _read(directory / "lavit_lm.json")
-    visual = VisualTokenizer.from_pretrained(visual_tokenizer or values["visual_tokenizer"], dtype=dtype, device=device)
+    visual = VisualTokenizer.from_pretrained(
+        visual_tokenizer or values["visual_tokenizer"], dtype=dtype, device=device
+    )
     if visual.fingerprint() != values["fingerprint"]:
         raise WeightsError(
             f"{directory}: trained on codes of the codebook {values['fingerprint']}, the visual tokenizer "
@@ -101,10 +110,14 @@ def load_model(
         )
     tokenizer = AutoTokenizer.from_pretrained(directory)
     kind = lm_class(AutoConfig.from_pretrained(directory))
-    lm, report = kind.from_pretrained(directory, use_safetensors=True, dtype=dtype, output_loading_info=True)
+    lm, report = kind.from_pretrained(
+        directory, use_safetensors=True, dtype=dtype, output_loading_info=True
+    )
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
-        raise WeightsError(f"{directory}: tensors do not fit the config, and would be left out or made up: {wrong}")
+        raise WeightsError(
+            f"{directory}: tensors do not fit the config, and would be left out or made up: {wrong}"
+        )
     objective = objective or _objective(directory, values["objective"])
     model = sequence_model(lm, *objective.parts(visual, lm.config.get_text_config().hidden_size))
     parts, file = _parts(model), directory / "parts.safetensors"
@@ -144,9 +157,15 @@ def _directory(name: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(
+                str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+            )
+        )
     except Exception as error:  # the hub's errors are of many kinds
-        raise WeightsError(f"{name}: neither a directory nor a Hub id that can be fetched: {error}") from None
+        raise WeightsError(
+            f"{name}: neither a directory nor a Hub id that can be fetched: {error}"
+        ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -44,7 +44,10 @@ def fit_decoder(words: list[str]) -> int:
 
 
 def _lightning(command: str, words: list[str]) -> int:
-    names = "lavit_lm.training.module:LanguageModeling", "lavit_lm.training.data_module:LanguageDataModule"
+    names = (
+        "lavit_lm.training.module:LanguageModeling",
+        "lavit_lm.training.data_module:LanguageDataModule",
+    )
     return lightning_command("lavit-lm", command, command, *names, words)
 
 
@@ -55,9 +58,13 @@ def generate(arguments: argparse.Namespace) -> int:
     lm = _model(arguments, arguments.decoder)
     generator = torch.Generator().manual_seed(arguments.seed)
     if lm.objective.image_output == "vectors":
-        vectors = lm.generate_vectors_batch([require_words(arguments.prompt)]).expand(arguments.n, -1, -1)
+        vectors = lm.generate_vectors_batch([require_words(arguments.prompt)]).expand(
+            arguments.n, -1, -1
+        )
         null = lm.generate_vectors_batch([[]])
-        drawn = lm.decoder(vectors, null, arguments.steps, arguments.decoder_guidance, generator).images
+        drawn = lm.decoder(
+            vectors, null, arguments.steps, arguments.decoder_guidance, generator
+        ).images
         for number, image in enumerate(drawn):
             path = arguments.out / png_name(number, arguments.prompt)
             save_png(image, path)
@@ -95,7 +102,10 @@ def caption(arguments: argparse.Namespace) -> int:
             if arguments.question is None:
                 texts = lm.caption(images, arguments.max_tokens)
             else:
-                texts = [lm.answer(image, arguments.question, max_tokens=arguments.max_tokens) for image in images]
+                texts = [
+                    lm.answer(image, arguments.question, max_tokens=arguments.max_tokens)
+                    for image in images
+                ]
             for (_, path, _), text in zip(opened_images, texts, strict=True):
                 print(f"{path}\t{text}")
             count += len(opened_images)

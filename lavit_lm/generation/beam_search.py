@@ -55,8 +55,12 @@ def beam_search(
         ValueError: no prompts or no beams, or a prompt without room for an answer.
     """
     if not prompts or beams < 1:
-        raise ValueError(f"expected at least one prompt and one beam, got {len(prompts)} and {beams}")
-    state = model.decoding([row for row in prompts for _ in range(beams)], processor.pad, rule.most, cached)
+        raise ValueError(
+            f"expected at least one prompt and one beam, got {len(prompts)} and {beams}"
+        )
+    state = model.decoding(
+        [row for row in prompts for _ in range(beams)], processor.pad, rule.most, cached
+    )
     stops = torch.tensor(rule.stops(processor), device=state.device)
     found = [Beams([[] for _ in range(beams)]) for _ in prompts]
     scores = torch.full((len(prompts), beams), -torch.inf, device=state.device)
@@ -66,16 +70,33 @@ def beam_search(
     last = rule.most + (rule.kind == "image") - 1  # an image's end comes after its last code
     for step in range(last + 1):
         may = rule.allowed(words, stops, step)
-        each = scores[..., None] + logits.masked_fill(~may, -torch.inf).log_softmax(1).unflatten(0, scores.shape)
+        each = scores[..., None] + logits.masked_fill(~may, -torch.inf).log_softmax(1).unflatten(
+            0, scores.shape
+        )
         best = each.flatten(1).topk(min(2 * beams, each.shape[1] * each.shape[2]))
         taken = [
-            _go_on(one, values, places, logits.shape[1], beams, stops.tolist(), length_penalty, step == last)
-            for one, values, places in zip(found, best.values.tolist(), best.indices.tolist(), strict=True)
+            _go_on(
+                one,
+                values,
+                places,
+                logits.shape[1],
+                beams,
+                stops.tolist(),
+                length_penalty,
+                step == last,
+            )
+            for one, values, places in zip(
+                found, best.values.tolist(), best.indices.tolist(), strict=True
+            )
         ]
         if step == last or all(len(one.ended) >= beams for one in found):
             break
-        scores = torch.tensor([[score for score, _, _ in rows] for rows in taken], device=state.device)
-        sources = [number * beams + source for number, rows in enumerate(taken) for _, source, _ in rows]
+        scores = torch.tensor(
+            [[score for score, _, _ in rows] for rows in taken], device=state.device
+        )
+        sources = [
+            number * beams + source for number, rows in enumerate(taken) for _, source, _ in rows
+        ]
         state.reorder(torch.tensor(sources, device=state.device))
         ids = torch.tensor([token for rows in taken for _, _, token in rows], device=state.device)
         logits = model.head(state.append_ids(ids)).float()
@@ -105,6 +126,8 @@ def _go_on(
             one.ended.append((value / len(said) ** penalty, said))
         elif token not in stops and len(keep) < beams:
             keep.append((value, source, token))
-    keep += [(-torch.inf, 0, stops[0])] * (beams - len(keep))  # fewer ids than beams may come: a beam that never wins
+    keep += [(-torch.inf, 0, stops[0])] * (
+        beams - len(keep)
+    )  # fewer ids than beams may come: a beam that never wins
     one.said = [[*one.said[source], token] for _, source, token in keep]
     return keep

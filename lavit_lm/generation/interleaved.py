@@ -140,9 +140,13 @@ def emit(
         if texts := _in(speakers, State.TEXT):
             logits = model.head(hidden[texts]).float()
             if words is None:  # the same at every step
-                words = GenerationConstraint("text").words(processor, logits.shape[1], logits.device)
+                words = GenerationConstraint("text").words(
+                    processor, logits.shape[1], logits.device
+                )
             may = _allowed(processor, [speakers[i].images > 0 for i in texts], words)
-            drawn = sampling.draw(logits.masked_fill(~may, -torch.inf), [generators[i] for i in texts])
+            drawn = sampling.draw(
+                logits.masked_fill(~may, -torch.inf), [generators[i] for i in texts]
+            )
             is_embedding[texts] = state.embed_ids(drawn)
             for i, word in zip(texts, drawn.tolist(), strict=True):
                 speakers[i].word(word, v.begin, processor.stop)

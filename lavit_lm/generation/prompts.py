@@ -85,9 +85,17 @@ def worded(prompt: Prompt, prompt_templates: str) -> list[Any]:
     before, _, after = prompt_templates.partition("{}")
     whole = parts(prompt)
     if before:
-        whole = [before + whole[0], *whole[1:]] if whole and isinstance(whole[0], str) else [before, *whole]
+        whole = (
+            [before + whole[0], *whole[1:]]
+            if whole and isinstance(whole[0], str)
+            else [before, *whole]
+        )
     if after:
-        whole = [*whole[:-1], whole[-1] + after] if whole and isinstance(whole[-1], str) else [*whole, after]
+        whole = (
+            [*whole[:-1], whole[-1] + after]
+            if whole and isinstance(whole[-1], str)
+            else [*whole, after]
+        )
     return whole
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 
-def rerank(images: Sequence[Any], score: Callable[[Sequence[Any]], Iterable[float]], best: int = 1) -> list[Any]:
+def rerank(
+    images: Sequence[Any], score: Callable[[Sequence[Any]], Iterable[float]], best: int = 1
+) -> list[Any]:
     """The best pictures by a scorer, best first; of equal ones the earlier.
 
         rerank(lm.generate_images("a red apple", 128), score)[0]
@@ -26,5 +28,7 @@ def rerank(images: Sequence[Any], score: Callable[[Sequence[Any]], Iterable[floa
         raise ValueError(f"best: expected 1 to the number of pictures, {len(images)}, got {best}")
     scores = torch.tensor([float(one) for one in score(images)])
     if len(scores) != len(images) or bool(scores.isnan().any()):
-        raise ValueError(f"score: expected a number for each of {len(images)} pictures, got {scores.tolist()[:8]}")
+        raise ValueError(
+            f"score: expected a number for each of {len(images)} pictures, got {scores.tolist()[:8]}"
+        )
     return [images[i] for i in scores.argsort(descending=True, stable=True)[:best].tolist()]

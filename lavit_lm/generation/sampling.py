@@ -52,7 +52,9 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a probability above 0, got {self.top_p}")
 
-    def draw(self, logits: Float[Tensor, "b v"], generators: Sequence[torch.Generator | None]) -> Int64[Tensor, " b"]:
+    def draw(
+        self, logits: Float[Tensor, "b v"], generators: Sequence[torch.Generator | None]
+    ) -> Int64[Tensor, " b"]:
         """One id for each row, from its own generator."""
         if self.temperature == 0:
             return logits.argmax(1)
@@ -68,11 +70,14 @@ class Sampling:
         edges = chances.double().cumsum(1)
         device = logits.device
         points = [
-            torch.rand((), generator=g, device=g.device if g else device, dtype=torch.float64) for g in generators
+            torch.rand((), generator=g, device=g.device if g else device, dtype=torch.float64)
+            for g in generators
         ]
         point = torch.stack([p.to(device) for p in points])[:, None] * edges[:, -1:]
         at = torch.searchsorted(edges, point, right=True).clamp(max=logits.shape[1] - 1)
-        last = (chances > 0).sum(1, keepdim=True) - 1  # rounding must not reach past the last possible id
+        last = (chances > 0).sum(
+            1, keepdim=True
+        ) - 1  # rounding must not reach past the last possible id
         return order.gather(1, at.minimum(last))[:, 0]
 
 
@@ -91,24 +96,36 @@ class GenerationConstraint:
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= self.most or self.most < 1:
-            raise ValueError(f"expected 0 <= least <= most and most >= 1, got least {self.least}, most {self.most}")
+            raise ValueError(
+                f"expected 0 <= least <= most and most >= 1, got least {self.least}, most {self.most}"
+            )
 
     def stops(self, processor: MultimodalProcessor) -> list[int]:
         """Ids that end a row."""
         v = processor.vocabulary
-        return {"image": [v.end], "text": [processor.stop], "mixed": [processor.stop, v.begin]}[self.kind]
+        return {"image": [v.end], "text": [processor.stop], "mixed": [processor.stop, v.begin]}[
+            self.kind
+        ]
 
-    def words(self, processor: MultimodalProcessor, size: int, device: torch.device) -> Bool[Tensor, " v"]:
+    def words(
+        self, processor: MultimodalProcessor, size: int, device: torch.device
+    ) -> Bool[Tensor, " v"]:
         """True at what an answer is made of: codes, or text that is no special token; for logits of width `size`."""
         if self.kind == "image":
             return processor.vocabulary.mask(size, device)
         ids = torch.arange(size, device=device)
         added = processor.tokenizer.added_tokens_decoder
-        special = [i for i, token in added.items() if token.special] + processor.tokenizer.all_special_ids
-        never = torch.isin(ids, torch.tensor(special, device=device)) | processor.vocabulary.is_visual(ids)
+        special = [
+            i for i, token in added.items() if token.special
+        ] + processor.tokenizer.all_special_ids
+        never = torch.isin(
+            ids, torch.tensor(special, device=device)
+        ) | processor.vocabulary.is_visual(ids)
         return (ids < len(processor.tokenizer)) & ~never
 
-    def allowed(self, words: Bool[Tensor, " v"], stops: Int64[Tensor, " s"], said: int) -> Bool[Tensor, " v"]:
+    def allowed(
+        self, words: Bool[Tensor, " v"], stops: Int64[Tensor, " s"], said: int
+    ) -> Bool[Tensor, " v"]:
         """True at ids that may come after `said` ids."""
         full = self.kind == "image" and said >= self.most
         may = torch.zeros_like(words) if full else words.clone()
@@ -153,7 +170,9 @@ def generate_ids(
     open_rows = torch.ones(len(prompts), dtype=torch.bool, device=state.device)
     logits = model.head(state.prefill()).float()
     words = rule.words(processor, logits.shape[1], state.device)
-    for step in range(rule.most + (rule.kind == "image")):  # an image's end comes after its last code
+    for step in range(
+        rule.most + (rule.kind == "image")
+    ):  # an image's end comes after its last code
         if guided:
             conditional, free = logits.chunk(2)
             logits = free + sampling.guidance_scale * (conditional - free)
@@ -164,7 +183,9 @@ def generate_ids(
         open_rows &= ~torch.isin(drawn, stops)
         if not bool(open_rows.any()):
             break
-        logits = model.head(state.append_ids(torch.cat([drawn, drawn]) if guided else drawn)).float()
+        logits = model.head(
+            state.append_ids(torch.cat([drawn, drawn]) if guided else drawn)
+        ).float()
     return said
 
 
@@ -176,5 +197,7 @@ def per_row(generator: Generators, rows: int) -> list[torch.Generator | None]:
         seeds = torch.randint(2**62, (rows,), generator=generator, device=generator.device).tolist()
         return [torch.Generator().manual_seed(seed) for seed in seeds]
     if len(generator) != rows:
-        raise ValueError(f"expected one generator, or one for each of {rows} rows, got {len(generator)}")
+        raise ValueError(
+            f"expected one generator, or one for each of {rows} rows, got {len(generator)}"
+        )
     return list(generator)

@@ -39,7 +39,9 @@ class PrefixSeq2Seq(SequenceModel):
         ValueError: another family, whose head may do more than multiply, or embeddings that are scaled on their way.
     """
 
-    def __init__(self, lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None) -> None:
+    def __init__(
+        self, lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None
+    ) -> None:
         super().__init__(lm, bridge, regressor)
         config = self.causal.config
         if config.model_type not in FAMILIES or getattr(config, "scale_embedding", False):
@@ -71,20 +73,32 @@ class PrefixSeq2Seq(SequenceModel):
             encoder_attention_mask=known.long(),
             use_cache=False,
         ).last_hidden_state
-        return states.masked_scatter((~batch.prefix & there)[..., None], found[slots].to(states.dtype))
+        return states.masked_scatter(
+            (~batch.prefix & there)[..., None], found[slots].to(states.dtype)
+        )
 
-    def encode(self, context: Float[Tensor, "n s d"], known: Bool[Tensor, "n s"]) -> Float[Tensor, "n s d"]:
+    def encode(
+        self, context: Float[Tensor, "n s d"], known: Bool[Tensor, "n s"]
+    ) -> Float[Tensor, "n s d"]:
         """Read prefixes, each a row."""
         self.require_room(context.shape[1])
-        return self.causal.get_encoder()(inputs_embeds=context, attention_mask=known.long()).last_hidden_state
+        return self.causal.get_encoder()(
+            inputs_embeds=context, attention_mask=known.long()
+        ).last_hidden_state
 
     def require_room(self, places: int) -> None:
         """Raise ValueError for more places than either half has positions."""
-        room = getattr(self.causal.config, "max_position_embeddings", None)  # of bart; t5 has no last one
+        room = getattr(
+            self.causal.config, "max_position_embeddings", None
+        )  # of bart; t5 has no last one
         if room is not None and places > room:
-            raise ValueError(f"a prefix or suffix of {places} places exceeds the model's context of {room}")
+            raise ValueError(
+                f"a prefix or suffix of {places} places exceeds the model's context of {room}"
+            )
 
-    def decoding(self, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True) -> Any:
+    def decoding(
+        self, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True
+    ) -> Any:
         """Rows to go on with; see PrefixDecoding."""
         return PrefixDecoding(self, rows, pad, most, cached)
 
@@ -111,7 +125,12 @@ class PrefixDecoding(Decoding):
     """
 
     def __init__(
-        self, model: PrefixSeq2Seq, rows: Sequence[TokenSequence], pad_id: int, most: int, cached: bool = True
+        self,
+        model: PrefixSeq2Seq,
+        rows: Sequence[TokenSequence],
+        pad_id: int,
+        most: int,
+        cached: bool = True,
     ) -> None:
         lengths = {int((~row.prefix).sum()) for row in rows}
         if len(lengths) != 1 or 0 in lengths:
@@ -130,7 +149,11 @@ class PrefixDecoding(Decoding):
         self.inputs: Tensor = _rows(inputs, batch.documents, ~batch.prefix & there)[0]
         self.memory = model.encode(context, self.known)
         config = model.causal.config
-        self.cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config)) if cached else None
+        self.cache = (
+            EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+            if cached
+            else None
+        )
 
     def append_embeddings(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """One more vector in each row; the state after it."""
@@ -141,7 +164,11 @@ class PrefixDecoding(Decoding):
 
     def reorder(self, rows: Int64[Tensor, " b"]) -> None:
         """Go on with these of the rows, some more than once, as beam search does."""
-        self.inputs, self.memory, self.known = self.inputs[rows], self.memory[rows], self.known[rows]
+        self.inputs, self.memory, self.known = (
+            self.inputs[rows],
+            self.memory[rows],
+            self.known[rows],
+        )
         if self.cache is not None:
             self.cache.reorder_cache(rows)
 
@@ -157,7 +184,9 @@ class PrefixDecoding(Decoding):
 
 def _rows(
     inputs: Float[Tensor, "b l d"], documents: Int64[Tensor, "b l"], wanted: Bool[Tensor, "b l"]
-) -> tuple[Float[Tensor, "n s d"], Bool[Tensor, "n s"], tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]]:
+) -> tuple[
+    Float[Tensor, "n s d"], Bool[Tensor, "n s"], tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]
+]:
     """(each document's wanted places as a row, where there is one, row and column of each wanted place)."""
     length = documents.shape[1]
     number = documents + length * torch.arange(len(documents), device=documents.device)[:, None]
@@ -181,4 +210,6 @@ def _check(batch: Packed, there: Bool[Tensor, "b l"]) -> None:
             "the other, which objectives without prefixes do not lay out"
         )
     if bool((batch.predict[:, 1:] & batch.prefix[:, :-1] & same).any()):
-        raise ValueError("a suffix's first place is predicted, and the decoder has nothing before it: lay out a start")
+        raise ValueError(
+            "a suffix's first place is predicted, and the decoder has nothing before it: lay out a start"
+        )

@@ -36,7 +36,9 @@ class Decoding:
         ValueError: an empty row, or one that leaves no room in the model's context.
     """
 
-    def __init__(self, model: Any, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True) -> None:
+    def __init__(
+        self, model: Any, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True
+    ) -> None:
         if min(map(len, rows)) == 0:
             raise ValueError("a prompt of no places: nothing stands there from which to go on")
         room = getattr(model.causal.config.get_text_config(), "max_position_embeddings", None)
@@ -77,14 +79,20 @@ class Decoding:
 
     def reorder(self, rows: Int64[Tensor, " b"]) -> None:
         """Go on with these of the rows, some more than once, as beam search does."""
-        self.inputs, self.documents, self.prefix = self.inputs[rows], self.documents[rows], self.prefix[rows]
+        self.inputs, self.documents, self.prefix = (
+            self.inputs[rows],
+            self.documents[rows],
+            self.prefix[rows],
+        )
         if self.cache is not None:
             self.cache.reorder_cache(rows)
 
     def _forward(self, inputs: Float[Tensor, "b l d"]) -> Float[Tensor, "b d"]:
         there = self.documents != FREE
         mask: Any = there.long()
-        if bool(self.prefix.any()) and inputs.shape[1] == there.shape[1]:  # a later place sees all: no mask of pairs
+        if (
+            bool(self.prefix.any()) and inputs.shape[1] == there.shape[1]
+        ):  # a later place sees all: no mask of pairs
             mask = model_mask(self.model.causal, self.documents, self.prefix, inputs.dtype)
         return self.model.causal.base_model(
             inputs_embeds=inputs,

@@ -17,7 +17,11 @@ from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyEr
 
 
 def load_lm(
-    source: str | dict[str, Any], processor: MultimodalProcessor, own: int, new_embeddings: bool, seed: int
+    source: str | dict[str, Any],
+    processor: MultimodalProcessor,
+    own: int,
+    new_embeddings: bool,
+    seed: int,
 ) -> Any:
     """A causal LM, or an encoder-decoder, with rows for the image tokens, float32.
 
@@ -37,15 +41,24 @@ def load_lm(
             kind = lm_class(AutoConfig.from_pretrained(source))
             lm = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         else:
-            special = {f"{n}_token_id": getattr(processor.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+            special = {
+                f"{n}_token_id": getattr(processor.tokenizer, f"{n}_token_id")
+                for n in ("bos", "eos", "pad")
+            }
             config = AutoConfig.for_model(**{**source, "vocab_size": own, **special})
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 lm = lm_class(config).from_config(config)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        named = source if isinstance(source, str) else source.get("model_type", "a config without model_type")
+        named = (
+            source
+            if isinstance(source, str)
+            else source.get("model_type", "a config without model_type")
+        )
         reason = shorten(str(error), 160)  # transformers lists all it knows
-        raise ValueError(f"lm: expected a causal LM of transformers, got {named!r}: {reason}") from None
+        raise ValueError(
+            f"lm: expected a causal LM of transformers, got {named!r}: {reason}"
+        ) from None
     vocabulary = processor.vocabulary
     if new_embeddings or not isinstance(source, str):
         extend_model(lm, vocabulary.begin, vocabulary.stop, torch.Generator().manual_seed(seed))
@@ -63,7 +76,9 @@ def lm_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def sequence_model(lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None) -> SequenceModel:
+def sequence_model(
+    lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None
+) -> SequenceModel:
     """The LM over packed rows; an encoder-decoder is split where each row's prefix ends."""
     return (PrefixSeq2Seq if lm.config.is_encoder_decoder else SequenceModel)(lm, bridge, regressor)
 
@@ -77,14 +92,18 @@ def with_lora(lm: Any, vocabulary: VisualVocabulary, settings: dict[str, Any]) -
     from peft import LoraConfig, get_peft_model
 
     if lm.config.is_encoder_decoder:
-        raise ValueError(f"lora: adapters are for causal LMs, {lm.config.model_type} is trained whole")
+        raise ValueError(
+            f"lora: adapters are for causal LMs, {lm.config.model_type} is trained whole"
+        )
     new = list(range(vocabulary.begin, vocabulary.stop))
     names = {id(module): name for name, module in lm.named_modules()}
     tables = [lm.get_input_embeddings()]
     if lm.get_output_embeddings().weight is not tables[0].weight:
         tables.append(lm.get_output_embeddings())
     rows = {names[id(table)].rsplit(".", 1)[-1]: new for table in tables}
-    return get_peft_model(lm, LoraConfig(**{"task_type": "CAUSAL_LM", "trainable_token_indices": rows, **settings}))
+    return get_peft_model(
+        lm, LoraConfig(**{"task_type": "CAUSAL_LM", "trainable_token_indices": rows, **settings})
+    )
 
 
 def shard(model: SequenceModel, mesh: Any) -> None:

@@ -57,14 +57,20 @@ class ModelOutput:
     regressor: Callable[[Tensor], Tensor] | None = None
 
 
-def sources(batch: Packed, targets: Bool[Tensor, "b l"]) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
+def sources(
+    batch: Packed, targets: Bool[Tensor, "b l"]
+) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
     """(places whose state is read, places they predict), as indices into the flattened batch: source = target - 1."""
     at = targets.flatten().nonzero().flatten()
     length = batch.ids.shape[1]
     before = at - 1
-    inside = (at % length > 0) & (batch.documents.flatten()[before] == batch.documents.flatten()[at])
+    inside = (at % length > 0) & (
+        batch.documents.flatten()[before] == batch.documents.flatten()[at]
+    )
     if not bool(inside.all()):
-        raise ValueError("a document's first place is marked as a target: nothing stands before it to predict it from")
+        raise ValueError(
+            "a document's first place is marked as a target: nothing stands before it to predict it from"
+        )
     return before, at
 
 
@@ -72,13 +78,19 @@ def cross_entropy(seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
     """Sums of -log p(id) in nats, "text" and "image" (codes, begin, end) apart. Logits are made at sources only."""
     nats, at = _nats(seen, batch)
     is_text = batch.roles.flatten()[at] == Role.TEXT
-    return {name: Sum(nats[where].sum(), where.sum()) for name, where in (("text", is_text), ("image", ~is_text))}
+    return {
+        name: Sum(nats[where].sum(), where.sum())
+        for name, where in (("text", is_text), ("image", ~is_text))
+    }
 
 
 def has_images(batch: Packed) -> Bool[Tensor, "b l"]:
     """True at the places of documents that are fed vectors."""
     blocks, length = batch.documents.shape
-    document = batch.documents + (length + 1) * torch.arange(blocks, device=batch.documents.device)[:, None]
+    document = (
+        batch.documents
+        + (length + 1) * torch.arange(blocks, device=batch.documents.device)[:, None]
+    )
     return torch.isin(document, document[batch.is_embedding])
 
 
@@ -93,13 +105,18 @@ def regression(seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
         ValueError: a model without a regression head.
     """
     if seen.regressor is None:
-        raise ValueError("the rows have vectors to predict, but the model has no regression head for them")
+        raise ValueError(
+            "the rows have vectors to predict, but the model has no regression head for them"
+        )
     before, at = sources(batch, batch.regress)
     said = seen.regressor(seen.states.flatten(0, 1)[before]).float()
     targets = seen.inputs.flatten(0, 1)[at].detach().float()
     count = torch.tensor(len(at), device=targets.device)
     spread = targets.std(0).mean() if len(at) > 1 else targets.sum() * 0
-    return {"vectors": Sum((said - targets).square().mean(1).sum(), count), "spread": Sum(spread * count, count)}
+    return {
+        "vectors": Sum((said - targets).square().mean(1).sum(), count),
+        "spread": Sum(spread * count, count),
+    }
 
 
 def log_likelihood(seen: ModelOutput, batch: Packed) -> Float[Tensor, " b"]:

@@ -34,7 +34,9 @@ class SequenceModel(nn.Module):
         regressor: states -> vectors of the LM's width; None where nothing is said but ids.
     """
 
-    def __init__(self, lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None) -> None:
+    def __init__(
+        self, lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.bridge = bridge
@@ -65,7 +67,9 @@ class SequenceModel(nn.Module):
             "visual": [p for p in bridge if id(p) not in encoder],
             "encoder": [p for p in bridge if id(p) in encoder],
         }
-        return {name: [p for p in parameters if p.requires_grad] for name, parameters in found.items()}
+        return {
+            name: [p for p in parameters if p.requires_grad] for name, parameters in found.items()
+        }
 
     def embed(
         self,
@@ -80,11 +84,17 @@ class SequenceModel(nn.Module):
             if self.bridge is not None and torch.is_grad_enabled():
                 # Processes that share gradients wait for each other's: the bridge has one, of 0, also without pictures.
                 sums = [p.sum() for p in self.bridge.parameters() if p.requires_grad]
-                embedded = embedded + 0 * torch.stack(sums).sum().to(embedded.dtype) if sums else embedded
+                embedded = (
+                    embedded + 0 * torch.stack(sums).sum().to(embedded.dtype) if sums else embedded
+                )
             return embedded
         if self.bridge is None:
-            raise ValueError("the batch has pictures to feed as vectors, but the model has no bridge for them")
-        return embedded.masked_scatter(is_embedding[..., None], self.bridge(images, keep).to(embedded.dtype))
+            raise ValueError(
+                "the batch has pictures to feed as vectors, but the model has no bridge for them"
+            )
+        return embedded.masked_scatter(
+            is_embedding[..., None], self.bridge(images, keep).to(embedded.dtype)
+        )
 
     def read(self, inputs: Float[Tensor, "b l d"], batch: Packed) -> Float[Tensor, "b l d"]:
         """Hidden states after the LM's last norm."""
@@ -95,7 +105,9 @@ class SequenceModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def decoding(self, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True) -> Decoding:
+    def decoding(
+        self, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True
+    ) -> Decoding:
         """Rows to go on with; see Decoding."""
         return Decoding(self, rows, pad, most, cached)
 
@@ -108,7 +120,9 @@ class SequenceModel(nn.Module):
         config = self.causal.config.get_text_config()
         for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
             if getattr(config, name, None) not in (None, 1, 1.0):
-                raise ValueError(f"{config.model_type}: {name}={getattr(config, name)} would be left out of the loss")
+                raise ValueError(
+                    f"{config.model_type}: {name}={getattr(config, name)} would be left out of the loss"
+                )
         logits = self.causal.get_output_embeddings()(states)
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap

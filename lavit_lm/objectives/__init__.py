@@ -6,7 +6,12 @@ from importlib import import_module
 
 from lavit_lm.objectives.base import Objective
 
-_PAGES = {"lavit": "lavit:LaVIT", "emu": "emu:Emu", "vlgpt": "vlgpt:VLGPT", "davinci": "davinci:DaVinci"}
+_PAGES = {
+    "lavit": "lavit:LaVIT",
+    "emu": "emu:Emu",
+    "vlgpt": "vlgpt:VLGPT",
+    "davinci": "davinci:DaVinci",
+}
 
 
 def by_name(name: str) -> type[Objective]:

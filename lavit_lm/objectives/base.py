@@ -71,7 +71,11 @@ class Objective(ABC):
 
     @abstractmethod
     def layout(
-        self, sample: Sequence[Segment], processor: MultimodalProcessor, generator: torch.Generator, key: str = ""
+        self,
+        sample: Sequence[Segment],
+        processor: MultimodalProcessor,
+        generator: torch.Generator,
+        key: str = "",
     ) -> TokenSequence:
         """One row of a sample, as it is trained on.
 
@@ -84,7 +88,10 @@ class Objective(ABC):
 
     @abstractmethod
     def prompt(
-        self, segments: Sequence[Segment], processor: MultimodalProcessor, opens: Literal["text", "image"]
+        self,
+        segments: Sequence[Segment],
+        processor: MultimodalProcessor,
+        opens: Literal["text", "image"],
     ) -> TokenSequence:
         """The row after which a text or a picture is to be said; for a picture it ends with what opens one.
 
@@ -96,7 +103,9 @@ class Objective(ABC):
         self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
     ) -> TokenSequence:
         """A row of which only the answer is predicted, for its likelihood."""
-        raise ValueError(f"{self.name}: a likelihood of {type(answer).__name__.lower()}s is not defined")
+        raise ValueError(
+            f"{self.name}: a likelihood of {type(answer).__name__.lower()}s is not defined"
+        )
 
     def on_device(self, batch: Packed, visual: Any, processor: MultimodalProcessor) -> Packed:
         """A batch as it has come to the device, with ids that only the visual tokenizer can tell; by default as it is.
@@ -149,7 +158,10 @@ def ordered(sample: Sequence[Segment], order: Order, chance: float, key: str = "
     segments = list(sample)
     if not segments:
         raise ValueError(f"sample {key!r} has no segments: nothing could be learnt from it")
-    if order != "given" and sorted(type(s).__name__ for s in segments) == ["ImageSegment", "TextSegment"]:
+    if order != "given" and sorted(type(s).__name__ for s in segments) == [
+        "ImageSegment",
+        "TextSegment",
+    ]:
         image_first = order == "image_first" or (order == "both" and chance < 0.5)
         segments.sort(key=lambda s: isinstance(s, ImageSegment) != image_first)
     return segments
@@ -159,5 +171,7 @@ def require_pixels(image: ImageSegment, name: str, key: str = "") -> ImageSegmen
     """The image, if it has the picture itself. Raises ValueError."""
     if image.image is None:
         of = f"sample {key!r}" if key else "the prompt"
-        raise ValueError(f"{name} reads pictures, and {of} has only the codes of one: give the picture itself")
+        raise ValueError(
+            f"{name} reads pictures, and {of} has only the codes of one: give the picture itself"
+        )
     return image

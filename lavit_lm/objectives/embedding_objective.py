@@ -13,7 +13,15 @@ from typing import ClassVar, Literal
 import torch
 
 from lavit_lm.objectives.base import Objective, Order, ordered, require_pixels
-from lavit_lm.sequences.segments import Flags, ImageSegment, Role, Segment, SequenceBuilder, TextSegment, TokenSequence
+from lavit_lm.sequences.segments import (
+    Flags,
+    ImageSegment,
+    Role,
+    Segment,
+    SequenceBuilder,
+    TextSegment,
+    TokenSequence,
+)
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
@@ -43,19 +51,32 @@ class VectorObjective(Objective):
         return self.vectors, self.vectors
 
     def layout(
-        self, sample: Sequence[Segment], processor: MultimodalProcessor, generator: torch.Generator, key: str = ""
+        self,
+        sample: Sequence[Segment],
+        processor: MultimodalProcessor,
+        generator: torch.Generator,
+        key: str = "",
     ) -> TokenSequence:
         """One row of any texts and pictures. Raises ValueError for no segments, or a picture of which only codes are
         known."""
         segments = ordered(sample, self.order, torch.rand((), generator=generator).item(), key)
-        return self._places(segments, processor, key).text([processor.stop], predict=segments[-1].is_target).row(key)
+        return (
+            self._places(segments, processor, key)
+            .text([processor.stop], predict=segments[-1].is_target)
+            .row(key)
+        )
 
     def prompt(
-        self, segments: Sequence[Segment], processor: MultimodalProcessor, opens: Literal["text", "image"]
+        self,
+        segments: Sequence[Segment],
+        processor: MultimodalProcessor,
+        opens: Literal["text", "image"],
     ) -> TokenSequence:
         """Words and pictures one after another; for a picture that is asked for, <|img| is said for the model."""
         builder = self._places(segments, processor)
-        return (builder if opens == "text" else builder.add([processor.vocabulary.begin], Role.BEGIN)).row()
+        return (
+            builder if opens == "text" else builder.add([processor.vocabulary.begin], Role.BEGIN)
+        ).row()
 
     def scoring_sequence(
         self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
@@ -63,10 +84,14 @@ class VectorObjective(Objective):
         """A text, with the row's end. Raises ValueError for a picture: the model gives vectors no probability."""
         if not isinstance(answer, TextSegment):
             return super().scoring_sequence(context, answer, processor)
-        said = [replace(segment, is_target=False) for segment in context] + [replace(answer, is_target=True)]
+        said = [replace(segment, is_target=False) for segment in context] + [
+            replace(answer, is_target=True)
+        ]
         return self._places(said, processor).text([processor.stop], predict=True).row()
 
-    def _places(self, segments: Sequence[Segment], processor: MultimodalProcessor, key: str = "") -> SequenceBuilder:
+    def _places(
+        self, segments: Sequence[Segment], processor: MultimodalProcessor, key: str = ""
+    ) -> SequenceBuilder:
         vocabulary, builder = processor.vocabulary, SequenceBuilder().text(processor.start)
         edges, nobody_reads = (vocabulary.begin, vocabulary.end), [processor.pad] * self.vectors
         for segment in segments:

@@ -42,13 +42,17 @@ def clip(images: Sequence[Any], frames: int = FRAMES) -> list[Any]:
         ValueError: no picture, or less than one frame.
     """
     if not images or frames < 1:
-        raise ValueError(f"expected pictures and at least one frame, got {len(images)} and {frames}")
+        raise ValueError(
+            f"expected pictures and at least one frame, got {len(images)} and {frames}"
+        )
     if len(images) <= frames:
         return list(images)
     return [images[(2 * i + 1) * len(images) // (2 * frames)] for i in range(frames)]
 
 
-def storyboard(frames: Sequence[tuple[float, Any]], subtitles: Sequence[tuple[float, str]]) -> list[Any]:
+def storyboard(
+    frames: Sequence[tuple[float, Any]], subtitles: Sequence[tuple[float, str]]
+) -> list[Any]:
     """Parts of a video with words: see the picture above.
 
     Args:
@@ -67,13 +71,17 @@ def storyboard(frames: Sequence[tuple[float, Any]], subtitles: Sequence[tuple[fl
     parts: list[Any] = []
     last = float("-inf")
     for time, image in [*frames, (float("inf"), None)]:
-        said = " ".join(text.strip() for at, text in subtitles if last <= at < time and text.strip())
+        said = " ".join(
+            text.strip() for at, text in subtitles if last <= at < time and text.strip()
+        )
         parts += ([said] if said else []) + ([] if image is None else [image])
         last = time
     return parts
 
 
-def as_segments(parts: Sequence[Any], size: int, crop: bool = False, is_target: bool = True) -> list[Segment]:
+def as_segments(
+    parts: Sequence[Any], size: int, crop: bool = False, is_target: bool = True
+) -> list[Segment]:
     """Segments of an objective that reads pictures; a picture is opened only when it is fed.
 
     Args:
@@ -91,7 +99,9 @@ def as_segments(parts: Sequence[Any], size: int, crop: bool = False, is_target: 
 
 def document_line(key: str, parts: Sequence[str | PurePosixPath]) -> str:
     """A line of a file of documents, without its end; pictures are paths relative to the file's folder."""
-    segments = [{"text": part} if isinstance(part, str) else {"image": part.as_posix()} for part in parts]
+    segments = [
+        {"text": part} if isinstance(part, str) else {"image": part.as_posix()} for part in parts
+    ]
     return json.dumps({"key": key, "segments": segments}, ensure_ascii=False)
 
 
@@ -133,7 +143,11 @@ class Documents:
                         self.starts.append(at)
                         self.lines.append(number)
                         _, segments = self._parsed(line, number)
-                        names |= {s["image"]: number for s in segments if "image" in s and s["image"] not in names}
+                        names |= {
+                            s["image"]: number
+                            for s in segments
+                            if "image" in s and s["image"] not in names
+                        }
                     at += len(line)
         except OSError as error:
             raise ValueError(f"{file}: documents cannot be read: {error}") from None
@@ -155,7 +169,9 @@ class Documents:
         if "text" in segment:
             return TextSegment(segment["text"])
         codes, keep = self.codes.get(segment["image"], (None, None))
-        return ImageSegment(codes, partial(self._picture, segment["image"], line) if self.open_later else None, keep)
+        return ImageSegment(
+            codes, partial(self._picture, segment["image"], line) if self.open_later else None, keep
+        )
 
     def _picture(self, name: str, line: int) -> UInt8[Tensor, "3 s s"]:
         try:
@@ -169,8 +185,14 @@ class Documents:
         except ValueError as error:
             raise ValueError(f"{self.file}, line {number}: not JSON: {error}") from None
         segments = document.get("segments") if isinstance(document, dict) else None
-        if not isinstance(segments, list) or not segments or not isinstance(document.get("key", ""), str):
-            raise ValueError(f'{self.file}, line {number}: expected {{"key": text, "segments": [one or more]}}')
+        if (
+            not isinstance(segments, list)
+            or not segments
+            or not isinstance(document.get("key", ""), str)
+        ):
+            raise ValueError(
+                f'{self.file}, line {number}: expected {{"key": text, "segments": [one or more]}}'
+            )
         for segment in segments:
             if reason := self._wrong(segment):
                 shown = json.dumps(segment, ensure_ascii=False)[:80]
@@ -194,7 +216,9 @@ class Documents:
 
     def _encode(self, names: dict[str, int], encode: Encode, batch: int) -> None:
         for some in _batches(list(names), batch):
-            codes = encode(torch.stack([self._picture(name, names[name]) for name in some])).to("cpu")
+            codes = encode(torch.stack([self._picture(name, names[name]) for name in some])).to(
+                "cpu"
+            )
             assert codes.keep is not None  # codes of pictures always know their patches
             for i, name in enumerate(some):
                 self.codes[name] = codes[i].clone(), codes.keep[i].clone()

@@ -22,7 +22,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-def visible(documents: Int64[Tensor, "b l"], prefix: Bool[Tensor, "b l"] | None = None) -> Bool[Tensor, "b l l"]:
+def visible(
+    documents: Int64[Tensor, "b l"], prefix: Bool[Tensor, "b l"] | None = None
+) -> Bool[Tensor, "b l l"]:
     """True where the row's place may see the column's."""
     length = documents.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
@@ -45,7 +47,11 @@ def model_mask(
             over whole would switch off.
     """
     config = getattr(model.config, "get_text_config", lambda: model.config)()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = (
+        getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True)
+        else None
+    )
     if window is not None and window < documents.shape[1]:
         raise ValueError(
             f"blocks of {documents.shape[1]} places exceed the model's sliding window of {window}: a mask for packed "
@@ -54,11 +60,17 @@ def model_mask(
     kernel = config._attn_implementation
     if "flash" in kernel:
         if bool(prefix.any()):
-            raise ValueError(f"attention kernel {kernel!r} is causal only: a prefix mask needs 'sdpa' or 'eager'")
+            raise ValueError(
+                f"attention kernel {kernel!r} is causal only: a prefix mask needs 'sdpa' or 'eager'"
+            )
         return None
     if kernel not in ("sdpa", "eager"):
-        raise ValueError(f"attention kernel: expected 'sdpa', 'eager' or a flash kernel, got {kernel!r}")
+        raise ValueError(
+            f"attention kernel: expected 'sdpa', 'eager' or a flash kernel, got {kernel!r}"
+        )
     seen = visible(documents, prefix if bool(prefix.any()) else None)[:, None]
     if kernel == "sdpa":
         return seen
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+        ~seen, torch.finfo(dtype).min
+    )

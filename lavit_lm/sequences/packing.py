@@ -73,7 +73,9 @@ def plan(lengths: Sequence[int], block: int) -> list[list[int]]:
     left: dict[int, list[int]] = {}  # length -> rows of it, the first one last
     for i in reversed(range(len(lengths))):
         if not 0 < lengths[i] <= block:
-            raise ValueError(f"row {i}: expected 1 to {block} places, which is what a block holds, got {lengths[i]}")
+            raise ValueError(
+                f"row {i}: expected 1 to {block} places, which is what a block holds, got {lengths[i]}"
+            )
         left.setdefault(lengths[i], []).append(i)
     blocks: list[list[int]] = []
     while left:
@@ -93,7 +95,11 @@ def _closing(left: dict[int, list[int]], room: int) -> tuple[int, ...]:
     """Lengths of one row, or of two, that fill the room exactly; of several pairs the one with the longest row."""
     if room in left:
         return (room,)
-    halves = [n for n in left if n >= room - n and room - n in left and (n != room - n or len(left[n]) > 1)]
+    halves = [
+        n
+        for n in left
+        if n >= room - n and room - n in left and (n != room - n or len(left[n]) > 1)
+    ]
     return (max(halves), room - max(halves)) if halves else ()
 
 
@@ -101,13 +107,21 @@ def _longest(left: dict[int, list[int]], room: int) -> tuple[int, ...]:
     return tuple(sorted((length for length in left if length <= room), reverse=True)[:1])
 
 
-def embedded_images(rows: Sequence[TokenSequence]) -> tuple[UInt8[Tensor, "k 3 h w"], Bool[Tensor, "j patches"]]:
+def embedded_images(
+    rows: Sequence[TokenSequence],
+) -> tuple[UInt8[Tensor, "k 3 h w"], Bool[Tensor, "j patches"]]:
     """(pictures, kept) of all rows, in order: what a bridge makes the vectors of their fed places from."""
     is_embedding = [row for row in rows if row.image_segments]
     images = (
-        torch.cat([row.images for row in is_embedding]) if is_embedding else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
+        torch.cat([row.images for row in is_embedding])
+        if is_embedding
+        else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
     )
-    keep = torch.cat([row.keep for row in is_embedding]) if is_embedding else torch.zeros(0, 0, dtype=torch.bool)
+    keep = (
+        torch.cat([row.keep for row in is_embedding])
+        if is_embedding
+        else torch.zeros(0, 0, dtype=torch.bool)
+    )
     return images, keep
 
 
@@ -126,11 +140,16 @@ def pack(blocks: Sequence[Sequence[TokenSequence]], length: int, pad: int) -> Pa
         raise ValueError("expected at least one block to lay out, got none")
     for rows in blocks:
         if sum(map(len, rows)) > length:
-            raise ValueError(f"rows of {[len(row) for row in rows]} places do not fit into a block of {length}")
+            raise ValueError(
+                f"rows of {[len(row) for row in rows]} places do not fit into a block of {length}"
+            )
     size = (len(blocks), length)
     ids = torch.full(size, pad, dtype=torch.int64)
     roles = torch.full(size, int(Role.TEXT), dtype=torch.int8)
-    flags = {name: torch.zeros(size, dtype=torch.bool) for name in ("predict", "regress", "prefix", "is_embedding")}
+    flags = {
+        name: torch.zeros(size, dtype=torch.bool)
+        for name in ("predict", "regress", "prefix", "is_embedding")
+    }
     documents = torch.full(size, FREE, dtype=torch.int64)
     positions = torch.zeros(size, dtype=torch.int64)
     for b, rows in enumerate(blocks):
@@ -145,7 +164,16 @@ def pack(blocks: Sequence[Sequence[TokenSequence]], length: int, pad: int) -> Pa
         positions[b, start:] = torch.arange(length - start)
     images, keep = embedded_images([row for rows in blocks for row in rows])
     keys = tuple(tuple(row.key for row in rows) for rows in blocks)
-    return Packed(ids, roles, **flags, images=images, keep=keep, documents=documents, positions=positions, keys=keys)
+    return Packed(
+        ids,
+        roles,
+        **flags,
+        images=images,
+        keep=keep,
+        documents=documents,
+        positions=positions,
+        keys=keys,
+    )
 
 
 def pad(rows: Sequence[TokenSequence], pad: int) -> Packed:

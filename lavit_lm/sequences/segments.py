@@ -75,13 +75,21 @@ class ImageSegment:
     def __post_init__(self) -> None:
         if self.codes is None:
             if self.image is None:
-                raise ValueError("an image needs codes, or a picture to make vectors of, got neither")
+                raise ValueError(
+                    "an image needs codes, or a picture to make vectors of, got neither"
+                )
             return
         if self.codes.ndim != 1 or len(self.codes) == 0:
-            raise ValueError(f"an image needs at least one code, got codes of shape {list(self.codes.shape)}")
-        if self.image is not None and (self.keep is None or int(self.keep.sum()) != len(self.codes)):
+            raise ValueError(
+                f"an image needs at least one code, got codes of shape {list(self.codes.shape)}"
+            )
+        if self.image is not None and (
+            self.keep is None or int(self.keep.sum()) != len(self.codes)
+        ):
             keep = "none" if self.keep is None else int(self.keep.sum())
-            raise ValueError(f"a picture of {len(self.codes)} codes needs a mask of as many patches, got {keep}")
+            raise ValueError(
+                f"a picture of {len(self.codes)} codes needs a mask of as many patches, got {keep}"
+            )
 
 
 Segment = TextSegment | ImageSegment
@@ -126,7 +134,9 @@ class TokenSequence:
     @cached_property
     def images(self) -> UInt8[Tensor, "k 3 h w"]:
         """uint8 [k 3 h w] of the images, opened now; k is 0 if there are none."""
-        opened = [image.image() if callable(image.image) else image.image for image in self.image_segments]
+        opened = [
+            image.image() if callable(image.image) else image.image for image in self.image_segments
+        ]
         found = [image for image in opened if image is not None]
         return torch.stack(found) if found else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
 

@@ -16,12 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule
+from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lavit_lm.sequences.documents import Documents
 from lavit_lm.sequences.packing import plan
-from lavit_lm.training.sampler import BlockOrder, Blocks, ExampleLayout, HeldOutOrder, Place, Samples
+from lavit_lm.training.sampler import (
+    BlockOrder,
+    Blocks,
+    ExampleLayout,
+    HeldOutOrder,
+    Place,
+    Samples,
+)
 from lavit_tok import ShardImages, Shards
 
 
@@ -93,7 +100,9 @@ class LanguageDataModule(LightningDataModule):
                 f"data.pictures, the data set that {self.shards} was made from"
             )
         if self.images is not None and not module.objective.needs_pixels:
-            raise ValueError(f"data.pictures: the objective {name}, as it is set, reads codes and no pictures")
+            raise ValueError(
+                f"data.pictures: the objective {name}, as it is set, reads codes and no pictures"
+            )
         if stage == "fit":
             samples = self._samples(self.splits[0], self._texts(), self._documents())
             layout = ExampleLayout(samples, module.objective, module.processor, self.seed)
@@ -105,13 +114,17 @@ class LanguageDataModule(LightningDataModule):
         self._held_out_blocks = self._plan_held_out()
         self._tell_too_long()
 
-    def _samples(self, split: str, texts: Any | None = None, documents: Any | None = None) -> Samples:
+    def _samples(
+        self, split: str, texts: Any | None = None, documents: Any | None = None
+    ) -> Samples:
         module: Any = self.trainer.lightning_module
         shards = Shards.open(self.shards, split)
         vocabulary = module.processor.vocabulary
         shards.require(fingerprint=module.fingerprint, codebook_size=vocabulary.codebook_size)
         c = module.visual.config
-        images = None if self.images is None else ShardImages(shards, self.images, c.image_size, c.crop)
+        images = (
+            None if self.images is None else ShardImages(shards, self.images, c.image_size, c.crop)
+        )
         return Samples(shards.dataset(), texts, images, shards.patches, documents)
 
     def _documents(self) -> Documents | None:
@@ -122,7 +135,9 @@ class LanguageDataModule(LightningDataModule):
         if module.objective.image_output == "codes":
             least, _ = module.objective.lengths(c.num_patches)
             encode = partial(module.visual.encode, budget=None if least == 1 else least)
-        return Documents(self.documents, c.image_size, c.crop, encode, open_later=module.objective.needs_pixels)
+        return Documents(
+            self.documents, c.image_size, c.crop, encode, open_later=module.objective.needs_pixels
+        )
 
     def _texts(self) -> Any | None:
         if self.texts is None:
@@ -135,8 +150,13 @@ class LanguageDataModule(LightningDataModule):
         return datasets.load_dataset(kind or self.texts, split="train", **files)
 
     def train_dataloader(self) -> DataLoader:
-        loader: dict[str, Any] = {"collate_fn": self.blocks.collate, "num_workers": self.num_workers}
-        return ResumingLoader(self.blocks, self.batch_size, sampler=self.order, drop_last=True, **loader)
+        loader: dict[str, Any] = {
+            "collate_fn": self.blocks.collate,
+            "num_workers": self.num_workers,
+        }
+        return ResumingLoader(
+            self.blocks, self.batch_size, sampler=self.order, drop_last=True, **loader
+        )
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out sample once, in the order that its own draw gives it."""
@@ -152,7 +172,10 @@ class LanguageDataModule(LightningDataModule):
         rows = [self.held_out.row(place) for place in places]
         self.too_long |= {row.key: len(row) for row in rows if len(row) > self.block}
         fitting = [i for i, row in enumerate(rows) if len(row) <= self.block]
-        return [[places[fitting[i]] for i in block] for block in plan([len(rows[i]) for i in fitting], self.block)]
+        return [
+            [places[fitting[i]] for i in block]
+            for block in plan([len(rows[i]) for i in fitting], self.block)
+        ]
 
     def _tell_too_long(self) -> None:
         """Warn once of rows that no block can hold, and list all those met in a file beside the run's others."""
@@ -162,11 +185,18 @@ class LanguageDataModule(LightningDataModule):
             return
         path = Path(self.trainer.default_root_dir) / "too_long.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [{"key": key, "places": places, "block": self.block} for key, places in self.too_long.items()]
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        lines = [
+            {"key": key, "places": places, "block": self.block}
+            for key, places in self.too_long.items()
+        ]
+        path.write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
         if not self.told:
             self.told = True
-            first = ", ".join(f"{key} ({places})" for key, places in list(self.too_long.items())[:3])
+            first = ", ".join(
+                f"{key} ({places})" for key, places in list(self.too_long.items())[:3]
+            )
             warnings.warn(
                 f"{len(self.too_long)} of the rows planned so far have more places than a block of {self.block} and "
                 f"are left out: {first}{', ...' if len(self.too_long) > 3 else ''}; all are listed in {path}",
@@ -185,16 +215,26 @@ class LanguageDataModule(LightningDataModule):
         if self.order is None:
             return  # nothing is trained
         now = self._settings()
-        changed = {name: (state[name], value) for name, value in now.items() if state.get(name, value) != value}
+        changed = {
+            name: (state[name], value)
+            for name, value in now.items()
+            if state.get(name, value) != value
+        }
         if changed:
-            raise ValueError(f"resumed with other settings {changed}: rows would repeat or be missed")
+            raise ValueError(
+                f"resumed with other settings {changed}: rows would repeat or be missed"
+            )
         self.order.starts.append((state["at"][0], state["at"][1]))
 
     def _settings(self) -> dict[str, int]:
         """What the order follows from."""
         names = ("seed", "batch_size", "block", "window")
         rows = 0 if self.order is None else len(self.order.layout.samples)
-        return {**{name: getattr(self, name) for name in names}, "rows": rows, "processes": self._ranks()[1]}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "rows": rows,
+            "processes": self._ranks()[1],
+        }
 
     def _ranks(self) -> tuple[int, int]:
         return self.trainer.global_rank, self.trainer.world_size

@@ -40,7 +40,7 @@ class EmuDecoderTraining(AveragedTraining):
         pixel_decoder: "default", directory or Hub id of the PixelDecoder to start from.
         out: where the finished decoder is saved; None keeps checkpoints only.
         out_dtype: number format of the saved weights.
-        depth, heads, inner: blocks, heads and width of the reader.
+        depth, heads, hidden_size: blocks, heads and width of the reader.
         train_unet: train the U-Net too; else only what stands before it.
         fresh_keys: draw the U-Net's key and value projections of the condition anew, as Emu does.
         drop: probability that a caption's vectors are replaced by those of an empty prompt.
@@ -68,7 +68,7 @@ class EmuDecoderTraining(AveragedTraining):
         out_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         depth: int = 2,
         heads: int = 4,
-        inner: int = 192,
+        hidden_size: int = 192,
         train_unet: bool = True,
         fresh_keys: bool = True,
         drop: float = 0.1,
@@ -90,25 +90,33 @@ class EmuDecoderTraining(AveragedTraining):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a number in 0..1, got {value}")
         if fresh_keys and not train_unet:
-            raise ValueError("fresh_keys: new key and value projections must be trained, and train_unet is false")
+            raise ValueError(
+                "fresh_keys: new key and value projections must be trained, and train_unet is false"
+            )
         self.save_hyperparameters()
         self.settings: Any = self.hparams
         # In lists: frozen, neither saved nor moved by Lightning.
         self._lm = [MultimodalLM.from_pretrained(model, decoder=None)]
         self._pixels = [PixelDecoder.from_pretrained(pixel_decoder)]
         if self.lm.objective.image_output != "vectors":
-            raise ValueError(f"model: expected one that says vectors, got {model}, which says codes ({self._named})")
+            raise ValueError(
+                f"model: expected one that says vectors, got {model}, which says codes ({self._named})"
+            )
         pixels, lm = self._pixels[0], self.lm
         c, width = pixels.conditioner.config, lm.model.causal.config.get_text_config().hidden_size
         n = lm.objective.lengths(lm.visual.config.num_patches)[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.reader = VectorReader(VectorReaderConfig(width, n, c.width, c.patches, depth, heads, inner))
+            self.reader = VectorReader(
+                VectorReaderConfig(width, n, c.width, c.patches, depth, heads, hidden_size)
+            )
             if fresh_keys:
                 renew_keys(pixels.unet)
         self.projection = pixels.conditioner.projection.requires_grad_(True).train()
         if self.projection.null is not None:
-            self.projection.null.requires_grad_(False)  # in its place are the vectors of an empty prompt
+            self.projection.null.requires_grad_(
+                False
+            )  # in its place are the vectors of an empty prompt
         pixels.unet.requires_grad_(train_unet)
         pixels.vae.requires_grad_(False)
         if train_unet:
@@ -138,12 +146,18 @@ class EmuDecoderTraining(AveragedTraining):
         wanted = list(dict.fromkeys(text for text in captions if text not in self.said))
         said = dict(self.said)
         if wanted:
-            with torch.autocast(self.device.type, enabled=False):  # as it will say them when they are drawn
-                new = self.lm.generate_vectors_batch([text if text.strip() else [] for text in wanted])
+            with torch.autocast(
+                self.device.type, enabled=False
+            ):  # as it will say them when they are drawn
+                new = self.lm.generate_vectors_batch(
+                    [text if text.strip() else [] for text in wanted]
+                )
             said |= dict(zip(wanted, new.half() if self.settings.remember else new, strict=True))
         if self.settings.remember:
             self.said = said
-        return torch.stack([said[text].float() for text in captions])  # autocast cannot stack float16
+        return torch.stack(
+            [said[text].float() for text in captions]
+        )  # autocast cannot stack float16
 
     def measure(self, captions: Sequence[str]) -> None:
         """Tell the reader how far apart lies what the model says of these captions, on all processes together."""
@@ -151,7 +165,11 @@ class EmuDecoderTraining(AveragedTraining):
         self.reader.measure(said if self._processes == 1 else self.all_gather(said).flatten(0, 1))
 
     def diffusion_loss(
-        self, images: UInt8[Tensor, "b 3 h w"], captions: Sequence[str], generator: torch.Generator, drop: float
+        self,
+        images: UInt8[Tensor, "b 3 h w"],
+        captions: Sequence[str],
+        generator: torch.Generator,
+        drop: float,
     ) -> Float[Tensor, ""]:
         """Of one step for each picture; all chance is the generator's, which is on the CPU."""
         pixels = self.drawn.pixels
@@ -161,14 +179,19 @@ class EmuDecoderTraining(AveragedTraining):
             self.null = self.vectors([""])
         given = torch.where(dropped[:, None, None], self.null, self.vectors(captions))
         condition, factor = self.drawn.conditioning(given), pixels.vae_scale_factor
-        return denoising_loss(pixels.unet, pixels.scheduler, noised, condition, factor, self.settings.min_snr)
+        return denoising_loss(
+            pixels.unet, pixels.scheduler, noised, condition, factor, self.settings.min_snr
+        )
 
     # Lightning's hooks
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         parts = int(self.trainer.accumulate_grad_batches)
         step = self.global_step * parts + batch_idx % parts
-        generator, captions = step_generator(self.settings.seed, step, self.global_rank, "cpu"), _captions(batch)
+        generator, captions = (
+            step_generator(self.settings.seed, step, self.global_rank, "cpu"),
+            _captions(batch),
+        )
         if step == 0:
             self.measure(captions)
         loss = self.diffusion_loss(batch["images"], captions, generator, self.settings.drop)
@@ -196,12 +219,22 @@ class EmuDecoderTraining(AveragedTraining):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         s, step = self.settings, self.global_step
         last_part = (batch_idx + 1) % int(self.trainer.accumulate_grad_batches) == 0
-        if s.samples and s.sample_every and last_part and step % s.sample_every == 0 and self.trainer.is_global_zero:
+        if (
+            s.samples
+            and s.sample_every
+            and last_part
+            and step % s.sample_every == 0
+            and self.trainer.is_global_zero
+        ):
             log_image(self, "samples", self.sample(list(s.samples)))
 
     def on_fit_end(self) -> None:
         if self.settings.out is not None and self.trainer.is_global_zero:
-            dtype = None if self.settings.out_dtype == "float32" else getattr(torch, self.settings.out_dtype)
+            dtype = (
+                None
+                if self.settings.out_dtype == "float32"
+                else getattr(torch, self.settings.out_dtype)
+            )
             with self.averaged():
                 copy.deepcopy(self.drawn).to("cpu").save_pretrained(self.settings.out, dtype)
 
@@ -211,11 +244,16 @@ class EmuDecoderTraining(AveragedTraining):
     def sample(self, prompts: list[str]) -> Image.Image:
         """Pictures of prompts side by side, by the averaged weights, with the same noise each time."""
         s, unet = self.settings, self.drawn.pixels.unet
-        training, generators = unet.training, [step_generator(s.seed, i, 2**32, "cpu") for i in range(len(prompts))]
+        training, generators = (
+            unet.training,
+            [step_generator(s.seed, i, 2**32, "cpu") for i in range(len(prompts))],
+        )
         unet.eval()
         with self.averaged():
             options = s.sample_steps, s.sample_guidance, generators
-            drawn = self.drawn(self.vectors(prompts), self.vectors([""]), *options, output_type="pt").images
+            drawn = self.drawn(
+                self.vectors(prompts), self.vectors([""]), *options, output_type="pt"
+            ).images
         unet.train(training)
         pixels = torch.cat(list(drawn.float().cpu()), 2).mul(255).round().byte()
         return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

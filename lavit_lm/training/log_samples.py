@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import lightning as L
+import pytorch_lightning as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image as Image
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 from lavit_lm.multimodal import MultimodalLM
@@ -25,7 +25,7 @@ from lavit_lm.sequences.segments import ImageSegment, TextSegment
 from lavit_tok import PixelDecoder, VisualCodes, log_image, log_text
 
 
-class LogSamples(L.Callback):
+class LogSamples(pl.Callback):
     """Log captions, and pictures if there is a decoder, of the same held-out pairs again and again.
 
     Args:
@@ -52,7 +52,7 @@ class LogSamples(L.Callback):
         num_inference_steps: int = 20,
         seed: int = 0,
     ) -> None:
-        for name, value in (("every", every), ("pictures", images)):
+        for name, value in (("every", every), ("images", images)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.every, self.images, self.max_tokens, self.seed = every, images, max_tokens, seed
@@ -60,10 +60,10 @@ class LogSamples(L.Callback):
         self._decoder: PixelDecoder | str | None = decoder
         self._last = -1
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._last = trainer.global_step
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         step = trainer.global_step
         if step == self._last or step % self.every:
             return  # `step` stands still within an accumulated step
@@ -78,12 +78,20 @@ class LogSamples(L.Callback):
         pairs = self._pairs(trainer.datamodule.held_out.samples)
         size = module.codebook_size
         captions = [text for _, text in pairs]
-        lm = MultimodalLM(module.model, module.processor, module.visual, self._decoder, module.objective)
-        shown = [VisualCodes.from_list(_codes(i), size) if i.image is None else _pixels(i) for i, _ in pairs]
+        lm = MultimodalLM(
+            module.model, module.processor, module.visual, self._decoder, module.objective
+        )
+        shown = [
+            VisualCodes.from_list(_codes(i), size) if i.image is None else _pixels(i)
+            for i, _ in pairs
+        ]
         said = lm.caption(shown, self.max_tokens)
         if trainer.is_global_zero:
             lines = ["| caption | the model's |", "| --- | --- |"]
-            lines += [f"| {_cell(true)} | {_cell(own)} |" for true, own in zip(captions, said, strict=True)]
+            lines += [
+                f"| {_cell(true)} | {_cell(own)} |"
+                for true, own in zip(captions, said, strict=True)
+            ]
             log_text(module, "captions", "\n".join(lines) + "\n")
         if self._decoder is None or module.objective.image_output != "codes":
             return
@@ -92,14 +100,19 @@ class LogSamples(L.Callback):
         if not trainer.is_global_zero:
             return  # with sharded weights every process had to help, but one draws
         self._decoder = lm.decoder
-        both = VisualCodes.from_list([row for image, _ in pairs for row in _codes(image)] + drawn.to_list(), size)
+        both = VisualCodes.from_list(
+            [row for image, _ in pairs for row in _codes(image)] + drawn.to_list(), size
+        )
         images = lm.decoder(both, self.num_inference_steps, generator=generator).images
         log_image(module, "generated", _sheet(images[: len(pairs)], images[len(pairs) :]))
 
     def _pairs(self, samples: Any) -> list[tuple[ImageSegment, str]]:
         """Held-out pictures with their captions, the same ones each time."""
         found: dict[int, tuple[ImageSegment, str]] = {}
-        for number in [*range(0, len(samples), max(1, len(samples) // self.images)), *range(len(samples))]:
+        for number in [
+            *range(0, len(samples), max(1, len(samples) // self.images)),
+            *range(len(samples)),
+        ]:
             segments = samples[number][0]
             if [type(segment) for segment in segments] == [ImageSegment, TextSegment]:
                 found[number] = (segments[0], segments[1].text)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
@@ -33,7 +33,7 @@ from lavit_tok import VisualTokenizer
 NATS_PER_BIT = 0.6931471805599453
 
 
-class LanguageModeling(L.LightningModule):
+class LanguageModeling(pl.LightningModule):
     """One language model, one objective.
 
     Args:
@@ -84,7 +84,9 @@ class LanguageModeling(L.LightningModule):
             check_free(out)  # now, not when the training is done
         source = text_tokenizer or lm
         if not isinstance(source, str):
-            raise ValueError("text_tokenizer: a new LM has no tokenizer of its own; name a directory or Hub id")
+            raise ValueError(
+                "text_tokenizer: a new LM has no tokenizer of its own; name a directory or Hub id"
+            )
         tokenizer = AutoTokenizer.from_pretrained(source)
         visual = VisualTokenizer.from_pretrained(visual_tokenizer)
         self.fingerprint, self.codebook_size = visual.fingerprint(), visual.config.codebook_size
@@ -150,8 +152,14 @@ class LanguageModeling(L.LightningModule):
                 f"step {self.global_step}: the loss is {float(shown)}{own}; stopped before it spoils the "
                 f"weights. The batch held: {keys}"
             )
-        values = {"loss": shown, "fill": torch.tensor(batch.fill), **{k: v.mean for k, v in means.items()}}
-        self.log_dict({f"train/{k}": v for k, v in values.items()}, prog_bar=True, batch_size=len(batch.ids))
+        values = {
+            "loss": shown,
+            "fill": torch.tensor(batch.fill),
+            **{k: v.mean for k, v in means.items()},
+        }
+        self.log_dict(
+            {f"train/{k}": v for k, v in values.items()}, prog_bar=True, batch_size=len(batch.ids)
+        )
         return loss
 
     def validation_step(self, batch: Packed, batch_index: int) -> None:
@@ -168,7 +176,9 @@ class LanguageModeling(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_held_out("test")
 
-    def transfer_batch_to_device(self, batch: Packed, device: torch.device, dataloader_idx: int) -> Packed:
+    def transfer_batch_to_device(
+        self, batch: Packed, device: torch.device, dataloader_idx: int
+    ) -> Packed:
         return batch.to(device)
 
     def on_after_batch_transfer(self, batch: Packed, dataloader_idx: int) -> Packed:
@@ -198,7 +208,10 @@ class LanguageModeling(L.LightningModule):
         assert self.model is not None
         model = self.model
         if self._mesh is not None:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+            from torch.distributed.checkpoint.state_dict import (
+                StateDictOptions,
+                get_model_state_dict,
+            )
 
             whole: dict[str, Any] = get_model_state_dict(
                 model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -207,7 +220,14 @@ class LanguageModeling(L.LightningModule):
                 model = self._sequence_model().to(next(iter(whole.values())).dtype)
                 model.load_state_dict(whole)
         if self.global_rank == 0:
-            save_model(out, model, self.processor, self.objective, self.settings.visual_tokenizer, self.fingerprint)
+            save_model(
+                out,
+                model,
+                self.processor,
+                self.objective,
+                self.settings.visual_tokenizer,
+                self.fingerprint,
+            )
 
     @property
     def _processes(self) -> int:
@@ -235,16 +255,24 @@ class LanguageModeling(L.LightningModule):
         """
         world = self._processes
         if world == 1:
-            return losses, {name: Sum(loss.total.detach(), loss.count) for name, loss in losses.items()}
-        own = torch.stack([torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses.values()])
+            return losses, {
+                name: Sum(loss.total.detach(), loss.count) for name, loss in losses.items()
+            }
+        own = torch.stack(
+            [torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses.values()]
+        )
         totals, counts = self.all_gather(own).sum(0).unbind(1)
-        descend = {n: Sum(loss.total, counts[i] / world) for i, (n, loss) in enumerate(losses.items())}
+        descend = {
+            n: Sum(loss.total, counts[i] / world) for i, (n, loss) in enumerate(losses.items())
+        }
         return descend, {name: Sum(totals[i], counts[i]) for i, name in enumerate(losses)}
 
     def _log_held_out(self, split: str) -> None:
         sums = {}
         for name, parts in self.held_out.items():
-            own = torch.stack([torch.stack([part.total, part.count.float()]) for part in parts]).sum(0)
+            own = torch.stack(
+                [torch.stack([part.total, part.count.float()]) for part in parts]
+            ).sum(0)
             total, count = self.all_gather(own).reshape(-1, 2).sum(0)
             sums[name] = Sum(total, count)
         self.held_out.clear()
@@ -272,4 +300,6 @@ class LanguageModeling(L.LightningModule):
             if s.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
                 lm.train()
-            return sequence_model(lm if s.lora is None else with_lora(lm, self.processor.vocabulary, s.lora), *parts)
+            return sequence_model(
+                lm if s.lora is None else with_lora(lm, self.processor.vocabulary, s.lora), *parts
+            )

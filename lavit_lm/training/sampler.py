@@ -85,7 +85,9 @@ class ExampleLayout:
     def row(self, place: Place) -> TokenSequence:
         word = np.random.SeedSequence([self.seed, *place]).generate_state(1)[0]
         segments, key = self.samples[place[1]]
-        return self.objective.layout(segments, self.processor, torch.Generator().manual_seed(int(word)), key)
+        return self.objective.layout(
+            segments, self.processor, torch.Generator().manual_seed(int(word)), key
+        )
 
 
 class Blocks(Dataset):
@@ -131,7 +133,9 @@ class BlockOrder(DistributedSampler):
         self.starts = [(0, 0)]  # (first block, number) of the windows met so far
         self.too_long: dict[str, int] = {}
         self._latest: tuple[int, list[list[Place]]] = -1, []  # the window that was planned last
-        self.blocks = max(1, len(self._plan(0)) * self._windows() // (world * batch_size)) * batch_size
+        self.blocks = (
+            max(1, len(self._plan(0)) * self._windows() // (world * batch_size)) * batch_size
+        )
 
     def __len__(self) -> int:
         """Blocks of a Lightning epoch on this rank: about one pass over the data, always whole batches."""
@@ -169,7 +173,9 @@ class BlockOrder(DistributedSampler):
     def _planned(self, number: int) -> list[list[Place]]:
         epoch, part = divmod(number, self._windows())
         seeded = np.random.default_rng([self.layout.seed, epoch])
-        rows = seeded.permutation(len(self.layout.samples))[part * self.window : (part + 1) * self.window]
+        rows = seeded.permutation(len(self.layout.samples))[
+            part * self.window : (part + 1) * self.window
+        ]
         made = [(epoch, int(i)) for i in rows]
         lengths = []
         for place in made:
@@ -179,8 +185,13 @@ class BlockOrder(DistributedSampler):
                 self.too_long[row.key] = len(row)
         fitting = [i for i, length in enumerate(lengths) if length <= self.length]
         if not fitting:
-            raise ValueError(f"blocks of {self.length} places: no row fits, the shortest has {min(lengths)}")
-        blocks = [[made[fitting[i]] for i in block] for block in plan([lengths[i] for i in fitting], self.length)]
+            raise ValueError(
+                f"blocks of {self.length} places: no row fits, the shortest has {min(lengths)}"
+            )
+        blocks = [
+            [made[fitting[i]] for i in block]
+            for block in plan([lengths[i] for i in fitting], self.length)
+        ]
         np.random.default_rng([self.layout.seed, epoch, part]).shuffle(blocks)
         return blocks
 

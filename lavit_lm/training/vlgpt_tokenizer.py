@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
+import pytorch_lightning as pl
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -26,7 +26,7 @@ from lavit_lm.objectives.vlgpt.image_decoder import check_free, save_tokenizer
 from lavit_tok import VisualTokenizer
 
 
-class VLGPTTokenizerTraining(L.LightningModule):
+class VLGPTTokenizerTraining(pl.LightningModule):
     """Trains VL-GPT's tokenizer and detokenizer.
 
     Args:
@@ -36,7 +36,7 @@ class VLGPTTokenizerTraining(L.LightningModule):
             "decoder": "default"}, or {"kind": "stable_diffusion", "model": ..., "adapter": ...}.
         queries: N, vectors a picture.
         depth, heads: of both transformers.
-        inner: their width; the encoder's by default.
+        hidden_size: their width; the encoder's by default.
         image_weight, text_weight: l1 and l2, 1 as published; at 0 a condition is not learnt, nor drawn from.
         out: directory of what comes out; None keeps checkpoints only.
         lr: peak learning rate, 2e-4 as published.
@@ -57,7 +57,7 @@ class VLGPTTokenizerTraining(L.LightningModule):
         queries: int = 32,
         depth: int = 12,
         heads: int = 12,
-        inner: int | None = None,
+        hidden_size: int | None = None,
         image_weight: float = 1.0,
         text_weight: float = 1.0,
         out: str | None = None,
@@ -75,11 +75,15 @@ class VLGPTTokenizerTraining(L.LightningModule):
         visual = VisualTokenizer.from_pretrained(visual_tokenizer).requires_grad_(False)
         self.crop = visual.config.crop
         # In a list: frozen, neither saved nor moved by Lightning.
-        self._conditions = [load_conditions(conditions or {"kind": "pixel_decoder", "decoder": "default"}, visual)]
+        self._conditions = [
+            load_conditions(conditions or {"kind": "pixel_decoder", "decoder": "default"}, visual)
+        ]
         shapes = self.conditions.image_shape, self.conditions.text_shape
         self.weights = {
             name: weight
-            for name, weight, shape in zip(("image", "text"), (image_weight, text_weight), shapes, strict=True)
+            for name, weight, shape in zip(
+                ("image", "text"), (image_weight, text_weight), shapes, strict=True
+            )
             if shape is not None
         }
         if min(image_weight, text_weight) < 0 or not sum(self.weights.values()):
@@ -87,7 +91,13 @@ class VLGPTTokenizerTraining(L.LightningModule):
                 f"image_weight, text_weight: expected 0 or more, and more than 0 for a condition that the diffusion "
                 f"model has ({', '.join(self.weights)}), got {image_weight}, {text_weight}"
             )
-        shape = VLGPTTokenizerConfig(width, queries, depth, heads, visual.config.width if inner is None else inner)
+        shape = VLGPTTokenizerConfig(
+            width,
+            queries,
+            depth,
+            heads,
+            visual.config.width if hidden_size is None else hidden_size,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = ContinuousTokenizer(visual, shape, *shapes)
@@ -107,16 +117,24 @@ class VLGPTTokenizerTraining(L.LightningModule):
 
     # The loss
 
-    def targets(self, images: UInt8[Tensor, "b 3 h w"], captions: list[str] | None) -> DiffusionConditions:
+    def targets(
+        self, images: UInt8[Tensor, "b 3 h w"], captions: list[str] | None
+    ) -> DiffusionConditions:
         """e_v and e_t, as far as they are to be learnt. Raises ValueError for missing captions."""
         if self.weights.get("text") and captions is None:
-            raise ValueError("the text condition is made of captions, and the data have none: give data.caption_column")
-        with torch.autocast(self.device.type, enabled=False):  # as the diffusion model's own encoders made them
+            raise ValueError(
+                "the text condition is made of captions, and the data have none: give data.caption_column"
+            )
+        with torch.autocast(
+            self.device.type, enabled=False
+        ):  # as the diffusion model's own encoders made them
             image = self.conditions.image_condition(images) if self.weights.get("image") else None
             text = self.conditions.text_condition(captions) if self.weights.get("text") else None
         return DiffusionConditions(image, text)
 
-    def losses(self, estimated: DiffusionConditions, targets: DiffusionConditions) -> dict[str, Float[Tensor, ""]]:
+    def losses(
+        self, estimated: DiffusionConditions, targets: DiffusionConditions
+    ) -> dict[str, Float[Tensor, ""]]:
         """Mean squared errors, "image" and "text", of what is learnt."""
         pairs = {name: (getattr(estimated, name), getattr(targets, name)) for name in self.weights}
         return {name: F.mse_loss(z.float(), e) for name, (z, e) in pairs.items() if e is not None}
@@ -132,7 +150,9 @@ class VLGPTTokenizerTraining(L.LightningModule):
         losses = self.losses(self.model(batch["images"]), targets)
         loss = self.total(losses)
         if not bool(loss.isfinite()):
-            raise ValueError(f"step {self.global_step}: the loss is {float(loss)}; stopped before it spoils all")
+            raise ValueError(
+                f"step {self.global_step}: the loss is {float(loss)}; stopped before it spoils all"
+            )
         shown = {"train/loss": loss, **{f"train/{name}": value for name, value in losses.items()}}
         self.log_dict(shown, prog_bar=True, batch_size=len(batch["images"]))
         return loss
@@ -142,16 +162,23 @@ class VLGPTTokenizerTraining(L.LightningModule):
         targets = self.targets(batch["images"], batch.get("captions"))
         estimated = self.model(batch["images"])
         losses = self.losses(estimated, targets)
-        shown = {"val/loss": self.total(losses), **{f"val/{name}": value for name, value in losses.items()}}
+        shown = {
+            "val/loss": self.total(losses),
+            **{f"val/{name}": value for name, value in losses.items()},
+        }
         for name in losses:
-            cosine = F.cosine_similarity(getattr(estimated, name).float(), getattr(targets, name), dim=-1).mean()
+            cosine = F.cosine_similarity(
+                getattr(estimated, name).float(), getattr(targets, name), dim=-1
+            ).mean()
             shown[f"val/{name}_cosine"] = cosine
         self.log_dict(shown, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
 
     def on_fit_start(self) -> None:
         """Raises ValueError for pictures that the data module cuts in another way than the visual tokenizer."""
         self.conditions.to(self.device)
-        crop = getattr(getattr(getattr(self.trainer, "datamodule", None), "augment", None), "crop", self.crop)
+        crop = getattr(
+            getattr(getattr(self.trainer, "datamodule", None), "augment", None), "crop", self.crop
+        )
         if crop != self.crop:
             raise ValueError(
                 f"data.crop: the visual tokenizer's own is {self.crop}, got {crop}: it would learn from pictures of "
@@ -175,4 +202,6 @@ class VLGPTTokenizerTraining(L.LightningModule):
     def on_fit_end(self) -> None:
         if self.settings.out is not None and self.trainer.is_global_zero:
             s = self.settings
-            save_tokenizer(s.out, self.model, s.visual_tokenizer, self.conditions.settings, self.learnt)
+            save_tokenizer(
+                s.out, self.model, s.visual_tokenizer, self.conditions.settings, self.learnt
+            )

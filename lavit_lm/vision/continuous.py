@@ -29,11 +29,20 @@ class ContinuousBridge(nn.Module):
             tokenizer.requires_grad_(False).eval()
         ]  # in a list, out of sight of parameters() and state_dict()
         self.path = ContinuousPath(
-            c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps, c.attention, width, c.positions
+            c.width,
+            c.merger_depth,
+            c.num_heads,
+            c.mlp_width,
+            c.layer_norm_eps,
+            c.attention,
+            width,
+            c.positions,
         )
         self.path.merger.load_state_dict(tokenizer.merger.state_dict())
 
-    def forward(self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]) -> Float[Tensor, "m width"]:
+    def forward(
+        self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]
+    ) -> Float[Tensor, "m width"]:
         """A vector for each kept patch, raster order, pictures one after another.
 
         Raises:

@@ -27,7 +27,7 @@ class CausalResampler(EncoderReader):
         queries: vectors a picture; Emu and VL-GPT use 32.
         depth, heads: of the transformer; Emu and VL-GPT use 12 blocks.
         train_encoder: train a copy of the encoder, the submodule "encoder"; else the tokenizer's own is used, frozen.
-        inner: width of the transformer, where it is not to be the encoder's.
+        hidden_size: width of the transformer, where it is not to be the encoder's.
 
     Raises:
         ValueError: a number below 1, or heads that do not divide the transformer's width.
@@ -41,24 +41,28 @@ class CausalResampler(EncoderReader):
         depth: int = 12,
         heads: int = 12,
         train_encoder: bool = False,
-        inner: int | None = None,
+        hidden_size: int | None = None,
     ) -> None:
         c = tokenizer.config
-        inner = c.width if inner is None else inner
-        if min(queries, depth, heads, inner) < 1 or inner % heads:
+        hidden_size = c.width if hidden_size is None else hidden_size
+        if min(queries, depth, heads, hidden_size) < 1 or hidden_size % heads:
             raise ValueError(
                 f"expected at least one query and block, and heads that divide the transformer's width, got {queries} "
-                f"queries, {depth} blocks, {heads} heads, width {inner}"
+                f"queries, {depth} blocks, {heads} heads, width {hidden_size}"
             )
         super().__init__(tokenizer, train_encoder)
         self.features_norm = nn.LayerNorm(c.width, c.layer_norm_eps)
-        self.narrow = nn.Identity() if inner == c.width else nn.Linear(c.width, inner)
-        self.queries = nn.Parameter(torch.randn(queries, inner) * 0.02)
-        self.blocks = nn.ModuleList(Block(inner, heads, 4 * inner, c.layer_norm_eps) for _ in range(depth))
-        self.norm = nn.LayerNorm(inner, c.layer_norm_eps)
-        self.projection = nn.Linear(inner, width)
+        self.narrow = nn.Identity() if hidden_size == c.width else nn.Linear(c.width, hidden_size)
+        self.queries = nn.Parameter(torch.randn(queries, hidden_size) * 0.02)
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, heads, 4 * hidden_size, c.layer_norm_eps) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(hidden_size, c.layer_norm_eps)
+        self.projection = nn.Linear(hidden_size, width)
 
-    def forward(self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "j patches"]) -> Float[Tensor, "m width"]:
+    def forward(
+        self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "j patches"]
+    ) -> Float[Tensor, "m width"]:
         """Vectors of all pictures, one picture after another; `kept` is not asked, every patch is read.
 
         Raises:

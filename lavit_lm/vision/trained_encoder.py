@@ -30,7 +30,9 @@ class EncoderReader(nn.Module):
         """As the encoder takes them. Raises ValueError for pictures of another size than the tokenizer's."""
         return self._tokenizer[0].to(images.device).preprocess(images)
 
-    def encoded(self, pixels: Float[Tensor, "k 3 h w"], dtype: torch.dtype) -> Float[Tensor, "k p d"]:
+    def encoded(
+        self, pixels: Float[Tensor, "k 3 h w"], dtype: torch.dtype
+    ) -> Float[Tensor, "k p d"]:
         """Features of every patch; with a gradient where the encoder is trained."""
         if hasattr(self, "encoder"):
             return self.encoder(pixels.to(dtype))

@@ -28,7 +28,9 @@ class MultimodalProcessor:
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
-            raise ValueError("the text tokenizer has no end-of-text token (eos_token): no text would ever end")
+            raise ValueError(
+                "the text tokenizer has no end-of-text token (eos_token): no text would ever end"
+            )
 
     @classmethod
     def of(cls, tokenizer: Any) -> MultimodalProcessor:

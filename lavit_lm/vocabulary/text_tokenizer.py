@@ -33,7 +33,9 @@ def train_text_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizer
     """
     specials = [BOS, EOS, PAD]
     if size < BYTES + len(specials):
-        raise VocabularyError(f"expected at least {BYTES + len(specials)} ids, got {size}: some bytes would have none")
+        raise VocabularyError(
+            f"expected at least {BYTES + len(specials)} ids, got {size}: some bytes would have none"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +50,9 @@ def train_text_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizer
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B:1", special_tokens=[(BOS, specials.index(BOS))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
+    )
 
 
 def encode_plain(tokenizer: Any, text: str, visual: Callable[[int], bool]) -> list[int]:
@@ -67,11 +71,18 @@ def encode_plain(tokenizer: Any, text: str, visual: Callable[[int], bool]) -> li
         return ids
     names = "|".join(re.escape(str(tokenizer.convert_ids_to_tokens(i))) for i in found)
     cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)]
-    ids = [i for start, stop in pairwise(cuts) if start < stop for i in _encode(tokenizer, text[start:stop])]
+    ids = [
+        i
+        for start, stop in pairwise(cuts)
+        if start < stop
+        for i in _encode(tokenizer, text[start:stop])
+    ]
     left = [i for i in ids if i in special or visual(i)]
     if left:
         name = tokenizer.convert_ids_to_tokens(left[0])
-        raise VocabularyError(f"this tokenizer reads {text[:60]!r} as its special token {name}, and in no other way")
+        raise VocabularyError(
+            f"this tokenizer reads {text[:60]!r} as its special token {name}, and in no other way"
+        )
     return ids
 
 
@@ -87,7 +98,11 @@ def _specials(tokenizer: Any) -> frozenset[int]:
     """
     keep = _special_ids.get(tokenizer)
     if keep is None:
-        named = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        named = {
+            name: value
+            for name, value in tokenizer.special_tokens_map.items()
+            if isinstance(value, str)
+        }
         unknown = named.pop("unk_token", None)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
@@ -103,6 +118,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise VocabularyError(f"expected valid Unicode, got half a surrogate pair at {error.start}") from None
+        raise VocabularyError(
+            f"expected valid Unicode, got half a surrogate pair at {error.start}"
+        ) from None
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return [int(i) for i in ids]

@@ -55,7 +55,11 @@ class VisualVocabulary:
 
     @classmethod
     def extend(
-        cls, tokenizer: Any, model: Any, codebook_size: int, generator: torch.Generator | None = None
+        cls,
+        tokenizer: Any,
+        model: Any,
+        codebook_size: int,
+        generator: torch.Generator | None = None,
     ) -> VisualVocabulary:
         """Give a tokenizer the K + 2 image tokens and an LM rows for them, in place.
 
@@ -71,8 +75,14 @@ class VisualVocabulary:
         Raises:
             VocabularyError: a slow tokenizer; image tokens that are already there; an LM that is not this tokenizer's.
         """
-        if isinstance(codebook_size, bool) or not isinstance(codebook_size, int) or codebook_size < 1:
-            raise VocabularyError(f"expected a codebook of at least one code, got {codebook_size!r}")
+        if (
+            isinstance(codebook_size, bool)
+            or not isinstance(codebook_size, int)
+            or codebook_size < 1
+        ):
+            raise VocabularyError(
+                f"expected a codebook of at least one code, got {codebook_size!r}"
+            )
         known = _added(tokenizer)
         present = [name for name in known if name in (BEGIN, END) or CODE.fullmatch(name)]
         if present:
@@ -110,13 +120,19 @@ class VisualVocabulary:
         ids = {int(name[len("<|vis_") : -len("|>")]): known[name] for name in names}
         if missing or not ids:
             lacks = missing + ([] if ids else ["<|vis_00000|> and the other codes"])
-            raise VocabularyError(f"this tokenizer has no {', '.join(lacks)}: VisualVocabulary.extend adds them")
+            raise VocabularyError(
+                f"this tokenizer has no {', '.join(lacks)}: VisualVocabulary.extend adds them"
+            )
         if len({len(name) for name in names}) > 1:
-            raise VocabularyError(f"codes have names of different lengths ({names[0]}, {names[-1]}): some have two ids")
+            raise VocabularyError(
+                f"codes have names of different lengths ({names[0]}, {names[-1]}): some have two ids"
+            )
         size = len(ids)
         absent = next((code for code in range(size) if code not in ids), None)
         if absent is not None:
-            raise VocabularyError(f"this tokenizer has codes up to {max(ids)}, but none named <|vis_{absent:05d}|>")
+            raise VocabularyError(
+                f"this tokenizer has codes up to {max(ids)}, but none named <|vis_{absent:05d}|>"
+            )
         moved = next((code for code in range(size) if ids[code] != ids[0] + code), None)
         if moved is not None:
             raise VocabularyError(
@@ -145,7 +161,9 @@ class VisualVocabulary:
         _check_integers(ids)
         wrong = ~self.is_code(ids)
         if bool(wrong.any()):
-            raise VocabularyError(f"expected ids of codes, {self.first}..{self.stop - 1}, got {int(ids[wrong][0])}")
+            raise VocabularyError(
+                f"expected ids of codes, {self.first}..{self.stop - 1}, got {int(ids[wrong][0])}"
+            )
         return ids - self.first
 
     def is_code(self, ids: Int64[Tensor, "..."]) -> Bool[Tensor, "..."]:
@@ -161,7 +179,9 @@ class VisualVocabulary:
         With begin 3, end 4, first 5 and K 2, mask(9) is  . . . . . X X . .
         """
         if size < self.stop:
-            raise VocabularyError(f"logits of width {size} have no place for codes up to id {self.stop - 1}")
+            raise VocabularyError(
+                f"logits of width {size} have no place for codes up to id {self.stop - 1}"
+            )
         ids = torch.arange(size, device=device)
         return self.is_code(ids)
 
@@ -182,7 +202,9 @@ class VisualVocabulary:
         listed = [int(i) for i in ids]
         bad = next((i for i in listed if i < 0 or tokenizer.convert_ids_to_tokens(i) is None), None)
         if bad is not None:
-            raise VocabularyError(f"id {bad} is no token of this tokenizer ({len(tokenizer)} tokens)")
+            raise VocabularyError(
+                f"id {bad} is no token of this tokenizer ({len(tokenizer)} tokens)"
+            )
         text = [i for i in listed if not self._visual(i)]
         return tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -193,7 +215,9 @@ class VisualVocabulary:
 def _added(tokenizer: Any) -> dict[str, int]:
     """Names and ids of the tokens added to a fast tokenizer. Raises VocabularyError for any other."""
     if not getattr(tokenizer, "is_fast", False):
-        raise VocabularyError(f"expected a fast tokenizer of transformers, got {type(tokenizer).__name__}")
+        raise VocabularyError(
+            f"expected a fast tokenizer of transformers, got {type(tokenizer).__name__}"
+        )
     return {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
 
 

@@ -20,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 DEFAULTS = Path(__file__).parents[1] / "default"
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # so that a path that is not there is never asked for over the network
+HUB_ID = re.compile(
+    r"\w[\w.-]*/\w[\w.-]*"
+)  # so that a path that is not there is never asked for over the network
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAPPED = 16 << 20  # at least this many bytes of a weights file are mapped into memory at a time,
 MAPPED_SHARE = 64  # or this part of a large file, since each mapping costs some milliseconds
@@ -47,7 +49,9 @@ def find_directory(name: str | os.PathLike[str], part: str, **hub: Any) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not HUB_ID.fullmatch(str(name)):
-        raise WeightsError(f"{name}: expected 'default', an existing directory or a Hub id owner/name")
+        raise WeightsError(
+            f"{name}: expected 'default', an existing directory or a Hub id owner/name"
+        )
     try:
         allowed = ["*.json", "*.safetensors"]  # nothing else is ever read
         return Path(snapshot_download(str(name), allow_patterns=allowed, **hub))
@@ -66,16 +70,23 @@ def save_weights(
     Raises:
         WeightsError: a tensor that is, or in `dtype` would become, NaN or infinite; load_weights would refuse it.
     """
-    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in module.state_dict().items()}
+    state = {
+        k: v.to(dtype) if dtype and v.is_floating_point() else v
+        for k, v in module.state_dict().items()
+    }
     broken = [k for k, v in state.items() if not bool(v.isfinite().all())]
     if broken:
         as_what = dtype or "they are"
-        raise WeightsError(f"{directory}: not saved, these tensors hold NaN or infinity as {as_what}: {broken}")
+        raise WeightsError(
+            f"{directory}: not saved, these tensors hold NaN or infinity as {as_what}: {broken}"
+        )
     cpu = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     save_torch_state_dict(cpu, str(directory), max_shard_size=max_shard_size)
 
 
-def load_weights(module: nn.Module, directory: str | os.PathLike[str], single: str = SINGLE) -> None:
+def load_weights(
+    module: nn.Module, directory: str | os.PathLike[str], single: str = SINGLE
+) -> None:
     """Fill a module from a directory, tensor by tensor, converting to the module's dtype and device.
 
     Raises:
@@ -87,18 +98,28 @@ def load_weights(module: nn.Module, directory: str | os.PathLike[str], single: s
     problems: list[str] = []
     for file in files:
         shapes = tensor_shapes(file)
-        problems += [f"twice       {name}, again in {file.name}" for name in sorted(shapes.keys() & sources.keys())]
+        problems += [
+            f"twice       {name}, again in {file.name}"
+            for name in sorted(shapes.keys() & sources.keys())
+        ]
         sources.update(shapes)
     problems += compare({k: tuple(v.shape) for k, v in target.items()}, sources)
     if problems:
-        raise WeightsError(f"{directory}: these weights do not fit the model:\n" + "\n".join(problems))
+        raise WeightsError(
+            f"{directory}: these weights do not fit the model:\n" + "\n".join(problems)
+        )
     filled: dict[str, Tensor] = {}
     for file, names in _groups(files):
         with safe_open(file, framework="pt") as opened, torch.no_grad():
             for name in names:
                 value: Tensor = opened.get_tensor(name)
-                if value.is_floating_point() != target[name].is_floating_point() or value.is_complex():
-                    raise WeightsError(f"{file}: tensor {name}: expected {target[name].dtype}, got {value.dtype}")
+                if (
+                    value.is_floating_point() != target[name].is_floating_point()
+                    or value.is_complex()
+                ):
+                    raise WeightsError(
+                        f"{file}: tensor {name}: expected {target[name].dtype}, got {value.dtype}"
+                    )
                 filled[name] = fill(target[name], value, f"{file}: tensor {name}")
                 del value  # or the mapping of this group would outlive it
     if any(tensor.is_meta for tensor in target.values()):
@@ -116,7 +137,9 @@ def empty(build: Callable[[], Module], dtype: torch.dtype) -> Module:
         module = build()
     saved = module.state_dict().keys()
     computed = any(name not in saved for name, _ in module.named_buffers())
-    computed |= any(isinstance(value, Tensor) for part in module.modules() for value in vars(part).values())
+    computed |= any(
+        isinstance(value, Tensor) for part in module.modules() for value in vars(part).values()
+    )
     return nn.Module.to(build() if computed else module, dtype)
 
 
@@ -129,7 +152,9 @@ def fill(target: Tensor, value: Tensor, label: str, device: torch.device | str =
         target = torch.empty(target.shape, dtype=target.dtype, device=device)
     target.copy_(value)
     if not is_finite(target):
-        raise WeightsError(f"{label} holds NaN or infinity as {str(target.dtype).removeprefix('torch.')}")
+        raise WeightsError(
+            f"{label} holds NaN or infinity as {str(target.dtype).removeprefix('torch.')}"
+        )
     return target
 
 
@@ -147,7 +172,9 @@ def _groups(files: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
     """
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            sizes = {name: 4 * math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            sizes = {
+                name: 4 * math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()
+            }  # noqa: SIM118
         most = max(MAPPED, file.stat().st_size // MAPPED_SHARE)
         group: list[str] = []
         for name, size in sizes.items():

@@ -15,7 +15,14 @@ from PIL import Image
 
 from lavit_tok.cli.parser import SCHEDULERS
 from lavit_tok.codes import CodeError, VisualCodes
-from lavit_tok.data.code_files import CodeFileError, CodeRecord, Header, code_writer, read_codes, require_suffix
+from lavit_tok.data.code_files import (
+    CodeFileError,
+    CodeRecord,
+    Header,
+    code_writer,
+    read_codes,
+    require_suffix,
+)
 from lavit_tok.data.jobs import (
     Rejects,
     chunks,
@@ -39,10 +46,14 @@ def encode(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         require_suffix(arguments.out)
     paths = list_images(arguments.images)
-    tokenizer = VisualTokenizer.from_pretrained(arguments.tokenizer, device=device(arguments.device))
+    tokenizer = VisualTokenizer.from_pretrained(
+        arguments.tokenizer, device=device(arguments.device)
+    )
     config = tokenizer.config
     header = Header(str(arguments.tokenizer), config.codebook_size, config.num_patches)
-    rejects = Rejects(arguments.out and Path(f"{arguments.out}.rejects.jsonl"), only=len(paths) == 1)
+    rejects = Rejects(
+        arguments.out and Path(f"{arguments.out}.rejects.jsonl"), only=len(paths) == 1
+    )
     generator = torch.Generator(tokenizer.device).manual_seed(arguments.seed)
     total = count = 0
     with rejects, code_writer(arguments.out, header) as writer:
@@ -50,8 +61,12 @@ def encode(arguments: argparse.Namespace) -> int:
             images = opened(chunk, rejects)
             if not images:
                 continue
-            pixels = torch.stack([resize(image, config.image_size, config.crop) for _, _, image in images])
-            codes = tokenizer.encode(pixels, arguments.budget, arguments.sample, generator).to("cpu")
+            pixels = torch.stack(
+                [resize(image, config.image_size, config.crop) for _, _, image in images]
+            )
+            codes = tokenizer.encode(pixels, arguments.budget, arguments.sample, generator).to(
+                "cpu"
+            )
             kept = [mask.nonzero().flatten().tolist() for mask in _keep(codes)]
             keys = [str(path) for _, path, _ in images]
             writer.add([CodeRecord(*row) for row in zip(keys, codes.to_list(), kept, strict=True)])
@@ -90,7 +105,8 @@ def decode(arguments: argparse.Namespace) -> int:
             count += len(good)
         rejects.require(count)
     print(
-        f"decoded {count} of {count + len(rejects.rows)} rows into {arguments.out}{rejects.summary()}", file=sys.stderr
+        f"decoded {count} of {count + len(rejects.rows)} rows into {arguments.out}{rejects.summary()}",
+        file=sys.stderr,
     )
     return 0
 
@@ -100,7 +116,9 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     from lavit_tok.visualize import kept_overlay, sheet
 
     paths = list_images(arguments.images) if arguments.images else photographs()
-    tokenizer = VisualTokenizer.from_pretrained(arguments.tokenizer, device=device(arguments.device))
+    tokenizer = VisualTokenizer.from_pretrained(
+        arguments.tokenizer, device=device(arguments.device)
+    )
     decoder, config = _decoder(arguments), tokenizer.config
     side, grid = max(PANEL, config.image_size), config.image_size // config.patch_size
     titles = ("original", "kept patches", "reconstruction")
@@ -113,7 +131,9 @@ def reconstruct(arguments: argparse.Namespace) -> int:
             images = opened(chunk, rejects)
             if not images:
                 continue
-            pixels = torch.stack([resize(image, config.image_size, config.crop) for _, _, image in images])
+            pixels = torch.stack(
+                [resize(image, config.image_size, config.crop) for _, _, image in images]
+            )
             codes = tokenizer.encode(pixels, arguments.budget).to("cpu")
             drawn = _draw(decoder, codes, [number for number, _, _ in images], arguments)
             for (number, path, image), length, keep, decoded in zip(
@@ -122,8 +142,14 @@ def reconstruct(arguments: argparse.Namespace) -> int:
                 original = open_image(resize(image, side, config.crop))
                 kept = kept_overlay(original, keep, (grid, grid))
                 panels = [original, kept, decoded.resize((side, side), Image.Resampling.BICUBIC)]
-                texts = [path.name, f"{length} of {config.num_patches} patches", f"from {length} codes"]
-                save_png(sheet([panels], titles, [texts]), arguments.out / png_name(number, str(path)))
+                texts = [
+                    path.name,
+                    f"{length} of {config.num_patches} patches",
+                    f"from {length} codes",
+                ]
+                save_png(
+                    sheet([panels], titles, [texts]), arguments.out / png_name(number, str(path))
+                )
                 print(f"{length:7d} of {config.num_patches} tokens  {path}")
                 lengths.append(length)
                 if len(rows) < SHEET_ROWS:
@@ -132,7 +158,9 @@ def reconstruct(arguments: argparse.Namespace) -> int:
         rejects.require(len(lengths))
     whole = arguments.out / "sheet.png"
     save_png(sheet(rows, titles, labels), whole)
-    print(f"{sum(lengths) / len(lengths):7.1f} tokens an image on average, {len(lengths)} images{rejects.summary()}")
+    print(
+        f"{sum(lengths) / len(lengths):7.1f} tokens an image on average, {len(lengths)} images{rejects.summary()}"
+    )
     print(f"sheet: {whole}")
     return 0
 
@@ -142,7 +170,9 @@ def shards(arguments: argparse.Namespace) -> int:
     try:
         from lavit_tok.data.shard_writer import run
     except ImportError as error:
-        raise ImportError(f"reading data sets needs more packages: pip install 'lavit-tok[train]' ({error})") from None
+        raise ImportError(
+            f"reading data sets needs more packages: pip install 'lavit-tok[train]' ({error})"
+        ) from None
     return run(arguments)
 
 
@@ -162,7 +192,9 @@ def _train(command: str, model: str, words: list[str]) -> int:
     )
 
 
-def lightning_command(program: str, command: str, action: str, model: str, data: str, words: list[str]) -> int:
+def lightning_command(
+    program: str, command: str, action: str, model: str, data: str, words: list[str]
+) -> int:
     """Run LightningCLI's `action` on a model and a data module, each named module:class.
 
     Raises:
@@ -170,12 +202,16 @@ def lightning_command(program: str, command: str, action: str, model: str, data:
         ValueError: words or a recipe that do not fit.
     """
     try:
-        from lightning.pytorch.cli import LightningCLI
+        from pytorch_lightning.cli import LightningCLI
 
         model_class, data_class = resolve_name(model), resolve_name(data)
     except ImportError as error:
-        raise ImportError(f"training needs more packages: pip install 'lavit-tok[train]' ({error})") from None
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # it would rather read sys.argv itself
+        raise ImportError(
+            f"training needs more packages: pip install 'lavit-tok[train]' ({error})"
+        ) from None
+    warnings.filterwarnings(
+        "ignore", "LightningCLI's args parameter"
+    )  # it would rather read sys.argv itself
     parser: dict[str, Any] = {"exit_on_error": False, "prog": program}
     try:
         LightningCLI(
@@ -183,7 +219,9 @@ def lightning_command(program: str, command: str, action: str, model: str, data:
             data_class,
             args=[action, *words],
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},  # a resumed run writes its config where the first one did
+            save_config_kwargs={
+                "overwrite": True
+            },  # a resumed run writes its config where the first one did
             parser_kwargs={**parser, action: parser},
         )
     except argparse.ArgumentError as error:
@@ -206,9 +244,14 @@ def _checked(row: Any, size: int, patches: int) -> CodeRecord:
     return row
 
 
-def _draw(decoder: Any, codes: VisualCodes, numbers: list[int], arguments: argparse.Namespace) -> list[Image.Image]:
+def _draw(
+    decoder: Any, codes: VisualCodes, numbers: list[int], arguments: argparse.Namespace
+) -> list[Image.Image]:
     """Pictures whose noise depends on the seed and their row alone, so that the batch size does not matter."""
-    seeds = [np.random.SeedSequence((arguments.seed, number)).generate_state(1, np.uint64)[0] for number in numbers]
+    seeds = [
+        np.random.SeedSequence((arguments.seed, number)).generate_state(1, np.uint64)[0]
+        for number in numbers
+    ]
     generators = [torch.Generator().manual_seed(int(seed >> np.uint64(1))) for seed in seeds]
     return decoder(codes, arguments.steps, arguments.guidance, generators).images
 

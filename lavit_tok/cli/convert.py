@@ -24,7 +24,9 @@ def convert(arguments: argparse.Namespace) -> int:
     """Load strictly, write both parts, say what was written. Refuses to write into a folder that holds something."""
     release, out = arguments.release, arguments.out
     if not release.is_dir():
-        raise WeightsError(f"{release}: expected the directory of a LaVIT release, no such directory")
+        raise WeightsError(
+            f"{release}: expected the directory of a LaVIT release, no such directory"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise WeightsError(f"{out}: expected a new or empty directory to write to")
     kind: Any = _which(release) if arguments.decoder == "auto" else arguments.decoder
@@ -39,8 +41,15 @@ def convert(arguments: argparse.Namespace) -> int:
     if decoder is not None:
         decoder.save_pretrained(out / "decoder")
     c = tokenizer.config
-    parts = [f"tokenizer (width {c.width}, {c.codebook_size} codes)", f"{kind} decoder" if decoder else "no decoder"]
-    parts.append(f"vectors of {c.continuous_width} for a language model" if tokenizer.continuous else "codes only")
+    parts = [
+        f"tokenizer (width {c.width}, {c.codebook_size} codes)",
+        f"{kind} decoder" if decoder else "no decoder",
+    ]
+    parts.append(
+        f"vectors of {c.continuous_width} for a language model"
+        if tokenizer.continuous
+        else "codes only"
+    )
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"wrote {', '.join(parts)}: {size / 1e6:.1f} MB in {out}", file=sys.stderr)
     return 0

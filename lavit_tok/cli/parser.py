@@ -46,10 +46,14 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code. 0: done, perhaps with rows skipped, as the summary says; 2: bad input."""
-    return run_command("lavit-tok", "Pictures <-> a dynamic number of discrete codes.", COMMANDS, argv)
+    return run_command(
+        "lavit-tok", "Pictures <-> a dynamic number of discrete codes.", COMMANDS, argv
+    )
 
 
-def run_command(program: str, description: str, commands: dict[str, Command], argv: Sequence[str] | None = None) -> int:
+def run_command(
+    program: str, description: str, commands: dict[str, Command], argv: Sequence[str] | None = None
+) -> int:
     """Parse the words and run what they name, for any program of such commands."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = commands.get(words[0]) if words else None
@@ -94,7 +98,9 @@ def budget(text: str) -> int | float:
     except ValueError:
         value = float(text)  # argparse turns the ValueError into its own message
     if not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
-        raise argparse.ArgumentTypeError(f"expected a number of codes or a fraction in (0, 1], got {text}")
+        raise argparse.ArgumentTypeError(
+            f"expected a number of codes or a fraction in (0, 1], got {text}"
+        )
     return value
 
 
@@ -120,13 +126,23 @@ def seed(text: str) -> int:
 
 
 def _tokenizer_arguments(sub: argparse.ArgumentParser, images: str) -> None:
-    sub.add_argument("images", nargs=images, metavar="IMAGE", help="files, folders, or - for a list of files on stdin")
+    sub.add_argument(
+        "images",
+        nargs=images,
+        metavar="IMAGE",
+        help="files, folders, or - for a list of files on stdin",
+    )
     _encoding_arguments(sub)
-    _common_arguments(sub, "codes an image do not depend on it, unless --budget is a fraction or --sample is given")
+    _common_arguments(
+        sub,
+        "codes an image do not depend on it, unless --budget is a fraction or --sample is given",
+    )
 
 
 def _encoding_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--tokenizer", default="default", metavar="T", help="'default', a directory or a Hub id")
+    sub.add_argument(
+        "--tokenizer", default="default", metavar="T", help="'default', a directory or a Hub id"
+    )
     sub.add_argument(
         "--budget",
         type=budget,
@@ -141,26 +157,45 @@ def _common_arguments(sub: argparse.ArgumentParser, batch: str) -> None:
 
 
 def _batch_arguments(sub: argparse.ArgumentParser, batch: str) -> None:
-    sub.add_argument("--batch-size", type=positive, default=32, metavar="N", help=f"pictures at a time; {batch}")
+    sub.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help=f"pictures at a time; {batch}"
+    )
     sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
 
 
 def _decoder_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--decoder", default="default", metavar="D", help="'default', a directory or a Hub id")
+    sub.add_argument(
+        "--decoder", default="default", metavar="D", help="'default', a directory or a Hub id"
+    )
     sub.add_argument("--steps", type=positive, default=20, help="denoising steps")
-    sub.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 for none, at half the cost")
-    sub.add_argument("--scheduler", choices=SCHEDULERS, help="of the denoising; the decoder's own by default")
+    sub.add_argument(
+        "--guidance", type=float, default=3.0, help="guidance scale; 1 for none, at half the cost"
+    )
+    sub.add_argument(
+        "--scheduler", choices=SCHEDULERS, help="of the denoising; the decoder's own by default"
+    )
 
 
 def _encode_arguments(sub: argparse.ArgumentParser) -> None:
     _tokenizer_arguments(sub, "+")
-    sub.add_argument("--sample", action="store_true", help="draw the keep decisions at random, as in training")
-    sub.add_argument("--out", type=Path, metavar="FILE", help=".parquet or .jsonl; JSON lines to stdout by default")
+    sub.add_argument(
+        "--sample", action="store_true", help="draw the keep decisions at random, as in training"
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=".parquet or .jsonl; JSON lines to stdout by default",
+    )
 
 
 def _decode_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("codes", type=Path, metavar="CODES", help="a .parquet or .jsonl file that encode wrote")
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for one PNG a row")
+    sub.add_argument(
+        "codes", type=Path, metavar="CODES", help="a .parquet or .jsonl file that encode wrote"
+    )
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for one PNG a row"
+    )
     _decoder_arguments(sub)
     _common_arguments(sub, "each picture's noise depends on --seed and its row alone")
 
@@ -174,34 +209,76 @@ def _reconstruct_arguments(sub: argparse.ArgumentParser) -> None:
 def _shards_arguments(sub: argparse.ArgumentParser) -> None:
     data = "image folder, parquet file, webdataset tars, arrow folder, or a Hub name"
     sub.add_argument("data", metavar="DATASET", help=data)
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards; resumed if stopped")
-    sub.add_argument("--split", metavar="NAME", help="one split; by default every split of the data set")
-    sub.add_argument("--image-column", default="image", metavar="C", help="if absent, the column of pictures is found")
-    sub.add_argument("--caption-column", metavar="C", help="caption, text or txt by default; '' for pictures alone")
     sub.add_argument(
-        "--key-column", metavar="C", help="what to call a picture; a column of keys or its path by default"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the shards; resumed if stopped",
+    )
+    sub.add_argument(
+        "--split", metavar="NAME", help="one split; by default every split of the data set"
+    )
+    sub.add_argument(
+        "--image-column",
+        default="image",
+        metavar="C",
+        help="if absent, the column of pictures is found",
+    )
+    sub.add_argument(
+        "--caption-column",
+        metavar="C",
+        help="caption, text or txt by default; '' for pictures alone",
+    )
+    sub.add_argument(
+        "--key-column",
+        metavar="C",
+        help="what to call a picture; a column of keys or its path by default",
     )
     _encoding_arguments(sub)
-    sub.add_argument("--flip", action="store_true", help="tokenize each picture's mirror image, too")
-    sub.add_argument("--shard-size", type=positive, default=4096, metavar="N", help="pictures a shard")
-    sub.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that open and resize")
+    sub.add_argument(
+        "--flip", action="store_true", help="tokenize each picture's mirror image, too"
+    )
+    sub.add_argument(
+        "--shard-size", type=positive, default=4096, metavar="N", help="pictures a shard"
+    )
+    sub.add_argument(
+        "--num-workers", type=count, default=0, metavar="N", help="processes that open and resize"
+    )
     _batch_arguments(sub, "codes do not depend on it, unless --budget is a fraction")
 
 
 def _convert_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("release", type=Path, metavar="RELEASE_DIR", help="LaVIT's released files, .bin, as downloaded")
-    sub.add_argument("out", type=Path, metavar="OUT_DIR", help="new folder for tokenizer/ and decoder/")
+    sub.add_argument(
+        "release",
+        type=Path,
+        metavar="RELEASE_DIR",
+        help="LaVIT's released files, .bin, as downloaded",
+    )
+    sub.add_argument(
+        "out", type=Path, metavar="OUT_DIR", help="new folder for tokenizer/ and decoder/"
+    )
     sub.add_argument(
         "--decoder",
         choices=("auto", "highres", "lowres", "none"),
         default="auto",
         help="auto: the high-res decoder if it is there, else the low-res one, else none",
     )
-    sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights")
     sub.add_argument(
-        "--attention", choices=("compat", "strict"), default="compat", help="compat: the formula they were trained with"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the weights",
     )
-    sub.add_argument("--num-heads", type=positive, metavar="N", help="attention heads; by default from the width")
+    sub.add_argument(
+        "--attention",
+        choices=("compat", "strict"),
+        default="compat",
+        help="compat: the formula they were trained with",
+    )
+    sub.add_argument(
+        "--num-heads", type=positive, metavar="N", help="attention heads; by default from the width"
+    )
 
 
 SCHEDULERS = {
@@ -226,8 +303,14 @@ COMMANDS: dict[str, Command] = {
         _shards_arguments,
     ),
     "fit": Command("train a tokenizer: fit -c recipe.yaml", "lavit_tok.cli.commands:fit"),
-    "fit-decoder": Command("train a pixel decoder: fit-decoder -c recipe.yaml", "lavit_tok.cli.commands:fit_decoder"),
-    "convert": Command("LaVIT's released files -> this package's", "lavit_tok.cli.convert:convert", _convert_arguments),
+    "fit-decoder": Command(
+        "train a pixel decoder: fit-decoder -c recipe.yaml", "lavit_tok.cli.commands:fit_decoder"
+    ),
+    "convert": Command(
+        "LaVIT's released files -> this package's",
+        "lavit_tok.cli.convert:convert",
+        _convert_arguments,
+    ),
 }
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ class Header:
             values = json.loads(text)
             kind, version = values.pop("format"), values.pop("version")
             if (kind, version) == (FORMAT, VERSION):
-                return cls(str(values["tokenizer"]), int(values["codebook_size"]), int(values["patches"]))
+                return cls(
+                    str(values["tokenizer"]), int(values["codebook_size"]), int(values["patches"])
+                )
         except (ValueError, KeyError, TypeError, AttributeError):
             kind, version = "no such header", ""
         raise CodeFileError(
@@ -152,7 +154,9 @@ def _row(values: Any, place: str) -> CodeRecord | BadRecord:
 
 
 def _whole_numbers(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(v) is int and -(2**31) <= v < 2**31 for v in values)
+    return isinstance(values, list) and all(
+        type(v) is int and -(2**31) <= v < 2**31 for v in values
+    )
 
 
 class _JsonWriter:
@@ -161,7 +165,9 @@ class _JsonWriter:
         self.header: Header | None = header
 
     def add(self, rows: Sequence[CodeRecord]) -> None:
-        if self.header is not None:  # not before there is a row, so that a job that fails prints nothing
+        if (
+            self.header is not None
+        ):  # not before there is a row, so that a job that fails prints nothing
             print(self.header.to_json(), file=self.file)
             self.header = None
         for row in rows:
@@ -191,7 +197,9 @@ class _ParquetWriter:
 
     def flush(self) -> None:
         if self.waiting:
-            self.file.write_table(self.table.from_pylist(list(map(_values, self.waiting)), schema=self.schema))
+            self.file.write_table(
+                self.table.from_pylist(list(map(_values, self.waiting)), schema=self.schema)
+            )
         self.waiting = []
 
     def __enter__(self) -> _ParquetWriter:

@@ -39,14 +39,21 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
     """
     path = Path(data)
     try:
-        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        if path.is_dir() and (
+            (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+        ):
             found = datasets.load_from_disk(data)
             found = found if isinstance(found, dict) else {"train": found}
-            return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in found.items()}
+            return {
+                name: rows.to_iterable_dataset() if streaming else rows
+                for name, rows in found.items()
+            }
         suffix = path.suffix if not path.is_dir() else ".tar" if any(path.glob("*.tar")) else ""
         if suffix in BUILDERS:
             files = str(path / "*.tar") if path.is_dir() else data
-            return dict(datasets.load_dataset(BUILDERS[suffix], data_files=files, streaming=streaming))
+            return dict(
+                datasets.load_dataset(BUILDERS[suffix], data_files=files, streaming=streaming)
+            )
         return dict(datasets.load_dataset(data, streaming=streaming))
     except Exception as error:  # the builders raise many kinds; the reader needs one line
         raise ValueError(
@@ -63,15 +70,21 @@ def undecoded(rows: Any, image_column: str) -> tuple[Any, str]:
         typed = [name for name in names if isinstance(rows.features[name], datasets.Image)]
         found = typed or [name for name in IMAGE_COLUMNS if name in names]
         if not found:
-            raise ValueError(f"expected an image column {image_column!r}, got columns {', '.join(names)}")
+            raise ValueError(
+                f"expected an image column {image_column!r}, got columns {', '.join(names)}"
+            )
         image_column = found[0]
     return rows.cast_column(image_column, datasets.Image(decode=False)), image_column
 
 
-def row_key(row: dict[str, Any], column: str, fallback: str, key_columns: Iterable[str] = KEY_COLUMNS) -> str:
+def row_key(
+    row: dict[str, Any], column: str, fallback: str, key_columns: Iterable[str] = KEY_COLUMNS
+) -> str:
     """What to call a row: the first of the key columns that says something, or the picture's path, or the fallback."""
     path = (row[column] or {}).get("path")
-    return next((str(row[name]) for name in key_columns if row.get(name) is not None), path or fallback)
+    return next(
+        (str(row[name]) for name in key_columns if row.get(name) is not None), path or fallback
+    )
 
 
 def read_row(
@@ -109,8 +122,16 @@ class Augmentation:
         crop: bool = False,
     ):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale: expected 0 < least <= greatest <= 1, got {tuple(crop_scale)}")
-        self.size, self.flip, self.crop_scale, self.seed, self.crop = size, flip, tuple(crop_scale), seed, crop
+            raise ValueError(
+                f"crop_scale: expected 0 < least <= greatest <= 1, got {tuple(crop_scale)}"
+            )
+        self.size, self.flip, self.crop_scale, self.seed, self.crop = (
+            size,
+            flip,
+            tuple(crop_scale),
+            seed,
+            crop,
+        )
 
     @property
     def cache_size(self) -> int:
@@ -125,7 +146,9 @@ class Augmentation:
         word = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
         draw = torch.rand(4, generator=torch.Generator().manual_seed(int(word))).tolist()
         least, greatest = self.crop_scale
-        side = (least + (greatest - least) * draw[0]) ** 0.5  # aspect ratio is kept: the same share of both sides
+        side = (
+            least + (greatest - least) * draw[0]
+        ) ** 0.5  # aspect ratio is kept: the same share of both sides
         if side < 1:
             width, height = (min(image.size),) * 2 if self.crop else image.size
             left = (image.width - width) / 2 + draw[1] * (1 - side) * width
@@ -145,7 +168,13 @@ class MapImages(Dataset):
     """
 
     def __init__(
-        self, rows: Any, column: str, caption_column: str | None, augment: Augmentation, training: bool, cache: bool
+        self,
+        rows: Any,
+        column: str,
+        caption_column: str | None,
+        augment: Augmentation,
+        training: bool,
+        cache: bool,
     ):
         self.rows, self.column, self.caption_column = rows, column, caption_column
         self.augment, self.training = augment, training
@@ -161,9 +190,13 @@ class MapImages(Dataset):
 
         def decode(index: int) -> tuple[Tensor | None, Any]:
             image, reject = read_row(self.rows[index], self.column, f"row {index}")
-            return (None, reject) if image is None else (resize(image, size, self.augment.crop), None)
+            return (
+                (None, reject) if image is None else (resize(image, size, self.augment.crop), None)
+            )
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside the interpreter lock
+        with ThreadPoolExecutor(
+            os.cpu_count()
+        ) as pool:  # Pillow decodes and resizes outside the interpreter lock
             pixels = torch.empty(len(self.rows), 3, size, size, dtype=torch.uint8)
             kept: list[int] = []
             for index, (square, reject) in enumerate(pool.map(decode, range(len(self.rows)))):
@@ -190,9 +223,15 @@ class MapImages(Dataset):
             row = self.rows[index]
             image, reject = read_row(row, self.column, f"row {index}")
             if image is not None:
-                pixels = self.augment(image, epoch, index) if self.training else self.augment.resized(image)
+                pixels = (
+                    self.augment(image, epoch, index)
+                    if self.training
+                    else self.augment.resized(image)
+                )
                 sample = {"images": pixels, "index": index, "rejects": rejects}
-                return sample | ({"captions": row[self.caption_column] or ""} if self.caption_column else {})
+                return sample | (
+                    {"captions": row[self.caption_column] or ""} if self.caption_column else {}
+                )
             rejects.append(reject or {})
         return {"rejects": rejects}
 
@@ -202,27 +241,42 @@ class MapImages(Dataset):
         if self.training:
             image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
             pixels = self.augment(image, epoch, index)
-        return {"images": pixels, "index": index} | ({"captions": self.captions[position]} if self.captions else {})
+        return {"images": pixels, "index": index} | (
+            {"captions": self.captions[position]} if self.captions else {}
+        )
 
 
 class StreamImages(IterableDataset):
     """Rows of a streamed split, each rank and each worker its own shards. Not exactly resumable: a resumed run starts
     the stream again. `index` counts within this reader."""
 
-    def __init__(self, rows: Any, column: str, caption_column: str | None, augment: Augmentation, training: bool):
+    def __init__(
+        self,
+        rows: Any,
+        column: str,
+        caption_column: str | None,
+        augment: Augmentation,
+        training: bool,
+    ):
         self.rows, self.column, self.caption_column = rows, column, caption_column
         self.augment, self.training, self.epoch = augment, training, 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.rows.set_epoch(self.epoch)
-        worker = get_worker_info()  # `datasets` gives each worker its shards; the number only keeps the indices apart
+        worker = (
+            get_worker_info()
+        )  # `datasets` gives each worker its shards; the number only keeps the indices apart
         for count, row in enumerate(self.rows):
             index = count * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
             image, reject = read_row(row, self.column, f"row {index}")
             if image is None:
                 yield {"rejects": [reject]}
                 continue
-            pixels = self.augment(image, self.epoch, index) if self.training else self.augment.resized(image)
+            pixels = (
+                self.augment(image, self.epoch, index)
+                if self.training
+                else self.augment.resized(image)
+            )
             yield {"images": pixels, "index": index} | (
                 {"captions": row[self.caption_column] or ""} if self.caption_column else {}
             )

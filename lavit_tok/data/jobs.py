@@ -78,7 +78,10 @@ class Rejects:
             self.path.unlink(missing_ok=True)
             return
         with atomic(self.path) as part:
-            lines = [json.dumps({"key": key, "reason": reason}, ensure_ascii=False) for key, reason in self.rows]
+            lines = [
+                json.dumps({"key": key, "reason": reason}, ensure_ascii=False)
+                for key, reason in self.rows
+            ]
             part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -110,7 +113,9 @@ def alone(folder: Path) -> Iterator[None]:
         except ImportError:  # Windows: two jobs in one folder are not noticed
             pass
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"{folder}: another job is writing there: wait for its end, or choose another") from None
+            raise ValueError(
+                f"{folder}: another job is writing there: wait for its end, or choose another"
+            ) from None
         for part in folder.glob(".*.part"):
             part.unlink()
         yield
@@ -119,7 +124,9 @@ def alone(folder: Path) -> Iterator[None]:
 def list_images(names: Sequence[str]) -> list[Path]:
     """Files as given, folders walked; - reads more names from stdin, one a line. Raises ImageError for none."""
     lines = [line.rstrip("\n") for line in sys.stdin] if "-" in names else []
-    paths = find_images([*(name for name in names if name != "-"), *(line for line in lines if line)])
+    paths = find_images(
+        [*(name for name in names if name != "-"), *(line for line in lines if line)]
+    )
     if not paths:
         raise ImageError(f"{', '.join(names)}: no pictures found")
     return paths
@@ -131,11 +138,15 @@ def photographs() -> list[Path]:
     folder = Path(spec.origin).parent / "data" if spec and spec.origin else None
     found = [folder / name for name in PHOTOGRAPHS if (folder / name).is_file()] if folder else []
     if not found:
-        raise ImageError("no pictures given, and no scikit-image whose photographs to take: pip install scikit-image")
+        raise ImageError(
+            "no pictures given, and no scikit-image whose photographs to take: pip install scikit-image"
+        )
     return found
 
 
-def opened(paths: Iterable[tuple[int, Path]], rejects: Rejects) -> list[tuple[int, Path, Image.Image]]:
+def opened(
+    paths: Iterable[tuple[int, Path]], rejects: Rejects
+) -> list[tuple[int, Path, Image.Image]]:
     """Those of the numbered pictures that can be opened."""
     found = []
     for number, path in paths:
@@ -151,7 +162,9 @@ def device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -42,7 +42,9 @@ class ShardImages:
         source = Manifest.read(shards.directory).splits[shards.split].source
         found = load_splits(data)
         if shards.split not in found:
-            raise ShardError(f"{data}: expected a split {shards.split!r} as in the shards, got {', '.join(found)}")
+            raise ShardError(
+                f"{data}: expected a split {shards.split!r} as in the shards, got {', '.join(found)}"
+            )
         columns = (source.image_column, source.caption_column or "", source.key_column)
         self.images = SplitImages(found[shards.split], data, *columns, size, crop)
         self.data, self.flip = data, shards.flip
@@ -71,5 +73,7 @@ class ShardImages:
         opened = self.images[range(at, at + 1)]
         (entry,) = opened.entries
         if entry.reason is not None:
-            raise ImageError(f"{self.data}: {entry.key}: {entry.reason}; it could be read when the shards were made")
+            raise ImageError(
+                f"{self.data}: {entry.key}: {entry.reason}; it could be read when the shards were made"
+            )
         return opened.pixels[0].flip(2) if flipped else opened.pixels[0]

@@ -91,11 +91,21 @@ class Manifest:
     splits: dict[str, Split]
 
     def write(self, directory: Path) -> None:
-        values: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(self.settings), "splits": {}}
+        values: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            **asdict(self.settings),
+            "splits": {},
+        }
         for name, split in self.splits.items():
-            values["splits"][name] = {**asdict(split.source), "shards": [asdict(shard) for shard in split.shards]}
+            values["splits"][name] = {
+                **asdict(split.source),
+                "shards": [asdict(shard) for shard in split.shards],
+            }
         with atomic(directory / MANIFEST) as part:
-            part.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            part.write_text(
+                json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -106,7 +116,10 @@ class Manifest:
             if (values["format"], values["version"]) != (FORMAT, VERSION):
                 raise ShardError(f"it is {values['format']} version {values['version']}")
             splits = {
-                name: Split(_record(Source, split), tuple(_record(Shard, shard) for shard in split["shards"]))
+                name: Split(
+                    _record(Source, split),
+                    tuple(_record(Shard, shard) for shard in split["shards"]),
+                )
                 for name, split in values["splits"].items()
             }
             settings = _record(Settings, values)
@@ -117,7 +130,9 @@ class Manifest:
             raise ShardError(f"{path}: no folder of shards: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error if isinstance(error, ShardError) else f"{type(error).__name__}: {error}"
-            raise ShardError(f"{path}: expected a manifest, {FORMAT} version {VERSION}: {reason}") from None
+            raise ShardError(
+                f"{path}: expected a manifest, {FORMAT} version {VERSION}: {reason}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -155,8 +170,14 @@ def schema(flip: bool) -> Any:
     import pyarrow as pa
 
     numbers, length = pa.list_(pa.int32()), pa.int32()
-    fields = {"key": pa.string(), "caption": pa.string(), "codes": numbers, "length": length, "keep": numbers}
-    return pa.schema(list((fields | ({"mirrored": pa.bool_()} if flip else {})).items()))
+    fields = {
+        "key": pa.string(),
+        "caption": pa.string(),
+        "codes": numbers,
+        "length": length,
+        "keep": numbers,
+    }
+    return pa.schema(list((fields | ({"flipped": pa.bool_()} if flip else {})).items()))
 
 
 def _record(kind: type[Record], values: Any) -> Record:

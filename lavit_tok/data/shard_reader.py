@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavit_tok.data.shard_manifest import MANIFEST, Manifest, Settings, Shard, ShardError, schema, sha256, shard_names
+from lavit_tok.data.shard_manifest import (
+    MANIFEST,
+    Manifest,
+    Settings,
+    Shard,
+    ShardError,
+    schema,
+    sha256,
+    shard_names,
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,14 @@ class Shards:
         directory = Path(directory)
         manifest = Manifest.read(directory)
         if split not in manifest.splits:
-            raise ShardError(f"{directory}: expected a split {split!r}, got {', '.join(manifest.splits) or 'none'}")
-        settings, source, shards = manifest.settings, manifest.splits[split].source, manifest.splits[split].shards
+            raise ShardError(
+                f"{directory}: expected a split {split!r}, got {', '.join(manifest.splits) or 'none'}"
+            )
+        settings, source, shards = (
+            manifest.settings,
+            manifest.splits[split].source,
+            manifest.splits[split].shards,
+        )
         expected = shard_names(split, source.images, settings.shard_size)
         if [shard.file for shard in shards] != expected:
             raise ShardError(
@@ -82,7 +97,9 @@ class Shards:
             files=tuple(directory / shard.file for shard in shards if shard.rows),
         )
         if not opened.rows:
-            raise ShardError(f"{directory}: split {split!r} has no rows: none of its pictures could be read")
+            raise ShardError(
+                f"{directory}: split {split!r} has no rows: none of its pictures could be read"
+            )
         return opened
 
     def require(self, *, fingerprint: str | None = None, codebook_size: int | None = None) -> None:
@@ -103,7 +120,9 @@ class Shards:
         """
         import datasets
 
-        paths = [glob.escape(str(path.absolute())) for path in self.files]  # `datasets` takes paths for patterns
+        paths = [
+            glob.escape(str(path.absolute())) for path in self.files
+        ]  # `datasets` takes paths for patterns
         return datasets.Dataset.from_parquet(paths, cache_dir=cache_dir and str(cache_dir))
 
 
@@ -115,13 +134,19 @@ def check_shard(path: Path, shard: Shard, settings: Settings, verify: bool = Tru
     if not path.is_file():
         raise ShardError(f"{path}: missing, though {MANIFEST} lists it")
     if verify and (found := sha256(path)) != shard.sha256:
-        raise ShardError(f"{path}: truncated or altered: its sha256 is {found}, {MANIFEST} says {shard.sha256}")
+        raise ShardError(
+            f"{path}: truncated or altered: its sha256 is {found}, {MANIFEST} says {shard.sha256}"
+        )
     try:
         with pq.ParquetFile(path) as file:
             if not file.schema_arrow.equals(schema(settings.flip)):
-                raise ShardError(f"{path}: expected columns {schema(settings.flip).names} of codes with captions")
+                raise ShardError(
+                    f"{path}: expected columns {schema(settings.flip).names} of codes with captions"
+                )
             if file.metadata.num_rows != shard.rows:
-                raise ShardError(f"{path}: has {file.metadata.num_rows} rows, {MANIFEST} says {shard.rows}")
+                raise ShardError(
+                    f"{path}: has {file.metadata.num_rows} rows, {MANIFEST} says {shard.rows}"
+                )
             reason = _misfit(file.read(["codes", "length", "keep"]), settings) if verify else ""
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path}: truncated or altered: {error}") from None

@@ -75,8 +75,12 @@ class SplitImages(Dataset):
         self.caption_column = _caption_column(rows.features, caption_column, data)
         self.key_column = key_column
         if key_column is not None and not isinstance(rows.features.get(key_column), datasets.Value):
-            raise ValueError(f"{data}: expected a key column {key_column!r}, got columns {', '.join(rows.features)}")
-        self.key_columns = [name for name in KEY_COLUMNS if isinstance(rows.features.get(name), datasets.Value)]
+            raise ValueError(
+                f"{data}: expected a key column {key_column!r}, got columns {', '.join(rows.features)}"
+            )
+        self.key_columns = [
+            name for name in KEY_COLUMNS if isinstance(rows.features.get(name), datasets.Value)
+        ]
         self.key_columns = self.key_columns if key_column is None else [key_column]
         used = [self.image_column, self.caption_column, *self.key_columns]
         self.rows = rows.select_columns(list(dict.fromkeys(name for name in used if name)))
@@ -111,13 +115,21 @@ class SplitImages(Dataset):
             image = table[self.image_column]
             sizes = pc.binary_length(pc.struct_field(image, "bytes")).to_pylist()
             paths = pc.struct_field(image, "path").to_pylist()
-            for row, path, size in zip(table.drop_columns([self.image_column]).to_pylist(), paths, sizes, strict=True):
-                size = os.path.getsize(path) if size is None and path and os.path.isfile(path) else size
+            for row, path, size in zip(
+                table.drop_columns([self.image_column]).to_pylist(), paths, sizes, strict=True
+            ):
+                size = (
+                    os.path.getsize(path)
+                    if size is None and path and os.path.isfile(path)
+                    else size
+                )
                 yield number, {**row, self.image_column: {"path": path}}, size
                 number += 1
 
     def _key(self, row: dict[str, Any], number: int) -> str:
-        return row_key(row, self.image_column, f"row {number}", self.key_columns).removeprefix(self.root)
+        return row_key(row, self.image_column, f"row {number}", self.key_columns).removeprefix(
+            self.root
+        )
 
     def _caption(self, row: dict[str, Any]) -> str:
         return row[self.caption_column] or "" if self.caption_column else ""
@@ -133,7 +145,9 @@ def weights_digest(tokenizer: VisualTokenizer) -> str:
     return sha.hexdigest()[:16]
 
 
-def encode(tokenizer: VisualTokenizer, opened: OpenedImages, settings: Settings) -> list[ShardRecord]:
+def encode(
+    tokenizer: VisualTokenizer, opened: OpenedImages, settings: Settings
+) -> list[ShardRecord]:
     """Rows of the pictures that can be read; with mirror, each is followed by its mirror image's."""
     good = [entry for entry in opened.entries if entry.reason is None]
     if not good:
@@ -145,7 +159,12 @@ def encode(tokenizer: VisualTokenizer, opened: OpenedImages, settings: Settings)
         assert codes.keep is not None  # codes of pictures always know their patches
         kept = [mask.nonzero().flatten().tolist() for mask in codes.keep]
         rows = zip(good, codes.to_list(), kept, strict=True)
-        columns.append([ShardRecord(e.key, e.caption, values, patches, bool(flipped)) for e, values, patches in rows])
+        columns.append(
+            [
+                ShardRecord(e.key, e.caption, values, patches, bool(flipped))
+                for e, values, patches in rows
+            ]
+        )
     return [row for pair in zip(*columns, strict=True) for row in pair]
 
 

@@ -44,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     found = load_splits(arguments.data)
     names = list(found) if arguments.split is None else [arguments.split]
     if missing := set(names) - set(found):
-        raise ValueError(f"{arguments.data}: expected a split {missing.pop()!r}, got {', '.join(found)}")
+        raise ValueError(
+            f"{arguments.data}: expected a split {missing.pop()!r}, got {', '.join(found)}"
+        )
     if bad := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
         raise ValueError(f"{arguments.data}: split {bad[0]!r} cannot be part of a file's name")
     tokenizer = VisualTokenizer.from_pretrained(arguments.tokenizer, device=target)
@@ -63,7 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
     columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
     with alone(arguments.out):
         for name in names:
-            images = SplitImages(found[name], arguments.data, *columns, config.image_size, config.crop)
+            images = SplitImages(
+                found[name], arguments.data, *columns, config.image_size, config.crop
+            )
             job = ShardJob(arguments.out, name, images, settings, arguments.data)
             job.run(tokenizer, arguments.batch_size, arguments.num_workers)
             print(job.summary(), file=sys.stderr)
@@ -77,7 +81,9 @@ class ShardJob:
         ShardError: the folder holds shards of other settings, or of another data set.
     """
 
-    def __init__(self, out: Path, name: str, images: SplitImages, settings: Settings, data: str) -> None:
+    def __init__(
+        self, out: Path, name: str, images: SplitImages, settings: Settings, data: str
+    ) -> None:
         if not len(images):
             raise ValueError(f"{data}: split {name!r} has no rows")
         self.out, self.name, self.images, self.size = out, name, images, settings.shard_size
@@ -87,13 +93,24 @@ class ShardJob:
         if (out / MANIFEST).exists():
             self.manifest = Manifest.read(out)
         begun = self.manifest.splits.get(name, Split(source, ()))
-        _require_same(out, asdict(self.manifest.settings) | asdict(begun.source), asdict(settings) | asdict(source))
-        self.source, self.settings = begun.source, self.manifest.settings  # names as they were first given
+        _require_same(
+            out,
+            asdict(self.manifest.settings) | asdict(begun.source),
+            asdict(settings) | asdict(source),
+        )
+        self.source, self.settings = (
+            begun.source,
+            self.manifest.settings,
+        )  # names as they were first given
         self.names = shard_names(name, len(images), self.size)
         self.rejects = self._known_rejects()
         self.done = {shard.file: shard for shard in begun.shards if self._is_complete(shard)}
         self.found = len(self.done)
-        kept = {row: self.rejects[row] for row in self.rejects if self.names[row // self.size] in self.done}
+        kept = {
+            row: self.rejects[row]
+            for row in self.rejects
+            if self.names[row // self.size] in self.done
+        }
         self.stale, self.rejects = kept != self.rejects, kept
 
     def run(self, tokenizer: VisualTokenizer, batch_size: int, num_workers: int) -> None:
@@ -103,7 +120,9 @@ class ShardJob:
             end = min((number + 1) * self.size, len(self.images))
             starts = range(number * self.size, end, batch_size) if name not in self.done else ()
             batches += [range(start, min(start + batch_size, end)) for start in starts]
-        loader: Any = DataLoader(self.images, batch_size=None, sampler=batches, num_workers=num_workers)
+        loader: Any = DataLoader(
+            self.images, batch_size=None, sampler=batches, num_workers=num_workers
+        )
         rows: list[ShardRecord] = []
         rejects: Skipped = {}
         for opened in progress(loader, f"shards {self.name}"):
@@ -125,9 +144,13 @@ class ShardJob:
         shards = self.done.values()
         rows, codes = sum(shard.rows for shard in shards), sum(shard.codes for shard in shards)
         mean = f"{codes / rows:.1f} codes each ({self.settings.patches} patches)"
-        text = f"{self.name}: {rows} rows of {len(self.images)} pictures, {mean}, {len(shards)} shards"
+        text = (
+            f"{self.name}: {rows} rows of {len(self.images)} pictures, {mean}, {len(shards)} shards"
+        )
         text += f", {self.found} of them there before" if self.found else ""
-        return text + (f"; {len(self.rejects)} skipped, listed in {self._rejects_file}" if self.rejects else "")
+        return text + (
+            f"; {len(self.rejects)} skipped, listed in {self._rejects_file}" if self.rejects else ""
+        )
 
     def _save(self, file: str, rows: list[ShardRecord], rejects: Skipped) -> None:
         try:
@@ -175,17 +198,21 @@ class ShardJob:
         path = self.out / shard.file
         if shard.file not in self.names or not path.is_file() or sha256(path) != shard.sha256:
             return False
-        return shard.rejects == sum(self.names[row // self.size] == shard.file for row in self.rejects)
+        return shard.rejects == sum(
+            self.names[row // self.size] == shard.file for row in self.rejects
+        )
 
 
 def _require_same(out: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ShardError that names every setting that differs. As JSON: a budget of 1 is not one of 1.0."""
-    names = [name for name in was if name not in ("tokenizer", "data")]  # their content is compared, not their name
+    names = [
+        name for name in was if name not in ("tokenizer", "data")
+    ]  # their content is compared, not their name
     changed = [name for name in names if json.dumps(was[name]) != json.dumps(now[name])]
     if changed:
         if {"fingerprint", "weights"} & {*changed}:
             changed.insert(0, "tokenizer")
-        if {"pictures", "digest"} & {*changed}:
+        if {"images", "digest"} & {*changed}:
             changed.insert(0, "data")
         listed = ", ".join(f"{name} {was[name]!r} then, {now[name]!r} now" for name in changed)
         raise ShardError(

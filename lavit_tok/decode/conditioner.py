@@ -59,7 +59,9 @@ class Conditioning:
         return self._join(other, choose)
 
     def inputs(
-        self, latents: Float[Tensor, "batch c h w"], time_ids: Float[Tensor, "batch 6"] | None = None
+        self,
+        latents: Float[Tensor, "batch c h w"],
+        time_ids: Float[Tensor, "batch 6"] | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of UNet2DConditionModel beside the timestep: sample, encoder_hidden_states and the rest."""
         values: dict[str, Any] = {"sample": latents, "encoder_hidden_states": self.tokens}
@@ -70,15 +72,27 @@ class Conditioning:
         if self.spatial is not None:
             size = latents.shape[-2:]
             same = self.spatial.shape[-2:] == size
-            grid = self.spatial if same else F.interpolate(self.spatial, size, mode="bilinear", align_corners=False)
+            grid = (
+                self.spatial
+                if same
+                else F.interpolate(self.spatial, size, mode="bilinear", align_corners=False)
+            )
             values["sample"] = torch.cat([latents, grid.to(latents.dtype)], 1)
         return values
 
     def _join(self, other: Conditioning, join: Callable[[list[Tensor]], Tensor]) -> Conditioning:
         masks = [self.mask, other.mask]
         if any(m is not None for m in masks):
-            masks = [c._full_mask() if m is None else m for c, m in zip((self, other), masks, strict=True)]
-        pairs = ([self.tokens, other.tokens], masks, [self.pooled, other.pooled], [self.spatial, other.spatial])
+            masks = [
+                c._full_mask() if m is None else m
+                for c, m in zip((self, other), masks, strict=True)
+            ]
+        pairs = (
+            [self.tokens, other.tokens],
+            masks,
+            [self.pooled, other.pooled],
+            [self.spatial, other.spatial],
+        )
         return Conditioning(*(None if pair[0] is None else join(pair) for pair in pairs))  # type: ignore[arg-type]
 
     def _full_mask(self) -> Bool[Tensor, "batch n"]:
@@ -125,33 +139,55 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.style, self.width, self.patches, self.null_length = style, width, patches, null_length
-        self.spatial_channels, self.spatial_scale, self.feature_norm = spatial_channels, spatial_scale, feature_norm
+        self.spatial_channels, self.spatial_scale, self.feature_norm = (
+            spatial_channels,
+            spatial_scale,
+            feature_norm,
+        )
         self.tokens = nn.ModuleList(nn.Linear(width, dim) for dim in cross_dims)
-        self.null = nn.Parameter(torch.randn(1, null_length, sum(cross_dims)) * 0.02) if style == "sd" else None
-        self.pool = AttentionPool(patches, width, pooled_dim, pool_heads) if style == "sdxl" else None
-        self.spatial = nn.Linear(width, spatial_channels * spatial_scale**2) if spatial_channels else None
+        self.null = (
+            nn.Parameter(torch.randn(1, null_length, sum(cross_dims)) * 0.02)
+            if style == "sd"
+            else None
+        )
+        self.pool = (
+            AttentionPool(patches, width, pooled_dim, pool_heads) if style == "sdxl" else None
+        )
+        self.spatial = (
+            nn.Linear(width, spatial_channels * spatial_scale**2) if spatial_channels else None
+        )
 
     def forward(self, features: Float[Tensor, "batch patches width"]) -> Conditioning:
         x = features.to(next(self.tokens.parameters()).dtype)
         x = F.layer_norm(x, x.shape[-1:]) if self.feature_norm else x
         tokens = torch.cat([linear(x) for linear in self.tokens], -1)
         pooled = None if self.pool is None else self.pool(x)
-        return Conditioning(tokens, None, pooled, None if self.spatial is None else self._lay_out(self.spatial(x)))
+        return Conditioning(
+            tokens, None, pooled, None if self.spatial is None else self._lay_out(self.spatial(x))
+        )
 
     def unconditional(self, like: Conditioning) -> Conditioning:
         """The null condition for each picture of a batch: see this file's head. For sd with m = 2 and n = 4,
 
         tokens  null_0 null_1 0 0        mask  1 1 0 0
         """
-        pooled, spatial = (None if x is None else torch.zeros_like(x) for x in (like.pooled, like.spatial))
+        pooled, spatial = (
+            None if x is None else torch.zeros_like(x) for x in (like.pooled, like.spatial)
+        )
         if self.null is None:
             return Conditioning(torch.zeros_like(like.tokens), None, pooled, spatial)
         batch, n, _ = like.tokens.shape
-        null = F.pad(self.null.to(like.tokens.dtype), (0, 0, 0, n - self.null_length)).expand(batch, -1, -1)
+        null = F.pad(self.null.to(like.tokens.dtype), (0, 0, 0, n - self.null_length)).expand(
+            batch, -1, -1
+        )
         mask = torch.arange(n, device=null.device) < self.null_length
-        return Conditioning(null, None if self.null_length == n else mask.expand(batch, -1), pooled, spatial)
+        return Conditioning(
+            null, None if self.null_length == n else mask.expand(batch, -1), pooled, spatial
+        )
 
-    def _lay_out(self, x: Float[Tensor, "batch patches c"]) -> Float[Tensor, "batch channels rows columns"]:
+    def _lay_out(
+        self, x: Float[Tensor, "batch patches c"]
+    ) -> Float[Tensor, "batch channels rows columns"]:
         """Patch (r, c), raster order, to cell (r, c) of the grid, or to scale x scale cells there; 4 patches, scale 2:
 
         0 0 1 1
@@ -214,16 +250,35 @@ class Conditioner(ModelMixin, ConfigMixin):
         dims = tuple(cross_dims)
         expected = {"sd": 1, "sdxl": 2}.get(style)
         _require("style", style, expected is not None, "'sd' or 'sdxl'")
-        _require("cross_dims", dims, len(dims) == expected and min(dims) > 0, f"{expected} positive widths for {style}")
+        _require(
+            "cross_dims",
+            dims,
+            len(dims) == expected and min(dims) > 0,
+            f"{expected} positive widths for {style}",
+        )
         if style == "sd":
-            _require("null_length", null_length, 1 <= null_length <= patches, f"1..{patches} (patches)")
+            _require(
+                "null_length", null_length, 1 <= null_length <= patches, f"1..{patches} (patches)"
+            )
         else:
             _require("pooled_dim", pooled_dim, pooled_dim > 0, "a positive width for sdxl")
-            _require("pool_heads", pool_heads, pool_heads > 0 and width % pool_heads == 0, f"a divisor of {width}")
+            _require(
+                "pool_heads",
+                pool_heads,
+                pool_heads > 0 and width % pool_heads == 0,
+                f"a divisor of {width}",
+            )
         if spatial_channels:
-            _require("patches", patches, int(patches**0.5) ** 2 == patches, "a square number for spatial_channels")
+            _require(
+                "patches",
+                patches,
+                int(patches**0.5) ** 2 == patches,
+                "a square number for spatial_channels",
+            )
         self.codebook = Codebook(codebook_size, code_dim)
-        self.reconstructor = Reconstructor(width, patches, code_dim, depth, heads, mlp_width, layer_norm_eps)
+        self.reconstructor = Reconstructor(
+            width, patches, code_dim, depth, heads, mlp_width, layer_norm_eps
+        )
         self.projection = Projection(
             style,  # type: ignore[arg-type]
             width,

@@ -13,18 +13,34 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ConfigMixin,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lavit_tok.checkpoints.weights import WeightsError, empty, find_directory, load_weights, read_json
+from lavit_tok.checkpoints.weights import (
+    WeightsError,
+    empty,
+    find_directory,
+    load_weights,
+    read_json,
+)
 from lavit_tok.codes import VisualCodes
 from lavit_tok.decode.conditioner import Conditioner, Conditioning
 
-MODELS: dict[str, type[Any]] = {"conditioner": Conditioner, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+MODELS: dict[str, type[Any]] = {
+    "conditioner": Conditioner,
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+}
 SINGLE = "diffusion_pytorch_model.safetensors"
 SCHEDULERS = frozenset(
     {
@@ -84,7 +100,9 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         for name, expected in sizes.items():
             got = unet.config[name]
             if got != expected:
-                raise ValueError(f"unet.{name}: expected {expected}, to fit condition and VAE, got {got}")
+                raise ValueError(
+                    f"unet.{name}: expected {expected}, to fit condition and VAE, got {got}"
+                )
         self.register_modules(conditioner=conditioner, unet=unet, vae=vae, scheduler=scheduler)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -163,7 +181,9 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             ValueError: an impossible size, number of generators or output type.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type: expected 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+            raise ValueError(
+                f"output_type: expected 'pil', 'np', 'pt' or 'latent', got {output_type!r}"
+            )
         device, guided, batch = self._execution_device, guidance_scale != 1, len(condition.tokens)
         if guided:
             condition = unconditional.cat(condition)
@@ -186,30 +206,47 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             latents = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
         if output_type == "latent":
             return latents
-        return self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+        return self.image_processor.postprocess(
+            self.decode_latents(latents), output_type=output_type
+        )
 
     def prepare_latents(
-        self, batch: int, height: int, width: int, generator: Generators | None = None, latents: Tensor | None = None
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
     ) -> Float[Tensor, "batch c h w"]:
         """Unit-variance noise to start from, in the U-Net's dtype: drawn, or the caller's once its shape is checked."""
         factor, channels = self.vae_scale_factor, self.vae.config.latent_channels
         shape = (batch, channels, height // factor, width // factor)
         if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"generator: expected one or a list of {batch}, got a list of {len(generator)}")
+            raise ValueError(
+                f"generator: expected one or a list of {batch}, got a list of {len(generator)}"
+            )
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+            return randn_tensor(
+                shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype
+            )
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents: expected {list(shape)}, got {list(latents.shape)}")
         return latents.to(self.unet.dtype)
 
-    def decode_latents(self, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 3 height width"]:
+    def decode_latents(
+        self, latents: Float[Tensor, "batch c h w"]
+    ) -> Float[Tensor, "batch 3 height width"]:
         """Latents -> pixels in about -1..1, in float32 where the VAE's config asks for it (force_upcast)."""
         dtype, config = self.vae.dtype, self.vae.config
         upcast = config.force_upcast and dtype != torch.float32
         if upcast:
-            nn.Module.to(self.vae, torch.float32)  # diffusers' own `to` warns at each change of dtype
+            nn.Module.to(
+                self.vae, torch.float32
+            )  # diffusers' own `to` warns at each change of dtype
         try:
-            latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
+            latents = latents.to(self.vae.dtype) / config.scaling_factor + (
+                config.shift_factor or 0.0
+            )
             with torch.autocast(latents.device.type, enabled=False):
                 return self.vae.decode(latents, return_dict=False)[0].float()
         finally:
@@ -220,18 +257,28 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         factor = self.vae_scale_factor
         value = self.unet.config.sample_size * factor if value is None else value
         if value < factor or value % factor:
-            raise ValueError(f"height and width: expected positive multiples of {factor}, got {value}")
+            raise ValueError(
+                f"height and width: expected positive multiples of {factor}, got {value}"
+            )
         return value
 
     # Files
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write model_index.json and a folder a part, safetensors only, floats as `dtype` (e.g. torch.float16)."""
         if dtype is not None:
-            parts = {name: nn.Module.to(copy.deepcopy(getattr(self, name)), dtype) for name in MODELS}
-            PixelDecoder(**parts, scheduler=self.scheduler).save_pretrained(save_directory, **kwargs)
+            parts = {
+                name: nn.Module.to(copy.deepcopy(getattr(self, name)), dtype) for name in MODELS
+            }
+            PixelDecoder(**parts, scheduler=self.scheduler).save_pretrained(
+                save_directory, **kwargs
+            )
             return
         super().save_pretrained(str(save_directory), **{**kwargs, "safe_serialization": True})
 
@@ -253,7 +300,9 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             WeightsError: with every missing, unexpected or mis-shaped tensor or setting listed.
         """
         directory = find_directory(name, "decoder", **hub)
-        parts: dict[str, Any] = {part: load_model(directory / part, kind, dtype) for part, kind in MODELS.items()}
+        parts: dict[str, Any] = {
+            part: load_model(directory / part, kind, dtype) for part, kind in MODELS.items()
+        }
         parts["scheduler"] = load_scheduler(directory / "scheduler")
         try:
             return cls(**parts).to(device)
@@ -283,18 +332,26 @@ def load_scheduler(directory: Path) -> Any:
     config = read_json(path)
     kind = config.get("_class_name")
     if kind not in SCHEDULERS:
-        raise WeightsError(f"{path}: expected _class_name to be one of {sorted(SCHEDULERS)}, got {kind!r}")
+        raise WeightsError(
+            f"{path}: expected _class_name to be one of {sorted(SCHEDULERS)}, got {kind!r}"
+        )
     # Settings of other schedulers are kept by diffusers, so that one can be swapped for another and back.
-    return getattr(diffusers, kind).from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    return getattr(diffusers, kind).from_config(
+        {k: v for k, v in config.items() if not k.startswith("_")}
+    )
 
 
 def read_config(path: Path, kind: type[ConfigMixin]) -> dict[str, Any]:
     """Settings of a model's config file. Raises WeightsError for another class's file or unknown settings."""
     values = read_json(path)
     if values.get("_class_name") != kind.__name__:
-        raise WeightsError(f"{path}: expected _class_name {kind.__name__!r}, got {values.get('_class_name')!r}")
+        raise WeightsError(
+            f"{path}: expected _class_name {kind.__name__!r}, got {values.get('_class_name')!r}"
+        )
     values = {key: value for key, value in values.items() if not key.startswith("_")}
     unknown = sorted(set(values) - set(inspect.signature(kind.__init__).parameters))
     if unknown:
-        raise WeightsError(f"{path}: unknown settings {unknown}: without them another model would be built")
+        raise WeightsError(
+            f"{path}: unknown settings {unknown}: without them another model would be built"
+        )
     return values

@@ -22,7 +22,14 @@ class Reconstructor(nn.Module):
     """A learned query a patch; blocks of self-attention, cross-attention to the codes, MLP; Linear, Tanh, Linear."""
 
     def __init__(
-        self, width: int, patches: int, code_dim: int, depth: int, heads: int, mlp_width: int, eps: float = 1e-5
+        self,
+        width: int,
+        patches: int,
+        code_dim: int,
+        depth: int,
+        heads: int,
+        mlp_width: int,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.project_in = nn.Linear(code_dim, width)
@@ -30,7 +37,9 @@ class Reconstructor(nn.Module):
         self.queries = nn.Parameter(torch.randn(patches, width) * 0.02)
         self.blocks: Any = nn.ModuleList(Block(width, heads, mlp_width, eps) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width, eps)
-        self.project_out = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        self.project_out = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)
+        )
 
     def ragged(
         self, vectors: Float[Tensor, "total code_dim"], layout: RaggedLayout

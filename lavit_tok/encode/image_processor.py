@@ -25,9 +25,13 @@ from torch import Tensor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 89_478_485  # where PIL begins to warn of a decompression bomb; here always an error
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 
-ImageLike = Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | np.ndarray | Tensor
+ImageLike = (
+    Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | np.ndarray | Tensor
+)
 
 
 class ImageError(ValueError):
@@ -60,13 +64,17 @@ def open_image(source: Any, name: str | None = None) -> Image.Image:
                 raise ImageError(f"{label}: empty file (0 bytes), expected an encoded picture")
             source = io.BytesIO(source)
         if not hasattr(source, "read"):
-            raise ImageError(f"{label}: expected a PIL image, path, bytes or uint8 array, got {type(source).__name__}")
+            raise ImageError(
+                f"{label}: expected a PIL image, path, bytes or uint8 array, got {type(source).__name__}"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{opened.width}x{opened.height} pixels")
-                if opened.format == "EPS":  # a program, not a picture: reading it would start Ghostscript on it
+                if (
+                    opened.format == "EPS"
+                ):  # a program, not a picture: reading it would start Ghostscript on it
                     raise ImageError(f"{label}: EPS is not read, expected a raster picture")
                 return _to_rgb(opened, label)
     except ImageError:
@@ -74,7 +82,9 @@ def open_image(source: Any, name: str | None = None) -> Image.Image:
     except UnidentifiedImageError:
         raise ImageError(f"{label}: not a picture in a format that Pillow knows") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{label}: more than {MAX_PIXELS} pixels (decompression bomb?): {error}") from None
+        raise ImageError(
+            f"{label}: more than {MAX_PIXELS} pixels (decompression bomb?): {error}"
+        ) from None
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise ImageError(f"{label}: cannot be read: {error}") from None
 
@@ -99,7 +109,11 @@ def to_uint8(images: Any, size: int, crop: bool = False) -> UInt8[Tensor, "batch
     opened = []
     for i, image in enumerate(batch):
         label = _label(image)  # pictures without a name are told apart by their place
-        opened.append(open_image(image, f"image {i} of {len(batch)} {label}" if label.startswith("<") else label))
+        opened.append(
+            open_image(
+                image, f"image {i} of {len(batch)} {label}" if label.startswith("<") else label
+            )
+        )
     return torch.stack([resize(image, size, crop) for image in opened])
 
 
@@ -118,7 +132,9 @@ def as_list(images: Any) -> list[Any]:
     """One image or a batch of them -> a list of single images; a 4-D array is a batch, a 3-D or 2-D one an image."""
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image)) or hasattr(images, "read"):
+    if isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image)) or hasattr(
+        images, "read"
+    ):
         return [images]
     if isinstance(images, Iterable):
         return list(images)
@@ -130,7 +146,9 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found += sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+            )
         else:
             found.append(path)
     return found
@@ -160,7 +178,11 @@ def _from_array(array: np.ndarray | Tensor, label: str) -> Image.Image:
         values = values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
-    if values.ndim not in (2, 3) or 0 in values.shape or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+    if (
+        values.ndim not in (2, 3)
+        or 0 in values.shape
+        or (values.ndim == 3 and values.shape[2] not in (3, 4))
+    ):
         raise ImageError(f"{label}: expected shape [h w 3] or [3 h w], got {list(array.shape)}")
     return _to_rgb(Image.fromarray(np.ascontiguousarray(values)), label)
 
@@ -191,7 +213,9 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
                 "guessing their scale would give a black or clipped picture"
             )
         top = 255.0 if high <= 255 and eight_bit else 65535.0
-        return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -39,7 +39,9 @@ def grid_positions(patches: int, width: int) -> Float[Tensor, "patches width"]:
     """
     side = math.isqrt(patches)
     if side * side != patches or width % 4:
-        raise ValueError(f"positions need a square number of patches and a width of 4 k, got {patches} and {width}")
+        raise ValueError(
+            f"positions need a square number of patches and a width of 4 k, got {patches} and {width}"
+        )
     falling = 1 - torch.arange(width // 4) / max(1, width // 4 - 1)
     frequency = math.pi * torch.exp(-math.log(max(2, side)) * falling)
     angle = torch.arange(side)[:, None] * frequency
@@ -136,7 +138,9 @@ class Merger(nn.Module):
             attention = block.self_attention
             x = x + _rows(attention, block.norm_self(x), None, kept, kept, causal=True)
             if dropped.width:
-                look = _rows(block.cross_attention, block.norm_cross(x), context, kept, dropped, bias, blind)
+                look = _rows(
+                    block.cross_attention, block.norm_cross(x), context, kept, dropped, bias, blind
+                )
                 x = x + look
             else:  # an empty sum of values, then the output projection's bias: as dense gives it
                 x = x + block.cross_attention.out.bias
@@ -144,7 +148,9 @@ class Merger(nn.Module):
         return self.norm_out(x)
 
 
-def _cross_mask(dropped: RaggedLayout, kept: RaggedLayout, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _cross_mask(
+    dropped: RaggedLayout, kept: RaggedLayout, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
     """What the kept rows see of the padded dropped rows, made once for all blocks.
 
     Returns: the additive mask [b 1 1 m], None where no slot is free; and bool [total 1], True for kept rows of images

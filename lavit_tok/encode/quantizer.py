@@ -36,14 +36,22 @@ class Codebook(KeepFloat32):
         """argmin_k |z - row_k|^2; of equally near rows the first."""
         with torch.autocast(z.device.type, enabled=False):
             # Under set_float32_matmul_precision("high") products are rounded to 10 bits or fewer, which changes codes.
-            exact = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+            exact = (
+                torch.float32
+                if torch.get_float32_matmul_precision() == "highest"
+                else torch.float64
+            )
             z, rows = z.float().to(exact), self.embeddings.to(exact)
             if not bool(z.isfinite().all()):
-                raise ValueError("features to quantize hold NaN or infinity: any code would be arbitrary")
+                raise ValueError(
+                    "features to quantize hold NaN or infinity: any code would be arbitrary"
+                )
             half_norms = rows.square().sum(1) / 2
             step = max(1, CHUNK // len(rows))
             chunks = [(half_norms - part @ rows.T).argmin(1) for part in z.split(step)]
-            return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device=z.device)
+            return (
+                torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device=z.device)
+            )
 
     def lookup(self, codes: Int64[Tensor, " total"]) -> Float[Tensor, "total dim"]:
         return self.embeddings[codes]
@@ -78,11 +86,17 @@ def usage(codes: Int64[Tensor, " total"], size: int) -> Usage:
     """Usage of a codebook of `size` rows by these codes; all zeros for no codes. Raises ValueError for other codes."""
     counts = torch.bincount(codes.flatten(), minlength=size).double()
     if len(counts) > size:
-        raise ValueError(f"expected codes in 0..{size - 1}, got {len(counts) - 1}: shares would be wrong")
+        raise ValueError(
+            f"expected codes in 0..{size - 1}, got {len(counts) - 1}: shares would be wrong"
+        )
     share = counts / counts.sum().clamp(min=1)
     entropy = -(share * share.clamp(min=1e-30).log()).sum()
     used = float((counts > 0).double().mean())
-    return Usage(used, float(entropy.exp()) if len(codes) else 0.0, float(entropy / torch.log(torch.tensor(2.0))))
+    return Usage(
+        used,
+        float(entropy.exp()) if len(codes) else 0.0,
+        float(entropy / torch.log(torch.tensor(2.0))),
+    )
 
 
 class TrainingCodebook(nn.Module):
@@ -110,7 +124,9 @@ class TrainingCodebook(nn.Module):
         try:
             from vector_quantize_pytorch import VectorQuantize
         except ImportError as error:
-            need = "training a codebook needs vector-quantize-pytorch: pip install 'lavit-tok[train]'"
+            need = (
+                "training a codebook needs vector-quantize-pytorch: pip install 'lavit-tok[train]'"
+            )
             raise ImportError(need) from error
         size, dim = codebook.embeddings.shape
         self.vq: Any = VectorQuantize(
@@ -135,7 +151,9 @@ class TrainingCodebook(nn.Module):
         inner.reset_cluster_size = inner.threshold_ema_dead_code
 
     @torch.no_grad()
-    def load_embeddings(self, rows: Float[Tensor, "size dim"], counts: Tensor | None = None) -> None:
+    def load_embeddings(
+        self, rows: Float[Tensor, "size dim"], counts: Tensor | None = None
+    ) -> None:
         """Set every buffer the package keeps; setting the rows alone would be undone by the first training step."""
         inner = self.vq._codebook
         counts = torch.ones(len(rows), device=rows.device) if counts is None else counts.float()
@@ -148,13 +166,18 @@ class TrainingCodebook(nn.Module):
     def embeddings(self) -> Float[Tensor, "size dim"]:
         return self.vq._codebook.embed[0]
 
-    def forward(self, z: Float[Tensor, "total dim"], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, z: Float[Tensor, "total dim"], seed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantised rows (with gradient to z), codes, commitment loss. In train mode the rows move after the look-up.
 
         The package replaces dead rows by global chance; the seed makes that chance an argument.
         """
         devices = [z.device] if z.is_cuda else []
-        with torch.autocast(z.device.type, enabled=False), torch.random.fork_rng(devices, enabled=self.training):
+        with (
+            torch.autocast(z.device.type, enabled=False),
+            torch.random.fork_rng(devices, enabled=self.training),
+        ):
             if self.training:
                 torch.manual_seed(seed)
             quantized, codes, loss = self.vq(z.float()[None])
@@ -172,17 +195,23 @@ def spherical_kmeans(
     Returns: unit-norm rows and their counts. Raises ValueError for fewer samples than rows.
     """
     if len(samples) < size:
-        raise ValueError(f"k-means of {size} codes needs at least {size} samples, got {len(samples)}")
+        raise ValueError(
+            f"k-means of {size} codes needs at least {size} samples, got {len(samples)}"
+        )
     pick = torch.randperm(len(samples), generator=generator)[:size].to(samples.device)
     rows = samples[pick].clone()
     counts = torch.zeros(size, device=samples.device)
     for _ in range(iterations):
-        nearest = torch.cat([(part @ rows.T).argmax(1) for part in samples.split(max(1, CHUNK // size))])
+        nearest = torch.cat(
+            [(part @ rows.T).argmax(1) for part in samples.split(max(1, CHUNK // size))]
+        )
         counts = torch.bincount(nearest, minlength=size).float()
         sums = torch.zeros_like(rows).index_add_(0, nearest, samples)
         empty = counts == 0
         if bool(empty.any()):
-            restart = torch.randint(len(samples), (int(empty.sum()),), generator=generator).to(samples.device)
+            restart = torch.randint(len(samples), (int(empty.sum()),), generator=generator).to(
+                samples.device
+            )
             sums[empty] = samples[restart]
         rows = F.normalize(sums, dim=-1)
     return rows, counts.clamp(min=1)

@@ -31,10 +31,16 @@ class Selector(KeepFloat32):
         self.local = nn.Sequential(nn.LayerNorm(width, eps), nn.Linear(width, width), nn.GELU())
         sizes = (width, width // 2, width // 4)
         self.judge = nn.Sequential(
-            nn.Linear(sizes[0], sizes[1]), nn.GELU(), nn.Linear(sizes[1], sizes[2]), nn.GELU(), nn.Linear(sizes[2], 2)
+            nn.Linear(sizes[0], sizes[1]),
+            nn.GELU(),
+            nn.Linear(sizes[1], sizes[2]),
+            nn.GELU(),
+            nn.Linear(sizes[2], 2),
         )
 
-    def forward(self, features: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch patches 2"]:
+    def forward(
+        self, features: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch patches 2"]:
         with torch.autocast(features.device.type, enabled=False):
             x = self.local(features.to(next(self.judge.parameters()).dtype))
             own, shared = x.chunk(2, dim=-1)
@@ -56,7 +62,9 @@ def keep_scores(log_probs: Float[Tensor, "batch patches 2"]) -> Float[Tensor, "b
     return log_probs[..., KEEP] - log_probs[..., DROP]
 
 
-def dithered(log_probs: Float[Tensor, "batch patches 2"], times: int = 1) -> Float[Tensor, "batch patches 2"]:
+def dithered(
+    log_probs: Float[Tensor, "batch patches 2"], times: int = 1
+) -> Float[Tensor, "batch patches 2"]:
     """Log-probabilities with ordered_noise added to every image's keep scores; times=-1 takes it off again."""
     scores = keep_scores(log_probs)
     scores = scores + times * ordered_noise(scores.shape[1]).to(scores.device)
@@ -82,7 +90,9 @@ def ordered_noise(patches: int) -> Float[Tensor, " patches"]:
         raise ValueError(f"ordered noise needs a square number of patches, got {patches}")
     bayer = torch.zeros(1, 1)
     while len(bayer) < side:
-        bayer = torch.cat([torch.cat([4 * bayer, 4 * bayer + 2], 1), torch.cat([4 * bayer + 3, 4 * bayer + 1], 1)])
+        bayer = torch.cat(
+            [torch.cat([4 * bayer, 4 * bayer + 2], 1), torch.cat([4 * bayer + 3, 4 * bayer + 1], 1)]
+        )
     ranks = bayer[:side, :side].flatten().argsort().argsort()
     return ((ranks + 0.5) / patches).logit()
 
@@ -108,26 +118,38 @@ def select(
     """
     scores = keep_scores(dithered(log_probs, -1) if dither and sample else log_probs)
     if bool(scores.isnan().any()):
-        raise ValueError("keep scores hold NaN, as do this batch's pixels or features: the mask would be arbitrary")
+        raise ValueError(
+            "keep scores hold NaN, as do this batch's pixels or features: the mask would be arbitrary"
+        )
     if sample:
         scores = scores + logistic_noise(scores, generator)
     return keep_by_budget(scores, budget)
 
 
-def keep_by_budget(scores: Float[Tensor, "batch patches"], budget: Budget) -> Bool[Tensor, "batch patches"]:
+def keep_by_budget(
+    scores: Float[Tensor, "batch patches"], budget: Budget
+) -> Bool[Tensor, "batch patches"]:
     """The keep mask of any score, at any budget (see select). Equal scores: the earlier patch of the batch wins."""
     batch, patches = scores.shape
-    best = F.one_hot(scores.argmax(1), patches).bool() if batch else torch.zeros_like(scores, dtype=torch.bool)
+    best = (
+        F.one_hot(scores.argmax(1), patches).bool()
+        if batch
+        else torch.zeros_like(scores, dtype=torch.bool)
+    )
     if budget is None:
         return (scores > 0) | best
     number = isinstance(budget, (int, Integral, float)) and not isinstance(budget, bool)
     if not number or not math.isfinite(budget) or budget <= 0:
-        raise ValueError(f"budget: expected a positive number of codes or a fraction in (0, 1], got {budget!r}")
+        raise ValueError(
+            f"budget: expected a positive number of codes or a fraction in (0, 1], got {budget!r}"
+        )
     if isinstance(budget, (int, Integral)):  # a numpy integer is the latter only
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : min(int(budget), patches)]
         return torch.zeros_like(best).scatter(1, order, True)
     if budget > 1:
-        raise ValueError(f"budget: a fraction must be at most 1, got {budget}; for codes an image give an int")
+        raise ValueError(
+            f"budget: a fraction must be at most 1, got {budget}; for codes an image give an int"
+        )
     count = max(batch, round(budget * batch * patches))
     flat = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(best, float("inf")).flatten()
     order = flat.argsort(descending=True, stable=True)[:count]

@@ -61,7 +61,9 @@ class VisionEncoder(nn.Module):
         """
         kind = config.get("model_type")
         if not isinstance(kind, str) or kind not in ENCODERS:
-            raise ConfigError(f"encoder.model_type: expected one of {sorted(ENCODERS)}, got {kind!r}")
+            raise ConfigError(
+                f"encoder.model_type: expected one of {sorted(ENCODERS)}, got {kind!r}"
+            )
         config_class, model_class = (getattr(transformers, name) for name in ENCODERS[kind])
         values = {k: v for k, v in config.items() if k not in NOT_SETTINGS}
         unknown = sorted(values.keys() - _settings(config_class))
@@ -70,8 +72,12 @@ class VisionEncoder(nn.Module):
             raise ConfigError(f"encoder: {kind} has no settings {unknown}")
         try:
             return cls(model_class(config_class(**values)), norm)
-        except Exception as error:  # validators and constructors of transformers raise nearly anything
-            raise ConfigError(f"encoder: transformers cannot build {kind} from {values}: {error}") from error
+        except (
+            Exception
+        ) as error:  # validators and constructors of transformers raise nearly anything
+            raise ConfigError(
+                f"encoder: transformers cannot build {kind} from {values}: {error}"
+            ) from error
 
     @classmethod
     def from_pretrained(cls, name: str, norm: bool = False, **kwargs: Any) -> VisionEncoder:
@@ -86,8 +92,12 @@ class VisionEncoder(nn.Module):
         whole = transformers.AutoConfig.from_pretrained(name)
         config = getattr(whole, "vision_config", whole)
         if config.model_type not in ENCODERS:
-            raise ValueError(f"{name}: expected a model of type {sorted(ENCODERS)}, got {config.model_type!r}")
-        if whole.model_type == "blip-2":  # its tower is stored under a prefix that Blip2VisionModel does not know
+            raise ValueError(
+                f"{name}: expected a model of type {sorted(ENCODERS)}, got {config.model_type!r}"
+            )
+        if (
+            whole.model_type == "blip-2"
+        ):  # its tower is stored under a prefix that Blip2VisionModel does not know
             kwargs["key_mapping"] = {r"^vision_model\.": ""}
         model_class = getattr(transformers, ENCODERS[config.model_type][1])
         model, report = model_class.from_pretrained(
@@ -95,7 +105,9 @@ class VisionEncoder(nn.Module):
         )
         absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
         if absent:
-            raise ValueError(f"{name}: {len(absent)} tensors of the encoder are missing or mis-shaped: {absent[:20]}")
+            raise ValueError(
+                f"{name}: {len(absent)} tensors of the encoder are missing or mis-shaped: {absent[:20]}"
+            )
         return cls(model, norm)
 
     def json_config(self) -> dict[str, Any]:
@@ -117,7 +129,9 @@ class VisionEncoder(nn.Module):
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self._features(pixels)
 
-    def _features(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches width"]:
+    def _features(
+        self, pixels: Float[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch patches width"]:
         seen: list[Tensor] = []
 
         def read(module: nn.Module, args: Any, output: Any) -> None:
@@ -138,9 +152,14 @@ class VisionEncoder(nn.Module):
         pixels = pixels.to(next(self.model.parameters()).dtype)
         if self.config.model_type != "siglip2_vision_model":
             return {"pixel_values": pixels}
-        patch = self.config.patch_size  # SigLIP2 takes patches that are already cut out, of any grid
+        patch = (
+            self.config.patch_size
+        )  # SigLIP2 takes patches that are already cut out, of any grid
         cut = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-        grid = torch.tensor([[pixels.shape[2] // patch, pixels.shape[3] // patch]] * len(pixels), device=pixels.device)
+        grid = torch.tensor(
+            [[pixels.shape[2] // patch, pixels.shape[3] // patch]] * len(pixels),
+            device=pixels.device,
+        )
         mask = torch.ones(cut.shape[:2], dtype=torch.int64, device=pixels.device)
         return {"pixel_values": cut, "pixel_attention_mask": mask, "spatial_shapes": grid}
 
@@ -152,9 +171,15 @@ def _settings(config_class: Any) -> set[str]:
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
     """The model's list of transformer blocks: the longest list of modules of one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    lists = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
+    ]
     if not lists:
-        raise ValueError(f"{type(model).__name__}: no list of transformer blocks found, so no last block to read")
+        raise ValueError(
+            f"{type(model).__name__}: no list of transformer blocks found, so no last block to read"
+        )
     return max(lists, key=len)
 
 
@@ -164,4 +189,6 @@ def _final_norm(model: nn.Module) -> nn.Module:
         for path, module in model.named_modules():
             if path.rpartition(".")[2] == name:
                 return module
-    raise ValueError(f"{type(model).__name__}: no final norm found, so encoder_norm cannot be applied")
+    raise ValueError(
+        f"{type(model).__name__}: no final norm found, so encoder_norm cannot be applied"
+    )

@@ -32,7 +32,9 @@ def attend(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch heads keys dim"],
     v: Float[Tensor, "batch heads keys dim"],
-    policy: Float[Tensor, "#batch #heads #queries keys"] | Bool[Tensor, "#batch #heads #queries keys"] | None = None,
+    policy: Float[Tensor, "#batch #heads #queries keys"]
+    | Bool[Tensor, "#batch #heads #queries keys"]
+    | None = None,
     formula: Formula = "strict",
 ) -> Float[Tensor, "batch heads queries dim"]:
     """Attention under a policy. A strict row without any allowed key gives zeros; compat then averages all keys."""
@@ -98,7 +100,10 @@ class Attention(nn.Module):
         formula: Formula = "strict",
     ) -> Float[Tensor, "batch queries width"]:
         context = x if context is None else context
-        q, k, v = (self.split(p(t)) for p, t in ((self.query, x), (self.key, context), (self.value, context)))
+        q, k, v = (
+            self.split(p(t))
+            for p, t in ((self.query, x), (self.key, context), (self.value, context))
+        )
         return self.out(rearrange(attend(q, k, v, policy, formula), "b h n d -> b n (h d)"))
 
 
@@ -112,7 +117,9 @@ class Block(nn.Module):
         self.norm_cross = nn.LayerNorm(width, eps)
         self.cross_attention = Attention(width, heads)
         self.norm_mlp = nn.LayerNorm(width, eps)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width)
+        )
 
     def forward(
         self,

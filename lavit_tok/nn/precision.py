@@ -16,4 +16,6 @@ class KeepFloat32(nn.Module):
     """A module that follows a move to another device, but not to another dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(lambda t: fn(t).to(t.dtype) if t.is_meta else t.to(fn(t).device), recurse)
+        return super()._apply(
+            lambda t: fn(t).to(t.dtype) if t.is_meta else t.to(fn(t).device), recurse
+        )

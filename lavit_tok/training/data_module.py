@@ -15,10 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
+from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lavit_tok.data.image_sources import Augmentation, MapImages, StreamImages, collate, load_splits, undecoded
+from lavit_tok.data.image_sources import (
+    Augmentation,
+    MapImages,
+    StreamImages,
+    collate,
+    load_splits,
+    undecoded,
+)
 
 HOLDOUT_EVERY = 20  # without a validation split, every 20th row of the training split validates
 
@@ -32,9 +39,21 @@ class EpochOrder(DistributedSampler):
     """
 
     def __init__(
-        self, rows: int, batch_size: int, seed: int, rank: int, world: int, consumed: Callable[[int], tuple[int, int]]
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        consumed: Callable[[int], tuple[int, int]],
     ):
-        self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
+        self.rows, self.batch_size, self.seed, self.rank, self.world = (
+            rows,
+            batch_size,
+            seed,
+            rank,
+            world,
+        )
         self.consumed = consumed
 
     def __len__(self) -> int:
@@ -126,13 +145,29 @@ class ImageDataModule(LightningDataModule):
         crop: bool = False,
     ):
         super().__init__()
-        for name, value, least in (("image_size", image_size, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        for name, value, least in (
+            ("image_size", image_size, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+        ):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         if streaming and cache:
-            raise ValueError("cache=True keeps every decoded picture in memory and cannot be combined with streaming")
-        self.data, self.image_size, self.batch_size, self.num_workers = str(data), image_size, batch_size, num_workers
-        self.seed, self.image_column, self.caption_column, self.splits = seed, image_column, caption_column, splits
+            raise ValueError(
+                "cache=True keeps every decoded picture in memory and cannot be combined with streaming"
+            )
+        self.data, self.image_size, self.batch_size, self.num_workers = (
+            str(data),
+            image_size,
+            batch_size,
+            num_workers,
+        )
+        self.seed, self.image_column, self.caption_column, self.splits = (
+            seed,
+            image_column,
+            caption_column,
+            splits,
+        )
         self.streaming, self.cache = streaming, cache
         self.augment = Augmentation(image_size, flip, crop_scale, seed, crop)
         self.rejects: list[dict[str, str]] = []
@@ -152,26 +187,41 @@ class ImageDataModule(LightningDataModule):
             rows, column = undecoded(found[name], self.image_column)
             if self.caption_column and self.caption_column not in rows.features:
                 names = ", ".join(rows.features)
-                raise ValueError(f"{self.data}: expected a caption column {self.caption_column!r}, got columns {names}")
+                raise ValueError(
+                    f"{self.data}: expected a caption column {self.caption_column!r}, got columns {names}"
+                )
             training = name == "train"
             if self.streaming:
                 rows = rows.shuffle(seed=self.seed, buffer_size=1000) if training else rows
                 rows = _split_by_rank(rows, *self._ranks())
-                self.sets[name] = StreamImages(rows, column, self.caption_column, self.augment, training)
+                self.sets[name] = StreamImages(
+                    rows, column, self.caption_column, self.augment, training
+                )
                 continue
-            images = MapImages(rows, column, self.caption_column, self.augment, training, self.cache)
+            images = MapImages(
+                rows, column, self.caption_column, self.augment, training, self.cache
+            )
             self.sets[name] = images
             self._report(images.rejects)
             if not len(images):
-                raise ValueError(f"{self.data}: no readable picture in the {name} split, e.g. {self.rejects[:1]}")
+                raise ValueError(
+                    f"{self.data}: no readable picture in the {name} split, e.g. {self.rejects[:1]}"
+                )
 
     def _named_splits(self) -> dict[str, Any]:
         loaded = load_splits(self.data, self.streaming)
         roles = zip(("train", "validation", "test"), self.splits, strict=True)
         found = {role: loaded[name] for role, name in roles if name in loaded}
         if not found:
-            raise ValueError(f"{self.data}: expected one of the splits {self.splits}, got {', '.join(loaded)}")
-        if "validation" not in found and "train" in found and not self.streaming and len(found["train"]) > 1:
+            raise ValueError(
+                f"{self.data}: expected one of the splits {self.splits}, got {', '.join(loaded)}"
+            )
+        if (
+            "validation" not in found
+            and "train" in found
+            and not self.streaming
+            and len(found["train"]) > 1
+        ):
             rows = range(len(found["train"]))
             found["validation"] = found["train"].select([i for i in rows if i % HOLDOUT_EVERY == 0])
             found["train"] = found["train"].select([i for i in rows if i % HOLDOUT_EVERY])
@@ -184,7 +234,9 @@ class ImageDataModule(LightningDataModule):
         if isinstance(images, StreamImages):
             return self._loader(images, drop_last=True)
         order = EpochOrder(len(images), self.batch_size, self.seed, *self._ranks(), self._consumed)
-        return self._loader(images, ResumingLoader, sampler=order, drop_last=len(order) >= self.batch_size)
+        return self._loader(
+            images, ResumingLoader, sampler=order, drop_last=len(order) >= self.batch_size
+        )
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader(self.sets["validation"]) if "validation" in self.sets else []
@@ -210,7 +262,9 @@ class ImageDataModule(LightningDataModule):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(reject) + "\n" for reject in self.rejects))
 
-    def _loader(self, images: Any, kind: type[RejectingLoader] = RejectingLoader, **options: Any) -> DataLoader:
+    def _loader(
+        self, images: Any, kind: type[RejectingLoader] = RejectingLoader, **options: Any
+    ) -> DataLoader:
         return kind(
             images,
             batch_size=self.batch_size,
@@ -225,7 +279,11 @@ class ImageDataModule(LightningDataModule):
         self.rejects += [reject for reject in rejects if reject["key"] not in known]
 
     def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        return (
+            (self.trainer.global_rank, self.trainer.world_size)
+            if self.trainer is not None
+            else (0, 1)
+        )
 
     def _consumed(self, batches: int) -> tuple[int, int]:
         """(batches trained on so far, batches an epoch has under this trainer); without a trainer, a first epoch."""

@@ -109,7 +109,7 @@ class PixelDecoderTraining(AveragedTraining):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("drop", drop), ("mirror", flip), ("ema_decay", ema_decay)):
+        for name, value in (("drop", drop), ("flip", flip), ("ema_decay", ema_decay)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a number in 0..1, got {value}")
         if zero_terminal_snr and prediction_type != "v_prediction":
@@ -164,15 +164,21 @@ class PixelDecoderTraining(AveragedTraining):
 
     # The loss
 
-    def diffusion_loss(self, encoded: Encoded, generator: torch.Generator, drop: float) -> Float[Tensor, ""]:
+    def diffusion_loss(
+        self, encoded: Encoded, generator: torch.Generator, drop: float
+    ) -> Float[Tensor, ""]:
         """Weighted mean square error of the prediction, at one step for each picture; see denoising.py."""
         noised = Noised.draw(encoded.latents, self.scheduler, generator)
-        dropped = (torch.rand(len(noised.steps), generator=generator) < drop).to(noised.steps.device)
+        dropped = (torch.rand(len(noised.steps), generator=generator) < drop).to(
+            noised.steps.device
+        )
         condition = self.projection(encoded.features)
         if drop > 0:
             condition = condition.where(dropped, self.projection.unconditional(condition))
         factor = 2 ** (len(self.parts.vae.config.block_out_channels) - 1)
-        return denoising_loss(self.unet, self.scheduler, noised, condition, factor, self.settings.min_snr)
+        return denoising_loss(
+            self.unet, self.scheduler, noised, condition, factor, self.settings.min_snr
+        )
 
     # Lightning's hooks
 
@@ -207,7 +213,9 @@ class PixelDecoderTraining(AveragedTraining):
         sets = getattr(getattr(self.trainer, "datamodule", None), "sets", {})
         shown = sets.get("validation", sets.get("train"))
         if shown is not None and self.settings.sample_every:
-            self.shown = torch.stack([shown[i]["images"] for i in range(min(self.settings.sample_count, len(shown)))])
+            self.shown = torch.stack(
+                [shown[i]["images"] for i in range(min(self.settings.sample_count, len(shown)))]
+            )
         if self.settings.cache:
             self.encoded = self._encode_all(sets.get("train"))
 
@@ -215,7 +223,9 @@ class PixelDecoderTraining(AveragedTraining):
         every, step = self.settings.sample_every, self.global_step
         last_part = (batch_idx + 1) % int(self.trainer.accumulate_grad_batches) == 0
         if every and last_part and step % every == 0 and self.trainer.is_global_zero:
-            self.shown = batch["images"][: self.settings.sample_count] if self.shown is None else self.shown
+            self.shown = (
+                batch["images"][: self.settings.sample_count] if self.shown is None else self.shown
+            )
             self._draw_sheet(self.shown)
 
     def on_fit_end(self) -> None:
@@ -226,8 +236,10 @@ class PixelDecoderTraining(AveragedTraining):
 
     def decoder(self) -> PixelDecoder:
         """A decoder of the parameters as they are now; it shares them."""
-        self.condition[0].to(self.device)
-        decoder = PixelDecoder(self.condition[0], self.unet, self.parts.vae, copy.deepcopy(self.scheduler))
+        self.conditioner[0].to(self.device)
+        decoder = PixelDecoder(
+            self.conditioner[0], self.unet, self.parts.vae, copy.deepcopy(self.scheduler)
+        )
         decoder.set_progress_bar_config(disable=True)
         return decoder
 
@@ -245,7 +257,9 @@ class PixelDecoderTraining(AveragedTraining):
         s, training, codes = self.settings, self.unet.training, self.parts.codes(images)
         generators = [step_generator(s.seed, i, 2**32, "cpu") for i in range(len(images))]
         height, width = images.shape[-2:]
-        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision))
+        bf16 = torch.autocast(
+            self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision)
+        )
         self.unet.eval()
         with self.averaged(), bf16:
             decoder: Any = self.decoder()
@@ -264,7 +278,9 @@ class PixelDecoderTraining(AveragedTraining):
 
     def _encode_all(self, images: Any) -> EncodedSet:
         if images is None or getattr(images, "pixels", None) is None:
-            raise ValueError("cache: expected a data module with cache=True, whose pictures lie decoded in memory")
+            raise ValueError(
+                "cache: expected a data module with cache=True, whose pictures lie decoded in memory"
+            )
         if images.augment.flip or images.augment.cache_size != images.augment.size:
             raise ValueError(
                 "cache: expected no augmentation in the data module (use `mirror` here), got flip or crops"

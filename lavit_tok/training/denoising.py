@@ -17,7 +17,9 @@ from lavit_tok.decode.conditioner import Conditioning
 
 
 @torch.no_grad()
-def vae_latents(vae: Any, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch c h w"]:
+def vae_latents(
+    vae: Any, images: UInt8[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch c h w"]:
     """The mode of an AutoencoderKL's posterior, scaled to unit variance; in float32."""
     with torch.autocast(images.device.type, enabled=False):
         latents = vae.encode(images.to(vae.device).float() / 127.5 - 1).latent_dist.mode()
@@ -41,7 +43,9 @@ class Noised:
     steps: Int64[Tensor, " batch"]
 
     @classmethod
-    def draw(cls, latents: Float[Tensor, "batch c h w"], scheduler: Any, generator: torch.Generator) -> Noised:
+    def draw(
+        cls, latents: Float[Tensor, "batch c h w"], scheduler: Any, generator: torch.Generator
+    ) -> Noised:
         """Steps drawn one from each of b equal stretches of 0..T-1, in random order: uniform, as published, but the
         loss of a batch varies less. The generator is on the CPU."""
         batch, total = len(latents), scheduler.config.num_train_timesteps
@@ -52,7 +56,12 @@ class Noised:
 
 
 def denoising_loss(
-    unet: Any, scheduler: Any, noised: Noised, condition: Conditioning, factor: int, min_snr: float = 0.0
+    unet: Any,
+    scheduler: Any,
+    noised: Noised,
+    condition: Conditioning,
+    factor: int,
+    min_snr: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Weighted mean square error of the prediction.
 
@@ -64,7 +73,9 @@ def denoising_loss(
     z = noised.latents
     size = [side * factor for side in z.shape[-2:]]
     time_ids = torch.tensor([[*size, 0, 0, *size]] * len(z), dtype=z.dtype, device=z.device)
-    prediction = unet(timestep=noised.steps, **condition.inputs(noised.noisy, time_ids)).sample.float()
+    prediction = unet(
+        timestep=noised.steps, **condition.inputs(noised.noisy, time_ids)
+    ).sample.float()
     velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(z, noised.noise, noised.steps) if velocity else noised.noise
     losses = (prediction - target).square().mean((1, 2, 3))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning as L
+import pytorch_lightning as pl
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from lavit_tok.training.logging import warmup_cosine
 
 
-class AveragedTraining(L.LightningModule):
+class AveragedTraining(pl.LightningModule):
     """A training of which the averaged weights come out.
 
     A subclass sets `settings` (lr, warmup_steps, weight_decay, betas, ema_decay) and its trained parts, then calls
@@ -75,7 +75,9 @@ class AveragedTraining(L.LightningModule):
         ]
         optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=tuple(s.betas))
         total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, s.warmup_steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, total, s.warmup_steps)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

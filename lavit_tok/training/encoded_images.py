@@ -55,12 +55,16 @@ class FrozenParts:
     @torch.no_grad()
     def codes(self, images: UInt8[Tensor, "batch 3 h w"]) -> VisualCodes:
         """Codes, through the tokenizer's own preprocessing, deterministic."""
-        return self.tokenizer.encode(images.cpu() if images.shape[-1] != self.tokenizer.config.image_size else images)
+        return self.tokenizer.encode(
+            images.cpu() if images.shape[-1] != self.tokenizer.config.image_size else images
+        )
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "batch 3 h w"]) -> Encoded:
         """Features of the codes, and the mode of the VAE's posterior, scaled to unit variance; all in float32."""
-        with torch.autocast(images.device.type, enabled=False):  # under bf16 some 3 % of the codes would differ
+        with torch.autocast(
+            images.device.type, enabled=False
+        ):  # under bf16 some 3 % of the codes would differ
             features = self.tokenizer.reconstruct_features(self.codes(images))
         return Encoded(features, vae_latents(self.vae, images))
 
@@ -113,30 +117,44 @@ class EncodedSet:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file(stored, path.with_suffix(".partial"))
-                path.with_suffix(".partial").replace(path)  # a run that is stopped here leaves no half file
+                path.with_suffix(".partial").replace(
+                    path
+                )  # a run that is stopped here leaves no half file
         self.features, self.latents = stored["features"], stored["latents"]
 
-    def __call__(self, index: Int64[Tensor, " batch"], flipped: Tensor, device: torch.device | str) -> Encoded:
+    def __call__(
+        self, index: Int64[Tensor, " batch"], flipped: Tensor, device: torch.device | str
+    ) -> Encoded:
         """Rows of these pictures, or of their mirror images where `mirrored` (bool [batch]) says so; float32."""
         rows = self.position[index.cpu()]
         if self.sides == 1 and bool(flipped.any()):
             raise ValueError("mirror images were not encoded before training")
         if bool((rows < 0).any()):
-            raise ValueError(f"pictures {index[rows < 0].tolist()} were not encoded before training")
+            raise ValueError(
+                f"pictures {index[rows < 0].tolist()} were not encoded before training"
+            )
         rows = self.sides * rows + flipped.cpu().long()
-        return Encoded(self.features[rows].float().to(device), self.latents[rows].float().to(device))
+        return Encoded(
+            self.features[rows].float().to(device), self.latents[rows].float().to(device)
+        )
 
-    def _encode(self, pixels: Tensor, parts: FrozenParts, batch_size: int, report: Any) -> dict[str, Tensor]:
+    def _encode(
+        self, pixels: Tensor, parts: FrozenParts, batch_size: int, report: Any
+    ) -> dict[str, Tensor]:
         device = parts.tokenizer.device
         stored: dict[str, Tensor] = {}
         for start, part in _batches(pixels, batch_size):
             if self.sides == 2:
-                part = torch.stack([part, part.flip(3)], 1).flatten(0, 1)  # picture, its mirror image, next picture ...
+                part = torch.stack([part, part.flip(3)], 1).flatten(
+                    0, 1
+                )  # picture, its mirror image, next picture ...
             encoded = parts(part.to(device))
             for name, values in (("features", encoded.features), ("latents", encoded.latents)):
                 half = values.half().cpu()
                 if not bool(half.isfinite().all()):
-                    raise ValueError(f"{name} of a picture from the {start}th on do not fit float16")
+                    raise ValueError(
+                        f"{name} of a picture from the {start}th on do not fit float16"
+                    )
                 rows = stored.setdefault(
                     name, torch.empty((self.sides * len(pixels), *half.shape[1:]), dtype=half.dtype)
                 )
@@ -157,7 +175,9 @@ def load_vae(name: str) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(**_on_hub(name), use_safetensors=True)
 
 
-def load_unet(config: dict[str, Any] | None, start: str | None, sizes: dict[str, int]) -> UNet2DConditionModel:
+def load_unet(
+    config: dict[str, Any] | None, start: str | None, sizes: dict[str, int]
+) -> UNet2DConditionModel:
     """A U-Net of these sizes: random from a config, or from pretrained weights (a directory or Hub id).
 
     Pretrained weights may lack input channels; the kernel of the new ones is zero, so they change nothing at first
@@ -169,9 +189,13 @@ def load_unet(config: dict[str, Any] | None, start: str | None, sizes: dict[str,
     if (config is None) == (start is None):
         raise ValueError("expected either unet (a config) or unet_from (pretrained weights)")
     if start is None:
-        wrong = {k: (v, sizes[k]) for k, v in (config or {}).items() if k in sizes and v != sizes[k]}
+        wrong = {
+            k: (v, sizes[k]) for k, v in (config or {}).items() if k in sizes and v != sizes[k]
+        }
         if wrong:
-            raise ValueError(f"unet: settings do not fit VAE and condition (given, needed): {wrong}")
+            raise ValueError(
+                f"unet: settings do not fit VAE and condition (given, needed): {wrong}"
+            )
         return UNet2DConditionModel.from_config({**(config or {}), **sizes})
     if Path(start).is_dir():
         unet = load_model(Path(start), UNet2DConditionModel)
@@ -182,7 +206,9 @@ def load_unet(config: dict[str, Any] | None, start: str | None, sizes: dict[str,
         _widen_input(unet, sizes["in_channels"])
         got["in_channels"] = sizes["in_channels"]
     if got != sizes:
-        raise ValueError(f"unet_from {start}: expected sizes {sizes}, to fit VAE and condition, got {got}")
+        raise ValueError(
+            f"unet_from {start}: expected sizes {sizes}, to fit VAE and condition, got {got}"
+        )
     return unet.train()
 
 
@@ -201,5 +227,10 @@ def _on_hub(name: str) -> dict[str, Any]:
     """owner/name[/subfolder] as diffusers' arguments."""
     parts = name.split("/")
     if len(parts) not in (2, 3):
-        raise ValueError(f"{name}: expected an existing directory, or a Hub id owner/name or owner/name/subfolder")
-    return {"pretrained_model_name_or_path": "/".join(parts[:2]), "subfolder": parts[2] if len(parts) == 3 else None}
+        raise ValueError(
+            f"{name}: expected an existing directory, or a Hub id owner/name or owner/name/subfolder"
+        )
+    return {
+        "pretrained_model_name_or_path": "/".join(parts[:2]),
+        "subfolder": parts[2] if len(parts) == 3 else None,
+    }

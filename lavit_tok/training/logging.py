@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from jaxtyping import Shaped
 from PIL import Image
@@ -29,9 +29,9 @@ def step_generator(seed: int, step: int, rank: int, device: torch.device | str) 
     return torch.Generator(device=device).manual_seed(int(mixed >> np.uint64(1)))
 
 
-def log_image(module: L.LightningModule, name: str, image: Image.Image) -> Path | None:
+def log_image(module: pl.LightningModule, name: str, image: Image.Image) -> Path | None:
     """Save a picture under the run's log directory and hand it to a TensorBoard logger where there is one."""
-    path = _log_directory(module.trainer) / "pictures" / f"{name}-{module.global_step:07d}.png"
+    path = _log_directory(module.trainer) / "images" / f"{name}-{module.global_step:07d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     for logger in module.loggers:
@@ -41,7 +41,7 @@ def log_image(module: L.LightningModule, name: str, image: Image.Image) -> Path 
     return path
 
 
-def log_text(module: L.LightningModule, name: str, text: str) -> Path:
+def log_text(module: pl.LightningModule, name: str, text: str) -> Path:
     """Save a text of Markdown, as log_image does a picture, under `texts`."""
     path = _log_directory(module.trainer) / "texts" / f"{name}-{module.global_step:07d}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,11 @@ def log_text(module: L.LightningModule, name: str, text: str) -> Path:
 def _log_directory(trainer: Any) -> Path:
     """Trainer.log_dir, which waits for all processes to ask for it, without that: often one process alone logs."""
     first = trainer.loggers[0] if trainer.loggers else None
-    return Path(getattr(first, "log_dir", None) or getattr(first, "save_dir", None) or trainer.default_root_dir)
+    return Path(
+        getattr(first, "log_dir", None)
+        or getattr(first, "save_dir", None)
+        or trainer.default_root_dir
+    )
 
 
 class Recent(nn.Module):
@@ -90,7 +94,7 @@ class Recent(nn.Module):
         return self.rows[: min(len(self.rows), int(self.seen))]
 
 
-class PrintMetrics(L.Callback):
+class PrintMetrics(pl.Callback):
     """One plain line of the latest numbers now and then: what a log file wants instead of a progress bar.
 
     Args:
@@ -100,8 +104,13 @@ class PrintMetrics(L.Callback):
     def __init__(self, every: int = 50) -> None:
         self.every, self.started = every, time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step % self.every == 0 and trainer.is_global_zero:
-            values = " ".join(f"{name} {float(value):.4f}" for name, value in trainer.callback_metrics.items())
+            values = " ".join(
+                f"{name} {float(value):.4f}" for name, value in trainer.callback_metrics.items()
+            )
             seconds = time.monotonic() - self.started
-            print(f"step {trainer.global_step} of {trainer.max_steps} after {seconds:.0f} s: {values}", flush=True)
+            print(
+                f"step {trainer.global_step} of {trainer.max_steps} after {seconds:.0f} s: {values}",
+                flush=True,
+            )

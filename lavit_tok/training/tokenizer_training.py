@@ -19,7 +19,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
+import pytorch_lightning as pl
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -36,7 +36,7 @@ from lavit_tok.training.logging import Recent, log_image, step_generator, warmup
 from lavit_tok.visualize import kept_overlay, sheet
 
 
-class TokenizerTraining(L.LightningModule):
+class TokenizerTraining(pl.LightningModule):
     """One training step of stage 1, for any encoder and any size.
 
     Args:
@@ -112,9 +112,13 @@ class TokenizerTraining(L.LightningModule):
         vision = None
         if encoder is not None:
             vision = VisionEncoder.from_pretrained(encoder, norm=config.encoder_norm)
-            config = TokenizerConfig.from_dict({**config.to_dict(), "encoder": vision.json_config()})
+            config = TokenizerConfig.from_dict(
+                {**config.to_dict(), "encoder": vision.json_config()}
+            )
         if not config.reconstructor_depth:
-            raise ValueError("reconstructor_depth: expected at least 1: the loss compares reconstructed features")
+            raise ValueError(
+                "reconstructor_depth: expected at least 1: the loss compares reconstructed features"
+            )
         self.tokenizer = VisualTokenizer(config, vision)
         self.codebook: TrainingCodebook | None = None
         self.register_buffer("mean_feature", torch.zeros(config.width))
@@ -128,7 +132,9 @@ class TokenizerTraining(L.LightningModule):
     def configure_model(self) -> None:
         if self.codebook is None:
             s = self.settings
-            self.codebook = TrainingCodebook(self.tokenizer.quantizer.codebook, s.decay, s.dead_ratio, s.gradient)
+            self.codebook = TrainingCodebook(
+                self.tokenizer.quantizer.codebook, s.decay, s.dead_ratio, s.gradient
+            )
 
     def configure_optimizers(self) -> Any:
         s = self.settings
@@ -142,8 +148,12 @@ class TokenizerTraining(L.LightningModule):
 
         def factor(step: int) -> float:
             if step < s.quantize_at:
-                return warmup_cosine(step, min(s.quantize_at, total), s.warmup_steps, s.min_lr_ratio)
-            share = warmup_cosine(step - s.quantize_at, total - s.quantize_at, s.warmup_steps, s.min_lr_ratio)
+                return warmup_cosine(
+                    step, min(s.quantize_at, total), s.warmup_steps, s.min_lr_ratio
+                )
+            share = warmup_cosine(
+                step - s.quantize_at, total - s.quantize_at, s.warmup_steps, s.min_lr_ratio
+            )
             return share * s.quantized_lr / s.lr
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -191,7 +201,9 @@ class TokenizerTraining(L.LightningModule):
         else:
             budget = None
             if torch.rand((), generator=generator, device=self.device) < s.random_budget_ratio:
-                budget = 0.08 + 0.72 * float(torch.rand((), generator=generator, device=self.device))
+                budget = 0.08 + 0.72 * float(
+                    torch.rand((), generator=generator, device=self.device)
+                )
             keep = keep_by_budget(keep_scores(log_probs) + self._calibrate(), budget)
             reconstructed, codes, commitment = self._ragged(features, keep)
             ratio_loss = torch.zeros((), device=self.device)
@@ -223,13 +235,17 @@ class TokenizerTraining(L.LightningModule):
         reconstructed, codes, _ = self._ragged(features, keep)
         plain, centred = self.cosines(features, reconstructed)
         values = {"cosine": plain, "centered_cosine": centred, "keep_ratio": keep.float().mean()}
-        self.log_dict({f"val/{k}": v for k, v in values.items()}, batch_size=len(keep), sync_dist=True)
+        self.log_dict(
+            {f"val/{k}": v for k, v in values.items()}, batch_size=len(keep), sync_dist=True
+        )
         if codes is not None:
             self.validation_codes.append(codes)
 
     def on_validation_epoch_end(self) -> None:
         if self.validation_codes:
-            self._log_usage("val", usage(torch.cat(self.validation_codes), self.tokenizer.config.codebook_size))
+            self._log_usage(
+                "val", usage(torch.cat(self.validation_codes), self.tokenizer.config.codebook_size)
+            )
         self.validation_codes.clear()
 
     def on_fit_end(self) -> None:
@@ -238,23 +254,36 @@ class TokenizerTraining(L.LightningModule):
 
     # The parts
 
-    def features(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches width"]:
+    def features(
+        self, images: UInt8[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch patches width"]:
         c = self.tokenizer.config
-        return self.tokenizer.features(normalize(images, c.image_mean, c.image_std).to(self.tokenizer.dtype)).float()
+        return self.tokenizer.features(
+            normalize(images, c.image_mean, c.image_std).to(self.tokenizer.dtype)
+        ).float()
 
-    def cosines(self, x: Float[Tensor, "b n d"], y: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor]:
+    def cosines(
+        self, x: Float[Tensor, "b n d"], y: Float[Tensor, "b n d"]
+    ) -> tuple[Tensor, Tensor]:
         """Mean cosine over patches, plain and with the running mean feature subtracted from both."""
         y, mean = y.float(), self.mean_feature
-        return F.cosine_similarity(x, y, dim=-1).mean(), F.cosine_similarity(x - mean, y - mean, dim=-1).mean()
+        return F.cosine_similarity(x, y, dim=-1).mean(), F.cosine_similarity(
+            x - mean, y - mean, dim=-1
+        ).mean()
 
     def _dense(
-        self, features: Float[Tensor, "b n d"], policy: Float[Tensor, "b n"], keep: Bool[Tensor, "b n"]
+        self,
+        features: Float[Tensor, "b n d"],
+        policy: Float[Tensor, "b n"],
+        keep: Bool[Tensor, "b n"],
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Every row computed, masks as a policy: the selector's gradient flows through merger and reconstructor."""
         z = self.tokenizer.quantizer.project(self.tokenizer.merger.dense(features, policy))
         vectors, codes, commitment = self._quantize(z[keep])
         vectors = z.masked_scatter(keep[..., None], vectors.to(z.dtype))
-        index = keep.long().cumsum(1) - keep.long()  # the place each row has, or would have, in the code sequence
+        index = (
+            keep.long().cumsum(1) - keep.long()
+        )  # the place each row has, or would have, in the code sequence
         return self.tokenizer.reconstructor(vectors, index, policy), codes, commitment
 
     def _ragged(
@@ -262,7 +291,9 @@ class TokenizerTraining(L.LightningModule):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The way of encode(): only kept rows are computed."""
         layout = RaggedLayout.of(keep)
-        vectors, codes, commitment = self._quantize(self.tokenizer.project(self.tokenizer.merge(features, keep)))
+        vectors, codes, commitment = self._quantize(
+            self.tokenizer.project(self.tokenizer.merge(features, keep))
+        )
         return self.tokenizer.reconstructor.ragged(vectors, layout), codes, commitment
 
     def _quantize(self, z: Float[Tensor, "total c"]) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -275,7 +306,10 @@ class TokenizerTraining(L.LightningModule):
         quantized, codes, commitment = self.codebook(z, seed=self.settings.seed + self.global_step)
         if not self.training:
             return quantized, codes, zero
-        share = min(1.0, (self.global_step - self.settings.quantize_at + 1) / max(1, self.settings.blend_steps))
+        share = min(
+            1.0,
+            (self.global_step - self.settings.quantize_at + 1) / max(1, self.settings.blend_steps),
+        )
         return z + share * (quantized - z), codes, commitment
 
     @torch.no_grad()
@@ -299,7 +333,9 @@ class TokenizerTraining(L.LightningModule):
         assert self.codebook is not None
         generator = torch.Generator().manual_seed(self.settings.seed)
         size = self.tokenizer.config.codebook_size
-        rows, counts = spherical_kmeans(self.recent_z.latest(), size, self.settings.kmeans_iterations, generator)
+        rows, counts = spherical_kmeans(
+            self.recent_z.latest(), size, self.settings.kmeans_iterations, generator
+        )
         rows, counts = self.trainer.strategy.broadcast((rows, counts))
         self.codebook.load_embeddings(rows, counts * self._rows_per_step() / counts.sum())
 
@@ -319,5 +355,7 @@ class TokenizerTraining(L.LightningModule):
     def _picture(self, images: UInt8[Tensor, "batch 3 h w"], keep: Bool[Tensor, "batch n"]) -> None:
         if self.trainer.is_global_zero:
             side = self.tokenizer.config.image_size // self.tokenizer.config.patch_size
-            shown = [kept_overlay(images[i], keep[i], (side, side)) for i in range(min(16, len(images)))]
+            shown = [
+                kept_overlay(images[i], keep[i], (side, side)) for i in range(min(16, len(images)))
+            ]
             log_image(self, "kept_patches", sheet([shown[:8], shown[8:]]))

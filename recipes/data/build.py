@@ -114,7 +114,8 @@ def process(task: Task) -> tuple[list[Record], list[dict[str, str]]]:
 
 def write_split(records: list[Record], split: str, out: Path) -> None:
     """Write one split as parquet shards that know their image column."""
-    from datasets import Dataset, Features, ImageFeature, Value, disable_progress_bars
+    from datasets import Dataset, Features, Value, disable_progress_bars
+    from datasets import Image as ImageFeature
 
     disable_progress_bars()
     columns = ("caption", "source", "key", "licence")

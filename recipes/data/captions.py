@@ -48,7 +48,9 @@ def _words(name: str) -> list[str]:
     words = [word for word in re.split(r"[\W_]+", name) if word and not word.isdigit()]
     words = [re.sub(r"(?<=[a-z])\d+$", "", word) for word in words]
     words = _drop_author(words, shortest)
-    return [word for word in words if (len(word) > 1 and not re.match(r"\d|0x", word)) or word == "a"]
+    return [
+        word for word in words if (len(word) > 1 and not re.match(r"\d|0x", word)) or word == "a"
+    ]
 
 
 def openclipart_caption(path: str) -> str:

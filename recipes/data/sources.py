@@ -80,7 +80,9 @@ def wallpaper_tasks(raw: Path) -> Iterator[Task]:
                 yield Task(path, key, "wallpapers", caption, row["licence"], CROPS[row["kind"]])
 
 
-def fashion_pictures(raw: Path, count: int = FASHION_COUNT) -> Iterator[tuple[Task, bytes, np.ndarray]]:
+def fashion_pictures(
+    raw: Path, count: int = FASHION_COUNT
+) -> Iterator[tuple[Task, bytes, np.ndarray]]:
     """The `count` pictures of Fashion-MNIST whose content hashes come first."""
     found: list[tuple[bytes, str, int, np.ndarray]] = []
     for part in ("train", "t10k"):

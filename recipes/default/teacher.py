@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from command import RecipeCLI, warmup_cosine
 from jaxtyping import Bool, Float, UInt8
-from lightning import LightningModule
+from pytorch_lightning import LightningModule
 from safetensors.torch import save_file
 from sentences import embed_cached
 from torch import Tensor, nn
@@ -121,7 +121,9 @@ class Teacher(LightningModule):
 
     def low_pass(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patch 12"]:
         """Each patch as 2x2 average colours in normalised units, details weighted; ordered channel, row, column."""
-        colours = F.unfold(F.adaptive_avg_pool2d(pixels, 2 * self.grid), 2, stride=2).transpose(1, 2)
+        colours = F.unfold(F.adaptive_avg_pool2d(pixels, 2 * self.grid), 2, stride=2).transpose(
+            1, 2
+        )
         mean = colours.unflatten(2, (3, 4)).mean(3).repeat_interleave(4, 2)
         return mean + self.hparams.detail_weight * (colours - mean)
 
@@ -129,11 +131,17 @@ class Teacher(LightningModule):
         pixels = normalize(batch["images"])
         generator = torch.Generator().manual_seed(self.hparams.seed * 1_000_003 + self.global_step)
         hidden = self.hide(len(pixels), generator).to(self.device).view(-1, 1, self.grid, self.grid)
-        visible = (~hidden).repeat_interleave(self.hparams.patch_size, 2).repeat_interleave(self.hparams.patch_size, 3)
+        visible = (
+            (~hidden)
+            .repeat_interleave(self.hparams.patch_size, 2)
+            .repeat_interleave(self.hparams.patch_size, 3)
+        )
         normed = self.norm(self.features(pixels * visible))
         noise = torch.randn(normed.shape, generator=generator).to(normed)
         normed = normed + self.hparams.feature_noise * noise
-        pixel_loss = F.smooth_l1_loss(self.pixel_head(normed).float(), self.low_pass(pixels), beta=0.5)
+        pixel_loss = F.smooth_l1_loss(
+            self.pixel_head(normed).float(), self.low_pass(pixels), beta=0.5
+        )
         caption_loss = self.contrast(self.describe(normed), self.lookup(batch["captions"]))
         self.log_dict({"train/caption": caption_loss, "train/pixel": pixel_loss}, prog_bar=True)
         return caption_loss + self.hparams.pixel_weight * pixel_loss
@@ -155,10 +163,14 @@ class Teacher(LightningModule):
         pixels = normalize(batch["images"])
         normed = self.norm(self.features(pixels))
         predicted, target = self.pixel_head(normed).float(), self.low_pass(pixels)
-        scale = torch.tensor((0.0722, 0.0683, 0.0760), device=self.device).repeat_interleave(4)  # variance of CLIP_STD
+        scale = torch.tensor((0.0722, 0.0683, 0.0760), device=self.device).repeat_interleave(
+            4
+        )  # variance of CLIP_STD
         error = ((predicted - target).square() * scale).mean()
         self.log("val/pixel", F.smooth_l1_loss(predicted, target, beta=0.5), batch_size=len(pixels))
-        self.seen.append((self.describe(normed), self.lookup(batch["captions"]), error.expand(len(pixels))))
+        self.seen.append(
+            (self.describe(normed), self.lookup(batch["captions"]), error.expand(len(pixels)))
+        )
 
     def on_validation_epoch_end(self) -> None:
         image, text, error = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
@@ -177,7 +189,9 @@ class Teacher(LightningModule):
             {"params": others, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.hparams.learning_rate, betas=(0.9, 0.98))
-        return warmup_cosine(optimizer, self.hparams.warmup_steps, self.trainer.estimated_stepping_batches)
+        return warmup_cosine(
+            optimizer, self.hparams.warmup_steps, self.trainer.estimated_stepping_batches
+        )
 
     def on_fit_end(self) -> None:
         if not self.trainer.is_global_zero:
@@ -202,8 +216,12 @@ class Teacher(LightningModule):
         length = flat.norm(dim=1)
         return {
             "cosine_to_dataset_mean": F.cosine_similarity(f, mean, dim=2).mean().item(),
-            "cosine_to_image_mean": F.cosine_similarity(f, f.mean(1, keepdim=True), dim=2).mean().item(),
-            "centred_cosine_to_image_mean": F.cosine_similarity(f - mean, f.mean(1, keepdim=True) - mean, dim=2)
+            "cosine_to_image_mean": F.cosine_similarity(f, f.mean(1, keepdim=True), dim=2)
+            .mean()
+            .item(),
+            "centred_cosine_to_image_mean": F.cosine_similarity(
+                f - mean, f.mean(1, keepdim=True) - mean, dim=2
+            )
             .mean()
             .item(),
             "pca1_explained": (variance[0] / variance[-1]).item(),

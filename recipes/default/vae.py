@@ -18,7 +18,7 @@ import torch
 from command import RecipeCLI, warmup_cosine
 from diffusers import AutoencoderKL
 from jaxtyping import Float, UInt8
-from lightning import LightningModule
+from pytorch_lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -74,7 +74,9 @@ class Autoencoder(LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         pixels = self.scale(batch["images"])
-        generator = torch.Generator(self.device).manual_seed(self.hparams.seed * 1_000_003 + self.global_step)
+        generator = torch.Generator(self.device).manual_seed(
+            self.hparams.seed * 1_000_003 + self.global_step
+        )
         posterior = self.vae.encode(pixels).latent_dist
         drawn = self.vae.decode(posterior.sample(generator)).sample.float()
         plain = F.l1_loss(drawn, pixels) + F.mse_loss(drawn, pixels)
@@ -86,7 +88,10 @@ class Autoencoder(LightningModule):
     @staticmethod
     def edges(drawn: Float[Tensor, "batch 3 h w"], pixels: Float[Tensor, "batch 3 h w"]) -> Tensor:
         """L1 between the neighbour differences of both pictures, summed over full, half and quarter size."""
-        error, total = drawn - pixels, drawn.new_zeros(())  # differences are linear: take them of the error
+        error, total = (
+            drawn - pixels,
+            drawn.new_zeros(()),
+        )  # differences are linear: take them of the error
         for _ in range(3):
             total = total + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
             error = F.avg_pool2d(error, 2)
@@ -94,16 +99,22 @@ class Autoencoder(LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         pixels = self.scale(batch["images"])
-        drawn = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.float().clamp(-1, 1)
+        drawn = (
+            self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.float().clamp(-1, 1)
+        )
         mse = (drawn - pixels).square().mean((1, 2, 3)) / 4  # of values in 0..1
         psnr = -10 * mse.clamp(min=1e-8).log10()
-        self.log_dict({"val/mse": mse.mean(), "val/psnr": psnr.mean()}, batch_size=len(pixels), prog_bar=True)
+        self.log_dict(
+            {"val/mse": mse.mean(), "val/psnr": psnr.mean()}, batch_size=len(pixels), prog_bar=True
+        )
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.hparams.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
-        return warmup_cosine(optimizer, self.hparams.warmup_steps, self.trainer.estimated_stepping_batches)
+        return warmup_cosine(
+            optimizer, self.hparams.warmup_steps, self.trainer.estimated_stepping_batches
+        )
 
     @torch.no_grad()
     def on_fit_end(self) -> None:
@@ -112,7 +123,9 @@ class Autoencoder(LightningModule):
         self.eval()
         images = self.trainer.datamodule.sets["train"].pixels
         chosen = images[torch.linspace(0, len(images) - 1, min(1000, len(images))).long()]
-        latents = torch.cat([self.vae.encode(self.scale(part)).latent_dist.mode() for part in chosen.split(50)])
+        latents = torch.cat(
+            [self.vae.encode(self.scale(part)).latent_dist.mode() for part in chosen.split(50)]
+        )
         mean, std = latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
         whiten(self.vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
         self.vae.register_to_config(scaling_factor=1.0)
@@ -132,7 +145,9 @@ class Autoencoder(LightningModule):
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL, mean: Float[Tensor, " latent"], std: Float[Tensor, " latent"]) -> None:
+def whiten(
+    vae: AutoencoderKL, mean: Float[Tensor, " latent"], std: Float[Tensor, " latent"]
+) -> None:
     """Give every latent channel mean 0 and deviation 1 by its 1x1 convolutions; the pictures stay the same.
 
     One scaling_factor for all leaves channels of small deviation under the diffusion's noise at nearly every step.

@@ -14,10 +14,16 @@ from lavit_lm import MultimodalLM
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="directory that lavit-lm fit wrote")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, help="directory that lavit-lm fit wrote"
+    )
     parser.add_argument("--out", type=Path, required=True, help="new directory")
-    parser.add_argument("--visual-tokenizer", default="default", help="where its visual tokenizer will be")
+    parser.add_argument(
+        "--visual-tokenizer", default="default", help="where its visual tokenizer will be"
+    )
     arguments = parser.parse_args()
     lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
     lm.save_pretrained(arguments.out, arguments.visual_tokenizer, torch.float16)

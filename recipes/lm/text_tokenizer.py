@@ -13,16 +13,24 @@ from lavit_tok import Shards
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=Path, required=True, help="folder that lavit-tok shards wrote")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shards", type=Path, required=True, help="folder that lavit-tok shards wrote"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
-    parser.add_argument("--size", type=int, default=2048, help="ids, the special ones and 256 bytes among them")
+    parser.add_argument(
+        "--size", type=int, default=2048, help="ids, the special ones and 256 bytes among them"
+    )
     arguments = parser.parse_args()
     captions = Shards.open(arguments.shards, "train").dataset()["caption"]
     tokenizer = train_text_tokenizer(captions, arguments.size)
     tokenizer.save_pretrained(arguments.out)
     tokens = sum(len(ids) for ids in tokenizer(list(captions))["input_ids"])
-    print(f"{len(tokenizer)} ids; {tokens / len(captions):.1f} tokens a caption; saved in {arguments.out}")
+    print(
+        f"{len(tokenizer)} ids; {tokens / len(captions):.1f} tokens a caption; saved in {arguments.out}"
+    )
 
 
 if __name__ == "__main__":

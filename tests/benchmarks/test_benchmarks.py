@@ -43,7 +43,9 @@ def saved(tmp_path: Path, tiny_tokenizer: VisualTokenizer) -> Path:
 
 def run(script: ModuleType, out: Path, *words: object) -> dict[str, Any]:
     """The script's main with a command line's words; gives what its JSON file holds."""
-    arguments = script.arguments().parse_args([*map(str, words), "--out", str(out), "--batch-size", "5"])
+    arguments = script.arguments().parse_args(
+        [*map(str, words), "--out", str(out), "--batch-size", "5"]
+    )
     script.main(arguments)
     name = next(out.glob("*.json"))
     text = name.with_suffix(".md").read_text()
@@ -61,7 +63,10 @@ def test_tokens_per_image_runs(
     assert "1 bad rows skipped" in found["set"] and found["bad_rows"] == 1
     (reject,) = found["rejects"]
     assert reject["key"] == "broken.png" and "broken.png: not a picture" in reject["reason"]
-    assert "`broken.png`: broken.png: not a picture" in (tmp_path / "out" / "tokens_per_image.md").read_text()
+    assert (
+        "`broken.png`: broken.png: not a picture"
+        in (tmp_path / "out" / "tokens_per_image.md").read_text()
+    )
     assert sum(found["histogram"]) == PICTURES
     counts = found["codes_per_image"]
     order = [counts[k] for k in ("min", "p5", "p25", "p50", "p75", "p95", "max")]
@@ -120,13 +125,17 @@ def test_reconstruction_runs_and_goes_on_where_it_was(
     assert list((tmp_path / "again").glob("*.json")) == []
     again = run(script, tmp_path / "again", *words)
     assert "went on from 29 finished parts" in capsys.readouterr().out
-    assert without_stamp(again) == without_stamp(found)  # the same command gives the same numbers, stopped or not
+    assert without_stamp(again) == without_stamp(
+        found
+    )  # the same command gives the same numbers, stopped or not
     assert found["features"]["plain"]["mean"] <= 1
     assert "'train'" in found["mean_feature_over"]
     pixels = found["pixels"]
     assert (pixels["pictures"], pixels["sources"], len(pixels["per_seed"])) == (6, PICTURES, 2)
     assert pixels["per_seed"][0]["psnr"] != pixels["per_seed"][1]["psnr"]
-    assert pixels["summary"]["psnr"]["mean"] == pytest.approx(np.mean([r["psnr"] for r in pixels["per_seed"]]))
+    assert pixels["summary"]["psnr"]["mean"] == pytest.approx(
+        np.mean([r["psnr"] for r in pixels["per_seed"]])
+    )
     assert any("not FID" in name for name in pixels["summary"])
     text = (tmp_path / "out" / "reconstruction.md").read_text()
     assert "AdaTok" in text and "only 6 pictures" in text
@@ -136,7 +145,10 @@ def test_reconstruction_runs_and_goes_on_where_it_was(
     assert curve["pictures"] == 4
     for rows in (curve["features"], curve["pixels"]):
         points = [(r["method"], r["budget"]) for r in rows]
-        assert points == [("learned", None), *((m, b) for m in ("learned", "random", "top norm") for b in (2, 4, 5, 8))]
+        assert points == [
+            ("learned", None),
+            *((m, b) for m in ("learned", "random", "top norm") for b in (2, 4, 5, 8)),
+        ]
     assert [r["codes_per_image"] for r in curve["features"] if r["budget"]] == [2, 4, 5, 8] * 3
     assert {r["psnr"]["seeds"] for r in curve["pixels"]} == {2}
     assert (tmp_path / "out" / "reconstruction_curve.png").stat().st_size > 1000
@@ -151,7 +163,16 @@ def test_rfid_over_few_pictures_is_refused(
 ):
     script, common = scripts("reconstruction"), scripts("common")
     tiny_decoder.save_pretrained(tmp_path / "decoder")
-    words = ["--data", folder, "--tokenizer", saved, "--decoder", tmp_path / "decoder", "--inception", "weights.pth"]
+    words = [
+        "--data",
+        folder,
+        "--tokenizer",
+        saved,
+        "--decoder",
+        tmp_path / "decoder",
+        "--inception",
+        "weights.pth",
+    ]
     arguments = script.arguments().parse_args([*map(str, words), "--out", str(tmp_path)])
     assert common.run(script.main, arguments) == 2
     assert "rFID over 12 pictures means nothing" in capsys.readouterr().err
@@ -159,7 +180,9 @@ def test_rfid_over_few_pictures_is_refused(
 
 def test_selection_runs(scripts: Any, folder: Path, saved: Path, tmp_path: Path):
     script = scripts("selection")
-    found = run(script, tmp_path / "out", "--data", folder, "--tokenizer", saved, "--budgets", 2, 5, 16)
+    found = run(
+        script, tmp_path / "out", "--data", folder, "--tokenizer", saved, "--budgets", 2, 5, 16
+    )
     rows = {(r["method"], r["budget"]): r for r in found["rows"]}
     for budget in (2, 5, 16):
         for method in (script.LEARNED, script.RANDOM, script.EVEN, script.NORM):
@@ -175,7 +198,19 @@ def test_selection_runs(scripts: Any, folder: Path, saved: Path, tmp_path: Path)
 
 def test_encode_speed_runs(scripts: Any, saved: Path, tmp_path: Path):
     script = scripts("encode_speed")
-    words = ("--tokenizer", saved, "--cases", "shipped", "--batch-sizes", 2, "--repeats", 3, "--seconds", 0, "--memory")
+    words = (
+        "--tokenizer",
+        saved,
+        "--cases",
+        "shipped",
+        "--batch-sizes",
+        2,
+        "--repeats",
+        3,
+        "--seconds",
+        0,
+        "--memory",
+    )
     (found,) = run(script, tmp_path / "out", *words)["runs"]
     assert found["kept_share"] == pytest.approx(1 / 3, abs=0.05)
     flops = found["gflops_per_image"]
@@ -190,7 +225,9 @@ def test_evenly_spaced_and_cropped(scripts: Any, folder: Path):
     some = picture_sets.load_pictures(str(folder), 32, "train", limit=4)
     everything = picture_sets.load_pictures(str(folder), 32, "train")
     assert torch.equal(some.pixels, everything.pixels[[0, 3, 6, 9]])
-    source = Image.open(folder / "train" / "00.png")  # 150 x 120: shorter side to 32, then the centre
+    source = Image.open(
+        folder / "train" / "00.png"
+    )  # 150 x 120: shorter side to 32, then the centre
     square = source.resize((40, 32), Image.Resampling.BICUBIC).crop((4, 0, 36, 32))
     expected = torch.from_numpy(np.array(square)).permute(2, 0, 1)
     assert int((everything.pixels[0].int() - expected.int()).abs().max()) <= 1
@@ -216,7 +253,9 @@ def test_token_statistics_by_hand(scripts: Any):
 
 
 def test_jpeg_size_is_that_of_the_file(scripts: Any, tmp_path: Path):
-    pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "a.jpg", quality=90)
     assert scripts("tokens_per_image").jpeg_size(pixels, 90) == (tmp_path / "a.jpg").stat().st_size
 
@@ -224,24 +263,32 @@ def test_jpeg_size_is_that_of_the_file(scripts: Any, tmp_path: Path):
 def test_cosines_and_their_floors_by_hand(scripts: Any):
     script = scripts("metrics")
     mean = torch.tensor([1.0, 0.0])
-    features = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[2.0, 1.0], [2.0, 1.0]]])  # image 1 is the same everywhere
+    features = torch.tensor(
+        [[[1.0, 1.0], [1.0, -1.0]], [[2.0, 1.0], [2.0, 1.0]]]
+    )  # image 1 is the same everywhere
     found = script.cosines(features, features.clone(), mean)
     assert found["plain"].tolist() == pytest.approx([1, 1])
     assert found["centred"].tolist() == pytest.approx([1, 1])
     half = 2**-0.5
     assert found["plain_floor_set_mean"].tolist() == pytest.approx([half, 2 / 5**0.5])
     assert found["plain_floor_image_mean"].tolist() == pytest.approx([half, 1])
-    assert found["centred_floor_image_mean"].tolist() == pytest.approx([0, 1])  # image 0's own mean is the set's mean
+    assert found["centred_floor_image_mean"].tolist() == pytest.approx(
+        [0, 1]
+    )  # image 0's own mean is the set's mean
     # The mean feature as the answer: a fair plain cosine, and nothing centred.
     flat = script.cosines(features, mean.expand_as(features), mean)
     assert torch.equal(flat["plain"], found["plain_floor_set_mean"])
     assert flat["centred"].tolist() == [0, 0]
 
 
-def test_mean_feature_is_over_all_patches_of_all_batches(scripts: Any, folder: Path, tiny_tokenizer: VisualTokenizer):
+def test_mean_feature_is_over_all_patches_of_all_batches(
+    scripts: Any, folder: Path, tiny_tokenizer: VisualTokenizer
+):
     pictures = scripts("picture_sets").load_pictures(str(folder), 32)
     found = scripts("metrics").feature_mean(tiny_tokenizer, pictures.batches(5))
-    expected = tiny_tokenizer.features(tiny_tokenizer.preprocess(pictures.pixels)).double().mean((0, 1))
+    expected = (
+        tiny_tokenizer.features(tiny_tokenizer.preprocess(pictures.pixels)).double().mean((0, 1))
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -260,12 +307,16 @@ def test_retrieval(scripts: Any):
 def test_pixel_scores_by_hand(scripts: Any):
     script = scripts("metrics")
     black, white = torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32)
-    assert script.pixel_scores(black + 0.1, black)["psnr"] == pytest.approx(20, abs=1e-3)  # 10 log10(1 / 0.01)
+    assert script.pixel_scores(black + 0.1, black)["psnr"] == pytest.approx(
+        20, abs=1e-3
+    )  # 10 log10(1 / 0.01)
     assert script.pixel_scores(white, black)["ssim"] == pytest.approx(0, abs=1e-3)
     assert script.pixel_scores(black, black)["ssim"] == pytest.approx(1)
 
 
-def test_frechet_distance_in_the_encoders_space(scripts: Any, folder: Path, tiny_tokenizer: VisualTokenizer):
+def test_frechet_distance_in_the_encoders_space(
+    scripts: Any, folder: Path, tiny_tokenizer: VisualTokenizer
+):
     script = scripts("metrics")
     pictures = scripts("picture_sets").load_pictures(str(folder), 32).pixels
 
@@ -288,7 +339,9 @@ def test_flops_of_a_product_and_of_attention(scripts: Any):
 def test_interleaved_takes_turns(scripts: Any):
     calls: list[str] = []
     script = scripts("encode_speed")
-    first, second = script.interleaved([lambda: calls.append("a"), lambda: calls.append("b")], 3, "cpu", warm=1)
+    first, second = script.interleaved(
+        [lambda: calls.append("a"), lambda: calls.append("b")], 3, "cpu", warm=1
+    )
     assert calls == ["a", "b"] * 4
     assert len(first) == len(second) == 3
 
@@ -296,7 +349,9 @@ def test_interleaved_takes_turns(scripts: Any):
 def test_results_hide_where_they_ran(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     common = scripts("common")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "benchmarks" / "x.py"), "--data", "/somewhere/else/pictures"])
+    monkeypatch.setattr(
+        sys, "argv", [str(tmp_path / "benchmarks" / "x.py"), "--data", "/somewhere/else/pictures"]
+    )
     assert common.stamp()["command"] == "python benchmarks/x.py --data pictures"
 
 

@@ -45,7 +45,14 @@ def model(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) ->
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     tiny_decoder.save_pretrained(tmp_path / "decoder")
     processor, lm = processor_and_model("llama")
-    save_model(tmp_path / "lm", lm, processor, LaVIT(), str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    save_model(
+        tmp_path / "lm",
+        lm,
+        processor,
+        LaVIT(),
+        str(tmp_path / "visual"),
+        tiny_tokenizer.fingerprint(),
+    )
     return tmp_path / "lm"
 
 
@@ -58,18 +65,33 @@ def coco(photos: list[Path], tmp_path: Path) -> Path:
     images = [{"id": one, "file_name": f"COCO_val2014_{one:012d}.jpg"} for one in ids]
     for i, image in enumerate(images):
         crop(photos, i).save(at / "val2014" / str(image["file_name"]))
-    said = [{"image_id": one, "caption": TEXTS[(i + k) % 4]} for i, one in enumerate(ids) for k in range(2)]
+    said = [
+        {"image_id": one, "caption": TEXTS[(i + k) % 4]}
+        for i, one in enumerate(ids)
+        for k in range(2)
+    ]
     write(at / "captions_val2014.json", {"images": images, "annotations": said})
     sentences = [{"raw": TEXTS[0]}, {"raw": TEXTS[1]}]
     splits = ["test", "train", "test", "val", "test", "restval", "train"]
     entries = [
-        {"filepath": "val2014", "filename": x["file_name"], "split": s, "cocoid": x["id"], "sentences": sentences}
+        {
+            "filepath": "val2014",
+            "filename": x["file_name"],
+            "split": s,
+            "cocoid": x["id"],
+            "sentences": sentences,
+        }
         for x, s in zip(images, splits, strict=True)
     ]
     write(at / "dataset_coco.json", {"dataset": "coco", "images": entries})
-    asked = [{"question_id": 10 * one, "image_id": one, "question": f"what is {i}?"} for i, one in enumerate(ids)]
+    asked = [
+        {"question_id": 10 * one, "image_id": one, "question": f"what is {i}?"}
+        for i, one in enumerate(ids)
+    ]
     write(at / "questions.json", {"data_subtype": "val2014", "questions": asked})
-    people = [[{"answer": a, "answer_id": n} for n, a in enumerate(ten(i))] for i in range(PICTURES)]
+    people = [
+        [{"answer": a, "answer_id": n} for n, a in enumerate(ten(i))] for i in range(PICTURES)
+    ]
     types = ["yes/no", "other", "other", "number", "other", "yes/no", "number"]
     answers = [
         {"question_id": q["question_id"], "image_id": q["image_id"], "answer_type": t, "answers": p}
@@ -79,7 +101,13 @@ def coco(photos: list[Path], tmp_path: Path) -> Path:
     write(
         at / "vizwiz.json",
         [
-            {"image": x["file_name"], "question": q["question"], "answers": p, "answer_type": t, "answerable": 1}
+            {
+                "image": x["file_name"],
+                "question": q["question"],
+                "answers": p,
+                "answer_type": t,
+                "answerable": 1,
+            }
             for x, q, p, t in zip(images, asked, people, types, strict=True)
         ],
     )
@@ -205,7 +233,9 @@ def cider_d(true: list[list[str]], said: list[str]) -> list[float]:
     scores = np.zeros(len(said))
     for n in range(1, 5):
         words = sorted({g for texts in [*true, said] for text in texts for g in ngrams(text, n)})
-        seen = np.array([sum(any(w in ngrams(t, n) for t in texts) for texts in true) for w in words])
+        seen = np.array(
+            [sum(any(w in ngrams(t, n) for t in texts) for texts in true) for w in words]
+        )
         weights = math.log(len(true)) - np.log(np.maximum(seen, 1))
 
         def vector(text: str, n: int = n, words: Any = words, weights: Any = weights) -> np.ndarray:
@@ -233,8 +263,12 @@ def test_caption_scores_against_a_second_computation(scripts: Any):
     assert found.scores["CIDEr"] == pytest.approx(sum(each) / 3, rel=1e-6)
     assert not found.official and "not the official PTB" in found.tokenization
     perfect = script.score(TRUE, [texts[0] for texts in TRUE], ("BLEU", "ROUGE-L"), "words").scores
-    assert perfect["BLEU-4"] == pytest.approx(100, rel=1e-5) and perfect["ROUGE-L"] == pytest.approx(100)
-    assert script.score(TRUE, ["", "", ""], ("BLEU", "ROUGE-L", "CIDEr"), "words").scores["CIDEr"] == 0
+    assert perfect["BLEU-4"] == pytest.approx(100, rel=1e-5) and perfect[
+        "ROUGE-L"
+    ] == pytest.approx(100)
+    assert (
+        script.score(TRUE, ["", "", ""], ("BLEU", "ROUGE-L", "CIDEr"), "words").scores["CIDEr"] == 0
+    )
     with pytest.raises(ValueError, match="all have true captions"):
         script.score([*TRUE[:2], []], SAID)
 
@@ -244,7 +278,10 @@ def test_bleu_without_pycocoevalcap(scripts: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(script, "find_spec", lambda name: None)
     found = script.score(TRUE, SAID)
     assert found.scores["BLEU-2"] == pytest.approx(100 * bleu(TRUE, SAID, 2), rel=1e-5)
-    assert set(found.absent) == {"ROUGE-L", "CIDEr", "METEOR", "SPICE"} and "pip install" in found.absent["CIDEr"]
+    assert (
+        set(found.absent) == {"ROUGE-L", "CIDEr", "METEOR", "SPICE"}
+        and "pip install" in found.absent["CIDEr"]
+    )
     assert found.by.startswith("torchmetrics") and not found.official
     with pytest.raises(ValueError, match="--tokenization ptb: needs pycocoevalcap"):
         script.score(TRUE, SAID, tokenization="ptb")
@@ -257,7 +294,9 @@ def test_the_official_tokenization(scripts: Any):
     spoilt = ["A red apple, on the table!", "Dogs run\u2028along a beach.", "the old (old) hall"]
     found = script.score(TRUE, spoilt, ("CIDEr", "SPICE"))
     assert found.official and "PTB" in found.tokenization
-    assert found.scores["CIDEr"] > 0 and found.cider[1] == pytest.approx(100 * cider_d(TRUE, SAID)[1], rel=1e-6)
+    assert found.scores["CIDEr"] > 0 and found.cider[1] == pytest.approx(
+        100 * cider_d(TRUE, SAID)[1], rel=1e-6
+    )
     assert "not fetched" in found.absent["SPICE"]
     assert script._ptb([["", "It isn't."], [""]]) == [["", "it is n't"], [""]]
 
@@ -276,7 +315,9 @@ def test_official_caption_files(scripts: Any, coco: Path):
     assert flat.ids == [53, 108] and flat.open(1)[0] is not None
     with pytest.raises(ValueError, match=r"expected a split of .*'restval'.*got 'x'"):
         script.read_captions(coco / "dataset_coco.json", coco, "x")
-    with pytest.raises(ValueError, match=r"expected COCO's captions .*got another format: no 'images'"):
+    with pytest.raises(
+        ValueError, match=r"expected COCO's captions .*got another format: no 'images'"
+    ):
         script.read_captions(coco / "questions.json", coco)
     with pytest.raises(ValueError, match="got another format"):
         script.read_captions(coco / "vizwiz.json", coco)
@@ -286,7 +327,10 @@ def test_official_caption_files(scripts: Any, coco: Path):
 
 def test_whole_sets_are_known_and_parts_are_not(scripts: Any, tmp_path: Path):
     entry = {"filename": "x.jpg", "split": "test", "sentences": [{"raw": "x"}]}
-    write(tmp_path / "k.json", {"dataset": "coco", "images": [{**entry, "cocoid": i} for i in range(5000)]})
+    write(
+        tmp_path / "k.json",
+        {"dataset": "coco", "images": [{**entry, "cocoid": i} for i in range(5000)]},
+    )
     whole = scripts("caption_sets").read_captions(tmp_path / "k.json", tmp_path)
     assert whole.standard == "COCO, Karpathy's test split"
     assert whole.take(range(4999)).standard is None and whole.take(range(5000)).standard
@@ -298,8 +342,14 @@ def test_whole_sets_are_known_and_parts_are_not(scripts: Any, tmp_path: Path):
 
 def test_official_question_files(scripts: Any, coco: Path):
     script = scripts("question_sets")
-    found = script.read_questions(coco / "questions.json", coco / "annotations.json", coco / "val2014")
-    assert found.ids[:2] == [420, 530] and found.questions[1] == "what is 1?" and found.answers[2] == ten(2)
+    found = script.read_questions(
+        coco / "questions.json", coco / "annotations.json", coco / "val2014"
+    )
+    assert (
+        found.ids[:2] == [420, 530]
+        and found.questions[1] == "what is 1?"
+        and found.answers[2] == ten(2)
+    )
     assert found.types[3] == "number" and found.id_name == "question_id"
     assert found.images[0].name == "COCO_val2014_000000000042.jpg"
     vizwiz = script.read_questions(coco / "vizwiz.json", None, coco / "val2014")
@@ -314,7 +364,9 @@ def test_official_question_files(scripts: Any, coco: Path):
         script.read_questions(coco / "questions.json", coco / "captions_val2014.json", coco)
     fewer = json.loads((coco / "annotations.json").read_text())
     write(coco / "fewer.json", {"annotations": fewer["annotations"][:3]})
-    with pytest.raises(ValueError, match=r"4 of 7 questions of questions.json have no answers there, the first 420"):
+    with pytest.raises(
+        ValueError, match=r"4 of 7 questions of questions.json have no answers there, the first 420"
+    ):
         script.read_questions(coco / "questions.json", coco / "fewer.json", coco)
 
 
@@ -323,7 +375,18 @@ def test_official_question_files(scripts: Any, coco: Path):
 
 def captioning_words(coco: Path, model: Path) -> list[object]:
     files = ["--annotations", coco / "captions_val2014.json", "--images", coco / "val2014"]
-    return [*files, "--model", model, "--max-tokens", 6, "--batch-size", 2, "--tokenization", "words", *SCORERS]
+    return [
+        *files,
+        "--model",
+        model,
+        "--max-tokens",
+        6,
+        "--batch-size",
+        2,
+        "--tokenization",
+        "words",
+        *SCORERS,
+    ]
 
 
 def test_captioning_runs(scripts: Any, coco: Path, model: Path, tmp_path: Path, capsys: Any):
@@ -334,14 +397,21 @@ def test_captioning_runs(scripts: Any, coco: Path, model: Path, tmp_path: Path, 
     images = json.loads((coco / "captions_val2014.json").read_text())["images"]
     files = [coco / "val2014" / image["file_name"] for image in images]
     again = [" ".join(text.split()) for text in lm.caption(files, 6)]
-    assert results == [{"image_id": x["id"], "caption": t} for x, t in zip(images, again, strict=True)]
-    assert "not the whole Karpathy test split of COCO" in found["departures"] and not found["comparable"]
+    assert results == [
+        {"image_id": x["id"], "caption": t} for x, t in zip(images, again, strict=True)
+    ]
+    assert (
+        "not the whole Karpathy test split of COCO" in found["departures"]
+        and not found["comparable"]
+    )
     assert "2 true captions a picture at least, not five" in found["departures"]
     assert found["captions"] == PICTURES
     if find_spec("pycocoevalcap"):
         true = [[TEXTS[i % 4], TEXTS[(i + 1) % 4]] for i in range(PICTURES)]
         split = [" ".join(re.findall(r"[\w']+", text.lower())) for text in again]
-        assert found["cider_of_each"] == pytest.approx([100 * v for v in cider_d(true, split)], abs=1e-6)
+        assert found["cider_of_each"] == pytest.approx(
+            [100 * v for v in cider_d(true, split)], abs=1e-6
+        )
     text = (tmp_path / "out" / "captioning.md").read_text()
     assert "Not comparable" in text and "134.0" in text and "over 7 pictures" in text
     assert run(script, tmp_path / "twice", *words) == found
@@ -349,19 +419,45 @@ def test_captioning_runs(scripts: Any, coco: Path, model: Path, tmp_path: Path, 
     beams = run(script, tmp_path / "beams", *words, "--beams", 3, "--min-tokens", 2)
     results = json.loads((tmp_path / "beams" / "captioning.results.json").read_text())
     wide = lm.caption(files, 6, min_tokens=2, beams=3)
-    assert [r["caption"] for r in results] == [" ".join(text.split()) for text in wide] and wide != again
-    assert beams["decoding"] == "3 beams, 2 to 6 tokens" and found["decoding"] == "greedy, 1 to 6 tokens"
-    line = refused(scripts, script, capsys, tmp_path / "x", *words, "--beams", 2, "--temperature", 1)
+    assert [r["caption"] for r in results] == [
+        " ".join(text.split()) for text in wide
+    ] and wide != again
+    assert (
+        beams["decoding"] == "3 beams, 2 to 6 tokens"
+        and found["decoding"] == "greedy, 1 to 6 tokens"
+    )
+    line = refused(
+        scripts, script, capsys, tmp_path / "x", *words, "--beams", 2, "--temperature", 1
+    )
     assert "nothing is sampled there" in line
 
     fewer = run(script, tmp_path / "fewer", *words, "--limit", 3)
-    assert fewer["set"] == "3 of the 7 pictures of captions_val2014.json" and "over 3 pictures" in fewer["label"]
+    assert (
+        fewer["set"] == "3 of the 7 pictures of captions_val2014.json"
+        and "over 3 pictures" in fewer["label"]
+    )
 
 
-def test_captioning_with_examples(scripts: Any, coco: Path, model: Path, own: Path, tmp_path: Path, capsys: Any):
+def test_captioning_with_examples(
+    scripts: Any, coco: Path, model: Path, own: Path, tmp_path: Path, capsys: Any
+):
     script = scripts("captioning")
-    words = ["--data", own, "--model", model, "--max-tokens", 5, "--limit", 2, "--tokenization", "words", *SCORERS]
-    found = run(script, tmp_path / "out", *words, "--shots", 2, "--prompt", "a picture of", "--seed", 3)
+    words = [
+        "--data",
+        own,
+        "--model",
+        model,
+        "--max-tokens",
+        5,
+        "--limit",
+        2,
+        "--tokenization",
+        "words",
+        *SCORERS,
+    ]
+    found = run(
+        script, tmp_path / "out", *words, "--shots", 2, "--prompt", "a picture of", "--seed", 3
+    )
     source = scripts("caption_sets").caption_rows(str(own), "train")
     before: list[Any] = []
     for place in np.random.default_rng(3).permutation(PICTURES)[:2].tolist():
@@ -370,9 +466,13 @@ def test_captioning_with_examples(scripts: Any, coco: Path, model: Path, own: Pa
     lm = MultimodalLM.from_pretrained(model, decoder=None)
     results = json.loads((tmp_path / "out" / "captioning.results.json").read_text())
     for result in results:
-        (said,) = lm.complete([*before, own / result["image_id"], "a picture of"], 5, max_images=0) or [""]
+        (said,) = lm.complete(
+            [*before, own / result["image_id"], "a picture of"], 5, max_images=0
+        ) or [""]
         assert " ".join(said.split()) == result["caption"]
-    assert [r["image_id"] for r in results] == ["test/0.png", "test/3.png"], "seen from the data set"
+    assert [r["image_id"] for r in results] == ["test/0.png", "test/3.png"], (
+        "seen from the data set"
+    )
     assert found["seen_in_training"] == 2 and found["cider_of_unseen"] is None
     texts = ["rain", TEXTS[0].upper()] + ["snow"] * (PICTURES - 2)
     rows = [f"{i}.png,{text}" for i, text in enumerate(texts)]
@@ -381,32 +481,57 @@ def test_captioning_with_examples(scripts: Any, coco: Path, model: Path, own: Pa
     assert unseen["seen_in_training"] == 1
     if unseen["cider_of_each"]:
         assert unseen["cider_of_unseen"] == pytest.approx(unseen["cider_of_each"][1])
-    line = refused(scripts, script, capsys, tmp_path / "x", *words, "--shots", 1, "--shots-split", "test")
+    line = refused(
+        scripts, script, capsys, tmp_path / "x", *words, "--shots", 1, "--shots-split", "test"
+    )
     assert "the split that is captioned" in line
     words = captioning_words(coco, model)
-    assert "--shots-annotations" in refused(scripts, script, capsys, tmp_path / "x", *words, "--shots", 1)
-    split = ["--annotations", coco / "dataset_coco.json", "--images", coco, *words[4:], "--shots", 1]
-    shown = run(script, tmp_path / "karpathy", *split, "--shots-annotations", coco / "dataset_coco.json")
+    assert "--shots-annotations" in refused(
+        scripts, script, capsys, tmp_path / "x", *words, "--shots", 1
+    )
+    split = [
+        "--annotations",
+        coco / "dataset_coco.json",
+        "--images",
+        coco,
+        *words[4:],
+        "--shots",
+        1,
+    ]
+    shown = run(
+        script, tmp_path / "karpathy", *split, "--shots-annotations", coco / "dataset_coco.json"
+    )
     assert shown["captions"] == 3 and shown["examples"] == [TEXTS[0]]
 
 
-def test_bad_pictures_and_files(scripts: Any, coco: Path, model: Path, own: Path, tmp_path: Path, capsys: Any):
+def test_bad_pictures_and_files(
+    scripts: Any, coco: Path, model: Path, own: Path, tmp_path: Path, capsys: Any
+):
     script, words = scripts("captioning"), captioning_words(coco, model)
     bad = coco / "val2014" / "COCO_val2014_000000000064.jpg"
     bad.write_bytes(b"no picture")
     found = run(script, tmp_path / "out", *words)
-    assert [r["key"] for r in found["rejects"]] == ["64"] and "not a picture" in found["rejects"][0]["reason"]
-    assert found["captions"] == 6 and any("1 of 7 pictures left out" in d for d in found["departures"])
+    assert [r["key"] for r in found["rejects"]] == ["64"] and "not a picture" in found["rejects"][
+        0
+    ]["reason"]
+    assert found["captions"] == 6 and any(
+        "1 of 7 pictures left out" in d for d in found["departures"]
+    )
     results = json.loads((tmp_path / "out" / "captioning.results.json").read_text())
     assert 64 not in [r["image_id"] for r in results]
-    assert "`64`: COCO_val2014_000000000064.jpg: not a picture" in (tmp_path / "out" / "captioning.md").read_text()
+    assert (
+        "`64`: COCO_val2014_000000000064.jpg: not a picture"
+        in (tmp_path / "out" / "captioning.md").read_text()
+    )
     bad.unlink()
     line = refused(scripts, script, capsys, tmp_path / "x", *words)
     assert "COCO_val2014_000000000064.jpg: no such picture; 1 of the 7" in line
     assert not (tmp_path / "x").exists(), "said before anything is made"
     other = ["--annotations", coco / "questions.json", *words[2:]]
     assert "expected COCO's captions" in refused(scripts, script, capsys, tmp_path / "x", *other)
-    assert "expected --images" in refused(scripts, script, capsys, tmp_path / "x", *words[:2], *words[4:])
+    assert "expected --images" in refused(
+        scripts, script, capsys, tmp_path / "x", *words[:2], *words[4:]
+    )
     both = [*words, "--data", own]
     assert "either --annotations" in refused(scripts, script, capsys, tmp_path / "x", *both)
 
@@ -436,16 +561,23 @@ def once(*given):
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
-def test_captioning_goes_on_after_kill(scripts: Any, coco: Path, model: Path, tmp_path: Path, capsys: Any):
+def test_captioning_goes_on_after_kill(
+    scripts: Any, coco: Path, model: Path, tmp_path: Path, capsys: Any
+):
     script, words = scripts("captioning"), captioning_words(coco, model)
     whole = run(script, tmp_path / "whole", *words)
     torn = "(given[0].folder / 'said-000006.unfinished').write_bytes(b'half')"
     killed("captioning", tmp_path / "out", words, "parts.Parts.values", torn)
     (folder,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
-    assert len(list(folder.glob("*.safetensors"))) == 3 and not (tmp_path / "out" / "captioning.json").exists()
+    assert (
+        len(list(folder.glob("*.safetensors"))) == 3
+        and not (tmp_path / "out" / "captioning.json").exists()
+    )
     capsys.readouterr()
     other = run(script, tmp_path / "out", *words, "--limit", 3)
-    assert "went on" not in capsys.readouterr().out and other["captions"] == 3, "other pictures share nothing"
+    assert "went on" not in capsys.readouterr().out and other["captions"] == 3, (
+        "other pictures share nothing"
+    )
     assert run(script, tmp_path / "out", *words) == whole
     assert "went on from 3 finished parts" in capsys.readouterr().out and not folder.exists()
 
@@ -481,18 +613,27 @@ def test_vqa_runs(scripts: Any, coco: Path, model: Path, tmp_path: Path, capsys:
         assert result["answer"] == offered[int(scores.argmax())]
         each.append(accuracy(result["answer"], ten(i)))
     assert ranked["accuracy"] == pytest.approx(100 * sum(each) / PICTURES)
-    assert ranked["by_type"]["number"] == {"accuracy": pytest.approx(50 * (each[3] + each[6])), "questions": 2}
+    assert ranked["by_type"]["number"] == {
+        "accuracy": pytest.approx(50 * (each[3] + each[6])),
+        "questions": 2,
+    }
     floor = sum(accuracy("red apple", ten(i)) for i in range(PICTURES)) / PICTURES
     assert ranked["always_the_commonest"] == pytest.approx(100 * floor)
-    assert ranked["candidates"] == len(offered) and ranked["chance"] == pytest.approx(100 / len(offered))
+    assert ranked["candidates"] == len(offered) and ranked["chance"] == pytest.approx(
+        100 / len(offered)
+    )
 
     (tmp_path / "yes.txt").write_text("red apple\n\n")
     listed = run(script, tmp_path / "listed", *files, *common, "--candidates", tmp_path / "yes.txt")
     assert listed["accuracy"] == pytest.approx(100 * floor)
     top = ["--candidates", coco / "annotations.json", "--candidates-top", 1]
-    assert run(script, tmp_path / "top", *files, *common, *top)["accuracy"] == pytest.approx(100 * floor)
+    assert run(script, tmp_path / "top", *files, *common, *top)["accuracy"] == pytest.approx(
+        100 * floor
+    )
     vizwiz = run(script, tmp_path / "vizwiz", "--questions", coco / "vizwiz.json", *common, *top)
-    assert vizwiz["accuracy"] == pytest.approx(100 * floor) and vizwiz["by_type"] == listed["by_type"]
+    assert (
+        vizwiz["accuracy"] == pytest.approx(100 * floor) and vizwiz["by_type"] == listed["by_type"]
+    )
     results = json.loads((tmp_path / "vizwiz" / "vqa.results.json").read_text())
     assert results[0] == {"image": "COCO_val2014_000000000042.jpg", "answer": "red apple"}
     blind = run(script, tmp_path / "blind", *files[:2], *common)
@@ -501,11 +642,29 @@ def test_vqa_runs(scripts: Any, coco: Path, model: Path, tmp_path: Path, capsys:
     assert "expected VQAv2's questions" in refused(scripts, script, capsys, tmp_path / "x", *other)
 
 
-def test_vqa_with_examples_and_after_kill(scripts: Any, coco: Path, model: Path, tmp_path: Path, capsys: Any):
+def test_vqa_with_examples_and_after_kill(
+    scripts: Any, coco: Path, model: Path, tmp_path: Path, capsys: Any
+):
     script = scripts("vqa")
     words = ["--questions", coco / "vizwiz.json", "--images", coco / "val2014", "--model", model]
-    words += ["--max-tokens", 4, "--batch-size", 2, "--shots", 1, "--template", "Q: {} A:", "--limit", 6]
-    shots = ["--shots-questions", coco / "questions.json", "--shots-annotations", coco / "annotations.json"]
+    words += [
+        "--max-tokens",
+        4,
+        "--batch-size",
+        2,
+        "--shots",
+        1,
+        "--template",
+        "Q: {} A:",
+        "--limit",
+        6,
+    ]
+    shots = [
+        "--shots-questions",
+        coco / "questions.json",
+        "--shots-annotations",
+        coco / "annotations.json",
+    ]
     whole = run(script, tmp_path / "whole", *words, *shots)
     killed("vqa", tmp_path / "out", [*words, *shots], "parts.Parts.values", "pass")
     capsys.readouterr()
@@ -514,14 +673,24 @@ def test_vqa_with_examples_and_after_kill(scripts: Any, coco: Path, model: Path,
     place = int(np.random.default_rng(0).permutation(PICTURES)[0])
     said = Counter(ten(place)).most_common(1)[0][0]
     assert whole["examples"] == [[f"what is {place}?", said]]
-    lm, pictures = MultimodalLM.from_pretrained(model, decoder=None), sorted((coco / "val2014").iterdir())
+    lm, pictures = (
+        MultimodalLM.from_pretrained(model, decoder=None),
+        sorted((coco / "val2014").iterdir()),
+    )
     results = json.loads((tmp_path / "out" / "vqa.results.json").read_text())
     for result in results:
         i = [p.name for p in pictures].index(result["image"])
-        prompt = [pictures[place], f"Q: what is {place}? A: {said}", pictures[i], f"Q: what is {i}? A:"]
+        prompt = [
+            pictures[place],
+            f"Q: what is {place}? A: {said}",
+            pictures[i],
+            f"Q: what is {i}? A:",
+        ]
         assert result["answer"] == " ".join("".join(lm.complete(prompt, 4, max_images=0)).split())
     same = ["--shots-questions", coco / "vizwiz.json"]
-    assert "the file that is asked about" in refused(scripts, script, capsys, tmp_path / "x", *words, *same)
+    assert "the file that is asked about" in refused(
+        scripts, script, capsys, tmp_path / "x", *words, *same
+    )
 
 
 def test_vqa_of_captions_says_that_it_is_none(scripts: Any, model: Path, own: Path, tmp_path: Path):
@@ -529,11 +698,16 @@ def test_vqa_of_captions_says_that_it_is_none(scripts: Any, model: Path, own: Pa
     words = ["--data", own, "--model", model, "--template", "", "--candidates", "own", "--limit", 4]
     found = run(script, tmp_path / "out", *words)
     assert "no questions: 'what is this?' is asked of all" in found["made_up"]
-    assert any("1 human answers a question, not ten; it counts as ten" in d for d in found["departures"])
+    assert any(
+        "1 human answers a question, not ten; it counts as ten" in d for d in found["departures"]
+    )
     lm = MultimodalLM.from_pretrained(model, decoder=None)
     results = json.loads((tmp_path / "out" / "vqa.results.json").read_text())
     rows = [0, 1, 3, 5]
-    offered = sorted({TEXTS[i % 4] for i in rows}, key=lambda t: (-[i % 4 for i in rows].count(TEXTS.index(t)), t))
+    offered = sorted(
+        {TEXTS[i % 4] for i in rows},
+        key=lambda t: (-[i % 4 for i in rows].count(TEXTS.index(t)), t),
+    )
     right = 0
     for i, result in zip(rows, results, strict=True):
         best = offered[int(lm.rank([own / "test" / f"{i}.png"], offered).argmax())]
@@ -559,7 +733,12 @@ def teacher(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A random teacher as its recipe saves one."""
     monkeypatch.setattr(scripts("caption_space"), "embed", vectors)
     config = CLIPVisionConfig(
-        image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        image_size=16,
+        patch_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -572,11 +751,26 @@ def teacher(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     """A random CLIP with a text tokenizer."""
-    part = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    part = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     tokenizer = small_tokenizer("llama")
     tokenizer.pad_token = "</s>"
-    text = {**part, "vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": 2, "bos_token_id": 1}
-    config = CLIPConfig(text_config=text, vision_config={**part, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    text = {
+        **part,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 12,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
+    config = CLIPConfig(
+        text_config=text,
+        vision_config={**part, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         CLIPModel(config).save_pretrained(tmp_path / "clip")
@@ -592,50 +786,91 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 def painting_words(coco: Path, model: Path) -> list[object]:
     files = ["--annotations", coco / "captions_val2014.json", "--images", coco / "val2014"]
-    return [*files, "--model", model, "--decoder", model.parent / "decoder", "--steps", 2, "--batch-size", 2]
+    return [
+        *files,
+        "--model",
+        model,
+        "--decoder",
+        model.parent / "decoder",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+    ]
 
 
 def test_text_to_image_runs(
     scripts: Any, coco: Path, model: Path, teacher: Path, clip: Path, tmp_path: Path, capsys: Any
 ):
     script = scripts("text_to_image")
-    words = [*painting_words(coco, model), "--captions", 5, "--seeds", 2, "--scorer", teacher, "--clip", clip]
+    words = [
+        *painting_words(coco, model),
+        "--captions",
+        5,
+        "--seeds",
+        2,
+        "--scorer",
+        teacher,
+        "--clip",
+        clip,
+    ]
     found = run(script, tmp_path / "out", *words)
     (distance,) = [name for name in found["figures"] if "Frechet" in name]
-    assert "not FID" in distance and "FID," not in (tmp_path / "out" / "text_to_image.md").read_text()
-    assert any("not COCO val2014" in d for d in found["departures"]) and "5 captions, not 30000" in found["departures"]
+    assert (
+        "not FID" in distance and "FID," not in (tmp_path / "out" / "text_to_image.md").read_text()
+    )
+    assert (
+        any("not COCO val2014" in d for d in found["departures"])
+        and "5 captions, not 30000" in found["departures"]
+    )
     assert found["figures"][distance]["seeds"] == 2 and not found["comparable"]
 
     # the first seed's pictures anew: what was drawn, and the figures by loops
-    captions = scripts("caption_sets").read_captions(coco / "captions_val2014.json", coco / "val2014")
+    captions = scripts("caption_sets").read_captions(
+        coco / "captions_val2014.json", coco / "val2014"
+    )
     places, texts = script.choose(captions, 5, 0)
-    assert len(set(places)) == 5 and all(t in captions.captions[p] for p, t in zip(places, texts, strict=True))
+    assert len(set(places)) == 5 and all(
+        t in captions.captions[p] for p, t in zip(places, texts, strict=True)
+    )
     lm = MultimodalLM.from_pretrained(model, decoder=str(model.parent / "decoder"))
     seeded = scripts("parts").seeded
     made = []
-    for place, caption in zip(places, texts, strict=True):  # one at a time, as each depends on nothing beside it
+    for place, caption in zip(
+        places, texts, strict=True
+    ):  # one at a time, as each depends on nothing beside it
         generators = [seeded(what, 0, captions.ids[place], 0) for what in ("codes", "noise")]
         codes = lm.generate_codes_batch([caption], 3.0, generators[:1], top_k=50)
-        image = lm.decoder(codes, generator=[generators[1]], num_inference_steps=2, guidance_scale=2.0).images[0]
+        image = lm.decoder(
+            codes, generator=[generators[1]], num_inference_steps=2, guidance_scale=2.0
+        ).images[0]
         made.append(image)
     files = sorted((tmp_path / "out" / found["pictures"] / "seed0").iterdir())
     for file, image, caption in zip(files, made, texts, strict=True):
         with Picture.open(file) as kept:
-            assert np.abs(np.array(kept, int) - np.array(image, int)).max() <= 1, "rounding of another batch"
+            assert np.abs(np.array(kept, int) - np.array(image, int)).max() <= 1, (
+                "rounding of another batch"
+            )
             assert kept.text["caption"] == caption  # type: ignore[attr-defined]
     crops = [Picture.open(captions.images[p]).convert("RGB") for p in places]
-    square = [c.resize((40, 32), Picture.Resampling.BICUBIC).crop((4, 0, 36, 32)) for c in crops]  # 150x120
+    square = [
+        c.resize((40, 32), Picture.Resampling.BICUBIC).crop((4, 0, 36, 32)) for c in crops
+    ]  # 150x120
     kept = [Picture.open(file).resize((32, 32), Picture.Resampling.BICUBIC) for file in files]
 
     def features(images: list[Picture.Image]) -> np.ndarray:
         return lm.visual.features(lm.visual.preprocess(images)).mean(1).detach().double().numpy()
 
     expected = frechet(features(square), features(kept))
-    assert found["per_seed"][0][distance] == pytest.approx(expected, rel=0.02)  # crops resized by another box
+    assert found["per_seed"][0][distance] == pytest.approx(
+        expected, rel=0.02
+    )  # crops resized by another box
     near = "the teacher's space: 100 x cosine with the own caption"
     pixels = torch.stack([torch.from_numpy(np.array(k)).permute(2, 0, 1) for k in kept])
     shown = scripts("caption_space").Scorer(teacher).describe(pixels)
-    assert found["per_seed"][0][near] == pytest.approx(100 * float((shown * vectors(texts)).sum(1).mean()), abs=0.05)
+    assert found["per_seed"][0][near] == pytest.approx(
+        100 * float((shown * vectors(texts)).sum(1).mean()), abs=0.05
+    )
     assert f"CLIP {clip.name}: 100 x cosine with the own caption" in found["figures"]
 
     assert run(script, tmp_path / "twice", *words) == found
@@ -655,11 +890,21 @@ def test_text_to_image_runs(
 def test_clip_scores_are_those_of_transformers(scripts: Any, clip: Path, photos: list[Path]):
     found = scripts("nearness").Clip(clip, "cpu")
     pixels = torch.stack(
-        [torch.from_numpy(np.array(Picture.open(p).convert("RGB").resize((16, 16)))).permute(2, 0, 1) for p in photos]
+        [
+            torch.from_numpy(np.array(Picture.open(p).convert("RGB").resize((16, 16)))).permute(
+                2, 0, 1
+            )
+            for p in photos
+        ]
     )
     texts = [*TEXTS[:3], " ".join(TEXTS)]
-    given = found.tokenizer(texts, padding=True, truncation=True, max_length=12, return_tensors="pt")
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    given = found.tokenizer(
+        texts, padding=True, truncation=True, max_length=12, return_tensors="pt"
+    )
+    mean, std = (
+        torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+        torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+    )
     normal = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
     with torch.no_grad():
         whole = found.model(given["input_ids"], normal, given["attention_mask"])
@@ -669,9 +914,23 @@ def test_clip_scores_are_those_of_transformers(scripts: Any, clip: Path, photos:
 
 def test_best_of_some(scripts: Any, own: Path, model: Path, teacher: Path, tmp_path: Path):
     script = scripts("text_to_image")
-    words = ["--data", own, "--model", model, "--decoder", model.parent / "decoder", "--steps", 1, "--captions", 3]
+    words = [
+        "--data",
+        own,
+        "--model",
+        model,
+        "--decoder",
+        model.parent / "decoder",
+        "--steps",
+        1,
+        "--captions",
+        3,
+    ]
     words += ["--seeds", 1, "--scorer", teacher, "--batch-size", 4]
-    one, best = run(script, tmp_path / "one", *words), run(script, tmp_path / "best", *words, "--best-of", 3)
+    one, best = (
+        run(script, tmp_path / "one", *words),
+        run(script, tmp_path / "best", *words, "--best-of", 3),
+    )
     assert best["best_of"] == {"samples": 3, "by": "the teacher's space"}
     assert "best of 3 by a scorer" in best["departures"] and one["best_of"]["by"] is None
     near = "the teacher's space: 100 x cosine with the own caption"
@@ -679,17 +938,27 @@ def test_best_of_some(scripts: Any, own: Path, model: Path, teacher: Path, tmp_p
     # every sample anew: the one that was kept is the nearest
     lm = MultimodalLM.from_pretrained(model, decoder=str(model.parent / "decoder"))
     scorer, painting = scripts("nearness").CaptionSpace(teacher, "cpu"), scripts("painting")
-    painter = painting.Painter(lm, scorer, script.arguments().parse_args([*map(str, words), "--batch-size", "1"]))
+    painter = painting.Painter(
+        lm, scorer, script.arguments().parse_args([*map(str, words), "--batch-size", "1"])
+    )
     for file in sorted((tmp_path / "best" / best["pictures"] / "seed0").iterdir()):
         notes = Picture.open(file).text  # type: ignore[attr-defined]
         drawn = [painter.samples([(notes["caption"], notes["id"], k)], 0)[0][0] for k in range(3)]
-        scores = scorer.describe(torch.stack([painting.uint8(d) for d in drawn])) @ vectors([notes["caption"]]).T
+        scores = (
+            scorer.describe(torch.stack([painting.uint8(d) for d in drawn]))
+            @ vectors([notes["caption"]]).T
+        )
         assert int(scores.argmax()) == int(notes["sample"])
         assert float(scores.max()) == pytest.approx(float(notes["score"]), abs=1e-4)
 
 
-def test_text_to_image_goes_on_after_kill(scripts: Any, coco: Path, model: Path, tmp_path: Path, capsys: Any):
-    script, words = scripts("text_to_image"), [*painting_words(coco, model), "--seeds", 1, "--size", 24]
+def test_text_to_image_goes_on_after_kill(
+    scripts: Any, coco: Path, model: Path, tmp_path: Path, capsys: Any
+):
+    script, words = (
+        scripts("text_to_image"),
+        [*painting_words(coco, model), "--seeds", 1, "--size", 24],
+    )
     whole = run(script, tmp_path / "whole", *words)
     assert whole["captions"] == PICTURES and "24x24, made at 16x16" in whole["crop"]
     killed("text_to_image", tmp_path / "out", words, "painting.save", "pass")
@@ -700,7 +969,10 @@ def test_text_to_image_goes_on_after_kill(scripts: Any, coco: Path, model: Path,
     for name, time in kept.items():
         assert (folder / name).stat().st_mtime_ns == time, "made once"
     for file in folder.iterdir():
-        assert file.read_bytes() == (tmp_path / "whole" / whole["pictures"] / "seed0" / file.name).read_bytes()
+        assert (
+            file.read_bytes()
+            == (tmp_path / "whole" / whole["pictures"] / "seed0" / file.name).read_bytes()
+        )
     (folder / "000001.png").write_bytes(b"damaged")
     assert run(script, tmp_path / "out", *words) == whole
     bad = coco / "val2014" / "COCO_val2014_000000000064.jpg"
@@ -711,4 +983,6 @@ def test_text_to_image_goes_on_after_kill(scripts: Any, coco: Path, model: Path,
     against_all = run(script, tmp_path / "all", *words, "--captions", 3, "--reference", "all")
     assert (against_all["captions"], against_all["reference"]) == (3, 6)
     bad.unlink()
-    assert "COCO_val2014_000000000064.jpg" in refused(scripts, script, capsys, tmp_path / "x", *words)
+    assert "COCO_val2014_000000000064.jpg" in refused(
+        scripts, script, capsys, tmp_path / "x", *words
+    )

@@ -33,7 +33,10 @@ PICTURES = 10
 
 @pytest.fixture
 def folder(
-    tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_tokenizer: VisualTokenizer,
+    photos: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     """A visual tokenizer, captioned crops of photographs as train and test splits, and a config of an LM."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -49,7 +52,9 @@ def folder(
 def model(folder: Path, tiny_tokenizer: VisualTokenizer) -> Path:
     """A random language model's directory."""
     processor, lm = processor_and_model("llama")
-    save_model(folder / "lm", lm, processor, LaVIT(), str(folder / "visual"), tiny_tokenizer.fingerprint())
+    save_model(
+        folder / "lm", lm, processor, LaVIT(), str(folder / "visual"), tiny_tokenizer.fingerprint()
+    )
     return folder / "lm"
 
 
@@ -57,7 +62,12 @@ def model(folder: Path, tiny_tokenizer: VisualTokenizer) -> Path:
 def scorer(folder: Path) -> Path:
     """A random teacher as its recipe saves one; sentence embeddings of width 384."""
     config = CLIPVisionConfig(
-        image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        image_size=16,
+        patch_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -80,7 +90,9 @@ def run(script: ModuleType, out: Path, *words: object) -> dict[str, Any]:
 def refused(scripts: Any, script: ModuleType, capsys: Any, *words: object) -> str:
     """The one line that a user gets."""
     capsys.readouterr()
-    assert scripts("common").run(script.main, script.arguments().parse_args([*map(str, words)])) == 2
+    assert (
+        scripts("common").run(script.main, script.arguments().parse_args([*map(str, words)])) == 2
+    )
     said = capsys.readouterr().err.strip().replace("\r", "\n").splitlines()
     lines = [line for line in said if "/s]" not in line and line.strip()]  # but for progress bars
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -89,24 +101,58 @@ def refused(scripts: Any, script: ModuleType, capsys: Any, *words: object) -> st
 
 # Packing
 
-QUICK = ("--repeats", 2, "--batches", 2, "--batch-size", 2, "--steps", 2, "--warm", 1, "--matmul", 64)
+QUICK = (
+    "--repeats",
+    2,
+    "--batches",
+    2,
+    "--batch-size",
+    2,
+    "--steps",
+    2,
+    "--warm",
+    1,
+    "--matmul",
+    64,
+)
 
 
 def test_packing_runs_on_shards(scripts: Any, folder: Path, tmp_path: Path, capsys: Any):
     script = scripts("packing")
-    words = [str(folder / "pictures"), "--tokenizer", str(folder / "visual"), "--out", str(folder / "shards")]
+    words = [
+        str(folder / "pictures"),
+        "--tokenizer",
+        str(folder / "visual"),
+        "--out",
+        str(folder / "shards"),
+    ]
     assert lavit_tok(["shards", *words]) == 0
     small_tokenizer("llama").save_pretrained(folder / "text")
-    words = ["--shards", folder / "shards", "--tokenizer", folder / "visual", "--model", folder / "lm.json"]
+    words = [
+        "--shards",
+        folder / "shards",
+        "--tokenizer",
+        folder / "visual",
+        "--model",
+        folder / "lm.json",
+    ]
     text = ["--text-tokenizer", folder / "text", "--block", 64, *QUICK]
     found = run(script, tmp_path / "out", *words, *text)
     fill = found["fill"]
     assert (fill["rows"], fill["too_long"]) == (PICTURES, 0)
     assert fill["fill"] == pytest.approx(fill["used"] / (64 * fill["blocks"]))
     # a row is <s>, <|img|> codes <|/img|>, words (unless they were dropped as a prompt) and </s>
-    visual, processor = VisualTokenizer.from_pretrained(folder / "visual"), processor_and_model("llama")[0]
-    pictures = scripts("picture_sets").load_pictures(str(folder / "pictures"), 32, "train", crop=visual.config.crop)
-    codes, said = visual.encode(pictures.pixels).lengths, [len(processor.text(c)) for c in pictures.captions]
+    visual, processor = (
+        VisualTokenizer.from_pretrained(folder / "visual"),
+        processor_and_model("llama")[0],
+    )
+    pictures = scripts("picture_sets").load_pictures(
+        str(folder / "pictures"), 32, "train", crop=visual.config.crop
+    )
+    codes, said = (
+        visual.encode(pictures.pixels).lengths,
+        [len(processor.text(c)) for c in pictures.captions],
+    )
     without = int(codes.sum()) + 4 * PICTURES
     assert without < fill["used"] <= without + sum(said)
     assert found["loss"]["difference"] <= script.LOSS
@@ -124,21 +170,35 @@ def test_packing_runs_on_made_up_rows(scripts: Any, folder: Path, tmp_path: Path
     found = run(script, tmp_path / "out", *words, "--model", folder / "lm.json", *QUICK)
     assert found["fill"]["fill"] > 0.9 and found["fill"]["block"] == 128  # few rows, short blocks
     forms, overhead = found["speed"]["forms"], found["overhead"]
-    assert min(forms["packed"]["fill"], forms["padded, like lengths"]["fill"]) > forms["padded"]["fill"]
+    assert (
+        min(forms["packed"]["fill"], forms["padded, like lengths"]["fill"])
+        > forms["padded"]["fill"]
+    )
     for form in forms.values():
         assert form["fill"] * form["places"] == pytest.approx(found["speed"]["useful_tokens"])
         rate = found["speed"]["useful_tokens"] / form["seconds"]
         assert form["useful_tokens_per_second"] == pytest.approx(rate)
     assert forms["packed"]["packed_is_faster_by"] == 1
     # before the first step both have the same weights: the bare model, at the same shapes, has the same loss
-    assert overhead["first_loss"]["lightning"] == pytest.approx(overhead["first_loss"]["bare"], abs=1e-4)
+    assert overhead["first_loss"]["lightning"] == pytest.approx(
+        overhead["first_loss"]["bare"], abs=1e-4
+    )
     utilisation = found["utilisation"]
     rate = overhead["useful_tokens_per_second"]["lightning"]
     share = rate * utilisation["flops_per_place"] / utilisation["matmul_peak"]
     assert utilisation["share"]["Lightning, whole step"] == pytest.approx(share)
     line = refused(scripts, script, capsys, *words, "--model", "huge")
     assert line.startswith("error: --model: expected small, 1b, a JSON file")
-    line = refused(scripts, script, capsys, *words, "--lengths", folder / "lm.json", "--model", folder / "lm.json")
+    line = refused(
+        scripts,
+        script,
+        capsys,
+        *words,
+        "--lengths",
+        folder / "lm.json",
+        "--model",
+        folder / "lm.json",
+    )
     assert "expected the JSON that tokens_per_image.py writes" in line
 
 
@@ -187,17 +247,35 @@ def logits_after(lm: MultimodalLM, rows: Any) -> torch.Tensor:
 
 def test_generate_speed_runs(scripts: Any, folder: Path, model: Path, tmp_path: Path, capsys: Any):
     script = scripts("generate_speed")
-    found = run(script, tmp_path / "out", "--model", model, "--batch-sizes", 1, 3, "--codes", 5, "--repeats", 2)
+    found = run(
+        script,
+        tmp_path / "out",
+        "--model",
+        model,
+        "--batch-sizes",
+        1,
+        3,
+        "--codes",
+        5,
+        "--repeats",
+        2,
+    )
     for values, batch in zip(found["runs"], (1, 3), strict=True):
         assert values["cached_equals_uncached_guided"] and values["cached_equals_uncached_unguided"]
         assert values["equal_codes_guided"] == 1
         rate = batch * 5 / values["seconds"]["guided"]
         assert values["codes_per_second"]["guided"] == pytest.approx(rate)
         assert (
-            values["guided_over_unguided"] > 0.2 and 0 < values["constraint"]["seconds"] < values["seconds"]["guided"]
+            values["guided_over_unguided"] > 0.2
+            and 0 < values["constraint"]["seconds"] < values["seconds"]["guided"]
         )
-        assert values["over_transformers"]["guided"] > 0.1 and values["over_transformers"]["unguided"] > 0.1
-    assert (tmp_path / "out" / "generate_speed.png").exists() and not list((tmp_path / "out").glob(".*"))
+        assert (
+            values["over_transformers"]["guided"] > 0.1
+            and values["over_transformers"]["unguided"] > 0.1
+        )
+    assert (tmp_path / "out" / "generate_speed.png").exists() and not list(
+        (tmp_path / "out").glob(".*")
+    )
     lm = MultimodalLM.from_pretrained(model, decoder=None)
     greedy = script.arguments().parse_args(["--codes", "5", "--top-k", "1"])
     rows, free = [lm.prompts.for_image(text) for text in TEXTS], lm.prompts.row([], "image")
@@ -232,7 +310,14 @@ def test_lm_quality_runs(
     monkeypatch.setattr(scripts("caption_space"), "embed", vectors)
     monkeypatch.setattr(script, "embed", vectors)
     tiny_decoder.save_pretrained(folder / "decoder")
-    words: list[object] = ["--data", folder / "pictures", "--model", model, "--decoder", folder / "decoder"]
+    words: list[object] = [
+        "--data",
+        folder / "pictures",
+        "--model",
+        model,
+        "--decoder",
+        folder / "decoder",
+    ]
     words += ["--scorer", scorer, "--steps", 2, "--seeds", 2, "--batch-size", 3, "--max-tokens", 6]
     found = run(script, tmp_path / "out", *words, "--captions", 5)
     assert sorted(found["true_captions"]) == sorted([*TEXTS, "rain"])
@@ -243,7 +328,9 @@ def test_lm_quality_runs(
         assert names[Path(key).name] == caption
 
     images = found["images"]
-    assert images["chance"] == {"top1": 1 / 5, "top5": 1} and images["generated"]["top5"]["mean"] == 1
+    assert (
+        images["chance"] == {"top1": 1 / 5, "top5": 1} and images["generated"]["top5"]["mean"] == 1
+    )
     for seed in images["per_seed"]:
         assert seed["top1"] == sum(rank == 0 for rank in seed["ranks"]) / 5
     # the first seed's pictures anew, scored by loops
@@ -254,32 +341,51 @@ def test_lm_quality_runs(
     assert codes.to_list() == images["per_seed"][0]["codes"]
     noise = [torch.Generator().manual_seed(i) for i in range(5)]
     shown = lm.decoder(codes, generator=noise, num_inference_steps=2, guidance_scale=2.0).images
-    seen, said = described(scorer, [picture.resize((32, 32), Picture.Resampling.BICUBIC) for picture in shown]), []
+    seen, said = (
+        described(
+            scorer, [picture.resize((32, 32), Picture.Resampling.BICUBIC) for picture in shown]
+        ),
+        [],
+    )
     for i, vector in enumerate(vectors(captions)):
         near = [float(seen[i] @ other) for other in vectors(captions)]
         said.append(sum(value >= near[i] for value in near) - 1)
         assert float(vector @ vector) == pytest.approx(1)
-    assert sum(a == b for a, b in zip(said, images["per_seed"][0]["ranks"], strict=True)) >= 4  # resized on bytes here
+    assert (
+        sum(a == b for a, b in zip(said, images["per_seed"][0]["ranks"], strict=True)) >= 4
+    )  # resized on bytes here
 
     texts = found["captions"]
-    pictures = scripts("picture_sets").load_pictures(str(folder / "pictures"), 32, "test", crop=lm.visual.config.crop)
+    pictures = scripts("picture_sets").load_pictures(
+        str(folder / "pictures"), 32, "test", crop=lm.visual.config.crop
+    )
     places = [pictures.keys.index(key) for key in found["keys"]]
-    again = lm.caption([Picture.fromarray(pictures.pixels[i].permute(1, 2, 0).numpy()) for i in places], 6)
+    again = lm.caption(
+        [Picture.fromarray(pictures.pixels[i].permute(1, 2, 0).numpy()) for i in places], 6
+    )
     assert texts["said"] == again and texts["exact"] == sum(map(script.same, again, captions)) / 5
     similar = (vectors(again) * vectors(captions)).sum(1).mean()
     assert texts["similarity_to_true_caption"] == pytest.approx(float(similar))
 
     everything = lm.visual.encode(pictures.pixels)
     check_bits(found["bits"], lm, everything, pictures.captions)
-    assert sum(group["codes"] for group in found["bits"]["by_source"].values()) == found["bits"]["codes"]
+    assert (
+        sum(group["codes"] for group in found["bits"]["by_source"].values())
+        == found["bits"]["codes"]
+    )
     text = (tmp_path / "out" / "lm_quality.md").read_text()
-    assert all(caption in text for caption in captions) and "of the captions stand in the train split too" in text
+    assert (
+        all(caption in text for caption in captions)
+        and "of the captions stand in the train split too" in text
+    )
     sheet = Picture.open(tmp_path / "out" / "lm_quality.png")
     assert sheet.width > 8 * 64 and sheet.height > 2 * 64
 
     only = run(script, tmp_path / "bits", *words, "--parts", "bits")
     assert only["bits"] == found["bits"] and "images" not in only
-    unseen = run(script, tmp_path / "unseen", *words, "--parts", "captions", "--captions", 3, "--unseen")
+    unseen = run(
+        script, tmp_path / "unseen", *words, "--parts", "captions", "--captions", 3, "--unseen"
+    )
     assert unseen["seen_in_training"] == 0 and not set(unseen["true_captions"]) & set(TEXTS[:2])
     line = refused(scripts, script, capsys, *words, "--captions", 6, "--parts", "captions")
     assert "at most the 5 different captions there are, got 6" in line
@@ -310,18 +416,24 @@ def described(scorer: Path, pictures: list[Picture.Image]) -> torch.Tensor:
         sys.path.remove(recipes)
     from safetensors.torch import load_file
 
-    teacher = Teacher(image_size=16, patch_size=8, hidden_size=16, layers=1, heads=2, intermediate_size=32)
+    teacher = Teacher(
+        image_size=16, patch_size=8, hidden_size=16, layers=1, heads=2, intermediate_size=32
+    )
     teacher.vision = CLIPVisionModel.from_pretrained(scorer)
     teacher.caption_projection.load_state_dict(load_file(scorer / "caption_projection.safetensors"))
     from lavit_tok.encode.image_processor import normalize
 
     small = [picture.resize((16, 16), Picture.Resampling.BICUBIC) for picture in pictures]
-    pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in small])
+    pixels = torch.stack(
+        [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in small]
+    )
     return teacher.eval().describe(teacher.norm(teacher.features(normalize(pixels))))
 
 
 @torch.no_grad()
-def check_bits(found: dict[str, Any], lm: MultimodalLM, codes: VisualCodes, captions: list[str]) -> None:
+def check_bits(
+    found: dict[str, Any], lm: MultimodalLM, codes: VisualCodes, captions: list[str]
+) -> None:
     """Against one plain forward of the LM for each picture, and numpy's entropy."""
     listed, v = codes.to_list(), lm.processor.vocabulary
     count = sum(map(len, listed))
@@ -340,7 +452,9 @@ def check_bits(found: dict[str, Any], lm: MultimodalLM, codes: VisualCodes, capt
         per_code = total / count / math.log(2)
         assert found[name]["bits_per_code"] == pytest.approx(per_code, rel=1e-5)
         assert found[name]["below_unigram"] == pytest.approx(1 - per_code / unigram, abs=1e-5)
-        assert found[name]["bits_per_code_with_end"] == pytest.approx((total + ends) / count / math.log(2), rel=1e-5)
+        assert found[name]["bits_per_code_with_end"] == pytest.approx(
+            (total + ends) / count / math.log(2), rel=1e-5
+        )
 
 
 def test_ranks_by_brute_force(scripts: Any):
@@ -356,7 +470,9 @@ def test_ranks_by_brute_force(scripts: Any):
         "top5": float((found < 5).double().mean()),
     }
     assert script.top(found, found < 0) is None
-    assert script.ranks(b, b * 0 + b[0]).tolist() == [29] * 30, "an answer that fits all identifies none"
+    assert script.ranks(b, b * 0 + b[0]).tolist() == [29] * 30, (
+        "an answer that fits all identifies none"
+    )
 
 
 def test_captions_are_chosen_by_seed(scripts: Any):
@@ -364,7 +480,9 @@ def test_captions_are_chosen_by_seed(scripts: Any):
     captions = ["a", "b", "a", "", "c", "b", "a"]
     for seed in range(5):
         places = choose(captions, 3, seed)
-        assert sorted(captions[i] for i in places) == ["a", "b", "c"] and places == choose(captions, 3, seed)
+        assert sorted(captions[i] for i in places) == ["a", "b", "c"] and places == choose(
+            captions, 3, seed
+        )
     assert len({tuple(choose(captions, 3, seed)) for seed in range(9)}) > 1
     assert [captions[i] for i in choose(captions, 1, 0, frozenset("ab"))] == ["c"]
     with pytest.raises(ValueError, match="at most the 3 different captions"):
@@ -373,7 +491,9 @@ def test_captions_are_chosen_by_seed(scripts: Any):
 
 def test_the_scorer_is_the_teacher(scripts: Any, scorer: Path, photos: list[Path]):
     pictures = [Picture.open(photo).convert("RGB").resize((16, 16)) for photo in photos]
-    pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    pixels = torch.stack(
+        [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
+    )
     found = scripts("caption_space").Scorer(scorer).describe(pixels, batch_size=3)
     torch.testing.assert_close(found, described(scorer, pictures))
     assert found.norm(dim=1).tolist() == pytest.approx([1] * 4)

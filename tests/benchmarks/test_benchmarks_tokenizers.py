@@ -16,7 +16,12 @@ from lavit_tok import VisualCodes, VisualTokenizer
 pytest.importorskip("scipy")
 pytest.importorskip("torchmetrics")
 pytestmark = pytest.mark.usefixtures("scripts")
-SIDES = {"emu3": 4, "chameleon": 2, "janus": 2, "vqmodel": 8}  # cells a side at 32 pixels, of the small ones
+SIDES = {
+    "emu3": 4,
+    "chameleon": 2,
+    "janus": 2,
+    "vqmodel": 8,
+}  # cells a side at 32 pixels, of the small ones
 
 
 @pytest.fixture
@@ -45,9 +50,13 @@ def test_grid_tokenizers_code_every_cell(name: str, scripts: Any) -> None:
     assert codes.codebook_size == 64
     assert codes.keep is not None and bool(codes.keep.all())
     assert (found.weights, found.decodes) == (adapters.RANDOM, name != "chameleon")
-    for row, picture in zip(codes, images(), strict=True):  # a picture's codes do not depend on its batch
+    for row, picture in zip(
+        codes, images(), strict=True
+    ):  # a picture's codes do not depend on its batch
         assert torch.equal(row, found.encode(picture[None])[0])
-    assert small_tokenizers.small(name).identity == found.identity  # the same random weights each time
+    assert (
+        small_tokenizers.small(name).identity == found.identity
+    )  # the same random weights each time
     with pytest.raises(ValueError, match="expected 32 pixels"):
         found.encode(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
 
@@ -67,7 +76,9 @@ def test_grid_tokenizers_draw_what_their_own_forward_draws(name: str) -> None:
         elif name == "janus":
             expected = found.model(pixels)[0]
         else:
-            tokens = torch.stack(found.model.encode(pixels, torch.tensor([[32, 32]] * 2)).image_tokens)
+            tokens = torch.stack(
+                found.model.encode(pixels, torch.tensor([[32, 32]] * 2)).image_tokens
+            )
             expected = found.model.decode(tokens)
     bytes_ = ((expected.clamp(-1, 1) + 1) * 127.5).round()
     assert int((drawn.float() - bytes_).abs().max()) <= 1
@@ -98,7 +109,11 @@ def test_saved_weights_are_read_back(scripts: Any, tmp_path: Path) -> None:
     again = adapters.load(f"janus:{tmp_path / 'janus'}", image_size=32)
     assert again.weights == "janus"
     assert torch.equal(again.encode(images()).values, found.encode(images()).values)
-    assert again.identity.split()[-1] == found.identity.split()[-1] != small_tokenizers.small("janus").identity
+    assert (
+        again.identity.split()[-1]
+        == found.identity.split()[-1]
+        != small_tokenizers.small("janus").identity
+    )
 
 
 def test_tokenizers_by_name(scripts: Any, tmp_path: Path, tiny_tokenizer: VisualTokenizer) -> None:
@@ -125,10 +140,21 @@ def test_tokenizers_by_name(scripts: Any, tmp_path: Path, tiny_tokenizer: Visual
 
 def test_tokens_of_another_tokenizer(scripts: Any, folder: Path, tmp_path: Path) -> None:
     script = scripts("tokens_per_image")
-    words = ["--data", folder, "--tokenizer", "helpers.small_tokenizers:chameleon", "--out", tmp_path / "out"]
+    words = [
+        "--data",
+        folder,
+        "--tokenizer",
+        "helpers.small_tokenizers:chameleon",
+        "--out",
+        tmp_path / "out",
+    ]
     script.main(script.arguments().parse_args(list(map(str, words))))
     found = json.loads((tmp_path / "out" / "tokens_per_image.json").read_text())
-    assert (found["tokenizer"], found["weights"], found["image_size"]) == ("chameleon", "random weights", 32)
+    assert (found["tokenizer"], found["weights"], found["image_size"]) == (
+        "chameleon",
+        "random weights",
+        32,
+    )
     counts = found["codes_per_image"]
     assert (counts["min"], counts["max"], counts["std"]) == (4, 4, 0)
     assert found["spearman_with_jpeg_size"] is None  # a count that never varies follows nothing
@@ -137,7 +163,9 @@ def test_tokens_of_another_tokenizer(scripts: Any, folder: Path, tmp_path: Path)
     assert "keep ratio" not in text
 
 
-def test_pictures_of_another_tokenizer(scripts: Any, folder: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:
+def test_pictures_of_another_tokenizer(
+    scripts: Any, folder: Path, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
     """Pixel measures for any tokenizer that decodes; those of our features for ours alone."""
     script = scripts("reconstruction")
     words = [
@@ -155,16 +183,22 @@ def test_pictures_of_another_tokenizer(scripts: Any, folder: Path, tmp_path: Pat
     assert "features" not in found and "curve" not in found
     assert found["codes_per_image"] == 64
     (distance,) = found["pixels"]["distances"]
-    assert distance["name"].startswith("Frechet distance in the shipped encoder's space (not FID) [only 5 pictures")
+    assert distance["name"].startswith(
+        "Frechet distance in the shipped encoder's space (not FID) [only 5 pictures"
+    )
     assert "random weights" in distance["name"]
     pictures = scripts("picture_sets").load_pictures(str(folder), 32).pixels
     codec = small_tokenizers.small("vqmodel")
     drawn = codec.decode(codec.encode(pictures)).float() / 255
     expected = scripts("metrics").pixel_scores(drawn, pictures.float() / 255)
-    assert {k: found["pixels"]["per_seed"][0][k] for k in expected} == pytest.approx(expected, rel=1e-5)
+    assert {k: found["pixels"]["per_seed"][0][k] for k in expected} == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
-def test_a_tokenizer_that_only_encodes_is_refused_for_pictures(scripts: Any, folder: Path, capsys: Any) -> None:
+def test_a_tokenizer_that_only_encodes_is_refused_for_pictures(
+    scripts: Any, folder: Path, capsys: Any
+) -> None:
     script, common = scripts("reconstruction"), scripts("common")
     words = ["--data", str(folder), "--tokenizer", "helpers.small_tokenizers:chameleon"]
     assert common.run(script.main, script.arguments().parse_args(words)) == 2

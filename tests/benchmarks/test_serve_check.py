@@ -25,17 +25,23 @@ def script() -> Any:
 
 
 @pytest.fixture(scope="module")
-def asked(script: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], list[Any]]:
+def asked(
+    script: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[int], list[Any]]:
     """The exported model, the codes of its first picture, and the requests with their right answers."""
     directory = tmp_path_factory.mktemp("serve") / "exported"
     captions, pictures = script.learnt_by_heart(directory, codebook_size=64, steps=150, seed=0)
     return directory, pictures[0], script.requests(directory, captions[0], pictures[0], 40)
 
 
-def test_the_model_has_learnt_both_orders(script: Any, asked: tuple[Path, list[int], list[Any]]) -> None:
+def test_the_model_has_learnt_both_orders(
+    script: Any, asked: tuple[Path, list[int], list[Any]]
+) -> None:
     directory, codes, requests = asked
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    shown = [(r.name, r.ask, tokenizer.decode(r.expected, skip_special_tokens=True)) for r in requests]
+    shown = [
+        (r.name, r.ask, tokenizer.decode(r.expected, skip_special_tokens=True)) for r in requests
+    ]
     picture = "".join(f"<|vis_{code:05d}|>" for code in codes)
     assert shown == [
         ("caption", "completion", script.CAPTIONS[0]),
@@ -46,7 +52,9 @@ def test_the_model_has_learnt_both_orders(script: Any, asked: tuple[Path, list[i
     ]
     assert requests[0].prompt == BEGIN + picture + END
     for right in requests:
-        result = script.judge(right, tokenizer.decode(right.expected, skip_special_tokens=True), None, 0.1, tokenizer)
+        result = script.judge(
+            right, tokenizer.decode(right.expected, skip_special_tokens=True), None, 0.1, tokenizer
+        )
         assert all(value for value in result.values() if isinstance(value, bool))
         assert right.name == "caption" or result["codes"] == codes
 
@@ -61,7 +69,9 @@ def test_the_model_has_learnt_both_orders(script: Any, asked: tuple[Path, list[i
         ("<|vis_00001|>{codes}" + END, {"text_equal", "ids_equal"}),
     ],
 )
-def test_wrong_answers(script: Any, asked: tuple[Path, list[int], list[Any]], answer: str, wrong: set[str]) -> None:
+def test_wrong_answers(
+    script: Any, asked: tuple[Path, list[int], list[Any]], answer: str, wrong: set[str]
+) -> None:
     directory, codes, requests = asked
     text = answer.replace("{codes}", "".join(f"<|vis_{code:05d}|>" for code in codes))
     counted = len(requests[2].expected)

@@ -29,5 +29,7 @@ def built(
     processor, plain = processor_and_model(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = SequenceModel(plain.lm, *objective.parts(visual, plain.lm.config.get_text_config().hidden_size))
+        model = SequenceModel(
+            plain.lm, *objective.parts(visual, plain.lm.config.get_text_config().hidden_size)
+        )
     return processor, model.eval()

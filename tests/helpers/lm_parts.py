@@ -6,7 +6,14 @@ import torch
 
 from helpers.small_lms import small_lm, small_tokenizer
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.sequences.segments import ImageSegment, Role, Segment, SequenceBuilder, TextSegment, TokenSequence
+from lavit_lm.sequences.segments import (
+    ImageSegment,
+    Role,
+    Segment,
+    SequenceBuilder,
+    TextSegment,
+    TokenSequence,
+)
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
@@ -30,7 +37,12 @@ def image(seed: int, length: int | None = None, **more: object) -> ImageSegment:
 
 
 def pairs(count: int) -> list[list[Segment]]:
-    words = ["a red apple", "two dogs run along the beach", "an apple and a table in the old town", "rain"]
+    words = [
+        "a red apple",
+        "two dogs run along the beach",
+        "an apple and a table in the old town",
+        "rain",
+    ]
     return [[image(i), TextSegment(words[i % len(words)])] for i in range(count)]
 
 

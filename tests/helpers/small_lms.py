@@ -43,8 +43,12 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "qwen3": lambda **more: Qwen3Config(**SHAPE, head_dim=8, **more),
     "gemma": lambda **more: GemmaConfig(**SHAPE, head_dim=8, **more),
     "mistral": lambda **more: MistralConfig(**SHAPE, **more),
-    "gpt2": lambda **more: GPT2Config(**{"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, **more}),
-    "phi": lambda **more: PhiConfig(**{**SHAPE, "num_key_value_heads": 2}, **more),  # its output layer has a bias
+    "gpt2": lambda **more: GPT2Config(
+        **{"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, **more}
+    ),
+    "phi": lambda **more: PhiConfig(
+        **{**SHAPE, "num_key_value_heads": 2}, **more
+    ),  # its output layer has a bias
 }
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "mistral", "gpt2"]
 
@@ -53,10 +57,14 @@ def small_tokenizer(family: str) -> Any:
     """The family's own tokenizer class on a few merges learnt from TEXTS."""
     if family in ("llama", "mistral", "gemma"):
         byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-        specials = ["<pad>", "<eos>", "<bos>", "<unk>"] if family == "gemma" else ["<unk>", "<s>", "</s>"]
+        specials = (
+            ["<pad>", "<eos>", "<bos>", "<unk>"] if family == "gemma" else ["<unk>", "<s>", "</s>"]
+        )
         splitter: Any = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
         state = _train([*specials, *byte_tokens], splitter, alphabet=[])
-        return (GemmaTokenizer if family == "gemma" else LlamaTokenizer)(vocab=state["vocab"], merges=state["merges"])
+        return (GemmaTokenizer if family == "gemma" else LlamaTokenizer)(
+            vocab=state["vocab"], merges=state["merges"]
+        )
     state = _train(["<|endoftext|>"], pre_tokenizers.ByteLevel(add_prefix_space=False), _bytes())
     tokenizer = (GPT2Tokenizer if family in ("gpt2", "phi") else Qwen2Tokenizer)(
         vocab=state["vocab"], merges=state["merges"]
@@ -70,12 +78,19 @@ def small_lm(family: str, rows: int, tied: bool = False, seed: int = 0, **more: 
     """A random LM; each column of its embeddings has a mean and a deviation of its own, as a trained one's have."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = CONFIGS[family](vocab_size=rows, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, **more)
+        config = CONFIGS[family](
+            vocab_size=rows, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, **more
+        )
         model = AutoModelForCausalLM.from_config(config).eval()
         columns = torch.linspace(0.5, 2, 16)
         with torch.no_grad():
-            for layer, shift in ((model.get_output_embeddings(), 0.3), (model.get_input_embeddings(), 1.0)):
-                layer.weight.copy_(0.1 * (torch.randn(rows, 16) * columns + shift * columns.flip(0)))
+            for layer, shift in (
+                (model.get_output_embeddings(), 0.3),
+                (model.get_input_embeddings(), 1.0),
+            ):
+                layer.weight.copy_(
+                    0.1 * (torch.randn(rows, 16) * columns + shift * columns.flip(0))
+                )
     return model
 
 
@@ -85,7 +100,9 @@ def _train(specials: list[str], splitter: Any, alphabet: list[str]) -> dict[str,
     size = len(specials) + max(len(alphabet), 40) + 30
     tokenizer.train_from_iterator(
         TEXTS,
-        trainers.BpeTrainer(vocab_size=size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     model = json.loads(tokenizer.to_str())["model"]
     return {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}

@@ -13,7 +13,9 @@ def crop(photos: Sequence[Path], i: int) -> Image.Image:
     return Image.open(photos[i % 4]).convert("RGB").crop((7 * i, 5 * i, 7 * i + 150, 5 * i + 120))
 
 
-def captioned(at: Path, photos: Sequence[Path], captions: Sequence[str], sources: Sequence[str] | None = None) -> None:
+def captioned(
+    at: Path, photos: Sequence[Path], captions: Sequence[str], sources: Sequence[str] | None = None
+) -> None:
     """0.png, 1.png, ... below `at`, with metadata.csv: captions, and a column `source`."""
     at.mkdir(parents=True)
     lines = ["file_name,caption" + (",source" if sources else "")]

@@ -14,7 +14,12 @@ SMALL: dict[str, dict[str, Any]] = {
         "embed_dim": 32,
         "num_embeddings": 64,
     },
-    "janus": {"base_channels": 32, "num_res_blocks": 1, "latent_channels": 32, "num_embeddings": 64},
+    "janus": {
+        "base_channels": 32,
+        "num_res_blocks": 1,
+        "latent_channels": 32,
+        "num_embeddings": 64,
+    },
     "vqmodel": {
         "block_out_channels": (32, 32, 32),
         "layers_per_block": 1,

@@ -13,7 +13,11 @@ from torch import nn
 
 from helpers.small_diffusion import small_unet, small_vae
 
-WIDTH, SIDE, TEXT = 16, 16, 12  # of the text encoder, of the image encoder's pictures, tokens of a caption
+WIDTH, SIDE, TEXT = (
+    16,
+    16,
+    12,
+)  # of the text encoder, of the image encoder's pictures, tokens of a caption
 
 
 def tiny_diffusion(folder: Path, grid: bool = True) -> dict[str, Any]:
@@ -35,13 +39,23 @@ def tiny_diffusion(folder: Path, grid: bool = True) -> dict[str, Any]:
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 2, "projection_dim": 8}
-    ids = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    ids = {
+        "bos_token_id": len(words) - 2,
+        "eos_token_id": len(words) - 1,
+        "pad_token_id": len(words) - 1,
+    }
     model, adapter = folder / "diffusion", folder / "adapter"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=TEXT)
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=len(words), max_position_embeddings=TEXT, **shape, **ids))
-        seeing = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=SIDE, patch_size=8, **shape))
+        tokenizer = CLIPTokenizer(
+            vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=TEXT
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(vocab_size=len(words), max_position_embeddings=TEXT, **shape, **ids)
+        )
+        seeing = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(image_size=SIDE, patch_size=8, **shape)
+        )
         unet, vae = small_unet(WIDTH), small_vae()
         tensors = _adapter(unet, grid)
     tokenizer.save_pretrained(model / "tokenizer")
@@ -51,7 +65,12 @@ def tiny_diffusion(folder: Path, grid: bool = True) -> dict[str, Any]:
     DDIMScheduler(clip_sample=False).save_pretrained(model / "scheduler")
     seeing.save_pretrained(adapter / "models" / "image_encoder")
     save_file(tensors, adapter / "models" / "ip.safetensors")
-    names = {"model": str(model), "adapter": str(adapter), "folder": "models", "weights": "ip.safetensors"}
+    names = {
+        "model": str(model),
+        "adapter": str(adapter),
+        "folder": "models",
+        "weights": "ip.safetensors",
+    }
     return {"kind": "stable_diffusion", **names}
 
 
@@ -67,8 +86,16 @@ def _adapter(unet: Any, grid: bool) -> dict[str, torch.Tensor]:
             at = f"image_proj.layers.{block}"
             for name in ("0.norm1", "0.norm2", "1.0"):
                 found |= _named(f"{at}.{name}", nn.LayerNorm(64))
-            sizes = {"0.to_q": (64, 64), "0.to_kv": (128, 64), "0.to_out": (64, 64), "1.1": (256, 64), "1.3": (64, 256)}
-            found |= {f"{at}.{name}.weight": torch.randn(size) * 0.1 for name, size in sizes.items()}
+            sizes = {
+                "0.to_q": (64, 64),
+                "0.to_kv": (128, 64),
+                "0.to_out": (64, 64),
+                "1.1": (256, 64),
+                "1.3": (64, 256),
+            }
+            found |= {
+                f"{at}.{name}.weight": torch.randn(size) * 0.1 for name, size in sizes.items()
+            }
     else:
         found |= _named("image_proj.proj", nn.Linear(8, 4 * WIDTH))
         found |= _named("image_proj.norm", nn.LayerNorm(WIDTH))
@@ -84,7 +111,9 @@ def _named(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": tensor.detach().clone() for key, tensor in module.state_dict().items()}
 
 
-def stage_one(folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any) -> Any:
+def stage_one(
+    folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any
+) -> Any:
     """A VLGPTTokenizerTraining on the visual tokenizer in folder/visual, by default for the pixel decoder in folder/decoder."""
     from lavit_lm.training.vlgpt_tokenizer import VLGPTTokenizerTraining
 
@@ -93,7 +122,9 @@ def stage_one(folder: Path, width: int, conditions: dict[str, Any] | None = None
     return VLGPTTokenizerTraining(width, str(folder / "visual"), conditions, **{**sizes, **more})
 
 
-def stage_one_directory(folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any) -> str:
+def stage_one_directory(
+    folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any
+) -> str:
     """What stage 1 writes, from random weights."""
     from lavit_lm.objectives.vlgpt.image_decoder import save_tokenizer
 

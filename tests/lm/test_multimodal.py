@@ -37,7 +37,12 @@ def lm(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any) -> MultimodalLM:
 def directory(lm: MultimodalLM, tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> Path:
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     save_model(
-        tmp_path / "lm", lm.model, lm.processor, lm.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint()
+        tmp_path / "lm",
+        lm.model,
+        lm.processor,
+        lm.objective,
+        str(tmp_path / "visual"),
+        tiny_tokenizer.fingerprint(),
     )
     return tmp_path / "lm"
 
@@ -46,7 +51,11 @@ def test_text_to_pictures(lm: MultimodalLM):
     codes = lm.generate_codes("a red apple", 3, generator=generator(), max_codes=9)
     assert len(codes) == 3 and codes.codebook_size == CODES and int(codes.lengths.max()) <= 9
     again = lm.generate_codes("a red apple", 3, generator=generator(), max_codes=9)
-    assert again.to_list() == codes.to_list() != lm.generate_codes("a red apple", 3, generator=generator(1)).to_list()
+    assert (
+        again.to_list()
+        == codes.to_list()
+        != lm.generate_codes("a red apple", 3, generator=generator(1)).to_list()
+    )
     images = lm.generate_images("a red apple", 2, generator=generator(), num_inference_steps=2)
     assert [image.size for image in images] == [(16, 16)] * 2
     exact = lm.generate_codes("a red apple", 1, generator=generator(), min_codes=5, max_codes=5)
@@ -63,9 +72,13 @@ def test_prompts_of_text_and_pictures(lm: MultimodalLM, photos: list[Path]):
     words = [lm.processor.text("a red apple"), lm.processor.text("in the rain")]
     image = [v.begin, *v.to_ids(seen[0]).tolist(), v.end]
     assert row.ids.tolist() == [*lm.processor.start, *words[0], *image, *words[1], v.begin]
-    assert lm.prompts.row([seen], "text").ids.tolist() == [*lm.processor.start, *image], "codes stand for their picture"
+    assert lm.prompts.row([seen], "text").ids.tolist() == [*lm.processor.start, *image], (
+        "codes stand for their picture"
+    )
     batch = lm.generate_codes_batch(["a red apple", "rain"], generator=[generator(4), generator(5)])
-    assert batch[1].tolist() == lm.generate_codes_batch(["rain"], generator=[generator(5)])[0].tolist()
+    assert (
+        batch[1].tolist() == lm.generate_codes_batch(["rain"], generator=[generator(5)])[0].tolist()
+    )
 
 
 def test_pictures_to_text(lm: MultimodalLM, photos: list[Path]):
@@ -77,7 +90,9 @@ def test_pictures_to_text(lm: MultimodalLM, photos: list[Path]):
     assert warm == lm.caption(str(photos[0]), 8, temperature=3.0, generator=generator())
 
 
-def test_a_caption_is_never_empty(lm: MultimodalLM, photos: list[Path], monkeypatch: pytest.MonkeyPatch):
+def test_a_caption_is_never_empty(
+    lm: MultimodalLM, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+):
     """Of a model that would rather say nothing."""
     head = lm.model.head
 
@@ -88,20 +103,41 @@ def test_a_caption_is_never_empty(lm: MultimodalLM, photos: list[Path], monkeypa
 
     monkeypatch.setattr(lm.model, "head", ends)
     row = lm.prompts.row([photos[0]], "text")
-    assert len(generate_ids(lm.model, lm.processor, [row], GenerationConstraint("text", 1, 5), Sampling(0.0))[0]) == 2
-    assert len(lm.generate_text_batch([[photos[0]]], 5)) == 1 and len(lm.generate_text_batch([[photos[0]]], 5)[0]) > 0
+    assert (
+        len(
+            generate_ids(
+                lm.model, lm.processor, [row], GenerationConstraint("text", 1, 5), Sampling(0.0)
+            )[0]
+        )
+        == 2
+    )
+    assert (
+        len(lm.generate_text_batch([[photos[0]]], 5)) == 1
+        and len(lm.generate_text_batch([[photos[0]]], 5)[0]) > 0
+    )
 
 
 def test_interleaved_out(lm: MultimodalLM, photos: list[Path]):
     kinds = set()
-    lm.model.causal.get_output_embeddings().weight.data[lm.processor.vocabulary.begin] *= 3  # likelier to draw
+    lm.model.causal.get_output_embeddings().weight.data[lm.processor.vocabulary.begin] *= (
+        3  # likelier to draw
+    )
     for seed in range(12):
-        said = lm.complete(["a red apple", photos[0]], 20, 2, generator=generator(seed), images=False, temperature=4.0)
+        said = lm.complete(
+            ["a red apple", photos[0]],
+            20,
+            2,
+            generator=generator(seed),
+            images=False,
+            temperature=4.0,
+        )
         kinds |= {type(part) for part in said}
         assert sum(isinstance(part, VisualCodes) for part in said) <= 2
     assert kinds == {str, VisualCodes}
     drawn = [
-        part for part in lm.complete("a", 30, 1, generator=generator(3), temperature=4.0) if not isinstance(part, str)
+        part
+        for part in lm.complete("a", 30, 1, generator=generator(3), temperature=4.0)
+        if not isinstance(part, str)
     ]
     assert all(isinstance(part, Image.Image) for part in drawn)
 
@@ -114,7 +150,9 @@ def test_ranking_is_the_likelihood(lm: MultimodalLM, photos: list[Path]):
         ids = [*start, *lm.processor.text(text), lm.processor.stop]
         with torch.no_grad():
             log_p = lm.model.causal(torch.tensor([ids])).logits[0].float().log_softmax(-1)
-        assert abs(nats - sum(float(log_p[i - 1, ids[i]]) for i in range(len(start), len(ids)))) < 1e-3
+        assert (
+            abs(nats - sum(float(log_p[i - 1, ids[i]]) for i in range(len(start), len(ids)))) < 1e-3
+        )
     images = lm.rank("a red apple", photos[:3], per_token=True)
     assert images.shape == (3,) and len(set(images.tolist())) == 3
 
@@ -122,9 +160,14 @@ def test_ranking_is_the_likelihood(lm: MultimodalLM, photos: list[Path]):
 def test_saved_and_loaded(lm: MultimodalLM, directory: Path, photos: list[Path]):
     loaded = MultimodalLM.from_pretrained(directory, decoder=None)
     want = lm.generate_codes("a red apple", 2, generator=generator())
-    assert loaded.generate_codes("a red apple", 2, generator=generator()).to_list() == want.to_list()
+    assert (
+        loaded.generate_codes("a red apple", 2, generator=generator()).to_list() == want.to_list()
+    )
     assert loaded.caption(str(photos[0]), 6) == lm.caption(str(photos[0]), 6)
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    plain, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(directory),
+        AutoTokenizer.from_pretrained(directory),
+    )
     ids = torch.tensor([lm.prompts.row("rain", "text").ids.tolist()])
     assert torch.equal(plain(ids).logits.argmax(-1), lm.model.causal(ids).logits.argmax(-1))
     assert len(tokenizer) == len(lm.processor.tokenizer)
@@ -136,7 +179,9 @@ def test_saved_and_loaded(lm: MultimodalLM, directory: Path, photos: list[Path])
     assert json.loads((directory / "lavit_lm.json").read_text())["visual_tokenizer"] == "elsewhere"
     (directory / "lavit_lm.json").unlink()
     with pytest.raises(WeightsError, match="an older model to replace"):
-        save_model(directory, loaded.model, loaded.processor, loaded.objective, "elsewhere", "0" * 16)
+        save_model(
+            directory, loaded.model, loaded.processor, loaded.objective, "elsewhere", "0" * 16
+        )
 
 
 def test_saved_in_half_precision(lm: MultimodalLM, directory: Path, tmp_path: Path):
@@ -149,21 +194,32 @@ def test_saved_in_half_precision(lm: MultimodalLM, directory: Path, tmp_path: Pa
     assert torch.allclose(loaded.model.causal(ids).logits, lm.model.causal(ids).logits, atol=1e-2)
 
 
-def test_reading_pictures_as_vectors(tiny_tokenizer: VisualTokenizer, tmp_path: Path, photos: list[Path]):
+def test_reading_pictures_as_vectors(
+    tiny_tokenizer: VisualTokenizer, tmp_path: Path, photos: list[Path]
+):
     processor, model = processor_and_model("llama")
     model.bridge = ContinuousBridge(tiny_tokenizer, 16)
-    assert not [n for n in model.state_dict() if "encoder" in n], "the visual tokenizer is no part of the model"
+    assert not [n for n in model.state_dict() if "encoder" in n], (
+        "the visual tokenizer is no part of the model"
+    )
     vectors = MultimodalLM(model, processor, tiny_tokenizer, objective=LaVIT(continuous=True))
     row = vectors.prompts.row([photos[0], "a"], "text")
     codes = tiny_tokenizer.encode(str(photos[0]))
     assert row.is_embedding.sum() == len(codes[0]) and torch.equal(row.keep, codes.keep)
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     save_model(
-        tmp_path / "lm", model, processor, vectors.objective, str(tmp_path / "visual"), tiny_tokenizer.fingerprint()
+        tmp_path / "lm",
+        model,
+        processor,
+        vectors.objective,
+        str(tmp_path / "visual"),
+        tiny_tokenizer.fingerprint(),
     )
     loaded = MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
     assert loaded.caption(str(photos[0]), 8) == vectors.caption(str(photos[0]), 8)
-    assert loaded.generate_codes([photos[0], "a"], generator=generator()).to_list(), "pictures are drawn by codes"
+    assert loaded.generate_codes([photos[0], "a"], generator=generator()).to_list(), (
+        "pictures are drawn by codes"
+    )
     tensors = load_file(tmp_path / "lm" / "parts.safetensors")
     tensors.pop("bridge.path.projection.weight")
     save_file(tensors, tmp_path / "lm" / "parts.safetensors")
@@ -178,7 +234,11 @@ def test_directories_that_are_refused(directory: Path, tmp_path: Path):
         MultimodalLM.from_pretrained(directory, visual_tokenizer=str(tmp_path / "other"))
     tensors = load_file(directory / "model.safetensors")
     lost = sorted(name for name in tensors if "mlp" in name)[0]
-    save_file({n: t for n, t in tensors.items() if n != lost}, directory / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: t for n, t in tensors.items() if n != lost},
+        directory / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(WeightsError, match=lost.replace(".", r"\.")):
         MultimodalLM.from_pretrained(directory)
     (directory / "lavit_lm.json").write_text("{")
@@ -209,16 +269,29 @@ def test_impossible_requests(lm: MultimodalLM, photos: list[Path]):
         lm.rank("a", [])
 
 
-def test_commands(directory: Path, tiny_decoder: Any, tmp_path: Path, photos: list[Path], capsys: Any):
+def test_commands(
+    directory: Path, tiny_decoder: Any, tmp_path: Path, photos: list[Path], capsys: Any
+):
     tiny_decoder.save_pretrained(tmp_path / "decoder")
-    words = ["generate", "a red apple", "--model", str(directory), "--decoder", str(tmp_path / "decoder")]
+    words = [
+        "generate",
+        "a red apple",
+        "--model",
+        str(directory),
+        "--decoder",
+        str(tmp_path / "decoder"),
+    ]
     assert main([*words, "--out", str(tmp_path / "out"), "-n", "2", "--steps", "2"]) == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
-    rows = [json.loads(line) for line in (tmp_path / "out" / "codes.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "codes.jsonl").read_text().splitlines()
+    ]
     assert [row["prompt"] for row in rows] == ["a red apple"] * 2
     (tmp_path / "bad.png").write_bytes(b"no picture")
     capsys.readouterr()
-    assert main(["caption", str(photos[0]), str(tmp_path / "bad.png"), "--model", str(directory)]) == 0
+    assert (
+        main(["caption", str(photos[0]), str(tmp_path / "bad.png"), "--model", str(directory)]) == 0
+    )
     shown = capsys.readouterr()
     assert shown.out.startswith(f"{photos[0]}\t") and "1 of 2 pictures; 1 skipped" in shown.err
     assert main(["export", str(directory), str(tmp_path / "plain")]) == 0

@@ -52,7 +52,9 @@ def test_pictures_and_words_of_photographs(lm: MultimodalLM):
     photos = photographs()
     said = lm.caption(list(photos))
     assert all(said) and len(set(said)) > 2
-    (image,) = lm.generate_images("a photo of a bag", generator=torch.Generator().manual_seed(0), num_inference_steps=2)
+    (image,) = lm.generate_images(
+        "a photo of a bag", generator=torch.Generator().manual_seed(0), num_inference_steps=2
+    )
     assert image.size == (64, 64)
     assert lm.complete([photos[0], " is"], max_tokens=5, max_images=0)
 
@@ -66,7 +68,12 @@ def test_plain_transformers_says_the_same(lm: MultimodalLM, tmp_path: Path):
     )
     vocabulary = VisualVocabulary.of(tokenizer)
     inputs = tokenizer("a photo of a bag<|img|>", return_tensors="pt")
-    found = model.generate(**inputs, do_sample=False, max_new_tokens=65, eos_token_id=vocabulary.end)[0]
+    found = model.generate(
+        **inputs, do_sample=False, max_new_tokens=65, eos_token_id=vocabulary.end
+    )[0]
     ids = found[inputs["input_ids"].shape[1] :]
     mine = lm.generate_codes("a photo of a bag", 1, guidance_scale=1.0, temperature=0.0)
-    assert int(ids[-1]) == vocabulary.end and vocabulary.to_codes(ids[:-1]).tolist() == mine[0].tolist()
+    assert (
+        int(ids[-1]) == vocabulary.end
+        and vocabulary.to_codes(ids[:-1]).tolist() == mine[0].tolist()
+    )

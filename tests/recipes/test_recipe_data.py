@@ -168,10 +168,20 @@ def test_views_are_cuts_of_training_pictures_only(tmp_path: Path, monkeypatch: p
             rows.append(row)
         write_split(rows, split, tmp_path / "data")
     for out in ("views", "again"):
-        monkeypatch.setattr(sys, "argv", ["views.py", "--data", str(tmp_path / "data"), "--out", str(tmp_path / out)])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["views.py", "--data", str(tmp_path / "data"), "--out", str(tmp_path / out)],
+        )
         main()
-    made, again = (load_dataset("parquet", data_dir=str(tmp_path / out / "data")) for out in ("views", "again"))
-    assert {split: len(rows) for split, rows in made.items()} == {"train": 9, "validation": 3, "test": 3}
+    made, again = (
+        load_dataset("parquet", data_dir=str(tmp_path / out / "data")) for out in ("views", "again")
+    )
+    assert {split: len(rows) for split, rows in made.items()} == {
+        "train": 9,
+        "validation": 3,
+        "test": 3,
+    }
     assert made["train"]["key"][:3] == ["k0", "k0@1", "k0@2"]
     assert made["train"]["caption"][:3] == ["caption 0"] * 3
     for row, other in zip(made["train"], again["train"], strict=True):

@@ -16,14 +16,35 @@ from lavit_tok import VisualTokenizer
 from lavit_tok.cli import main
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/tokenizer.yaml"))
-CONFIG = {"codebook_size": 16, "code_dim": 4, "merger_depth": 1, "reconstructor_depth": 1, "num_heads": 2}
+CONFIG = {
+    "codebook_size": 16,
+    "code_dim": 4,
+    "merger_depth": 1,
+    "reconstructor_depth": 1,
+    "num_heads": 2,
+}
 
 
 def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> list[str]:
     """The recipe's settings but for width, devices, data and the steps at which something happens."""
-    words = ["-c", str(recipe), f"--data.data={data}", "--data.image_size=32", "--data.batch_size=4"]
-    words += ["--data.num_workers=0", "--data.streaming=false", f"--trainer.default_root_dir={root}"]
-    words += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    words = [
+        "-c",
+        str(recipe),
+        f"--data.data={data}",
+        "--data.image_size=32",
+        "--data.batch_size=4",
+    ]
+    words += [
+        "--data.num_workers=0",
+        "--data.streaming=false",
+        f"--trainer.default_root_dir={root}",
+    ]
+    words += [
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.num_nodes=1",
+        "--trainer.strategy=auto",
+    ]
     words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
     words += [
         "--trainer.enable_progress_bar=false",
@@ -32,8 +53,18 @@ def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> li
     ]
     words += ["--model.encoder=null", f"--model.config.encoder={json.dumps(encoder)}"]
     words += [f"--model.config.{name}={value}" for name, value in CONFIG.items()]
-    steps = {"stop_sampling_step": 0, "quantize_at": 1, "warmup_steps": 1, "blend_steps": 1, "kmeans_samples": 64}
-    return [*words, *(f"--model.{k}={v}" for k, v in steps.items()), f"--model.out={root / 'tokenizer'}"]
+    steps = {
+        "stop_sampling_step": 0,
+        "quantize_at": 1,
+        "warmup_steps": 1,
+        "blend_steps": 1,
+        "kmeans_samples": 64,
+    }
+    return [
+        *words,
+        *(f"--model.{k}={v}" for k, v in steps.items()),
+        f"--model.out={root / 'tokenizer'}",
+    ]
 
 
 def test_there_is_a_recipe_of_each_size() -> None:
@@ -58,7 +89,18 @@ def test_tokenizer_recipe_trains(recipe: Path, tmp_path: Path, tiny_config: Any)
         pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / "train" / f"{i}.png")
     threads = torch.get_num_threads()
-    assert main(["fit", *reduced(recipe, tmp_path / "data", tmp_path / "run", dict(tiny_config.encoder))]) == 0
+    assert (
+        main(
+            [
+                "fit",
+                *reduced(recipe, tmp_path / "data", tmp_path / "run", dict(tiny_config.encoder)),
+            ]
+        )
+        == 0
+    )
     torch.set_num_threads(threads)
     tokenizer = VisualTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
-    assert tokenizer.config.codebook_size == 16 and len(tokenizer.encode(tmp_path / "data" / "train" / "0.png")) == 1
+    assert (
+        tokenizer.config.codebook_size == 16
+        and len(tokenizer.encode(tmp_path / "data" / "train" / "0.png")) == 1
+    )

@@ -30,26 +30,53 @@ def images(tmp_path):
     for i in range(24):
         stream = io.BytesIO()
         Image.new("RGB", (20, 20), WORDS[i % 4]).save(stream, "PNG")
-        rows.append({"image": {"bytes": stream.getvalue(), "path": None}, "caption": f"{WORDS[i % 4]} square"})
+        rows.append(
+            {
+                "image": {"bytes": stream.getvalue(), "path": None},
+                "caption": f"{WORDS[i % 4]} square",
+            }
+        )
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pictures" / "train.parquet")
     return str(tmp_path / "pictures")
 
 
 def run(module, monkeypatch, *arguments: str) -> None:
     name = Path(module.__file__).with_suffix(".yaml")
-    tiny = ["--threads", "0", "--trainer.precision", "32-true", "--trainer.max_steps", "2", "--data.batch_size", "4"]
-    tiny += ["--trainer.val_check_interval", "1", "--trainer.logger", "false", "--checkpoint.every_n_train_steps", "1"]
+    tiny = [
+        "--threads",
+        "0",
+        "--trainer.precision",
+        "32-true",
+        "--trainer.max_steps",
+        "2",
+        "--data.batch_size",
+        "4",
+    ]
+    tiny += [
+        "--trainer.val_check_interval",
+        "1",
+        "--trainer.logger",
+        "false",
+        "--checkpoint.every_n_train_steps",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", [module.__file__, "fit", "-c", str(name), *tiny, *arguments])
     module.main()
 
 
-def test_the_teacher_recipe_leaves_a_plain_clip_vision_model(recipes, images, monkeypatch, tmp_path):
+def test_the_teacher_recipe_leaves_a_plain_clip_vision_model(
+    recipes, images, monkeypatch, tmp_path
+):
     import sentences
     import teacher
     from safetensors.torch import load_file
     from transformers import CLIPVisionModel
 
-    monkeypatch.setattr(sentences, "embed", lambda texts: torch.nn.functional.normalize(torch.randn(len(texts), 384)))
+    monkeypatch.setattr(
+        sentences,
+        "embed",
+        lambda texts: torch.nn.functional.normalize(torch.randn(len(texts), 384)),
+    )
     out = tmp_path / "teacher"
     run(teacher, monkeypatch, "--out", str(out), "--data.data", images, "--model.layers", "2")
     model = CLIPVisionModel.from_pretrained(out)
@@ -57,7 +84,18 @@ def test_the_teacher_recipe_leaves_a_plain_clip_vision_model(recipes, images, mo
     assert model(pixel_values=torch.zeros(1, 3, 64, 64)).last_hidden_state.shape == (1, 65, 192)
     assert load_file(out / "caption_projection.safetensors")["weight"].shape == (384, 192)
     assert (out / "numbers.json").exists()
-    run(teacher, monkeypatch, "--out", str(out), "--data.data", images, "--model.layers", "2", "--ckpt_path", "last")
+    run(
+        teacher,
+        monkeypatch,
+        "--out",
+        str(out),
+        "--data.data",
+        images,
+        "--model.layers",
+        "2",
+        "--ckpt_path",
+        "last",
+    )
 
 
 def test_teacher_losses_ignore_duplicates_and_hide_about_the_asked_share(recipes):
@@ -74,7 +112,9 @@ def test_teacher_losses_ignore_duplicates_and_hide_about_the_asked_share(recipes
     assert not teacher.Teacher(layers=1, mask_probability=0.0).hide(10, generator).any()
     pixels = torch.zeros(1, 3, 64, 64)
     pixels[0, 1, 4:8, 8:12] = 1  # green, lower left quarter of the second patch
-    details = model.low_pass(pixels)[0, 1].tolist()  # the mean, 1/4, and half of what differs from it
+    details = model.low_pass(pixels)[
+        0, 1
+    ].tolist()  # the mean, 1/4, and half of what differs from it
     assert details == [0] * 4 + [0.125, 0.125, 0.625, 0.125] + [0] * 4
 
 

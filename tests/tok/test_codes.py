@@ -39,7 +39,12 @@ def test_the_drawing():
 def test_pad_and_unpad_are_inverse(lengths: list[int]):
     layout = RaggedLayout(torch.tensor(lengths, dtype=torch.int64))
     for rest in ((), (3,), (2, 2)):
-        rows = torch.arange(sum(lengths) * int(torch.tensor(rest).prod())).view(sum(lengths), *rest).float() + 1
+        rows = (
+            torch.arange(sum(lengths) * int(torch.tensor(rest).prod()))
+            .view(sum(lengths), *rest)
+            .float()
+            + 1
+        )
         padded = layout.pad(rows)
         assert padded.shape == (len(lengths), max(lengths, default=0), *rest)
         assert torch.equal(layout.unpad(padded), rows)
@@ -64,13 +69,18 @@ def test_spread_repeats_rows_where_pad_would_fill():
         assert spread.shape == (len(lengths), max(lengths, default=0), 2)
         assert torch.equal(layout.unpad(spread), rows)
         assert torch.equal(spread[layout.mask], layout.pad(rows)[layout.mask])
-        assert set(spread.flatten().tolist()) <= set(rows.flatten().tolist()), "a free slot repeats a row"
+        assert set(spread.flatten().tolist()) <= set(rows.flatten().tolist()), (
+            "a free slot repeats a row"
+        )
 
 
 def test_random_batches_round_trip():
     chance = random.Random(0)
     for _ in range(200):
-        rows = [[chance.randrange(50) for _ in range(chance.randrange(6))] for _ in range(chance.randrange(6))]
+        rows = [
+            [chance.randrange(50) for _ in range(chance.randrange(6))]
+            for _ in range(chance.randrange(6))
+        ]
         codes = VisualCodes.from_list(rows, codebook_size=50)
         assert codes.to_list() == rows == [list(map(int, row)) for row in codes]
         assert codes.lengths.tolist() == [len(r) for r in rows] and len(codes) == len(rows)
@@ -113,7 +123,11 @@ def test_take_and_cat_carry_the_masks():
     ("values", "lengths", "said"),
     [
         (torch.tensor([1.0]), torch.tensor([1]), "values: expected an int64 tensor"),
-        (torch.tensor([1], dtype=torch.int32), torch.tensor([1]), "values: expected an int64 tensor"),
+        (
+            torch.tensor([1], dtype=torch.int32),
+            torch.tensor([1]),
+            "values: expected an int64 tensor",
+        ),
         (torch.tensor([[1]]), torch.tensor([1]), r"values.*\[1, 1\]"),
         ([1], torch.tensor([1]), "values.*list"),
         (torch.tensor([1]), torch.tensor([1.0]), "lengths: expected an int64 tensor"),
@@ -174,7 +188,10 @@ def test_what_is_no_list_of_codes(codes: Any):
 
 def test_other_integer_types_are_taken_as_they_are():
     for dtype in (torch.uint8, torch.int16, torch.int32):
-        assert VisualCodes.from_list([torch.tensor([1, 200 % 128], dtype=dtype), []]).to_list() == [[1, 72], []]
+        assert VisualCodes.from_list([torch.tensor([1, 200 % 128], dtype=dtype), []]).to_list() == [
+            [1, 72],
+            [],
+        ]
 
 
 def test_nothing_at_all():

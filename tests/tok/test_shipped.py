@@ -26,12 +26,16 @@ def codes(tokenizer: VisualTokenizer) -> VisualCodes:
     return tokenizer.encode(photographs())
 
 
-def test_encodes_in_different_numbers_of_codes(tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
+def test_encodes_in_different_numbers_of_codes(
+    tokenizer: VisualTokenizer, codes: VisualCodes
+) -> None:
     patches = tokenizer.config.num_patches
     assert int(codes.lengths.min()) >= 1
     assert 0.1 * patches < codes.lengths.double().mean() < 0.7 * patches
     assert len(set(codes.lengths.tolist())) > 3
-    assert len(codes.values.unique()) > len(codes.values) / 4  # a collapsed codebook gives a handful
+    assert (
+        len(codes.values.unique()) > len(codes.values) / 4
+    )  # a collapsed codebook gives a handful
     assert tokenizer.encode(photographs()).to_list() == codes.to_list()
 
 
@@ -45,7 +49,9 @@ def test_codes_tell_the_features(tokenizer: VisualTokenizer, codes: VisualCodes)
     features = tokenizer.features(tokenizer.preprocess(photographs()))
     drawn = tokenizer.reconstruct_features(codes)
     centre = features.mean((0, 1))
-    similar = F.cosine_similarity((drawn - centre)[:, None], (features - centre)[None], dim=-1).mean(-1)
+    similar = F.cosine_similarity(
+        (drawn - centre)[:, None], (features - centre)[None], dim=-1
+    ).mean(-1)
     assert torch.equal(similar.argmax(1), torch.arange(len(codes)))
 
 
@@ -57,7 +63,9 @@ def test_pixels_resemble_the_picture(tokenizer: VisualTokenizer, codes: VisualCo
     drawn = decoder(codes, 20, generator=generators, output_type="pt").images
     size = tokenizer.config.image_size
     assert drawn.shape == (len(codes), 3, size, size)
-    originals = [np.asarray(Image.open(p).convert("RGB").resize((size, size), 3)) for p in photographs()]
+    originals = [
+        np.asarray(Image.open(p).convert("RGB").resize((size, size), 3)) for p in photographs()
+    ]
     target = torch.from_numpy(np.stack(originals)).permute(0, 3, 1, 2).float() / 255
     small = [F.adaptive_avg_pool2d(x, 8).flatten(1) for x in (drawn, target)]
     a, b = ((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True) for x in small)

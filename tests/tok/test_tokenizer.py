@@ -31,13 +31,18 @@ def crops(photos: list[Path], count: int = 12) -> list[Image.Image]:
     for i in range(count):
         photo = Image.open(photos[i % len(photos)]).convert("RGB")
         width, height = chance.randrange(30, photo.width), chance.randrange(30, photo.height)
-        left, top = chance.randrange(photo.width - width + 1), chance.randrange(photo.height - height + 1)
+        left, top = (
+            chance.randrange(photo.width - width + 1),
+            chance.randrange(photo.height - height + 1),
+        )
         found.append(photo.crop((left, top, left + width, top + height)))
     return found
 
 
 @pytest.mark.parametrize("attention", ["strict", "compat"])
-def test_codes_equal_the_loop_over_images(tiny_tokenizer: VisualTokenizer, photos: list[Path], attention: Any):
+def test_codes_equal_the_loop_over_images(
+    tiny_tokenizer: VisualTokenizer, photos: list[Path], attention: Any
+):
     tiny_tokenizer.merger.formula = attention
     images = crops(photos, 6)
     codes = tiny_tokenizer.encode(images)
@@ -60,7 +65,9 @@ def test_encode_is_the_rooms_one_after_another(tiny_tokenizer: VisualTokenizer, 
         assert codes.to_list() == by_hand.to_list() and torch.equal(codes.lengths, by_hand.lengths)
         assert codes.keep is not None and torch.equal(codes.keep, k) and codes.codebook_size == 16
         assert codes.values.dtype == codes.lengths.dtype == torch.int64
-        assert torch.equal(tiny_tokenizer.encode_pixels(x, **options, **_again(options)).values, codes.values)  # type: ignore[arg-type]
+        assert torch.equal(
+            tiny_tokenizer.encode_pixels(x, **options, **_again(options)).values, codes.values
+        )  # type: ignore[arg-type]
 
 
 def _again(options: dict[str, Any]) -> dict[str, Any]:
@@ -87,14 +94,18 @@ def test_deterministic_and_sampled(tiny_tokenizer: VisualTokenizer, photos: list
     assert tiny_tokenizer.encode(photos).to_list() == first.to_list()
     tiny_tokenizer.train()
     assert tiny_tokenizer.encode(photos).to_list() == first.to_list()
-    one, same, other = (tiny_tokenizer.encode(photos, sample=True, generator=generator(s)) for s in (1, 1, 2))
+    one, same, other = (
+        tiny_tokenizer.encode(photos, sample=True, generator=generator(s)) for s in (1, 1, 2)
+    )
     assert one.to_list() == same.to_list()
     assert one.keep is not None and other.keep is not None and not torch.equal(one.keep, other.keep)
 
 
 def test_budgets(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     for budget in (1, 5, 16, 99):
-        assert tiny_tokenizer.encode(photos, budget=budget).lengths.tolist() == [min(budget, 16)] * 4
+        assert (
+            tiny_tokenizer.encode(photos, budget=budget).lengths.tolist() == [min(budget, 16)] * 4
+        )
     shared = tiny_tokenizer.encode(photos, budget=0.25)
     assert int(shared.lengths.sum()) == 16 and int(shared.lengths.min()) >= 1
     assert len(set(shared.lengths.tolist())) > 1
@@ -103,18 +114,29 @@ def test_budgets(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
             tiny_tokenizer.encode(photos, budget=bad)
 
 
-def test_inputs_of_every_kind_give_the_same_codes(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+def test_inputs_of_every_kind_give_the_same_codes(
+    tiny_tokenizer: VisualTokenizer, photos: list[Path]
+):
     expected = tiny_tokenizer.encode(photos[0]).to_list()
     image = Image.open(photos[0]).convert("RGB")
     array = np.asarray(image)
-    for same in (str(photos[0]), photos[0].read_bytes(), image, array, torch.from_numpy(array.copy()), [photos[0]]):
+    for same in (
+        str(photos[0]),
+        photos[0].read_bytes(),
+        image,
+        array,
+        torch.from_numpy(array.copy()),
+        [photos[0]],
+    ):
         assert tiny_tokenizer.encode(same).to_list() == expected
     small = to_uint8(photos, 32)
     for batch in (small, list(small), small.numpy(), small.permute(0, 2, 3, 1).numpy()):
         assert tiny_tokenizer.encode(batch).to_list() == tiny_tokenizer.encode(photos).to_list()
 
 
-def test_a_bad_picture_stops_the_batch_by_name(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path):
+def test_a_bad_picture_stops_the_batch_by_name(
+    tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path
+):
     bad = tmp_path / "broken.png"
     bad.write_bytes(photos[0].read_bytes()[:500])
     with pytest.raises(ImageError, match=r"broken\.png"):
@@ -141,7 +163,9 @@ def test_pixels_that_are_no_pixels(tiny_tokenizer: VisualTokenizer, bad: float):
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 32, 32, 3)])
 def test_pixels_of_another_type_or_shape(tiny_tokenizer: VisualTokenizer, shape: tuple[int, ...]):
     for pixels in (torch.zeros(shape), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"expected float \[batch 3 32 32\] from preprocess\(\), got"):
+        with pytest.raises(
+            ValueError, match=r"expected float \[batch 3 32 32\] from preprocess\(\), got"
+        ):
             tiny_tokenizer.features(pixels)
 
 
@@ -152,13 +176,17 @@ def test_features_with_nan_are_refused_by_every_room(tiny_tokenizer: VisualToken
         tiny_tokenizer.select(tiny_tokenizer.score(features))
     keep = torch.ones(2, 16, dtype=torch.bool)
     with pytest.raises(ValueError, match="NaN"):
-        tiny_tokenizer.quantize(tiny_tokenizer.project(tiny_tokenizer.merge(features, keep)), keep.sum(1))
+        tiny_tokenizer.quantize(
+            tiny_tokenizer.project(tiny_tokenizer.merge(features, keep)), keep.sum(1)
+        )
 
 
 def test_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer):
     good = VisualCodes.from_list([[0, 15], [3]])
     assert tiny_tokenizer.reconstruct_features(good).shape == (2, 16, 32)
-    assert torch.equal(tiny_tokenizer.lookup(good), tiny_tokenizer.quantizer.codebook.embeddings[[0, 15, 3]])
+    assert torch.equal(
+        tiny_tokenizer.lookup(good), tiny_tokenizer.quantizer.codebook.embeddings[[0, 15, 3]]
+    )
     for codes, said in (
         (VisualCodes.from_list([[16]]), r"0\.\.15, got 16\.\.16"),
         (VisualCodes.from_list([[3]], 32), "a codebook of 32 rows, this one has 16"),
@@ -187,27 +215,40 @@ def test_save_and_load(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_
     loaded = VisualTokenizer.from_pretrained(tmp_path)
     assert loaded.config == tiny_tokenizer.config and not loaded.training
     assert loaded.encode(photos).to_list() == expected.to_list()
-    assert torch.equal(loaded.reconstruct_features(expected), tiny_tokenizer.reconstruct_features(expected))
+    assert torch.equal(
+        loaded.reconstruct_features(expected), tiny_tokenizer.reconstruct_features(expected)
+    )
     state = loaded.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in tiny_tokenizer.state_dict().items())
-    assert VisualTokenizer.from_pretrained(str(tmp_path)).encode(photos).to_list() == expected.to_list()
+    assert (
+        VisualTokenizer.from_pretrained(str(tmp_path)).encode(photos).to_list()
+        == expected.to_list()
+    )
 
 
-def test_save_and_load_in_half_the_bytes(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path):
+def test_save_and_load_in_half_the_bytes(
+    tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path
+):
     tiny_tokenizer.save_pretrained(tmp_path / "full")
     tiny_tokenizer.save_pretrained(tmp_path / "half", dtype=torch.float16)
     sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("half", "full")]
     assert sizes[0] < 0.6 * sizes[1]
     one, two = (VisualTokenizer.from_pretrained(tmp_path / "half") for _ in range(2))
-    assert one.dtype == torch.float32 and one.encode(photos).to_list() == two.encode(photos).to_list()
+    assert (
+        one.dtype == torch.float32 and one.encode(photos).to_list() == two.encode(photos).to_list()
+    )
     for name, value in tiny_tokenizer.state_dict().items():
         expected = value.half().float() if value.is_floating_point() else value
         assert torch.equal(one.state_dict()[name], expected), name
-    tiny_tokenizer.save_pretrained(tmp_path / "again")  # the type of one save does not stick to the next
+    tiny_tokenizer.save_pretrained(
+        tmp_path / "again"
+    )  # the type of one save does not stick to the next
     assert (tmp_path / "again" / "model.safetensors").stat().st_size == sizes[1]
 
 
-def test_save_and_load_in_shards(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path):
+def test_save_and_load_in_shards(
+    tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path
+):
     tiny_tokenizer.save_pretrained(tmp_path)
     save_weights(tiny_tokenizer, tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -215,7 +256,9 @@ def test_save_and_load_in_shards(tiny_tokenizer: VisualTokenizer, photos: list[P
     assert loaded.encode(photos).to_list() == tiny_tokenizer.encode(photos).to_list()
 
 
-def test_bfloat16_keeps_decisions_in_float32(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path):
+def test_bfloat16_keeps_decisions_in_float32(
+    tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path
+):
     before = {k: v.clone() for k, v in tiny_tokenizer.state_dict().items()}
     tiny_tokenizer.to(torch.bfloat16)
     assert tiny_tokenizer.dtype == torch.bfloat16
@@ -224,7 +267,9 @@ def test_bfloat16_keeps_decisions_in_float32(tiny_tokenizer: VisualTokenizer, ph
         assert value.dtype == (torch.float32 if pinned else torch.bfloat16), name
         assert not pinned or torch.equal(value, before[name])
     codes = tiny_tokenizer.encode(photos)
-    assert codes.to_list() == tiny_tokenizer.encode(photos).to_list() and int(codes.lengths.min()) >= 1
+    assert (
+        codes.to_list() == tiny_tokenizer.encode(photos).to_list() and int(codes.lengths.min()) >= 1
+    )
     assert tiny_tokenizer.preprocess(photos).dtype == torch.bfloat16
     assert tiny_tokenizer.reconstruct_features(codes).dtype == torch.bfloat16
     tiny_tokenizer.float().save_pretrained(tmp_path)
@@ -263,18 +308,28 @@ def test_copies_are_independent(tiny_tokenizer: VisualTokenizer, photos: list[Pa
 
 
 def test_other_settings_work_end_to_end(tiny_config: TokenizerConfig, photos: list[Path]):
-    for change in ({"merger_depth": 0}, {"crop": True}, {"encoder_norm": True}, {"attention": "compat"}):
+    for change in (
+        {"merger_depth": 0},
+        {"crop": True},
+        {"encoder_norm": True},
+        {"attention": "compat"},
+    ):
         config = dataclasses.replace(tiny_config, **change)  # type: ignore[arg-type]
         tokenizer = VisualTokenizer(config)
         codes = tokenizer.encode(photos, budget=5)
-        assert codes.lengths.tolist() == [5] * 4 and tokenizer.reconstruct_features(codes).isfinite().all()
+        assert (
+            codes.lengths.tolist() == [5] * 4
+            and tokenizer.reconstruct_features(codes).isfinite().all()
+        )
 
 
 def test_sharing_on_the_hub():
     """The usual calls of huggingface_hub are there; what they write, from_pretrained reads (test_save_and_load)."""
     parameters = inspect.signature(VisualTokenizer.push_to_hub).parameters
     assert {"repo_id", "commit_message", "private", "token", "branch"} <= set(parameters)
-    assert {"save_directory", "dtype"} <= set(inspect.signature(VisualTokenizer.save_pretrained).parameters)
+    assert {"save_directory", "dtype"} <= set(
+        inspect.signature(VisualTokenizer.save_pretrained).parameters
+    )
 
 
 def test_fingerprint_names_the_codebook(tiny_tokenizer: VisualTokenizer, tmp_path: Path):

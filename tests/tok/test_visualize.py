@@ -35,7 +35,9 @@ COLOURS = {
 
 def drawn(text: str) -> np.ndarray:
     """Every letter is a square of 2 x 2 pixels."""
-    pixels = np.array([[COLOURS[letter] for letter in line] for line in text.split()], dtype=np.uint8)
+    pixels = np.array(
+        [[COLOURS[letter] for letter in line] for line in text.split()], dtype=np.uint8
+    )
     return pixels.repeat(2, axis=0).repeat(2, axis=1)
 
 
@@ -54,13 +56,17 @@ def test_dropped_patches_are_dimmed_and_kept_ones_untouched(form: str) -> None:
 def test_all_or_none_kept() -> None:
     pixels = drawn(DRAWING)
     assert np.array_equal(np.asarray(kept_overlay(pixels, [True] * 4, (2, 2))), pixels)
-    assert np.array_equal(np.asarray(kept_overlay(pixels, [False] * 4, (2, 2), dim=0.0)), np.zeros_like(pixels))
+    assert np.array_equal(
+        np.asarray(kept_overlay(pixels, [False] * 4, (2, 2), dim=0.0)), np.zeros_like(pixels)
+    )
 
 
 def test_a_picture_that_the_grid_does_not_divide() -> None:
     grey = np.full((5, 7, 3), 100, dtype=np.uint8)
     dimmed = np.asarray(kept_overlay(grey, [False, True], (1, 2)))[..., 0]
-    assert (dimmed == 25).sum(1).tolist() == [4] * 5  # 7 columns: 4 belong to the first patch, 3 to the second
+    assert (dimmed == 25).sum(1).tolist() == [
+        4
+    ] * 5  # 7 columns: 4 belong to the first patch, 3 to the second
 
 
 def test_as_many_decisions_as_patches() -> None:
@@ -82,11 +88,16 @@ def test_sheet_places_every_picture() -> None:
 def test_titles_and_labels_are_written_outside_the_pictures() -> None:
     image = Image.new("RGB", (80, 20), "red")
     plain = sheet([[image, image]], gap=4)
-    named = np.asarray(sheet([[image, image]], titles=["first", "second"], labels=[["one", "two"]], gap=4))
+    named = np.asarray(
+        sheet([[image, image]], titles=["first", "second"], labels=[["one", "two"]], gap=4)
+    )
     assert named.shape == (plain.height + 2 * TEXT_HEIGHT, plain.width, 3)
     top = 4 + TEXT_HEIGHT
     assert np.array_equal(named[top : top + 20], np.asarray(plain)[4:24])
-    for band in (named[4:top], named[top + 20 :]):  # black on white under the left and the right column
+    for band in (
+        named[4:top],
+        named[top + 20 :],
+    ):  # black on white under the left and the right column
         assert band[:, 4:84].min() < 100
         assert band[:, 88:168].min() < 100
 

@@ -37,9 +37,21 @@ from torch import Tensor
 from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy, has_images
 from lavit_lm.objectives.base import Objective, ObjectiveModules, PromptTemplates
 from lavit_lm.objectives.davinci.patch_bridge import LATER, PatchBridge, with_codes_below
-from lavit_lm.objectives.davinci.prefix_sequences import PrefixSequences, codes_of, whole, words_alone
+from lavit_lm.objectives.davinci.prefix_sequences import (
+    PrefixSequences,
+    codes_of,
+    whole,
+    words_alone,
+)
 from lavit_lm.sequences.packing import Packed
-from lavit_lm.sequences.segments import ImageSegment, Role, Segment, SequenceBuilder, TextSegment, TokenSequence
+from lavit_lm.sequences.segments import (
+    ImageSegment,
+    Role,
+    Segment,
+    SequenceBuilder,
+    TextSegment,
+    TokenSequence,
+)
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
@@ -87,7 +99,9 @@ class DaVinci(Objective):
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"{setting}: expected 0 or more, got {value}")
         if self.text_ratio + self.image_ratio + self.plain_ratio == 0:
-            raise ValueError("expected a share above 0 of at least one of the three tasks: no pair would be laid out")
+            raise ValueError(
+                "expected a share above 0 of at least one of the three tasks: no pair would be laid out"
+            )
         if not 0 <= self.prompt_drop <= 1:
             raise ValueError(f"prompt_drop: expected a probability, got {self.prompt_drop}")
 
@@ -110,7 +124,11 @@ class DaVinci(Objective):
     # Rows
 
     def layout(
-        self, sample: Sequence[Segment], processor: MultimodalProcessor, generator: torch.Generator, key: str = ""
+        self,
+        sample: Sequence[Segment],
+        processor: MultimodalProcessor,
+        generator: torch.Generator,
+        key: str = "",
     ) -> TokenSequence:
         """One row of a picture, a text, or a pair; a picture without a caption is painted from nothing.
 
@@ -123,9 +141,13 @@ class DaVinci(Objective):
         images = [segment for segment in sample if isinstance(segment, ImageSegment)]
         texts = [segment for segment in sample if isinstance(segment, TextSegment)]
         if not sample or len(images) > 1 or len(texts) > 1:
-            raise ValueError(f"sample {key!r}: expected a picture, a text, or one of each, got {len(sample)} segments")
+            raise ValueError(
+                f"sample {key!r}: expected a picture, a text, or one of each, got {len(sample)} segments"
+            )
         shares = (
-            [self.text_ratio, self.image_ratio, self.plain_ratio] if images and texts else [0, len(images), len(texts)]
+            [self.text_ratio, self.image_ratio, self.plain_ratio]
+            if images and texts
+            else [0, len(images), len(texts)]
         )
         ends = list(accumulate(shares))
         chosen = ("text", "image", "plain")[bisect(ends[:-1], task * ends[-1])]
@@ -137,16 +159,25 @@ class DaVinci(Objective):
             codes = codes_of(image)
             side = isqrt(len(codes))
             above = int(r * (side - 1)) * side if self.image_prefix else 0
-            upper = [replace(image, codes=None, keep=torch.arange(len(codes)) < above)] if above else []
-            row = rows.read([*upper, TextSegment(" ".join(words if drop >= self.prompt_drop else []))])
-            return rows.paint(row, [LATER] * (len(codes) - above) if above else processor.codes(codes)).row(key)
+            upper = (
+                [replace(image, codes=None, keep=torch.arange(len(codes)) < above)] if above else []
+            )
+            row = rows.read(
+                [*upper, TextSegment(" ".join(words if drop >= self.prompt_drop else []))]
+            )
+            return rows.paint(
+                row, [LATER] * (len(codes) - above) if above else processor.codes(codes)
+            ).row(key)
         k = min(int(k * len(words)), self.caption_prefix if chosen == "text" else self.text_prefix)
         shown = [whole(images[0], key)] if chosen == "text" else []
         row = rows.read([*shown, TextSegment(" ".join(words[:k]))]).text(rows.start)
         return rows.append_ids(row, words[k:]).row(key)
 
     def prompt(
-        self, segments: Sequence[Segment], processor: MultimodalProcessor, opens: Literal["text", "image"]
+        self,
+        segments: Sequence[Segment],
+        processor: MultimodalProcessor,
+        opens: Literal["text", "image"],
     ) -> TokenSequence:
         """All of the prompt is prefix, but for the words that captions begin with."""
         if opens == "text":
@@ -160,13 +191,19 @@ class DaVinci(Objective):
         """The answer after the start of a suffix, a text with its end: the paper ranks answers to questions so."""
         rows = self._rows(processor)
         if isinstance(answer, ImageSegment):
-            return rows.paint(rows.read(words_alone(context)), processor.codes(codes_of(answer))).row()
+            return rows.paint(
+                rows.read(words_alone(context)), processor.codes(codes_of(answer))
+            ).row()
         return rows.append_ids(self._opened(context, processor), rows.words(answer)).row()
 
-    def _opened(self, segments: Sequence[Segment], processor: MultimodalProcessor) -> SequenceBuilder:
+    def _opened(
+        self, segments: Sequence[Segment], processor: MultimodalProcessor
+    ) -> SequenceBuilder:
         """Prefix and start of a text, for a picture with the words that its captions begin with."""
         rows = self._rows(processor)
-        given = [whole(segment) if isinstance(segment, ImageSegment) else segment for segment in segments]
+        given = [
+            whole(segment) if isinstance(segment, ImageSegment) else segment for segment in segments
+        ]
         opening = TextSegment(self.caption_prompt)
         begun = bool(opening.text) and given[-1:] == [opening]
         row = rows.read(given[:-1] if begun else given).text(rows.start)

@@ -52,7 +52,9 @@ class PatchBridge(EncoderReader):
         self.projection = nn.Linear(c.width, width)
         self.positions = nn.Parameter(torch.randn(c.num_patches, width) * 0.02)
 
-    def forward(self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]) -> Float[Tensor, "m width"]:
+    def forward(
+        self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]
+    ) -> Float[Tensor, "m width"]:
         """A vector for each kept patch, raster order, pictures one after another; other patches are not looked at.
 
         Raises:
@@ -81,7 +83,9 @@ def codes_below(
     counts = keep.sum(1)
     upper = torch.arange(patches, device=keep.device) < counts[:, None]
     if bool((counts % side != 0).any()) or not torch.equal(upper, keep):
-        raise ValueError(f"expected whole upper rows of {side} patches, got masks of {counts.tolist()} patches")
+        raise ValueError(
+            f"expected whole upper rows of {side} patches, got masks of {counts.tolist()} patches"
+        )
     pixels = tokenizer.preprocess(images)
     moved, height = torch.zeros_like(pixels), pixels.shape[2]
     for i, start in enumerate((counts // side * (height // side)).tolist()):
@@ -90,10 +94,14 @@ def codes_below(
     return codes[torch.arange(patches, device=keep.device) < (patches - counts)[:, None]]
 
 
-def with_codes_below(batch: Packed, visual: VisualTokenizer, processor: MultimodalProcessor) -> Packed:
+def with_codes_below(
+    batch: Packed, visual: VisualTokenizer, processor: MultimodalProcessor
+) -> Packed:
     """The batch with codes in the places of LATER, of all its pictures together, made on its device."""
     cut = ~batch.keep.all(1)
     if not bool(cut.any()):
         return batch
     codes = codes_below(visual.to(batch.ids.device), batch.images[cut], batch.keep[cut])
-    return replace(batch, ids=batch.ids.masked_scatter(batch.ids == LATER, processor.vocabulary.to_ids(codes)))
+    return replace(
+        batch, ids=batch.ids.masked_scatter(batch.ids == LATER, processor.vocabulary.to_ids(codes))
+    )

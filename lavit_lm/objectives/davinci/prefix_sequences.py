@@ -12,7 +12,14 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lavit_lm.objectives.base import require_pixels
-from lavit_lm.sequences.segments import Flags, ImageSegment, Role, Segment, SequenceBuilder, TextSegment
+from lavit_lm.sequences.segments import (
+    Flags,
+    ImageSegment,
+    Role,
+    Segment,
+    SequenceBuilder,
+    TextSegment,
+)
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
@@ -50,7 +57,9 @@ class PrefixSequences:
             else:
                 assert segment.keep is not None
                 is_embedding = replace(segment, codes=None)
-                builder.image(edges, [processor.pad] * int(segment.keep.sum()), seen, seen, seen, is_embedding)
+                builder.image(
+                    edges, [processor.pad] * int(segment.keep.sum()), seen, seen, seen, is_embedding
+                )
         return builder
 
     def append_ids(self, row: SequenceBuilder, words: Sequence[str]) -> SequenceBuilder:
@@ -59,13 +68,17 @@ class PrefixSequences:
 
     def paint(self, row: SequenceBuilder, ids: Sequence[int]) -> SequenceBuilder:
         """Codes said after the prefix and the opening of a picture."""
-        return row.add([self.processor.vocabulary.begin], Role.BEGIN).add(ids, Role.VISUAL, predict=True)
+        return row.add([self.processor.vocabulary.begin], Role.BEGIN).add(
+            ids, Role.VISUAL, predict=True
+        )
 
 
 def words_alone(segments: Sequence[Segment]) -> Sequence[Segment]:
     """The segments, if none is a picture. Raises ValueError."""
     if any(isinstance(segment, ImageSegment) for segment in segments):
-        raise ValueError("davinci paints from words alone, and a picture is in what comes before: give words")
+        raise ValueError(
+            "davinci paints from words alone, and a picture is in what comes before: give words"
+        )
     return segments
 
 
@@ -80,7 +93,11 @@ def whole(image: ImageSegment, key: str = "") -> ImageSegment:
     """The image, if there is a code for each of its patches. Raises ValueError."""
     require_pixels(image, "davinci", key)
     if image.keep is None or not bool(image.keep.all()):
-        got = "no mask of patches" if image.keep is None else f"{int(image.keep.sum())} of {len(image.keep)}"
+        got = (
+            "no mask of patches"
+            if image.keep is None
+            else f"{int(image.keep.sum())} of {len(image.keep)}"
+        )
         patches = "PATCHES" if image.keep is None else len(image.keep)
         raise ValueError(
             f"davinci reads and paints every patch of a picture, sample {key!r} has codes of {got}: make the shards "

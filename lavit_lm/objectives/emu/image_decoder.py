@@ -42,7 +42,7 @@ class VectorReaderConfig:
         vectors: n, of a picture.
         features: w, width of what is made of them.
         patches: p, how many of those.
-        depth, heads, inner: blocks, heads and width of the transformer.
+        depth, heads, hidden_size: blocks, heads and width of the transformer.
 
     Raises:
         ValueError: a number below 1, or heads that do not divide the width.
@@ -54,12 +54,18 @@ class VectorReaderConfig:
     patches: int
     depth: int = 2
     heads: int = 4
-    inner: int = 192
+    hidden_size: int = 192
 
     def __post_init__(self) -> None:
-        wrong = {name: value for name, value in asdict(self).items() if not isinstance(value, int) or value < 1}
-        if wrong or self.inner % self.heads:
-            raise ValueError(f"expected whole numbers above 0, and heads that divide the inner width, got {self}")
+        wrong = {
+            name: value
+            for name, value in asdict(self).items()
+            if not isinstance(value, int) or value < 1
+        }
+        if wrong or self.hidden_size % self.heads:
+            raise ValueError(
+                f"expected whole numbers above 0, and heads that divide the hidden_size width, got {self}"
+            )
 
 
 class VectorReader(nn.Module):
@@ -74,15 +80,19 @@ class VectorReader(nn.Module):
 
     def __init__(self, shape: VectorReaderConfig) -> None:
         super().__init__()
-        inner, eps = shape.inner, 1e-5
+        hidden_size, eps = shape.hidden_size, 1e-5
         self.shape = shape
         self.register_buffer("mean", torch.zeros(shape.vectors, shape.width))
         self.register_buffer("deviation", torch.ones(shape.vectors, 1))
-        self.read = nn.Linear(shape.width, inner)
-        self.places = nn.Parameter(torch.randn(shape.vectors, inner) * 0.02)
-        self.queries = nn.Parameter(torch.randn(shape.patches, inner) * 0.02)
-        self.blocks = nn.ModuleList(Block(inner, shape.heads, 4 * inner, eps) for _ in range(shape.depth))
-        self.out = nn.Sequential(nn.LayerNorm(inner, eps), nn.Linear(inner, shape.features))
+        self.read = nn.Linear(shape.width, hidden_size)
+        self.places = nn.Parameter(torch.randn(shape.vectors, hidden_size) * 0.02)
+        self.queries = nn.Parameter(torch.randn(shape.patches, hidden_size) * 0.02)
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, shape.heads, 4 * hidden_size, eps) for _ in range(shape.depth)
+        )
+        self.out = nn.Sequential(
+            nn.LayerNorm(hidden_size, eps), nn.Linear(hidden_size, shape.features)
+        )
 
     def forward(self, vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b p w"]:
         context = self.read((vectors - self.mean) / self.deviation) + self.places
@@ -156,19 +166,29 @@ class VectorDecoder:
         """
         from diffusers import ImagePipelineOutput
 
-        given, free = self.conditioning(vectors), self.conditioning(null.expand(len(vectors), -1, -1))
+        given, free = (
+            self.conditioning(vectors),
+            self.conditioning(null.expand(len(vectors), -1, -1)),
+        )
         options = num_inference_steps, guidance_scale, generator
-        return ImagePipelineOutput(images=self.pixels.decode_condition(given, free, *options, **drawing))
+        return ImagePipelineOutput(
+            images=self.pixels.decode_condition(given, free, *options, **drawing)
+        )
 
     def to(self, device: torch.device | str) -> VectorDecoder:
         self.reader.to(device)
         self.pixels.to(device)
         return self
 
-    def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None
+    ) -> None:
         """Write the directory, floats as `dtype`. Raises WeightsError for weights that are NaN or infinite."""
         out = Path(directory)
-        state = {n: t.detach().cpu().contiguous().to(dtype or t.dtype) for n, t in self.reader.state_dict().items()}
+        state = {
+            n: t.detach().cpu().contiguous().to(dtype or t.dtype)
+            for n, t in self.reader.state_dict().items()
+        }
         _require_finite(state, f"{out}: not saved")
         out.mkdir(parents=True, exist_ok=True)
         self.pixels.save_pretrained(out / "pixels", dtype=dtype)
@@ -209,7 +229,9 @@ def _shape(path: Path) -> VectorReaderConfig:
     try:
         values = json.loads(path.read_text())
         if (values["format"], values["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"expected {FORMAT} version {VERSION}, got {values['format']} {values['version']}")
+            raise ValueError(
+                f"expected {FORMAT} version {VERSION}, got {values['format']} {values['version']}"
+            )
         return VectorReaderConfig(**values["reader"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise WeightsError(
@@ -230,7 +252,9 @@ def _directory(name: str | os.PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub's errors are of many kinds
-        raise WeightsError(f"{name}: neither a directory nor a Hub id that can be fetched: {error}") from None
+        raise WeightsError(
+            f"{name}: neither a directory nor a Hub id that can be fetched: {error}"
+        ) from None
 
 
 def _require_finite(state: dict[str, Tensor], label: str) -> None:

@@ -2,12 +2,12 @@
 
 A picture is exactly N vectors, which a causal transformer makes of all its features (resampler.py), with two queries:
 
-    [picture, "a cat"]    place      0     1      2    3    4       5     6     7
-                          id         <s>   <|img| .    .    |img>   a     cat   </s>
-                          role       TEXT  BEGIN  VIS  VIS  END     TEXT  TEXT  TEXT
-                          fed        .     .      z1   z2   .       .     .     .
-                          predict    .     .      .    .    .       x     x     x      cross-entropy
-                          regress    .     .      x    x    x       .     .     .      squared error
+    [picture, "a cat"]    place        0     1      2    3    4       5     6     7
+                          id           <s>   <|img| .    .    |img>   a     cat   </s>
+                          role         TEXT  BEGIN  VIS  VIS  END     TEXT  TEXT  TEXT
+                          is_embedding .     .      z1   z2   .       .     .     .
+                          predict      .     .      .    .    .       x     x     x      cross-entropy
+                          regress      .     .      x    x    x       .     .     .      squared error
 
 - Words have cross-entropy; the first one after a picture is predicted, from the picture's end.
 - Vectors have the squared error of Linear(state), N + 1 terms a picture: <|img| says z1, z1 says z2, and the last one
@@ -44,7 +44,7 @@ class Emu(VectorObjective):
     Args:
         order: of pairs: "both" draws one of the two for each row, "image_first", "text_first", or "given".
         queries: N, vectors a picture; 32 as published.
-        depth, heads, inner: blocks, heads and width of the causal transformer, the width being the encoder's if it is
+        depth, heads, hidden_size: blocks, heads and width of the causal transformer, the width being the encoder's if it is
             not given; 12, 12 and 768 as published.
         train_encoder: train a copy of the visual tokenizer's encoder with the rest, as published.
         regression_weight: of the mean squared error against the mean cross-entropy; the published value is unknown.
@@ -60,7 +60,7 @@ class Emu(VectorObjective):
     queries: int = 32
     depth: int = 12
     heads: int = 12
-    inner: int | None = None
+    hidden_size: int | None = None
     train_encoder: bool = True
     regression_weight: float = 1.0
 
@@ -80,8 +80,10 @@ class Emu(VectorObjective):
 
     def parts(self, visual: Any, width: int) -> ObjectiveModules:
         """The causal transformer, and Linear(width, width) without bias."""
-        transformer = self.queries, self.depth, self.heads, self.train_encoder, self.inner
-        return ObjectiveModules(CausalResampler(visual, width, *transformer), nn.Linear(width, width, bias=False))
+        transformer = self.queries, self.depth, self.heads, self.train_encoder, self.hidden_size
+        return ObjectiveModules(
+            CausalResampler(visual, width, *transformer), nn.Linear(width, width, bias=False)
+        )
 
     def decoder(self, name: str, device: torch.device) -> Any:
         """A VectorDecoder; none ships with the library."""

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from lavit_lm.models.losses import Sum
 from lavit_lm.objectives.base import Objective, ObjectiveModules, Order, ordered
-from lavit_lm.sequences.segments import Flags, Role, Segment, SequenceBuilder, TextSegment, TokenSequence
+from lavit_lm.sequences.segments import (
+    Flags,
+    Role,
+    Segment,
+    SequenceBuilder,
+    TextSegment,
+    TokenSequence,
+)
 from lavit_lm.vision.continuous import ContinuousBridge
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
@@ -66,29 +73,45 @@ class LaVIT(Objective):
         return ObjectiveModules(ContinuousBridge(visual, width) if self.continuous else None)
 
     def layout(
-        self, sample: Sequence[Segment], processor: MultimodalProcessor, generator: torch.Generator, key: str = ""
+        self,
+        sample: Sequence[Segment],
+        processor: MultimodalProcessor,
+        generator: torch.Generator,
+        key: str = "",
     ) -> TokenSequence:
         """One row of a sample. Raises ValueError for one without segments."""
         flip, drop = torch.rand(2, generator=generator).tolist()
         segments = ordered(sample, self.order, flip, key)
-        pair = self.order != "given" and sorted(type(s).__name__ for s in segments) == ["ImageSegment", "TextSegment"]
+        pair = self.order != "given" and sorted(type(s).__name__ for s in segments) == [
+            "ImageSegment",
+            "TextSegment",
+        ]
         dropped = pair and isinstance(segments[0], TextSegment) and drop < self.prompt_drop
         segments = segments[1:] if dropped else segments
         ends = segments[-1].is_target and not dropped
         return self._places(segments, processor).text([processor.stop], predict=ends).row(key)
 
     def prompt(
-        self, segments: Sequence[Segment], processor: MultimodalProcessor, opens: Literal["text", "image"]
+        self,
+        segments: Sequence[Segment],
+        processor: MultimodalProcessor,
+        opens: Literal["text", "image"],
     ) -> TokenSequence:
         """Pictures before a text are read as vectors where the model was trained so, before a picture as codes."""
-        builder = self._places(segments, processor, text_follows=opens == "text", vectors=opens == "text")
-        return (builder if opens == "text" else builder.add([processor.vocabulary.begin], Role.BEGIN)).row()
+        builder = self._places(
+            segments, processor, text_follows=opens == "text", vectors=opens == "text"
+        )
+        return (
+            builder if opens == "text" else builder.add([processor.vocabulary.begin], Role.BEGIN)
+        ).row()
 
     def scoring_sequence(
         self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
     ) -> TokenSequence:
         """The answer, with the row's end."""
-        said = [replace(segment, is_target=False) for segment in context] + [replace(answer, is_target=True)]
+        said = [replace(segment, is_target=False) for segment in context] + [
+            replace(answer, is_target=True)
+        ]
         return self._places(said, processor).text([processor.stop], predict=True).row()
 
     def _places(
@@ -106,13 +129,24 @@ class LaVIT(Objective):
                 continue
             if segment.codes is None:
                 raise ValueError("LaVIT predicts codes, and an image has none: tokenize it first")
-            before_text = text_follows or any(isinstance(s, TextSegment) for s in segments[number + 1 :])
+            before_text = text_follows or any(
+                isinstance(s, TextSegment) for s in segments[number + 1 :]
+            )
             is_embedding = self.continuous and vectors and before_text and segment.image is not None
             edges = vocabulary.begin, vocabulary.end
-            builder.image(edges, processor.codes(segment.codes), said, said, said, segment if is_embedding else None)
+            builder.image(
+                edges,
+                processor.codes(segment.codes),
+                said,
+                said,
+                said,
+                segment if is_embedding else None,
+            )
         return builder
 
     def total(self, losses: dict[str, Sum]) -> Tensor:
         """The loss to descend: one mean over both modalities, so that each predicted id weighs the same."""
         text, image, weight = losses["text"], losses["image"], self.image_weight
-        return (text.total + weight * image.total) / (text.count + weight * image.count).clamp(min=1e-9)
+        return (text.total + weight * image.total) / (text.count + weight * image.count).clamp(
+            min=1e-9
+        )

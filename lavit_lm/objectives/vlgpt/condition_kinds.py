@@ -9,7 +9,9 @@ from lavit_lm.objectives.vlgpt.stable_diffusion import StableDiffusionConditions
 from lavit_tok import VisualTokenizer
 
 
-def load_conditions(settings: dict[str, Any], visual: VisualTokenizer | None) -> ConditionedDiffusion:
+def load_conditions(
+    settings: dict[str, Any], visual: VisualTokenizer | None
+) -> ConditionedDiffusion:
     """ConditionedDiffusion by their "kind", one of these two, never a class of a file's choosing.
 
     Args:
@@ -20,7 +22,9 @@ def load_conditions(settings: dict[str, Any], visual: VisualTokenizer | None) ->
         ValueError: another kind, or settings that it does not have.
         WeightsError: weights that cannot be read.
     """
-    kinds: dict[str, Any] = {kind.kind: kind for kind in (PixelDecoderConditions, StableDiffusionConditions)}
+    kinds: dict[str, Any] = {
+        kind.kind: kind for kind in (PixelDecoderConditions, StableDiffusionConditions)
+    }
     rest = {name: value for name, value in settings.items() if name != "kind"}
     try:
         return kinds[settings["kind"]].load(visual, **rest)

@@ -56,7 +56,11 @@ class ConditionedDiffusion(Protocol):
         ...
 
     def draw(
-        self, condition: DiffusionConditions, num_inference_steps: int, guidance_scale: float, generator: Any
+        self,
+        condition: DiffusionConditions,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: Any,
     ) -> list[Image.Image]:
         """A picture for each condition of a batch. Raises ValueError where nothing is left to draw from."""
         ...
@@ -79,7 +83,9 @@ class PixelDecoderConditions:
     kind: ClassVar[str] = "pixel_decoder"
     text_shape = None
 
-    def __init__(self, decoder: PixelDecoder, visual: VisualTokenizer | None, name: str = "default") -> None:
+    def __init__(
+        self, decoder: PixelDecoder, visual: VisualTokenizer | None, name: str = "default"
+    ) -> None:
         self.decoder, self.visual = decoder, visual
         self.settings = {"kind": self.kind, "decoder": name}
         c = decoder.conditioner.config
@@ -93,7 +99,9 @@ class PixelDecoderConditions:
         decoder.set_progress_bar_config(disable=True)
 
     @classmethod
-    def load(cls, visual: VisualTokenizer | None, decoder: str = "default") -> PixelDecoderConditions:
+    def load(
+        cls, visual: VisualTokenizer | None, decoder: str = "default"
+    ) -> PixelDecoderConditions:
         """Raises WeightsError."""
         return cls(PixelDecoder.from_pretrained(decoder), visual, decoder)
 
@@ -105,8 +113,12 @@ class PixelDecoderConditions:
     def image_condition(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b n c"]:
         """X_rec of the pictures' codes."""
         if self.visual is None:
-            raise ValueError("these conditions were loaded to draw: the image encoder, a visual tokenizer, is missing")
-        return self.decoder.conditioner.features(self.visual.to(images.device).encode(images)).float()
+            raise ValueError(
+                "these conditions were loaded to draw: the image encoder, a visual tokenizer, is missing"
+            )
+        return self.decoder.conditioner.features(
+            self.visual.to(images.device).encode(images)
+        ).float()
 
     def text_condition(self, captions: Sequence[str]) -> Float[Tensor, "b m e"]:
         raise ValueError("a PixelDecoder has no text condition: it was trained without captions")
@@ -123,7 +135,9 @@ class PixelDecoderConditions:
         generator: Any = None,
     ) -> list[Image.Image]:
         if condition.image is None:
-            raise ValueError("a PixelDecoder has no other condition than the image: nothing is left to draw from")
+            raise ValueError(
+                "a PixelDecoder has no other condition than the image: nothing is left to draw from"
+            )
         own = self.decoder.conditioner
         given = own.projection(condition.image.to(self.decoder.device))
         options = num_inference_steps, guidance_scale, generator

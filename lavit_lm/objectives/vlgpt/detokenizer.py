@@ -32,18 +32,20 @@ class VLGPTTokenizerConfig:
         width: of the vectors; the language model's.
         queries: N, vectors a picture; 32 as published.
         depth, heads: 12 blocks as published.
-        inner: width of the transformers.
+        hidden_size: width of the transformers.
     """
 
     width: int
     queries: int = 32
     depth: int = 12
     heads: int = 12
-    inner: int = 768
+    hidden_size: int = 768
 
     def resampler(self, visual: VisualTokenizer) -> CausalResampler:
         """The tokenizer, with new weights. Raises ValueError for impossible sizes."""
-        return CausalResampler(visual, self.width, self.queries, self.depth, self.heads, inner=self.inner)
+        return CausalResampler(
+            visual, self.width, self.queries, self.depth, self.heads, hidden_size=self.hidden_size
+        )
 
 
 class Detokenizer(nn.Module):
@@ -57,21 +59,34 @@ class Detokenizer(nn.Module):
         ValueError: neither condition.
     """
 
-    def __init__(self, shape: VLGPTTokenizerConfig, image: Shape | None, text: Shape | None) -> None:
+    def __init__(
+        self, shape: VLGPTTokenizerConfig, image: Shape | None, text: Shape | None
+    ) -> None:
         super().__init__()
         if image is None and text is None:
-            raise ValueError("a diffusion model without any condition: there is nothing to estimate")
-        inner, eps = shape.inner, 1e-5
+            raise ValueError(
+                "a diffusion model without any condition: there is nothing to estimate"
+            )
+        hidden_size, eps = shape.hidden_size, 1e-5
         self.vectors_norm = nn.LayerNorm(shape.width, eps)
-        self.read = nn.Linear(shape.width, inner)
+        self.read = nn.Linear(shape.width, hidden_size)
         conditions = {"image": image, "text": text}
-        present = {name: condition for name, condition in conditions.items() if condition is not None}
+        present = {
+            name: condition for name, condition in conditions.items() if condition is not None
+        }
         self.queries = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(tokens, inner) * 0.02) for name, (tokens, _) in present.items()}
+            {
+                name: nn.Parameter(torch.randn(tokens, hidden_size) * 0.02)
+                for name, (tokens, _) in present.items()
+            }
         )
-        self.heads = nn.ModuleDict({name: nn.Linear(inner, width) for name, (_, width) in present.items()})
-        self.blocks = nn.ModuleList(Block(inner, shape.heads, 4 * inner, eps) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(inner, eps)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(hidden_size, width) for name, (_, width) in present.items()}
+        )
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, shape.heads, 4 * hidden_size, eps) for _ in range(shape.depth)
+        )
+        self.norm = nn.LayerNorm(hidden_size, eps)
 
     def forward(self, vectors: Float[Tensor, "b k width"]) -> DiffusionConditions:
         """z_v and z_t."""
@@ -81,12 +96,17 @@ class Detokenizer(nn.Module):
         for block in self.blocks:
             x = block(x, context, mask[None, None], None)
         parts = self.norm(x).split([len(queries) for queries in self.queries.values()], 1)
-        said = {name: self.heads[name](part) for name, part in zip(self.queries, parts, strict=True)}
+        said = {
+            name: self.heads[name](part) for name, part in zip(self.queries, parts, strict=True)
+        }
         return DiffusionConditions(said.get("image"), said.get("text"))
 
     def mask(self) -> Bool[Tensor, "q q"]:
         """The drawing above: True where the row's query sees the column's."""
-        ones = [torch.ones(len(q), len(q), dtype=torch.bool, device=q.device) for q in self.queries.values()]
+        ones = [
+            torch.ones(len(q), len(q), dtype=torch.bool, device=q.device)
+            for q in self.queries.values()
+        ]
         return torch.block_diag(*ones).bool()
 
 
@@ -100,7 +120,11 @@ class ContinuousTokenizer(nn.Module):
     """
 
     def __init__(
-        self, visual: VisualTokenizer, shape: VLGPTTokenizerConfig, image: Shape | None, text: Shape | None
+        self,
+        visual: VisualTokenizer,
+        shape: VLGPTTokenizerConfig,
+        image: Shape | None,
+        text: Shape | None,
     ) -> None:
         super().__init__()
         self.shape, self.fingerprint = shape, visual.fingerprint()

@@ -21,7 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lavit_lm.objectives.vlgpt.condition_kinds import load_conditions
-from lavit_lm.objectives.vlgpt.detokenizer import ContinuousTokenizer, Detokenizer, VLGPTTokenizerConfig
+from lavit_lm.objectives.vlgpt.detokenizer import (
+    ContinuousTokenizer,
+    Detokenizer,
+    VLGPTTokenizerConfig,
+)
 from lavit_lm.vision.resampler import CausalResampler
 from lavit_tok import VisualTokenizer, WeightsError
 
@@ -49,11 +53,19 @@ def save_tokenizer(
     check_free(out)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer", "detokenizer"):
-        state = {key: t.detach().cpu().contiguous() for key, t in getattr(model, name).state_dict().items()}
+        state = {
+            key: t.detach().cpu().contiguous()
+            for key, t in getattr(model, name).state_dict().items()
+        }
         save_file(state, out / f"{name}.safetensors")
     image, text = model.conditions
     values = {"format": FORMAT, "version": VERSION, "visual_tokenizer": visual_tokenizer}
-    values |= {"fingerprint": model.fingerprint, "shape": asdict(model.shape), "image": image, "text": text}
+    values |= {
+        "fingerprint": model.fingerprint,
+        "shape": asdict(model.shape),
+        "image": image,
+        "text": text,
+    }
     values |= {"conditions": conditions, "learnt": list(learnt)}
     (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
@@ -61,8 +73,12 @@ def save_tokenizer(
 def check_free(out: str | os.PathLike[str]) -> None:
     """Raise WeightsError for a directory that holds anything but an older tokenizer."""
     out = Path(out)
-    if out.exists() and not (out.is_dir() and ((out / "detokenizer.safetensors").exists() or not any(out.iterdir()))):
-        raise WeightsError(f"{out}: expected a new or empty directory, or an older tokenizer of VL-GPT to replace")
+    if out.exists() and not (
+        out.is_dir() and ((out / "detokenizer.safetensors").exists() or not any(out.iterdir()))
+    ):
+        raise WeightsError(
+            f"{out}: expected a new or empty directory, or an older tokenizer of VL-GPT to replace"
+        )
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -111,7 +127,9 @@ class DetokenizingDecoder:
         learnt: which of them the detokenizer has learnt; the model's null stands for another.
     """
 
-    def __init__(self, detokenizer: Detokenizer, conditions: Any, learnt: Sequence[str] = ("image", "text")) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, conditions: Any, learnt: Sequence[str] = ("image", "text")
+    ) -> None:
         self.detokenizer, self.conditions = detokenizer.eval().requires_grad_(False), conditions
         self.learnt = learnt
 
@@ -121,10 +139,14 @@ class DetokenizingDecoder:
     ) -> DetokenizingDecoder:
         """A directory of stage 1, and the diffusion model that it names. Raises WeightsError."""
         values = read_config(directory)
-        shapes = [None if values[name] is None else tuple(values[name]) for name in ("image", "text")]
+        shapes = [
+            None if values[name] is None else tuple(values[name]) for name in ("image", "text")
+        ]
         empty = Detokenizer(values["shape"], *shapes)
         detokenizer = _filled(empty, Path(directory) / "detokenizer.safetensors").to(device)
-        return cls(detokenizer, load_conditions(values["conditions"], None).to(device), values["learnt"])
+        return cls(
+            detokenizer, load_conditions(values["conditions"], None).to(device), values["learnt"]
+        )
 
     @torch.no_grad()
     def __call__(

@@ -2,12 +2,12 @@
 
 A picture is exactly N vectors of a frozen tokenizer, trained before (pixels/tokenizer_training.py); with two of them:
 
-    ["a cat", picture]    place      0     1     2     3      4    5    6      7
-                          id         <s>   a     cat   <|img| .    .    |img>  </s>
-                          role       TEXT  TEXT  TEXT  BEGIN  VIS  VIS  END    TEXT
-                          fed        .     .     .     .      x1   x2   .      .
-                          predict    .     x     x     x      .    .    .      x       cross-entropy, by the LM's head
-                          regress    .     .     .     .      x    x    .      .       squared error of Linear(state)
+    ["a cat", picture]    place        0     1     2     3      4    5    6      7
+                          id           <s>   a     cat   <|img| .    .    |img>  </s>
+                          role         TEXT  TEXT  TEXT  BEGIN  VIS  VIS  END    TEXT
+                          is_embedding .     .     .     .      x1   x2   .      .
+                          predict      .     x     x     x      .    .    .      x       cross-entropy, by the LM's head
+                          regress      .     .     .     .      x    x    .      .       squared error of Linear(state)
 
 - Everything is predicted but |img>: what is to come decides which head reads the state. <|img| is a word among others,
   so its state in `cat` is read by the LM's head; N states are then read by the regression head, and |img> is put there.
@@ -64,7 +64,9 @@ class VLGPT(VectorObjective):
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and self.shape is None:
-            raise ValueError("tokenizer: VL-GPT reads and says vectors: name the directory of lavit-lm fit-tokenizer")
+            raise ValueError(
+                "tokenizer: VL-GPT reads and says vectors: name the directory of lavit-lm fit-tokenizer"
+            )
         if self.regression_weight < 0:
             raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
 
@@ -94,13 +96,17 @@ class VLGPT(VectorObjective):
     def parts(self, visual: Any, width: int) -> ObjectiveModules:
         """The frozen tokenizer, and Linear(width, width). Raises ValueError for an LM of another width."""
         if self.sizes.width != width:
-            raise ValueError(f"the tokenizer makes vectors of width {self.sizes.width}, the LM reads {width}")
+            raise ValueError(
+                f"the tokenizer makes vectors of width {self.sizes.width}, the LM reads {width}"
+            )
         if self.shape is None:
             assert self.tokenizer is not None
             bridge = load_tokenizer(self.tokenizer, visual)
         else:
             bridge = self.sizes.resampler(visual)
-            for parameter in bridge.parameters():  # a saved model brings them; NaN tells of a training without any
+            for parameter in (
+                bridge.parameters()
+            ):  # a saved model brings them; NaN tells of a training without any
                 nn.init.constant_(parameter, torch.nan)
         return ObjectiveModules(bridge.requires_grad_(False), nn.Linear(width, width))
 

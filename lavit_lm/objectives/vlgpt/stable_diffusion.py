@@ -46,17 +46,34 @@ class StableDiffusionConditions:
         folder: str = "models",
         weights: str = "ip-adapter-plus_sd15.safetensors",
     ) -> None:
-        from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+        from transformers import (
+            CLIPImageProcessorPil,
+            CLIPTextModel,
+            CLIPTokenizer,
+            CLIPVisionModelWithProjection,
+        )
 
-        self.settings = {"kind": self.kind, "model": model, "adapter": adapter, "folder": folder, "weights": weights}
+        self.settings = {
+            "kind": self.kind,
+            "model": model,
+            "adapter": adapter,
+            "folder": folder,
+            "weights": weights,
+        }
         if not weights.endswith(".safetensors"):
-            raise WeightsError(f"{weights}: expected a safetensors file; other formats can run code when they are read")
+            raise WeightsError(
+                f"{weights}: expected a safetensors file; other formats can run code when they are read"
+            )
         safe: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
         try:
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
-            self.text_encoder: Any = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", **safe)
+            self.text_encoder: Any = CLIPTextModel.from_pretrained(
+                model, subfolder="text_encoder", **safe
+            )
             at = f"{folder}/image_encoder"
-            self.image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(adapter, subfolder=at, **safe)
+            self.image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(
+                adapter, subfolder=at, **safe
+            )
             self.grid = _reads_a_grid(adapter, folder, weights)
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"{model}, {adapter}: {error}") from None
@@ -65,7 +82,10 @@ class StableDiffusionConditions:
         side = self.image_encoder.config.image_size
         square = {"height": side, "width": side}
         self.processor: Any = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
-        self.text_shape: Shape = (self.tokenizer.model_max_length, self.text_encoder.config.hidden_size)
+        self.text_shape: Shape = (
+            self.tokenizer.model_max_length,
+            self.text_encoder.config.hidden_size,
+        )
         c = self.image_encoder.config
         whole = ((side // c.patch_size) ** 2 + 1, c.hidden_size)
         self.image_shape: Shape = whole if self.grid else (1, c.projection_dim)
@@ -102,14 +122,21 @@ class StableDiffusionConditions:
         """As the adapter was trained: the text "", and a grey picture's grid, or zeros in the place of one vector."""
         side = self.image_encoder.config.image_size
         grey = torch.zeros(1, 3, side, side)
-        image = self._seen(grey) if self.grid else torch.zeros(1, *self.image_shape, device=self.device)
+        image = (
+            self._seen(grey) if self.grid else torch.zeros(1, *self.image_shape, device=self.device)
+        )
         return DiffusionConditions(image, self.text_condition([""]))
 
     @property
     def pipeline(self) -> Any:
         """diffusers' StableDiffusionPipeline with the adapter; U-Net and VAE are read when it is first asked for."""
         if self._pipeline is None:
-            from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+            from diffusers import (
+                AutoencoderKL,
+                DDIMScheduler,
+                StableDiffusionPipeline,
+                UNet2DConditionModel,
+            )
 
             model, s = self.settings["model"], self.settings
             try:
@@ -117,7 +144,9 @@ class StableDiffusionConditions:
                     vae=AutoencoderKL.from_pretrained(model, subfolder="vae", use_safetensors=True),
                     text_encoder=self.text_encoder,
                     tokenizer=self.tokenizer,
-                    unet=UNet2DConditionModel.from_pretrained(model, subfolder="unet", use_safetensors=True),
+                    unet=UNet2DConditionModel.from_pretrained(
+                        model, subfolder="unet", use_safetensors=True
+                    ),
                     scheduler=DDIMScheduler.from_pretrained(model, subfolder="scheduler"),
                     safety_checker=None,
                     feature_extractor=self.processor,
@@ -126,7 +155,9 @@ class StableDiffusionConditions:
                 )
                 # Without it tensors are read as they come, and missing ones stay unset.
                 strict = {"low_cpu_mem_usage": False}
-                self._pipeline.load_ip_adapter(s["adapter"], subfolder=s["folder"], weight_name=s["weights"], **strict)
+                self._pipeline.load_ip_adapter(
+                    s["adapter"], subfolder=s["folder"], weight_name=s["weights"], **strict
+                )
             except OSError as error:
                 raise WeightsError(f"{model}, {s['adapter']}: {error}") from None
             self._pipeline.set_progress_bar_config(disable=True)
@@ -145,7 +176,10 @@ class StableDiffusionConditions:
             raise ValueError("both conditions are left out: nothing is left to draw from")
         null = self.nulls()
         free = [one.expand(batch, -1, -1) for one in null if one is not None]
-        image, text = (a if one is None else one.to(self.device) for one, a in zip(condition, free, strict=True))
+        image, text = (
+            a if one is None else one.to(self.device)
+            for one, a in zip(condition, free, strict=True)
+        )
         guided = guidance_scale > 1  # as diffusers has it
         seen = torch.cat([free[0], image]) if guided else image
         return self.pipeline(
@@ -171,7 +205,9 @@ def _reads_a_grid(adapter: str, folder: str, weights: str) -> bool:
         try:
             file = Path(hf_hub_download(adapter, weights, subfolder=folder or None))
         except Exception as error:  # the hub's errors are of many kinds
-            raise WeightsError(f"{adapter}: neither a directory nor a Hub id that can be fetched: {error}") from None
+            raise WeightsError(
+                f"{adapter}: neither a directory nor a Hub id that can be fetched: {error}"
+            ) from None
     if not file.is_file():
         raise WeightsError(f"{file}: expected the weights of an IP-Adapter, found none")
     with safe_open(file, framework="pt") as opened:

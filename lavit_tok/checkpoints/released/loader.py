@@ -72,7 +72,10 @@ def load_released(
     if decoder not in ("highres", "lowres", None):
         raise ValueError(f"decoder: expected 'highres', 'lowres' or None, got {decoder!r}")
     root = Path(directory)
-    files = {part: PickledTensors([path], names.FILES[part]) for part, path in _find(root, decoder, continuous).items()}
+    files = {
+        part: PickledTensors([path], names.FILES[part])
+        for part, path in _find(root, decoder, continuous).items()
+    }
     config = _read_config(files, num_heads, attention)
     models = nn.ModuleDict({"tokenizer": empty(lambda: VisualTokenizer(config), dtype)})
     parts = _tokenizer_parts(files, config)
@@ -86,7 +89,9 @@ def load_released(
     ours = models.state_dict()
     problems = [line for part in parts for line in part.problems(ours)]
     if problems:
-        raise WeightsError(f"{root}: these files do not hold what the model needs:\n" + "\n".join(problems))
+        raise WeightsError(
+            f"{root}: these files do not hold what the model needs:\n" + "\n".join(problems)
+        )
     filled = _constants(ours, device)
     for part in parts:
         filled.update(part.read(ours, device))
@@ -98,11 +103,15 @@ def load_released(
     return tokenizer, None if decoder is None else drawing.pipeline(root, decoder, models)
 
 
-def _find(root: Path, decoder: names.DecoderKind | None, continuous: bool | None) -> dict[str, Path]:
+def _find(
+    root: Path, decoder: names.DecoderKind | None, continuous: bool | None
+) -> dict[str, Path]:
     """Paths of the files to read. Raises WeightsError listing those that are needed and absent."""
     wanted = ["encoder", "tokenizer"]
     wanted += (
-        [decoder] if decoder else [kind for kind in ("lowres", "highres") if (root / names.FILES[kind]).is_file()][:1]
+        [decoder]
+        if decoder
+        else [kind for kind in ("lowres", "highres") if (root / names.FILES[kind]).is_file()][:1]
     )
     if decoder == "lowres":
         wanted.append("null")
@@ -111,7 +120,9 @@ def _find(root: Path, decoder: names.DecoderKind | None, continuous: bool | None
     paths = {part: root / names.FILES[part] for part in wanted}
     absent = [names.FILES[part] for part, path in paths.items() if not path.is_file()]
     if absent:
-        raise WeightsError(f"{root}: expected the files of a LaVIT release, these are missing: {', '.join(absent)}")
+        raise WeightsError(
+            f"{root}: expected the files of a LaVIT release, these are missing: {', '.join(absent)}"
+        )
     return paths
 
 
@@ -127,7 +138,9 @@ class _Shapes:
         shape = shapes.get(name)
         if shape is None or len(shape) != ndim or 0 in shape:
             got = "missing    " if shape is None else "mis-shaped "
-            self.problems.append(f"{label}: {got} {name}: expected {ndim} dimensions, got {shape and list(shape)}")
+            self.problems.append(
+                f"{label}: {got} {name}: expected {ndim} dimensions, got {shape and list(shape)}"
+            )
             return (1,) * ndim
         return shape
 
@@ -137,7 +150,9 @@ class _Shapes:
         return len({match[1] for name in self.files[part][1] if (match := pattern.match(name))})
 
 
-def _read_config(files: dict[str, PickledTensors], num_heads: int | None, attention: Formula) -> TokenizerConfig:
+def _read_config(
+    files: dict[str, PickledTensors], num_heads: int | None, attention: Formula
+) -> TokenizerConfig:
     """Every size that the tensors show."""
     shapes = _Shapes(files)
     width, _, patch, _ = shapes.of("encoder", "patch_embed.proj.weight", 4)
@@ -147,7 +162,9 @@ def _read_config(files: dict[str, PickledTensors], num_heads: int | None, attent
     mlp = shapes.of("tokenizer", "causal_encoder.blocks.0.mlp.fc1.bias", 1)[0]
     llm_width = shapes.of("continuous", "vit_proj.bias", 1)[0] if "continuous" in files else 0
     if shapes.problems:
-        raise WeightsError("tensors that say how large the model is are missing:\n" + "\n".join(shapes.problems))
+        raise WeightsError(
+            "tensors that say how large the model is are missing:\n" + "\n".join(shapes.problems)
+        )
     side = math.isqrt(patches)
     if side * side != patches or side == 0:
         raise WeightsError(
@@ -203,13 +220,24 @@ def _tokenizer_parts(files: dict[str, PickledTensors], config: TokenizerConfig) 
             **expand(names.QUANTIZER, 0, "tokenizer.quantizer."),
         },
         "continuous": {
-            **expand(names.MERGER, config.continuous_depth, "tokenizer.continuous.merger.", "causal_encoder."),
+            **expand(
+                names.MERGER,
+                config.continuous_depth,
+                "tokenizer.continuous.merger.",
+                "causal_encoder.",
+            ),
             **expand(names.CONTINUOUS, 0, "tokenizer.continuous."),
         },
     }
     for kind in ("lowres", "highres"):
-        sources[kind] = expand(names.RECONSTRUCTOR, config.reconstructor_depth, "tokenizer.reconstructor.")
-    return [Part(file, sources[part], names.DROPPED.get(part, ())) for part, file in files.items() if part in sources]
+        sources[kind] = expand(
+            names.RECONSTRUCTOR, config.reconstructor_depth, "tokenizer.reconstructor."
+        )
+    return [
+        Part(file, sources[part], names.DROPPED.get(part, ()))
+        for part, file in files.items()
+        if part in sources
+    ]
 
 
 def _constants(ours: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:

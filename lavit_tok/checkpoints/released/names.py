@@ -64,7 +64,11 @@ def _blocks(own: str, cross: str) -> dict[str, str]:
     }
 
 
-MERGER = {"norm_in.*": "ln_vision.*", **_blocks("token_causal_attn", "token_cross_attn"), "norm_out.*": "norm.*"}
+MERGER = {
+    "norm_in.*": "ln_vision.*",
+    **_blocks("token_causal_attn", "token_cross_attn"),
+    "norm_out.*": "norm.*",
+}
 CONTINUOUS = {"projection.*": "vit_proj.*"}
 RECONSTRUCTOR = {
     "project_in.*": "in_proj.*",
@@ -88,7 +92,12 @@ CONDITION = {
     },
 }
 DROPPED = {
-    "encoder": ("norm.weight", "norm.bias", "head.weight", "head.bias"),  # for classifying, after the last block
+    "encoder": (
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    ),  # for classifying, after the last block
     # What EMA training of the codebook leaves beside its rows.
     "tokenizer": (
         "quantize.*one_hot*",

@@ -36,7 +36,9 @@ class PickledTensors:
         WeightsError: absent, damaged, wanting to run code, or holding something else than named dense tensors.
     """
 
-    def __init__(self, paths: Sequence[Path], label: str, rename: Callable[[str], str] = str) -> None:
+    def __init__(
+        self, paths: Sequence[Path], label: str, rename: Callable[[str], str] = str
+    ) -> None:
         self.paths, self.label, self.rename = list(paths), label, rename
         self._mapped = all(zipfile.is_zipfile(path) for path in paths)
         self._tensors = self._open()
@@ -50,7 +52,9 @@ class PickledTensors:
     def take(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype. Copy it at once: holding it keeps the whole mapping alive."""
         if not self._tensors[name].is_floating_point():
-            raise WeightsError(f"{self.label}: {name}: expected floats, got {self._tensors[name].dtype}")
+            raise WeightsError(
+                f"{self.label}: {name}: expected floats, got {self._tensors[name].dtype}"
+            )
         size = self._tensors[name].nbytes
         if self._mapped and self._taken and self._taken + size > self._most:
             self._tensors, self._taken = {}, 0  # the old mapping goes before the new one comes
@@ -68,12 +72,20 @@ class PickledTensors:
             loaded = load_pickled(path, self.label, self._mapped)
             values = {"tensor": loaded} if isinstance(loaded, Tensor) else loaded
             if not isinstance(values, dict):
-                raise WeightsError(f"{self.label}: expected a dict of named tensors, got {type(loaded).__name__}")
-            bad = [f"{str(name)[:80]!r}: {_flaw(name, v)}" for name, v in values.items() if _flaw(name, v)]
+                raise WeightsError(
+                    f"{self.label}: expected a dict of named tensors, got {type(loaded).__name__}"
+                )
+            bad = [
+                f"{str(name)[:80]!r}: {_flaw(name, v)}"
+                for name, v in values.items()
+                if _flaw(name, v)
+            ]
             named = {} if bad else {self.rename(name): value for name, value in values.items()}
             bad += [f"{name!r}: stored twice" for name in named if name in tensors]
             if bad or len(named) < len(values):
-                raise WeightsError(f"{self.label}: expected named dense tensors: " + "; ".join(bad[:20]))
+                raise WeightsError(
+                    f"{self.label}: expected named dense tensors: " + "; ".join(bad[:20])
+                )
             tensors.update(named)
         return tensors
 
@@ -84,7 +96,10 @@ def load_pickled(path: Path, label: str, mapped: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # Only the reason: torch's own message goes on to advise weights_only=False, which would run the file.
-        reason = str(error).partition("WeightsUnpickler error:")[2].strip().split("\n")[0][:200] or "no pickled tensors"
+        reason = (
+            str(error).partition("WeightsUnpickler error:")[2].strip().split("\n")[0][:200]
+            or "no pickled tensors"
+        )
         raise WeightsError(
             f"{label}: refused, nothing of it was run: it asks for more than tensors, or is damaged ({reason})"
         ) from None
@@ -128,7 +143,9 @@ class Source:
         """The shape that each named tensor must have for one of ours to have this shape."""
         if self.part == "None":
             return (1, *shape)
-        return (3 * shape[0], *shape[1:]) if self.part else (shape[0] // len(self.names), *shape[1:])
+        return (
+            (3 * shape[0], *shape[1:]) if self.part else (shape[0] // len(self.names), *shape[1:])
+        )
 
     def read(self, file: PickledTensors, target: Tensor) -> None:
         """Fill a tensor, converting to its dtype."""
@@ -143,13 +160,18 @@ class Source:
             target.copy_(file.take(self.names[0]))
 
 
-def expand(table: Mapping[str, str], depth: int, ours: str = "", theirs: str = "") -> dict[str, Source]:
+def expand(
+    table: Mapping[str, str], depth: int, ours: str = "", theirs: str = ""
+) -> dict[str, Source]:
     """A table of names, written out: `#` for each of `depth` blocks, `.*` for weight and bias, prefixes before both."""
     sources: dict[str, Source] = {}
     for our_pattern, their_pattern in table.items():
         for number in range(depth if "#" in our_pattern else 1):
             for leaf in (".weight", ".bias") if our_pattern.endswith(".*") else ("",):
-                our, their = (p.replace("#", str(number)).replace(".*", leaf) for p in (our_pattern, their_pattern))
+                our, their = (
+                    p.replace("#", str(number)).replace(".*", leaf)
+                    for p in (our_pattern, their_pattern)
+                )
                 source = Source.parse(their)
                 names = tuple(name if name == "0" else theirs + name for name in source.names)
                 sources[ours + our] = Source(names, source.part)
@@ -175,7 +197,11 @@ class Part:
         for name, source in self.sources.items():
             shape = source.shape_in_file(tuple(ours[name].shape))
             expected.update({theirs: shape for theirs in source.names if theirs != "0"})
-        got = {k: v for k, v in self.file.shapes.items() if not any(fnmatch.fnmatchcase(k, d) for d in self.dropped)}
+        got = {
+            k: v
+            for k, v in self.file.shapes.items()
+            if not any(fnmatch.fnmatchcase(k, d) for d in self.dropped)
+        }
         return [f"{self.file.label}: {line}" for line in compare(expected, got)]
 
     def read(self, ours: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
@@ -187,6 +213,8 @@ class Part:
             if not is_finite(filled[name]):
                 as_what = str(filled[name].dtype).removeprefix("torch.")
                 theirs = " ".join(source.names)
-                raise WeightsError(f"{self.file.label}: {theirs} holds NaN or infinity as {as_what}")
+                raise WeightsError(
+                    f"{self.file.label}: {theirs} holds NaN or infinity as {as_what}"
+                )
         self.file.close()
         return filled

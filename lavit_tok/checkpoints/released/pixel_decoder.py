@@ -60,19 +60,37 @@ def _condition_sizes(
     )
     absent = [name for name in biases if len(shapes.get(name, ())) != 1]
     if absent:
-        raise WeightsError(f"{label}: tensors that say how wide the condition is are missing or mis-shaped: {absent}")
+        raise WeightsError(
+            f"{label}: tensors that say how wide the condition is are missing or mis-shaped: {absent}"
+        )
     widths = [shapes[name][0] for name in biases]
     if kind == "highres":
-        return {"style": "sdxl", "cross_dims": widths[:2], "pooled_dim": widths[2], "pool_heads": config.num_heads}
+        return {
+            "style": "sdxl",
+            "cross_dims": widths[:2],
+            "pooled_dim": widths[2],
+            "pool_heads": config.num_heads,
+        }
     null = files["null"].shapes.get("tensor", ())
-    if len(null) != 3 or null[0] != 1 or not 1 <= null[1] <= config.num_patches or null[2] != widths[0]:
+    if (
+        len(null) != 3
+        or null[0] != 1
+        or not 1 <= null[1] <= config.num_patches
+        or null[2] != widths[0]
+    ):
         expected = f"[1, 1..{config.num_patches}, {widths[0]}]"
-        raise WeightsError(f"{files['null'].label}: expected one tensor {expected}, got {files['null'].shapes}")
+        raise WeightsError(
+            f"{files['null'].label}: expected one tensor {expected}, got {files['null'].shapes}"
+        )
     return {"style": "sd", "cross_dims": widths, "null_length": null[1]}
 
 
 def add_parts(
-    root: Path, kind: names.DecoderKind, files: dict[str, PickledTensors], models: nn.ModuleDict, parts: list[Part]
+    root: Path,
+    kind: names.DecoderKind,
+    files: dict[str, PickledTensors],
+    models: nn.ModuleDict,
+    parts: list[Part],
 ) -> list[Part]:
     """The tokenizer's parts and the decoder's; both draw on the file that holds reconstructor and projections."""
     own = expand(names.CONDITION[kind], 0, "conditioner.")
@@ -82,15 +100,26 @@ def add_parts(
     for name in ("unet", "vae"):
         folder = root / names.FOLDERS[kind] / name
         label = f"{names.FOLDERS[kind]}/{name}/{names.DIFFUSERS_FILE}"
-        file = PickledTensors(weight_files(folder, names.DIFFUSERS_FILE), label, _modern if name == "vae" else str)
-        joined.append(Part(file, {f"{name}.{tensor}": Source((tensor,)) for tensor in models[name].state_dict()}))
+        file = PickledTensors(
+            weight_files(folder, names.DIFFUSERS_FILE), label, _modern if name == "vae" else str
+        )
+        joined.append(
+            Part(
+                file,
+                {f"{name}.{tensor}": Source((tensor,)) for tensor in models[name].state_dict()},
+            )
+        )
     return joined
 
 
 def _modern(name: str) -> str:
     """Today's name of a tensor of an old VAE."""
     match = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
-    return match[1] + names.OLD_VAE[match[2]] + match[3] if match and match[2] in names.OLD_VAE else name
+    return (
+        match[1] + names.OLD_VAE[match[2]] + match[3]
+        if match and match[2] in names.OLD_VAE
+        else name
+    )
 
 
 def shared(ours: dict[str, Tensor], filled: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +129,12 @@ def shared(ours: dict[str, Tensor], filled: dict[str, Tensor]) -> dict[str, Tens
         "conditioner.codebook.": "tokenizer.quantizer.codebook.",
         "conditioner.reconstructor.": "tokenizer.reconstructor.",
     }
-    return {n: filled[new + n.removeprefix(old)] for n in absent for old, new in tokenizer.items() if n.startswith(old)}
+    return {
+        n: filled[new + n.removeprefix(old)]
+        for n in absent
+        for old, new in tokenizer.items()
+        if n.startswith(old)
+    }
 
 
 def pipeline(root: Path, kind: names.DecoderKind, models: nn.ModuleDict) -> PixelDecoder:
@@ -121,9 +155,13 @@ def load_ddim(directory: Path) -> DDIMScheduler:
     """
     path = directory / "scheduler_config.json"
     values = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
-    known = set().union(*(inspect.signature(getattr(diffusers, name).__init__).parameters for name in SCHEDULERS))
+    known = set().union(
+        *(inspect.signature(getattr(diffusers, name).__init__).parameters for name in SCHEDULERS)
+    )
     unknown = sorted(values.keys() - known)
     if unknown:
-        raise WeightsError(f"{path}: unknown settings {unknown}: without them another noise schedule would be used")
+        raise WeightsError(
+            f"{path}: unknown settings {unknown}: without them another noise schedule would be used"
+        )
     accepted = inspect.signature(DDIMScheduler.__init__).parameters
     return DDIMScheduler(**{key: value for key, value in values.items() if key in accepted})

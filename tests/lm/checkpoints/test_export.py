@@ -39,7 +39,9 @@ print(json.dumps(answers))
 """
 
 
-def pair(family: str = "llama", tied: bool = False, spare: int = 0) -> tuple[Any, Any, VisualVocabulary]:
+def pair(
+    family: str = "llama", tied: bool = False, spare: int = 0
+) -> tuple[Any, Any, VisualVocabulary]:
     """An extended random LM and its tokenizer; "own" is a Llama with the text tokenizer trained here."""
     tokenizer = train_text_tokenizer(TEXTS, 290) if family == "own" else small_tokenizer(family)
     rows = max(tokenizer.get_vocab().values()) + 1 + spare
@@ -50,7 +52,9 @@ def pair(family: str = "llama", tied: bool = False, spare: int = 0) -> tuple[Any
 
 def with_lora(model: Any) -> Any:
     """Adapters that do something: peft starts them at zero."""
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, value in wrapped.named_parameters():
@@ -76,7 +80,9 @@ def test_reads_back(family: str, tied: bool, tmp_path: Path) -> None:
     model, tokenizer, vocabulary = pair(family, tied, spare=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     folder = export(model.train(), tokenizer, tmp_path / "out")
-    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )
     assert not [path for path in tmp_path.iterdir() if path != folder]
 
     config = json.loads((folder / "config.json").read_text())
@@ -111,13 +117,26 @@ def test_generates_the_same_without_this_package(case: str, tmp_path: Path) -> N
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     answers = json.loads(shown.splitlines()[-1])
     starts = [
-        [tokenizer.bos_token_id, vocabulary.begin, *(vocabulary.first + c for c in (3, 0, 7)), vocabulary.end],
-        [tokenizer.bos_token_id, *vocabulary.encode_text(tokenizer, "a red apple"), vocabulary.begin],
+        [
+            tokenizer.bos_token_id,
+            vocabulary.begin,
+            *(vocabulary.first + c for c in (3, 0, 7)),
+            vocabulary.end,
+        ],
+        [
+            tokenizer.bos_token_id,
+            *vocabulary.encode_text(tokenizer, "a red apple"),
+            vocabulary.begin,
+        ],
     ]
-    assert [answer["ids"] for answer in answers] == [greedy(model.eval(), start, 8) for start in starts]
+    assert [answer["ids"] for answer in answers] == [
+        greedy(model.eval(), start, 8) for start in starts
+    ]
     assert answers[0]["text"].startswith(PICTURE)
     if case == "lora":  # and the adapters are what decided
-        assert [answer["ids"] for answer in answers] != [greedy(plain, start, 8) for start in starts]
+        assert [answer["ids"] for answer in answers] != [
+            greedy(plain, start, 8) for start in starts
+        ]
 
 
 def test_adapters_are_merged_into_a_copy(tmp_path: Path) -> None:
@@ -130,7 +149,9 @@ def test_adapters_are_merged_into_a_copy(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.tensor([[0, vocabulary.begin, vocabulary.first, vocabulary.end, 9]])
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, wrapped.eval()(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            loaded(ids).logits, wrapped.eval()(ids).logits, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -141,7 +162,9 @@ def test_rows_that_peft_trains_are_merged_too(tied: bool, tmp_path: Path) -> Non
     if not tied:
         rows["lm_head"] = rows["embed_tokens"]
     own = model.get_input_embeddings().weight.detach().clone()
-    wrapped = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", trainable_token_indices=rows))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=2, task_type="CAUSAL_LM", trainable_token_indices=rows)
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in wrapped.parameters():
@@ -154,12 +177,16 @@ def test_rows_that_peft_trains_are_merged_too(tied: bool, tmp_path: Path) -> Non
     assert (now[vocabulary.begin :] != own[vocabulary.begin :]).all()
     ids = torch.tensor([[0, vocabulary.begin, vocabulary.first, vocabulary.end, 9]])
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, wrapped.eval()(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            loaded(ids).logits, wrapped.eval()(ids).logits, rtol=0, atol=1e-5
+        )
 
 
 def test_adapters_that_cannot_be_merged(tmp_path: Path) -> None:
     model, tokenizer, _ = pair("own")
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))  # of transformers, not wrapped by peft
+    model.add_adapter(
+        LoraConfig(r=2, target_modules=["q_proj"])
+    )  # of transformers, not wrapped by peft
     with pytest.raises(ExportError, match=r"adapters that are not merged, such as .*lora_"):
         export(model, tokenizer, tmp_path / "out")
 
@@ -175,7 +202,9 @@ def test_dtype(tmp_path: Path) -> None:
     model, tokenizer, _ = pair("own")
     folder = export(model, tokenizer, tmp_path / "out", dtype=torch.bfloat16)
     assert model.dtype == torch.float32
-    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -187,7 +216,10 @@ def test_chat_and_card(tmp_path: Path) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "a red apple<|img|>"}]}]
     expected = again("a red apple<|img|>").input_ids
     for chat in (messages, parts):
-        assert again.apply_chat_template(chat, add_generation_prompt=True, return_dict=True).input_ids == expected
+        assert (
+            again.apply_chat_template(chat, add_generation_prompt=True, return_dict=True).input_ids
+            == expected
+        )
     card = (folder / "README.md").read_text()
     assert f"{vocabulary.first} ... {vocabulary.stop - 1}" in card and "<|vis_00007|>" in card
     assert "{" not in card
@@ -214,7 +246,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         export(model, endless, out)
     with torch.no_grad():
         model.get_input_embeddings().weight[-1, 0] = 1e30
-    with pytest.raises(ExportError, match=r"NaN or infinity as torch.float16: \['model.embed_tokens.weight'\]"):
+    with pytest.raises(
+        ExportError, match=r"NaN or infinity as torch.float16: \['model.embed_tokens.weight'\]"
+    ):
         export(model, tokenizer, out, dtype=torch.float16)
     assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
@@ -237,7 +271,9 @@ def test_a_full_disk(limit: int, tmp_path: Path) -> None:
 def test_another_model_than_was_given(tmp_path: Path) -> None:
     """A change that saving does not keep, here a hook, is found by reading back, and leaves nothing behind."""
     model, tokenizer, _ = pair("own")
-    model.model.norm.register_forward_hook(lambda _module, _inputs, output: output * torch.arange(16))
+    model.model.norm.register_forward_hook(
+        lambda _module, _inputs, output: output * torch.arange(16)
+    )
     with pytest.raises(ExportError, match="logits differ by"):
         export(model, tokenizer, tmp_path / "out")
     assert not any(tmp_path.iterdir())

@@ -23,7 +23,12 @@ def prompts(processor: MultimodalProcessor, opened: bool = True) -> list[TokenSe
         builder = SequenceBuilder().add([*processor.start, *words[:length]], Role.TEXT)
         if number == len(LENGTHS) - 1:
             builder.add(
-                [processor.vocabulary.begin, *processor.codes(image(1, 3).codes), processor.vocabulary.end], Role.TEXT
+                [
+                    processor.vocabulary.begin,
+                    *processor.codes(image(1, 3).codes),
+                    processor.vocabulary.end,
+                ],
+                Role.TEXT,
             )
         if opened:
             builder.add([processor.vocabulary.begin], Role.BEGIN)
@@ -50,10 +55,16 @@ def slow(
 ) -> list[int]:
     """One prompt, everything computed anew for each id, by the library's own forward."""
     said: list[int] = []
-    while not said or (said[-1] not in rule.stops(processor) and len(said) < rule.most + (rule.kind == "image")):
+    while not said or (
+        said[-1] not in rule.stops(processor) and len(said) < rule.most + (rule.kind == "image")
+    ):
 
         def logits_after(row: TokenSequence) -> torch.Tensor:
-            return model.causal(torch.cat([row.ids, torch.tensor(said, dtype=torch.int64)])[None]).logits[0, -1].float()
+            return (
+                model.causal(torch.cat([row.ids, torch.tensor(said, dtype=torch.int64)])[None])
+                .logits[0, -1]
+                .float()
+            )
 
         logits = logits_after(prompt)
         if sampling.guidance_scale != 1:
@@ -73,17 +84,26 @@ def slow(
     return said
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(top_k=5), Sampling(2.0, top_p=0.9, guidance_scale=2.5)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(top_k=5), Sampling(2.0, top_p=0.9, guidance_scale=2.5)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_equal_the_slow_loop(family: str, sampling: Sampling):
     processor, model = processor_and_model(family)
     rows, rule = prompts(processor), GenerationConstraint("image", 2, 6)
-    want = [slow(processor, model, row, rule, sampling, g) for row, g in zip(rows, generators(3), strict=True)]
+    want = [
+        slow(processor, model, row, rule, sampling, g)
+        for row, g in zip(rows, generators(3), strict=True)
+    ]
     for cached in (True, False):
-        found = generate_ids(model, processor, rows, rule, sampling, [free(processor)] * 3, generators(3), cached)
+        found = generate_ids(
+            model, processor, rows, rule, sampling, [free(processor)] * 3, generators(3), cached
+        )
         assert found == want, f"cached={cached}"
     alone = [
-        generate_ids(model, processor, [rows[i]], rule, sampling, [free(processor)], [generators(3)[i]])[0]
+        generate_ids(
+            model, processor, [rows[i]], rule, sampling, [free(processor)], [generators(3)[i]]
+        )[0]
         for i in range(3)
     ]
     assert alone == want, "neighbours in the batch, and the padding that they bring, change nothing"
@@ -92,8 +112,15 @@ def test_images_equal_the_slow_loop(family: str, sampling: Sampling):
 @pytest.mark.parametrize("kind", ["text", "mixed"])
 def test_texts_equal_the_slow_loop(kind: str):
     processor, model = processor_and_model("llama")
-    rows, rule, sampling = prompts(processor, opened=False), GenerationConstraint(kind, 0, 12), Sampling(1.5)  # type: ignore[arg-type]
-    want = [slow(processor, model, row, rule, sampling, g) for row, g in zip(rows, generators(3), strict=True)]
+    rows, rule, sampling = (
+        prompts(processor, opened=False),
+        GenerationConstraint(kind, 0, 12),
+        Sampling(1.5),
+    )  # type: ignore[arg-type]
+    want = [
+        slow(processor, model, row, rule, sampling, g)
+        for row, g in zip(rows, generators(3), strict=True)
+    ]
     assert generate_ids(model, processor, rows, rule, sampling, None, generators(3)) == want
 
 
@@ -147,14 +174,30 @@ def test_guidance_of_one_is_the_conditional_stream():
     rows, rule = prompts(processor), GenerationConstraint("image", 1, 8)
     plain = generate_ids(model, processor, rows, rule, Sampling(), None, generators(3))
     assert (
-        generate_ids(model, processor, rows, rule, Sampling(guidance_scale=1.0), [free(processor)] * 3, generators(3))
+        generate_ids(
+            model,
+            processor,
+            rows,
+            rule,
+            Sampling(guidance_scale=1.0),
+            [free(processor)] * 3,
+            generators(3),
+        )
         == plain
     )
     strong = generate_ids(
-        model, processor, rows, rule, Sampling(guidance_scale=9.0), [free(processor)] * 3, generators(3)
+        model,
+        processor,
+        rows,
+        rule,
+        Sampling(guidance_scale=9.0),
+        [free(processor)] * 3,
+        generators(3),
     )
     assert strong != plain
-    same = [free(processor)] * 3  # a prompt that is the unconditional stream itself: the scale makes no difference
+    same = [
+        free(processor)
+    ] * 3  # a prompt that is the unconditional stream itself: the scale makes no difference
     assert generate_ids(
         model, processor, same, rule, Sampling(guidance_scale=9.0), same, generators(3)
     ) == generate_ids(model, processor, same, rule, Sampling(), None, generators(3))
@@ -164,11 +207,15 @@ def test_one_generator_seeds_every_row():
     processor, model = processor_and_model("llama")
     rows, rule = [free(processor)] * 6, GenerationConstraint("image", 1, 8)
     made = [
-        generate_ids(model, processor, rows, rule, Sampling(), None, torch.Generator().manual_seed(s))
+        generate_ids(
+            model, processor, rows, rule, Sampling(), None, torch.Generator().manual_seed(s)
+        )
         for s in (0, 0, 1)
     ]
     assert made[0] == made[1] != made[2]
-    assert len({tuple(ids) for ids in made[0]}) > 1, "equal prompts in one batch get draws of their own"
+    assert len({tuple(ids) for ids in made[0]}) > 1, (
+        "equal prompts in one batch get draws of their own"
+    )
 
 
 def test_draws_follow_the_probabilities():
@@ -178,7 +225,10 @@ def test_draws_follow_the_probabilities():
         (Sampling(), logits[0].softmax(0)),
         (Sampling(2.0), (logits[0] / 2).softmax(0)),
         (Sampling(top_k=2), torch.cat([logits[0, :2].softmax(0), torch.zeros(2)])),
-        (Sampling(top_p=0.7), torch.cat([logits[0, :2].softmax(0), torch.zeros(2)])),  # 0.64 is not enough
+        (
+            Sampling(top_p=0.7),
+            torch.cat([logits[0, :2].softmax(0), torch.zeros(2)]),
+        ),  # 0.64 is not enough
         (Sampling(top_p=0.5), torch.tensor([1.0, 0, 0, 0])),
     ):
         drawn = sampling.draw(logits.expand(4000, 4), [generator] * 4000)
@@ -187,7 +237,9 @@ def test_draws_follow_the_probabilities():
         assert not found[want == 0].any()
     assert Sampling(0.0).draw(logits, [None]).tolist() == [0]
     forbidden = logits.masked_fill(torch.tensor([[True, False, True, True]]), -torch.inf)
-    assert Sampling(top_k=3).draw(forbidden.expand(50, 4), [generator] * 50).unique().tolist() == [1]
+    assert Sampling(top_k=3).draw(forbidden.expand(50, 4), [generator] * 50).unique().tolist() == [
+        1
+    ]
 
 
 def test_impossible_requests():
@@ -196,13 +248,17 @@ def test_impossible_requests():
     with pytest.raises(ValueError, match="at least one prompt"):
         generate_ids(model, processor, [], GenerationConstraint("text"))
     with pytest.raises(ValueError, match="unconditional row for each prompt"):
-        generate_ids(model, processor, rows, GenerationConstraint("image"), Sampling(guidance_scale=2.0))
+        generate_ids(
+            model, processor, rows, GenerationConstraint("image"), Sampling(guidance_scale=2.0)
+        )
     with pytest.raises(ValueError, match=r"up to 500 exceed the model's context of 128"):
         generate_ids(model, processor, rows, GenerationConstraint("text", 0, 500))
     with pytest.raises(ValueError, match="a prompt of no places"):
         generate_ids(model, processor, [SequenceBuilder().row()], GenerationConstraint("text"))
     with pytest.raises(ValueError, match="one for each of 3 rows, got 2"):
-        generate_ids(model, processor, rows, GenerationConstraint("text"), Sampling(), None, generators(2))
+        generate_ids(
+            model, processor, rows, GenerationConstraint("text"), Sampling(), None, generators(2)
+        )
     for settings, message in (
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": 0}, "top_k"),

@@ -34,7 +34,14 @@ from lavit_tok import VisualCodes, VisualTokenizer, to_uint8
 from lavit_tok.cli import main as lavit_tok
 
 PATCHES = 16
-T5: dict[str, Any] = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+T5: dict[str, Any] = {
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+}
 T5 |= {"dropout_rate": 0.0}
 LMS: dict[str, dict[str, Any]] = {"llama": SMALL, "t5": T5, "bart": SMALL_BART}
 EACH = pytest.mark.parametrize("family", LMS)
@@ -46,12 +53,16 @@ def processor() -> MultimodalProcessor:
     return MultimodalProcessor.of(tokenizer)
 
 
-def built(family: str, visual: VisualTokenizer, objective: DaVinci | None = None) -> tuple[MultimodalProcessor, Any]:
+def built(
+    family: str, visual: VisualTokenizer, objective: DaVinci | None = None
+) -> tuple[MultimodalProcessor, Any]:
     words, objective = processor(), objective or DaVinci()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         bridge, _ = objective.parts(visual, 32)
-    lm = load_lm({**LMS[family], "tie_word_embeddings": True}, words, words.vocabulary.begin, True, 0)
+    lm = load_lm(
+        {**LMS[family], "tie_word_embeddings": True}, words, words.vocabulary.begin, True, 0
+    )
     return words, sequence_model(lm, bridge).eval()
 
 
@@ -65,51 +76,71 @@ def shown(visual: VisualTokenizer, source: Any) -> ImageSegment:
 def rows_of(
     objective: DaVinci, samples: list[list[Segment]], words: MultimodalProcessor, seed: int = 0
 ) -> list[TokenSequence]:
-    return [objective.layout(s, words, torch.Generator().manual_seed(seed + i), str(i)) for i, s in enumerate(samples)]
+    return [
+        objective.layout(s, words, torch.Generator().manual_seed(seed + i), str(i))
+        for i, s in enumerate(samples)
+    ]
 
 
 def only(task: str, **more: Any) -> DaVinci:
-    shares = {f"{name}_share": float(name == task) for name in ("text", "image", "plain")}
+    shares = {f"{name}_ratio": float(name == task) for name in ("text", "image", "plain")}
     return DaVinci(**{"prompt_drop": 0.0, **shares, **more})
 
 
 def drawn(row: TokenSequence, words: MultimodalProcessor) -> str:
     """As in davinci.py's docstring."""
-    v, names = words.vocabulary, {words.start[0]: "<s>", words.stop: "</s>", words.vocabulary.begin: "[IMG"}
+    v, names = (
+        words.vocabulary,
+        {words.start[0]: "<s>", words.stop: "</s>", words.vocabulary.begin: "[IMG"},
+    )
     names |= {v.end: "IMG]", LATER: "later"}
     shown: list[str] = []
-    for i, (token, prefix, is_embedding) in enumerate(zip(row.ids.tolist(), row.prefix, row.is_embedding, strict=True)):
+    for i, (token, prefix, is_embedding) in enumerate(
+        zip(row.ids.tolist(), row.prefix, row.is_embedding, strict=True)
+    ):
         shown += ["|"] if not prefix and row.prefix[i - 1] else []
         code = v.first <= token < v.stop
-        name = names.get(token) or (str(token - v.first) if code else words.tokenizer.decode([token]).strip())
+        name = names.get(token) or (
+            str(token - v.first) if code else words.tokenizer.decode([token]).strip()
+        )
         shown.append("v" if is_embedding else name)
     text = " ".join(shown)
     for word in ("red", "apple"):
-        text = text.replace(" ".join(words.tokenizer.decode([i]).strip() for i in words.text(word)), word)
+        text = text.replace(
+            " ".join(words.tokenizer.decode([i]).strip() for i in words.text(word)), word
+        )
     return text
 
 
 def marks(row: TokenSequence) -> str:
     return "".join(
-        "P" if prefix else ("x" if said else ".") for prefix, said in zip(row.prefix, row.predict, strict=True)
+        "P" if prefix else ("x" if said else ".")
+        for prefix, said in zip(row.prefix, row.predict, strict=True)
     )
 
 
 def a_generator_for(
     objective: DaVinci, sample: list[Segment], words: MultimodalProcessor, wanted: Any
 ) -> TokenSequence:
-    rows = (objective.layout(sample, words, torch.Generator().manual_seed(seed)) for seed in itertools.count())
+    rows = (
+        objective.layout(sample, words, torch.Generator().manual_seed(seed))
+        for seed in itertools.count()
+    )
     return next(row for row in rows if wanted(row))
 
 
 def test_the_drawing(photos: list[Path]):
     """Of the module's docstring: a picture of 3 x 3 patches, whose codes are 0 to 8."""
     words = processor()
-    image = ImageSegment(torch.arange(9), torch.zeros(3, 24, 24, dtype=torch.uint8), torch.ones(9, dtype=torch.bool))
+    image = ImageSegment(
+        torch.arange(9), torch.zeros(3, 24, 24, dtype=torch.uint8), torch.ones(9, dtype=torch.bool)
+    )
     pair: list[Segment] = [image, TextSegment("A red apple")]
     ids = {n: len(words.text(n)) for n in ("a", "red", "apple", "a red")}
 
-    row = a_generator_for(only("text"), pair, words, lambda row: int(row.prefix.sum()) == 12 + ids["a"])
+    row = a_generator_for(
+        only("text"), pair, words, lambda row: int(row.prefix.sum()) == 12 + ids["a"]
+    )
     assert drawn(row, words) == "<s> [IMG v v v v v v v v v IMG] a | <s> red apple </s>"
     assert marks(row) == "P" * 13 + "." + "x" * (ids["red"] + ids["apple"] + 1)
     row = a_generator_for(only("image"), pair, words, lambda row: int(row.is_embedding.sum()) == 3)
@@ -118,9 +149,11 @@ def test_the_drawing(photos: list[Path]):
     assert row.roles[-7:].tolist() == [Role.BEGIN] + [Role.VISUAL] * 6
     row = a_generator_for(only("image", image_prefix=False), pair, words, lambda row: True)
     assert drawn(row, words) == "<s> a red apple | [IMG 0 1 2 3 4 5 6 7 8"
-    assert marks(row).lstrip("P") == "." + "x" * 9 and not row.images
-    row = a_generator_for(only("plain"), pair, words, lambda row: int(row.prefix.sum()) == 1 + ids["a red"])
-    assert drawn(row, words) == "<s> a red | <s> apple </s>" and not row.images
+    assert marks(row).lstrip("P") == "." + "x" * 9 and not row.image_segments
+    row = a_generator_for(
+        only("plain"), pair, words, lambda row: int(row.prefix.sum()) == 1 + ids["a red"]
+    )
+    assert drawn(row, words) == "<s> a red | <s> apple </s>" and not row.image_segments
 
 
 @EACH
@@ -133,12 +166,19 @@ def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, 
     ]
     rows = rows_of(only("text"), samples, words, 5)
     batch = pack([rows], sum(map(len, rows)) + 2, words.pad)
-    inputs = model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep).detach().requires_grad_()
+    inputs = (
+        model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
+        .detach()
+        .requires_grad_()
+    )
 
     def depends(states: torch.Tensor) -> torch.Tensor:
         """True where a state's gradient reaches an input; a sum over the width, since a norm hides a uniform one."""
         weights = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0))
-        found = [torch.autograd.grad(s @ weights, inputs, retain_graph=True)[0][0].abs().sum(1) for s in states[0]]
+        found = [
+            torch.autograd.grad(s @ weights, inputs, retain_graph=True)[0][0].abs().sum(1)
+            for s in states[0]
+        ]
         return torch.stack(found) > 0
 
     expected = visible(batch.documents, batch.prefix)[0]
@@ -152,15 +192,21 @@ def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, 
         assert not seen[prefix].any(), "the decoder says nothing at prefixes"
         for document in (0, 1):  # a row of the encoder each, without the suffix that it cannot see
             own = prefix & (batch.documents[0] == document)
-            read = depends(model.encode(inputs[:, own], torch.ones(1, int(own.sum()), dtype=torch.bool)))
+            read = depends(
+                model.encode(inputs[:, own], torch.ones(1, int(own.sum()), dtype=torch.bool))
+            )
             assert torch.equal(read, own.expand_as(read))
     first, last = prefix.nonzero()[0], (prefix & (batch.documents[0] == 0)).nonzero()[-1]
     assert expected[first, last] and expected[last, first], "prefix to prefix, both ways"
-    assert expected[there & ~prefix][:, first].any() and not expected[prefix][:, there & ~prefix].any()
+    assert (
+        expected[there & ~prefix][:, first].any() and not expected[prefix][:, there & ~prefix].any()
+    )
 
 
 @EACH
-def test_davinci_02_one_objective_for_both(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+def test_davinci_02_one_objective_for_both(
+    family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]
+):
     """The same rows; packed as alone; and an encoder-decoder's losses are those of its own forward."""
     objective = DaVinci(plain_ratio=1.0, train_encoder=family == "bart")
     words, model = built(family, tiny_tokenizer, objective)
@@ -175,7 +221,9 @@ def test_davinci_02_one_objective_for_both(family: str, tiny_tokenizer: VisualTo
     together = model(batch, objective)
     assert {name: int(loss.count) for name, loss in together.items()} == {
         "text": sum(
-            int(row.predict.sum()) for row in rows if row.is_embedding.any() and row.roles[row.predict][0] == Role.TEXT
+            int(row.predict.sum())
+            for row in rows
+            if row.is_embedding.any() and row.roles[row.predict][0] == Role.TEXT
         ),
         "image": sum(int((row.predict & (row.roles == Role.VISUAL)).sum()) for row in rows),
         "plain": sum(
@@ -184,7 +232,10 @@ def test_davinci_02_one_objective_for_both(family: str, tiny_tokenizer: VisualTo
             if row.roles[row.predict][0] == Role.TEXT and not row.is_embedding.any()
         ),
     }
-    alone = [model(objective.on_device(pad([row], words.pad), tiny_tokenizer, words), objective) for row in rows]
+    alone = [
+        model(objective.on_device(pad([row], words.pad), tiny_tokenizer, words), objective)
+        for row in rows
+    ]
     for name, loss in together.items():
         torch.testing.assert_close(
             loss.total, torch.stack([one[name].total for one in alone]).sum(), rtol=1e-4, atol=1e-3
@@ -199,12 +250,21 @@ def test_davinci_02_one_objective_for_both(family: str, tiny_tokenizer: VisualTo
         assert isinstance(model, PrefixSeq2Seq)
         for row in rows[:4]:
             one = objective.on_device(pad([row], words.pad), tiny_tokenizer, words)
-            inputs, prefix = model.embed(one.ids, one.is_embedding, one.images, one.keep), one.prefix[0]
-            logits = model.lm(inputs_embeds=inputs[:, prefix], decoder_inputs_embeds=inputs[:, ~prefix]).logits
-            torch.testing.assert_close(model.head(model.see(one).states[0, ~prefix]), logits[0], atol=1e-4, rtol=1e-4)
+            inputs, prefix = (
+                model.embed(one.ids, one.is_embedding, one.images, one.keep),
+                one.prefix[0],
+            )
+            logits = model.lm(
+                inputs_embeds=inputs[:, prefix], decoder_inputs_embeds=inputs[:, ~prefix]
+            ).logits
+            torch.testing.assert_close(
+                model.head(model.see(one).states[0, ~prefix]), logits[0], atol=1e-4, rtol=1e-4
+            )
 
 
-def test_davinci_02_what_an_encoder_decoder_cannot_split(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+def test_davinci_02_what_an_encoder_decoder_cannot_split(
+    tiny_tokenizer: VisualTokenizer, photos: list[Path]
+):
     words, model = built("t5", tiny_tokenizer)
     without = LaVIT().layout([TextSegment("rain")], words, torch.Generator())
     with pytest.raises(ValueError, match="which objectives without prefixes do not lay out"):
@@ -214,12 +274,18 @@ def test_davinci_02_what_an_encoder_decoder_cannot_split(tiny_tokenizer: VisualT
     with pytest.raises(ValueError, match="lay out a start"):
         model(pad([early], words.pad), DaVinci())
     with pytest.raises(ValueError, match="suffixes have begun alike"):
-        model.decoding([row, replace(row, prefix=row.prefix & False | (torch.arange(len(row)) < 2))], words.pad, 4)
+        model.decoding(
+            [row, replace(row, prefix=row.prefix & False | (torch.arange(len(row)) < 2))],
+            words.pad,
+            4,
+        )
     with pytest.raises(ValueError, match="families t5, bart"):
         sequence_model(load_lm({**T5, "model_type": "mt5"}, words, words.vocabulary.begin, True, 0))
     _, bart = built("bart", tiny_tokenizer)
     with pytest.raises(ValueError, match="exceeds the model's context of 128"):
-        bart(pad(rows_of(only("plain"), [[TextSegment("rain " * 400)]], words), words.pad), DaVinci())
+        bart(
+            pad(rows_of(only("plain"), [[TextSegment("rain " * 400)]], words), words.pad), DaVinci()
+        )
 
 
 def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
@@ -229,7 +295,9 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
     sides = {4: PATCHES, 16: 256}
     images = {
         side: ImageSegment(
-            torch.zeros(n, dtype=torch.int64), lambda: torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(n) > 0
+            torch.zeros(n, dtype=torch.int64),
+            lambda: torch.zeros(3, 8, 8, dtype=torch.uint8),
+            torch.ones(n) > 0,
         )
         for side, n in sides.items()
     }
@@ -241,7 +309,9 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
     def even(found: Counter[int], cells: dict[int, float], draws: int) -> None:
         assert set(found) == set(cells), "exactly these"
         for cell, share in cells.items():
-            assert abs(found[cell] - draws * share) < 5 * (draws * share * (1 - share)) ** 0.5 + 1e-9, cell
+            assert (
+                abs(found[cell] - draws * share) < 5 * (draws * share * (1 - share)) ** 0.5 + 1e-9
+            ), cell
 
     def k(row: TokenSequence) -> int:
         return int((row.prefix & (row.roles == Role.TEXT)).sum()) - 1
@@ -256,15 +326,27 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
     assert set(counted(DaVinci(), [TextSegment("")], k, 20)) == {0}
     for side, n in sides.items():
         found = counted(
-            only("image"), [images[side], TextSegment("a")], lambda row, side=side: row.is_embedding.sum() / side, 1000
+            only("image"),
+            [images[side], TextSegment("a")],
+            lambda row, side=side: row.is_embedding.sum() / side,
+            1000,
         )
         even(found, dict.fromkeys(range(side - 1), 1 / (side - 1)), 1000)
-        row = only("image", image_prefix=False).layout([images[side], TextSegment("a")], words, torch.Generator())
-        assert int(row.predict.sum()) == n and not row.is_embedding.any(), "r = 0: the whole picture"
+        row = only("image", image_prefix=False).layout(
+            [images[side], TextSegment("a")], words, torch.Generator()
+        )
+        assert int(row.predict.sum()) == n and not row.is_embedding.any(), (
+            "r = 0: the whole picture"
+        )
     dropped = only("image", image_prefix=False, prompt_drop=0.25)
     even(counted(dropped, told, lambda row: k(row) == 0, 500), {0: 0.75, 1: 0.25}, 500)
     shares = DaVinci(text_ratio=1.0, image_ratio=2.0, plain_ratio=1.0, image_prefix=False)
-    tasks = counted(shares, told, lambda row: 2 * bool(row.is_embedding.any()) + (row.roles == Role.VISUAL).any(), 500)
+    tasks = counted(
+        shares,
+        told,
+        lambda row: 2 * bool(row.is_embedding.any()) + (row.roles == Role.VISUAL).any(),
+        500,
+    )
     even(tasks, {0: 1 / 4, 1: 1 / 2, 3: 1 / 4}, 500)
 
 
@@ -273,20 +355,28 @@ def test_davinci_04_text_loss(family: str, tiny_tokenizer: VisualTokenizer, phot
     objective = only("text")
     words, model = built(family, tiny_tokenizer, objective)
     (row,) = rows_of(
-        objective, [[shown(tiny_tokenizer, photos[0]), TextSegment("A red apple on a wooden table")]], words, 3
+        objective,
+        [[shown(tiny_tokenizer, photos[0]), TextSegment("A red apple on a wooden table")]],
+        words,
+        3,
     )
     batch = pad([row], words.pad)
     seen = model.see(batch)
     seen.inputs.retain_grad()
     losses = objective.losses(seen, batch)
     losses["text"].mean.backward()
-    assert (seen.inputs.grad[batch.is_embedding].abs().sum(1) > 0).all(), "every cell of the grid matters"
+    assert (seen.inputs.grad[batch.is_embedding].abs().sum(1) > 0).all(), (
+        "every cell of the grid matters"
+    )
     assert int(batch.is_embedding.sum()) == PATCHES
     assert (model.bridge.positions.grad.abs().sum(1) > 0).all()
     suffix = int((~row.prefix).sum())
     assert int(losses["text"].count) == suffix - 1 and not (row.predict & row.prefix).any()
     said = row.ids[row.predict].tolist()
-    assert said[-1] == words.stop and words.tokenizer.decode(said[:-1]).strip() in "a red apple on a wooden table"
+    assert (
+        said[-1] == words.stop
+        and words.tokenizer.decode(said[:-1]).strip() in "a red apple on a wooden table"
+    )
 
 
 def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
@@ -294,14 +384,19 @@ def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[
     images = [shown(tiny_tokenizer, photo) for photo in photos]
     rows = [
         a_generator_for(
-            objective, [image, TextSegment("rain")], words, lambda row, r=r: int(row.is_embedding.sum()) == 4 * r
+            objective,
+            [image, TextSegment("rain")],
+            words,
+            lambda row, r=r: int(row.is_embedding.sum()) == 4 * r,
         )
         for image, r in zip(images, (0, 1, 2, 2), strict=True)
     ]
     assert (rows[1].ids[rows[1].predict] == LATER).all() and not (rows[0].ids == LATER).any()
     batch = objective.on_device(pack([rows[:3], rows[3:]], 80, words.pad), tiny_tokenizer, words)
     places = batch.predict & (batch.roles == Role.VISUAL)
-    said = [batch.ids[0][places[0] & (batch.documents[0] == d)] for d in range(3)] + [batch.ids[1][places[1]]]
+    said = [batch.ids[0][places[0] & (batch.documents[0] == d)] for d in range(3)] + [
+        batch.ids[1][places[1]]
+    ]
     assert [len(ids) for ids in said] == [(4 - r) * 4 for r in (0, 1, 2, 2)]
     assert words.vocabulary.is_code(torch.cat(said)).all()
     codes = [words.vocabulary.to_codes(ids) for ids in said]
@@ -310,7 +405,9 @@ def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[
     for image, own, r in zip(images[1:], codes[1:], (1, 2, 2), strict=True):
         moved = torch.zeros(1, 3, 32, 32)
         moved[:, :, : 32 - 8 * r] = tiny_tokenizer.preprocess(image.image)[:, :, 8 * r :]
-        assert torch.equal(own, tiny_tokenizer.encode_pixels(moved, PATCHES)[0][: len(own)]), "the crop, encoded"
+        assert torch.equal(own, tiny_tokenizer.encode_pixels(moved, PATCHES)[0][: len(own)]), (
+            "the crop, encoded"
+        )
         differ += int((own != image.codes[4 * r :]).sum())
     assert differ > 0, "and not the codes of the whole picture, cut"
     changed = images[2].image.clone()
@@ -322,19 +419,30 @@ def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[
     below[:, 16:] = 0
     bridge = PatchBridge(tiny_tokenizer, 32)
     vectors = bridge(torch.stack([images[2].image, below]), masks)
-    assert vectors.shape == (16, 32) and torch.equal(vectors[:8], vectors[8:]), "rows below are not told"
+    assert vectors.shape == (16, 32) and torch.equal(vectors[:8], vectors[8:]), (
+        "rows below are not told"
+    )
     with pytest.raises(ValueError, match="whole upper rows of 4 patches"):
         codes_below(tiny_tokenizer, images[2].image[None], torch.arange(PATCHES)[None] < 6)
     words, model = built("llama", tiny_tokenizer)
     with pytest.raises(IndexError):
-        model(pack([rows[1:3]], 80, words.pad), objective)  # an unfinished batch cannot be trained on by mistake
+        model(
+            pack([rows[1:3]], 80, words.pad), objective
+        )  # an unfinished batch cannot be trained on by mistake
 
 
 @pytest.fixture
 def whole(folder: Path) -> Path:
     """The shared folder, its shards with a code for every patch."""
     (folder / "shards").rename(folder / "dynamic")
-    command = ["shards", str(folder / "pictures"), "--tokenizer", str(folder / "visual"), "--budget", str(PATCHES)]
+    command = [
+        "shards",
+        str(folder / "pictures"),
+        "--tokenizer",
+        str(folder / "visual"),
+        "--budget",
+        str(PATCHES),
+    ]
     assert lavit_tok([*command, "--out", str(folder / "shards")]) == 0
     return folder
 
@@ -348,7 +456,7 @@ def test_davinci_06_the_tied_matrix_is_trained_once(family: str, whole: Path, ph
     objective = DaVinci(train_encoder=family == "bart")
     training = module(whole, lm=settings, objective=objective, out=str(whole / "made"))
     fitted = trainer(whole, 3, [LogSamples(every=2, images=2, decoder=None, max_tokens=4)])
-    images = {"pictures": str(whole / "pictures"), "texts": str(texts), "num_workers": 2}
+    images = {"images": str(whole / "pictures"), "texts": str(texts), "num_workers": 2}
     fitted.fit(training, data(whole, **images))
     assert {"train/text", "train/image", "train/plain"} <= set(fitted.callback_metrics)
     assert list(whole.rglob("captions-*.md")), "and what it says was logged"
@@ -370,7 +478,8 @@ def test_davinci_06_the_tied_matrix_is_trained_once(family: str, whole: Path, ph
 def test_davinci_06_shards_with_fewer_codes_are_refused(folder: Path):
     training = module(folder, objective=DaVinci())
     with pytest.raises(
-        ValueError, match=r"has codes of \d+ of 16: make the shards with `lavit-tok shards --budget 16`"
+        ValueError,
+        match=r"has codes of \d+ of 16: make the shards with `lavit-tok shards --budget 16`",
     ):
         trainer(folder, 1, []).fit(training, data(folder, images=str(folder / "pictures")))
 
@@ -382,18 +491,35 @@ def test_davinci_07_eight_samples_are_learnt_by_heart(
 ):
     objective = only(task.split()[-1], image_prefix=task == "image")
     words, model = built(family, tiny_tokenizer, objective)
-    crops = [Image.open(photos[i % 4]).convert("RGB").crop((0, 0, 90 + 60 * i, 80 + 50 * i)) for i in range(8)]
+    crops = [
+        Image.open(photos[i % 4]).convert("RGB").crop((0, 0, 90 + 60 * i, 80 + 50 * i))
+        for i in range(8)
+    ]
     images = [shown(tiny_tokenizer, crop) for crop in crops]
     texts = [
         TextSegment(text)
-        for text in ("rain", "a red", "two dogs", "apple at sunset", "the town", "table", "run", "beach")
+        for text in (
+            "rain",
+            "a red",
+            "two dogs",
+            "apple at sunset",
+            "the town",
+            "table",
+            "run",
+            "beach",
+        )
     ]
-    samples: list[list[Segment]] = [[image, text] for image, text in zip(images, texts, strict=True)]
+    samples: list[list[Segment]] = [
+        [image, text] for image, text in zip(images, texts, strict=True)
+    ]
     rows = rows_of(objective, samples, words)
     if task == "plain":  # what nothing foretells cannot be learnt: one word in, another out
         rows = [
             a_generator_for(
-                objective, [TextSegment(f"{t.text} {t.text}")], words, lambda row: int(row.prefix.sum()) > 1
+                objective,
+                [TextSegment(f"{t.text} {t.text}")],
+                words,
+                lambda row: int(row.prefix.sum()) > 1,
             )
             for t in texts
         ]
@@ -412,7 +538,9 @@ def test_davinci_07_eight_samples_are_learnt_by_heart(
 
 
 @EACH
-def test_davinci_07_empty_prefixes_and_texts(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+def test_davinci_07_empty_prefixes_and_texts(
+    family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]
+):
     words, model = built(family, tiny_tokenizer)
     image = shown(tiny_tokenizer, photos[0])
     cases: list[tuple[DaVinci, list[Segment], int]] = [
@@ -455,10 +583,16 @@ def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, pho
     """Also of a model that would rather say words, or end the picture."""
     with torch.no_grad():
         lm.model.causal.get_output_embeddings().weight[: lm.processor.vocabulary.first] *= 20
-    drawn = lm.generate_codes("A red apple", 3, generator=torch.Generator().manual_seed(0), temperature=3.0)
+    drawn = lm.generate_codes(
+        "A red apple", 3, generator=torch.Generator().manual_seed(0), temperature=3.0
+    )
     assert drawn.lengths.tolist() == [PATCHES] * 3 and drawn.codebook_size == 16
     row = lm.prompts.for_image("A red apple")
-    assert row.ids.tolist() == [*lm.processor.start, *lm.processor.text("a red apple"), lm.processor.vocabulary.begin]
+    assert row.ids.tolist() == [
+        *lm.processor.start,
+        *lm.processor.text("a red apple"),
+        lm.processor.vocabulary.begin,
+    ]
     with pytest.raises(ValueError, match="davinci paints from words alone"):
         lm.generate_codes([photos[0], "a red apple"])
     for cached in (True, False):
@@ -476,11 +610,17 @@ def by_hand(lm: MultimodalLM, prompt: str, scale: float) -> list[int]:
         for row in streams:
             places = torch.tensor(said, dtype=torch.int64)
             flags = {
-                name: torch.cat([getattr(row, name), torch.zeros(len(said)) > 0]) for name in ("prefix", "is_embedding")
+                name: torch.cat([getattr(row, name), torch.zeros(len(said)) > 0])
+                for name in ("prefix", "is_embedding")
             }
             more = len(row) + len(said)
             flags |= {name: torch.zeros(more) > 0 for name in ("predict", "regress")}
-            longer = replace(row, ids=torch.cat([row.ids, places]), roles=torch.zeros(more, dtype=torch.int8), **flags)
+            longer = replace(
+                row,
+                ids=torch.cat([row.ids, places]),
+                roles=torch.zeros(more, dtype=torch.int8),
+                **flags,
+            )
             batch = pad([longer], lm.processor.pad)
             logits.append(lm.model.head(lm.model.see(batch).states[0, -1:])[0])
         guided = logits[1] + scale * (logits[0] - logits[1])
@@ -507,11 +647,15 @@ def test_davinci_08_ranking_is_exhaustive_scoring(lm: MultimodalLM, photos: list
 
 
 def test_davinci_08_rerank_picks_the_scorer_s_best(lm: MultimodalLM):
-    images = lm.generate_images("rain", 3, generator=torch.Generator().manual_seed(0), num_inference_steps=1)
+    images = lm.generate_images(
+        "rain", 3, generator=torch.Generator().manual_seed(0), num_inference_steps=1
+    )
     light = [float(np.asarray(image).mean()) for image in images]
     (best,) = rerank(images, lambda given: [float(np.asarray(image).mean()) for image in given])
     assert best is images[light.index(max(light))] and len(set(light)) == 3
-    likeliest = rerank(images, lambda given: [float(lm.rank([image], ["rain"])) for image in given], best=3)
+    likeliest = rerank(
+        images, lambda given: [float(lm.rank([image], ["rain"])) for image in given], best=3
+    )
     scores = [float(lm.rank([image], ["rain"])) for image in likeliest]
     assert scores == sorted(scores, reverse=True) and len(likeliest) == 3
     with pytest.raises(ValueError, match="a number for each of 3 pictures"):
@@ -543,10 +687,15 @@ def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
     rows = [lm.prompts.row([photo, "a picture of"], "text") for photo in photos[:2]]
     rule = GenerationConstraint("text", 1, 5)
     greedy = generate_ids(lm.model, lm.processor, rows, rule, type(lm_sampling())(temperature=0.0))
-    ended = [ids[: ids.index(lm.processor.stop) + 1] if lm.processor.stop in ids else ids for ids in greedy]
+    ended = [
+        ids[: ids.index(lm.processor.stop) + 1] if lm.processor.stop in ids else ids
+        for ids in greedy
+    ]
     assert beam_search(lm.model, lm.processor, rows, rule, 1) == ended
     wide = beam_search(lm.model, lm.processor, rows, GenerationConstraint("text", 1, 2), 400, 0.0)
-    allowed = GenerationConstraint("text").words(lm.processor, lm.model.head(torch.zeros(1, 32)).shape[1], lm.device)
+    allowed = GenerationConstraint("text").words(
+        lm.processor, lm.model.head(torch.zeros(1, 32)).shape[1], lm.device
+    )
     stop = lm.processor.stop
     for row, found in zip(rows, wide, strict=True):
         best, score = None, -torch.inf
@@ -558,7 +707,9 @@ def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
             state.prefill()
             may = allowed.clone()
             may[stop] = True
-            second = lm.model.head(state.append_ids(ids)).masked_fill(~may, -torch.inf).log_softmax(1)
+            second = (
+                lm.model.head(state.append_ids(ids)).masked_fill(~may, -torch.inf).log_softmax(1)
+            )
             both = first[ids][:, None] + second
             score, place = both.flatten().max(0)
             best = [int(ids[int(place) // both.shape[1]]), int(place) % both.shape[1]]
@@ -582,10 +733,14 @@ def test_an_encoder_is_trained_with_the_rest(tiny_tokenizer: VisualTokenizer, ph
     images = to_uint8(photos, 32)
     bridge(images, torch.ones(len(images), PATCHES) > 0).square().sum().backward()
     moved = {
-        name: p.grad is not None and bool(p.grad.any()) for name, p in bridge.named_parameters() if p.requires_grad
+        name: p.grad is not None and bool(p.grad.any())
+        for name, p in bridge.named_parameters()
+        if p.requires_grad
     }
     assert len(moved) > 30
-    assert {name for name, one in moved.items() if not one} <= {name for name in moved if name.endswith("k_proj.bias")}
+    assert {name for name, one in moved.items() if not one} <= {
+        name for name in moved if name.endswith("k_proj.bias")
+    }
     assert {name for name, p in bridge.named_parameters() if not p.requires_grad} == {
         "encoder.model.post_layernorm.weight",
         "encoder.model.post_layernorm.bias",
@@ -597,8 +752,14 @@ def test_an_encoder_is_trained_with_the_rest(tiny_tokenizer: VisualTokenizer, ph
 def test_positions_of_a_suffix_start_anew_in_the_decoder(tiny_tokenizer: VisualTokenizer):
     """An encoder-decoder's state does not depend on where in a block its document stands."""
     words, model = built("bart", tiny_tokenizer)
-    rows = rows_of(only("plain"), [[TextSegment("two dogs run")], [TextSegment("a red apple on a table")]], words)
+    rows = rows_of(
+        only("plain"),
+        [[TextSegment("two dogs run")], [TextSegment("a red apple on a table")]],
+        words,
+    )
     batch: Packed = pack([rows], 64, words.pad)
     states = model.see(batch).states[0]
     alone = model.see(pad([rows[1]], words.pad)).states[0]
-    torch.testing.assert_close(states[len(rows[0]) : len(rows[0]) + len(rows[1])], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        states[len(rows[0]) : len(rows[0]) + len(rows[1])], alone, atol=1e-5, rtol=1e-5
+    )

@@ -17,13 +17,20 @@ from lavit_lm.cli import main
 from lavit_lm.objectives.vlgpt.condition_kinds import load_conditions
 from lavit_lm.objectives.vlgpt.conditions import DiffusionConditions, PixelDecoderConditions
 from lavit_lm.objectives.vlgpt.detokenizer import Detokenizer, VLGPTTokenizerConfig
-from lavit_lm.objectives.vlgpt.image_decoder import DetokenizingDecoder, load_tokenizer, read_config, save_tokenizer
+from lavit_lm.objectives.vlgpt.image_decoder import (
+    DetokenizingDecoder,
+    load_tokenizer,
+    read_config,
+    save_tokenizer,
+)
 from lavit_lm.objectives.vlgpt.stable_diffusion import StableDiffusionConditions
 from lavit_tok import VisualTokenizer, WeightsError
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
 RECIPES = sorted(
-    path for path in FOLDER.glob("*.yaml") if "lavit-lm fit-tokenizer -c recipes/lm/" + path.name in path.read_text()
+    path
+    for path in FOLDER.glob("*.yaml")
+    if "lavit-lm fit-tokenizer -c recipes/lm/" + path.name in path.read_text()
 )
 CAPTIONS = ["a red apple", "two dogs run", "the old town hall", "rain at sunset"]
 SHAPE = VLGPTTokenizerConfig(24, 4, 2, 2, 16)
@@ -53,10 +60,18 @@ def test_the_drawing_of_who_sees_whom():
     from lavit_lm.objectives.vlgpt import detokenizer as page
 
     assert page.__doc__ is not None
-    rows = [line.split()[1:5] for line in page.__doc__.splitlines() if line[:2] in ("v1", "v2", "t1", "t2")]
+    rows = [
+        line.split()[1:5]
+        for line in page.__doc__.splitlines()
+        if line[:2] in ("v1", "v2", "t1", "t2")
+    ]
     made = Detokenizer(SHAPE, (2, 6), (2, 8)).mask()
-    assert [["x" if seen else "." for seen in row] for row in made.tolist()] == rows and len(rows) == 4
-    assert Detokenizer(SHAPE, (3, 6), None).mask().all() and Detokenizer(SHAPE, None, (1, 8)).mask().shape == (1, 1)
+    assert [["x" if seen else "." for seen in row] for row in made.tolist()] == rows and len(
+        rows
+    ) == 4
+    assert Detokenizer(SHAPE, (3, 6), None).mask().all() and Detokenizer(
+        SHAPE, None, (1, 8)
+    ).mask().shape == (1, 1)
     with pytest.raises(ValueError, match="without any condition"):
         Detokenizer(SHAPE, None, None)
 
@@ -77,7 +92,9 @@ def test_each_condition_is_estimated_as_if_alone():
 def test_stable_diffusion_s_own_encoders(grid: bool, tmp_path: Path):
     """e_v and e_t are what the pipeline itself would be conditioned on."""
     c = load_conditions(tiny_diffusion(tmp_path, grid), None)
-    assert isinstance(c, StableDiffusionConditions) and c._pipeline is None, "training reads neither U-Net nor VAE"
+    assert isinstance(c, StableDiffusionConditions) and c._pipeline is None, (
+        "training reads neither U-Net nor VAE"
+    )
     assert (c.image_shape, c.text_shape) == ((5, WIDTH) if grid else (1, 8), (TEXT, WIDTH))
     seen, read = c.image_condition(images()), c.text_condition(CAPTIONS)
     assert seen.shape == (4, *c.image_shape) and read.shape == (4, *c.text_shape)
@@ -90,8 +107,12 @@ def test_stable_diffusion_s_own_encoders(grid: bool, tmp_path: Path):
     torch.testing.assert_close(c.nulls().text, negative[:1])
     options = {"num_inference_steps": 2, "guidance_scale": 3.0}
     ours = c.draw(DiffusionConditions(seen[:1], read[:1]), **options, generator=generator())
-    theirs = c.pipeline(CAPTIONS[0], ip_adapter_image=opened[0], **options, generator=generator()).images
-    assert list(ours[0].getdata()) == list(theirs[0].getdata()), "the pipeline draws the same by its own ways in"
+    theirs = c.pipeline(
+        CAPTIONS[0], ip_adapter_image=opened[0], **options, generator=generator()
+    ).images
+    assert list(ours[0].getdata()) == list(theirs[0].getdata()), (
+        "the pipeline draws the same by its own ways in"
+    )
     unguided = c.draw(DiffusionConditions(seen[:1], read[:1]), 2, 1.0, generator())
     assert list(unguided[0].getdata()) != list(ours[0].getdata())
     with pytest.raises(ValueError, match="nothing is left to draw from"):
@@ -114,13 +135,17 @@ def test_a_pixel_decoder_s_condition(where: Path):
         c.draw(DiffusionConditions(None, None))
     with pytest.raises(ValueError, match="were loaded to draw"):
         PixelDecoderConditions.load(None, str(where / "decoder")).image_condition(images())
-    with pytest.raises(ValueError, match=r"draws \(patches, codes\) of \(64, 2048\), the visual tokenizer makes"):
+    with pytest.raises(
+        ValueError, match=r"draws \(patches, codes\) of \(64, 2048\), the visual tokenizer makes"
+    ):
         load_conditions({"kind": "pixel_decoder"}, visual)
 
 
 def test_conditions_that_are_refused(tmp_path: Path):
     for settings in ({"kind": "os.system"}, {"kind": "pixel_decoder", "temperature": 3}, {}):
-        with pytest.raises(ValueError, match=r"expected one of \['pixel_decoder', 'stable_diffusion'\]"):
+        with pytest.raises(
+            ValueError, match=r"expected one of \['pixel_decoder', 'stable_diffusion'\]"
+        ):
             load_conditions(settings, None)
     settings = tiny_diffusion(tmp_path)
     with pytest.raises(WeightsError, match="expected a safetensors file"):
@@ -150,8 +175,13 @@ def test_vlgpt_02_the_loss_is_the_sum(where: Path):
         loss.backward()
         for name, weight in stage.weights.items():
             found = [p.grad for key, p in parameters.items() if key.startswith(branches[name])]
-            assert len(found) == 3 and any(g is not None and bool(g.any()) for g in found) == (weight > 0), name
-    with pytest.raises(ValueError, match=r"more than 0 for a condition that the diffusion model has \(image, text\)"):
+            assert len(found) == 3 and any(g is not None and bool(g.any()) for g in found) == (
+                weight > 0
+            ), name
+    with pytest.raises(
+        ValueError,
+        match=r"more than 0 for a condition that the diffusion model has \(image, text\)",
+    ):
         stage_one(where, 24, settings, image_weight=0.0, text_weight=0.0)
     half = stage_one(where, 24, settings, text_weight=0.0)
     still = {name for name, p in half.model.named_parameters() if not p.requires_grad}
@@ -162,7 +192,9 @@ def test_vlgpt_02_the_loss_is_the_sum(where: Path):
         stage_one(where, 24, settings).targets(images(), None)
 
 
-def test_vlgpt_02_the_diffusion_model_never_runs(folder: Path, tiny_decoder: Any, monkeypatch: pytest.MonkeyPatch):
+def test_vlgpt_02_the_diffusion_model_never_runs(
+    folder: Path, tiny_decoder: Any, monkeypatch: pytest.MonkeyPatch
+):
     """Both kinds of conditions, trained by the command; frozen parts stay as they were, byte by byte."""
     import diffusers
 
@@ -205,20 +237,42 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
     own = {"pixel_decoder": lambda: {"kind": "pixel_decoder", "decoder": str(folder / "decoder")}}
     conditions = {**own, "stable_diffusion": lambda: tiny_diffusion(folder)}[said["kind"]]()
     assert set(conditions) == set(said)
-    words = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    words = [
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.num_nodes=1",
+        "--trainer.strategy=auto",
+    ]
     words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
-    words += ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    words += [
+        "--trainer.limit_val_batches=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.logger=false",
+    ]
     words += ["--trainer.enable_checkpointing=false", f"--trainer.default_root_dir={folder}/run"]
-    words += [f"--model.visual_tokenizer={folder}/visual", f"--model.out={folder}/made", "--model.warmup_steps=1"]
-    words += [f"--model.conditions={json.dumps(conditions)}", "--model.width=24", "--model.inner=32"]
+    words += [
+        f"--model.visual_tokenizer={folder}/visual",
+        f"--model.out={folder}/made",
+        "--model.warmup_steps=1",
+    ]
+    words += [
+        f"--model.conditions={json.dumps(conditions)}",
+        "--model.width=24",
+        "--model.hidden_size=32",
+    ]
     words += ["--model.depth=1", "--model.heads=2"]
-    words += [f"--data.data={folder}/pictures", "--data.image_size=32", "--data.batch_size=2", "--data.num_workers=0"]
+    words += [
+        f"--data.data={folder}/pictures",
+        "--data.image_size=32",
+        "--data.batch_size=2",
+        "--data.num_workers=0",
+    ]
     assert main(["fit-tokenizer", "-c", str(recipe), *words]) == 0
     assert read_config(folder / "made")["shape"].queries == yaml.safe_load(head)["model"]["queries"]
 
 
 def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):
-    import lightning as L
+    import pytorch_lightning as pl
     from torch.utils.data import DataLoader
 
     stage = stage_one(where, 24, tiny_diffusion(where), lr=1e-2, warmup_steps=0)
@@ -230,17 +284,23 @@ def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):
             before = queries.clone()
             queries[query] += torch.randn(queries.shape[1], generator=generator(query))
             other = stage.model.vectors(images())
-            assert torch.equal(other[:, :query], vectors[:, :query]), "a later query changes no earlier vector"
+            assert torch.equal(other[:, :query], vectors[:, :query]), (
+                "a later query changes no earlier vector"
+            )
             assert not torch.allclose(other[:, query], vectors[:, query])
             queries.copy_(before)
     own = stage.conditions
     visual = stage.model.tokenizer._tokenizer[0]
     frozen = {"text": own.text_encoder, "image": own.image_encoder, "visual": visual}
-    keep = {name: {k: t.clone() for k, t in part.state_dict().items()} for name, part in frozen.items()}
+    keep = {
+        name: {k: t.clone() for k, t in part.state_dict().items()} for name, part in frozen.items()
+    }
     learnt = {name: p.detach().clone() for name, p in stage.named_parameters()}
     assert all(name.startswith(("model.tokenizer", "model.detokenizer")) for name in learnt)
-    assert not [name for name in learnt if "encoder" in name], "the two transformers alone are trained"
-    fitted = L.Trainer(
+    assert not [name for name in learnt if "encoder" in name], (
+        "the two transformers alone are trained"
+    )
+    fitted = pl.Trainer(
         max_steps=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, default_root_dir=where,
     )  # fmt: skip
@@ -249,7 +309,9 @@ def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):
     for name, part in frozen.items():
         for key, tensor in part.state_dict().items():
             assert torch.equal(tensor, keep[name][key]), f"{name}: {key}"
-    assert all(not torch.equal(p, learnt[name]) for name, p in stage.named_parameters()), "all of it is trained"
+    assert all(not torch.equal(p, learnt[name]) for name, p in stage.named_parameters()), (
+        "all of it is trained"
+    )
 
 
 def test_saved_and_read_strictly(where: Path):
@@ -260,14 +322,22 @@ def test_saved_and_read_strictly(where: Path):
     torch.testing.assert_close(read.vectors(read.features(images())), stage.model.vectors(images()))
     decoder = DetokenizingDecoder.from_pretrained(where / "stage")
     vectors = stage.model.vectors(images(1)).detach()
-    torch.testing.assert_close(decoder.detokenizer(vectors).image, stage.model.detokenizer(vectors).image)
+    torch.testing.assert_close(
+        decoder.detokenizer(vectors).image, stage.model.detokenizer(vectors).image
+    )
     assert decoder(vectors, generator=generator(), num_inference_steps=2).images[0].size == (16, 16)
-    save_tokenizer(where / "half", stage.model, str(where / "visual"), stage.conditions.settings, ["text"])
+    save_tokenizer(
+        where / "half", stage.model, str(where / "visual"), stage.conditions.settings, ["text"]
+    )
     with pytest.raises(ValueError, match="nothing is left to draw from"):
         DetokenizingDecoder.from_pretrained(where / "half")(vectors)
-    with pytest.raises(WeightsError, match="expected a new or empty directory, or an older tokenizer"):
+    with pytest.raises(
+        WeightsError, match="expected a new or empty directory, or an older tokenizer"
+    ):
         save_tokenizer(where, stage.model, "", {})
-    with pytest.raises(WeightsError, match="expected a new or empty directory, or an older tokenizer"):
+    with pytest.raises(
+        WeightsError, match="expected a new or empty directory, or an older tokenizer"
+    ):
         stage_one(where, 24, out=str(where))
     with pytest.raises(ValueError, match="leave_out: expected 'image', 'text' or None, got 'both'"):
         decoder(vectors, leave_out="both")
@@ -292,7 +362,7 @@ def test_saved_and_read_strictly(where: Path):
 
 def test_vlgpt_07_what_is_learnt_by_heart(where: Path):
     """32 pictures; then each condition's estimate is near what it is to be, and either left out changes the sample."""
-    stage = stage_one(where, 32, tiny_diffusion(where), queries=8, inner=64)
+    stage = stage_one(where, 32, tiny_diffusion(where), queries=8, hidden_size=64)
     colours = torch.randint(256, (32, 3, 2, 2), generator=generator(), dtype=torch.uint8)
     shown = colours.repeat_interleave(16, 2).repeat_interleave(16, 3)
     words = [f"{CAPTIONS[i % 4]} {i}" for i in range(32)]
@@ -317,8 +387,12 @@ def test_vlgpt_07_what_is_learnt_by_heart(where: Path):
     vectors = stage.model.vectors(shown[:1]).detach()
     options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0}
     drawn = {
-        left: list(decoder(vectors, leave_out=left, generator=generator(), **options).images[0].getdata())
+        left: list(
+            decoder(vectors, leave_out=left, generator=generator(), **options).images[0].getdata()
+        )
         for left in (None, "image", "text")
     }
-    assert drawn[None] == list(decoder(vectors, generator=generator(), **options).images[0].getdata())
+    assert drawn[None] == list(
+        decoder(vectors, generator=generator(), **options).images[0].getdata()
+    )
     assert drawn[None] != drawn["image"] != drawn["text"] != drawn[None]

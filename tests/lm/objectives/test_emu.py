@@ -52,14 +52,31 @@ def test_the_drawing(tiny_tokenizer: VisualTokenizer):
     processor, _ = built(tiny_tokenizer)
     made = row(processor, [image(0), TextSegment("a table")], replace(EMU, queries=2))
     v, words = processor.vocabulary, processor.text("a table")
-    assert made.ids.tolist() == [*processor.start, v.begin, processor.pad, processor.pad, v.end, *words, processor.stop]
-    roles = [Role.TEXT, Role.BEGIN, Role.VISUAL, Role.VISUAL, Role.END, *[Role.TEXT] * (len(words) + 1)]
+    assert made.ids.tolist() == [
+        *processor.start,
+        v.begin,
+        processor.pad,
+        processor.pad,
+        v.end,
+        *words,
+        processor.stop,
+    ]
+    roles = [
+        Role.TEXT,
+        Role.BEGIN,
+        Role.VISUAL,
+        Role.VISUAL,
+        Role.END,
+        *[Role.TEXT] * (len(words) + 1),
+    ]
     assert made.roles.tolist() == [int(role) for role in roles]
-    marks = {"fed": "..xx.", "predict": ".....", "regress": "..xxx"}
-    after = {"fed": ".", "predict": "x", "regress": "."}
+    marks = {"is_embedding": "..xx.", "predict": ".....", "regress": "..xxx"}
+    after = {"is_embedding": ".", "predict": "x", "regress": "."}
     for name, drawn in marks.items():
         wanted = drawn + after[name] * (len(words) + 1)
-        assert "".join("x" if flag else "." for flag in getattr(made, name).tolist()) == wanted, name
+        assert "".join("x" if flag else "." for flag in getattr(made, name).tolist()) == wanted, (
+            name
+        )
     assert not made.prefix.any() and len(made.image_segments) == 1 and made.keep.numel() == 0
 
 
@@ -67,15 +84,28 @@ def test_pairs_come_in_both_orders(tiny_tokenizer: VisualTokenizer):
     processor, _ = built(tiny_tokenizer)
     orders = {
         name: {
-            int(Emu(name, queries=2).layout(sample, processor, torch.Generator().manual_seed(s)).roles[1])
+            int(
+                Emu(name, queries=2)
+                .layout(sample, processor, torch.Generator().manual_seed(s))
+                .roles[1]
+            )
             for s in range(16)
             for sample in ([image(0), TextSegment("rain")], [TextSegment("rain"), image(0)])
         }
         for name in ("both", "image_first", "text_first")
     }
-    assert orders == {"both": {0, 1}, "image_first": {int(Role.BEGIN)}, "text_first": {int(Role.TEXT)}}
+    assert orders == {
+        "both": {0, 1},
+        "image_first": {int(Role.BEGIN)},
+        "text_first": {int(Role.TEXT)},
+    }
     question = row(
-        processor, [replace(image(0), is_target=False), TextSegment("what?", is_target=False), TextSegment("rain")]
+        processor,
+        [
+            replace(image(0), is_target=False),
+            TextSegment("what?", is_target=False),
+            TextSegment("rain"),
+        ],
     )
     said = question.ids[question.predict].tolist()
     assert said == [*processor.text("rain"), processor.stop] and not question.regress.any()
@@ -98,16 +128,21 @@ def test_emu_01_vectors_are_causal(tiny_tokenizer: VisualTokenizer):
             assert torch.equal(after[:, :i], before[:, :i])
             assert ((after - before)[:, i:].abs().amax(-1) > 1e-4).all()
         assert (before[0] - before[1]).abs().max() > 1e-3, "pictures differ"
-        narrow = CausalResampler(tiny_tokenizer, 16, 4, 1, 2, inner=8)
+        narrow = CausalResampler(tiny_tokenizer, 16, 4, 1, 2, hidden_size=8)
         assert narrow(images, none).shape == (12, 16)
-    with pytest.raises(ValueError, match="heads that divide the transformer's width, got 4 queries, 1 blocks, 3 heads"):
+    with pytest.raises(
+        ValueError,
+        match="heads that divide the transformer's width, got 4 queries, 1 blocks, 3 heads",
+    ):
         CausalResampler(tiny_tokenizer, 16, 4, 1, 3)
 
 
 def test_emu_02_regression_terms(tiny_tokenizer: VisualTokenizer):
     """(N + 1) a picture, in packed rows."""
     processor, model = built(tiny_tokenizer)
-    batch = pack([[row(processor, s) for s in mixed()], [row(processor, mixed()[2])]], 64, processor.pad)
+    batch = pack(
+        [[row(processor, s) for s in mixed()], [row(processor, mixed()[2])]], 64, processor.pad
+    )
     before, at = sources(batch, batch.regress)
     roles = batch.roles.flatten()
     assert len(at) == (N + 1) * 5
@@ -129,14 +164,19 @@ def test_emu_03_target_is_next_input(tiny_tokenizer: VisualTokenizer):
     assert seen.regressor is not None
     total = torch.zeros(())
     for b, i in batch.regress.nonzero().tolist():
-        total = total + (seen.regressor(seen.states[b, i - 1]) - seen.inputs[b, i].detach()).square().mean()
+        total = (
+            total
+            + (seen.regressor(seen.states[b, i - 1]) - seen.inputs[b, i].detach()).square().mean()
+        )
     found = regression(seen, batch)["vectors"]
     torch.testing.assert_close(found.total, total, atol=1e-5, rtol=1e-5)
     wanted = torch.autograd.grad(total, seen.inputs, retain_graph=True)[0]
     got = torch.autograd.grad(found.total, seen.inputs, retain_graph=True)[0]
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
     states = seen.states.detach()
-    only_targets = regression(replace(seen, states=states, regressor=lambda x: x), batch)["vectors"].total
+    only_targets = regression(replace(seen, states=states, regressor=lambda x: x), batch)[
+        "vectors"
+    ].total
     assert not only_targets.requires_grad, "a target needs no gradient"
 
 
@@ -150,7 +190,10 @@ def test_emu_04_who_has_cross_entropy(tiny_tokenizer: VisualTokenizer):
     assert not torch.isin(batch.ids.flatten()[at], torch.tensor([v.begin, v.end])).any()
     after_pictures = (batch.roles.flatten()[before] == Role.END).sum()
     assert after_pictures == 3, "the first id after each picture is predicted from its end"
-    texts = sum(len(row(processor, s)) - 1 - (N + 2) * sum(isinstance(p, ImageSegment) for p in s) for s in mixed())
+    texts = sum(
+        len(row(processor, s)) - 1 - (N + 2) * sum(isinstance(p, ImageSegment) for p in s)
+        for s in mixed()
+    )
     assert len(at) == texts == EMU.losses(model.see(batch), batch)["text"].count
     assert cross_entropy(model.see(batch), batch)["image"].count == 0
 
@@ -166,7 +209,9 @@ def test_emu_05_no_gradient_from_what_is_to_be_said(tiny_tokenizer: VisualTokeni
             one = torch.zeros_like(flag)
             one[0, place] = True
             single = replace(batch, **{name: one})
-            found = losses(replace(model.see(single), states=model.read(inputs, single), inputs=inputs), single)
+            found = losses(
+                replace(model.see(single), states=model.read(inputs, single), inputs=inputs), single
+            )
             total = found["text"].total if name == "predict" else found["vectors"].total
             (gradient,) = torch.autograd.grad(total, inputs)
             document = batch.documents[0] == batch.documents[0, place]
@@ -177,10 +222,21 @@ def test_emu_05_no_gradient_from_what_is_to_be_said(tiny_tokenizer: VisualTokeni
 def left(batch: Packed) -> Packed:
     """The same rows, with their free places before them."""
     moved = {}
-    for name in ("ids", "roles", "predict", "regress", "prefix", "fed", "documents", "positions"):
+    for name in (
+        "ids",
+        "roles",
+        "predict",
+        "regress",
+        "prefix",
+        "is_embedding",
+        "documents",
+        "positions",
+    ):
         rows = getattr(batch, name)
         shifts = (batch.documents == FREE).sum(1).tolist()
-        moved[name] = torch.stack([row.roll(shift) for row, shift in zip(rows, shifts, strict=True)])
+        moved[name] = torch.stack(
+            [row.roll(shift) for row, shift in zip(rows, shifts, strict=True)]
+        )
     return replace(batch, **moved)
 
 
@@ -199,7 +255,9 @@ def test_emu_06_padding_and_caching(family: str, tiny_tokenizer: VisualTokenizer
         prompts = [EMU.prompt(s, processor, "image") for s in mixed()]
         cached = emit(model, processor, prompts, N, opened=True, max_words=4)
         plain = emit(model, processor, prompts, N, opened=True, max_words=4, cached=False)
-        alone = [emit(model, processor, [prompt], N, opened=True, max_words=4)[0] for prompt in prompts]
+        alone = [
+            emit(model, processor, [prompt], N, opened=True, max_words=4)[0] for prompt in prompts
+        ]
         for number, prompt in enumerate(prompts):
             slow = slowly(model, processor, prompt, room=len(prompts[2]))
             for said in (cached, plain, alone):
@@ -208,7 +266,9 @@ def test_emu_06_padding_and_caching(family: str, tiny_tokenizer: VisualTokenizer
                 assert said[number][1:] == cached[number][1:], "the words after the picture"
 
 
-def slowly(model: SequenceModel, processor: MultimodalProcessor, prompt: TokenSequence, room: int) -> torch.Tensor:
+def slowly(
+    model: SequenceModel, processor: MultimodalProcessor, prompt: TokenSequence, room: int
+) -> torch.Tensor:
     """N vectors by whole forwards over a right-padded row, where vectors said are put in by hand."""
     said: list[torch.Tensor] = []
     for _ in range(N):
@@ -216,10 +276,14 @@ def slowly(model: SequenceModel, processor: MultimodalProcessor, prompt: TokenSe
         batch = pad([prompt], processor.pad)
         inputs = model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
         free = model.causal.get_input_embeddings()(torch.tensor([processor.pad]))
-        inputs = torch.cat([inputs, *(v[None, None] for v in said), free[None].expand(1, room, -1)], 1)
+        inputs = torch.cat(
+            [inputs, *(v[None, None] for v in said), free[None].expand(1, room, -1)], 1
+        )
         documents = torch.where(torch.arange(length + room) < length, 0, FREE)[None]
         wide = pack([[]], length + room, processor.pad)
-        states = model.read(inputs, replace(wide, documents=documents, positions=torch.arange(length + room)[None]))
+        states = model.read(
+            inputs, replace(wide, documents=documents, positions=torch.arange(length + room)[None])
+        )
         said.append(model.regressor(states[0, length - 1]))  # type: ignore[misc]
     return torch.stack(said)
 
@@ -257,7 +321,11 @@ def test_emu_07_generation(lm: MultimodalLM, photos: list[Path]):
     ((asked, against, more),) = lm.decoder.asked
     torch.testing.assert_close(asked, vectors[:1].expand(2, -1, -1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(against, null[None], atol=1e-4, rtol=1e-4)
-    assert more == {"num_inference_steps": 2, "guidance_scale": 1.0, "generator": options["generator"]}
+    assert more == {
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "generator": options["generator"],
+    }
 
 
 def test_emu_08_eight_samples_are_learnt_by_heart(tiny_tokenizer: VisualTokenizer):
@@ -275,20 +343,34 @@ class Undetached(Emu):
     def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
         before, at = sources(batch, batch.regress)
         error = seen.regressor(seen.states.flatten(0, 1)[before]) - seen.inputs.flatten(0, 1)[at]  # type: ignore[misc]
-        return {**super().losses(seen, batch), "vectors": Sum(error.square().mean(1).sum(), torch.tensor(len(at)))}
+        return {
+            **super().losses(seen, batch),
+            "vectors": Sum(error.square().mean(1).sum(), torch.tensor(len(at))),
+        }
 
 
 def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, Sum], float, float]:
     """(losses, std of the pictures' vectors before and after training)."""
     processor, _ = processor_and_model()
-    words = ["a red apple", "two dogs run along the beach", "an apple and a table in the old town", "rain"]
+    words = [
+        "a red apple",
+        "two dogs run along the beach",
+        "an apple and a table in the old town",
+        "rain",
+    ]
     samples: list[list[Segment]] = [
-        [TextSegment("rain " * i + "and", is_target=False), image(i), TextSegment(words[i % 4] + " rain" * (i // 4))]
+        [
+            TextSegment("rain " * i + "and", is_target=False),
+            image(i),
+            TextSegment(words[i % 4] + " rain" * (i // 4)),
+        ]
         for i in range(8)
     ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL, vocab_size=processor.vocabulary.stop))
+        lm = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**SMALL, vocab_size=processor.vocabulary.stop)
+        )
         model = SequenceModel(lm, *objective.parts(visual, 32))
     batch = pad([row(processor, s, objective) for s in samples], processor.pad)
 
@@ -297,14 +379,20 @@ def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, Sum], flo
             return float(model.bridge(batch.images, batch.keep).view(8, N, -1).var(0).mean().sqrt())  # type: ignore[misc]
 
     before, rates = deviation(), {"lm": 5e-3, "visual": 1e-3, "encoder": 1e-4}
-    optimizer = torch.optim.AdamW([{"params": p, "lr": rates[name]} for name, p in model.trained().items()])
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "lr": rates[name]} for name, p in model.trained().items()]
+    )
     for _ in range(120):
         losses = model(batch, objective)
         optimizer.zero_grad()
         objective.total(losses).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return {name: Sum(loss.total.detach(), loss.count) for name, loss in losses.items()}, before, deviation()
+    return (
+        {name: Sum(loss.total.detach(), loss.count) for name, loss in losses.items()},
+        before,
+        deviation(),
+    )
 
 
 def test_emu_09_any_number_of_pictures(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
@@ -320,7 +408,11 @@ def test_emu_09_any_number_of_pictures(tiny_tokenizer: VisualTokenizer, photos: 
     ]
     rows = [row(processor, sample, key=str(i)) for i, sample in enumerate(samples)]
     batch = pack([rows], sum(map(len, rows)), processor.pad)
-    assert batch.fill == 1 and len(batch.images) == 1 + 1 + 5 + 8 and batch.is_embedding.sum() == 15 * N
+    assert (
+        batch.fill == 1
+        and len(batch.images) == 1 + 1 + 5 + 8
+        and batch.is_embedding.sum() == 15 * N
+    )
     with torch.no_grad():
         packed = EMU.losses(model.see(batch), batch)
         apart = [EMU.losses(model.see(b), b) for b in (pad([r], processor.pad) for r in rows)]
@@ -339,12 +431,20 @@ def test_emu_09_three_learning_rates(folder: Path):
     fitted.fit(training, data(folder, images=str(folder / "pictures")))
     model: Any = training.model
     named = {id(p): name for name, p in model.named_parameters()}
-    found = {named[id(p)]: group["initial_lr"] for group in fitted.optimizers[0].param_groups for p in group["params"]}
-    unread = {name for name in named.values() if ".post_layernorm." in name}  # features are read before this norm
+    found = {
+        named[id(p)]: group["initial_lr"]
+        for group in fitted.optimizers[0].param_groups
+        for p in group["params"]
+    }
+    unread = {
+        name for name in named.values() if ".post_layernorm." in name
+    }  # features are read before this norm
     assert unread and set(found) == set(named.values()) - unread, "everything else is trained"
     for name, rate in found.items():
         own = name.startswith("bridge.")
-        wanted = "encoder_lr" if name.startswith("bridge.encoder.") else "visual_lr" if own else "lr"
+        wanted = (
+            "encoder_lr" if name.startswith("bridge.encoder.") else "visual_lr" if own else "lr"
+        )
         assert rate == rates[wanted], name
     assert "regressor.weight" in found and "bridge.queries" in found and seen.values == []
     loaded = MultimodalLM.from_pretrained(folder / "out", decoder=None)
@@ -353,7 +453,9 @@ def test_emu_09_three_learning_rates(folder: Path):
         assert torch.equal(tensor, loaded.model.state_dict()[name]), name
     frozen = module(folder, objective=replace(objective, train_encoder=False))
     frozen.configure_model()
-    assert frozen.model.trained()["encoder"] == [] and not any("encoder" in n for n in frozen.model.state_dict())
+    assert frozen.model.trained()["encoder"] == [] and not any(
+        "encoder" in n for n in frozen.model.state_dict()
+    )
 
 
 def test_pictures_to_text(lm: MultimodalLM, photos: list[Path]):
@@ -364,7 +466,9 @@ def test_pictures_to_text(lm: MultimodalLM, photos: list[Path]):
     assert len(shown.image_segments) == 2 and shown.is_embedding.sum() == 2 * N, (
         "few-shot prompts are one after another"
     )
-    said = lm.complete(["a red apple", photos[0]], 6, max_images=0, temperature=3.0, generator=torch.Generator())
+    said = lm.complete(
+        ["a red apple", photos[0]], 6, max_images=0, temperature=3.0, generator=torch.Generator()
+    )
     assert all(isinstance(part, str) for part in said)
 
 
@@ -372,10 +476,15 @@ def test_ranking_by_mean_cross_entropy(lm: MultimodalLM, photos: list[Path]):
     texts = ["a red apple", "rain", "two dogs run"]
     found = lm.rank([photos[0]], texts, per_token=True)
     for text, nats in zip(texts, found.tolist(), strict=True):
-        sample = row(lm.processor, [replace(lm.prompts.segment(photos[0]), is_target=False), TextSegment(text)])
+        sample = row(
+            lm.processor,
+            [replace(lm.prompts.segment(photos[0]), is_target=False), TextSegment(text)],
+        )
         batch = pad([sample], lm.processor.pad)
         with torch.no_grad():
-            assert math.isclose(-float(EMU.losses(lm.model.see(batch), batch)["text"].mean), nats, rel_tol=1e-4)
+            assert math.isclose(
+                -float(EMU.losses(lm.model.see(batch), batch)["text"].mean), nats, rel_tol=1e-4
+            )
 
 
 def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path], tiny_tokenizer: VisualTokenizer):
@@ -384,7 +493,9 @@ def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path], tiny_tokenizer:
         lm.generate_codes("rain")
     with pytest.raises(ValueError, match="emu never says by itself that a picture comes"):
         lm.complete("rain")
-    with pytest.raises(ValueError, match="Emu reads pictures, and the prompt has only the codes of one"):
+    with pytest.raises(
+        ValueError, match="Emu reads pictures, and the prompt has only the codes of one"
+    ):
         lm.caption(codes)
     with pytest.raises(ValueError, match="a likelihood of images is not defined"):
         lm.rank("rain", [photos[0]])
@@ -401,9 +512,18 @@ def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path], tiny_tokenizer:
     assert by_name("emu") is Emu and isinstance(VisualCodes, type)
 
 
-def test_saved_and_loaded(lm: MultimodalLM, tmp_path: Path, photos: list[Path], tiny_tokenizer: VisualTokenizer):
+def test_saved_and_loaded(
+    lm: MultimodalLM, tmp_path: Path, photos: list[Path], tiny_tokenizer: VisualTokenizer
+):
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
-    save_model(tmp_path / "lm", lm.model, lm.processor, EMU, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    save_model(
+        tmp_path / "lm",
+        lm.model,
+        lm.processor,
+        EMU,
+        str(tmp_path / "visual"),
+        tiny_tokenizer.fingerprint(),
+    )
     loaded = MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
     prompt = ["a", photos[0]]
     assert torch.equal(loaded.generate_vectors_batch([prompt]), lm.generate_vectors_batch([prompt]))

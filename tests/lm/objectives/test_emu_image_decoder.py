@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
+import pytorch_lightning as pl
 import torch
 from diffusers import DDIMScheduler
 from helpers.emu_parts import EMU, N, built
@@ -26,7 +26,9 @@ from lavit_tok import ImageDataModule, VisualCodes, VisualTokenizer, WeightsErro
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
 RECIPES = sorted(
-    path for path in FOLDER.glob("*.yaml") if "lavit-lm fit-decoder -c recipes/lm/" + path.name in path.read_text()
+    path
+    for path in FOLDER.glob("*.yaml")
+    if "lavit-lm fit-decoder -c recipes/lm/" + path.name in path.read_text()
 )
 
 
@@ -39,7 +41,10 @@ def decoder(tiny_decoder: Any) -> VectorDecoder:
     """For N vectors of width 16; 16 features of width 32, pictures of 16 pixels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        return VectorDecoder(VectorReader(VectorReaderConfig(16, N, 32, 16, depth=1, heads=2, inner=32)), tiny_decoder)
+        return VectorDecoder(
+            VectorReader(VectorReaderConfig(16, N, 32, 16, depth=1, heads=2, hidden_size=32)),
+            tiny_decoder,
+        )
 
 
 @pytest.fixture
@@ -47,13 +52,27 @@ def parts(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) ->
     """Directories of a language model that says vectors, and of a pixel decoder."""
     processor, model = built(tiny_tokenizer)
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
-    save_model(tmp_path / "lm", model, processor, EMU, str(tmp_path / "visual"), tiny_tokenizer.fingerprint())
+    save_model(
+        tmp_path / "lm",
+        model,
+        processor,
+        EMU,
+        str(tmp_path / "visual"),
+        tiny_tokenizer.fingerprint(),
+    )
     tiny_decoder.save_pretrained(tmp_path / "pixels")
     return {"model": str(tmp_path / "lm"), "pixel_decoder": str(tmp_path / "pixels")}
 
 
 def training(parts: dict[str, str], **settings: Any) -> EmuDecoderTraining:
-    small = {"depth": 1, "heads": 2, "inner": 32, "lr": 5e-3, "warmup_steps": 1, "ema_decay": 0.6}
+    small = {
+        "depth": 1,
+        "heads": 2,
+        "hidden_size": 32,
+        "lr": 5e-3,
+        "warmup_steps": 1,
+        "ema_decay": 0.6,
+    }
     return EmuDecoderTraining(**parts, **{**small, **settings})
 
 
@@ -69,7 +88,10 @@ def test_vectors_take_the_place_of_features(decoder: VectorDecoder):
     other = vectors.clone()
     other[0, N - 1] += torch.linspace(-1, 1, 16)
     moved = decoder.conditioning(other).tokens
-    assert torch.equal(moved[1], condition.tokens[1]) and (moved[0] - condition.tokens[0]).abs().max() > 1e-4
+    assert (
+        torch.equal(moved[1], condition.tokens[1])
+        and (moved[0] - condition.tokens[0]).abs().max() > 1e-4
+    )
     swapped = decoder.conditioning(vectors.flip(1)).tokens
     assert (swapped - condition.tokens).abs().max() > 1e-5, "which of the vectors it is matters"
 
@@ -87,16 +109,22 @@ def test_guidance(decoder: VectorDecoder):
     assert torch.equal(drawn(null, 1.0), alone) and torch.equal(drawn(said(2, 1), 1.0), alone)
     assert not torch.equal(drawn(null, 3.0), drawn(said(2, 1), 3.0))
     assert not torch.equal(drawn(null, 3.0), drawn(torch.zeros(1, N, 16), 3.0))
-    images = decoder(vectors, null, num_inference_steps=2, generator=[generator(1), generator(2)]).images
+    images = decoder(
+        vectors, null, num_inference_steps=2, generator=[generator(1), generator(2)]
+    ).images
     assert [image.size for image in images] == [(16, 16)] * 2
 
 
 def test_what_does_not_fit(decoder: VectorDecoder, tiny_decoder: Any):
-    with pytest.raises(ValueError, match=rf"expected {N} vectors of width 16 a picture, got \[2, 5, 16\]"):
+    with pytest.raises(
+        ValueError, match=rf"expected {N} vectors of width 16 a picture, got \[2, 5, 16\]"
+    ):
         decoder(torch.zeros(2, 5, 16), torch.zeros(1, 5, 16))
-    with pytest.raises(ValueError, match="the pixel decoder reads 16 features of width 32, the reader makes 9"):
+    with pytest.raises(
+        ValueError, match="the pixel decoder reads 16 features of width 32, the reader makes 9"
+    ):
         VectorDecoder(VectorReader(VectorReaderConfig(16, N, 32, 9)), tiny_decoder)
-    with pytest.raises(ValueError, match="heads that divide the inner width"):
+    with pytest.raises(ValueError, match="heads that divide the hidden_size width"):
         VectorReaderConfig(16, N, 32, 9, heads=5)
 
 
@@ -104,7 +132,9 @@ def test_saved_and_loaded(decoder: VectorDecoder, tmp_path: Path):
     decoder.save_pretrained(tmp_path / "decoder")
     loaded = VectorDecoder.from_pretrained(tmp_path / "decoder")
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
-    images = [d(said(0), said(1, 1), generator=generator(), **options).images for d in (decoder, loaded)]
+    images = [
+        d(said(0), said(1, 1), generator=generator(), **options).images for d in (decoder, loaded)
+    ]
     assert torch.equal(*images)
     half = tmp_path / "half"
     decoder.save_pretrained(half, torch.float16)
@@ -140,13 +170,16 @@ def test_it_is_trained_on_what_the_model_says(parts: dict[str, str]):
     module = training(parts)
     lm = MultimodalLM.from_pretrained(parts["model"], decoder=None)
     captions = [CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]]
-    torch.testing.assert_close(module.vectors(captions), lm.generate_vectors_batch(captions), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        module.vectors(captions), lm.generate_vectors_batch(captions), atol=1e-5, rtol=1e-4
+    )
     assert module.said == {}
     keeps = training(parts, remember=True)
     first = keeps.vectors(captions)
     assert set(keeps.said) == set(CAPTIONS[:2]) and keeps.said[CAPTIONS[0]].dtype == torch.float16
     assert (
-        torch.equal(keeps.vectors(captions[:1])[0], first[0]) and (first - module.vectors(captions)).abs().max() < 1e-2
+        torch.equal(keeps.vectors(captions[:1])[0], first[0])
+        and (first - module.vectors(captions)).abs().max() < 1e-2
     )
     images = torch.randint(256, (3, 3, 16, 16), generator=generator(), dtype=torch.uint8)
     with torch.no_grad():
@@ -190,7 +223,9 @@ def test_what_is_trained(parts: dict[str, str], tmp_path: Path):
     lm = MultimodalLM.from_pretrained(parts["model"], decoder=None)
     out = tmp_path / "codes"
     save_model(out, model, processor, LaVIT(), str(tmp_path / "visual"), lm.visual.fingerprint())
-    with pytest.raises(ValueError, match=r"expected one that says vectors, got .*codes, which says codes \(lavit\)"):
+    with pytest.raises(
+        ValueError, match=r"expected one that says vectors, got .*codes, which says codes \(lavit\)"
+    ):
         training({**parts, "model": str(out)})
 
 
@@ -199,11 +234,18 @@ def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
     module = training(parts, lr=3e-3)
     pixels, vae = module.drawn.pixels, module.drawn.pixels.vae
     pixels.scheduler = DDIMScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
     )  # under which the noisiest steps, where nothing but words tells the colour, weigh most
-    colours = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250], [240, 240, 240]], dtype=torch.uint8)
+    colours = torch.tensor(
+        [[250, 10, 10], [10, 250, 10], [10, 10, 250], [240, 240, 240]], dtype=torch.uint8
+    )
     images = colours[:, :, None, None].expand(-1, -1, 16, 16).repeat(4, 1, 1, 1)
-    latents = vae_latents(vae, images[:4])  # a random VAE's tell colours apart by little: make that unit variance
+    latents = vae_latents(
+        vae, images[:4]
+    )  # a random VAE's tell colours apart by little: make that unit variance
     vae.register_to_config(scaling_factor=vae.config.scaling_factor / float(latents.std(0).mean()))
     vae.register_to_config(shift_factor=float(latents.mean()) / 0.18215)
     captions = CAPTIONS * 4
@@ -213,7 +255,13 @@ def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
 
     def loss(captions: list[str]) -> float:
         with torch.no_grad():
-            return sum(float(module.diffusion_loss(images, captions, generator(s), 0.0)) for s in range(4)) / 4
+            return (
+                sum(
+                    float(module.diffusion_loss(images, captions, generator(s), 0.0))
+                    for s in range(4)
+                )
+                / 4
+            )
 
     before = loss(captions)
     optimizer = torch.optim.AdamW(module.parameters(), 3e-3)
@@ -228,26 +276,40 @@ def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
     assert after < 0.5 * before and swapped > 1.3 * after
     module.unet.eval()
     noise = torch.randn(1, 4, 8, 8, generator=generator(1)).expand(4, -1, -1, -1)
-    options: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 2.0, "output_type": "latent"}
-    drawn = module.drawn(module.vectors(CAPTIONS), module.vectors([""]), latents=noise, **options).images
+    options: dict[str, Any] = {
+        "num_inference_steps": 8,
+        "guidance_scale": 2.0,
+        "output_type": "latent",
+    }
+    drawn = module.drawn(
+        module.vectors(CAPTIONS), module.vectors([""]), latents=noise, **options
+    ).images
     distance = torch.cdist(drawn.flatten(1), drawn.flatten(1)) + torch.eye(4)
     assert distance.min() > 0.1, "from the same noise"
 
 
-def fit(module: EmuDecoderTraining, images: Path, root: Path, steps: int, ckpt: str | None = None) -> Any:
-    saved = L.pytorch.callbacks.ModelCheckpoint(root / "ckpt", every_n_train_steps=1, save_last=True, save_top_k=-1)
+def fit(
+    module: EmuDecoderTraining, images: Path, root: Path, steps: int, ckpt: str | None = None
+) -> Any:
+    saved = pl.pytorch.callbacks.ModelCheckpoint(
+        root / "ckpt", every_n_train_steps=1, save_last=True, save_top_k=-1
+    )
     seen = Losses()
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     options |= {"num_sanity_val_steps": 0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    trainer = L.Trainer(
-        max_steps=steps, default_root_dir=root, callbacks=[seen, saved], enable_model_summary=False, **options
+    trainer = pl.Trainer(
+        max_steps=steps,
+        default_root_dir=root,
+        callbacks=[seen, saved],
+        enable_model_summary=False,
+        **options,
     )
     data = ImageDataModule(str(images), 16, 8, caption_column="caption", cache=True)
     trainer.fit(module, data, ckpt_path=ckpt, weights_only=False)
     return seen
 
 
-class Losses(L.Callback):
+class Losses(pl.Callback):
     def __init__(self) -> None:
         self.values: list[float] = []
 
@@ -256,25 +318,34 @@ class Losses(L.Callback):
 
 
 def test_a_stopped_run_goes_on_exactly(parts: dict[str, str], folder: Path):
-    whole, rest = training(parts), training(parts, out=str(folder / "out"), samples=["rain", ""], sample_every=2)
+    whole, rest = (
+        training(parts),
+        training(parts, out=str(folder / "out"), samples=["rain", ""], sample_every=2),
+    )
     every = fit(whole, folder / "pictures", folder / "whole", 4).values
     assert len(set(every)) == 4
     at = next((folder / "whole" / "ckpt").glob("*step=2*"))
     resumed = fit(rest, folder / "pictures", folder / "rest", 4, str(at)).values
     assert resumed == every[2:]
-    for (name, one), other in zip(whole.state_dict().items(), rest.state_dict().values(), strict=True):
+    for (name, one), other in zip(
+        whole.state_dict().items(), rest.state_dict().values(), strict=True
+    ):
         assert torch.equal(one, other), name
     for one, other in zip(whole.ema.shadow_params, rest.ema.shadow_params, strict=True):
         assert torch.equal(one, other)
     saved = torch.load(at, weights_only=True)["state_dict"]
-    assert {name.split(".")[0] for name in saved} == {"reader", "projection", "unet"}, "no language model, no VAE"
+    assert {name.split(".")[0] for name in saved} == {"reader", "projection", "unet"}, (
+        "no language model, no VAE"
+    )
     made = VectorDecoder.from_pretrained(folder / "out")
     with whole.averaged():
         for (name, one), other in zip(
             whole.reader.state_dict().items(), made.reader.state_dict().values(), strict=True
         ):
             assert torch.equal(one, other), name
-    assert [path.name for path in (folder / "rest" / "pictures").glob("*.png")] == ["samples-0000004.png"]
+    assert [path.name for path in (folder / "rest" / "images").glob("*.png")] == [
+        "samples-0000004.png"
+    ]
 
 
 def test_trained_and_used_by_command(parts: dict[str, str], folder: Path, capsys: Any):
@@ -282,8 +353,18 @@ def test_trained_and_used_by_command(parts: dict[str, str], folder: Path, capsys
         head = recipe.read_text()
         for word in ("command:", "hardware:", "time:", "expected:"):
             assert word in head
-        words = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
-        words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.precision=32", "--trainer.logger=false"]
+        words = [
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            "--trainer.num_nodes=1",
+            "--trainer.strategy=auto",
+        ]
+        words += [
+            "--trainer.max_steps=2",
+            "--trainer.callbacks=[]",
+            "--trainer.precision=32",
+            "--trainer.logger=false",
+        ]
         words += [
             "--trainer.limit_val_batches=1",
             "--trainer.enable_progress_bar=false",
@@ -292,7 +373,12 @@ def test_trained_and_used_by_command(parts: dict[str, str], folder: Path, capsys
         words += ["--trainer.enable_checkpointing=false", "--trainer.accumulate_grad_batches=1"]
         words += [f"--trainer.default_root_dir={folder}/run", f"--model.model={parts['model']}"]
         words += [f"--model.pixel_decoder={parts['pixel_decoder']}", f"--model.out={folder}/made"]
-        words += ["--model.warmup_steps=1", "--model.inner=32", "--model.depth=1", "--model.heads=2"]
+        words += [
+            "--model.warmup_steps=1",
+            "--model.hidden_size=32",
+            "--model.depth=1",
+            "--model.heads=2",
+        ]
         words += [
             f"--data.data={folder}/pictures",
             "--data.image_size=16",
@@ -304,8 +390,17 @@ def test_trained_and_used_by_command(parts: dict[str, str], folder: Path, capsys
     assert len(RECIPES) == 2
     lm = MultimodalLM.from_pretrained(parts["model"], decoder=str(folder / "made"))
     options: dict[str, Any] = {"num_inference_steps": 2, "decoder_guidance": 2.0}
-    assert [p.size for p in lm.generate_images("rain", 2, generator=generator(), **options)] == [(16, 16)] * 2
-    words = ["generate", "a red apple", "--model", parts["model"], "--decoder", str(folder / "made")]
+    assert [p.size for p in lm.generate_images("rain", 2, generator=generator(), **options)] == [
+        (16, 16)
+    ] * 2
+    words = [
+        "generate",
+        "a red apple",
+        "--model",
+        parts["model"],
+        "--decoder",
+        str(folder / "made"),
+    ]
     assert main([*words, "--out", str(folder / "drawn"), "-n", "2", "--steps", "2"]) == 0
     assert len(list((folder / "drawn").glob("*.png"))) == 2
     capsys.readouterr()

@@ -32,9 +32,13 @@ def test_a_fifth_objective_is_one_file(folder: Path, counting, tmp_path: Path):
     wide = {**SMALL, "hidden_size": 64}
     training = module(folder, objective=counting(), out=str(tmp_path / "made"), lr=1e-2, lm=wide)
     seen = Losses()
-    trainer(tmp_path, 40, [seen], num_sanity_val_steps=0, limit_val_batches=0).fit(training, data(folder))
+    trainer(tmp_path, 40, [seen], num_sanity_val_steps=0, limit_val_batches=0).fit(
+        training, data(folder)
+    )
     assert seen.values[-1] < 0.2 * seen.values[0]
-    with pytest.raises(WeightsError, match="objective 'counting', which this library does not have"):
+    with pytest.raises(
+        WeightsError, match="objective 'counting', which this library does not have"
+    ):
         MultimodalLM.from_pretrained(tmp_path / "made", decoder=None)
     lm = MultimodalLM.from_pretrained(tmp_path / "made", objective=counting(), decoder=None)
     image = folder / "pictures" / "train" / "0.png"

@@ -26,7 +26,9 @@ def album(tmp_path: Path, photos: list[Path]) -> Path:
     """Six documents beside four pictures; a line between them is empty."""
     (tmp_path / "album" / "walk").mkdir(parents=True)
     for i, photo in enumerate(photos):
-        Image.open(photo).convert("RGB").resize((40, 40)).save(tmp_path / "album" / "walk" / f"{i}.png")
+        Image.open(photo).convert("RGB").resize((40, 40)).save(
+            tmp_path / "album" / "walk" / f"{i}.png"
+        )
     one, two = PurePosixPath("walk/0.png"), PurePosixPath("walk/1.png")
     kinds: list[list[Any]] = [["rain"], [one], ["a red apple", one, "and", two], [two, one, "rain"]]
     lines = [document_line(f"document {i}", kinds[i % 4]) for i in range(6)]
@@ -37,7 +39,10 @@ def album(tmp_path: Path, photos: list[Path]) -> Path:
 def test_frames_of_a_clip():
     """The picture in clip."""
     assert clip(list(range(10)), 3) == [1, 5, 8]
-    assert clip(list(range(300))) == [18, 56, 93, 131, 168, 206, 243, 281] and clip([4, 5]) == [4, 5]
+    assert clip(list(range(300))) == [18, 56, 93, 131, 168, 206, 243, 281] and clip([4, 5]) == [
+        4,
+        5,
+    ]
     assert clip(list(range(8))) == list(range(8)) and clip(list(range(9)), 1) == [4]
     for images, frames in (([], 8), ([1], 0)):
         with pytest.raises(ValueError, match="expected pictures and at least one frame"):
@@ -46,11 +51,19 @@ def test_frames_of_a_clip():
 
 def test_subtitles_stand_before_the_next_frame():
     """The picture at the head of documents.py."""
-    frames, said = [(0.0, "f0"), (4.0, "f4"), (8.0, "f8")], [(1.0, "one"), (2.0, " two "), (9.0, "nine")]
+    frames, said = (
+        [(0.0, "f0"), (4.0, "f4"), (8.0, "f8")],
+        [(1.0, "one"), (2.0, " two "), (9.0, "nine")],
+    )
     assert storyboard(frames, said) == ["f0", "one two", "f4", "f8", "nine"]
-    assert storyboard(frames[:1], []) == ["f0"] and storyboard(frames[:1], [(0.0, "at once")]) == ["f0", "at once"]
+    assert storyboard(frames[:1], []) == ["f0"] and storyboard(frames[:1], [(0.0, "at once")]) == [
+        "f0",
+        "at once",
+    ]
     assert storyboard(frames[1:2], [(1.0, "before"), (2.0, " ")]) == ["before", "f4"]
-    with pytest.raises(ValueError, match=r"frames: expected times that do not go back, got \[4.0, 0.0\]"):
+    with pytest.raises(
+        ValueError, match=r"frames: expected times that do not go back, got \[4.0, 0.0\]"
+    ):
         storyboard(frames[1::-1], [])
     with pytest.raises(ValueError, match="subtitles: expected times"):
         storyboard(frames, said[::-1])
@@ -75,9 +88,16 @@ def test_documents_of_pictures_alone(album: Path):
     segments, key = documents[4]
     assert key == "document 4" and segments == [TextSegment("rain")]
     segments, key = documents[2]
-    assert key == "document 2" and [type(s) for s in segments] == [TextSegment, ImageSegment, TextSegment, ImageSegment]
+    assert key == "document 2" and [type(s) for s in segments] == [
+        TextSegment,
+        ImageSegment,
+        TextSegment,
+        ImageSegment,
+    ]
     shown: Any = segments[3]
-    assert shown.codes is None and torch.equal(shown.image(), to_uint8(album.parent / "walk" / "1.png", 32)[0])
+    assert shown.codes is None and torch.equal(
+        shown.image(), to_uint8(album.parent / "walk" / "1.png", 32)[0]
+    )
 
 
 def test_documents_are_tokenised(album: Path, tiny_tokenizer: VisualTokenizer):
@@ -85,7 +105,11 @@ def test_documents_are_tokenised(album: Path, tiny_tokenizer: VisualTokenizer):
     shown: Any = documents[2][0][1]
     wanted = tiny_tokenizer.encode(album.parent / "walk" / "0.png")
     assert wanted.keep is not None
-    assert torch.equal(shown.codes, wanted[0]) and torch.equal(shown.keep, wanted.keep[0]) and shown.image is None
+    assert (
+        torch.equal(shown.codes, wanted[0])
+        and torch.equal(shown.keep, wanted.keep[0])
+        and shown.image is None
+    )
     both: Any = Documents(album, 32, encode=tiny_tokenizer.encode)[2][0][1]
     assert torch.equal(both.codes, wanted[0]) and callable(both.image)
 
@@ -129,13 +153,17 @@ def test_bad_files(album: Path, tiny_tokenizer: VisualTokenizer):
     assert Documents(album, 32)[0][1] == "pages.jsonl:1", "named by its line"
 
 
-@pytest.mark.parametrize("objective", [EMU, LaVIT(), LaVIT(continuous=True)], ids=["emu", "lavit", "lavit-continuous"])
+@pytest.mark.parametrize(
+    "objective", [EMU, LaVIT(), LaVIT(continuous=True)], ids=["emu", "lavit", "lavit-continuous"]
+)
 def test_a_stopped_run_on_documents_goes_on(objective: Any, folder: Path, album: Path):
     steps, images = 8, str(folder / "pictures") if objective.needs_pixels else None
 
     def run(callbacks: list[Any], ckpt: str | None = None) -> None:
         chosen = data(folder, images=images, documents=str(album), block=96)
-        trainer(folder, steps, callbacks).fit(module(folder, objective=objective), chosen, ckpt_path=ckpt)
+        trainer(folder, steps, callbacks).fit(
+            module(folder, objective=objective), chosen, ckpt_path=ckpt
+        )
 
     whole, cut, rest = Losses(), Losses(stop=4), Losses()
     run([whole])
@@ -145,7 +173,10 @@ def test_a_stopped_run_on_documents_goes_on(objective: Any, folder: Path, album:
         run([cut, saving(folder)])
     run([rest, saving(folder)], "last")
     done = len(whole.values) - len(rest.values)
-    assert cut.values[:done] + rest.values == whole.values and cut.keys[:done] + rest.keys == whole.keys
+    assert (
+        cut.values[:done] + rest.values == whole.values
+        and cut.keys[:done] + rest.keys == whole.keys
+    )
 
 
 def test_documents_and_pairs_share_a_block(folder: Path, album: Path):

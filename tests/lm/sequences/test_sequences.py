@@ -40,7 +40,12 @@ def test_the_row_that_is_drawn():
     names = [Role(int(r)).name for r in row.roles]
     assert names == ["TEXT"] * (1 + len(words)) + ["BEGIN", *["VISUAL"] * 3, "END", "TEXT"]
     assert row.predict.tolist() == [False] + [True] * (len(row) - 1)
-    assert not row.regress.any() and not row.prefix.any() and not row.is_embedding.any() and len(row.images) == 0
+    assert (
+        not row.regress.any()
+        and not row.prefix.any()
+        and not row.is_embedding.any()
+        and len(row.images) == 0
+    )
 
 
 def test_both_orders_and_dropped_prompts():
@@ -51,22 +56,46 @@ def test_both_orders_and_dropped_prompts():
     for seed in range(400):
         row = LaVIT(prompt_drop=0.25).layout(sample, processor, generator(seed))
         first = int(row.roles[1])
-        kind = "text_first" if first == Role.TEXT else ("image_first" if text[0] in row.ids.tolist() else "dropped")
+        kind = (
+            "text_first"
+            if first == Role.TEXT
+            else ("image_first" if text[0] in row.ids.tolist() else "dropped")
+        )
         kinds[kind] += 1
         assert len(row) == 4 + len(sample[0].codes) + (0 if kind == "dropped" else len(text))
-        assert bool(row.predict[-1]) == (kind != "dropped"), "that a picture has no caption is not learnt"
+        assert bool(row.predict[-1]) == (kind != "dropped"), (
+            "that a picture has no caption is not learnt"
+        )
     assert abs(kinds["image_first"] - 200) < 40 and abs(kinds["dropped"] - 50) < 25, kinds
-    assert LaVIT(order="image_first").layout(sample[::-1], processor, generator()).roles[1] == Role.BEGIN
-    assert LaVIT(order="text_first", prompt_drop=0.0).layout(sample, processor, generator()).roles[1] == Role.TEXT
+    assert (
+        LaVIT(order="image_first").layout(sample[::-1], processor, generator()).roles[1]
+        == Role.BEGIN
+    )
+    assert (
+        LaVIT(order="text_first", prompt_drop=0.0).layout(sample, processor, generator()).roles[1]
+        == Role.TEXT
+    )
     interleaved = [TextSegment("a"), image(1), TextSegment("dog"), image(2)]
     roles = LaVIT().layout(interleaved, processor, generator()).roles.tolist()
-    assert [r for i, r in enumerate(roles) if i == 0 or roles[i - 1] != r] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+    assert [r for i, r in enumerate(roles) if i == 0 or roles[i - 1] != r] == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+        2,
+        3,
+        0,
+    ]
 
 
 def test_what_is_not_to_be_learnt_is_no_target():
     processor, _ = processor_and_model("llama")
     question, answer = TextSegment("a dog?", is_target=False), TextSegment("two dogs")
-    row = LaVIT(order="given").layout([image(1, 3, is_target=False), question, answer], processor, generator())
+    row = LaVIT(order="given").layout(
+        [image(1, 3, is_target=False), question, answer], processor, generator()
+    )
     targets = row.ids[row.predict].tolist()
     assert targets == [*processor.text("two dogs"), processor.stop]
 
@@ -75,10 +104,20 @@ def test_pictures_are_fed_only_before_text():
     processor, _ = processor_and_model("llama")
     keep = torch.tensor([True, False, True, False])
     shown = ImageSegment(torch.tensor([3, 4]), torch.zeros(3, 8, 8, dtype=torch.uint8), keep)
-    before = LaVIT("given", continuous=True).layout([shown, TextSegment("rain")], processor, generator())
-    after = LaVIT("given", continuous=True).layout([TextSegment("rain"), shown], processor, generator())
-    assert before.is_embedding.sum() == 2 and before.images.shape == (1, 3, 8, 8) and torch.equal(before.keep[0], keep)
-    assert torch.equal(before.roles[before.is_embedding], torch.full((2,), int(Role.VISUAL), dtype=torch.int8))
+    before = LaVIT("given", continuous=True).layout(
+        [shown, TextSegment("rain")], processor, generator()
+    )
+    after = LaVIT("given", continuous=True).layout(
+        [TextSegment("rain"), shown], processor, generator()
+    )
+    assert (
+        before.is_embedding.sum() == 2
+        and before.images.shape == (1, 3, 8, 8)
+        and torch.equal(before.keep[0], keep)
+    )
+    assert torch.equal(
+        before.roles[before.is_embedding], torch.full((2,), int(Role.VISUAL), dtype=torch.int8)
+    )
     assert not after.is_embedding.any() and len(after.images) == 0
     assert torch.equal(before.ids[before.is_embedding], processor.vocabulary.to_ids(shown.codes)), (
         "targets are codes all the same"
@@ -91,8 +130,14 @@ def test_samples_that_cannot_be_rows():
         LaVIT().layout([], processor, generator(), "k")
     with pytest.raises(ValueError, match="at least one code"):
         ImageSegment(torch.zeros(0, dtype=torch.int64))
-    with pytest.raises(ValueError, match="a picture of 2 codes needs a mask of as many patches, got 1"):
-        ImageSegment(torch.tensor([1, 2]), torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([True, False]))
+    with pytest.raises(
+        ValueError, match="a picture of 2 codes needs a mask of as many patches, got 1"
+    ):
+        ImageSegment(
+            torch.tensor([1, 2]),
+            torch.zeros(3, 8, 8, dtype=torch.uint8),
+            torch.tensor([True, False]),
+        )
     with pytest.raises(VocabularyError, match=rf"0\.\.{CODES - 1}, got {CODES}"):
         LaVIT().layout([ImageSegment(torch.tensor([CODES]))], processor, generator())
     with pytest.raises(ValueError, match="prompt_drop: expected a probability"):
@@ -105,12 +150,18 @@ def test_samples_that_cannot_be_rows():
 
 
 def test_the_blocks_that_are_drawn():
-    rows = [plain_sequence([1, 1, 1], key="a"), plain_sequence([2, 2], key="c"), plain_sequence([3, 3, 3, 3], key="b")]
+    rows = [
+        plain_sequence([1, 1, 1], key="a"),
+        plain_sequence([2, 2], key="c"),
+        plain_sequence([3, 3, 3, 3], key="b"),
+    ]
     assert plan([3, 2, 4], 8) == [[2, 0], [1]]
     batch = pack([[rows[2], rows[0]], [rows[1]]], 8, 0)
     drawing = lavit_lm.sequences.packing.__doc__ or ""
     for name, values in (("documents", batch.documents), ("positions", batch.positions)):
-        drawn = next(line for line in drawing.splitlines() if line.strip().startswith(name)).split()[1:]
+        drawn = next(
+            line for line in drawing.splitlines() if line.strip().startswith(name)
+        ).split()[1:]
         assert [int(word) for word in drawn] == values.flatten().tolist(), name
     assert batch.ids.tolist() == [[3, 3, 3, 3, 1, 1, 1, 0], [2, 2, 0, 0, 0, 0, 0, 0]]
     assert batch.keys == (("b", "a"), ("c",)) and batch.fill == 9 / 16
@@ -128,7 +179,9 @@ def test_plans_against_the_slow_version(block: int):
             room = block - sum(lengths[i] for i in rows)
             pairs = [(i, j) for i in left for j in left if i != j and lengths[i] >= lengths[j]]
             closing = [(i,) for i in left if lengths[i] == room]
-            closing = closing or [pair for pair in pairs if lengths[pair[0]] + lengths[pair[1]] == room]
+            closing = closing or [
+                pair for pair in pairs if lengths[pair[0]] + lengths[pair[1]] == room
+            ]
             fitting = closing or [(i,) for i in left if lengths[i] <= room]
             if not fitting:
                 break
@@ -153,7 +206,9 @@ def test_the_smallest_plans(count: int):
 
 
 def test_rows_that_do_not_fit():
-    with pytest.raises(ValueError, match="row 1: expected 1 to 4 places, which is what a block holds, got 5"):
+    with pytest.raises(
+        ValueError, match="row 1: expected 1 to 4 places, which is what a block holds, got 5"
+    ):
         plan([2, 5], 4)
     with pytest.raises(ValueError, match="got 0"):
         plan([0], 4)
@@ -194,7 +249,12 @@ def test_masks_of_kernels():
     batch = pack([[plain_sequence([1, 2]), plain_sequence([3])]], 4, 0)
     as_bool = mask_of(model, batch)
     assert as_bool is not None and as_bool.dtype == torch.bool
-    assert batch.documents[0, 3] == FREE and as_bool[0, 0, 3].tolist() == [False, False, False, True]
+    assert batch.documents[0, 3] == FREE and as_bool[0, 0, 3].tolist() == [
+        False,
+        False,
+        False,
+        True,
+    ]
     model.causal.set_attn_implementation("eager")
     added = mask_of(model, batch)
     assert added is not None and torch.equal(added == 0, as_bool)
@@ -251,7 +311,8 @@ def test_without_the_mask_documents_see_each_other(monkeypatch: pytest.MonkeyPat
     batch = pack([rows], sum(map(len, rows)), processor.pad)
     right = losses_of(model, batch)
     monkeypatch.setattr(
-        "lavit_lm.sequences.masks.visible", lambda documents, prefix=None: visible(torch.zeros_like(documents))
+        "lavit_lm.sequences.masks.visible",
+        lambda documents, prefix=None: visible(torch.zeros_like(documents)),
     )
     wrong = losses_of(model, batch)
     assert abs(right["text"][0] - wrong["text"][0]) / right["text"][1] > 1e-4
@@ -268,12 +329,16 @@ def test_no_gradient_from_later_places_or_other_documents(family: str):
     )
     states = model.see(batch).states
     before, at = sources(batch, batch.predict)
-    direction = torch.randn(states.shape[2], generator=generator())  # their sum is constant after a LayerNorm
+    direction = torch.randn(
+        states.shape[2], generator=generator()
+    )  # their sum is constant after a LayerNorm
     for source, target in zip(before.tolist(), at.tolist(), strict=True):
         (slope,) = torch.autograd.grad(states[0, source] @ direction, inputs[0], retain_graph=True)
         reached = slope[0].abs().sum(1) > 0
         document = batch.documents[0] == batch.documents[0, target]
-        assert not reached[target:].any(), "the target, or something after it, is seen by what predicts it"
+        assert not reached[target:].any(), (
+            "the target, or something after it, is seen by what predicts it"
+        )
         assert not (reached & ~document).any() and reached[source]
 
 

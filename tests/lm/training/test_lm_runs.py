@@ -51,17 +51,28 @@ def test_killed_in_mid_run(folder: Path):
     seen, waited = 0, time.monotonic()
     while seen < 4 and time.monotonic() - waited < 120:
         time.sleep(0.05)
-        seen = len((folder / "losses.txt").read_text().splitlines()) if (folder / "losses.txt").exists() else 0
+        seen = (
+            len((folder / "losses.txt").read_text().splitlines())
+            if (folder / "losses.txt").exists()
+            else 0
+        )
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     lines = [line.split() for line in (folder / "losses.txt").read_text().splitlines()]
     assert 4 <= len(lines) < steps
     rest = Losses()
-    trainer(folder, steps, [rest, saving(folder)]).fit(module(folder), data(folder), ckpt_path="last")
-    assert rest.values == whole.values[-len(rest.values) :] and rest.keys == whole.keys[-len(rest.values) :]
+    trainer(folder, steps, [rest, saving(folder)]).fit(
+        module(folder), data(folder), ckpt_path="last"
+    )
+    assert (
+        rest.values == whole.values[-len(rest.values) :]
+        and rest.keys == whole.keys[-len(rest.values) :]
+    )
     assert [float(loss) for _, loss in lines] == whole.values[: len(lines)]
-    assert len(rest.values) + len(lines) in (steps, steps + 1), "at most the step that was being saved is made again"
+    assert len(rest.values) + len(lines) in (steps, steps + 1), (
+        "at most the step that was being saved is made again"
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,15 +99,25 @@ def test_two_processes_are_one(strategy: str, settings: dict[str, Any], folder: 
     whole.save(folder / "whole")
     expected = MultimodalLM.from_pretrained(folder / "whole", decoder=None).model.state_dict()
     torch.testing.assert_close(dict(made.model.state_dict()), dict(expected), atol=1e-4, rtol=1e-3)
-    assert (folder / "texts" / "captions-0000004.md").exists(), "samples were logged without a change"
+    assert (folder / "texts" / "captions-0000004.md").exists(), (
+        "samples were logged without a change"
+    )
 
 
 def test_held_out_blocks_are_dealt():
     """The picture in HeldOutOrder."""
     blocks = [[(0, i)] for i in range(5)]
     first, second = HeldOutOrder(blocks, 0, 2), HeldOutOrder(blocks, 1, 2)
-    assert list(first) == [blocks[0], blocks[2], blocks[4]] and list(second) == [blocks[1], blocks[3], []]
-    assert len(first) == len(second) == 3 and list(HeldOutOrder(blocks)) == blocks and len(HeldOutOrder([])) == 0
+    assert list(first) == [blocks[0], blocks[2], blocks[4]] and list(second) == [
+        blocks[1],
+        blocks[3],
+        [],
+    ]
+    assert (
+        len(first) == len(second) == 3
+        and list(HeldOutOrder(blocks)) == blocks
+        and len(HeldOutOrder([])) == 0
+    )
 
 
 def test_counts_of_two_processes(folder: Path, monkeypatch: pytest.MonkeyPatch):

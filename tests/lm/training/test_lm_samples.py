@@ -5,21 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from helpers.lm_runs import CAPTIONS, Losses, data, module, trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from pytorch_lightning.loggers import TensorBoardLogger
 
 from lavit_lm.training.log_samples import LogSamples, evaluation_mode
 from lavit_tok import PixelDecoder
 
 
-def log(folder: Path, name: str, decoder: str | None, steps: int = 4, **settings: Any) -> tuple[Losses, Path]:
+def log(
+    folder: Path, name: str, decoder: str | None, steps: int = 4, **settings: Any
+) -> tuple[Losses, Path]:
     """A run with samples at every second step; returns its losses and where they lie."""
-    L.seed_everything(0, verbose=False)
+    pl.seed_everything(0, verbose=False)
     seen, at = Losses(), folder / name
     logger = TensorBoardLogger(at, name="", version="run")
     samples = LogSamples(every=2, images=3, decoder=decoder, max_tokens=6, num_inference_steps=2)
@@ -35,9 +37,11 @@ def test_samples_change_nothing(folder: Path, tiny_decoder: PixelDecoder):
 
     tiny_decoder.save_pretrained(folder / "decoder")
     settings = {"lm": {**SMALL, "attention_dropout": 0.3}}
-    L.seed_everything(0, verbose=False)
+    pl.seed_everything(0, verbose=False)
     plain = Losses()
-    trainer(folder, 4, [plain], accumulate_grad_batches=2).fit(module(folder, **settings), data(folder))
+    trainer(folder, 4, [plain], accumulate_grad_batches=2).fit(
+        module(folder, **settings), data(folder)
+    )
     with_samples, at = log(folder, "a", str(folder / "decoder"), **settings)
     assert with_samples.values == plain.values
     again, there = log(folder, "b", str(folder / "decoder"), **settings)
@@ -63,7 +67,7 @@ def test_samples_change_nothing(folder: Path, tiny_decoder: PixelDecoder):
 def test_captions_of_vectors(folder: Path):
     """A model that reads pictures as vectors is asked with the pictures."""
     _, at = log(folder, "a", None, continuous=True)
-    assert (at / "texts" / "captions-0000004.md").exists() and not (at / "pictures").exists()
+    assert (at / "texts" / "captions-0000004.md").exists() and not (at / "images").exists()
 
 
 def test_a_sample_that_cannot_be_made_does_not_end_the_run(folder: Path):
@@ -71,7 +75,9 @@ def test_a_sample_that_cannot_be_made_does_not_end_the_run(folder: Path):
 
     seen = Losses()
     samples = LogSamples(every=1, decoder=None, max_tokens=400)
-    with pytest.warns(UserWarning, match=r"step 1: no samples are logged: .* exceed the model's context"):
+    with pytest.warns(
+        UserWarning, match=r"step 1: no samples are logged: .* exceed the model's context"
+    ):
         trainer(folder, 2, [seen, samples]).fit(module(folder, lm=SMALL), data(folder))
     assert len(seen.values) == 2
     with pytest.raises(ValueError, match="every: expected at least 1, got 0"):

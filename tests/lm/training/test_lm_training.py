@@ -28,7 +28,9 @@ from lavit_tok.cli import main as lavit_tok
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
 RECIPES = sorted(
-    path for path in FOLDER.glob("*.yaml") if "lavit-lm fit -c recipes/lm/" + path.name in path.read_text()
+    path
+    for path in FOLDER.glob("*.yaml")
+    if "lavit-lm fit -c recipes/lm/" + path.name in path.read_text()
 )
 
 
@@ -39,13 +41,19 @@ def test_a_run_that_was_stopped_goes_on_exactly(folder: Path, monkeypatch: pytes
     trainer(folder, steps, [whole], accumulate_grad_batches=2).fit(weights, data(folder))
     cut = Losses(stop=5)
     with pytest.raises(RuntimeError, match="power cut"):
-        trainer(folder, steps, [cut, saving(folder)], accumulate_grad_batches=2).fit(module(folder), data(folder))
+        trainer(folder, steps, [cut, saving(folder)], accumulate_grad_batches=2).fit(
+            module(folder), data(folder)
+        )
     planned: list[int] = []
     plans = BlockOrder._plan
-    monkeypatch.setattr(BlockOrder, "_plan", lambda self, number: planned.append(number) or plans(self, number))
+    monkeypatch.setattr(
+        BlockOrder, "_plan", lambda self, number: planned.append(number) or plans(self, number)
+    )
     rest, resumed = Losses(), module(folder)
     at = sorted((folder / "ckpt").glob("epoch*"), key=lambda path: path.stat().st_mtime)[-1]
-    trainer(folder, steps, [rest], accumulate_grad_batches=2).fit(resumed, data(folder), ckpt_path=at)
+    trainer(folder, steps, [rest], accumulate_grad_batches=2).fit(
+        resumed, data(folder), ckpt_path=at
+    )
     done = len(whole.values) - len(rest.values)
     assert done in (8, 10), "the checkpoint is of a step's end"
     assert cut.values[:done] + rest.values == whole.values
@@ -60,7 +68,10 @@ def test_a_run_that_was_stopped_goes_on_exactly(folder: Path, monkeypatch: pytes
 
 def test_the_order_of_blocks(folder: Path):
     processor = module(folder).processor
-    rows = [{"key": str(i), "caption": CAPTIONS[i % 4], "codes": [i % 16] * (1 + i % 5)} for i in range(50)]
+    rows = [
+        {"key": str(i), "caption": CAPTIONS[i % 4], "codes": [i % 16] * (1 + i % 5)}
+        for i in range(50)
+    ]
     layout = ExampleLayout(Samples(rows), LaVIT(), processor, seed=3)
 
     def blocks(count: int, **more: Any) -> list[list[tuple[int, int]]]:
@@ -71,7 +82,9 @@ def test_the_order_of_blocks(folder: Path):
     assert every == blocks(60), "the same anew"
     epoch = [place for block in every for place in block if place[0] == 0]
     assert sorted(i for _, i in epoch) == list(range(50)), "each row once an epoch"
-    assert [i for _, i in epoch] != [i for e, i in (p for b in every for p in b) if e == 1][:50], "each epoch anew"
+    assert [i for _, i in epoch] != [i for e, i in (p for b in every for p in b) if e == 1][:50], (
+        "each epoch anew"
+    )
     assert all(sum(len(layout.row(p)) for p in block) <= 64 for block in every)
     for consumed in (1, 7, 20):
         assert blocks(10, consumed=lambda: consumed) == every[2 * consumed : 2 * consumed + 10]  # noqa: B023
@@ -89,7 +102,9 @@ def test_texts_are_mixed_in(folder: Path):
     seen = Losses()
     trainer(folder, 6, [seen]).fit(module(folder), data(folder, texts=str(folder / "texts.jsonl")))
     keys = {key for batch in seen.keys for block in batch for key in block}
-    assert any(key.startswith("text ") for key in keys) and any(key.endswith(".png") for key in keys)
+    assert any(key.startswith("text ") for key in keys) and any(
+        key.endswith(".png") for key in keys
+    )
 
 
 def test_eight_samples_are_learnt_by_heart(folder: Path):
@@ -97,9 +112,14 @@ def test_eight_samples_are_learnt_by_heart(folder: Path):
     training = module(folder)
     training.configure_model()
     assert training.model is not None
-    samples = [[TextSegment(f"{'a red apple ' * i}rain", is_target=False), image(i, 8)] for i in range(8)]
+    samples = [
+        [TextSegment(f"{'a red apple ' * i}rain", is_target=False), image(i, 8)] for i in range(8)
+    ]
     generator = torch.Generator().manual_seed(0)
-    batch = pad([LaVIT("given").layout(s, training.processor, generator) for s in samples], training.processor.pad)
+    batch = pad(
+        [LaVIT("given").layout(s, training.processor, generator) for s in samples],
+        training.processor.pad,
+    )
     optimizer = torch.optim.AdamW(training.model.parameters(), 5e-3)
     for _ in range(150):
         loss = LaVIT().total(training.model(batch, LaVIT()))
@@ -121,10 +141,15 @@ def test_frozen_means_absent(folder: Path):
     saved = torch.load(sorted((folder / "ckpt").glob("epoch*"))[0], weights_only=True)["state_dict"]
     assert set(saved) == trained, "neither the LM nor the visual tokenizer is saved twice"
     again = module(folder, lora={"r": 2, "target_modules": ["q_proj", "v_proj"]})
-    trainer(folder, 4, []).fit(again, data(folder), ckpt_path=sorted((folder / "ckpt").glob("epoch*"))[-1])
+    trainer(folder, 4, []).fit(
+        again, data(folder), ckpt_path=sorted((folder / "ckpt").glob("epoch*"))[-1]
+    )
     training.save(folder / "merged")
     merged = MultimodalLM.from_pretrained(folder / "merged", decoder=None)
-    batch = pad([LaVIT().layout(s, training.processor, torch.Generator()) for s in pairs(2)], training.processor.pad)
+    batch = pad(
+        [LaVIT().layout(s, training.processor, torch.Generator()) for s in pairs(2)],
+        training.processor.pad,
+    )
     with torch.no_grad():
         ours, theirs = training.model.eval().see(batch).states, merged.model.see(batch).states
     seen = batch.documents >= 0
@@ -137,7 +162,7 @@ def test_a_whole_lm_is_trained_and_saved(folder: Path):
 seed_everything: 0
 trainer: {{accelerator: cpu, max_steps: 6, max_epochs: -1, val_check_interval: 3, check_val_every_n_epoch: null,
   num_sanity_val_steps: 0, log_every_n_steps: 1, enable_progress_bar: false, default_root_dir: {folder}/run,
-  logger: {{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: {folder}/run}}}}}}
+  logger: {{class_path: pytorch_lightning.loggers.CSVLogger, init_args: {{save_dir: {folder}/run}}}}}}
 model:
   lm: {SMALL}
   text_tokenizer: {folder}/text
@@ -182,7 +207,10 @@ def test_a_spoilt_batch_is_named(folder: Path):
     training = module(folder)
     training.configure_model()
     assert training.model is not None
-    rows = [LaVIT().layout(s, training.processor, torch.Generator(), f"picture {i}") for i, s in enumerate(pairs(2))]
+    rows = [
+        LaVIT().layout(s, training.processor, torch.Generator(), f"picture {i}")
+        for i, s in enumerate(pairs(2))
+    ]
     batch = pack([rows], 64, training.processor.pad)
     with torch.no_grad():
         next(training.model.parameters()).fill_(float("nan"))
@@ -194,8 +222,15 @@ def test_what_does_not_fit_together(folder: Path, tmp_path: Path):
     config = VisualTokenizer.from_pretrained(folder / "visual").config
     VisualTokenizer(config).save_pretrained(folder / "other")
     with pytest.raises(ShardError, match="these codes index another codebook"):
-        trainer(folder, 1, []).fit(module(folder, visual_tokenizer=str(folder / "other")), data(folder))
-    for lm in ({"model_type": "nonsense"}, {"hidden_size": 8}, {"model_type": "vit"}, str(folder / "text")):
+        trainer(folder, 1, []).fit(
+            module(folder, visual_tokenizer=str(folder / "other")), data(folder)
+        )
+    for lm in (
+        {"model_type": "nonsense"},
+        {"hidden_size": 8},
+        {"model_type": "vit"},
+        str(folder / "text"),
+    ):
         with pytest.raises(ValueError, match="lm: expected a causal LM of transformers, got"):
             module(folder, lm=lm, text_tokenizer=str(folder / "text")).configure_model()
     tokenizer = small_tokenizer("llama")
@@ -220,7 +255,9 @@ def test_a_batch_with_pictures_needs_a_bridge(folder: Path):
     assert training.model is not None
     keep = torch.zeros(16, dtype=torch.bool).index_fill(0, torch.tensor([3, 5]), True)
     shown = ImageSegment(torch.tensor([1, 2]), torch.zeros(3, 32, 32, dtype=torch.uint8), keep)
-    row = LaVIT("given", continuous=True).layout([shown, TextSegment("rain")], training.processor, torch.Generator())
+    row = LaVIT("given", continuous=True).layout(
+        [shown, TextSegment("rain")], training.processor, torch.Generator()
+    )
     with pytest.raises(ValueError, match="no bridge for them"):
         training.model(pad([row], training.processor.pad), LaVIT())
     bridged = module(folder, continuous=True)
@@ -228,7 +265,11 @@ def test_a_batch_with_pictures_needs_a_bridge(folder: Path):
     assert bridged.model is not None
     losses = bridged.model(pad([row], bridged.processor.pad), LaVIT())
     LaVIT().total(losses).backward()
-    moved = [n for n, p in bridged.model.bridge.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]  # type: ignore[union-attr]
+    moved = [
+        n
+        for n, p in bridged.model.bridge.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    ]  # type: ignore[union-attr]
     assert "path.projection.weight" in moved and any("merger.blocks" in n for n in moved)
 
 
@@ -238,31 +279,69 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
     head = recipe.read_text()
     for word in ("command:", "hardware:", "time:", "expected:"):
         assert word in head
-    words = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    words = [
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.num_nodes=1",
+        "--trainer.strategy=auto",
+    ]
     words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
-    words += ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
-    words += ["--trainer.enable_checkpointing=false", "--trainer.precision=32", "--trainer.accumulate_grad_batches=1"]
+    words += [
+        "--trainer.limit_val_batches=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.logger=false",
+    ]
+    words += [
+        "--trainer.enable_checkpointing=false",
+        "--trainer.precision=32",
+        "--trainer.accumulate_grad_batches=1",
+    ]
     small = {"bart": SMALL_BART}.get(_lm(head), SMALL)
     words += [f"--model.lm={json.dumps(small)}", f"--model.text_tokenizer={folder}/text"]
-    words += [f"--model.visual_tokenizer={folder}/visual", f"--model.out={folder}/made", "--model.warmup_steps=1"]
-    words += [f"--data.shards={folder}/shards", "--data.block=64", "--data.batch_size=2", "--data.num_workers=0"]
-    needs_pixels = "pictures" in yaml.safe_load(head)["data"] or "--data.pictures" in head
-    words += [f"--data.pictures={folder}/pictures"] if needs_pixels else []
+    words += [
+        f"--model.visual_tokenizer={folder}/visual",
+        f"--model.out={folder}/made",
+        "--model.warmup_steps=1",
+    ]
+    words += [
+        f"--data.shards={folder}/shards",
+        "--data.block=64",
+        "--data.batch_size=2",
+        "--data.num_workers=0",
+    ]
+    needs_pixels = "images" in yaml.safe_load(head)["data"] or "--data.images" in head
+    words += [f"--data.images={folder}/pictures"] if needs_pixels else []
     if "--budget" in head:  # a code for every patch
         (folder / "shards").rename(folder / "dynamic")
-        command = ["shards", str(folder / "pictures"), "--tokenizer", str(folder / "visual"), "--budget", "16"]
+        command = [
+            "shards",
+            str(folder / "pictures"),
+            "--tokenizer",
+            str(folder / "visual"),
+            "--budget",
+            "16",
+        ]
         assert lavit_tok([*command, "--out", str(folder / "shards")]) == 0
-    if "tokenizer" in yaml.safe_load(head)["model"]["objective"].get("init_args", {}):  # stage 1 comes before it
+    if "tokenizer" in yaml.safe_load(head)["model"]["objective"].get(
+        "init_args", {}
+    ):  # stage 1 comes before it
         tiny_decoder.save_pretrained(folder / "decoder")
         stage = stage_one_directory(folder, SMALL["hidden_size"])
         words += [f"--model.objective.init_args.tokenizer={stage}"]
     of_the_objective = yaml.safe_load(head)["model"]["objective"].get("init_args", {})
-    reduced = {"depth": 1, "heads": 2, "inner": 32}
-    words += [f"--model.objective.init_args.{n}={value}" for n, value in reduced.items() if n in of_the_objective]
+    reduced = {"depth": 1, "heads": 2, "hidden_size": 32}
+    words += [
+        f"--model.objective.init_args.{n}={value}"
+        for n, value in reduced.items()
+        if n in of_the_objective
+    ]
     assert main(["fit", "-c", str(recipe), *words]) == 0
     made = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     assert made.caption(str(folder / "pictures" / "train" / "0.png"), 4) is not None
-    assert made.objective.needs_pixels == needs_pixels and (made.model.bridge is not None) == needs_pixels
+    assert (
+        made.objective.needs_pixels == needs_pixels
+        and (made.model.bridge is not None) == needs_pixels
+    )
 
 
 def _lm(recipe: str) -> str:

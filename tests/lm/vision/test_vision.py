@@ -23,7 +23,9 @@ class Batches(Losses):
         super().__init__()
         self.batches: list[Packed] = []
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, index)
         self.batches.append(batch)
 
@@ -35,7 +37,15 @@ def shown(folder: Path, **more: Any) -> Any:
 def test_pictures_of_mirrored_shards_with_a_corrupt_one(folder: Path):
     """The picture in ShardImages."""
     (folder / "pictures" / "train" / "1.png").write_bytes(b"no picture")
-    words = ["shards", str(folder / "pictures"), "--tokenizer", str(folder / "visual"), "--flip", "--split", "train"]
+    words = [
+        "shards",
+        str(folder / "pictures"),
+        "--tokenizer",
+        str(folder / "visual"),
+        "--flip",
+        "--split",
+        "train",
+    ]
     assert lavit_tok([*words, "--out", str(folder / "mirrored")]) == 0
     shards = Shards.open(folder / "mirrored", "train")
     rows, tokenizer = shards.dataset(), VisualTokenizer.from_pretrained(folder / "visual")
@@ -43,9 +53,9 @@ def test_pictures_of_mirrored_shards_with_a_corrupt_one(folder: Path):
     assert len(images) == len(rows) == 46
     for number, row in enumerate(rows):
         pixels = to_uint8(folder / "pictures" / row["key"], 32)[0]
-        assert torch.equal(images[number], pixels.flip(2) if row["mirrored"] else pixels)
+        assert torch.equal(images[number], pixels.flip(2) if row["flipped"] else pixels)
         assert tokenizer.encode(images[number][None]).to_list() == [row["codes"]]
-    assert [row["mirrored"] for row in rows][:4] == [False, True, False, True]
+    assert [row["flipped"] for row in rows][:4] == [False, True, False, True]
 
 
 def test_vectors_are_those_of_the_row_s_picture(folder: Path):
@@ -75,11 +85,15 @@ def test_vectors_are_those_of_the_row_s_picture(folder: Path):
 def test_a_picture_is_opened_only_where_it_is_fed(folder: Path, monkeypatch: pytest.MonkeyPatch):
     opened: list[int] = []
     reads = ShardImages.__getitem__
-    monkeypatch.setattr(ShardImages, "__getitem__", lambda self, row: opened.append(row) or reads(self, row))
+    monkeypatch.setattr(
+        ShardImages, "__getitem__", lambda self, row: opened.append(row) or reads(self, row)
+    )
     loader, seen = shown(folder), Batches()
     fitted = trainer(folder, 3, [seen], limit_val_batches=0)
     fitted.fit(module(folder, continuous=True), loader)
-    assert len(opened) == sum(len(batch.images) for batch in seen.batches) > 0, "none for the plan's lengths"
+    assert len(opened) == sum(len(batch.images) for batch in seen.batches) > 0, (
+        "none for the plan's lengths"
+    )
 
 
 def test_continuous_training_resumes(folder: Path):
@@ -93,7 +107,9 @@ def test_continuous_training_resumes(folder: Path):
     with pytest.raises(RuntimeError, match="power cut"):
         stopped.fit(first, shown(folder))
     rest, loader = Losses(), shown(folder, num_workers=2)
-    trainer(folder, steps, [rest, saving(folder)]).fit(module(folder, **settings), loader, ckpt_path="last")
+    trainer(folder, steps, [rest, saving(folder)]).fit(
+        module(folder, **settings), loader, ckpt_path="last"
+    )
     assert cut.values[:2] + rest.values == whole.values
     for name, tensor in first.visual.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -110,7 +126,9 @@ def test_continuous_training_resumes(folder: Path):
 def test_half_precision(folder: Path):
     """Weights of bfloat16, as the recipe of a 7B model has them, beside a visual tokenizer of float32."""
     seen = Losses()
-    trainer(folder, 2, [seen], precision="bf16-true").fit(module(folder, continuous=True), shown(folder))
+    trainer(folder, 2, [seen], precision="bf16-true").fit(
+        module(folder, continuous=True), shown(folder)
+    )
     assert len(seen.values) == 2 and all(value < 10 for value in seen.values)
 
 
@@ -129,21 +147,32 @@ def test_pictures_that_do_not_fit(folder: Path, photos: list[Path]):
     shards = Shards.open(folder / "shards", "train")
     images = ShardImages(shards, str(folder / "pictures"), 32)
     (folder / "pictures" / "train" / "3.png").unlink()
-    with pytest.raises(ImageError, match=r"train/3\.png: .*; it could be read when the shards were made"):
+    with pytest.raises(
+        ImageError, match=r"train/3\.png: .*; it could be read when the shards were made"
+    ):
         images[3]
     Image.open(photos[0]).crop((0, 0, 99, 88)).save(folder / "pictures" / "train" / "3.png")
-    with pytest.raises(ShardError, match="got 24, of which a key, a caption or a file size is another"):
+    with pytest.raises(
+        ShardError, match="got 24, of which a key, a caption or a file size is another"
+    ):
         fit(shown(folder), continuous=True)
     (folder / "pictures" / "train").rename(folder / "pictures" / "test")
-    with pytest.raises(ShardError, match="expected a split 'train' as in the shards, got validation, test"):
+    with pytest.raises(
+        ShardError, match="expected a split 'train' as in the shards, got validation, test"
+    ):
         fit(shown(folder), continuous=True)
 
 
 def test_rows_that_no_block_holds_are_told(folder: Path):
     rows = Shards.open(folder / "shards", "train").dataset()
-    with pytest.warns(UserWarning, match=r"have more places than a block of 14 and are left out: \S+\.png \(\d+\)"):
+    with pytest.warns(
+        UserWarning, match=r"have more places than a block of 14 and are left out: \S+\.png \(\d+\)"
+    ):
         trainer(folder, 8, []).fit(module(folder), data(folder, block=14))
     lines = [json.loads(line) for line in (folder / "too_long.jsonl").read_text().splitlines()]
     assert lines and all(line["places"] > line["block"] == 14 for line in lines)
     assert len({line["key"] for line in lines}) == len(lines)
-    assert {line["key"] for line in lines} <= {*rows["key"], *(f"validation/{i}.png" for i in range(6))}
+    assert {line["key"] for line in lines} <= {
+        *rows["key"],
+        *(f"validation/{i}.png" for i in range(6)),
+    }

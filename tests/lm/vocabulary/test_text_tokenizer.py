@@ -48,11 +48,16 @@ def test_ids(tmp_path: Path) -> None:
     words = tokenizer.encode(TEXTS[0], add_special_tokens=False)
     assert len(words) < len(TEXTS[0].encode())  # something was merged
     tokenizer.save_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).encode(TEXTS[0]) == [0, *words]  # rows begin with <s>
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(TEXTS[0]) == [
+        0,
+        *words,
+    ]  # rows begin with <s>
 
 
 def test_the_same_texts_give_the_same_tokenizer() -> None:
-    first, second = (train_text_tokenizer(iter(TEXTS), 290).backend_tokenizer.to_str() for _ in range(2))
+    first, second = (
+        train_text_tokenizer(iter(TEXTS), 290).backend_tokenizer.to_str() for _ in range(2)
+    )
     assert json.loads(first) == json.loads(second)
 
 
@@ -67,8 +72,18 @@ def test_sizes() -> None:
 
 def test_text_is_read_as_quickly_beside_many_codes() -> None:
     """Checking a caption against the special tokens takes no longer where there are many; counting them would."""
-    both = [(tokenizer := train_text_tokenizer(TEXTS, 300), VisualVocabulary.extend(tokenizer, None, 16))]
-    both += [(tokenizer := train_text_tokenizer(TEXTS, 300), VisualVocabulary.extend(tokenizer, None, 16384))]
+    both = [
+        (
+            tokenizer := train_text_tokenizer(TEXTS, 300),
+            VisualVocabulary.extend(tokenizer, None, 16),
+        )
+    ]
+    both += [
+        (
+            tokenizer := train_text_tokenizer(TEXTS, 300),
+            VisualVocabulary.extend(tokenizer, None, 16384),
+        )
+    ]
     seconds: list[list[float]] = [[], []]
     for _ in range(50):
         for times, (tokenizer, vocabulary) in zip(seconds, both, strict=True):
@@ -80,7 +95,9 @@ def test_text_is_read_as_quickly_beside_many_codes() -> None:
 
 def test_special_tokens_of_an_extension_are_known() -> None:
     """Also where text was read before; a special token that the model holds as a piece is cut."""
-    backend = Tokenizer(models.WordLevel({"<|img|>": 0, "a": 1, "<": 2, "|img|>": 3, "<unk>": 4}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({"<|img|>": 0, "a": 1, "<": 2, "|img|>": 3, "<unk>": 4}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert encode_plain(tokenizer, "a <|img|>", lambda _: False) == [1, 0]

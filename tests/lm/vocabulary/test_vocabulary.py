@@ -10,7 +10,13 @@ import pytest
 import torch
 from helpers.small_lms import FAMILIES, TEXTS, small_lm, small_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 from lavit_lm import VisualVocabulary, VocabularyError
 
@@ -49,7 +55,9 @@ def test_extend(family: str, tied: bool, spare: int) -> None:
     tokenizer = small_tokenizer(family)
     own = ids_of(tokenizer)
     model = small_lm(family, own + spare, tied)
-    with torch.no_grad():  # a padded LM's free rows are never trained: they must not count as its own
+    with (
+        torch.no_grad()
+    ):  # a padded LM's free rows are never trained: they must not count as its own
         model.get_input_embeddings().weight[own:] = 50.0
         model.get_output_embeddings().weight[own:] = 50.0
     before = copy.deepcopy(model)
@@ -58,9 +66,15 @@ def test_extend(family: str, tied: bool, spare: int) -> None:
     vocabulary = VisualVocabulary.extend(tokenizer, model, K, generator())
 
     assert vocabulary == VisualVocabulary(own, own + 1, own + 2, K)
-    assert tokenizer.convert_tokens_to_ids(["<|img|>", "<|/img|>", "<|vis_00000|>"]) == [own, own + 1, own + 2]
+    assert tokenizer.convert_tokens_to_ids(["<|img|>", "<|/img|>", "<|vis_00000|>"]) == [
+        own,
+        own + 1,
+        own + 2,
+    ]
     assert tokenizer.convert_ids_to_tokens(vocabulary.stop - 1) == f"<|vis_{K - 1:05d}|>"
-    assert torch.equal(torch.get_rng_state(), state)  # a generator was passed, torch's own stays where it was
+    assert torch.equal(
+        torch.get_rng_state(), state
+    )  # a generator was passed, torch's own stays where it was
 
     read, write = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     rows = max(own + spare, vocabulary.stop)
@@ -69,7 +83,10 @@ def test_extend(family: str, tied: bool, spare: int) -> None:
     with torch.no_grad():
         old, new = (m(prompt).logits[..., :own] for m in (before, model))
     torch.testing.assert_close(new, old, rtol=0, atol=1e-5)
-    for now, then in ((read, before.get_input_embeddings()), (write, before.get_output_embeddings())):
+    for now, then in (
+        (read, before.get_input_embeddings()),
+        (write, before.get_output_embeddings()),
+    ):
         assert torch.equal(now[:own], then.weight[:own])
         assert torch.equal(now[vocabulary.stop :], then.weight[vocabulary.stop :])
         check_rows(now[own : vocabulary.stop].detach(), then.weight[:own].detach())
@@ -136,7 +153,10 @@ def test_a_tokenizer_alone() -> None:
     assert VisualVocabulary.extend(tokenizer, None, 1) == VisualVocabulary(own, own + 1, own + 2, 1)
     wide = small_tokenizer("gpt2")
     vocabulary = VisualVocabulary.extend(wide, None, 100_001)
-    assert wide.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1]) == ["<|vis_000000|>", "<|vis_100000|>"]
+    assert wide.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1]) == [
+        "<|vis_000000|>",
+        "<|vis_100000|>",
+    ]
     assert VisualVocabulary.of(wide) == vocabulary
 
 
@@ -145,9 +165,16 @@ def test_saved_and_loaded_by_plain_classes(family: str, tied: bool, tmp_path: Pa
     tokenizer, model, vocabulary = extended(family, tied, spare=10)
     tokenizer.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
-    again, loaded = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    again, loaded = (
+        AutoTokenizer.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    )
     assert VisualVocabulary.of(again) == vocabulary
-    for text in [*TEXTS, "Ünïcode 中文 🙂  two spaces", "<|img|><|vis_00007|><|vis_00599|><|/img|>"]:
+    for text in [
+        *TEXTS,
+        "Ünïcode 中文 🙂  two spaces",
+        "<|img|><|vis_00007|><|vis_00599|><|/img|>",
+    ]:
         assert again.encode(text) == tokenizer.encode(text)
     marked = tokenizer.encode("<|img|><|vis_00007|><|/img|>", add_special_tokens=False)
     assert marked[-3:] == [vocabulary.begin, vocabulary.first + 7, vocabulary.end]
@@ -184,7 +211,9 @@ def test_no_begin_and_no_end_of_text_is_added(family: str) -> None:
 
 def word_tokenizer(words: list[str], **names: str) -> PreTrainedTokenizerFast:
     """Reads whole words, the names of special tokens too: its model holds them, so that no setting keeps them out."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=names["unk_token"]))
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=names["unk_token"])
+    )
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
@@ -196,15 +225,23 @@ def test_a_model_that_holds_a_special_name_as_a_piece() -> None:
     vocabulary = VisualVocabulary.extend(tokenizer, None, 3)
     assert tokenizer.encode("a </s>", add_special_tokens=False, split_special_tokens=True) == [2, 1]
     assert vocabulary.encode_text(tokenizer, "a </s> cat") == [2, 4, 5, 3]
-    assert vocabulary.encode_text(tokenizer, "a dog") == [2, 0]  # a plain "unknown" is what unknown text becomes
-    with pytest.raises(VocabularyError, match="in no other way"):  # the normalizer makes the name, after the cut
+    assert vocabulary.encode_text(tokenizer, "a dog") == [
+        2,
+        0,
+    ]  # a plain "unknown" is what unknown text becomes
+    with pytest.raises(
+        VocabularyError, match="in no other way"
+    ):  # the normalizer makes the name, after the cut
         vocabulary.encode_text(tokenizer, "a ＜/s＞")
 
 
 def test_tokens_that_are_not_special() -> None:
     """An exported directory's: a server reads them in prompts, encode_text still does not."""
     tokenizer = small_tokenizer("gpt2")
-    tokens = [AddedToken(name, special=False, normalized=False) for name in ("<|img|>", "<|/img|>", "<|vis_00000|>")]
+    tokens = [
+        AddedToken(name, special=False, normalized=False)
+        for name in ("<|img|>", "<|/img|>", "<|vis_00000|>")
+    ]
     tokenizer.add_tokens(tokens)
     vocabulary = VisualVocabulary.of(tokenizer)
     text = "a <|img|><|vis_00000|><|/img|> b"
@@ -272,7 +309,9 @@ def test_models_that_do_not_fit() -> None:
         VisualVocabulary.extend(tokenizer, LlamaModel(small_lm("llama", own).config), K)
     with pytest.raises(VocabularyError, match="expected a causal LM"):
         VisualVocabulary.extend(tokenizer, torch.nn.Linear(1, 1), K)
-    with pytest.raises(VocabularyError, match=r"no <\|img\|>"):  # nothing was changed by what was refused
+    with pytest.raises(
+        VocabularyError, match=r"no <\|img\|>"
+    ):  # nothing was changed by what was refused
         VisualVocabulary.of(tokenizer)
 
 
@@ -289,13 +328,18 @@ def test_codebooks_that_do_not_exist(size: int) -> None:
         (["<|img|>", "<|/img|>"], r"no <\|vis_00000\|>"),
         (["<|img|>", "<|vis_00000|>"], r"no <\|/img\|>"),
         (["<|img|>", "<|/img|>", "<|vis_00000|>", "<|vis_00002|>"], "none named <|vis_00001|>"),
-        (["<|img|>", "<|/img|>", "<|vis_00000|>", "<other>", "<|vis_00001|>"], "not contiguous: code 0 is id"),
+        (
+            ["<|img|>", "<|/img|>", "<|vis_00000|>", "<other>", "<|vis_00001|>"],
+            "not contiguous: code 0 is id",
+        ),
         (["<|img|>", "<|/img|>", "<|vis_00000|>", "<|vis_0|>"], "names of different lengths"),
     ],
 )
 def test_tokenizers_that_cannot_be_read_back(names: list[str], message: str) -> None:
     tokenizer = small_tokenizer("gpt2")
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True
+    )
     with pytest.raises(VocabularyError, match=message):
         VisualVocabulary.of(tokenizer)
 

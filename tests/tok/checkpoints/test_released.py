@@ -50,7 +50,14 @@ def error(got: Tensor, reference: Tensor) -> float:
 
 
 def draw(decoder: PixelDecoder, codes: VisualCodes, latents: Tensor, **options: Any) -> Tensor:
-    asked = {"num_inference_steps": 6, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "pt", **options}
+    asked = {
+        "num_inference_steps": 6,
+        "guidance_scale": 3.0,
+        "height": 64,
+        "width": 64,
+        "output_type": "pt",
+        **options,
+    }
     return decoder(codes, latents=latents, **asked).images
 
 
@@ -69,7 +76,9 @@ def test_golden_codes(golden: dict[str, Tensor], loaded: dict[str, Any], mask: s
     if mask == "argmax":
         assert torch.equal(tokenizer.select(log_probs), keep)
         codes = tokenizer.encode_pixels(golden["pixel_values"])
-        assert torch.equal(codes.values, golden["argmax.ids"]) and torch.equal(codes.lengths, golden["argmax.lengths"])
+        assert torch.equal(codes.values, golden["argmax.ids"]) and torch.equal(
+            codes.lengths, golden["argmax.lengths"]
+        )
     merged = tokenizer.merge(features, keep)
     assert error(merged, golden[f"{mask}.merged"]) < 1e-4
     assert error(tokenizer.quantizer.projection(merged), golden[f"{mask}.pre_quant"]) < 1e-4
@@ -78,7 +87,9 @@ def test_golden_codes(golden: dict[str, Tensor], loaded: dict[str, Any], mask: s
     assert torch.equal(codes.lengths, golden[f"{mask}.lengths"])
     assert error(tokenizer.lookup(codes), golden[f"{mask}.quantized"]) < 1e-4
     for i, image in enumerate(codes):  # one by one as in the batch
-        alone = tokenizer.merge(tokenizer.features(golden["pixel_values"][i : i + 1]), keep[i : i + 1])
+        alone = tokenizer.merge(
+            tokenizer.features(golden["pixel_values"][i : i + 1]), keep[i : i + 1]
+        )
         assert torch.equal(tokenizer.quantizer.codebook.nearest(tokenizer.project(alone)), image)
 
 
@@ -104,7 +115,10 @@ def test_golden_conditions(golden: dict[str, Tensor], loaded: dict[str, Any], ki
             assert error(condition.tokens, golden[f"{mask}.lowres.condition"][place]) < 1e-4
         else:
             assert error(condition.tokens, golden[f"{mask}.highres.prompt_embeds"][place]) < 1e-4
-            assert error(condition.pooled, golden[f"{mask}.highres.pooled_prompt_embeds"][place]) < 1e-4
+            assert (
+                error(condition.pooled, golden[f"{mask}.highres.pooled_prompt_embeds"][place])
+                < 1e-4
+            )
     assert torch.equal(
         tokenizer.reconstruct_features(codes), decoder.conditioner.features(codes)
     )  # the same reconstructor
@@ -142,7 +156,9 @@ HEADS = 3  # not what the width suggests
 
 
 def images() -> Tensor:
-    return torch.randn(2, 3, SIZES["image"], SIZES["image"], generator=torch.Generator().manual_seed(3))
+    return torch.randn(
+        2, 3, SIZES["image"], SIZES["image"], generator=torch.Generator().manual_seed(3)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +169,23 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("release")
     slow.write(root, 1, **SIZES)
     eva, encoder = slow.read(root / ENCODER), slow.read(root / TOKENIZER)
-    log_probs = torch.cat([slow.score(encoder, slow.encode_features(eva, image, HEADS)) for image in images()])
+    log_probs = torch.cat(
+        [slow.score(encoder, slow.encode_features(eva, image, HEADS)) for image in images()]
+    )
     # Half of the patches are kept: a mask of all or nothing would prove little.
     scores = (log_probs[:, 0] - log_probs[:, 1]).sort().values
-    middle = scores[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean().float()  # and none is at the threshold
-    change(root / TOKENIZER, lambda tensors: tensors["token_predictor.out_conv.4.bias"][0].sub_(middle))
-    common = {"sample_size": 4, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    middle = (
+        scores[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean().float()
+    )  # and none is at the threshold
+    change(
+        root / TOKENIZER, lambda tensors: tensors["token_predictor.out_conv.4.bias"][0].sub_(middle)
+    )
+    common = {
+        "sample_size": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
     blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
     blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 2}
     xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
@@ -167,7 +194,11 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("pixel_decoding", {"cross_attention_dim": SIZES["low"]}),
         (
             "highres_pixel_decoding",
-            {"cross_attention_dim": first + second, "projection_class_embeddings_input_dim": second + 24, **xl},
+            {
+                "cross_attention_dim": first + second,
+                "projection_class_embeddings_input_dim": second + 24,
+                **xl,
+            },
         ),
     ):
         with torch.random.fork_rng(devices=[]):
@@ -183,8 +214,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.save_config(root / folder / name)
             state = model.state_dict()
             if name == "vae":  # the names of Stable Diffusion 1.5
-                state = {k.replace("to_out.0", "proj_attn").replace("to_q", "query"): v for k, v in state.items()}
-                state = {k.replace("to_k", "key").replace("to_v", "value"): v for k, v in state.items()}
+                state = {
+                    k.replace("to_out.0", "proj_attn").replace("to_q", "query"): v
+                    for k, v in state.items()
+                }
+                state = {
+                    k.replace("to_k", "key").replace("to_v", "value"): v for k, v in state.items()
+                }
             torch.save(state, root / folder / name / "diffusion_pytorch_model.bin")
         PNDMScheduler(skip_prk_steps=True).save_config(root / folder / "scheduler")
     return root
@@ -193,25 +229,30 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_sizes_equal_the_slow_reference(other: Path, kind: str):
-    heads, pixels = HEADS, decoded()
-    images = len(pixels)
+    heads, pixels = HEADS, images()
+    count = len(pixels)
     tokenizer, decoder = load_released(other, kind, num_heads=heads)  # type: ignore[arg-type]
     assert decoder is not None
-    files = {name: slow.read(other / "visual_tokenizer" / name) for name in os.listdir(other / "visual_tokenizer")}
+    files = {
+        name: slow.read(other / "visual_tokenizer" / name)
+        for name in os.listdir(other / "visual_tokenizer")
+    }
     eva, encoder = files["eva_vitg_psz14.bin"], files["tokenizer_encoder.bin"]
     w = files["tokenizer_decoder.bin" if kind == "lowres" else "highres_tokenizer_decoder.bin"]
     lm = slow.read(other / LM)
     codes = tokenizer.encode_pixels(pixels)
     condition = decoder.conditioner(codes)
     embeds = tokenizer.embed_features(tokenizer.features(pixels)).split(codes.lengths.tolist())
-    for i in range(images):
+    for i in range(count):
         features = slow.encode_features(eva, pixels[i], heads)
         assert error(tokenizer.features(pixels[i : i + 1])[0].double(), features) < 1e-4
         log_probs = slow.score(encoder, features)
         keep = log_probs[:, 0] > log_probs[:, 1]
         assert 0 < int(keep.sum()) < len(keep)
         assert torch.equal(codes.keep[i], keep)
-        expected = slow.nearest(encoder, slow.project(encoder, slow.merge(encoder, features, keep, heads)))
+        expected = slow.nearest(
+            encoder, slow.project(encoder, slow.merge(encoder, features, keep, heads))
+        )
         assert codes[i].tolist() == expected
         llm = slow.linear(lm, "vit_proj", slow.merge(lm, features, keep, heads))
         assert error(embeds[i].double(), llm) < 1e-4
@@ -220,18 +261,25 @@ def test_other_sizes_equal_the_slow_reference(other: Path, kind: str):
         if kind == "lowres":
             tokens = slow.linear(w, "unet_proj", x)
         else:
-            tokens = torch.cat([slow.linear(w, "unet_proj_1", x), slow.linear(w, "unet_proj_2", x)], 1)
+            tokens = torch.cat(
+                [slow.linear(w, "unet_proj_1", x), slow.linear(w, "unet_proj_2", x)], 1
+            )
             assert error(condition.pooled[i].double(), slow.pool(w, x, heads)) < 1e-4
         assert error(condition.tokens[i].double(), tokens) < 1e-4
     if kind == "lowres":
         null = decoder.conditioner.unconditional(condition)
-        assert null.mask.sum(1).tolist() == [SIZES["null"]] * images
+        assert null.mask.sum(1).tolist() == [SIZES["null"]] * count
         assert torch.equal(
-            null.tokens[0, : SIZES["null"]], torch.load(other / "pixel_decoding/uncond_embeddings.bin")[0]
+            null.tokens[0, : SIZES["null"]],
+            torch.load(other / "pixel_decoding/uncond_embeddings.bin")[0],
         )
-    assert type(decoder.scheduler).__name__ == "DDIMScheduler"  # published, whichever class the file names
-    image = decoder(codes, 2, 2.0, torch.Generator().manual_seed(0), height=8, width=12, output_type="pt").images
-    assert image.shape == (images, 3, 8, 12) and bool(image.isfinite().all())
+    assert (
+        type(decoder.scheduler).__name__ == "DDIMScheduler"
+    )  # published, whichever class the file names
+    image = decoder(
+        codes, 2, 2.0, torch.Generator().manual_seed(0), height=8, width=12, output_type="pt"
+    ).images
+    assert image.shape == (count, 3, 8, 12) and bool(image.isfinite().all())
 
 
 def test_heads_by_width(other: Path):
@@ -266,7 +314,10 @@ def test_every_difference_is_listed_by_file_and_tensor(copy: Path):
 
     change(copy / TOKENIZER, edit)
     change(copy / ENCODER, lambda tensors: tensors.pop("blocks.1.attn.q_bias"))
-    change(copy / "pixel_decoding/unet/diffusion_pytorch_model.bin", lambda tensors: tensors.pop("conv_in.bias"))
+    change(
+        copy / "pixel_decoding/unet/diffusion_pytorch_model.bin",
+        lambda tensors: tensors.pop("conv_in.bias"),
+    )
     with pytest.raises(WeightsError) as caught:
         load_released(copy, "lowres")
     for line in (
@@ -283,7 +334,10 @@ def test_every_difference_is_listed_by_file_and_tensor(copy: Path):
 def test_tensors_that_tell_the_size(copy: Path):
     change(copy / ENCODER, lambda tensors: tensors.pop("pos_embed"))
     change(copy / TOKENIZER, lambda tensors: tensors.pop("quantize.embedding.weight"))
-    with pytest.raises(WeightsError, match=r"(?s)eva_vitg_psz14.bin: missing +pos_embed.*quantize\.embedding\.weight"):
+    with pytest.raises(
+        WeightsError,
+        match=r"(?s)eva_vitg_psz14.bin: missing +pos_embed.*quantize\.embedding\.weight",
+    ):
         load_released(copy)
 
 
@@ -292,7 +346,10 @@ def test_tensors_that_tell_the_size(copy: Path):
     [
         (torch.full((8,), float("nan")), "holds NaN or infinity as float32"),
         (torch.zeros(1).expand(8), "32 bytes by its shape, 4 stored"),
-        (torch.zeros(8, dtype=torch.int64), "encode_task_layer.2.bias: expected floats, got torch.int64"),
+        (
+            torch.zeros(8, dtype=torch.int64),
+            "encode_task_layer.2.bias: expected floats, got torch.int64",
+        ),
         ("text", "'encode_task_layer.2.bias': got str"),
     ],
 )
@@ -318,11 +375,15 @@ def test_is_finite():
 def test_absent_and_damaged_files(copy: Path):
     (copy / "pixel_decoding/uncond_embeddings.bin").unlink()
     (copy / TOKENIZER).unlink()
-    with pytest.raises(WeightsError, match=r"tokenizer_encoder\.bin, pixel_decoding/uncond_embeddings\.bin"):
+    with pytest.raises(
+        WeightsError, match=r"tokenizer_encoder\.bin, pixel_decoding/uncond_embeddings\.bin"
+    ):
         load_released(copy, "lowres")
     for damage in (b"", b"not a file of tensors", (MINI / TOKENIZER).read_bytes()[:5000]):
         (copy / TOKENIZER).write_bytes(damage)
-        with pytest.raises(WeightsError, match=r"tokenizer_encoder\.bin: (refused|not a whole file)"):
+        with pytest.raises(
+            WeightsError, match=r"tokenizer_encoder\.bin: (refused|not a whole file)"
+        ):
             load_released(copy)
     with pytest.raises(ValueError, match="'highres', 'lowres' or None, got 'middle'"):
         load_released(copy, "middle")  # type: ignore[arg-type]
@@ -340,12 +401,24 @@ class Malicious:
 
 @pytest.mark.parametrize(
     "name",
-    [ENCODER, TOKENIZER, LM, "pixel_decoding/uncond_embeddings.bin", "pixel_decoding/vae/diffusion_pytorch_model.bin"],
+    [
+        ENCODER,
+        TOKENIZER,
+        LM,
+        "pixel_decoding/uncond_embeddings.bin",
+        "pixel_decoding/vae/diffusion_pytorch_model.bin",
+    ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_wants_to_run_code_is_refused(copy: Path, tmp_path: Path, name: str, zipped: bool):
+def test_a_file_that_wants_to_run_code_is_refused(
+    copy: Path, tmp_path: Path, name: str, zipped: bool
+):
     mark = tmp_path / "it-ran"
-    torch.save({"a": torch.zeros(2), "b": Malicious(mark)}, copy / name, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"a": torch.zeros(2), "b": Malicious(mark)},
+        copy / name,
+        _use_new_zipfile_serialization=zipped,
+    )
     torch.load(copy / name, weights_only=False)
     assert mark.is_dir(), "this pickle is harmless, so the test would prove nothing"
     mark.rmdir()
@@ -387,16 +460,22 @@ def test_streaming_and_shared_memory(monkeypatch: pytest.MonkeyPatch, loaded: di
     tokenizer, decoder = loaded["highres"]
     opened: list[Path] = []
     load = pickled.load_pickled
-    monkeypatch.setattr(pickled, "load_pickled", lambda path, *rest: (opened.append(path), load(path, *rest))[1])
+    monkeypatch.setattr(
+        pickled, "load_pickled", lambda path, *rest: (opened.append(path), load(path, *rest))[1]
+    )
     monkeypatch.setattr(pickled, "MAPPED", 200_000)  # bytes: the files are mapped anew all the time
     again, _ = load_released(MINI, "highres")
     assert opened.count(MINI / ENCODER) > 4
-    for (name, a), (_, b) in zip(tokenizer.state_dict().items(), again.state_dict().items(), strict=True):
+    for (name, a), (_, b) in zip(
+        tokenizer.state_dict().items(), again.state_dict().items(), strict=True
+    ):
         assert torch.equal(a, b), name
     own = decoder.conditioner.reconstructor.state_dict()
     for name, tensor in tokenizer.reconstructor.state_dict().items():
         assert own[name].data_ptr() == tensor.data_ptr(), name
-    biases = [layer.self_attn.qkv.bias.chunk(3)[1] for layer in tokenizer.encoder.model.encoder.layers]
+    biases = [
+        layer.self_attn.qkv.bias.chunk(3)[1] for layer in tokenizer.encoder.model.encoder.layers
+    ]
     assert not any(bool(bias.any()) for bias in biases)
     assert not any(p.requires_grad for p in tokenizer.encoder.parameters())
 
@@ -406,7 +485,11 @@ def test_dtype(golden: dict[str, Tensor]):
     assert decoder is not None
     assert {p.dtype for p in tokenizer.encoder.parameters()} == {torch.bfloat16}
     assert decoder.unet.dtype == tokenizer.merger.norm_in.weight.dtype == torch.bfloat16
-    assert tokenizer.quantizer.codebook.embeddings.dtype == tokenizer.selector.judge[0].weight.dtype == torch.float32
+    assert (
+        tokenizer.quantizer.codebook.embeddings.dtype
+        == tokenizer.selector.judge[0].weight.dtype
+        == torch.float32
+    )
     features = tokenizer.features(golden["pixel_values"]).float()
     assert error(features, golden["encoder_features"]) < 0.2
     decoder.set_progress_bar_config(disable=True)
@@ -435,8 +518,12 @@ def test_strict_can_be_chosen(golden: dict[str, Tensor]):
 # Memory options of diffusers
 
 
-@pytest.mark.parametrize("option", ["attention slicing", "VAE slicing", "offload of models", "offload of layers"])
-def test_memory_options_leave_the_picture(golden: dict[str, Tensor], loaded: dict[str, Any], option: str):
+@pytest.mark.parametrize(
+    "option", ["attention slicing", "VAE slicing", "offload of models", "offload of layers"]
+)
+def test_memory_options_leave_the_picture(
+    golden: dict[str, Tensor], loaded: dict[str, Any], option: str
+):
     _, plain = loaded["lowres"]
     codes = VisualCodes(golden["given.ids"], golden["given.lengths"])
     expected = draw(plain, codes, golden["lowres.latents"], num_inference_steps=2)
@@ -450,7 +537,10 @@ def test_memory_options_leave_the_picture(golden: dict[str, Tensor], loaded: dic
     else:
         pytest.importorskip("accelerate")
         if torch.cuda.is_available():
-            turn_on = {"models": decoder.enable_model_cpu_offload, "layers": decoder.enable_sequential_cpu_offload}
+            turn_on = {
+                "models": decoder.enable_model_cpu_offload,
+                "layers": decoder.enable_sequential_cpu_offload,
+            }
             turn_on[option.split()[-1]]()
         elif option == "offload of models":
             decoder.enable_model_cpu_offload(device="cpu")
@@ -480,9 +570,16 @@ def test_vae_tiling(golden: dict[str, Tensor]):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_convert(golden: dict[str, Tensor], loaded: dict[str, Any], kind: str, tmp_path: Path, capsys: Any):
+def test_convert(
+    golden: dict[str, Tensor], loaded: dict[str, Any], kind: str, tmp_path: Path, capsys: Any
+):
     out = tmp_path / "out"
-    assert cli.main(["convert", str(MINI), str(out), *(["--decoder", "lowres"] if kind == "lowres" else [])]) == 0
+    assert (
+        cli.main(
+            ["convert", str(MINI), str(out), *(["--decoder", "lowres"] if kind == "lowres" else [])]
+        )
+        == 0
+    )
     assert f"{kind} decoder" in capsys.readouterr().err
     assert not list(out.rglob("*.bin"))
     tokenizer = VisualTokenizer.from_pretrained(out / "tokenizer")
@@ -494,10 +591,14 @@ def test_convert(golden: dict[str, Tensor], loaded: dict[str, Any], kind: str, t
     for part in ("conditioner", "unet", "vae"):
         for name, tensor in getattr(drawn, part).state_dict().items():
             assert torch.equal(tensor, getattr(decoder, part).state_dict()[name]), name
-    assert dict(decoder.scheduler.config).items() >= {"steps_offset": 1, "clip_sample": False}.items()
+    assert (
+        dict(decoder.scheduler.config).items() >= {"steps_offset": 1, "clip_sample": False}.items()
+    )
     codes = tokenizer.encode_pixels(golden["pixel_values"])
     assert torch.equal(codes.values, golden["argmax.ids"])
-    embeds = tokenizer.embed_features(tokenizer.features(golden["pixel_values"]), keep=golden["given.keep"])
+    embeds = tokenizer.embed_features(
+        tokenizer.features(golden["pixel_values"]), keep=golden["given.keep"]
+    )
     assert error(embeds, golden["given.llm_embeds"]) < 1e-4
     decoder.set_progress_bar_config(disable=True)
     given = VisualCodes(golden["given.ids"], golden["given.lengths"])
@@ -512,7 +613,9 @@ def test_convert_refuses_to_mix_files(tmp_path: Path, capsys: Any):
     assert "no such directory" in capsys.readouterr().err
 
 
-def test_large_models_are_sharded(loaded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_large_models_are_sharded(
+    loaded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     tokenizer, _ = loaded["lowres"]
     save_weights(tokenizer, tmp_path, max_shard_size="1MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from lavit_tok import ConfigError, VisualTokenizer, WeightsError
 from lavit_tok.checkpoints import weights
-from lavit_tok.checkpoints.weights import compare, find_directory, load_weights, read_json, save_weights, weight_files
+from lavit_tok.checkpoints.weights import (
+    compare,
+    find_directory,
+    load_weights,
+    read_json,
+    save_weights,
+    weight_files,
+)
 
 
 class Malicious:
@@ -79,7 +86,9 @@ def test_shards(saved: Path):
     assert len(weight_files(saved)) > 1 and not (saved / "model.safetensors").exists()
     load_weights(two, saved)
     assert torch.equal(one.linear.weight, two.linear.weight)
-    one.linear.weight.data += 1  # a later save leaves nothing of an earlier one to be read by mistake
+    one.linear.weight.data += (
+        1  # a later save leaves nothing of an earlier one to be read by mistake
+    )
     for size in ("5GB", 20, 30):
         save_weights(one, saved, max_shard_size=size)
         load_weights(two, saved)
@@ -103,7 +112,9 @@ def test_every_difference_is_listed(saved: Path):
         "missing     linear.bias [2]",
         "mis-shaped  linear.weight: expected [2, 3], got [3, 2]",
     ]
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), "nothing half loaded"
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), (
+        "nothing half loaded"
+    )
     assert compare({"a": (1,)}, {"a": (1,)}) == []
 
 
@@ -145,18 +156,34 @@ def test_truncated_files(saved: Path, size: float):
         load_weights(Net(), saved)
 
 
-@pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "/etc/passwd", "sub/x.safetensors", "absent", "..", ""])
+@pytest.mark.parametrize(
+    "shard", ["../elsewhere.safetensors", "/etc/passwd", "sub/x.safetensors", "absent", "..", ""]
+)
 def test_an_index_may_name_only_files_beside_it(saved: Path, shard: str):
     (saved / "model.safetensors").rename(saved.parent / "elsewhere.safetensors")
     (saved / "sub").mkdir()
-    (saved / "sub" / "x.safetensors").write_bytes((saved.parent / "elsewhere.safetensors").read_bytes())
-    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"linear.weight": shard}}))
+    (saved / "sub" / "x.safetensors").write_bytes(
+        (saved.parent / "elsewhere.safetensors").read_bytes()
+    )
+    (saved / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"linear.weight": shard}})
+    )
     with pytest.raises(WeightsError, match=r"index\.json: names shards that are not beside it"):
         load_weights(Net(), saved)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}', "[" * 99_999]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {}}',
+        "[" * 99_999,
+    ],
 )
 def test_a_broken_index(saved: Path, text: str):
     (saved / "model.safetensors").unlink()
@@ -170,7 +197,9 @@ def test_a_tensor_in_two_shards(saved: Path):
     (saved / "model.safetensors").unlink()
     save_file(state, saved / "a.safetensors")
     save_file({"linear.bias": torch.ones(2)}, saved / "b.safetensors")
-    index = {"weight_map": {**dict.fromkeys(state, "a.safetensors"), "linear.bias": "b.safetensors"}}
+    index = {
+        "weight_map": {**dict.fromkeys(state, "a.safetensors"), "linear.bias": "b.safetensors"}
+    }
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match=r"twice +linear\.bias, again in b\.safetensors"):
         load_weights(Net(), saved)
@@ -192,7 +221,13 @@ def test_a_pickle_is_never_run(tiny_tokenizer: VisualTokenizer, tmp_path: Path):
     tiny_tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     for content in (attack, (tmp_path / "zipped.bin").read_bytes()):
-        for name in ("pytorch_model.bin", "model.pt", "model.safetensors", "tf_model.h5", "modeling.py"):
+        for name in (
+            "pytorch_model.bin",
+            "model.pt",
+            "model.safetensors",
+            "tf_model.h5",
+            "modeling.py",
+        ):
             (folder / name).write_bytes(content)
             with pytest.raises(WeightsError):
                 VisualTokenizer.from_pretrained(folder)
@@ -210,7 +245,9 @@ def test_a_pickle_is_never_run(tiny_tokenizer: VisualTokenizer, tmp_path: Path):
 def test_only_a_pickle_beside_the_config(tiny_tokenizer: VisualTokenizer, tmp_path: Path):
     tiny_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"expected model\.safetensors or model\.safetensors\.index"):
+    with pytest.raises(
+        WeightsError, match=r"expected model\.safetensors or model\.safetensors\.index"
+    ):
         VisualTokenizer.from_pretrained(tmp_path)
 
 
@@ -230,10 +267,14 @@ def test_a_config_cannot_choose_code(tiny_tokenizer: VisualTokenizer, tmp_path: 
             VisualTokenizer.from_pretrained(tmp_path)
 
 
-def test_a_config_of_another_size_lists_the_differences(tiny_tokenizer: VisualTokenizer, tmp_path: Path):
+def test_a_config_of_another_size_lists_the_differences(
+    tiny_tokenizer: VisualTokenizer, tmp_path: Path
+):
     tiny_tokenizer.save_pretrained(tmp_path)
     config = read_json(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text(json.dumps({**config, "merger_depth": 3, "codebook_size": 17}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "merger_depth": 3, "codebook_size": 17})
+    )
     with pytest.raises(WeightsError) as caught:
         VisualTokenizer.from_pretrained(tmp_path)
     lines = str(caught.value).splitlines()[1:]
@@ -244,22 +285,38 @@ def test_a_config_of_another_size_lists_the_differences(tiny_tokenizer: VisualTo
 
 @pytest.mark.parametrize(
     "name",
-    ["nonexistent", "./nonexistent", "../nonexistent", "/nonexistent", "a/b/c", "a/", "~/model", "a b/c", "a/b\n"],
+    [
+        "nonexistent",
+        "./nonexistent",
+        "../nonexistent",
+        "/nonexistent",
+        "a/b/c",
+        "a/",
+        "~/model",
+        "a b/c",
+        "a/b\n",
+    ],
 )
 def test_names_that_no_hub_could_have_cause_no_traffic(name: str, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
     monkeypatch.setattr(weights, "snapshot_download", lambda *args, **kwargs: asked.append(args[0]))
-    with pytest.raises(WeightsError, match="expected 'default', an existing directory or a Hub id owner/name"):
+    with pytest.raises(
+        WeightsError, match="expected 'default', an existing directory or a Hub id owner/name"
+    ):
         VisualTokenizer.from_pretrained(name)
     assert not asked
 
 
 def test_a_hub_name_that_cannot_be_had(tmp_path: Path):
-    with pytest.raises(WeightsError, match="someone/nothing: no such directory, and the Hub gave none"):
+    with pytest.raises(
+        WeightsError, match="someone/nothing: no such directory, and the Hub gave none"
+    ):
         find_directory("someone/nothing", "tokenizer", local_files_only=True, cache_dir=tmp_path)
 
 
-def test_from_the_hub_only_safetensors_and_json_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_from_the_hub_only_safetensors_and_json_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     asked: dict[str, Any] = {}
 
     def download(name: str, **options: Any) -> str:
@@ -268,7 +325,11 @@ def test_from_the_hub_only_safetensors_and_json_are_asked_for(monkeypatch: pytes
 
     monkeypatch.setattr(weights, "snapshot_download", download)
     assert find_directory("owner/name", "tokenizer", revision="abc") == tmp_path
-    assert asked == {"name": "owner/name", "allow_patterns": ["*.json", "*.safetensors"], "revision": "abc"}
+    assert asked == {
+        "name": "owner/name",
+        "allow_patterns": ["*.json", "*.safetensors"],
+        "revision": "abc",
+    }
 
 
 def test_a_file_is_no_directory(saved: Path):

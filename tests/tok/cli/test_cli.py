@@ -45,8 +45,12 @@ def words(*parts: Any) -> list[str]:
     return [str(part) for part in parts]
 
 
-def test_encode_to_stdout(weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words("encode", *photos, "--tokenizer", weights / "tokenizer", "--batch-size", 3)) == 0
+def test_encode_to_stdout(
+    weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(words("encode", *photos, "--tokenizer", weights / "tokenizer", "--batch-size", 3)) == 0
+    )
     header, *rows = json_lines(capsys.readouterr().out)
     tokenizer = VisualTokenizer.from_pretrained(weights / "tokenizer")
     assert header == {
@@ -61,12 +65,19 @@ def test_encode_to_stdout(weights: Path, photos: list[Path], capsys: pytest.Capt
     assert [row["key"] for row in rows] == list(map(str, photos))
     assert [row["codes"] for row in rows] == codes.to_list()
     assert [row["length"] for row in rows] == codes.lengths.tolist()
-    assert [row["keep"] for row in rows] == [mask.nonzero().flatten().tolist() for mask in codes.keep]
+    assert [row["keep"] for row in rows] == [
+        mask.nonzero().flatten().tolist() for mask in codes.keep
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_encode_folder_then_decode(
-    weights: Path, photos: list[Path], broken: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+    weights: Path,
+    photos: list[Path],
+    broken: Path,
+    tmp_path: Path,
+    suffix: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, out = tmp_path / "in", tmp_path / f"new/codes{suffix}"
     (folder / "deeper").mkdir(parents=True)
@@ -74,14 +85,31 @@ def test_encode_folder_then_decode(
         with Image.open(photo) as image:
             image.resize((40, 30)).save(folder / ("deeper" if i % 2 else "") / photo.name)
     (folder / "broken.png").write_bytes(broken.read_bytes())
-    assert main(words("encode", folder, "--tokenizer", weights / "tokenizer", "--out", out, "--batch-size", 2)) == 0
+    assert (
+        main(
+            words(
+                "encode",
+                folder,
+                "--tokenizer",
+                weights / "tokenizer",
+                "--out",
+                out,
+                "--batch-size",
+                2,
+            )
+        )
+        == 0
+    )
     rejects = Path(f"{out}.rejects.jsonl")
     assert "encoded 4 of 5 pictures" in (message := capsys.readouterr().err)
     assert f"1 skipped, listed in {rejects}" in message
     (reject,) = json_lines(rejects.read_text())
     assert reject["key"] == str(folder / "broken.png")
     assert "not a picture" in reject["reason"]
-    assert sorted(p.name for p in out.parent.iterdir()) == [out.name, rejects.name]  # no part is left behind
+    assert sorted(p.name for p in out.parent.iterdir()) == [
+        out.name,
+        rejects.name,
+    ]  # no part is left behind
 
     header, rows = read_codes(out)
     good = list(rows)
@@ -95,15 +123,21 @@ def test_encode_folder_then_decode(
     assert main([*command, "--out", str(tmp_path / "alone"), "--batch-size", "1"]) == 0
     assert main([*command[:-1], "6", "--out", str(tmp_path / "otherwise")]) == 0
     together = sorted((tmp_path / "together").iterdir())
-    assert [p.name for p in together] == [f"{i:06d}-{Path(row.key).stem}.png" for i, row in enumerate(good)]
+    assert [p.name for p in together] == [
+        f"{i:06d}-{Path(row.key).stem}.png" for i, row in enumerate(good)
+    ]
     for path in together:
         decoded = np.asarray(Image.open(path)).astype(int)
         assert decoded.shape == (16, 16, 3)
         assert np.abs(decoded - np.asarray(Image.open(tmp_path / "alone" / path.name))).max() <= 1
-        assert np.abs(decoded - np.asarray(Image.open(tmp_path / "otherwise" / path.name))).max() > 1
+        assert (
+            np.abs(decoded - np.asarray(Image.open(tmp_path / "otherwise" / path.name))).max() > 1
+        )
 
 
-def test_budget_and_sampling(weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_budget_and_sampling(
+    weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     def lengths(*more: Any) -> list[int]:
         assert main(words("encode", *photos, "--tokenizer", weights / "tokenizer", *more)) == 0
         return [row["length"] for row in json_lines(capsys.readouterr().out)[1:]]
@@ -116,31 +150,50 @@ def test_budget_and_sampling(weights: Path, photos: list[Path], capsys: pytest.C
 
 
 def test_list_on_stdin(
-    weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    weights: Path,
+    photos: list[Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{photos[1]}\n\n{photos[2]}\n"))
     assert main(words("encode", photos[0], "-", "--tokenizer", weights / "tokenizer")) == 0
-    assert [row["key"] for row in json_lines(capsys.readouterr().out)[1:]] == list(map(str, photos[:3]))
+    assert [row["key"] for row in json_lines(capsys.readouterr().out)[1:]] == list(
+        map(str, photos[:3])
+    )
 
 
-def test_a_single_bad_picture_is_one_line(weights: Path, broken: Path, tmp_path: Path, capsys: Any) -> None:
-    for command in (["encode"], ["reconstruct", "--decoder", weights / "decoder", "--out", tmp_path / "out"]):
+def test_a_single_bad_picture_is_one_line(
+    weights: Path, broken: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for command in (
+        ["encode"],
+        ["reconstruct", "--decoder", weights / "decoder", "--out", tmp_path / "out"],
+    ):
         assert main(words(*command, broken, "--tokenizer", weights / "tokenizer")) == 2
         captured = capsys.readouterr()
         expected = f"lavit-tok: error: {broken}: not a picture in a format that Pillow knows\n"
         assert (captured.out, captured.err) == ("", expected)
 
 
-def test_only_bad_pictures(weights: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_bad_pictures(
+    weights: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "codes.parquet"
     missing = tmp_path / "missing.png"
-    assert main(words("encode", broken, missing, "--tokenizer", weights / "tokenizer", "--out", out)) == 2
+    assert (
+        main(words("encode", broken, missing, "--tokenizer", weights / "tokenizer", "--out", out))
+        == 2
+    )
     assert f"none of 2 could be used; the first is {broken}" in capsys.readouterr().err
     assert not out.exists()
-    assert [row["key"] for row in json_lines(Path(f"{out}.rejects.jsonl").read_text())] == words(broken, missing)
+    assert [row["key"] for row in json_lines(Path(f"{out}.rejects.jsonl").read_text())] == words(
+        broken, missing
+    )
 
 
-def test_rejects_without_a_file_go_to_stderr(weights: Path, broken: Path, photos: list[Path], capsys: Any) -> None:
+def test_rejects_without_a_file_go_to_stderr(
+    weights: Path, broken: Path, photos: list[Path], capsys: Any
+) -> None:
     assert main(words("encode", broken, photos[0], "--tokenizer", weights / "tokenizer")) == 0
     captured = capsys.readouterr()
     assert len(json_lines(captured.out)) == 2
@@ -148,7 +201,9 @@ def test_rejects_without_a_file_go_to_stderr(weights: Path, broken: Path, photos
     assert "encoded 1 of 2 pictures" in captured.err
 
 
-def test_bad_rows_are_skipped_and_listed(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_are_skipped_and_listed(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, out = tmp_path / "codes.jsonl", tmp_path / "out"
     with code_writer(path, Header("t", 16, 16)) as writer:
         writer.add(
@@ -160,12 +215,21 @@ def test_bad_rows_are_skipped_and_listed(weights: Path, tmp_path: Path, capsys: 
             ]
         )
     with open(path, "a") as file:
-        file.write('{"key": "text", "codes": ["1"]}\nnot json\n{"key": "short", "codes": [1], "length": 2}\n')
+        file.write(
+            '{"key": "text", "codes": ["1"]}\nnot json\n{"key": "short", "codes": [1], "length": 2}\n'
+        )
         file.write('{"key": "../../up/../good", "codes": [15]}\n')
-    assert main(words("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out)) == 0
+    assert (
+        main(words("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out))
+        == 0
+    )
     assert "decoded 2 of 8 rows" in (message := capsys.readouterr().err)
     assert f"6 skipped, listed in {out / 'rejects.jsonl'}" in message
-    assert sorted(p.name for p in out.iterdir()) == ["000000-good.png", "000007-good.png", "rejects.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "000000-good.png",
+        "000007-good.png",
+        "rejects.jsonl",
+    ]
     reasons = {row["key"]: row["reason"] for row in json_lines((out / "rejects.jsonl").read_text())}
     assert reasons["large"] == "codes must lie in 0..15, got 16..16"
     assert reasons["empty"] == "expected 1..16 codes, got 0"
@@ -175,17 +239,24 @@ def test_bad_rows_are_skipped_and_listed(weights: Path, tmp_path: Path, capsys: 
     assert reasons["short"] == "length says 2, but there are 1 codes"
 
 
-def test_codes_of_another_codebook(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_codes_of_another_codebook(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "codes.parquet"
     with code_writer(path, Header("t", 1024, 16)) as writer:
         writer.add([CodeRecord("a", [1, 2, 3])])
-    assert main(words("decode", path, "--decoder", weights / "decoder", "--out", tmp_path / "out")) == 2
+    assert (
+        main(words("decode", path, "--decoder", weights / "decoder", "--out", tmp_path / "out"))
+        == 2
+    )
     message = capsys.readouterr().err
     assert f"{path}: its codes index a codebook of 1024 rows, the decoder's has 16" in message
     assert message.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"{}\n", b'{"format": "other", "version": 1}\n', b"\xff\x00"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}\n", b'{"format": "other", "version": 1}\n', b"\xff\x00"]
+)
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_files_that_hold_no_codes(content: bytes, suffix: str, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / f"codes{suffix}"
@@ -198,7 +269,10 @@ def test_files_that_hold_no_codes(content: bytes, suffix: str, tmp_path: Path, c
 
 def test_parquet_keeps_everything(tmp_path: Path) -> None:
     path = tmp_path / "codes.parquet"
-    rows = [CodeRecord(f"picture {i}", list(range(i % 5)), None if i % 3 else [0, i % 7]) for i in range(20_000)]
+    rows = [
+        CodeRecord(f"picture {i}", list(range(i % 5)), None if i % 3 else [0, i % 7])
+        for i in range(20_000)
+    ]
     with code_writer(path, Header("owner/name", 16384, 256)) as writer:
         for start in range(0, len(rows), 700):
             writer.add(rows[start : start + 700])
@@ -222,12 +296,28 @@ def test_a_job_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["codes.jsonl", "codes.parquet"]
 
 
-def test_reconstruct(weights: Path, photos: list[Path], broken: Path, tmp_path: Path, capsys: Any) -> None:
+def test_reconstruct(
+    weights: Path, photos: list[Path], broken: Path, tmp_path: Path, capsys: Any
+) -> None:
     out = tmp_path / "out"
-    options = ["--tokenizer", weights / "tokenizer", "--decoder", weights / "decoder", "--steps", 2, "--out", out]
-    assert main(words("reconstruct", photos[0], broken, photos[0], *options, "--scheduler", "dpm")) == 0
+    options = [
+        "--tokenizer",
+        weights / "tokenizer",
+        "--decoder",
+        weights / "decoder",
+        "--steps",
+        2,
+        "--out",
+        out,
+    ]
+    assert (
+        main(words("reconstruct", photos[0], broken, photos[0], *options, "--scheduler", "dpm"))
+        == 0
+    )
     text = capsys.readouterr().out
-    length = int(VisualTokenizer.from_pretrained(weights / "tokenizer").encode(photos[0]).lengths[0])
+    length = int(
+        VisualTokenizer.from_pretrained(weights / "tokenizer").encode(photos[0]).lengths[0]
+    )
     assert text.count(f"{length} of 16 tokens  {photos[0]}") == 2
     assert f"{length:.1f} tokens an image on average, 2 images; 1 skipped" in text
     assert f"sheet: {out / 'sheet.png'}" in text
@@ -239,11 +329,15 @@ def test_reconstruct(weights: Path, photos: list[Path], broken: Path, tmp_path: 
     same = (original == kept).all(-1).reshape(4, 64, 4, 64).all((1, 3))
     assert same.sum() == length  # the kept patches are untouched
     with Image.open(photos[0]) as photo:
-        assert np.array_equal(original, np.asarray(photo.resize((256, 256), Image.Resampling.BICUBIC)))
+        assert np.array_equal(
+            original, np.asarray(photo.resize((256, 256), Image.Resampling.BICUBIC))
+        )
     assert drawn.std() > 0
 
 
-def test_reconstruct_without_pictures_takes_photographs(weights: Path, tmp_path: Path, capsys: Any) -> None:
+def test_reconstruct_without_pictures_takes_photographs(
+    weights: Path, tmp_path: Path, capsys: Any
+) -> None:
     options = ["--tokenizer", weights / "tokenizer", "--decoder", weights / "decoder", "--steps", 1]
     assert main(words("reconstruct", *options, "--out", tmp_path / "out")) == 0
     assert len(photographs()) == 8
@@ -258,7 +352,9 @@ def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> 
     folder.mkdir(parents=True)
     for i in range(12):
         with Image.open(photos[i % 4]) as image:
-            image.crop((i * 10, 0, i * 10 + 150, 150)).resize((32, 32)).save(folder / f"{i:02d}.png")
+            image.crop((i * 10, 0, i * 10 + 150, 150)).resize((32, 32)).save(
+                folder / f"{i:02d}.png"
+            )
     checkpoint = {"dirpath": str(tmp_path / "run"), "every_n_train_steps": 1, "save_last": True}
     values = {
         "seed_everything": 0,
@@ -268,10 +364,17 @@ def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> 
             "logger": False,
             "enable_progress_bar": False,
             "default_root_dir": str(tmp_path / "run"),
-            "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}],
+            "callbacks": [
+                {
+                    "class_path": "pytorch_lightning.callbacks.ModelCheckpoint",
+                    "init_args": checkpoint,
+                }
+            ],
         },
         "model": {
-            "config": {k: v for k, v in tiny_config.to_dict().items() if not k.startswith("format")},
+            "config": {
+                k: v for k, v in tiny_config.to_dict().items() if not k.startswith("format")
+            },
             "out": str(tmp_path / "tokenizer"),
             "stop_sampling_step": 1,
             "quantize_at": 1,
@@ -285,7 +388,9 @@ def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> 
     return path
 
 
-def test_fit_then_resume_then_encode(recipe: Path, photos: list[Path], tmp_path: Path, capsys: Any) -> None:
+def test_fit_then_resume_then_encode(
+    recipe: Path, photos: list[Path], tmp_path: Path, capsys: Any
+) -> None:
     assert main(words("fit", "-c", recipe)) == 0
     first = (tmp_path / "tokenizer/model.safetensors").read_bytes()
     assert main(words("fit", "-c", recipe, "--ckpt_path", "last", "--trainer.max_steps", 4)) == 0
@@ -297,10 +402,18 @@ def test_fit_then_resume_then_encode(recipe: Path, photos: list[Path], tmp_path:
     assert json_lines(capsys.readouterr().out)[1]["length"] >= 1
 
 
-def test_fit_decoder_then_reconstruct(recipe: Path, weights: Path, photos: list[Path], tmp_path: Path) -> None:
+def test_fit_decoder_then_reconstruct(
+    recipe: Path, weights: Path, photos: list[Path], tmp_path: Path
+) -> None:
     values = yaml.safe_load(recipe.read_text())
     unet = json.loads((weights / "decoder/unet/config.json").read_text())
-    shape = ("block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "norm_num_groups")
+    shape = (
+        "block_out_channels",
+        "layers_per_block",
+        "down_block_types",
+        "up_block_types",
+        "norm_num_groups",
+    )
     values["model"] = {
         "tokenizer": str(weights / "tokenizer"),
         "vae": str(weights / "decoder/vae"),
@@ -311,7 +424,14 @@ def test_fit_decoder_then_reconstruct(recipe: Path, weights: Path, photos: list[
     }
     recipe.write_text(yaml.safe_dump(values))
     assert main(words("fit-decoder", "-c", recipe)) == 0
-    options = ["--tokenizer", weights / "tokenizer", "--decoder", tmp_path / "decoder", "--steps", 1]
+    options = [
+        "--tokenizer",
+        weights / "tokenizer",
+        "--decoder",
+        tmp_path / "decoder",
+        "--steps",
+        1,
+    ]
     assert main(words("reconstruct", photos[0], *options, "--out", tmp_path / "out")) == 0
     assert (tmp_path / "out/sheet.png").is_file()
 
@@ -326,7 +446,11 @@ def test_fit_decoder_then_reconstruct(recipe: Path, weights: Path, photos: list[
 )
 def test_bad_recipes(line: str, reason: str, recipe: Path, capsys: Any) -> None:
     assert main([word.replace("RECIPE", str(recipe)) for word in line.split()]) == 2
-    (error,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("lavit-tok: error: ")]
+    (error,) = [
+        text
+        for text in capsys.readouterr().err.splitlines()
+        if text.startswith("lavit-tok: error: ")
+    ]
     assert reason in error
 
 
@@ -355,17 +479,33 @@ def test_bad_words(line: str, reason: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("encode PHOTO --tokenizer no/such/folder", "no/such/folder: expected 'default', an existing directory"),
-        ("encode PHOTO --out codes.txt", "codes.txt: expected a name that ends in .parquet or .jsonl"),
-        ("encode PHOTO --device toaster --tokenizer TOKENIZER", "device 'toaster' cannot be used here"),
+        (
+            "encode PHOTO --tokenizer no/such/folder",
+            "no/such/folder: expected 'default', an existing directory",
+        ),
+        (
+            "encode PHOTO --out codes.txt",
+            "codes.txt: expected a name that ends in .parquet or .jsonl",
+        ),
+        (
+            "encode PHOTO --device toaster --tokenizer TOKENIZER",
+            "device 'toaster' cannot be used here",
+        ),
         ("encode FOLDER", "no pictures found"),
         ("decode missing.parquet --out DIR", "missing.parquet"),
         ("decode codes.csv --out DIR", "codes.csv: expected a name that ends in"),
     ],
 )
-def test_bad_input(line: str, reason: str, photos: list[Path], weights: Path, tmp_path: Path, capsys: Any) -> None:
+def test_bad_input(
+    line: str, reason: str, photos: list[Path], weights: Path, tmp_path: Path, capsys: Any
+) -> None:
     (tmp_path / "empty").mkdir()
-    names = {"PHOTO": photos[0], "TOKENIZER": weights / "tokenizer", "FOLDER": tmp_path / "empty", "DIR": tmp_path}
+    names = {
+        "PHOTO": photos[0],
+        "TOKENIZER": weights / "tokenizer",
+        "FOLDER": tmp_path / "empty",
+        "DIR": tmp_path,
+    }
     assert main(words(*(names.get(word, word) for word in line.split()))) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -379,5 +519,7 @@ def test_help_is_quick_and_every_command_exists() -> None:
     heavy = {"torch", "numpy", "PIL", "transformers", "pyarrow"}
     code = "import sys; from lavit_tok.cli import main\ntry: main(['--help'])\n"
     code += f"finally: assert not {heavy} & {{*sys.modules}}"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert all(name in shown for name in COMMANDS)

@@ -43,7 +43,9 @@ def album(photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     validate; 40 x 32 pixels."""
     folder = tmp_path_factory.mktemp("album")
     images = [open_image(photo) for photo in photos]
-    noise = np.random.default_rng(0).bytes(20_000).hex()  # which does not compress to less than its 20 kB
+    noise = (
+        np.random.default_rng(0).bytes(20_000).hex()
+    )  # which does not compress to less than its 20 kB
     for split, count in (("train", 10), ("validation", 2)):
         (folder / split).mkdir()
         lines = []
@@ -51,7 +53,12 @@ def album(photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
             left = 20 * i if split == "train" else 100
             image = images[i % 4].crop((left, 0, left + 200, 160)).resize((40, 32))
             image.save(folder / split / f"{i:02d}.png")
-            lines.append({"file_name": f"{i:02d}.png", "caption": noise if i == 5 else f"{split} {i}" if i else None})
+            lines.append(
+                {
+                    "file_name": f"{i:02d}.png",
+                    "caption": noise if i == 5 else f"{split} {i}" if i else None,
+                }
+            )
         (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / f"train/{CORRUPT:02d}.png").write_bytes(b"\x89PNG but not really")
     return folder
@@ -67,8 +74,21 @@ def weights(tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> Path:
 def shards(album: Path, weights: Path, tmp_path: Path) -> Callable[..., Path]:
     """Runs the command in process with pictures of the album, four a shard, and returns the folder."""
 
-    def run(out: str = "out", *more: Any, data: Path = album, split: str | None = "train", code: int = 0) -> Path:
-        words = ["shards", data, "--out", tmp_path / out, "--tokenizer", weights, "--shard-size", 4, "--batch-size", 3]
+    def run(
+        out: str = "out", *more: Any, data: Path = album, split: str | None = "train", code: int = 0
+    ) -> Path:
+        words = [
+            "shards",
+            data,
+            "--out",
+            tmp_path / out,
+            "--tokenizer",
+            weights,
+            "--shard-size",
+            4,
+            "--batch-size",
+            3,
+        ]
         words += ["--split", split] if split else []
         assert main([str(word) for word in [*words, *more]]) == code
         return tmp_path / out
@@ -94,10 +114,17 @@ def test_the_drawing(shards: Callable[..., Path], album: Path, weights: Path, ca
     """That of shard_files.py, and that every row holds what the tokenizer says about its picture."""
     out = shards()
     message = capsys.readouterr().err
-    assert "train: 9 rows of 10 pictures" in message and f"1 skipped, listed in {out}/train.rejects.jsonl" in message
+    assert (
+        "train: 9 rows of 10 pictures" in message
+        and f"1 skipped, listed in {out}/train.rejects.jsonl" in message
+    )
     names = [f"train-{i:05d}.parquet" for i in range(3)]
     assert sorted(files(out)) == ["manifest.json", *names, "train.rejects.jsonl"]
-    assert [keys(out / name) for name in names] == [["00", "01", "03"], ["04", "05", "06", "07"], ["08", "09"]]
+    assert [keys(out / name) for name in names] == [
+        ["00", "01", "03"],
+        ["04", "05", "06", "07"],
+        ["08", "09"],
+    ]
 
     tokenizer = VisualTokenizer.from_pretrained(weights)
     rows = [row for name in names for row in pq.ParquetFile(out / name).read().to_pylist()]
@@ -105,12 +132,19 @@ def test_the_drawing(shards: Callable[..., Path], album: Path, weights: Path, ca
     assert codes.keep is not None
     assert [row["codes"] for row in rows] == codes.to_list()
     assert [row["length"] for row in rows] == codes.lengths.tolist()
-    assert [row["keep"] for row in rows] == [mask.nonzero().flatten().tolist() for mask in codes.keep]
+    assert [row["keep"] for row in rows] == [
+        mask.nonzero().flatten().tolist() for mask in codes.keep
+    ]
     assert [row["caption"] for row in rows if len(row["caption"]) < 99] == [
         "",
         *(f"train {i}" for i in (1, 3, 4, 6, 7, 8, 9)),
     ]
-    schema = {"key": "string", "caption": "string", "codes": "list<element: int32>", "length": "int32"}
+    schema = {
+        "key": "string",
+        "caption": "string",
+        "codes": "list<element: int32>",
+        "length": "int32",
+    }
     found = pq.ParquetFile(out / names[0]).schema_arrow
     assert {f.name: str(f.type) for f in found} == schema | {"keep": "list<element: int32>"}
 
@@ -121,10 +155,14 @@ def test_the_drawing(shards: Callable[..., Path], album: Path, weights: Path, ca
         ["08", "08", "09", "09"],
     ]
     flipped = [row for name in names for row in pq.ParquetFile(both / name).read().to_pylist()]
-    assert [row.pop("mirrored") for row in flipped] == [False, True] * 9
+    assert [row.pop("flipped") for row in flipped] == [False, True] * 9
     assert flipped[::2] == rows
-    flipped = [np.asarray(open_image(album / row["key"]))[:, ::-1].copy() for row in rows]
-    assert [row["codes"] for row in flipped[1::2]] == tokenizer.encode(flipped).to_list() != codes.to_list()
+    arrays = [np.asarray(open_image(album / row["key"]))[:, ::-1].copy() for row in rows]
+    assert (
+        [row["codes"] for row in flipped[1::2]]
+        == tokenizer.encode(arrays).to_list()
+        != codes.to_list()
+    )
 
 
 def test_manifest_and_rejects(shards: Callable[..., Path], weights: Path, album: Path) -> None:
@@ -135,8 +173,13 @@ def test_manifest_and_rejects(shards: Callable[..., Path], weights: Path, album:
     tokenizer = VisualTokenizer.from_pretrained(weights)
     assert (values["format"], values["version"]) == ("lavit_tok.shards", 1)
     assert (values["tokenizer"], values["fingerprint"]) == (str(weights), tokenizer.fingerprint())
-    assert (values["codebook_size"], values["patches"], values["budget"], values["mirror"]) == (16, 16, None, False)
-    assert (split["data"], split["pictures"], split["caption_column"]) == (str(album), 10, "caption")
+    assert (values["codebook_size"], values["patches"], values["budget"], values["flip"]) == (
+        16,
+        16,
+        None,
+        False,
+    )
+    assert (split["data"], split["images"], split["caption_column"]) == (str(album), 10, "caption")
     for shard in listed:
         table = pq.ParquetFile(out / shard["file"]).read()
         assert (shard["rows"], shard["codes"]) == (len(table), sum(table["length"].to_pylist()))
@@ -154,7 +197,9 @@ def test_neither_processes_nor_the_place_of_the_data_matter(
     assert files(shards("together", "--flip", "--budget", 0.25, "--num-workers", 2)) == alone
     import shutil
 
-    moved = shards("moved", "--flip", "--budget", 0.25, data=shutil.copytree(album, tmp_path / "moved album"))
+    moved = shards(
+        "moved", "--flip", "--budget", 0.25, data=shutil.copytree(album, tmp_path / "moved album")
+    )
     there = files(moved)
     assert {name: there[name] for name in there if name != "manifest.json"} == {
         name: alone[name] for name in alone if name != "manifest.json"
@@ -183,9 +228,14 @@ def test_splits_share_a_manifest(shards: Callable[..., Path]) -> None:
     assert not (together / "validation.rejects.jsonl").exists()
 
 
-def parquet(path: Path, album: Path, corrupt: tuple[int, ...] = (CORRUPT,), **columns: list[Any]) -> Path:
+def parquet(
+    path: Path, album: Path, corrupt: tuple[int, ...] = (CORRUPT,), **columns: list[Any]
+) -> Path:
     """Ten pictures of the album as bytes, with the given columns of text or numbers."""
-    images = [{"bytes": (album / f"train/{i:02d}.png").read_bytes(), "path": f"{i}.png"} for i in range(10)]
+    images = [
+        {"bytes": (album / f"train/{i:02d}.png").read_bytes(), "path": f"{i}.png"}
+        for i in range(10)
+    ]
     images = [p | {"bytes": p["bytes"][:40]} if i in corrupt else p for i, p in enumerate(images)]
     rows = datasets.Dataset.from_dict({"picture": images, **columns})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,20 +243,41 @@ def parquet(path: Path, album: Path, corrupt: tuple[int, ...] = (CORRUPT,), **co
     return path
 
 
-def test_parquet_and_its_columns(shards: Callable[..., Path], album: Path, tmp_path: Path, capsys: Any) -> None:
+def test_parquet_and_its_columns(
+    shards: Callable[..., Path], album: Path, tmp_path: Path, capsys: Any
+) -> None:
     numbers = list(range(100, 110))
     texts = [f"text {i}" for i in range(10)]
-    path = parquet(tmp_path / "data/a.parquet", album, text=texts, number=numbers, id=[f"id {i}" for i in range(10)])
+    path = parquet(
+        tmp_path / "data/a.parquet",
+        album,
+        text=texts,
+        number=numbers,
+        id=[f"id {i}" for i in range(10)],
+    )
     good = [i for i in range(10) if i != CORRUPT]
 
     def rows(out: Path) -> list[tuple[str, str]]:
-        return [(row["key"], row["caption"]) for row in Shards.open(out).dataset(tmp_path / "copies")]
+        return [
+            (row["key"], row["caption"]) for row in Shards.open(out).dataset(tmp_path / "copies")
+        ]
 
     assert rows(shards("found", data=path)) == [(f"id {i}", f"text {i}") for i in good]
-    named = shards("named", "--caption-column", "id", "--key-column", "number", "--image-column", "picture", data=path)
+    named = shards(
+        "named",
+        "--caption-column",
+        "id",
+        "--key-column",
+        "number",
+        "--image-column",
+        "picture",
+        data=path,
+    )
     assert rows(named) == [(str(100 + i), f"id {i}") for i in good]
     assert json.loads((named / "train.rejects.jsonl").read_text())["key"] == "102"
-    assert rows(shards("silent", "--caption-column", "", data=path)) == [(f"id {i}", "") for i in good]
+    assert rows(shards("silent", "--caption-column", "", data=path)) == [
+        (f"id {i}", "") for i in good
+    ]
     capsys.readouterr()
     for words, reason in (
         (
@@ -214,7 +285,10 @@ def test_parquet_and_its_columns(shards: Callable[..., Path], album: Path, tmp_p
             "expected a caption column 'words' of text, got columns picture, text, number, id",
         ),
         (["--caption-column", "number"], "expected a caption column 'number' of text"),
-        (["--key-column", "name"], "expected a key column 'name', got columns picture, text, number, id"),
+        (
+            ["--key-column", "name"],
+            "expected a key column 'name', got columns picture, text, number, id",
+        ),
         (["--split", "test"], "expected a split 'test', got train"),
         (["--device", "toaster"], "device 'toaster' cannot be used here"),
     ):
@@ -228,7 +302,7 @@ KILLS = """
 import os, signal, sys, time
 from pathlib import Path
 from lavit_tok import Shards
-assert not {"datasets", "lightning", "diffusers"} & {*sys.modules}  # the reader alone is light
+assert not {"datasets", "pytorch_lightning", "diffusers"} & {*sys.modules}  # the reader alone is light
 from lavit_tok import VisualTokenizer
 from lavit_tok.cli import main
 from lavit_tok.data.image_sources import load_splits
@@ -276,7 +350,19 @@ def test_killed_at_any_moment_it_gives_the_same_bytes(
     """kill -9 from outside, then just before each kind of file appears, again and again until a run gets through."""
     options = ["--shard-size", "2"]
     whole, out = shards("whole", *options), tmp_path / "killed"
-    words = ["shards", album, "--out", out, "--tokenizer", weights, "--batch-size", 3, "--split", "train", *options]
+    words = [
+        "shards",
+        album,
+        "--out",
+        out,
+        "--tokenizer",
+        weights,
+        "--batch-size",
+        3,
+        "--split",
+        "train",
+        *options,
+    ]
     shown = subprocess.run(
         [sys.executable, "-c", KILLS, *map(str, [out, album, weights, *words])],
         env={**os.environ, "HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
@@ -289,7 +375,9 @@ def test_killed_at_any_moment_it_gives_the_same_bytes(
     assert lines[0][:2] == ["killed", "-9"] and int(lines[0][2]) < 5  # really in the middle
     assert lines[-1][:2] == ["ended", "0"], shown.stderr
     assert len(lines) >= 5 and all(line[:2] == ["killed", "-9"] for line in lines[:-1])
-    assert any(int(line[3]) for line in lines[1:-1])  # half-written files were left behind, and then removed
+    assert any(
+        int(line[3]) for line in lines[1:-1]
+    )  # half-written files were left behind, and then removed
     assert files(out) == files(whole)
 
 
@@ -305,7 +393,9 @@ def test_damage_is_mended(shards: Callable[..., Path], capsys: Any) -> None:
 
     stamps = {name: (out / name).stat().st_mtime_ns for name in whole}
     again("3 of them there before")
-    assert {name: (out / name).stat().st_mtime_ns for name in whole} == stamps  # nothing is written twice
+    assert {
+        name: (out / name).stat().st_mtime_ns for name in whole
+    } == stamps  # nothing is written twice
     (out / "train-00001.parquet").unlink()
     again("2 of them there before")
     (out / "train-00000.parquet").write_bytes(whole["train-00000.parquet"][:-9])
@@ -314,12 +404,16 @@ def test_damage_is_mended(shards: Callable[..., Path], capsys: Any) -> None:
     again("2 of them there before")
     (out / "train.rejects.jsonl").write_text('{"key": "train/02.png", "rea')
     again("2 of them there before")
-    with open(out / "train.rejects.jsonl", "a") as lines:  # what could not be read for a moment, and now can
+    with open(
+        out / "train.rejects.jsonl", "a"
+    ) as lines:  # what could not be read for a moment, and now can
         lines.write('{"key": "train/05.png", "reason": "away", "row": 5}\n')
     again("2 of them there before")
     (out / ".train-00002.parquet.1.part").write_text("half")
     again("3 of them there before")
-    edit(out, lambda values: values["splits"]["train"]["shards"].pop())  # killed before the manifest was moved
+    edit(
+        out, lambda values: values["splits"]["train"]["shards"].pop()
+    )  # killed before the manifest was moved
     again("2 of them there before")
     (out / "manifest.json").unlink()
     again("3 shards;")
@@ -340,7 +434,11 @@ def test_rejects_are_never_lost(shards: Callable[..., Path], album: Path, tmp_pa
 
 
 def test_other_settings_are_refused(
-    shards: Callable[..., Path], tiny_tokenizer: VisualTokenizer, album: Path, tmp_path: Path, capsys: Any
+    shards: Callable[..., Path],
+    tiny_tokenizer: VisualTokenizer,
+    album: Path,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     out = shards("out", "--budget", 1)
     whole = files(out)
@@ -352,24 +450,37 @@ def test_other_settings_are_refused(
     for words, names in (
         (["--budget", 2], ["budget 1 then, 2 now"]),
         (["--budget", "1.0"], ["budget 1 then, 1.0 now", "batch_size None then, 3 now"]),
-        (["--budget", 1, "--flip", "--shard-size", 5], ["mirror False then, True now", "shard_size 4 then, 5 now"]),
+        (
+            ["--budget", 1, "--flip", "--shard-size", 5],
+            ["flip False then, True now", "shard_size 4 then, 5 now"],
+        ),
         (["--budget", 1, "--caption-column", ""], ["caption_column 'caption' then, None now"]),
         (["--budget", 1, "--tokenizer", tmp_path / "other selector"], ["tokenizer '", "weights '"]),
-        (["--budget", 1, "--tokenizer", tmp_path / "other codebook"], ["tokenizer '", "fingerprint '"]),
+        (
+            ["--budget", 1, "--tokenizer", tmp_path / "other codebook"],
+            ["tokenizer '", "fingerprint '"],
+        ),
     ):
         capsys.readouterr()
         shards("out", *words, code=2)
         message = capsys.readouterr().err
-        assert message.startswith(f"lavit-tok: error: {out}: begun with other settings: ") and message.count("\n") == 1
+        assert (
+            message.startswith(f"lavit-tok: error: {out}: begun with other settings: ")
+            and message.count("\n") == 1
+        )
         assert all(name in message for name in names)
     shards("out", "--budget", 1, data=other, code=2)
     message = capsys.readouterr().err
     assert f"data '{album}' then, '{other}' now" in message and "digest '" in message
     assert files(out) == whole
-    assert keys(shards("out", "--budget", 1, "--batch-size", 2) / "train-00000.parquet")  # that one is free
+    assert keys(
+        shards("out", "--budget", 1, "--batch-size", 2) / "train-00000.parquet"
+    )  # that one is free
 
 
-def test_a_full_disk_keeps_what_is_complete(shards: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+def test_a_full_disk_keeps_what_is_complete(
+    shards: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
     """The system refuses to write more than 8 kB into one file, which the second shard with its long caption needs."""
     whole = files(shards("whole"))
     assert len(whole["train-00001.parquet"]) > 9000 > 8192 > len(whole["train-00000.parquet"])
@@ -381,7 +492,9 @@ def test_a_full_disk_keeps_what_is_complete(shards: Callable[..., Path], tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     message = capsys.readouterr().err
-    assert message.startswith(f"lavit-tok: error: {out / 'train-00001.parquet'} cannot be written: ")
+    assert message.startswith(
+        f"lavit-tok: error: {out / 'train-00001.parquet'} cannot be written: "
+    )
     assert "1 of 3 shards are complete and kept" in message and message.count("\n") == 1
     assert sorted(files(out)) == ["manifest.json", "train-00000.parquet", "train.rejects.jsonl"]
     with pytest.raises(ShardError, match="1 of 3 shards of split 'train' are done"):
@@ -411,7 +524,10 @@ def test_pictures_that_cannot_be_used(
         (folder / f"{i}.png").write_bytes(b"no picture")
     out = shards("bad out", "--caption-column", "", data=folder.parent, code=2)
     message = capsys.readouterr().err
-    assert "none of 3 pictures of split 'train' could be used; the first is train/0.png: not a picture" in message
+    assert (
+        "none of 3 pictures of split 'train' could be used; the first is train/0.png: not a picture"
+        in message
+    )
     assert len((out / "train.rejects.jsonl").read_text().splitlines()) == 3
     with pytest.raises(ShardError, match="no rows: none of its pictures could be read"):
         Shards.open(out)
@@ -426,24 +542,39 @@ def test_pictures_that_cannot_be_used(
 
 
 def test_words_that_are_refused(capsys: Any) -> None:
-    for words, reason in (("a --shard-size 0", "at least 1"), ("a --num-workers -1", "0 or more"), ("a", "--out")):
+    for words, reason in (
+        ("a --shard-size 0", "at least 1"),
+        ("a --num-workers -1", "0 or more"),
+        ("a", "--out"),
+    ):
         with pytest.raises(SystemExit) as caught:
             main(["shards", *words.split()])
         assert caught.value.code == 2 and reason in capsys.readouterr().err
 
 
-def test_reading_for_training(shards: Callable[..., Path], weights: Path, album: Path, tmp_path: Path) -> None:
-    out = shards("a [1] *", "--flip", "--shard-size", 1)  # number 2 has a shard of its own, which is empty
+def test_reading_for_training(
+    shards: Callable[..., Path], weights: Path, album: Path, tmp_path: Path
+) -> None:
+    out = shards(
+        "a [1] *", "--flip", "--shard-size", 1
+    )  # number 2 has a shard of its own, which is empty
     opened = Shards.open(str(out), "train")
     tokenizer = VisualTokenizer.from_pretrained(weights)
     opened.require(fingerprint=tokenizer.fingerprint(), codebook_size=16)
     assert (opened.split, opened.tokenizer, opened.data) == ("train", str(weights), str(album))
     assert (opened.rows, opened.rejects, len(opened.files)) == (18, 1, 9)
-    assert (opened.codebook_size, opened.patches, opened.budget, opened.flip) == (16, 16, None, True)
+    assert (opened.codebook_size, opened.patches, opened.budget, opened.flip) == (
+        16,
+        16,
+        None,
+        True,
+    )
     rows = opened.dataset(tmp_path / "copies")
     assert isinstance(rows, datasets.Dataset) and len(rows) == 18
-    assert rows.column_names == ["key", "caption", "codes", "length", "keep", "mirrored"]
-    assert rows[5]["key"] == "train/03.png" and rows[5]["mirrored"] and rows[5]["caption"] == "train 3"
+    assert rows.column_names == ["key", "caption", "codes", "length", "keep", "flipped"]
+    assert (
+        rows[5]["key"] == "train/03.png" and rows[5]["flipped"] and rows[5]["caption"] == "train 3"
+    )
     assert sum(map(len, rows["codes"])) == opened.codes == sum(rows["length"])
     assert Shards.open(out, "train", verify=False) == opened
     header, codes = read_codes(out / "train-00000.parquet")  # so `lavit-tok decode` draws it
@@ -480,7 +611,11 @@ def test_files_that_are_not_what_the_manifest_says(shards: Callable[..., Path]) 
 
     path.unlink()
     refused("missing, though manifest.json lists it")
-    for content in (whole[path.name][:-20], b"", whole[path.name][:300] + b"\0" + whole[path.name][301:]):
+    for content in (
+        whole[path.name][:-20],
+        b"",
+        whole[path.name][:300] + b"\0" + whole[path.name][301:],
+    ):
         path.write_bytes(content)
         refused("truncated or altered: its sha256 is")
     path.write_bytes(whole[path.name][:-20])
@@ -506,18 +641,35 @@ def test_files_that_are_not_what_the_manifest_says(shards: Callable[..., Path]) 
         return pa.array([first, [1], [2], [3]], numbers)
 
     ones = pa.array([1, 1, 1, 1], pa.int32())
-    forged("a row without codes", codes=lists([]), keep=lists([]), length=pa.array([0, 1, 1, 1], pa.int32()))
+    forged(
+        "a row without codes",
+        codes=lists([]),
+        keep=lists([]),
+        length=pa.array([0, 1, 1, 1], pa.int32()),
+    )
     forged("a row without codes", length=pa.array([None, 1, 1, 1], pa.int32()))
     forged("codes: expected 0..15, got 1..16", codes=lists([16]), keep=lists([0]), length=ones)
     forged("codes: expected 0..15, got -1..3", codes=lists([None]), keep=lists([0]), length=ones)
     forged("keep: expected 0..15, got 1..99", codes=lists([0]), keep=lists([99]), length=ones)
-    forged("codes: their number is not the row's length", codes=lists([0, 1]), keep=lists([0]), length=ones)
-    forged("keep: their number is not the row's length", codes=lists([0]), keep=lists([0, 1]), length=ones)
+    forged(
+        "codes: their number is not the row's length",
+        codes=lists([0, 1]),
+        keep=lists([0]),
+        length=ones,
+    )
+    forged(
+        "keep: their number is not the row's length",
+        codes=lists([0]),
+        keep=lists([0, 1]),
+        length=ones,
+    )
     forged("expected columns", length=pa.array([1, 1, 1, 1], pa.int64()))
     assert Shards.open(out).rows == 9
 
 
-def test_manifests_that_cannot_be_read(shards: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+def test_manifests_that_cannot_be_read(
+    shards: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
     with pytest.raises(ShardError, match="no folder of shards: No such file"):
         Shards.open(tmp_path / "nowhere")
     out = shards()
@@ -525,22 +677,22 @@ def test_manifests_that_cannot_be_read(shards: Callable[..., Path], tmp_path: Pa
         Shards.open(out, "test")
     text = (out / "manifest.json").read_text()
     for change, reason in (
-        (lambda v: v.update(version=2), "it is lavit_tok.data.shard_reader version 2"),
+        (lambda v: v.update(version=2), "it is lavit_tok.shards version 2"),
         (lambda v: v.pop("format"), "KeyError: 'format'"),
         (lambda v: v.update(codebook_size="16"), "codebook_size should be int, got '16'"),
-        (lambda v: v.update(flip=0), "mirror should be bool, got 0"),
+        (lambda v: v.update(flip=0), "flip should be bool, got 0"),
         (lambda v: v.update(budget="all"), "budget should be int | float | None, got 'all'"),
         (lambda v: v.update(shard_size=0), "shard_size should be at least 1"),
-        (lambda v: v["splits"]["train"].pop("pictures"), "pictures should be int, got None"),
+        (lambda v: v["splits"]["train"].pop("images"), "images should be int, got None"),
         (lambda v: v["splits"]["train"].update(shards=[7]), "AttributeError"),
         (lambda v: v["splits"].update(train=[]), "AttributeError"),
     ):
         edit(out, change)
         with pytest.raises(ShardError) as caught:
             Shards.open(out)
-        assert str(caught.value).startswith(f"{out / 'manifest.json'}: expected a manifest") and reason in str(
-            caught.value
-        )
+        assert str(caught.value).startswith(
+            f"{out / 'manifest.json'}: expected a manifest"
+        ) and reason in str(caught.value)
         (out / "manifest.json").write_text(text)
     (out / "manifest.json").write_text(text[:100])
     with pytest.raises(ShardError, match="expected a manifest"):

@@ -16,7 +16,12 @@ from lavit_tok.decode.conditioner import Conditioner, Conditioning
 STYLES: dict[str, dict[str, Any]] = {
     "sd": {"cross_dims": [24], "null_length": 3},
     "sdxl": {"style": "sdxl", "cross_dims": [8, 16], "pooled_dim": 12, "pool_heads": 4},
-    "spatial": {"cross_dims": [24], "spatial_channels": 5, "spatial_scale": 2, "feature_norm": True},
+    "spatial": {
+        "cross_dims": [24],
+        "spatial_channels": 5,
+        "spatial_scale": 2,
+        "feature_norm": True,
+    },
 }
 
 
@@ -52,14 +57,18 @@ def test_features_are_the_tokenizers(tiny_tokenizer: VisualTokenizer, codes: Vis
 def test_shapes(style: str, tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
     made = condition(tiny_tokenizer, **STYLES[style])(codes)
     assert made.tokens.shape == (3, 16, 24) and made.mask is None
-    assert (None if made.pooled is None else tuple(made.pooled.shape)) == ((3, 12) if style == "sdxl" else None)
+    assert (None if made.pooled is None else tuple(made.pooled.shape)) == (
+        (3, 12) if style == "sdxl" else None
+    )
     assert (None if made.spatial is None else tuple(made.spatial.shape)) == (
         (3, 5, 8, 8) if style == "spatial" else None
     )
 
 
 @torch.no_grad()
-def test_tokens_are_a_projection_of_the_features(tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
+def test_tokens_are_a_projection_of_the_features(
+    tiny_tokenizer: VisualTokenizer, codes: VisualCodes
+) -> None:
     made = condition(tiny_tokenizer, **STYLES["sdxl"])
     x, (one, two) = made.features(codes), made.projection.tokens
     torch.testing.assert_close(
@@ -68,7 +77,9 @@ def test_tokens_are_a_projection_of_the_features(tiny_tokenizer: VisualTokenizer
 
 
 @torch.no_grad()
-def test_pool_is_the_mean_tokens_attention(tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
+def test_pool_is_the_mean_tokens_attention(
+    tiny_tokenizer: VisualTokenizer, codes: VisualCodes
+) -> None:
     """Against torch's own multi-head attention of the mean token, put first, over all tokens."""
     made = condition(tiny_tokenizer, **STYLES["sdxl"])
     x, pool = made.features(codes), made.projection.pool
@@ -96,29 +107,46 @@ def test_pool_is_the_mean_tokens_attention(tiny_tokenizer: VisualTokenizer, code
 @torch.no_grad()
 def test_spatial_drawing(tiny_tokenizer: VisualTokenizer) -> None:
     """The drawing of Projection._lay_out, and sizes of one patch and one cell."""
-    made = condition(tiny_tokenizer, cross_dims=[24], spatial_channels=1, spatial_scale=2).projection
+    made = condition(
+        tiny_tokenizer, cross_dims=[24], spatial_channels=1, spatial_scale=2
+    ).projection
     made.patches = 4
     drawn = made._lay_out(torch.arange(4.0)[None, :, None].expand(1, 4, 4))
     assert drawn[0, 0].int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
-    cells = made._lay_out(torch.arange(16.0).view(1, 4, 4))  # the four cells of a patch are in raster order too
-    assert cells[0, 0].int().tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    cells = made._lay_out(
+        torch.arange(16.0).view(1, 4, 4)
+    )  # the four cells of a patch are in raster order too
+    assert cells[0, 0].int().tolist() == [
+        [0, 1, 4, 5],
+        [2, 3, 6, 7],
+        [8, 9, 12, 13],
+        [10, 11, 14, 15],
+    ]
     made.patches = made.spatial_scale = 1
     assert made._lay_out(torch.ones(2, 1, 3)).shape == (2, 3, 1, 1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("m", "mask"), [(1, [1] + [0] * 15), (3, [1] * 3 + [0] * 13), (16, None)])
-def test_null_is_padded_and_masked(m: int, mask: Any, tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
+def test_null_is_padded_and_masked(
+    m: int, mask: Any, tiny_tokenizer: VisualTokenizer, codes: VisualCodes
+) -> None:
     made = condition(tiny_tokenizer, cross_dims=[24], null_length=m)
     null = made.unconditional(made(codes))
     assert null.tokens.shape == (3, 16, 24)
-    assert torch.equal(null.tokens[1, :m], made.projection.null[0]) and bool((null.tokens[:, m:] == 0).all())
-    assert (None if null.mask is None else null.mask.int().tolist()) == (None if mask is None else [mask] * 3)
+    assert torch.equal(null.tokens[1, :m], made.projection.null[0]) and bool(
+        (null.tokens[:, m:] == 0).all()
+    )
+    assert (None if null.mask is None else null.mask.int().tolist()) == (
+        None if mask is None else [mask] * 3
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("style", ["sdxl", "spatial"])
-def test_null_of_pooled_and_spatial_is_zero(style: str, tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
+def test_null_of_pooled_and_spatial_is_zero(
+    style: str, tiny_tokenizer: VisualTokenizer, codes: VisualCodes
+) -> None:
     made = condition(tiny_tokenizer, **STYLES[style])
     null = made.unconditional(made(codes))
     other = null.pooled if style == "sdxl" else null.spatial
@@ -126,7 +154,9 @@ def test_null_of_pooled_and_spatial_is_zero(style: str, tiny_tokenizer: VisualTo
 
 
 @torch.no_grad()
-def test_masked_padding_is_invisible_to_the_unet(tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
+def test_masked_padding_is_invisible_to_the_unet(
+    tiny_tokenizer: VisualTokenizer, codes: VisualCodes
+) -> None:
     """A U-Net sees the padded null exactly as it sees the m tokens alone."""
     made = condition(tiny_tokenizer, cross_dims=[24], null_length=3)
     torch.manual_seed(0)
@@ -163,7 +193,10 @@ def test_where_and_cat(style: str, tiny_tokenizer: VisualTokenizer, codes: Visua
             assert torch.equal(getattr(mixed, name), torch.cat([b[:1], a[1:]]))
     if style != "sdxl":
         m = made.config.null_length
-        assert mixed.mask.sum(1).tolist() == [m, 16, 16] and joined.mask.sum(1).tolist() == [m] * 3 + [16] * 3
+        assert (
+            mixed.mask.sum(1).tolist() == [m, 16, 16]
+            and joined.mask.sum(1).tolist() == [m] * 3 + [16] * 3
+        )
 
 
 def _with_mask(given: Conditioning, other: Conditioning) -> Conditioning:
@@ -187,12 +220,16 @@ def test_alone_or_together(style: str, tiny_tokenizer: VisualTokenizer, codes: V
 
 
 @torch.no_grad()
-def test_spatial_channels_are_resized_to_the_latents(tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
+def test_spatial_channels_are_resized_to_the_latents(
+    tiny_tokenizer: VisualTokenizer, codes: VisualCodes
+) -> None:
     made = condition(tiny_tokenizer, **STYLES["spatial"])(codes)
     exact, larger = made.inputs(torch.zeros(3, 4, 8, 8)), made.inputs(torch.zeros(3, 4, 16, 24))
     assert torch.equal(exact["sample"][:, 4:], made.spatial)
     assert larger["sample"].shape == (3, 9, 16, 24)
-    torch.testing.assert_close(larger["sample"][:, 4:].mean(), made.spatial.mean(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        larger["sample"][:, 4:].mean(), made.spatial.mean(), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_refuses_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer) -> None:
@@ -222,7 +259,9 @@ def test_refuses_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer) -> None:
         ),
     ],
 )
-def test_refuses_settings(settings: dict[str, Any], message: str, tiny_tokenizer: VisualTokenizer) -> None:
+def test_refuses_settings(
+    settings: dict[str, Any], message: str, tiny_tokenizer: VisualTokenizer
+) -> None:
     with pytest.raises(ValueError, match=message):
         Conditioner.for_tokenizer(tiny_tokenizer, **{"cross_dims": [24], **settings})
     with pytest.raises(ValueError, match="square number"):
@@ -231,7 +270,9 @@ def test_refuses_settings(settings: dict[str, Any], message: str, tiny_tokenizer
 
 @torch.no_grad()
 @pytest.mark.parametrize("style", STYLES)
-def test_diffusers_round_trip(style: str, tmp_path: Path, tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
+def test_diffusers_round_trip(
+    style: str, tmp_path: Path, tiny_tokenizer: VisualTokenizer, codes: VisualCodes
+) -> None:
     made = condition(tiny_tokenizer, **STYLES[style])
     made.save_pretrained(tmp_path)
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}

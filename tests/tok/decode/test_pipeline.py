@@ -42,7 +42,9 @@ def codes() -> VisualCodes:
 
 
 @pytest.fixture
-def decoders(tiny_decoder: PixelDecoder, tiny_tokenizer: VisualTokenizer) -> dict[str, PixelDecoder]:
+def decoders(
+    tiny_decoder: PixelDecoder, tiny_tokenizer: VisualTokenizer
+) -> dict[str, PixelDecoder]:
     """One of each kind, all with the tiny decoder's VAE."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
@@ -51,11 +53,17 @@ def decoders(tiny_decoder: PixelDecoder, tiny_tokenizer: VisualTokenizer) -> dic
             tiny_tokenizer, style="sdxl", cross_dims=[6, 10], pooled_dim=12, pool_heads=2
         )
         extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
-        unet = UNet2DConditionModel(**BLOCKS, **extra, projection_class_embeddings_input_dim=12 + 6 * 4)
+        unet = UNet2DConditionModel(
+            **BLOCKS, **extra, projection_class_embeddings_input_dim=12 + 6 * 4
+        )
         made["sdxl"] = PixelDecoder(pooled, unet.eval(), tiny_decoder.vae, tiny_decoder.scheduler)
-        spatial = Conditioner.for_tokenizer(tiny_tokenizer, cross_dims=[16], spatial_channels=3, null_length=16)
+        spatial = Conditioner.for_tokenizer(
+            tiny_tokenizer, cross_dims=[16], spatial_channels=3, null_length=16
+        )
         unet = UNet2DConditionModel(**BLOCKS, in_channels=7)
-        made["spatial"] = PixelDecoder(spatial, unet.eval(), tiny_decoder.vae, tiny_decoder.scheduler)
+        made["spatial"] = PixelDecoder(
+            spatial, unet.eval(), tiny_decoder.vae, tiny_decoder.scheduler
+        )
     for decoder in made.values():
         decoder.set_progress_bar_config(disable=True)
     return made
@@ -69,7 +77,9 @@ def generators(seeds: list[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 
-def draw(decoder: PixelDecoder, codes: VisualCodes, steps: int = 2, guidance: float = 3.0, **options: Any) -> Any:
+def draw(
+    decoder: PixelDecoder, codes: VisualCodes, steps: int = 2, guidance: float = 3.0, **options: Any
+) -> Any:
     return decoder(codes, steps, guidance, **{"output_type": "pt", **options}).images
 
 
@@ -81,8 +91,14 @@ def test_guidance_by_hand(kind: str, decoders: dict[str, PixelDecoder], codes: V
     scheduler.set_timesteps(1)
     with torch.no_grad():
         given = decoder.conditioner(codes)
-        null, ids = decoder.conditioner.unconditional(given), torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 3)
-        c, u = (decoder.unet(timestep=scheduler.timesteps[0], **x.inputs(noise(), ids)).sample for x in (given, null))
+        null, ids = (
+            decoder.conditioner.unconditional(given),
+            torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 3),
+        )
+        c, u = (
+            decoder.unet(timestep=scheduler.timesteps[0], **x.inputs(noise(), ids)).sample
+            for x in (given, null)
+        )
         expected = scheduler.step(u + 3 * (c - u), scheduler.timesteps[0], noise()).prev_sample
     drawn = draw(decoder, codes, steps=1, latents=noise(), output_type="latent")
     # A single step from nearly pure noise divides by a small alpha, and rounding with it: 1.4e-4 seen on two threads.
@@ -91,11 +107,15 @@ def test_guidance_by_hand(kind: str, decoders: dict[str, PixelDecoder], codes: V
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "spatial"])
-def test_guidance_one_is_the_condition_alone(kind: str, decoders: dict[str, PixelDecoder], codes: VisualCodes) -> None:
+def test_guidance_one_is_the_condition_alone(
+    kind: str, decoders: dict[str, PixelDecoder], codes: VisualCodes
+) -> None:
     decoder = decoders[kind]
     nearly = draw(decoder, codes, guidance=1 + 1e-7, latents=noise(), output_type="latent")
     sizes: list[int] = []
-    decoder.unet.register_forward_pre_hook(lambda _, args, given: sizes.append(len(given["sample"])), with_kwargs=True)
+    decoder.unet.register_forward_pre_hook(
+        lambda _, args, given: sizes.append(len(given["sample"])), with_kwargs=True
+    )
     alone = draw(decoder, codes, guidance=1, latents=noise(), output_type="latent")
     assert sizes == [3, 3]
     draw(decoder, codes, guidance=2, latents=noise(), output_type="latent")
@@ -104,7 +124,9 @@ def test_guidance_one_is_the_condition_alone(kind: str, decoders: dict[str, Pixe
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "spatial"])
-def test_alone_or_together(kind: str, decoders: dict[str, PixelDecoder], codes: VisualCodes) -> None:
+def test_alone_or_together(
+    kind: str, decoders: dict[str, PixelDecoder], codes: VisualCodes
+) -> None:
     """With a generator each, a picture does not depend on its batch, its place there or the others' lengths."""
     together = draw(decoders[kind], codes, generator=generators([5, 6, 7]))
     for i, seed in enumerate((5, 6, 7)):
@@ -132,25 +154,32 @@ def test_output_types(decoders: dict[str, PixelDecoder], codes: VisualCodes) -> 
     decoder = decoders["sd"]
     pt, array = (draw(decoder, codes, latents=noise(), output_type=t) for t in ("pt", "np"))
     images = decoder(codes, 2, latents=noise()).images
-    assert pt.shape == (3, 3, 16, 16) and pt.dtype == torch.float32 and 0 <= pt.min() < pt.max() <= 1
+    assert (
+        pt.shape == (3, 3, 16, 16) and pt.dtype == torch.float32 and 0 <= pt.min() < pt.max() <= 1
+    )
     assert array.shape == (3, 16, 16, 3) and np.allclose(array, pt.permute(0, 2, 3, 1).numpy())
     assert [p.size for p in images] == [(16, 16)] * 3
     assert np.abs(np.stack([np.asarray(p) for p in images]) / 255 - array).max() <= 0.5 / 255 + 1e-6
     (bare,) = decoder(codes, 2, latents=noise(), output_type="pt", return_dict=False)
     assert torch.equal(bare, pt)
-    with pytest.raises(ValueError, match="output_type: expected 'pil', 'np', 'pt' or 'latent', got 'jpg'"):
+    with pytest.raises(
+        ValueError, match="output_type: expected 'pil', 'np', 'pt' or 'latent', got 'jpg'"
+    ):
         draw(decoder, codes, output_type="jpg")
 
 
 def test_sizes(decoders: dict[str, PixelDecoder], codes: VisualCodes) -> None:
     for kind in ("sd", "spatial", "sdxl"):
-        drawn = draw(decoders[kind], codes, height=24, width=32, generator=torch.Generator().manual_seed(0))
+        drawn = draw(
+            decoders[kind], codes, height=24, width=32, generator=torch.Generator().manual_seed(0)
+        )
         assert drawn.shape == (3, 3, 24, 32)
     decoder = decoders["sdxl"]
     small = draw(decoder, codes, latents=noise(), original_size=(8, 8))
     assert not torch.equal(small, draw(decoder, codes, latents=noise()))
     assert torch.equal(
-        draw(decoder, codes, latents=noise(), original_size=(16, 16)), draw(decoder, codes, latents=noise())
+        draw(decoder, codes, latents=noise(), original_size=(16, 16)),
+        draw(decoder, codes, latents=noise()),
     )
     with pytest.raises(ValueError, match="multiples of 2, got 15"):
         draw(decoder, codes, height=15)
@@ -167,8 +196,14 @@ def test_schedulers_can_be_swapped(
     decoder = decoders["spatial"]
     before = draw(decoder, codes, steps=4, latents=noise())
     decoder.scheduler = kind.from_config(decoder.scheduler.config)
-    after = draw(decoder, codes, steps=4, latents=noise(), generator=torch.Generator().manual_seed(0))
-    assert after.shape == before.shape and bool(after.isfinite().all()) and not torch.equal(before, after)
+    after = draw(
+        decoder, codes, steps=4, latents=noise(), generator=torch.Generator().manual_seed(0)
+    )
+    assert (
+        after.shape == before.shape
+        and bool(after.isfinite().all())
+        and not torch.equal(before, after)
+    )
     decoder.save_pretrained(tmp_path)
     again = PixelDecoder.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
@@ -177,7 +212,9 @@ def test_schedulers_can_be_swapped(
     assert torch.equal(after, same)
 
 
-def test_memory_options_change_nothing(decoders: dict[str, PixelDecoder], codes: VisualCodes) -> None:
+def test_memory_options_change_nothing(
+    decoders: dict[str, PixelDecoder], codes: VisualCodes
+) -> None:
     decoder = decoders["sd"]
     plain = draw(decoder, codes, latents=noise())
     decoder.enable_attention_slicing()
@@ -193,12 +230,18 @@ def test_vae_decodes_in_float32_where_it_asks_for_it(decoders: dict[str, PixelDe
     nn.Module.to(decoder.vae, torch.bfloat16)
     rounded = {n: p.float().clone() for n, p in decoder.vae.named_parameters()}
     seen = []
-    decoder.vae.decoder.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    decoder.vae.decoder.conv_in.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].dtype)
+    )
     for ask, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         decoder.vae.register_to_config(force_upcast=ask)
         with torch.no_grad():
             pixels = decoder.decode_latents(noise())
-        assert seen.pop() == dtype and pixels.dtype == torch.float32 and decoder.vae.dtype == torch.bfloat16
+        assert (
+            seen.pop() == dtype
+            and pixels.dtype == torch.float32
+            and decoder.vae.dtype == torch.bfloat16
+        )
         assert (pixels - exact).abs().max() < 0.1
     assert all(torch.equal(p.float(), rounded[n]) for n, p in decoder.vae.named_parameters())
 
@@ -210,7 +253,9 @@ def test_refuses_codes_of_another_tokenizer(decoders: dict[str, PixelDecoder]) -
 
 def test_refuses_parts_that_do_not_fit(decoders: dict[str, PixelDecoder]) -> None:
     sd, spatial = decoders["sd"], decoders["spatial"]
-    with pytest.raises(ValueError, match=r"unet\.in_channels: expected 7, to fit condition and VAE, got 4"):
+    with pytest.raises(
+        ValueError, match=r"unet\.in_channels: expected 7, to fit condition and VAE, got 4"
+    ):
         PixelDecoder(spatial.conditioner, sd.unet, sd.vae, sd.scheduler)
 
 
@@ -218,22 +263,30 @@ def test_refuses_parts_that_do_not_fit(decoders: dict[str, PixelDecoder]) -> Non
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "spatial"])
-def test_round_trip(kind: str, decoders: dict[str, PixelDecoder], codes: VisualCodes, tmp_path: Path) -> None:
+def test_round_trip(
+    kind: str, decoders: dict[str, PixelDecoder], codes: VisualCodes, tmp_path: Path
+) -> None:
     decoders[kind].save_pretrained(tmp_path)
     assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json", ".safetensors"}
     again = PixelDecoder.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(draw(again, codes, latents=noise()), draw(decoders[kind], codes, latents=noise()))
+    assert torch.equal(
+        draw(again, codes, latents=noise()), draw(decoders[kind], codes, latents=noise())
+    )
     assert not again.unet.training and not again.vae.training
 
 
-def test_half_precision_files(decoders: dict[str, PixelDecoder], codes: VisualCodes, tmp_path: Path) -> None:
+def test_half_precision_files(
+    decoders: dict[str, PixelDecoder], codes: VisualCodes, tmp_path: Path
+) -> None:
     decoder = decoders["sd"]
     decoder.save_pretrained(tmp_path, dtype=torch.float16)
     assert decoder.unet.dtype == decoder.vae.dtype == torch.float32  # saving changes nothing here
     stored = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float16}
-    rows = load_file(tmp_path / "conditioner" / "diffusion_pytorch_model.safetensors")["codebook.embeddings"]
+    rows = load_file(tmp_path / "conditioner" / "diffusion_pytorch_model.safetensors")[
+        "codebook.embeddings"
+    ]
     assert torch.equal(rows, decoder.conditioner.codebook.embeddings)  # the codebook stays exact
     again = PixelDecoder.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
@@ -242,29 +295,44 @@ def test_half_precision_files(decoders: dict[str, PixelDecoder], codes: VisualCo
     assert difference.abs().max() < 0.02
     bf16 = PixelDecoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
     bf16.set_progress_bar_config(disable=True)
-    assert bf16.unet.dtype == torch.bfloat16 and bf16.conditioner.codebook.embeddings.dtype == torch.float32
-    assert (draw(bf16, codes, latents=noise()) - draw(decoder, codes, latents=noise())).abs().mean() < 0.05
+    assert (
+        bf16.unet.dtype == torch.bfloat16
+        and bf16.conditioner.codebook.embeddings.dtype == torch.float32
+    )
+    assert (
+        draw(bf16, codes, latents=noise()) - draw(decoder, codes, latents=noise())
+    ).abs().mean() < 0.05
 
 
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_classes_are_not_chosen_by_files(decoders: dict[str, PixelDecoder], codes: VisualCodes, tmp_path: Path) -> None:
+def test_classes_are_not_chosen_by_files(
+    decoders: dict[str, PixelDecoder], codes: VisualCodes, tmp_path: Path
+) -> None:
     """model_index.json naming other classes changes nothing; a config naming another one is refused."""
     decoders["sd"].save_pretrained(tmp_path)
-    edit(tmp_path / "model_index.json", unet=["os", "system"], _class_name="Evil", condition=["subprocess", "Popen"])
+    edit(
+        tmp_path / "model_index.json",
+        unet=["os", "system"],
+        _class_name="Evil",
+        condition=["subprocess", "Popen"],
+    )
     assert type(PixelDecoder.from_pretrained(tmp_path).conditioner) is Conditioner
     (tmp_path / "model_index.json").unlink()
     assert type(PixelDecoder.from_pretrained(tmp_path)) is PixelDecoder
     edit(tmp_path / "scheduler" / "scheduler_config.json", _class_name="DiffusionPipeline")
     with pytest.raises(
-        WeightsError, match=r"expected _class_name to be one of .*DDIMScheduler.*, got 'DiffusionPipeline'"
+        WeightsError,
+        match=r"expected _class_name to be one of .*DDIMScheduler.*, got 'DiffusionPipeline'",
     ):
         PixelDecoder.from_pretrained(tmp_path)
     edit(tmp_path / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler")
     edit(tmp_path / "vae" / "config.json", _class_name="VQModel")
-    with pytest.raises(WeightsError, match=r"vae.config.json: expected _class_name 'AutoencoderKL', got 'VQModel'"):
+    with pytest.raises(
+        WeightsError, match=r"vae.config.json: expected _class_name 'AutoencoderKL', got 'VQModel'"
+    ):
         PixelDecoder.from_pretrained(tmp_path)
 
 
@@ -285,7 +353,10 @@ def test_tampered_weights_are_refused(decoders: dict[str, PixelDecoder], tmp_pat
             PixelDecoder.from_pretrained(tmp_path / "bad")
         assert all(m in str(error.value) for m in messages), str(error.value)
 
-    unet, condition = ("unet/diffusion_pytorch_model.safetensors", "conditioner/diffusion_pytorch_model.safetensors")
+    unet, condition = (
+        "unet/diffusion_pytorch_model.safetensors",
+        "conditioner/diffusion_pytorch_model.safetensors",
+    )
 
     def several(tensors: dict[str, Any]) -> None:
         tensors["extra"] = torch.zeros(2)
@@ -294,18 +365,28 @@ def test_tampered_weights_are_refused(decoders: dict[str, PixelDecoder], tmp_pat
 
     refused(
         lambda d: rewrite(d / unet, several),
-        *("unexpected  extra [2]", "missing     conv_out.bias [4]", "mis-shaped  conv_in.bias: expected [16], got [3]"),
+        *(
+            "unexpected  extra [2]",
+            "missing     conv_out.bias [4]",
+            "mis-shaped  conv_in.bias: expected [16], got [3]",
+        ),
     )
     refused(
         lambda d: rewrite(d / condition, lambda t: t["codebook.embeddings"].fill_(torch.nan)),
         "codebook.embeddings",
         "NaN",
     )
-    refused(lambda d: (d / unet).write_bytes((d / unet).read_bytes()[:-64]), "not a whole safetensors file")
+    refused(
+        lambda d: (d / unet).write_bytes((d / unet).read_bytes()[:-64]),
+        "not a whole safetensors file",
+    )
     refused(lambda d: (d / unet).unlink(), "found neither")
     refused(lambda d: edit(d / "unet" / "config.json", colour="red"), "unknown settings ['colour']")
     refused(lambda d: edit(d / "conditioner" / "config.json", null_length=0), "null_length")
-    refused(lambda d: edit(d / "conditioner" / "config.json", codebook_size=17), "mis-shaped  codebook.embeddings")
+    refused(
+        lambda d: edit(d / "conditioner" / "config.json", codebook_size=17),
+        "mis-shaped  codebook.embeddings",
+    )
     refused(lambda d: (d / "vae" / "config.json").write_text("{"), "cannot be read as JSON")
     refused(lambda d: shutil.rmtree(d / "scheduler"), "scheduler_config.json")
 

@@ -29,7 +29,9 @@ def vectors(lengths: list[int]) -> Tensor:
     return torch.randn(sum(lengths), DIM, generator=torch.Generator().manual_seed(0))
 
 
-def run(room: Reconstructor, rows: Tensor, lengths: list[int], fill: float = 0, spare: int = 0) -> Tensor:
+def run(
+    room: Reconstructor, rows: Tensor, lengths: list[int], fill: float = 0, spare: int = 0
+) -> Tensor:
     layout = RaggedLayout(torch.tensor(lengths))
     padded, mask = layout.pad(rows, fill), layout.mask
     if spare:  # wider than the longest needs
@@ -44,14 +46,18 @@ def test_equals_the_slow_version(room: Reconstructor):
     output = run(room, rows, lengths)
     assert output.shape == (4, PATCHES, WIDTH)
     for one, own in zip(output, rows.split(lengths), strict=True):
-        torch.testing.assert_close(one.double(), reference.reconstruct(room, own), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            one.double(), reference.reconstruct(room, own), rtol=0, atol=2e-5
+        )
 
 
 def test_what_fills_the_padding_does_not_matter(room: Reconstructor):
     lengths = [3, 1, 5]
     expected = run(room, vectors(lengths), lengths)
     for fill, spare in ((7.0, 0), (-1e4, 0), (1e4, 3), (0.0, 4)):
-        torch.testing.assert_close(run(room, vectors(lengths), lengths, fill, spare), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            run(room, vectors(lengths), lengths, fill, spare), expected, rtol=0, atol=1e-5
+        )
 
 
 def test_alone_or_together_in_any_order(room: Reconstructor):
@@ -70,7 +76,9 @@ def test_the_place_in_the_sequence_is_read(room: Reconstructor):
     rows = vectors([4])
     turned = run(room, rows.flip(0), [4])
     assert (turned - run(room, rows, [4])).abs().max() > 1e-3
-    index = torch.arange(4).flip(0)[None]  # the same rows at their old places, only stored in another order
+    index = torch.arange(4).flip(0)[
+        None
+    ]  # the same rows at their old places, only stored in another order
     same = room(rows.flip(0)[None], index, torch.ones(1, 4, dtype=torch.bool))
     torch.testing.assert_close(same, run(room, rows, [4]), rtol=0, atol=1e-5)
 
@@ -83,7 +91,9 @@ def test_a_float_policy_gives_the_same_and_passes_a_gradient(room: Reconstructor
     output = room(layout.pad(rows), index, policy)
     torch.testing.assert_close(output.detach(), run(room, rows, lengths), rtol=0, atol=1e-5)
     output.square().mean().backward()
-    assert policy.grad is not None and policy.grad.isfinite().all() and (policy.grad[0, 3:] != 0).any()
+    assert (
+        policy.grad is not None and policy.grad.isfinite().all() and (policy.grad[0, 3:] != 0).any()
+    )
 
 
 def test_codes_of_all_patches_and_no_more(room: Reconstructor):

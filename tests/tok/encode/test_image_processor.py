@@ -44,10 +44,17 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     """A PNG of any header, written by hand: Pillow neither writes 16-bit colour nor lies about sizes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def values(source: Any) -> np.ndarray:
@@ -68,7 +75,12 @@ def test_a_truncated_file_is_one_clear_error(kind: str, share: float, tmp_path: 
 
 
 def test_files_that_are_no_pictures(tmp_path: Path):
-    cases = {"empty.png": b"", "text.jpg": b"hello", "zeros.png": bytes(999), "page.png": b"<html></html>"}
+    cases = {
+        "empty.png": b"",
+        "text.jpg": b"hello",
+        "zeros.png": bytes(999),
+        "page.png": b"<html></html>",
+    }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ImageError, match=name):
@@ -90,11 +102,15 @@ def test_postscript_is_refused_before_a_program_could_start(monkeypatch: pytest.
     started: list[Any] = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
     with pytest.raises(ImageError, match="EPS"):
-        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+        open_image(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+        )
     assert not started
 
 
-@pytest.mark.parametrize("side", [10_000, 50_000])  # 100 million: PIL only warns; 2,500 million: PIL refuses
+@pytest.mark.parametrize(
+    "side", [10_000, 50_000]
+)  # 100 million: PIL only warns; 2,500 million: PIL refuses
 def test_a_decompression_bomb_is_refused_before_decoding(side: int):
     with pytest.raises(ImageError, match="bomb"):
         open_image(png(side, side, 8, 0, bytes(1000)))
@@ -120,7 +136,9 @@ def test_colour_spaces_become_rgb():
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path):
-    ramp = np.arange(0, 65536, 257, dtype=np.uint16)[None].repeat(2, 0)  # 0, 257, .. 65535: exactly 0, 1, .. 255
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16)[None].repeat(
+        2, 0
+    )  # 0, 257, .. 65535: exactly 0, 1, .. 255
     expected = np.arange(256, dtype=np.uint8)[None, :, None].repeat(2, 0).repeat(3, 2)
     assert (values(encoded(Image.fromarray(ramp), "PNG")) == expected).all()
     assert (values(Image.fromarray(ramp)) == expected).all()
@@ -136,10 +154,18 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path):
 
 def test_thirty_two_bit_modes():
     grey = Image.fromarray(noise()).convert("L")
-    for mode in ("I", "F"):  # Pillow keeps the 8-bit values in them; read as 16 bits they would be black
+    for mode in (
+        "I",
+        "F",
+    ):  # Pillow keeps the 8-bit values in them; read as 16 bits they would be black
         assert (values(grey.convert(mode))[..., 0] == np.asarray(grey)).all()
     assert values(Image.fromarray(np.full((2, 2), 65535, dtype=np.int32))).min() == 255
-    for bad in (np.full((2, 2), np.nan), np.full((2, 2), 0.5), np.full((2, 2), -3.0), np.full((2, 2), 1e6)):
+    for bad in (
+        np.full((2, 2), np.nan),
+        np.full((2, 2), 0.5),
+        np.full((2, 2), -3.0),
+        np.full((2, 2), 1e6),
+    ):
         with pytest.raises(ImageError, match=r"NaN|expected grey values"):
             open_image(Image.fromarray(bad.astype(np.float32)))
 
@@ -154,17 +180,26 @@ def test_transparency_lies_on_white():
     assert values(encoded(palette, "PNG"))[0, 0].tolist() == [0, 255, 0]
     assert (values(encoded(palette, "PNG", transparency=1)) == 255).all()
     assert (values(encoded(palette, "GIF", transparency=1)) == 255).all()
-    alphas = encoded(palette, "PNG", transparency=bytes([255, 128]))  # one alpha for each palette entry
+    alphas = encoded(
+        palette, "PNG", transparency=bytes([255, 128])
+    )  # one alpha for each palette entry
     assert values(alphas)[0, 0].tolist() == [127, 255, 127]
     assert (values(encoded(Image.new("L", (4, 4), 7), "PNG", transparency=7)) == 255).all()
-    assert (values(encoded(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 3))) == 255).all()
+    assert (
+        values(encoded(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 3))) == 255
+    ).all()
     assert (values(np.zeros((4, 4, 4), np.uint8)) == 255).all()
 
 
 def test_exif_rotation_is_applied():
     marked = np.zeros((8, 16, 3), np.uint8)
     marked[0, :] = 255  # a white top edge
-    for orientation, edge in ((1, np.s_[0, :]), (3, np.s_[-1, :]), (6, np.s_[:, -1]), (8, np.s_[:, 0])):
+    for orientation, edge in (
+        (1, np.s_[0, :]),
+        (3, np.s_[-1, :]),
+        (6, np.s_[:, -1]),
+        (8, np.s_[:, 0]),
+    ):
         exif = Image.Exif()
         exif[0x0112] = orientation
         read = values(encoded(Image.fromarray(marked), "PNG", exif=exif))
@@ -191,7 +226,11 @@ def test_extreme_shapes_fill_the_square(size: tuple[int, int], crop: bool):
 
 
 def test_a_picture_without_pixels_is_refused():
-    for empty in (Image.new("RGB", (0, 5)), np.zeros((0, 5, 3), np.uint8), np.zeros((5, 0), np.uint8)):
+    for empty in (
+        Image.new("RGB", (0, 5)),
+        np.zeros((0, 5, 3), np.uint8),
+        np.zeros((5, 0), np.uint8),
+    ):
         with pytest.raises(ImageError, match=r"expected (at least one pixel|shape)"):
             open_image(empty)
 
@@ -260,7 +299,9 @@ def test_a_bad_picture_in_a_batch_is_named(photos: list[Path], tmp_path: Path):
         to_uint8([photos[0], photos[1], np.zeros((4, 4, 3))], 32)
 
 
-@pytest.mark.parametrize("empty", [[], (), np.zeros((0, 8, 8, 3), np.uint8), torch.zeros(0, 3, 32, 32).byte()])
+@pytest.mark.parametrize(
+    "empty", [[], (), np.zeros((0, 8, 8, 3), np.uint8), torch.zeros(0, 3, 32, 32).byte()]
+)
 def test_an_empty_batch_is_refused(empty: Any):
     with pytest.raises(ValueError, match="at least one image"):
         to_uint8(empty, 32)
@@ -268,7 +309,12 @@ def test_an_empty_batch_is_refused(empty: Any):
 
 def test_one_image_or_many(photos: list[Path]):
     one = to_uint8(photos[0], 32)
-    for same in (str(photos[0]), photos[0].read_bytes(), io.BytesIO(photos[0].read_bytes()), Image.open(photos[0])):
+    for same in (
+        str(photos[0]),
+        photos[0].read_bytes(),
+        io.BytesIO(photos[0].read_bytes()),
+        Image.open(photos[0]),
+    ):
         assert torch.equal(to_uint8(same, 32), one)
     with photos[0].open("rb") as stream:
         assert torch.equal(to_uint8(stream, 32), one)
@@ -282,15 +328,22 @@ def test_one_image_or_many(photos: list[Path]):
     assert len(as_list(batch)) == 4 and len(as_list(batch[0])) == 1 and len(as_list("a.png")) == 1
 
 
-def test_the_pixels_are_those_of_the_published_recipe(photos: list[Path], tiny_config: TokenizerConfig):
+def test_the_pixels_are_those_of_the_published_recipe(
+    photos: list[Path], tiny_config: TokenizerConfig
+):
     for photo in photos:
         ours = normalize(to_uint8(photo, tiny_config.image_size))
         theirs = reference.pixels(Image.open(photo), tiny_config)
         assert (ours - theirs).abs().max() < 1e-6
-    black, white = torch.zeros(1, 3, 1, 1, dtype=torch.uint8), torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+    black, white = (
+        torch.zeros(1, 3, 1, 1, dtype=torch.uint8),
+        torch.full((1, 3, 1, 1), 255, dtype=torch.uint8),
+    )
     for c in range(3):
         assert float(normalize(black)[0, c]) == pytest.approx(-CLIP_MEAN[c] / CLIP_STD[c], abs=1e-6)
-        assert float(normalize(white)[0, c]) == pytest.approx((1 - CLIP_MEAN[c]) / CLIP_STD[c], abs=1e-6)
+        assert float(normalize(white)[0, c]) == pytest.approx(
+            (1 - CLIP_MEAN[c]) / CLIP_STD[c], abs=1e-6
+        )
 
 
 def test_crop_cuts_the_centre_and_resize_keeps_all():

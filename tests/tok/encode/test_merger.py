@@ -22,7 +22,9 @@ def merger(formula: Formula = "strict", depth: int = 2, patches: int | None = No
         torch.manual_seed(0)
         room = Merger(WIDTH, depth, 2, 40, 1e-5, formula, patches)
         for parameter in room.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)  # no bias or norm at its neutral start
+            parameter.data += 0.1 * torch.randn_like(
+                parameter
+            )  # no bias or norm at its neutral start
     return room
 
 
@@ -55,7 +57,11 @@ def test_the_drawing(as_type: torch.dtype):
     assert room.__doc__ is not None and DRAWING.strip() in room.__doc__
     keep = torch.tensor([[True, False, True, True, False]])
     own, other = self_policy(keep.to(as_type)), cross_policy(keep.to(as_type))
-    assert own.dtype == other.dtype == as_type and own.shape == (1, 1, 5, 5) and other.shape == (1, 1, 1, 5)
+    assert (
+        own.dtype == other.dtype == as_type
+        and own.shape == (1, 1, 5, 5)
+        and other.shape == (1, 1, 1, 5)
+    )
     for line in DRAWING.strip().splitlines()[1:]:
         _, query, _, *rest = line.split()
         drawn_own, drawn_other = rest[:5], rest[8:]
@@ -68,7 +74,9 @@ def test_the_drawing(as_type: torch.dtype):
 def test_the_smallest_pictures(n: int):
     for keep in (torch.ones(2, n, dtype=torch.bool), torch.zeros(2, n, dtype=torch.bool)):
         own, other = self_policy(keep), cross_policy(keep)
-        assert torch.equal(own[0, 0], torch.ones(n, n).tril().bool() if keep.all() else torch.eye(n).bool())
+        assert torch.equal(
+            own[0, 0], torch.ones(n, n).tril().bool() if keep.all() else torch.eye(n).bool()
+        )
         assert torch.equal(other[:, 0, 0], ~keep)
         assert torch.equal(self_policy(keep.float()), own.float())
         assert torch.equal(cross_policy(keep.float()), other.float())
@@ -102,14 +110,18 @@ def test_alone_or_together_in_any_order():
         for _ in range(10):
             order = chance.sample(range(6), chance.randrange(1, 7))
             together = room(x[order], keep[order])
-            torch.testing.assert_close(together, torch.cat([alone[i] for i in order]), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                together, torch.cat([alone[i] for i in order]), rtol=0, atol=1e-5
+            )
 
 
 def test_keep_all_and_keep_one():
     room, x = merger(), features(2)
     everything = torch.ones(2, PATCHES, dtype=torch.bool)
     with torch.no_grad():
-        torch.testing.assert_close(room(x, everything), room.dense(x, everything).flatten(0, 1), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            room(x, everything), room.dense(x, everything).flatten(0, 1), rtol=0, atol=2e-5
+        )
         for i in range(PATCHES):
             one = torch.zeros(2, PATCHES, dtype=torch.bool)
             one[:, i] = True
@@ -168,7 +180,9 @@ def test_the_selector_learns_through_the_policy(formula: Formula):
     merged = room.dense(x, policy)[policy.detach().bool()]
     merged.square().mean().backward()
     assert scores.grad is not None and scores.grad.isfinite().all()
-    assert (scores.grad.abs().sum(-1) > 0).float().mean() > 0.9, "kept and dropped patches both hear of the loss"
+    assert (scores.grad.abs().sum(-1) > 0).float().mean() > 0.9, (
+        "kept and dropped patches both hear of the loss"
+    )
 
 
 def test_a_hard_mask_would_teach_the_selector_nothing():
@@ -191,7 +205,11 @@ def test_large_features_stay_finite_in_both_paths():
 def flops(room: Merger, x: Tensor, keep: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         room(x, keep)
-    return sum(f for op, f in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.addmm", "aten.mm"))
+    return sum(
+        f
+        for op, f in counter.get_flop_counts()["Global"].items()
+        if str(op) in ("aten.addmm", "aten.mm")
+    )
 
 
 def test_strict_computes_kept_rows_only():
@@ -209,7 +227,10 @@ def test_strict_computes_kept_rows_only():
 
 def test_positions_tell_places_apart():
     """Equal features at every patch: without positions all kept rows of an image but their order are alike."""
-    x, keep = features(1, 1).expand(1, PATCHES, WIDTH).contiguous(), torch.ones(1, PATCHES, dtype=torch.bool)
+    x, keep = (
+        features(1, 1).expand(1, PATCHES, WIDTH).contiguous(),
+        torch.ones(1, PATCHES, dtype=torch.bool),
+    )
     with torch.no_grad():
         same, told = merger(depth=0)(x, keep), merger(depth=0, patches=PATCHES)(x, keep)
     assert torch.pdist(same).max() < 1e-5 and torch.pdist(told).min() > 0.1
@@ -217,8 +238,12 @@ def test_positions_tell_places_apart():
 
 def test_a_grid_of_positions():
     grid = grid_positions(16, 8).unflatten(0, (4, 4))
-    assert torch.equal(grid[0, :, :4], grid[0, :1, :4].expand(4, 4)), "the first half knows the row alone"
-    assert torch.equal(grid[:, 0, 4:], grid[:1, 0, 4:].expand(4, 4)), "the second half the column alone"
+    assert torch.equal(grid[0, :, :4], grid[0, :1, :4].expand(4, 4)), (
+        "the first half knows the row alone"
+    )
+    assert torch.equal(grid[:, 0, 4:], grid[:1, 0, 4:].expand(4, 4)), (
+        "the second half the column alone"
+    )
     near, far = (grid[0, 0] - grid[0, 1]).norm(), (grid[0, 0] - grid[3, 3]).norm()
     assert near < far
     assert torch.pdist(grid.flatten(0, 1)).min() > 0.1, "no two places are alike"

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lavit_tok.encode import quantizer
-from lavit_tok.encode.quantizer import Codebook, Quantizer, TrainingCodebook, spherical_kmeans, usage
+from lavit_tok.encode.quantizer import (
+    Codebook,
+    Quantizer,
+    TrainingCodebook,
+    spherical_kmeans,
+    usage,
+)
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -101,11 +107,22 @@ def test_projection_equals_the_slow_version_and_has_unit_length():
 
 def test_usage_of_counts_made_by_hand():
     seen = usage(torch.tensor([5, 5, 0, 2]), 8)
-    assert (seen.used, seen.entropy_bits) == (3 / 8, pytest.approx(1.5)) and seen.perplexity == pytest.approx(2**1.5)
+    assert (seen.used, seen.entropy_bits) == (
+        3 / 8,
+        pytest.approx(1.5),
+    ) and seen.perplexity == pytest.approx(2**1.5)
     even = usage(torch.arange(16).repeat(3), 16)
-    assert even.used == 1 and even.perplexity == pytest.approx(16) and even.entropy_bits == pytest.approx(4)
+    assert (
+        even.used == 1
+        and even.perplexity == pytest.approx(16)
+        and even.entropy_bits == pytest.approx(4)
+    )
     one = usage(torch.full((9,), 3), 4)
-    assert one.used == 0.25 and one.perplexity == pytest.approx(1) and one.entropy_bits == pytest.approx(0)
+    assert (
+        one.used == 0.25
+        and one.perplexity == pytest.approx(1)
+        and one.entropy_bits == pytest.approx(0)
+    )
     none = usage(torch.empty(0, dtype=torch.int64), 4)
     assert (none.used, none.perplexity, none.entropy_bits) == (0, 0, 0)
     for wrong in (torch.tensor([4]), torch.tensor([-1])):
@@ -134,10 +151,16 @@ def test_ema_equals_the_formula(decay: float):
             before = rows
             rows, counts, sums, expected = reference.ema_step(rows, counts, sums, z, decay)
             assert codes.tolist() == expected
-            torch.testing.assert_close(quantized.double(), before[codes].double(), rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                quantized.double(), before[codes].double(), rtol=0, atol=1e-6
+            )
             torch.testing.assert_close(room.embeddings.double(), rows, rtol=0, atol=1e-5)
-            torch.testing.assert_close(room.vq._codebook.cluster_size[0].double(), counts, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(room.vq._codebook.embed_avg[0].double(), sums, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                room.vq._codebook.cluster_size[0].double(), counts, rtol=1e-5, atol=1e-6
+            )
+            torch.testing.assert_close(
+                room.vq._codebook.embed_avg[0].double(), sums, rtol=1e-5, atol=1e-5
+            )
 
 
 def test_loaded_rows_survive_a_step():
@@ -158,7 +181,9 @@ def test_loaded_rows_survive_a_step():
 
 def test_dead_rows_are_replaced_relative_to_the_mean_count():
     """n = 64 vectors a step, K = 8: the mean count is 8, dead is below 0.05 * 8 = 0.4. One row is never chosen."""
-    rows = torch.cat([F.normalize(torch.eye(7, 8) + 0.01, dim=-1), -F.normalize(torch.ones(1, 8), dim=-1)])
+    rows = torch.cat(
+        [F.normalize(torch.eye(7, 8) + 0.01, dim=-1), -F.normalize(torch.ones(1, 8), dim=-1)]
+    )
     room = trained(rows, torch.full((8,), 8.0), decay=0.5, dead_ratio=0.05)
     room.set_vectors_per_step(64)
     z = F.normalize(rows[:7].repeat(10, 1)[:64] + 0.05 * unit(64, 8), dim=-1)
@@ -170,11 +195,15 @@ def test_dead_rows_are_replaced_relative_to_the_mean_count():
     others = room.embeddings[:7].clone()
     room(z)  # 0.25 < 0.4
     assert ((z - room.embeddings[7]).abs().amax(1) < 1e-5).any(), "an input took its place"
-    assert (F.cosine_similarity(room.embeddings[:7], others, dim=1) > 0.999).all(), "and no other row was touched"
+    assert (F.cosine_similarity(room.embeddings[:7], others, dim=1) > 0.999).all(), (
+        "and no other row was touched"
+    )
     fresh = room.embeddings[7].clone()
     _, codes, _ = room(z)
     assert 7 in codes.tolist()
-    assert F.cosine_similarity(room.embeddings[7], fresh, dim=0) > 0.9, "a replaced row that inputs choose lives on"
+    assert F.cosine_similarity(room.embeddings[7], fresh, dim=0) > 0.9, (
+        "a replaced row that inputs choose lives on"
+    )
 
 
 def test_what_is_not_dead_is_not_replaced():
@@ -183,12 +212,12 @@ def test_what_is_not_dead_is_not_replaced():
     small = trained(rows, torch.full((32,), 0.25), decay=0.99, dead_ratio=0.05)
     small.set_vectors_per_step(8)
     small(unit(8, 8, seed=1))
-    assert (F.cosine_similarity(small.rows, rows, dim=1) > 0.95).all()
+    assert (F.cosine_similarity(small.embeddings, rows, dim=1) > 0.95).all()
     never = trained(rows, torch.full((32,), 1e-3), decay=0.5, dead_ratio=0.0)
     never.set_vectors_per_step(8)
     for _ in range(20):
         never(rows[:8])
-    torch.testing.assert_close(never.rows, rows, rtol=0, atol=1e-4)
+    torch.testing.assert_close(never.embeddings, rows, rtol=0, atol=1e-4)
 
 
 def test_replacement_takes_its_chance_from_the_seed():
@@ -237,7 +266,9 @@ def test_the_gradient_passes_the_rounding(gradient: str):
     expected = F.mse_loss(z.detach(), rows[codes])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     (pull,) = torch.autograd.grad(loss, z)
-    torch.testing.assert_close(pull, along_the_sphere(2 * (z.detach() - rows[codes]) / z.numel()), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        pull, along_the_sphere(2 * (z.detach() - rows[codes]) / z.numel()), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_autocast_does_not_reach_the_codebook():
@@ -282,7 +313,9 @@ def test_kmeans_improves_and_is_repeatable():
 def test_kmeans_of_few_samples():
     samples = unit(8, 4)
     rows, counts = spherical_kmeans(samples, 8, 5, torch.Generator().manual_seed(0))
-    assert counts.tolist() == [1] * 8 and math.isclose(float((samples @ rows.T).amax(1).min()), 1, abs_tol=1e-5)
+    assert counts.tolist() == [1] * 8 and math.isclose(
+        float((samples @ rows.T).amax(1).min()), 1, abs_tol=1e-5
+    )
     with pytest.raises(ValueError, match="at least 9 samples, got 8"):
         spherical_kmeans(samples, 9, 5, torch.Generator().manual_seed(0))
     same = unit(1, 4).repeat(20, 1)  # every cluster but one is empty and restarts

@@ -42,7 +42,9 @@ def test_scores_equal_the_slow_version():
     assert output.shape == (3, 9, 2)
     torch.testing.assert_close(output.exp().sum(-1), torch.ones(3, 9))
     for i in range(3):
-        torch.testing.assert_close(output[i].double(), reference.score(selector, features[i]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            output[i].double(), reference.score(selector, features[i]), rtol=0, atol=1e-5
+        )
 
 
 def test_half_of_the_channels_see_the_whole_image():
@@ -120,7 +122,9 @@ def test_a_fraction_is_spent_across_the_batch():
         assert int(keep.sum()) == max(batch, round(fraction * batch * patches))
         assert keep.any(1).all()
         best = torch.zeros_like(keep).scatter(1, scores.argmax(1, keepdim=True), True)
-        free = keep & ~best  # beyond each image's best one, only the highest scores of the whole batch
+        free = (
+            keep & ~best
+        )  # beyond each image's best one, only the highest scores of the whole batch
         if free.any() and not keep.all():
             assert scores[free].min() >= scores[~keep].max()
     assert select(log_probs(3, 4), 1.0).all()
@@ -128,25 +132,48 @@ def test_a_fraction_is_spent_across_the_batch():
 
 def test_a_busy_picture_gets_more_of_a_shared_budget():
     scores = torch.tensor([[5.0, 5.0, 5.0, 5.0], [-5.0, -5.0, -5.0, -4.0]])
-    assert keep_by_budget(scores, 0.5).tolist() == [[True, True, True, False], [False, False, False, True]]
+    assert keep_by_budget(scores, 0.5).tolist() == [
+        [True, True, True, False],
+        [False, False, False, True],
+    ]
 
 
 def test_equal_scores_go_to_the_earlier_patch():
     scores = torch.zeros(2, 5)
     assert keep_by_budget(scores, 2).tolist() == [[True, True, False, False, False]] * 2
-    assert keep_by_budget(scores, 0.4).tolist() == [[True, True, True, False, False], [True] + [False] * 4]
+    assert keep_by_budget(scores, 0.4).tolist() == [
+        [True, True, True, False, False],
+        [True] + [False] * 4,
+    ]
 
 
 def test_infinite_scores_do_not_starve_a_picture():
     scores = torch.tensor([[float("inf")] * 4, [0.0, 1.0, -float("inf"), 0.0]])
     assert keep_by_budget(scores, 0.25).sum(1).tolist() == [1, 1]
-    assert keep_by_budget(scores, 0.5).tolist() == [[True, True, True, False], [False, True, False, False]]
+    assert keep_by_budget(scores, 0.5).tolist() == [
+        [True, True, True, False],
+        [False, True, False, False],
+    ]
     assert keep_by_budget(scores, None)[1].tolist() == [False, True, False, False]
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    "budget", [0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), True, "8", [4], np.int64(0), torch.tensor(3)]
+    "budget",
+    [
+        0,
+        -1,
+        0.0,
+        -0.5,
+        1.5,
+        float("nan"),
+        float("inf"),
+        True,
+        "8",
+        [4],
+        np.int64(0),
+        torch.tensor(3),
+    ],
 )
 def test_impossible_budgets(budget: Any):
     with pytest.raises(ValueError, match="budget"):
@@ -170,7 +197,9 @@ def test_deterministic_without_chance_and_repeatable_with():
     assert not torch.equal(drawn, select(p))
     state = torch.random.get_rng_state()
     select(p, sample=True, generator=generator(1))
-    assert torch.equal(state, torch.random.get_rng_state()), "with a generator the global one is left alone"
+    assert torch.equal(state, torch.random.get_rng_state()), (
+        "with a generator the global one is left alone"
+    )
     for budget in (5, 0.3):
         drawn = select(p, budget, sample=True, generator=generator(1))
         assert not torch.equal(drawn, select(p, budget)) and drawn.sum() == select(p, budget).sum()
@@ -226,7 +255,10 @@ def test_a_share_is_held_and_no_gradient_moves_it():
             found = (moved + shift_to_ratio(moved, share)).sigmoid()[0, 0] - chance[0, 0]
         assert abs(float(found) / 0.05 - float(slope[1, 1])) < 1e-4
     log_probs = torch.stack([scores.detach(), torch.zeros_like(scores)], -1).log_softmax(-1)
-    draws = [straight_through(log_probs, torch.Generator().manual_seed(s), share=0.25).mean() for s in range(200)]
+    draws = [
+        straight_through(log_probs, torch.Generator().manual_seed(s), share=0.25).mean()
+        for s in range(200)
+    ]
     assert abs(float(torch.stack(draws).mean()) - 0.25) < 0.01
 
 
@@ -239,15 +271,21 @@ DITHER = """
 
 
 def test_the_pattern_that_is_drawn():
-    drawn = torch.tensor([[int(word) for word in line.split()] for line in DITHER.strip().splitlines()])
+    drawn = torch.tensor(
+        [[int(word) for word in line.split()] for line in DITHER.strip().splitlines()]
+    )
     lines = [line[:20].split() for line in (ordered_noise.__wrapped__.__doc__ or "").splitlines()]
-    assert [line for line in lines if len(line) >= 4 and all(word.isdigit() for word in line[:4])] == [
-        [str(int(n)) for n in row] for row in drawn
-    ]
-    assert torch.allclose(ordered_noise(16).sigmoid() * 16 - 0.5, drawn.flatten().float(), atol=1e-4)
+    assert [
+        line for line in lines if len(line) >= 4 and all(word.isdigit() for word in line[:4])
+    ] == [[str(int(n)) for n in row] for row in drawn]
+    assert torch.allclose(
+        ordered_noise(16).sigmoid() * 16 - 0.5, drawn.flatten().float(), atol=1e-4
+    )
     for patches in (1, 4, 9, 64, 196, 256):
         ranks = ordered_noise(patches).sigmoid() * patches - 0.5
-        assert torch.allclose(ranks.sort().values, torch.arange(patches).float(), atol=1e-3), "each quantile once"
+        assert torch.allclose(ranks.sort().values, torch.arange(patches).float(), atol=1e-3), (
+            "each quantile once"
+        )
     with pytest.raises(ValueError, match="square number"):
         ordered_noise(12)
 
@@ -265,7 +303,11 @@ def test_alike_patches_are_kept_evenly():
     quarters = [int(keep[r : r + 4, c : c + 4].sum()) for r in (0, 4) for c in (0, 4)]
     assert max(quarters) - min(quarters) <= 1
     best = keep_scores(even)[0].topk(16).indices.sort().values
-    assert torch.equal(select(even, 16)[0].nonzero().flatten(), best), "a budget takes the highest scores"
+    assert torch.equal(select(even, 16)[0].nonzero().flatten(), best), (
+        "a budget takes the highest scores"
+    )
     first, second = (torch.Generator().manual_seed(0) for _ in range(2))
     drawn = select(even, sample=True, generator=first, dither=True)
-    assert torch.equal(drawn, select(log_probs, sample=True, generator=second)), "noise that is drawn takes its place"
+    assert torch.equal(drawn, select(log_probs, sample=True, generator=second)), (
+        "noise that is drawn takes its place"
+    )

@@ -35,7 +35,9 @@ def made(config: dict[str, Any], norm: bool = False) -> VisionEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = VisionEncoder.from_config(config, norm)
-        for parameter in encoder.parameters():  # BLIP-2's initial weights are 1e-10: nothing could be told apart
+        for parameter in (
+            encoder.parameters()
+        ):  # BLIP-2's initial weights are 1e-10: nothing could be told apart
             parameter.data.normal_(std=0.3)
     return encoder
 
@@ -48,7 +50,11 @@ def noise(batch: int = 2) -> Tensor:
 def test_every_type_gives_one_feature_a_patch(kind: str):
     encoder = made(tiny(kind))
     features = encoder(noise())
-    assert features.shape == (2, PATCHES, WIDTH) and features.isfinite().all() and not features.requires_grad
+    assert (
+        features.shape == (2, PATCHES, WIDTH)
+        and features.isfinite().all()
+        and not features.requires_grad
+    )
     assert torch.equal(features, encoder(noise()))
     torch.testing.assert_close(encoder(noise()[1:]), features[1:], rtol=1e-5, atol=1e-5)
     assert (features[0] - features[1]).abs().max() > 1e-3
@@ -83,7 +89,9 @@ def test_features_are_the_stream_before_the_final_norm(kind: str, special: int):
     encoder = made(tiny(kind, **({"num_register_tokens": 3} if kind == "dinov3_vit" else {})))
     with torch.no_grad():
         output = encoder.model(pixel_values=noise(), output_hidden_states=True)
-    if not output.hidden_states:  # a record that this class does not keep: its last_hidden_state is after the norm
+    if (
+        not output.hidden_states
+    ):  # a record that this class does not keep: its last_hidden_state is after the norm
         pytest.fail(f"{kind} gives no hidden states")
     stream = output.hidden_states[-1]
     assert stream.shape[1] == PATCHES + special
@@ -103,7 +111,9 @@ def test_the_final_norm_on_request(kind: str):
     plain, normed = made(tiny(kind)), made(tiny(kind), norm=True)
     with torch.no_grad():
         after = normed.model(**normed._inputs(noise())).last_hidden_state[:, -PATCHES:]
-    if kind == "clip_vision_model":  # its last_hidden_state is before the norm; the pooled class token is after it
+    if (
+        kind == "clip_vision_model"
+    ):  # its last_hidden_state is before the norm; the pooled class token is after it
         inner = getattr(plain.model, "vision_model", plain.model)
         assert torch.equal(plain(noise()), after)
         after = inner.post_layernorm(after)
@@ -191,9 +201,17 @@ def test_from_a_local_directory(kind: str, tmp_path: Path):
 
 
 def test_the_vision_tower_of_a_whole_model(tmp_path: Path):
-    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    text = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 9,
+    }
     vision = {k: v for k, v in tiny("clip_vision_model").items() if k != "model_type"}
-    whole = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).eval()
+    whole = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision)
+    ).eval()
     whole.save_pretrained(tmp_path)
     loaded = VisionEncoder.from_pretrained(str(tmp_path))
     with torch.no_grad():

@@ -28,7 +28,9 @@ def test_weights_equal_the_formula_read_aloud(formula: Formula, scale: float):
     for b in range(2):
         for h in range(3):
             for i in range(4):
-                row = reference.weights_of_a_row(scores[b, h, i].tolist(), policy[b, 0, i].tolist(), formula)
+                row = reference.weights_of_a_row(
+                    scores[b, h, i].tolist(), policy[b, 0, i].tolist(), formula
+                )
                 assert weights[b, h, i].tolist() == pytest.approx(row, abs=1e-6)
 
 
@@ -64,7 +66,9 @@ def test_rows_without_any_key(as_type: torch.dtype):
     for tensor in (q, k, v):
         assert tensor.grad is not None and (tensor.grad == 0).all()
     averaged = attend(q, k, v, torch.zeros(1, 1, 3, 3), "compat")
-    torch.testing.assert_close(averaged, v.mean(2, keepdim=True).expand_as(averaged), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        averaged, v.mean(2, keepdim=True).expand_as(averaged), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("large", [50.0, 1e4, 1e30])
@@ -131,7 +135,12 @@ def test_a_block_equals_its_loops():
     output = room(x, context, own, other)
     for i in range(2):
         slow = reference.block(
-            room, x[i].double(), context[i].double(), own[0, 0].double(), other[i, 0].expand(4, 5).double(), "strict"
+            room,
+            x[i].double(),
+            context[i].double(),
+            own[0, 0].double(),
+            other[i, 0].expand(4, 5).double(),
+            "strict",
         )
         torch.testing.assert_close(output[i].double(), slow, rtol=0, atol=1e-5)
 

@@ -12,9 +12,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lavit_tok.data.image_sources import Augmentation
 from lavit_tok.training.data_module import HOLDOUT_EVERY, EpochOrder, ImageDataModule
@@ -56,7 +56,11 @@ def parquet(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> Pat
         for i in range(count)
     ]
     features = datasets.Features(
-        {"image": datasets.Image(decode=False), "caption": datasets.Value("string"), "key": datasets.Value("string")}
+        {
+            "image": datasets.Image(decode=False),
+            "caption": datasets.Value("string"),
+            "key": datasets.Value("string"),
+        }
     )
     datasets.Dataset.from_list(rows, features=features).to_parquet(path / "train.parquet")
     return path
@@ -67,7 +71,10 @@ def webdataset(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> 
     for shard in range(2):
         with tarfile.open(path / f"train-{shard}.tar", "w") as tar:
             for i in range(shard, count, 2):
-                parts = {"png": b"no picture" if i in corrupt else image(i), "txt": f"number {i}".encode()}
+                parts = {
+                    "png": b"no picture" if i in corrupt else image(i),
+                    "txt": f"number {i}".encode(),
+                }
                 for suffix, content in parts.items():
                     info = tarfile.TarInfo(f"{i:03}.{suffix}")
                     info.size = len(content)
@@ -94,14 +101,18 @@ def test_every_source_gives_every_readable_picture_once(source, cache, tmp_path)
         assert not set(held_out) & set(seen)
     assert 3 not in seen
     assert len(seen) == len(data.sets["train"]) // 4 * 4
-    assert len(set(seen)) >= len(seen) - (not cache)  # without a cache the corrupt one's place goes to its neighbour
+    assert len(set(seen)) >= len(seen) - (
+        not cache
+    )  # without a cache the corrupt one's place goes to its neighbour
     assert len(data.rejects) == 1
     assert "reason" in data.rejects[0] and "3" in data.rejects[0]["key"]
 
 
 def test_batches_are_uint8_with_row_numbers_and_captions(tmp_path):
     path = parquet(tmp_path / "data", corrupt=())
-    data = ImageDataModule(str(path), image_size=8, batch_size=4, caption_column="caption", cache=True)
+    data = ImageDataModule(
+        str(path), image_size=8, batch_size=4, caption_column="caption", cache=True
+    )
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     assert set(batch) == {"images", "index", "captions"}
@@ -111,7 +122,9 @@ def test_batches_are_uint8_with_row_numbers_and_captions(tmp_path):
 
 
 def test_streaming_gives_the_same_pictures_and_its_rejects(tmp_path):
-    data = ImageDataModule(str(webdataset(tmp_path / "data")), image_size=8, batch_size=2, streaming=True)
+    data = ImageDataModule(
+        str(webdataset(tmp_path / "data")), image_size=8, batch_size=2, streaming=True
+    )
     data.setup("fit")
     loader = data.train_dataloader()
     first, second = numbers(list(loader)), numbers(list(loader))
@@ -122,7 +135,9 @@ def test_streaming_gives_the_same_pictures_and_its_rejects(tmp_path):
 
 
 def test_ranks_share_an_epoch_without_overlap():
-    ranks = [EpochOrder(23, 4, seed=5, rank=r, world=2, consumed=lambda n: (0, n)) for r in range(2)]
+    ranks = [
+        EpochOrder(23, 4, seed=5, rank=r, world=2, consumed=lambda n: (0, n)) for r in range(2)
+    ]
     first, second = (order.indices(epoch=1) for order in ranks)
     assert len(first) == len(second) == len(ranks[0]) == 11
     assert not set(first) & set(second)
@@ -154,7 +169,9 @@ def test_crops_keep_their_proportions():
     for index in range(20):
         seen = cut(wide, 0, index).int()
         assert int(seen.min()) >= 10 * 6 and int(seen.max()) <= 29 * 6
-        spread = int(seen.max() - seen.min()) / 6  # columns across: the square's share of 20 is 0.5 ** 0.5
+        spread = (
+            int(seen.max() - seen.min()) / 6
+        )  # columns across: the square's share of 20 is 0.5 ** 0.5
         assert 10 < spread < 15
 
 
@@ -180,13 +197,23 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize(("workers", "limit", "killed_at"), [(0, None, 7), (0, 4, 6), (1, None, 12), (0, None, 10)])
-def test_a_killed_run_resumes_with_exactly_the_batches_it_would_have_seen(workers, limit, killed_at, tmp_path):
+@pytest.mark.parametrize(
+    ("workers", "limit", "killed_at"), [(0, None, 7), (0, 4, 6), (1, None, 12), (0, None, 10)]
+)
+def test_a_killed_run_resumes_with_exactly_the_batches_it_would_have_seen(
+    workers, limit, killed_at, tmp_path
+):
     source = str(folder(tmp_path / "data"))
 
     def run(model: Recorder, name: str, checkpoint: str | None = None) -> list[torch.Tensor]:
         data = ImageDataModule(
-            source, image_size=8, batch_size=4, num_workers=workers, flip=0.5, crop_scale=(0.5, 1.0), cache=True
+            source,
+            image_size=8,
+            batch_size=4,
+            num_workers=workers,
+            flip=0.5,
+            crop_scale=(0.5, 1.0),
+            cache=True,
         )
         trainer = Trainer(
             default_root_dir=tmp_path / name,
@@ -196,7 +223,9 @@ def test_a_killed_run_resumes_with_exactly_the_batches_it_would_have_seen(worker
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=ModelCheckpoint(tmp_path / name, every_n_train_steps=2, save_top_k=-1, filename="{step}"),
+            callbacks=ModelCheckpoint(
+                tmp_path / name, every_n_train_steps=2, save_top_k=-1, filename="{step}"
+            ),
         )
         with contextlib.suppress(KeyError):
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=False)
@@ -209,7 +238,9 @@ def test_a_killed_run_resumes_with_exactly_the_batches_it_would_have_seen(worker
     rest = run(Recorder(), "resumed", str(tmp_path / "killed" / f"step={step}.ckpt"))
     assert len(rest) == 14 - step
     assert all(torch.equal(a, b) for a, b in zip(rest, whole[step:], strict=True))
-    rejects = [json.loads(line) for line in (tmp_path / "whole" / "rejects.jsonl").read_text().splitlines()]
+    rejects = [
+        json.loads(line) for line in (tmp_path / "whole" / "rejects.jsonl").read_text().splitlines()
+    ]
     assert len(rejects) == 1 and rejects[0]["key"].endswith("003.png")
 
 

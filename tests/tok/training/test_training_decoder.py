@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from helpers.small_diffusion import small_vae
-from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lavit_tok import PixelDecoder, VisualTokenizer
 from lavit_tok.cli import main
@@ -61,14 +61,26 @@ def parts(tmp_path: Path, tiny_tokenizer: VisualTokenizer) -> dict[str, str]:
 def training(parts: dict[str, str], **settings: Any) -> PixelDecoderTraining:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        chosen = {"unet": UNET, "cross_dims": [16], "sample_every": 0, "warmup_steps": 1, "lr": 1e-2, "mirror": 0.5}
+        chosen = {
+            "unet": UNET,
+            "cross_dims": [16],
+            "sample_every": 0,
+            "warmup_steps": 1,
+            "lr": 1e-2,
+            "flip": 0.5,
+        }
         return PixelDecoderTraining(**parts, **{**chosen, "ema_decay": 0.6, **settings})
 
 
 def fit(
-    module: PixelDecoderTraining, folder: Path, root: Path, steps: int, ckpt: str | None = None, **options: Any
+    module: PixelDecoderTraining,
+    folder: Path,
+    root: Path,
+    steps: int,
+    ckpt: str | None = None,
+    **options: Any,
 ) -> Any:
-    trainer = L.Trainer(
+    trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",
         default_root_dir=root,
@@ -77,7 +89,9 @@ def fit(
         enable_model_summary=False,
         **{"logger": False, "enable_checkpointing": False, **options},
     )
-    trainer.fit(module, ImageDataModule(str(folder), 32, 8, cache=True), ckpt_path=ckpt, weights_only=False)
+    trainer.fit(
+        module, ImageDataModule(str(folder), 32, 8, cache=True), ckpt_path=ckpt, weights_only=False
+    )
     return trainer
 
 
@@ -85,13 +99,13 @@ def parameters(module: PixelDecoderTraining) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-class Steps(L.Callback):
+class Steps(pl.Callback):
     """The parameters after every step."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, torch.Tensor]] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         self.seen.append(parameters(module))
 
 
@@ -100,7 +114,9 @@ class Steps(L.Callback):
 def test_loss_by_hand(prediction: str, min_snr: float, parts: dict[str, str]) -> None:
     """Against the formulas, one picture at a time, with the steps, noise and drops drawn as documented."""
     module = training(parts, prediction_type=prediction, min_snr=min_snr).eval()
-    images = torch.randint(256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     encoded = module.parts(images)
     with torch.no_grad():
         loss = module.diffusion_loss(encoded, torch.Generator().manual_seed(2), drop=0.5)
@@ -113,7 +129,11 @@ def test_loss_by_hand(prediction: str, min_snr: float, parts: dict[str, str]) ->
         for i in range(4):
             product = (1 - betas)[: t[i] + 1].prod()
             a, s, z = product.sqrt(), (1 - product).sqrt(), encoded.latents[i]
-            tokens = module.projection.null if dropped[i] else module.projection(encoded.features[i : i + 1]).tokens
+            tokens = (
+                module.projection.null
+                if dropped[i]
+                else module.projection(encoded.features[i : i + 1]).tokens
+            )
             predicted = module.unet((a * z + s * noise[i])[None], t[i], tokens).sample[0]
             velocity = prediction == "v_prediction"
             target = a * noise[i] - s * z if velocity else noise[i]
@@ -125,31 +145,47 @@ def test_loss_by_hand(prediction: str, min_snr: float, parts: dict[str, str]) ->
 
 def test_features_and_latents_are_the_frozen_parts_own(parts: dict[str, str]) -> None:
     frozen, tokenizer = FrozenParts(**parts), VisualTokenizer.from_pretrained(parts["tokenizer"])
-    images = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(
+        256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     encoded = frozen(images)
     assert torch.equal(encoded.features, tokenizer.reconstruct_features(tokenizer.encode(images)))
     latents = frozen.vae.encode(images.float() / 127.5 - 1).latent_dist.mean * 0.8
     torch.testing.assert_close(encoded.latents, latents)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(frozen(images).features, encoded.features)  # mixed precision changes no code
-    larger = images.repeat_interleave(2, 2).repeat_interleave(2, 3)  # drawn at another size than the tokenizer's
-    assert frozen(larger).latents.shape == (3, 4, 32, 32) and frozen(larger).features.shape == encoded.features.shape
+        assert torch.equal(
+            frozen(images).features, encoded.features
+        )  # mixed precision changes no code
+    larger = images.repeat_interleave(2, 2).repeat_interleave(
+        2, 3
+    )  # drawn at another size than the tokenizer's
+    assert (
+        frozen(larger).latents.shape == (3, 4, 32, 32)
+        and frozen(larger).features.shape == encoded.features.shape
+    )
 
 
 def test_encoded_once(parts: dict[str, str], tmp_path: Path) -> None:
     frozen = FrozenParts(**parts)
-    pixels = torch.randint(256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    pixels = torch.randint(
+        256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     index = torch.tensor([0, 2, 3, 7, 9])
     made = EncodedSet(pixels, index, frozen, True, tmp_path / "cache", batch_size=2)
     got = made(torch.tensor([7, 0, 7]), torch.tensor([False, True, True]), "cpu")
     expected = frozen(torch.stack([pixels[3], pixels[0].flip(2), pixels[3].flip(2)]))
     for name in ("features", "latents"):
-        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(
+            getattr(got, name), getattr(expected, name), rtol=2e-3, atol=2e-3
+        )
     with pytest.raises(ValueError, match=r"pictures \[1\] were not encoded"):
         made(torch.tensor([1]), torch.tensor([False]), "cpu")
     frozen.tokenizer.reconstructor = None  # the stored file is enough; nothing is encoded again
     again = EncodedSet(pixels, index, FrozenParts(**parts), True, tmp_path / "cache")
-    assert torch.equal(again.features, made.features) and len(list((tmp_path / "cache").iterdir())) == 1
+    assert (
+        torch.equal(again.features, made.features)
+        and len(list((tmp_path / "cache").iterdir())) == 1
+    )
     EncodedSet(255 - pixels, index, FrozenParts(**parts), True, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2  # other pictures, another file
     plain = EncodedSet(pixels, index, FrozenParts(**parts), flipped=False)
@@ -161,9 +197,13 @@ def test_encoded_once(parts: dict[str, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_resuming_is_exact(cache: bool, parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+def test_resuming_is_exact(
+    cache: bool, parts: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
     """Stopped after 2 of 5 steps (an epoch has 2) and resumed, every parameter, average and moment is bit-equal."""
-    keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    keep = ModelCheckpoint(
+        tmp_path / "kept", every_n_train_steps=1, save_top_k=-1, filename="{step}"
+    )
     whole = training(parts, cache=cache)
     trainer = fit(whole, folder, tmp_path, 5, callbacks=[keep], enable_checkpointing=True)
     for stop in (1, 2, 3):
@@ -174,7 +214,9 @@ def test_resuming_is_exact(cache: bool, parts: dict[str, str], folder: Path, tmp
             assert torch.equal(value, parameters(resumed)[name]), (stop, name)
         for a, b in zip(whole.ema.shadow_params, resumed.ema.shadow_params, strict=True):
             assert torch.equal(a, b)
-        moments = [[s["exp_avg_sq"] for s in t.optimizers[0].state.values()] for t in (trainer, again)]
+        moments = [
+            [s["exp_avg_sq"] for s in t.optimizers[0].state.values()] for t in (trainer, again)
+        ]
         assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
 
 
@@ -199,14 +241,22 @@ def test_average_is_the_formula(parts: dict[str, str], folder: Path, tmp_path: P
         torch.testing.assert_close(average, expected[name], rtol=1e-4, atol=1e-6)
     before = parameters(module)
     with module.averaged():
-        assert torch.equal(module.unet.conv_in.weight, module.ema.shadow_params[names.index("unet.conv_in.weight")])
+        assert torch.equal(
+            module.unet.conv_in.weight, module.ema.shadow_params[names.index("unet.conv_in.weight")]
+        )
     assert all(torch.equal(before[n], p) for n, p in module.named_parameters())
 
 
 def test_frozen_parts_are_absent(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
     module = training(parts)
-    frozen = [*module.parts.tokenizer.state_dict().values(), *module.parts.vae.state_dict().values()]
-    frozen += [*module.condition[0].codebook.buffers(), *module.condition[0].reconstructor.parameters()]
+    frozen = [
+        *module.parts.tokenizer.state_dict().values(),
+        *module.parts.vae.state_dict().values(),
+    ]
+    frozen += [
+        *module.conditioner[0].codebook.buffers(),
+        *module.conditioner[0].reconstructor.parameters(),
+    ]
     before = [t.clone() for t in frozen]
     keep = ModelCheckpoint(tmp_path / "kept", save_last=True)
     trainer = fit(module, folder, tmp_path, 2, callbacks=[keep], enable_checkpointing=True)
@@ -214,15 +264,27 @@ def test_frozen_parts_are_absent(parts: dict[str, str], folder: Path, tmp_path: 
     optimized = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
     assert not held & {id(p) for p in optimized}
     trained = {name for name, _ in module.named_parameters()}
-    assert {n.split(".")[0] for n in trained} == {"unet", "projection"} and len(optimized) == len(trained)
+    assert {n.split(".")[0] for n in trained} == {"unet", "projection"} and len(optimized) == len(
+        trained
+    )
     checkpoint = torch.load(tmp_path / "kept" / "last.ckpt", weights_only=False)
-    assert set(checkpoint["state_dict"]) == trained and len(checkpoint["ema"]["shadow_params"]) == len(trained)
+    assert set(checkpoint["state_dict"]) == trained and len(
+        checkpoint["ema"]["shadow_params"]
+    ) == len(trained)
     assert all(torch.equal(a, b) for a, b in zip(frozen, before, strict=True))
 
 
-def test_it_learns_and_exports_the_average(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+def test_it_learns_and_exports_the_average(
+    parts: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
     """The loss falls; the exported decoder is the averaged one, and draws codes without tokenizer or Lightning."""
-    settings = {"spatial_channels": 4, "spatial_scale": 2, "feature_norm": True, "null_length": 16, "cache": True}
+    settings = {
+        "spatial_channels": 4,
+        "spatial_scale": 2,
+        "feature_norm": True,
+        "null_length": 16,
+        "cache": True,
+    }
     module = training(parts, out=str(tmp_path / "out"), **settings)
     decoded = ImageDataModule(str(folder), 32, 8, cache=True)
     decoded.setup("fit")
@@ -230,7 +292,9 @@ def test_it_learns_and_exports_the_average(parts: dict[str, str], folder: Path, 
 
     def loss() -> float:
         with torch.no_grad(), module.averaged():
-            return float(module.diffusion_loss(module.parts(images), torch.Generator().manual_seed(9), 0.0))
+            return float(
+                module.diffusion_loss(module.parts(images), torch.Generator().manual_seed(9), 0.0)
+            )
 
     before = loss()
     fit(module, folder, tmp_path, 40)
@@ -246,21 +310,34 @@ def test_it_learns_and_exports_the_average(parts: dict[str, str], folder: Path, 
         decoder.unet.state_dict()["conv_in.weight"],
         dict(zip(parameters(module), module.ema.shadow_params, strict=True)),
     )
-    assert torch.equal(stored, average["unet.conv_in.weight"]) and not torch.equal(stored, module.unet.conv_in.weight)
+    assert torch.equal(stored, average["unet.conv_in.weight"]) and not torch.equal(
+        stored, module.unet.conv_in.weight
+    )
 
 
 def test_sheets_and_validation(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
     """Every 2 steps a sheet of 3 originals above 3 samples; validating uses the averages and puts the weights back."""
     module = training(parts, sample_every=2, sample_count=3, sample_steps=2)
     steps = Steps()
-    trainer = fit(module, folder, tmp_path, 4, callbacks=[steps], check_val_every_n_epoch=None, val_check_interval=1)
+    trainer = fit(
+        module,
+        folder,
+        tmp_path,
+        4,
+        callbacks=[steps],
+        check_val_every_n_epoch=None,
+        val_check_interval=1,
+    )
     sheets = sorted((tmp_path / "pictures").glob("samples-*.png"))
     assert [s.name for s in sheets] == ["samples-0000002.png", "samples-0000004.png"]
     sheet = np.asarray(Image.open(sheets[0]))
     assert sheet.shape == (64, 96, 3)
     originals = [np.asarray(Image.open(p)) for p in sorted((folder / "validation").iterdir())[:3]]
     assert np.abs(sheet[:32].astype(int) - np.concatenate(originals, 1)).max() <= 1
-    generator, batch = step_generator(0, 0, 2**31, "cpu"), next(iter(trainer.datamodule.val_dataloader()))
+    generator, batch = (
+        step_generator(0, 0, 2**31, "cpu"),
+        next(iter(trainer.datamodule.val_dataloader())),
+    )
     with torch.no_grad(), module.averaged():
         expected = module.diffusion_loss(module.parts(batch["images"]), generator, 0.0)
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(float(expected), rel=1e-4)
@@ -268,27 +345,37 @@ def test_sheets_and_validation(parts: dict[str, str], folder: Path, tmp_path: Pa
     plain = training(parts)
     quiet = Steps()
     fit(plain, folder, tmp_path / "plain", 4, callbacks=[quiet], limit_val_batches=0)
-    for a, b in zip(steps.seen, quiet.seen, strict=True):  # neither sheets nor validation change the training
+    for a, b in zip(
+        steps.seen, quiet.seen, strict=True
+    ):  # neither sheets nor validation change the training
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_sdxl_and_accumulated_steps(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
     extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
     unet = {**UNET, **extra, "projection_class_embeddings_input_dim": 8 + 6 * 4}
-    settings = {"style": "sdxl", "cross_dims": [8, 8], "pooled_dim": 8, "pool_heads": 2, "unet": unet}
+    settings = {
+        "style": "sdxl",
+        "cross_dims": [8, 8],
+        "pooled_dim": 8,
+        "pool_heads": 2,
+        "unet": unet,
+    }
     module = training(parts, out=str(tmp_path / "out"), **settings)
     losses: list[float] = []
     module.log = lambda name, value, **_: losses.append(float(value))  # type: ignore[method-assign]
     fit(module, folder, tmp_path, 2, accumulate_grad_batches=2, limit_val_batches=0)
     assert len(losses) == 4 and len(set(losses)) == 4
-    assert PixelDecoder.from_pretrained(tmp_path / "out").condition.config.style == "sdxl"
+    assert PixelDecoder.from_pretrained(tmp_path / "out").conditioner.config.style == "sdxl"
 
 
 def test_starts_from_a_pretrained_unet(parts: dict[str, str], tmp_path: Path) -> None:
     """New input channels begin at zero, so the pretrained U-Net predicts what it did."""
     first = training(parts)
     first.unet.save_pretrained(tmp_path / "unet")
-    second = training(parts, unet=None, unet_from=str(tmp_path / "unet"), spatial_channels=2, sample_size=8)
+    second = training(
+        parts, unet=None, unet_from=str(tmp_path / "unet"), spatial_channels=2, sample_size=8
+    )
     latents, tokens = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 16)
     with torch.no_grad():
         wide = second.unet(torch.cat([latents, torch.randn(2, 2, 16, 16)], 1), 5, tokens).sample
@@ -297,7 +384,9 @@ def test_starts_from_a_pretrained_unet(parts: dict[str, str], tmp_path: Path) ->
 
 
 def test_bad_settings_are_refused(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="zero_terminal_snr: expected prediction_type v_prediction"):
+    with pytest.raises(
+        ValueError, match="zero_terminal_snr: expected prediction_type v_prediction"
+    ):
         training(parts, zero_terminal_snr=True)
     with pytest.raises(ValueError, match=r"drop: expected a number in 0\.\.1, got 10.0"):
         training(parts, drop=10.0)
@@ -307,9 +396,11 @@ def test_bad_settings_are_refused(parts: dict[str, str], folder: Path, tmp_path:
         training(parts, unet={**UNET, "in_channels": 5})
     with pytest.raises(ValueError, match="expected an existing directory, or a Hub id"):
         training({**parts, "vae": "nowhere"})
-    trainer = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="cache: expected no augmentation in the data module"):
-        trainer.fit(training(parts, cache=True), ImageDataModule(str(folder), 32, 8, flip=0.5, cache=True))
+        trainer.fit(
+            training(parts, cache=True), ImageDataModule(str(folder), 32, 8, flip=0.5, cache=True)
+        )
     with pytest.raises(ValueError, match="cache: expected a data module with cache=True"):
         trainer.fit(training(parts, cache=True), ImageDataModule(str(folder), 32, 8))
 
@@ -322,17 +413,44 @@ def test_recipe_trains(recipe: Path, parts: dict[str, str], folder: Path, tmp_pa
     """The recipe's own settings but for width, devices, data and pretrained parts; two steps and an export."""
     header = "".join(line for line in recipe.read_text().splitlines(True) if line.startswith("#"))
     assert all(word in header for word in ("command:", "hardware:", "time:", "expected:"))
-    words = ["-c", str(recipe), f"--data.data={folder}", "--data.image_size=32", "--data.batch_size=4"]
-    words += ["--data.num_workers=0", "--data.streaming=false", f"--trainer.default_root_dir={tmp_path / 'run'}"]
-    words += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    words = [
+        "-c",
+        str(recipe),
+        f"--data.data={folder}",
+        "--data.image_size=32",
+        "--data.batch_size=4",
+    ]
+    words += [
+        "--data.num_workers=0",
+        "--data.streaming=false",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+    ]
+    words += [
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.num_nodes=1",
+        "--trainer.strategy=auto",
+    ]
     words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
-    words += ["--trainer.limit_val_batches=1", "--trainer.enable_checkpointing=false", "--trainer.logger=false"]
-    words += [f"--model.tokenizer={parts['tokenizer']}", f"--model.vae={parts['vae']}", "--model.unet_from=null"]
-    words += [f"--model.unet={json.dumps(UNET)}", "--model.cross_dims=[16]", "--model.null_length=16"]
+    words += [
+        "--trainer.limit_val_batches=1",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.logger=false",
+    ]
+    words += [
+        f"--model.tokenizer={parts['tokenizer']}",
+        f"--model.vae={parts['vae']}",
+        "--model.unet_from=null",
+    ]
+    words += [
+        f"--model.unet={json.dumps(UNET)}",
+        "--model.cross_dims=[16]",
+        "--model.null_length=16",
+    ]
     words += ["--model.sample_every=2", "--model.sample_steps=2", f"--model.out={tmp_path / 'out'}"]
     assert main(["fit-decoder", *words]) == 0
     assert PixelDecoder.from_pretrained(tmp_path / "out").unet.config.block_out_channels == [16, 16]
-    assert (tmp_path / "run" / "pictures" / "samples-0000002.png").is_file()
+    assert (tmp_path / "run" / "images" / "samples-0000002.png").is_file()
 
 
 def test_there_is_a_recipe_of_each_size() -> None:

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 
@@ -32,17 +32,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root.parent
 
 
-class Losses(L.Callback):
+class Losses(pl.Callback):
     def __init__(self) -> None:
         self.values: list[dict[str, float]] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.values.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.values.append(
+            {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+        )
 
 
-def fit(config: TokenizerConfig, folder: Path, root: Path, steps: int, ckpt: str | None = None, **settings: Any) -> Any:
+def fit(
+    config: TokenizerConfig,
+    folder: Path,
+    root: Path,
+    steps: int,
+    ckpt: str | None = None,
+    **settings: Any,
+) -> Any:
     """Train a little; returns the module, its trainer and the logged losses of every step."""
-    L.seed_everything(0, verbose=False)
+    pl.seed_everything(0, verbose=False)
     chosen = {
         "stop_sampling_step": 3,
         "quantize_at": 4,
@@ -53,7 +62,7 @@ def fit(config: TokenizerConfig, folder: Path, root: Path, steps: int, ckpt: str
     }
     module = TokenizerTraining(config, log_images_every=0, **{**chosen, **settings})
     losses = Losses()
-    trainer = L.Trainer(
+    trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",
         logger=False,
@@ -69,20 +78,26 @@ def fit(config: TokenizerConfig, folder: Path, root: Path, steps: int, ckpt: str
     return module, trainer, losses.values
 
 
-def test_resumed_run_repeats_the_uninterrupted_one(tiny_config: TokenizerConfig, folder: Path, tmp_path: Path) -> None:
+def test_resumed_run_repeats_the_uninterrupted_one(
+    tiny_config: TokenizerConfig, folder: Path, tmp_path: Path
+) -> None:
     """Stopped in stretch A' and resumed over the switch to quantisation."""
     constant = {"min_lr_ratio": 1.0}  # the plan's length then does not enter the learning rate
     whole, _, losses = fit(tiny_config, folder, tmp_path, 8, **constant)
     _, trainer, first = fit(tiny_config, folder, tmp_path, 4, **constant)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, _, second = fit(tiny_config, folder, tmp_path, 8, ckpt=str(tmp_path / "half.ckpt"), **constant)
+    resumed, _, second = fit(
+        tiny_config, folder, tmp_path, 8, ckpt=str(tmp_path / "half.ckpt"), **constant
+    )
     assert first + second == losses
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_encoder_is_frozen_and_absent(tiny_config: TokenizerConfig, folder: Path, tmp_path: Path) -> None:
-    L.seed_everything(0, verbose=False)
+def test_encoder_is_frozen_and_absent(
+    tiny_config: TokenizerConfig, folder: Path, tmp_path: Path
+) -> None:
+    pl.seed_everything(0, verbose=False)
     untouched = TokenizerTraining(tiny_config).tokenizer.encoder.state_dict()
     module, trainer, _ = fit(tiny_config, folder, tmp_path, 6)
     for name, value in module.tokenizer.encoder.state_dict().items():
@@ -95,17 +110,25 @@ def test_encoder_is_frozen_and_absent(tiny_config: TokenizerConfig, folder: Path
     assert not [n for n in names if ".encoder." in n]
 
 
-def test_every_trained_part_moves(tiny_config: TokenizerConfig, folder: Path, tmp_path: Path) -> None:
-    L.seed_everything(0, verbose=False)
+def test_every_trained_part_moves(
+    tiny_config: TokenizerConfig, folder: Path, tmp_path: Path
+) -> None:
+    pl.seed_everything(0, verbose=False)
     before = {n: p.clone() for n, p in TokenizerTraining(tiny_config).tokenizer.named_parameters()}
     module, _, values = fit(tiny_config, folder, tmp_path, 3)
-    still = [n for n, p in module.tokenizer.named_parameters() if "encoder" not in n and torch.equal(p, before[n])]
+    still = [
+        n
+        for n, p in module.tokenizer.named_parameters()
+        if "encoder" not in n and torch.equal(p, before[n])
+    ]
     # A key's bias shifts a query's scores by one number, which no softmax sees.
     assert [n for n in still if not n.endswith("key.bias")] == []
     assert values[-1]["train/loss"] < values[0]["train/loss"]
 
 
-def test_settled_selector_keeps_rho_and_freezes(tiny_config: TokenizerConfig, folder: Path, tmp_path: Path) -> None:
+def test_settled_selector_keeps_rho_and_freezes(
+    tiny_config: TokenizerConfig, folder: Path, tmp_path: Path
+) -> None:
     """From stop_sampling_step on each batch's own scores count: at least the first settled batch keeps rho of its patches.
 
     (At least: every image keeps one patch, even where all of its scores lie below the batch's upper quarter.)
@@ -118,7 +141,9 @@ def test_settled_selector_keeps_rho_and_freezes(tiny_config: TokenizerConfig, fo
     assert not any(p.requires_grad for p in module.tokenizer.selector.parameters())
 
 
-def test_live_selector_goes_on_learning(tiny_config: TokenizerConfig, folder: Path, tmp_path: Path) -> None:
+def test_live_selector_goes_on_learning(
+    tiny_config: TokenizerConfig, folder: Path, tmp_path: Path
+) -> None:
     short, _, _ = fit(tiny_config, folder, tmp_path, 5, selector_after="live", min_lr_ratio=1.0)
     long, _, _ = fit(tiny_config, folder, tmp_path, 8, selector_after="live", min_lr_ratio=1.0)
     a, b = short.tokenizer.selector.state_dict(), long.tokenizer.selector.state_dict()
@@ -153,14 +178,21 @@ def test_chain_train_save_load_encode_reconstruct(
     tiny_config: TokenizerConfig, folder: Path, tmp_path: Path, photos: list[Path]
 ) -> None:
     module, _, values = fit(tiny_config, folder, tmp_path, 8, out=str(tmp_path / "tok"))
-    assert {"train/codebook_usage", "train/perplexity", "train/feature_loss", "train/keep_ratio"} <= set(values[-1])
+    assert {
+        "train/codebook_usage",
+        "train/perplexity",
+        "train/feature_loss",
+        "train/keep_ratio",
+    } <= set(values[-1])
     loaded = VisualTokenizer.from_pretrained(tmp_path / "tok")
     torch.testing.assert_close(loaded.quantizer.codebook.embeddings, module.codebook.embeddings)
     codes = loaded.encode(photos)
     assert len(codes) == len(photos) and int(codes.lengths.min()) >= 1
     assert loaded.reconstruct_features(codes).shape == (len(photos), 16, 32)
     scores = keep_scores(loaded.score(loaded.features(loaded.preprocess(photos))))
-    assert torch.equal(codes.keep, (scores > 0) | torch.nn.functional.one_hot(scores.argmax(1), 16).bool())
+    assert torch.equal(
+        codes.keep, (scores > 0) | torch.nn.functional.one_hot(scores.argmax(1), 16).bool()
+    )
 
 
 def test_recent_rows_overwrite_the_oldest() -> None:
@@ -188,7 +220,9 @@ def test_learning_rate_shape() -> None:
     factors = [warmup_cosine(s, 100, 10, 0.1) for s in range(101)]
     assert factors[0] == pytest.approx(1 / 11) and max(factors) == factors[10] == 1.0
     assert factors[100] == pytest.approx(0.1) and factors[55] == pytest.approx(0.55, abs=0.01)
-    assert factors[:11] == sorted(factors[:11]) and factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[:11] == sorted(factors[:11]) and factors[10:] == sorted(
+        factors[10:], reverse=True
+    )
 
 
 def test_step_generator_depends_on_its_arguments_only() -> None:
@@ -197,7 +231,9 @@ def test_step_generator_depends_on_its_arguments_only() -> None:
     assert len({tuple(draw(*a)) for a in [(0, 5, 0), (1, 5, 0), (0, 6, 0), (0, 5, 1)]}) == 4
 
 
-@pytest.mark.parametrize("bad", [{"rho": 0.0}, {"rho": 1.5}, {"stop_sampling_step": 9, "quantize_at": 3}])
+@pytest.mark.parametrize(
+    "bad", [{"rho": 0.0}, {"rho": 1.5}, {"stop_sampling_step": 9, "quantize_at": 3}]
+)
 def test_impossible_settings_are_refused(tiny_config: TokenizerConfig, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         TokenizerTraining(tiny_config, **bad)
