@@ -33,30 +33,56 @@ class WeightsError(ValueError):
     """A weights directory that does not hold exactly what the model needs; the message lists every difference."""
 
 
-def find_directory(name: str | os.PathLike[str], part: str, **hub: Any) -> Path:
-    """A local directory for "default" (shipped with the package), a local directory, or a Hub id.
+def find_directory(
+    name: str | os.PathLike[str],
+    default: str | Path | None,
+    patterns: Sequence[str] = ("*.json", "*.safetensors"),
+    **hub: Any,
+) -> Path:
+    """Return a local directory for "default", a local directory or a Hub id.
 
     Args:
-        part: which shipped model "default" means: a folder of lavit_tok/default.
-        hub: passed to huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only, ...).
+        name: "default", the path of a directory, or a Hub id "owner/name".
+        default: what "default" stands for: a folder of lavit_tok/default, or an absolute path;
+            None if no model of this kind is shipped.
+        patterns: files to download from the Hub; no other file is ever read.
+        hub: passed to huggingface_hub.snapshot_download (revision, token, cache_dir, ...).
 
     Raises:
         WeightsError: neither a directory nor a Hub repository that can be read.
     """
-    if str(name) == "default":
-        return DEFAULTS / part
+    if str(name) == "default" and default is not None:
+        return DEFAULTS / default
     path = Path(name)
     if path.is_dir():
         return path
     if path.exists() or not HUB_ID.fullmatch(str(name)):
+        choices = "" if default is None else "'default', "
         raise WeightsError(
-            f"{name}: expected 'default', an existing directory or a Hub id owner/name"
+            f"{name}: expected {choices}an existing directory or a Hub id owner/name"
         )
     try:
-        allowed = ["*.json", "*.safetensors"]  # nothing else is ever read
-        return Path(snapshot_download(str(name), allow_patterns=allowed, **hub))
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns), **hub))
     except Exception as error:
         raise WeightsError(f"{name}: no such directory, and the Hub gave none: {error}") from error
+
+
+def check_replaceable(directory: str | os.PathLike[str], marker: str) -> None:
+    """Check that a model can be written to `directory` without deleting other files.
+
+    Args:
+        marker: name of a file that every directory of this kind of model contains.
+
+    Raises:
+        WeightsError: the directory is not empty and does not contain `marker`, or is a file.
+    """
+    path = Path(directory)
+    if path.exists() and not (
+        path.is_dir() and ((path / marker).exists() or not any(path.iterdir()))
+    ):
+        raise WeightsError(
+            f"{path}: expected a new or empty directory, or one with {marker} to replace"
+        )
 
 
 def save_weights(
@@ -64,11 +90,15 @@ def save_weights(
     directory: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    single: str = SINGLE,
 ) -> None:
-    """Write a module's state as model.safetensors (or shards of a size and an index), floats optionally as `dtype`.
+    """Write a module's state as the file `single` (or as shards and an index).
+
+    Args:
+        dtype: dtype of the floating-point tensors in the file; None for the module's own.
 
     Raises:
-        WeightsError: a tensor that is, or in `dtype` would become, NaN or infinite; load_weights would refuse it.
+        WeightsError: a tensor that is, or in `dtype` would become, NaN or infinite.
     """
     state = {
         k: v.to(dtype) if dtype and v.is_floating_point() else v
@@ -81,7 +111,10 @@ def save_weights(
             f"{directory}: not saved, these tensors hold NaN or infinity as {as_what}: {broken}"
         )
     cpu = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    save_torch_state_dict(cpu, str(directory), max_shard_size=max_shard_size)
+    pattern = single.replace(".safetensors", "{suffix}.safetensors")
+    save_torch_state_dict(
+        cpu, str(directory), filename_pattern=pattern, max_shard_size=max_shard_size
+    )
 
 
 def load_weights(
@@ -233,4 +266,25 @@ def read_json(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def read_header(path: Path, kind: str, version: int, required: Iterable[str]) -> dict[str, Any]:
+    """Read a JSON object that names its format.
+
+    Args:
+        kind: the expected value of "format".
+        version: the expected value of "version".
+        required: other keys that must be present.
+
+    Raises:
+        WeightsError: no such file, another format or version, or missing keys.
+    """
+    values = read_json(path)
+    missing = sorted(set(required) - values.keys())
+    if missing or (values.get("format"), values.get("version")) != (kind, version):
+        raise WeightsError(
+            f"{path}: expected {kind} version {version}, got {values.get('format')} "
+            f"{values.get('version')}, missing keys {missing}"
+        )
     return values
