@@ -112,7 +112,7 @@ def requests(directory: Path, caption: str, codes: list[int], most: int) -> list
     """Both kinds of question with the answers of plain greedy decoding, by Auto classes alone."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    vocabulary = VisualVocabulary.of(tokenizer)
+    vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
     names = tokenizer.convert_ids_to_tokens(vocabulary.to_ids(torch.tensor(codes)).tolist())
     questions = {"caption": f"{BEGIN}{''.join(names)}{END}", "image codes": f"{caption}{BEGIN}"}
     found = []
@@ -193,7 +193,7 @@ def judge(
     request: Request, text: str, counted: int | None, seconds: float, tokenizer: Any
 ) -> dict[str, Any]:
     """Compare an answer with greedy decoding, as text and as ids; an image's must be codes up to its end."""
-    vocabulary = VisualVocabulary.of(tokenizer)
+    vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
     result: dict[str, Any] = {
         "request": request.name,
         "as": request.ask,

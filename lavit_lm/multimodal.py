@@ -253,7 +253,7 @@ class MultimodalLM:
             chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
             said = generate_ids(self.model, self.processor, rows, rule, chosen, None, generator)
         return [
-            self.processor.vocabulary.decode_text(self.processor.tokenizer, ids).strip()
+            self.processor.vocabulary.decode_text(self.processor.text_tokenizer, ids).strip()
             for ids in said
         ]
 
@@ -348,7 +348,7 @@ class MultimodalLM:
                 None,
                 generator,
             )[0]
-            text = self.processor.vocabulary.decode_text(self.processor.tokenizer, ids)
+            text = self.processor.vocabulary.decode_text(self.processor.text_tokenizer, ids)
             said += [text] if text else []
             if not ids or ids[-1] != self.processor.vocabulary.begin:
                 break
@@ -384,7 +384,7 @@ class MultimodalLM:
         )
         decode = self.processor.vocabulary.decode_text
         return [
-            decode(self.processor.tokenizer, part)
+            decode(self.processor.text_tokenizer, part)
             if isinstance(part, list)
             else (self._draw(part[None], generator, {})[0] if images else part)
             for part in said
@@ -448,4 +448,4 @@ class MultimodalLM:
         """A plain `transformers` directory that other programs serve; see export.py."""
         from lavit_lm.checkpoints.export import export
 
-        export(self.model.lm, self.processor.tokenizer, out, dtype)
+        export(self.model.lm, self.processor.text_tokenizer, out, dtype)

@@ -73,7 +73,7 @@ def export(
             back. Nothing is left behind then.
     """
     target = Path(out)
-    vocabulary = VisualVocabulary.of(tokenizer)
+    vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ExportError("the tokenizer has no end-of-text token: a server would never stop")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -194,9 +194,9 @@ def _compare(
 ) -> None:
     """Raise ExportError unless what was written reads back, by plain Auto classes, as what was given."""
     again = AutoTokenizer.from_pretrained(directory)
-    if VisualVocabulary.of(again) != vocabulary:
+    if VisualVocabulary.from_tokenizer(again) != vocabulary:
         raise ExportError(
-            f"the tokenizer read back has {VisualVocabulary.of(again)}, expected {vocabulary}"
+            f"the tokenizer read back has {VisualVocabulary.from_tokenizer(again)}, expected {vocabulary}"
         )
     first, last = tokenizer.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1])
     probe = f"{BEGIN}{first}{last}{END} A picture,  of Ünïcode 中文"

@@ -50,7 +50,7 @@ def save_model(
     check_free(target)
     out = target.with_name(f".{target.name}.new")
     shutil.rmtree(out, ignore_errors=True)
-    export(model.lm, processor.tokenizer, out, dtype)
+    export(model.lm, processor.text_tokenizer, out, dtype)
     if tensors := {
         name: t.detach().cpu().to(dtype or t.dtype)
         for name, t in _parts(model).state_dict().items()
@@ -126,7 +126,7 @@ def load_model(
     except (OSError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"{file}: {error}") from None
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return model, MultimodalProcessor.of(tokenizer), visual, objective
+    return model, MultimodalProcessor.from_tokenizer(tokenizer), visual, objective
 
 
 def _parts(model: SequenceModel) -> nn.ModuleDict:

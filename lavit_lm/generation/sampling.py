@@ -114,14 +114,14 @@ class GenerationConstraint:
         if self.kind == "image":
             return processor.vocabulary.mask(size, device)
         ids = torch.arange(size, device=device)
-        added = processor.tokenizer.added_tokens_decoder
+        added = processor.text_tokenizer.added_tokens_decoder
         special = [
             i for i, token in added.items() if token.special
-        ] + processor.tokenizer.all_special_ids
+        ] + processor.text_tokenizer.all_special_ids
         never = torch.isin(
             ids, torch.tensor(special, device=device)
         ) | processor.vocabulary.is_visual(ids)
-        return (ids < len(processor.tokenizer)) & ~never
+        return (ids < len(processor.text_tokenizer)) & ~never
 
     def allowed(
         self, words: Bool[Tensor, " v"], stops: Int64[Tensor, " s"], said: int

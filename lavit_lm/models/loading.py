@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lavit_lm.models.encoder_decoder import PrefixSeq2Seq
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.vocabulary.embedding_rows import extend_model
+from lavit_lm.vocabulary.embeddings import extend_embeddings
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
 
@@ -42,7 +42,7 @@ def load_lm(
             lm = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         else:
             special = {
-                f"{n}_token_id": getattr(processor.tokenizer, f"{n}_token_id")
+                f"{n}_token_id": getattr(processor.text_tokenizer, f"{n}_token_id")
                 for n in ("bos", "eos", "pad")
             }
             config = AutoConfig.for_model(**{**source, "vocab_size": own, **special})
@@ -61,7 +61,9 @@ def load_lm(
         ) from None
     vocabulary = processor.vocabulary
     if new_embeddings or not isinstance(source, str):
-        extend_model(lm, vocabulary.begin, vocabulary.stop, torch.Generator().manual_seed(seed))
+        extend_embeddings(
+            lm, vocabulary.begin, vocabulary.stop, torch.Generator().manual_seed(seed)
+        )
     elif lm.get_input_embeddings().num_embeddings < vocabulary.stop:
         rows = lm.get_input_embeddings().num_embeddings
         raise VocabularyError(

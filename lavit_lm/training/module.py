@@ -93,11 +93,11 @@ class LanguageModeling(pl.LightningModule):
         self._visual = [visual]  # in a list: frozen, neither saved nor moved by Lightning
         self.own_tokens = len(tokenizer)
         try:
-            self.processor = MultimodalProcessor.of(tokenizer)
+            self.processor = MultimodalProcessor.from_tokenizer(tokenizer)
             self.new_embeddings = False
         except VocabularyError:
             VisualVocabulary.extend(tokenizer, None, self.codebook_size)
-            self.processor = MultimodalProcessor.of(tokenizer)
+            self.processor = MultimodalProcessor.from_tokenizer(tokenizer)
             self.new_embeddings = True
         if self.processor.vocabulary.codebook_size != self.codebook_size:
             raise VocabularyError(

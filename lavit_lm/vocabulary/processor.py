@@ -1,4 +1,4 @@
-"""MultimodalProcessor: a text tokenizer and its visual vocabulary, which together turn any segment into ids."""
+"""MultimodalProcessor: a text tokenizer and its visual vocabulary, which turn text and codes into ids."""
 
 from __future__ import annotations
 
@@ -13,51 +13,55 @@ from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
 @dataclass(frozen=True)
 class MultimodalProcessor:
-    """What an objective needs to write rows of ids.
+    """What an objective needs to build sequences of ids.
 
     Args:
-        tokenizer: a fast `transformers` tokenizer that holds the visual tokens.
-        vocabulary: where they are.
+        text_tokenizer: a fast `transformers` tokenizer that contains the image tokens.
+        vocabulary: the ids of the image tokens.
 
     Raises:
-        ValueError: a tokenizer without an end-of-text token: no row could be closed, no generation would stop.
+        ValueError: the tokenizer has no end-of-text token.
     """
 
-    tokenizer: Any
+    text_tokenizer: Any
     vocabulary: VisualVocabulary
 
     def __post_init__(self) -> None:
-        if self.tokenizer.eos_token_id is None:
+        if self.text_tokenizer.eos_token_id is None:
             raise ValueError(
                 "the text tokenizer has no end-of-text token (eos_token): no text would ever end"
             )
 
     @classmethod
-    def of(cls, tokenizer: Any) -> MultimodalProcessor:
-        """From a tokenizer that was extended by VisualVocabulary.extend, also one loaded by plain AutoTokenizer."""
-        return cls(tokenizer, VisualVocabulary.of(tokenizer))
+    def from_tokenizer(cls, text_tokenizer: Any) -> MultimodalProcessor:
+        """From a tokenizer extended by VisualVocabulary.extend, or one saved after that and loaded."""
+        return cls(text_tokenizer, VisualVocabulary.from_tokenizer(text_tokenizer))
 
     def text(self, text: str) -> list[int]:
-        """Ids of a user's words, never a special one."""
-        return self.vocabulary.encode_text(self.tokenizer, text)
+        """Ids of a text, without any special token."""
+        return self.vocabulary.encode_text(self.text_tokenizer, text)
 
     def codes(self, codes: Int64[Tensor, " n"]) -> list[int]:
-        """Ids of an image's codes. Raises VocabularyError for codes of another codebook."""
+        """Ids of the codes of an image. Raises VocabularyError for codes outside the codebook."""
         return self.vocabulary.to_ids(codes).tolist()
+
+    def decode(self, ids: Any) -> str:
+        """The text of ids, without special tokens and image tokens."""
+        return self.vocabulary.decode_text(self.text_tokenizer, ids)
 
     @property
     def start(self) -> list[int]:
-        """What a row begins with: the tokenizer's begin-of-text id, or nothing where it has none."""
-        bos = self.tokenizer.bos_token_id
+        """Ids that begin a sequence: the begin-of-text id, or none if the tokenizer has none."""
+        bos = self.text_tokenizer.bos_token_id
         return [] if bos is None else [bos]
 
     @property
     def stop(self) -> int:
-        """The id that ends a row."""
-        return int(self.tokenizer.eos_token_id)
+        """The end-of-text id, which ends a sequence."""
+        return int(self.text_tokenizer.eos_token_id)
 
     @property
     def pad(self) -> int:
-        """The id at places that nobody reads."""
-        pad = self.tokenizer.pad_token_id
+        """The id at positions that no token attends to."""
+        pad = self.text_tokenizer.pad_token_id
         return self.stop if pad is None else int(pad)

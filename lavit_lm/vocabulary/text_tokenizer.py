@@ -1,4 +1,4 @@
-"""Text <-> ids: what users write, read as nothing but text; and a small text tokenizer for LMs trained from scratch."""
+"""Text -> ids that are never special, and a small text tokenizer for LMs trained from scratch."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ _special_ids: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
 
 
 class VocabularyError(ValueError):
-    """Codes or ids out of range, or a tokenizer or LM that does not have, or cannot take, the image tokens."""
+    """Codes or ids out of range, or a tokenizer or LM without, or unfit for, image tokens."""
 
 
 def train_text_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with <s>, </s> and <pad>: every text in every language comes back exactly, none is unknown.
+    """Train byte-level BPE with <s>, </s> and <pad>, which encodes any text in any language losslessly.
 
     Args:
-        texts: what it learns its merges from; the same texts in the same order give the same tokenizer.
-        size: ids in all, at least 259: three special tokens, 256 bytes, then merges (fewer if the texts hold no more).
+        texts: texts to learn merges from. The same texts in the same order give the same tokenizer.
+        size: number of ids, at least 259: three special tokens, 256 bytes, then merges (fewer if the
+            texts do not contain enough).
 
     Raises:
-        VocabularyError: a size that cannot hold every byte.
+        VocabularyError: the size is too small for every byte.
     """
     specials = [BOS, EOS, PAD]
     if size < BYTES + len(specials):
         raise VocabularyError(
-            f"expected at least {BYTES + len(specials)} ids, got {size}: some bytes would have none"
+            f"expected at least {BYTES + len(specials)} ids, got {size}: some bytes would have no id"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,7 +47,7 @@ def train_text_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizer
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # A caller who asks for special tokens, as servers do, gets what rows begin with.
+    # add_special_tokens=True, as servers call it, then gives what training sequences begin with.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B:1", special_tokens=[(BOS, specials.index(BOS))]
     )
@@ -55,61 +56,58 @@ def train_text_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizer
     )
 
 
-def encode_plain(tokenizer: Any, text: str, visual: Callable[[int], bool]) -> list[int]:
-    """Ids of what a user wrote: no special id, and none that `visual` says is an image token; no bos, no eos.
+def encode_plain(tokenizer: Any, text: str, is_visual: Callable[[int], bool]) -> list[int]:
+    """Encode text as text: no special token, no image token, no begin-of-text, no end-of-text.
 
-    A few tokenizers read a token's name as that token even when told not to: names that their model holds as a piece,
-    and image tokens of an exported directory, which are not special there. Such a name is cut after its first letter.
+    Args:
+        tokenizer: a fast tokenizer.
+        text: any text; names of special tokens in it are encoded as ordinary text.
+        is_visual: whether an id is an image token.
 
     Raises:
-        VocabularyError: no text, or text that this tokenizer can only read as a special token.
+        VocabularyError: not valid text, or text that this tokenizer cannot encode in another way.
     """
     special = _specials(tokenizer)
     ids = _encode(tokenizer, text)
-    found = sorted({i for i in ids if i in special or visual(i)})
-    if not found:
+    forbidden = sorted({i for i in ids if i in special or is_visual(i)})
+    if not forbidden:
         return ids
-    names = "|".join(re.escape(str(tokenizer.convert_ids_to_tokens(i))) for i in found)
+    # split_special_tokens does not help where the model itself contains the name as a piece, nor for
+    # image tokens of an exported directory, which are not special: cut the name after its first letter.
+    names = "|".join(re.escape(str(tokenizer.convert_ids_to_tokens(i))) for i in forbidden)
     cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)]
-    ids = [
-        i
-        for start, stop in pairwise(cuts)
-        if start < stop
-        for i in _encode(tokenizer, text[start:stop])
-    ]
-    left = [i for i in ids if i in special or visual(i)]
+    pieces = [text[start:stop] for start, stop in pairwise(cuts) if start < stop]
+    ids = [i for piece in pieces for i in _encode(tokenizer, piece)]
+    left = [i for i in ids if i in special or is_visual(i)]
     if left:
         name = tokenizer.convert_ids_to_tokens(left[0])
         raise VocabularyError(
-            f"this tokenizer reads {text[:60]!r} as its special token {name}, and in no other way"
+            f"this tokenizer can only encode {text[:60]!r} with its special token {name}"
         )
     return ids
 
 
-def forget(tokenizer: Any) -> None:
-    """Call after adding special tokens: which ids no text may have is worked out once for each tokenizer."""
+def clear_special_ids(tokenizer: Any) -> None:
+    """Forget the cached special ids of a tokenizer; call it after adding special tokens."""
     _special_ids.pop(tokenizer, None)
 
 
 def _specials(tokenizer: Any) -> frozenset[int]:
-    """Ids that no text may have: all special tokens, but not a plain "unknown", which is what unknown text becomes.
+    """Ids of all special tokens except an "unknown" token that has no other function.
 
-    Kept, since listing some ten thousand tokens, or merely counting them, takes many times as long as a caption.
+    Cached: listing or counting 16,000 added tokens takes many times as long as encoding a caption.
     """
-    keep = _special_ids.get(tokenizer)
-    if keep is None:
-        named = {
-            name: value
-            for name, value in tokenizer.special_tokens_map.items()
-            if isinstance(value, str)
-        }
+    cached = _special_ids.get(tokenizer)
+    if cached is None:
+        names = tokenizer.special_tokens_map.items()
+        named = {name: value for name, value in names if isinstance(value, str)}
         unknown = named.pop("unk_token", None)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         if unknown is not None and unknown not in named.values():
             special.discard(tokenizer.convert_tokens_to_ids(unknown))
-        keep = _special_ids[tokenizer] = frozenset(special)
-    return keep
+        cached = _special_ids[tokenizer] = frozenset(special)
+    return cached
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -27,7 +27,7 @@ def processor_and_model(
     lm = small_lm(family, len(tokenizer), tied, seed)
     VisualVocabulary.extend(tokenizer, lm, CODES, torch.Generator().manual_seed(seed))
     lm.set_attn_implementation(kernel)
-    return MultimodalProcessor.of(tokenizer), SequenceModel(lm).eval()
+    return MultimodalProcessor.from_tokenizer(tokenizer), SequenceModel(lm).eval()
 
 
 def image(seed: int, length: int | None = None, **more: object) -> ImageSegment:

@@ -170,7 +170,7 @@ def test_saved_and_loaded(lm: MultimodalLM, directory: Path, photos: list[Path])
     )
     ids = torch.tensor([lm.prompts.row("rain", "text").ids.tolist()])
     assert torch.equal(plain(ids).logits.argmax(-1), lm.model.causal(ids).logits.argmax(-1))
-    assert len(tokenizer) == len(lm.processor.tokenizer)
+    assert len(tokenizer) == len(lm.processor.text_tokenizer)
     with pytest.raises(ValueError, match="no pixel decoder"):
         loaded.generate_images("rain")
     save_model(

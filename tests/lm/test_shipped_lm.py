@@ -66,7 +66,7 @@ def test_plain_transformers_says_the_same(lm: MultimodalLM, tmp_path: Path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "plain"),
         AutoTokenizer.from_pretrained(tmp_path / "plain"),
     )
-    vocabulary = VisualVocabulary.of(tokenizer)
+    vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
     inputs = tokenizer("a photo of a bag<|img|>", return_tensors="pt")
     found = model.generate(
         **inputs, do_sample=False, max_new_tokens=65, eos_token_id=vocabulary.end

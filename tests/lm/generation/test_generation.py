@@ -76,7 +76,7 @@ def slow(
             if rule.kind == "image":
                 fine = (code and len(said) < rule.most) or (stop and len(said) >= rule.least)
             else:
-                word = i < v.begin and i not in processor.tokenizer.all_special_ids
+                word = i < v.begin and i not in processor.text_tokenizer.all_special_ids
                 fine = word or (stop and len(said) >= rule.least)
             if not fine:
                 logits[i] = -torch.inf

@@ -50,7 +50,7 @@ EACH = pytest.mark.parametrize("family", LMS)
 def processor() -> MultimodalProcessor:
     tokenizer = small_tokenizer("llama")
     VisualVocabulary.extend(tokenizer, None, 16)
-    return MultimodalProcessor.of(tokenizer)
+    return MultimodalProcessor.from_tokenizer(tokenizer)
 
 
 def built(
@@ -101,13 +101,13 @@ def drawn(row: TokenSequence, words: MultimodalProcessor) -> str:
         shown += ["|"] if not prefix and row.prefix[i - 1] else []
         code = v.first <= token < v.stop
         name = names.get(token) or (
-            str(token - v.first) if code else words.tokenizer.decode([token]).strip()
+            str(token - v.first) if code else words.text_tokenizer.decode([token]).strip()
         )
         shown.append("v" if is_embedding else name)
     text = " ".join(shown)
     for word in ("red", "apple"):
         text = text.replace(
-            " ".join(words.tokenizer.decode([i]).strip() for i in words.text(word)), word
+            " ".join(words.text_tokenizer.decode([i]).strip() for i in words.text(word)), word
         )
     return text
 
@@ -375,7 +375,7 @@ def test_davinci_04_text_loss(family: str, tiny_tokenizer: VisualTokenizer, phot
     said = row.ids[row.predict].tolist()
     assert (
         said[-1] == words.stop
-        and words.tokenizer.decode(said[:-1]).strip() in "a red apple on a wooden table"
+        and words.text_tokenizer.decode(said[:-1]).strip() in "a red apple on a wooden table"
     )
 
 

@@ -391,8 +391,8 @@ def slowly(
             logits = model.head(state()[None]).float()
             for i in range(logits.shape[1]):
                 token = (
-                    processor.tokenizer.convert_ids_to_tokens(i)
-                    if i < len(processor.tokenizer)
+                    processor.text_tokenizer.convert_ids_to_tokens(i)
+                    if i < len(processor.text_tokenizer)
                     else None
                 )
                 if i == processor.stop or (i == v.begin and max_images):
@@ -400,7 +400,7 @@ def slowly(
                 if (
                     token is None
                     or v.begin <= i < v.stop
-                    or token in processor.tokenizer.all_special_tokens
+                    or token in processor.text_tokenizer.all_special_tokens
                 ):
                     logits[0, i] = -torch.inf
             (drawn,) = sampling.draw(logits, [generator]).tolist()

@@ -35,7 +35,7 @@ def test_the_row_that_is_drawn():
     row = LaVIT(order="given").layout(sample, processor, generator())
     words = processor.text("a cat")
     codes = [v.first + c for c in (7, 3, 9)]
-    bos, eos = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
+    bos, eos = processor.text_tokenizer.bos_token_id, processor.text_tokenizer.eos_token_id
     assert row.ids.tolist() == [bos, *words, v.begin, *codes, v.end, eos]
     names = [Role(int(r)).name for r in row.roles]
     assert names == ["TEXT"] * (1 + len(words)) + ["BEGIN", *["VISUAL"] * 3, "END", "TEXT"]

@@ -246,7 +246,7 @@ def test_what_does_not_fit_together(folder: Path, tmp_path: Path):
     tokenizer.eos_token = None
     VisualVocabulary.extend(tokenizer, None, 5)
     with pytest.raises(ValueError, match="no end-of-text token"):
-        MultimodalProcessor.of(tokenizer)
+        MultimodalProcessor.from_tokenizer(tokenizer)
 
 
 def test_a_batch_with_pictures_needs_a_bridge(folder: Path):

@@ -1,10 +1,10 @@
-"""text_tokenizer.py: a tokenizer trained here, saved, and loaded by plain AutoTokenizer."""
+"""A text tokenizer trained here, saved, and loaded by AutoTokenizer; text that is never special."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
+import timeit
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from lavit_lm import VisualVocabulary, VocabularyError
-from lavit_lm.vocabulary.text_tokenizer import BYTES, encode_plain, forget, train_text_tokenizer
+from lavit_lm.vocabulary.text_tokenizer import (
+    BYTES,
+    clear_special_ids,
+    encode_plain,
+    train_text_tokenizer,
+)
 
 CAPTIONS = [
     "a red apple on a table",
@@ -29,7 +34,7 @@ CAPTIONS = [
 ]
 
 
-def test_every_caption_comes_back(tmp_path: Path) -> None:
+def test_every_caption_round_trips(tmp_path: Path) -> None:
     tokenizer = train_text_tokenizer(TEXTS, 300)
     vocabulary = VisualVocabulary.extend(tokenizer, None, 4)
     tokenizer.save_pretrained(tmp_path)
@@ -45,13 +50,10 @@ def test_ids(tmp_path: Path) -> None:
     tokenizer = train_text_tokenizer(TEXTS, 300)
     assert len(tokenizer) <= 300
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
-    words = tokenizer.encode(TEXTS[0], add_special_tokens=False)
-    assert len(words) < len(TEXTS[0].encode())  # something was merged
+    ids = tokenizer.encode(TEXTS[0], add_special_tokens=False)
+    assert len(ids) < len(TEXTS[0].encode()), "something was merged"
     tokenizer.save_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).encode(TEXTS[0]) == [
-        0,
-        *words,
-    ]  # rows begin with <s>
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(TEXTS[0]) == [0, *ids], "begins with <s>"
 
 
 def test_the_same_texts_give_the_same_tokenizer() -> None:
@@ -70,31 +72,24 @@ def test_sizes() -> None:
         train_text_tokenizer(TEXTS, BYTES + 2)
 
 
-def test_text_is_read_as_quickly_beside_many_codes() -> None:
-    """Checking a caption against the special tokens takes no longer where there are many; counting them would."""
-    both = [
-        (
-            tokenizer := train_text_tokenizer(TEXTS, 300),
-            VisualVocabulary.extend(tokenizer, None, 16),
+def test_encoding_is_as_fast_with_many_codes() -> None:
+    """Checking a caption against the special tokens must not count all of them each time."""
+    seconds: list[float] = []
+    for size in (16, 16384):
+        tokenizer = train_text_tokenizer(TEXTS, 300)
+        vocabulary = VisualVocabulary.extend(tokenizer, None, size)
+        times = timeit.repeat(
+            lambda v=vocabulary, t=tokenizer: v.encode_text(t, "a red apple on a wooden table"),
+            timer=time.process_time,
+            number=10,
+            repeat=15,
         )
-    ]
-    both += [
-        (
-            tokenizer := train_text_tokenizer(TEXTS, 300),
-            VisualVocabulary.extend(tokenizer, None, 16384),
-        )
-    ]
-    seconds: list[list[float]] = [[], []]
-    for _ in range(50):
-        for times, (tokenizer, vocabulary) in zip(seconds, both, strict=True):
-            start = time.process_time()
-            vocabulary.encode_text(tokenizer, "a red apple on a wooden table")
-            times.append(time.process_time() - start)
-    assert statistics.median(seconds[1]) < 2.5 * statistics.median(seconds[0])
+        seconds.append(min(times))
+    assert seconds[1] < 2.5 * seconds[0]
 
 
-def test_special_tokens_of_an_extension_are_known() -> None:
-    """Also where text was read before; a special token that the model holds as a piece is cut."""
+def test_special_tokens_added_later_are_known() -> None:
+    """Also after text was encoded; the name of a special token that is a piece of the model is cut."""
     backend = Tokenizer(
         models.WordLevel({"<|img|>": 0, "a": 1, "<": 2, "|img|>": 3, "<unk>": 4}, unk_token="<unk>")
     )
@@ -102,5 +97,5 @@ def test_special_tokens_of_an_extension_are_known() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert encode_plain(tokenizer, "a <|img|>", lambda _: False) == [1, 0]
     tokenizer.add_tokens([AddedToken("<|img|>", special=True)], special_tokens=True)
-    forget(tokenizer)
+    clear_special_ids(tokenizer)
     assert encode_plain(tokenizer, "a <|img|>", lambda _: False) == [1, 2, 3]

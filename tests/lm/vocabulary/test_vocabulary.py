@@ -1,4 +1,4 @@
-"""vocabulary.py and embeddings.py: image tokens in the vocabularies of six families of LMs."""
+"""Image tokens in the vocabularies, and new embeddings in the models, of six families of LMs."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def test_extend(family: str, tied: bool, spare: int) -> None:
     tokenizer = small_tokenizer(family)
     own = ids_of(tokenizer)
     model = small_lm(family, own + spare, tied)
-    with (
-        torch.no_grad()
-    ):  # a padded LM's free rows are never trained: they must not count as its own
+    with torch.no_grad():  # padding is never trained: it must not count as trained embeddings
         model.get_input_embeddings().weight[own:] = 50.0
         model.get_output_embeddings().weight[own:] = 50.0
     before = copy.deepcopy(model)
@@ -66,19 +64,14 @@ def test_extend(family: str, tied: bool, spare: int) -> None:
     vocabulary = VisualVocabulary.extend(tokenizer, model, K, generator())
 
     assert vocabulary == VisualVocabulary(own, own + 1, own + 2, K)
-    assert tokenizer.convert_tokens_to_ids(["<|img|>", "<|/img|>", "<|vis_00000|>"]) == [
-        own,
-        own + 1,
-        own + 2,
-    ]
+    names = ["<|img|>", "<|/img|>", "<|vis_00000|>"]
+    assert tokenizer.convert_tokens_to_ids(names) == [own, own + 1, own + 2]
     assert tokenizer.convert_ids_to_tokens(vocabulary.stop - 1) == f"<|vis_{K - 1:05d}|>"
-    assert torch.equal(
-        torch.get_rng_state(), state
-    )  # a generator was passed, torch's own stays where it was
+    assert torch.equal(torch.get_rng_state(), state), "torch's own generator is not used"
 
     read, write = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    rows = max(own + spare, vocabulary.stop)
-    assert len(read) == len(write) == model.config.vocab_size == rows
+    size = max(own + spare, vocabulary.stop)
+    assert len(read) == len(write) == model.config.vocab_size == size
     assert (read is write) == tied
     with torch.no_grad():
         old, new = (m(prompt).logits[..., :own] for m in (before, model))
@@ -89,24 +82,24 @@ def test_extend(family: str, tied: bool, spare: int) -> None:
     ):
         assert torch.equal(now[:own], then.weight[:own])
         assert torch.equal(now[vocabulary.stop :], then.weight[vocabulary.stop :])
-        check_rows(now[own : vocabulary.stop].detach(), then.weight[:own].detach())
+        check_distribution(now[own : vocabulary.stop].detach(), then.weight[:own].detach())
 
 
-def check_rows(new: torch.Tensor, own: torch.Tensor) -> None:
-    """Same mean and deviation in each column, within what chance allows; no two rows equal, in bf16 either."""
+def check_distribution(new: torch.Tensor, own: torch.Tensor) -> None:
+    """Same mean and deviation in each column up to sampling error; none equal, also in bfloat16."""
     deviation, mean = torch.std_mean(own, 0, correction=0)
     assert ((new.mean(0) - mean).abs() < 5 * deviation / len(new) ** 0.5).all()
     assert ((new.std(0) / deviation - 1).abs() < 5 / (2 * len(new)) ** 0.5).all()
     assert len(new.bfloat16().unique(dim=0)) == len(new)
 
 
-def test_new_rows_in_bfloat16() -> None:
+def test_new_embeddings_in_bfloat16() -> None:
     tokenizer = small_tokenizer("llama")
     model = small_lm("llama", ids_of(tokenizer)).bfloat16()
     vocabulary = VisualVocabulary.extend(tokenizer, model, K, generator())
-    rows = model.get_input_embeddings().weight[vocabulary.begin :]
-    assert rows.dtype == torch.bfloat16
-    assert len(rows.unique(dim=0)) == K + 2
+    new = model.get_input_embeddings().weight[vocabulary.begin :]
+    assert new.dtype == torch.bfloat16
+    assert len(new.unique(dim=0)) == K + 2
 
 
 def test_bias_of_the_output_layer() -> None:
@@ -120,19 +113,19 @@ def test_bias_of_the_output_layer() -> None:
     torch.testing.assert_close(now[vocabulary.begin :], torch.full((7,), 2.0))
 
 
-def test_the_generator_decides() -> None:
-    rows = []
+def test_the_generator_determines_the_embeddings() -> None:
+    drawn = []
     for seed in (0, 0, 1):
         tokenizer = small_tokenizer("qwen2")
         model = small_lm("qwen2", ids_of(tokenizer))
         VisualVocabulary.extend(tokenizer, model, 7, generator(seed))
-        rows.append(model.get_output_embeddings().weight)
-    assert torch.equal(rows[0], rows[1])
-    assert not torch.equal(rows[0], rows[2])
+        drawn.append(model.get_output_embeddings().weight)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_the_new_rows_learn() -> None:
-    """One step away from equal predictions: rows get gradients of their own, tied or not."""
+def test_new_embeddings_are_trained() -> None:
+    """Each gets a gradient of its own, so that a few steps fit a sequence of codes."""
     _, model, vocabulary = extended("llama", tied=True)
     codes = vocabulary.to_ids(torch.tensor([3, 1, 4, 1, 5]))
     ids = torch.cat([torch.tensor([vocabulary.begin]), codes, torch.tensor([vocabulary.end])])[None]
@@ -147,17 +140,15 @@ def test_the_new_rows_learn() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_tokenizer_alone() -> None:
+def test_extending_a_tokenizer_alone() -> None:
     tokenizer = small_tokenizer("gemma")
     own = ids_of(tokenizer)
     assert VisualVocabulary.extend(tokenizer, None, 1) == VisualVocabulary(own, own + 1, own + 2, 1)
     wide = small_tokenizer("gpt2")
     vocabulary = VisualVocabulary.extend(wide, None, 100_001)
-    assert wide.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1]) == [
-        "<|vis_000000|>",
-        "<|vis_100000|>",
-    ]
-    assert VisualVocabulary.of(wide) == vocabulary
+    edges = wide.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1])
+    assert edges == ["<|vis_000000|>", "<|vis_100000|>"]
+    assert VisualVocabulary.from_tokenizer(wide) == vocabulary
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -165,16 +156,11 @@ def test_saved_and_loaded_by_plain_classes(family: str, tied: bool, tmp_path: Pa
     tokenizer, model, vocabulary = extended(family, tied, spare=10)
     tokenizer.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
-    again, loaded = (
-        AutoTokenizer.from_pretrained(tmp_path),
-        AutoModelForCausalLM.from_pretrained(tmp_path),
-    )
-    assert VisualVocabulary.of(again) == vocabulary
-    for text in [
-        *TEXTS,
-        "Ünïcode 中文 🙂  two spaces",
-        "<|img|><|vis_00007|><|vis_00599|><|/img|>",
-    ]:
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert VisualVocabulary.from_tokenizer(again) == vocabulary
+    image = "<|img|><|vis_00007|><|vis_00599|><|/img|>"
+    for text in [*TEXTS, "Ünïcode 中文 🙂  two spaces", image]:
         assert again.encode(text) == tokenizer.encode(text)
     marked = tokenizer.encode("<|img|><|vis_00007|><|/img|>", add_special_tokens=False)
     assert marked[-3:] == [vocabulary.begin, vocabulary.first + 7, vocabulary.end]
@@ -196,7 +182,7 @@ def test_text_never_becomes_a_token(family: str, text: str, tmp_path: Path) -> N
     assert not specials & set(before)
     assert not vocabulary.is_visual(torch.tensor(before)).any()
     assert vocabulary.decode_text(plain, before).strip() == text.strip()
-    read = set(tokenizer.encode(text, add_special_tokens=False))  # as a server would read it
+    read = set(tokenizer.encode(text, add_special_tokens=False))  # as a server encodes it
     assert (vocabulary.begin in read) == ("<|img|>" in text)
 
 
@@ -210,7 +196,7 @@ def test_no_begin_and_no_end_of_text_is_added(family: str) -> None:
 
 
 def word_tokenizer(words: list[str], **names: str) -> PreTrainedTokenizerFast:
-    """Reads whole words, the names of special tokens too: its model holds them, so that no setting keeps them out."""
+    """Its model contains the names of special tokens as words, so that no option keeps them out."""
     backend = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=names["unk_token"])
     )
@@ -219,31 +205,24 @@ def word_tokenizer(words: list[str], **names: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def test_a_model_that_holds_a_special_name_as_a_piece() -> None:
+def test_a_model_that_contains_a_special_name_as_a_word() -> None:
     words = ["<unk>", "</s>", "a", "cat", "<", "/s>"]
     tokenizer = word_tokenizer(words, unk_token="<unk>", eos_token="</s>")
     vocabulary = VisualVocabulary.extend(tokenizer, None, 3)
     assert tokenizer.encode("a </s>", add_special_tokens=False, split_special_tokens=True) == [2, 1]
     assert vocabulary.encode_text(tokenizer, "a </s> cat") == [2, 4, 5, 3]
-    assert vocabulary.encode_text(tokenizer, "a dog") == [
-        2,
-        0,
-    ]  # a plain "unknown" is what unknown text becomes
-    with pytest.raises(
-        VocabularyError, match="in no other way"
-    ):  # the normalizer makes the name, after the cut
+    assert vocabulary.encode_text(tokenizer, "a dog") == [2, 0], "unknown text may be <unk>"
+    # The normalizer makes the name after the cut.
+    with pytest.raises(VocabularyError, match="can only encode .* with its special token </s>"):
         vocabulary.encode_text(tokenizer, "a ＜/s＞")
 
 
 def test_tokens_that_are_not_special() -> None:
-    """An exported directory's: a server reads them in prompts, encode_text still does not."""
+    """As in an exported directory: servers encode their names in prompts, encode_text does not."""
     tokenizer = small_tokenizer("gpt2")
-    tokens = [
-        AddedToken(name, special=False, normalized=False)
-        for name in ("<|img|>", "<|/img|>", "<|vis_00000|>")
-    ]
-    tokenizer.add_tokens(tokens)
-    vocabulary = VisualVocabulary.of(tokenizer)
+    names = ("<|img|>", "<|/img|>", "<|vis_00000|>")
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
     text = "a <|img|><|vis_00000|><|/img|> b"
     assert vocabulary.begin in tokenizer.encode(text, split_special_tokens=True)
     ids = vocabulary.encode_text(tokenizer, text)
@@ -253,9 +232,9 @@ def test_tokens_that_are_not_special() -> None:
 
 def test_decode_text() -> None:
     tokenizer, model, vocabulary = extended("qwen3", spare=2 * K)
-    words = vocabulary.encode_text(tokenizer, "a red apple")
+    text = vocabulary.encode_text(tokenizer, "a red apple")
     image = [vocabulary.begin, *vocabulary.to_ids(torch.arange(3)).tolist(), vocabulary.end]
-    ids = [*words[:2], *image, *words[2:], tokenizer.eos_token_id]
+    ids = [*text[:2], *image, *text[2:], tokenizer.eos_token_id]
     assert vocabulary.decode_text(tokenizer, ids) == "a red apple"
     assert vocabulary.decode_text(tokenizer, torch.tensor(ids)) == "a red apple"
     assert vocabulary.decode_text(tokenizer, []) == ""
@@ -280,45 +259,40 @@ def test_codes_and_ids() -> None:
             vocabulary.to_codes(torch.tensor([5, wrong, 0]))
 
 
-def test_mask_is_the_drawing_in_the_docstring() -> None:
+def test_mask_equals_the_drawing_in_the_docstring() -> None:
     vocabulary = VisualVocabulary(begin=3, end=4, first=5, codebook_size=2)
     drawn = "".join("X" if allowed else "." for allowed in vocabulary.mask(9))
     assert " ".join(drawn) == ". . . . . X X . ."
     assert " ".join(drawn) in (VisualVocabulary.mask.__doc__ or "")
     assert vocabulary.mask(7).sum() == 2
     for size in (0, 1, 6):
-        with pytest.raises(VocabularyError, match=f"width {size} have no place"):
+        with pytest.raises(VocabularyError, match=f"width {size} do not include"):
             vocabulary.mask(size)
 
 
 def test_extending_twice() -> None:
     tokenizer, model, _ = extended("llama")
-    rows = model.config.vocab_size
+    embeddings = model.config.vocab_size
     for size in (K, K + 1):
-        with pytest.raises(VocabularyError, match="602 image tokens already"):
+        with pytest.raises(VocabularyError, match="already has 602 image tokens"):
             VisualVocabulary.extend(tokenizer, model, size)
-    assert model.config.vocab_size == rows and VisualVocabulary.of(tokenizer).codebook_size == K
+    assert (
+        model.config.vocab_size == embeddings
+        and VisualVocabulary.from_tokenizer(tokenizer).codebook_size == K
+    )
 
 
 def test_models_that_do_not_fit() -> None:
     tokenizer = small_tokenizer("llama")
     own = ids_of(tokenizer)
-    with pytest.raises(VocabularyError, match=f"ids up to {own - 1}, the LM only {own - 1} rows"):
+    with pytest.raises(VocabularyError, match=f"ids up to {own - 1}, the LM only {own - 1} embed"):
         VisualVocabulary.extend(tokenizer, small_lm("llama", own - 1), K)
     with pytest.raises(VocabularyError, match="expected a causal LM"):
         VisualVocabulary.extend(tokenizer, LlamaModel(small_lm("llama", own).config), K)
     with pytest.raises(VocabularyError, match="expected a causal LM"):
         VisualVocabulary.extend(tokenizer, torch.nn.Linear(1, 1), K)
-    with pytest.raises(
-        VocabularyError, match=r"no <\|img\|>"
-    ):  # nothing was changed by what was refused
-        VisualVocabulary.of(tokenizer)
-
-
-@pytest.mark.parametrize("size", [0, -1, True])
-def test_codebooks_that_do_not_exist(size: int) -> None:
-    with pytest.raises(VocabularyError, match="at least one code"):
-        VisualVocabulary.extend(small_tokenizer("llama"), None, size)
+    with pytest.raises(VocabularyError, match=r"no <\|img\|>"):  # nothing was changed
+        VisualVocabulary.from_tokenizer(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -330,30 +304,30 @@ def test_codebooks_that_do_not_exist(size: int) -> None:
         (["<|img|>", "<|/img|>", "<|vis_00000|>", "<|vis_00002|>"], "none named <|vis_00001|>"),
         (
             ["<|img|>", "<|/img|>", "<|vis_00000|>", "<other>", "<|vis_00001|>"],
-            "not contiguous: code 0 is id",
+            "not contiguous: code 0 has id",
         ),
-        (["<|img|>", "<|/img|>", "<|vis_00000|>", "<|vis_0|>"], "names of different lengths"),
+        (["<|img|>", "<|/img|>", "<|vis_00000|>", "<|vis_0|>"], "different lengths"),
     ],
 )
-def test_tokenizers_that_cannot_be_read_back(names: list[str], message: str) -> None:
+def test_tokenizers_without_a_complete_vocabulary(names: list[str], message: str) -> None:
     tokenizer = small_tokenizer("gpt2")
     tokenizer.add_tokens(
         [AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True
     )
     with pytest.raises(VocabularyError, match=message):
-        VisualVocabulary.of(tokenizer)
-
-
-def test_not_a_fast_tokenizer() -> None:
-    for wrong in (None, "gpt2", small_tokenizer("gpt2").backend_tokenizer):
-        with pytest.raises(VocabularyError, match="expected a fast tokenizer"):
-            VisualVocabulary.of(wrong)
+        VisualVocabulary.from_tokenizer(tokenizer)
 
 
 def test_impossible_vocabularies() -> None:
     for wrong in ((0, 0, 1, 4), (0, 2, 1, 4), (4, 0, 1, 4), (-1, 0, 1, 4), (0, 1, 2, 0)):
         with pytest.raises(VocabularyError):
             VisualVocabulary(*wrong)
+    for size in (0, -1, True):
+        with pytest.raises(VocabularyError, match="at least one code"):
+            VisualVocabulary.extend(small_tokenizer("llama"), None, size)
+    for slow in (None, "gpt2", small_tokenizer("gpt2").backend_tokenizer):
+        with pytest.raises(VocabularyError, match="expected a fast tokenizer"):
+            VisualVocabulary.from_tokenizer(slow)
 
 
 @pytest.mark.usefixtures("unchecked")

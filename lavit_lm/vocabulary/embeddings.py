@@ -1,0 +1,65 @@
+"""Embeddings of a causal LM for new tokens, drawn from the distribution of its trained embeddings.
+
+    embedding    0 ......... first-1   first ......... stop-1   stop .........
+                 text tokens           new, drawn here          padding, if any is left
+
+A padded LM has more embeddings than its tokenizer has ids; new tokens use those first. Embeddings that
+are equal or zero would get equal gradients and stay equal; embeddings from another distribution would
+give the new tokens larger logits than any text token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lavit_lm.vocabulary.text_tokenizer import VocabularyError
+
+
+def check_embeddings(model: Any, num_ids: int) -> None:
+    """Raise VocabularyError unless this is a causal LM with an embedding for each of `num_ids` ids."""
+    inputs = getattr(model, "get_input_embeddings", lambda: None)()
+    outputs = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(inputs, nn.Embedding) or not isinstance(outputs, nn.Linear):
+        raise VocabularyError(
+            "expected a causal LM of transformers with an nn.Embedding and an nn.Linear output layer, "
+            f"got {type(model).__name__} with {type(inputs).__name__} and {type(outputs).__name__}"
+        )
+    if inputs.weight.shape[0] < num_ids or num_ids == 0:
+        raise VocabularyError(
+            f"the tokenizer has ids up to {num_ids - 1}, the LM only {inputs.weight.shape[0]} "
+            "embeddings: it is the tokenizer of another LM, and text would get random embeddings"
+        )
+
+
+@torch.no_grad()
+def extend_embeddings(model: Any, first: int, stop: int, generator: torch.Generator | None) -> None:
+    """Draw the embeddings of ids first..stop-1, and their output layer if it is not tied, in place.
+
+    A bias of the output layer is set to the mean bias of ids 0..first-1. The LM is enlarged to `stop`
+    embeddings if it has fewer. For a size that GPUs prefer, call
+    model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False) afterwards.
+    """
+    device = model.get_input_embeddings().weight.device
+    if model.get_input_embeddings().weight.shape[0] < stop:
+        # mean_resizing=True (the default) samples from a full covariance matrix: that takes minutes,
+        # and the new embeddings are all equal in bfloat16. Without it transformers still draws random
+        # embeddings, which are replaced below: fork, so that the global generator does not advance.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            model.resize_token_embeddings(stop, mean_resizing=False)
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    _draw(inputs.weight, first, stop, generator)
+    if outputs.weight is not inputs.weight:
+        _draw(outputs.weight, first, stop, generator)
+    if outputs.bias is not None:
+        outputs.bias[first:stop] = outputs.bias[:first].float().mean().to(outputs.bias.dtype)
+
+
+def _draw(weight: Tensor, first: int, stop: int, generator: torch.Generator | None) -> None:
+    """Fill weight[first:stop] from normals with the mean and deviation of each column before."""
+    deviation, mean = torch.std_mean(weight[:first].float(), dim=0, correction=0)
+    device = generator.device if generator else "cpu"
+    noise = torch.randn((stop - first, weight.shape[1]), generator=generator, device=device)
+    weight[first:stop] = (mean + deviation * noise.to(weight.device)).to(weight.dtype)
