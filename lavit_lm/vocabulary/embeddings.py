@@ -3,9 +3,9 @@
     embedding    0 ......... first-1   first ......... stop-1   stop .........
                  text tokens           new, drawn here          padding, if any is left
 
-A padded LM has more embeddings than its tokenizer has ids; new tokens use those first. Embeddings that
-are equal or zero would get equal gradients and stay equal; embeddings from another distribution would
-give the new tokens larger logits than any text token.
+A padded LM has more embeddings than its tokenizer has ids; new tokens use those first. Embeddings
+that are equal or zero would get equal gradients and stay equal; embeddings from another
+distribution would give the new tokens larger logits than any text token.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from lavit_lm.vocabulary.text_tokenizer import VocabularyError
 
 
 def check_embeddings(model: Any, num_ids: int) -> None:
-    """Raise VocabularyError unless this is a causal LM with an embedding for each of `num_ids` ids."""
+    """Raise VocabularyError unless this is a causal LM with at least `num_ids` embeddings."""
     inputs = getattr(model, "get_input_embeddings", lambda: None)()
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(inputs, nn.Embedding) or not isinstance(outputs, nn.Linear):
         raise VocabularyError(
-            "expected a causal LM of transformers with an nn.Embedding and an nn.Linear output layer, "
-            f"got {type(model).__name__} with {type(inputs).__name__} and {type(outputs).__name__}"
+            "expected a causal LM of transformers with an nn.Embedding and an nn.Linear output "
+            f"layer, got {type(model).__name__} with {type(inputs).__name__} and "
+            f"{type(outputs).__name__}"
         )
     if inputs.weight.shape[0] < num_ids or num_ids == 0:
         raise VocabularyError(
@@ -38,15 +39,15 @@ def check_embeddings(model: Any, num_ids: int) -> None:
 def extend_embeddings(model: Any, first: int, stop: int, generator: torch.Generator | None) -> None:
     """Draw the embeddings of ids first..stop-1, and their output layer if it is not tied, in place.
 
-    A bias of the output layer is set to the mean bias of ids 0..first-1. The LM is enlarged to `stop`
-    embeddings if it has fewer. For a size that GPUs prefer, call
+    A bias of the output layer is set to the mean bias of ids 0..first-1. The LM is enlarged to
+    `stop` embeddings if it has fewer. For a size that GPUs prefer, call
     model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False) afterwards.
     """
     device = model.get_input_embeddings().weight.device
     if model.get_input_embeddings().weight.shape[0] < stop:
-        # mean_resizing=True (the default) samples from a full covariance matrix: that takes minutes,
-        # and the new embeddings are all equal in bfloat16. Without it transformers still draws random
-        # embeddings, which are replaced below: fork, so that the global generator does not advance.
+        # mean_resizing=True (the default) samples from a full covariance matrix: that takes
+        # minutes, and the new embeddings are all equal in bfloat16. With False, random embeddings
+        # are drawn that are replaced below: fork, so that the global generator does not advance.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             model.resize_token_embeddings(stop, mean_resizing=False)
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()

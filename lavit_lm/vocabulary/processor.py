@@ -1,4 +1,4 @@
-"""MultimodalProcessor: a text tokenizer and its visual vocabulary, which turn text and codes into ids."""
+"""MultimodalProcessor: text tokenizer and visual vocabulary, which turn text and codes into ids."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class MultimodalProcessor:
 
     @classmethod
     def from_tokenizer(cls, text_tokenizer: Any) -> MultimodalProcessor:
-        """From a tokenizer extended by VisualVocabulary.extend, or one saved after that and loaded."""
+        """From a tokenizer that VisualVocabulary.extend extended, now or before it was saved."""
         return cls(text_tokenizer, VisualVocabulary.from_tokenizer(text_tokenizer))
 
     def text(self, text: str) -> list[int]:

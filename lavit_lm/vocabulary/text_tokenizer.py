@@ -22,12 +22,12 @@ class VocabularyError(ValueError):
 
 
 def train_text_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE with <s>, </s> and <pad>, which encodes any text in any language losslessly.
+    """Train byte-level BPE with <s>, </s> and <pad>, which encodes any text losslessly.
 
     Args:
         texts: texts to learn merges from. The same texts in the same order give the same tokenizer.
-        size: number of ids, at least 259: three special tokens, 256 bytes, then merges (fewer if the
-            texts do not contain enough).
+        size: number of ids, at least 259: three special tokens, 256 bytes, then merges (fewer if
+            the texts do not contain enough).
 
     Raises:
         VocabularyError: the size is too small for every byte.
@@ -35,7 +35,7 @@ def train_text_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizer
     specials = [BOS, EOS, PAD]
     if size < BYTES + len(specials):
         raise VocabularyError(
-            f"expected at least {BYTES + len(specials)} ids, got {size}: some bytes would have no id"
+            f"expected at least {BYTES + len(specials)} ids, got {size}: bytes would lack ids"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,8 +72,8 @@ def encode_plain(tokenizer: Any, text: str, is_visual: Callable[[int], bool]) ->
     forbidden = sorted({i for i in ids if i in special or is_visual(i)})
     if not forbidden:
         return ids
-    # split_special_tokens does not help where the model itself contains the name as a piece, nor for
-    # image tokens of an exported directory, which are not special: cut the name after its first letter.
+    # split_special_tokens does not help where the model itself contains the name as a piece, nor
+    # for image tokens of an exported directory, which are not special: cut the name after one letter.
     names = "|".join(re.escape(str(tokenizer.convert_ids_to_tokens(i))) for i in forbidden)
     cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)]
     pieces = [text[start:stop] for start, stop in pairwise(cuts) if start < stop]

@@ -1,12 +1,12 @@
-"""Codes <-> ids: the image tokens in an LM's vocabulary. No other module translates between the two.
+"""Codes <-> ids: the image tokens in an LM's vocabulary. Only this module translates between them.
 
     id      0 ........ begin-1   begin     end        first ............... first + K - 1
     token   text tokens          <|img|>   <|/img|>   <|vis_00000|> ... <|vis_{K-1}|>
 
 These tokens are added after the last id of the *tokenizer*, which in a padded LM is not the last
 embedding. Names of codes have a fixed width, so that none is a prefix of another. All are special
-tokens that text is never encoded to. Drawings in this package write <img> and </img> for begin and end,
-and a code for the token of the code: <img> 7 3 9 </img>.
+tokens that text is never encoded to. Drawings in this package write <img> and </img> for begin and
+end, and a code for the token of the code: <img> 7 3 9 </img>.
 """
 
 from __future__ import annotations
@@ -88,15 +88,15 @@ class VisualVocabulary:
         present = [n for n in _added(tokenizer) if n in (BEGIN, END) or CODE.fullmatch(n)]
         if present:
             raise VocabularyError(
-                f"this tokenizer already has {len(present)} image tokens ({present[0]} ...): read them "
-                "with VisualVocabulary.from_tokenizer; added twice, every code would have two ids"
+                f"this tokenizer already has {len(present)} image tokens ({present[0]} ...): read "
+                "them with VisualVocabulary.from_tokenizer; a code must not have two ids"
             )
         first_free = max(tokenizer.get_vocab().values(), default=-1) + 1
         if model is not None:
             check_embeddings(model, first_free)
         width = max(WIDTH, len(str(codebook_size - 1)))
         names = [BEGIN, END, *(f"<|vis_{code:0{width}d}|>" for code in range(codebook_size))]
-        # One call for all: 16,386 tokens take 0.03 s. `additional_special_tokens` would load slowly.
+        # In one call: 16,386 tokens take 0.03 s; as additional_special_tokens they load slowly.
         tokens = [AddedToken(name, special=True, normalized=False) for name in names]
         tokenizer.add_tokens(tokens, special_tokens=True)
         clear_special_ids(tokenizer)
@@ -127,7 +127,7 @@ class VisualVocabulary:
             )
         if len({len(name) for name in names}) > 1:
             raise VocabularyError(
-                f"names of codes have different lengths ({names[0]}, {names[-1]}): some have two ids"
+                f"names of codes have different lengths ({names[0]}, {names[-1]})"
             )
         absent = next((code for code in range(len(ids)) if code not in ids), None)
         if absent is not None:
@@ -148,13 +148,13 @@ class VisualVocabulary:
         return self.first + self.codebook_size
 
     def to_ids(self, codes: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-        """Ids of codes. Raises VocabularyError for codes outside 0..K-1, whose ids would be text."""
+        """Ids of codes. Raises VocabularyError for codes outside 0..K-1."""
         _check_integers(codes)
         wrong = (codes < 0) | (codes >= self.codebook_size)
         if bool(wrong.any()):
             raise VocabularyError(
-                f"expected codes in 0..{self.codebook_size - 1}, got {int(codes[wrong][0])}: codes of "
-                "another tokenizer?"
+                f"expected codes in 0..{self.codebook_size - 1}, got {int(codes[wrong][0])}: codes "
+                "of another tokenizer?"
             )
         return codes + self.first
 
@@ -188,10 +188,11 @@ class VisualVocabulary:
         return self.is_code(torch.arange(size, device=device))
 
     def encode_text(self, tokenizer: Any, text: str) -> list[int]:
-        """Encode text as text: no image token, special token, begin- or end-of-text, see encode_plain.
+        """Encode text without any special or image token, whatever it contains; see encode_plain.
 
         Raises:
-            VocabularyError: not valid text, or text that this tokenizer cannot encode in another way.
+            VocabularyError: not valid text, or text that this tokenizer cannot encode in another
+                way.
         """
         return encode_plain(tokenizer, text, self._is_visual_id)
 
@@ -215,7 +216,7 @@ class VisualVocabulary:
 
 
 def _added(tokenizer: Any) -> dict[str, int]:
-    """Names and ids of the added tokens. Raises VocabularyError for a tokenizer that is not fast."""
+    """Names and ids of the added tokens. Raises VocabularyError for a slow tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
         raise VocabularyError(
             f"expected a fast tokenizer of transformers, got {type(tokenizer).__name__}"

@@ -89,7 +89,7 @@ def test_encoding_is_as_fast_with_many_codes() -> None:
 
 
 def test_special_tokens_added_later_are_known() -> None:
-    """Also after text was encoded; the name of a special token that is a piece of the model is cut."""
+    """Also after text was encoded; a special name that is a piece of the model is cut."""
     backend = Tokenizer(
         models.WordLevel({"<|img|>": 0, "a": 1, "<": 2, "|img|>": 3, "<unk>": 4}, unk_token="<unk>")
     )

@@ -213,7 +213,7 @@ def test_a_model_that_contains_a_special_name_as_a_word() -> None:
     assert vocabulary.encode_text(tokenizer, "a </s> cat") == [2, 4, 5, 3]
     assert vocabulary.encode_text(tokenizer, "a dog") == [2, 0], "unknown text may be <unk>"
     # The normalizer makes the name after the cut.
-    with pytest.raises(VocabularyError, match="can only encode .* with its special token </s>"):
+    with pytest.raises(VocabularyError, match=r"can only encode .* with its special token </s>"):
         vocabulary.encode_text(tokenizer, "a ＜/s＞")
 
 
