@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
-from lavit_tok import to_uint8
-from lavit_tok.encode.image_processor import normalize
+from lavit_tok import VisualImageProcessor
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "default"
 TIE = 1e-9  # products of equal vectors may differ by rounding
@@ -67,13 +66,12 @@ class Scorer:
     @torch.no_grad()
     def describe(self, pictures: Tensor, batch_size: int = 64) -> Tensor:
         """uint8 [n 3 h w] -> [n d]; other sizes than the teacher's are resized."""
-        size, found = self.vision.config.image_size, []
+        processor, found = VisualImageProcessor(self.vision.config.image_size), []
         for part in pictures.split(batch_size):
-            if part.shape[-1] != size:
-                part = to_uint8([picture.permute(1, 2, 0).numpy() for picture in part], size)
-            states = self.vision(pixel_values=normalize(part).to(self.device)).last_hidden_state[
-                :, 1:
-            ]
+            part = processor.to_uint8(part)
+            states = self.vision(
+                pixel_values=processor.normalize(part).to(self.device)
+            ).last_hidden_state[:, 1:]
             mean = F.layer_norm(states, states.shape[-1:]).mean(1)
             found.append(F.normalize(F.linear(mean, self.weight, self.bias).float(), dim=1).cpu())
         return torch.cat(found)

@@ -305,7 +305,8 @@ def main(a: Namespace) -> dict[str, Any]:
     asked = set(parts) & {"images", "captions"}
     scorer = Scorer(a.scorer, a.device) if asked else None
     config = lm.visual.config
-    pictures = picture_sets.load_pictures(a.data, config.image_size, a.split, a.limit, config.crop)
+    crop = lm.visual.image_processor.resize_mode == "center_crop"
+    pictures = picture_sets.load_pictures(a.data, config.image_size, a.split, a.limit, crop)
     known = training_captions(a.data)
     places = (
         choose(pictures.captions, a.captions, a.seed, known if a.unseen else frozenset())

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_tok.encode.image_processor import normalize, resize
+from lavit_tok.encode.image_processor import VisualImageProcessor
 
 
 class Clip:
@@ -54,10 +54,11 @@ class Clip:
     def describe(self, pictures: Tensor) -> Tensor:
         """uint8 [n 3 h w] -> [n d]"""
         size = self.model.config.vision_config.image_size
-        cut = torch.stack(
-            [resize(Image.fromarray(p.permute(1, 2, 0).numpy()), size, crop=True) for p in pictures]
-        )
-        pooled = self.model.vision_model(pixel_values=normalize(cut).to(self.device)).pooler_output
+        processor = VisualImageProcessor(size, "center_crop")
+        cut = processor.to_uint8(pictures)
+        pooled = self.model.vision_model(
+            pixel_values=processor.normalize(cut).to(self.device)
+        ).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=1).cpu()
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ from lavit_lm.training.data_module import LanguageDataModule
 from lavit_lm.training.emu_decoder import EmuDecoderTraining
 from lavit_lm.training.module import LanguageModeling
 from lavit_lm.training.vlgpt_tokenizer import VLGPTTokenizerTraining
-from lavit_tok import ImageDataModule, to_uint8
+from lavit_tok import ImageDataModule, VisualImageProcessor
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "lm"
 NAMES = ("lavit", "emu", "vlgpt", "davinci")
@@ -177,7 +177,8 @@ def measure(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
         name, a.decoder
     )
     lm = MultimodalLM.from_pretrained(folder / "model", decoder=decoder)
-    pictures = picture_sets.load_pictures(a.data, a.size, a.split, None, lm.visual.config.crop)
+    crop = lm.visual.image_processor.resize_mode == "center_crop"
+    pictures = picture_sets.load_pictures(a.data, a.size, a.split, None, crop)
     said = [i for i, caption in enumerate(pictures.captions) if caption.strip()]
     nats, tokens = 0.0, 0
     for i in said[:: max(1, len(said) // a.images)][: a.images]:
@@ -190,7 +191,7 @@ def measure(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
     places = choose(pictures.captions, a.captions, 0)
     captions = [pictures.captions[i] for i in places]
     drawn = paint(lm, captions, seed, a)
-    pixels = to_uint8(drawn, a.size)
+    pixels = VisualImageProcessor(a.size).to_uint8(drawn)
     found = top(ranks(Scorer(a.scorer).describe(pixels), embed(captions)))
     contact_sheet(pictures.pixels[places][:SHOWN], pixels[:SHOWN], captions[:SHOWN]).save(
         folder / "painted.png"

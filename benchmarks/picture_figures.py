@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lavit_lm import MultimodalLM
-from lavit_tok.encode.image_processor import resize
+from lavit_tok.encode.image_processor import VisualImageProcessor
 
 
 class Reference:
@@ -56,7 +56,8 @@ class Reference:
                 self.rejects.append(reject or {})
                 continue
             self.good.append(number)
-            pixels = resize(picture, a.size, crop=not a.squeeze)
+            mode = "square" if a.squeeze else "center_crop"
+            pixels = VisualImageProcessor(a.size, mode).resize(picture)
             if len(self.shown) < SHOWN:
                 self.shown[number] = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             yield pixels

@@ -21,7 +21,7 @@ from parts import progress
 from torch import Tensor
 
 from lavit_tok.data.image_sources import load_splits, read_row, row_key, undecoded
-from lavit_tok.encode.image_processor import resize
+from lavit_tok.encode.image_processor import VisualImageProcessor
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,14 @@ def load_pictures(
     count = total if limit is None else limit
     places = evenly(count, total)
 
+    processor = VisualImageProcessor(size, "center_crop" if crop else "square")
+
     def read(place: int) -> tuple[Tensor | None, dict[str, str] | None, dict[str, Any]]:
         row = rows[place]
         key = row_key(row, column, f"row {place}")
-        image, reject = read_row(row, column, f"row {place}", key)
+        image, reject = read_row(row, column, f"row {place}", key, processor.open)
         texts = {"key": key, "source": row.get("source"), "caption": row.get("caption") or ""}
-        return (None if image is None else resize(image, size, crop)), reject, texts
+        return (None if image is None else processor.resize(image)), reject, texts
 
     with ThreadPoolExecutor(
         os.cpu_count()

@@ -33,7 +33,7 @@ from protocol import FID_LEAST
 import lavit_lm
 import lavit_tok
 from lavit_lm import MultimodalLM
-from lavit_tok.encode.image_processor import open_image, resize
+from lavit_tok.encode.image_processor import VisualImageProcessor, open_image
 
 PROTOCOL = 30_000
 VAL2014 = ("captions_val2014.json", 40_504)
@@ -64,6 +64,11 @@ def choose(found: caption_sets.CaptionSet, count: int, seed: int) -> tuple[list[
 
 
 # The script
+
+
+def processor(a: Namespace) -> VisualImageProcessor:
+    """Brings images of any size to the side and proportions that are measured."""
+    return VisualImageProcessor(a.size, "square" if a.squeeze else "center_crop")
 
 
 def main(a: Namespace) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def main(a: Namespace) -> dict[str, Any]:
     runs, native = [], (0, 0)
     for seed, drawn in files.items():
         native = open_image(drawn[0]).size
-        pixels = (resize(open_image(drawn[i]), a.size, crop=not a.squeeze) for i in good)
+        pixels = (processor(a).to_uint8(drawn[i])[0] for i in good)
         made, near = described(
             pixels, len(good), spaces, by_name, f"figures of seed {seed}", a.batch_size
         )
@@ -217,9 +222,7 @@ def show(
 ) -> None:
     pictures, texts = [], []
     for number, true in reference.shown.items():
-        made = Image.fromarray(
-            resize(open_image(files[number]), a.size, crop=not a.squeeze).permute(1, 2, 0).numpy()
-        )
+        made = Image.fromarray(processor(a).to_uint8(files[number])[0].permute(1, 2, 0).numpy())
         pair = Image.new("RGB", (2 * a.size + 2, a.size), "white")
         pair.paste(true, (0, 0))
         pair.paste(made, (a.size + 2, 0))

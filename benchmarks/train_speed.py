@@ -35,7 +35,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.encode.image_processor import normalize
 from lavit_tok.encode.selector import keep_by_budget, keep_scores
 from lavit_tok.training.tokenizer_training import TokenizerTraining
 
@@ -98,9 +97,9 @@ class Bare:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
 
     def step(self, images: Tensor) -> float:
-        tokenizer, config = self.tokenizer, self.tokenizer.config
+        tokenizer = self.tokenizer
         with torch.no_grad():
-            features = tokenizer.features(normalize(images, config.image_mean, config.image_std))
+            features = tokenizer.features(tokenizer.image_processor.normalize(images))
             keep = keep_by_budget(keep_scores(tokenizer.score(features)), RHO)
         if self.stretch == "sampled":
             policy = keep.float()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lavit_tok.decode.conditioner import Conditioning
     from lavit_tok.decode.pipeline import PixelDecoder
     from lavit_tok.encode.continuous import ContinuousPath
-    from lavit_tok.encode.image_processor import ImageError, to_uint8
+    from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
     from lavit_tok.nn.attention import Block
     from lavit_tok.tokenizer import VisualTokenizer
     from lavit_tok.training.data_module import ImageDataModule
@@ -41,6 +41,7 @@ __all__ = [
     "Shards",
     "TokenizerConfig",
     "VisualCodes",
+    "VisualImageProcessor",
     "VisualTokenizer",
     "WeightsError",
     "denoising_loss",
@@ -48,7 +49,6 @@ __all__ = [
     "log_image",
     "log_text",
     "step_generator",
-    "to_uint8",
     "vae_latents",
 ]
 
@@ -62,7 +62,7 @@ _MODULES = {
     "VisualCodes": "codes",
     "WeightsError": "checkpoints.weights",
     "ContinuousPath": "encode.continuous",
-    "to_uint8": "encode.image_processor",
+    "VisualImageProcessor": "encode.image_processor",
     "VisualTokenizer": "tokenizer",
     "PixelDecoder": "decode.pipeline",
     "ShardError": "data.shard_manifest",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from lavit_tok.encode.image_processor import CLIP_MEAN, CLIP_STD
+from typing import Any, Literal, TypeVar
 
 FORMAT_VERSION = 1
+Config = TypeVar("Config")
 
 
 class ConfigError(ValueError):
@@ -43,12 +44,6 @@ class TokenizerConfig:
     """A transformers vision config as JSON, with its model_type (see encoder.ENCODERS)."""
     encoder_norm: bool = False
     """Apply the encoder's final norm to the features; LaVIT reads the residual stream before it."""
-    image_mean: tuple[float, float, float] = CLIP_MEAN
-    """Mean of each channel, subtracted after dividing by 255."""
-    image_std: tuple[float, float, float] = CLIP_STD
-    """Standard deviation of each channel."""
-    crop: bool = False
-    """True: resize the shorter side and cut the centre; False (LaVIT): resize to the square, whatever the aspect."""
     codebook_size: int = 2048
     """K, the number of codes."""
     code_dim: int = 16
@@ -75,13 +70,6 @@ class TokenizerConfig:
     """Blocks of the second merger behind them."""
 
     def __post_init__(self) -> None:
-        for name in ("image_mean", "image_std"):
-            value = getattr(self, name)
-            numbers = (
-                isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
-            )
-            self._require(name, numbers, "3 finite numbers")
-            object.__setattr__(self, name, tuple(float(x) for x in value))
         named = isinstance(self.encoder, dict) and "model_type" in self.encoder
         self._require("encoder", named, "a dict with model_type")
         least_values = {
@@ -101,13 +89,12 @@ class TokenizerConfig:
         heads = self.num_heads
         divides = type(heads) is int and heads > 0 and self.width % heads == 0
         self._require("num_heads", divides, f"a divisor of {self.width}")
-        for name in ("encoder_norm", "crop", "merger_position", "dither"):
+        for name in ("encoder_norm", "merger_position", "dither"):
             self._require(name, type(getattr(self, name)) is bool, "true or false")
         for name in ("mlp_ratio", "layer_norm_eps"):
             value = getattr(self, name)
-            self._require(name, _is_number(value) and value > 0, "a positive number")
+            self._require(name, is_number(value) and value > 0, "a positive number")
         self._require("attention", self.attention in ("strict", "compat"), "'strict' or 'compat'")
-        self._require("image_std", min(self.image_std) > 0, "positive numbers")
         patch = self.patch_size
         self._require(
             "image_size", self.image_size % patch == 0, f"a multiple of patch_size {patch}"
@@ -182,9 +169,6 @@ class TokenizerConfig:
             raise ConfigError(
                 f"unknown settings {unknown}: ignoring them would build another model than was saved"
             )
-        for name in ("image_mean", "image_std"):  # JSON knows no tuples
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])
         try:
             return cls(**values)
         except TypeError as error:
@@ -192,16 +176,8 @@ class TokenizerConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> TokenizerConfig:
-        try:
-            values = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        """Read config.json. Raises ConfigError naming the file."""
+        return read_config(path, cls.from_dict)
 
     @classmethod
     def lavit(cls, **changes: Any) -> TokenizerConfig:
@@ -230,5 +206,20 @@ class TokenizerConfig:
         return cls(**{**published, **changes})
 
 
-def _is_number(value: Any) -> bool:
+def read_config(path: str | os.PathLike[str], build: Callable[[dict[str, Any]], Config]) -> Config:
+    """What `build` makes of a JSON object. Raises ConfigError naming the file."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    try:
+        return build(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite int or float (a bool is neither)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -21,9 +21,9 @@ from lavit_tok.checkpoints.weights import empty, find_directory, load_weights, s
 from lavit_tok.codes import RaggedLayout, VisualCodes
 from lavit_tok.config import ConfigError, TokenizerConfig
 from lavit_tok.decode.reconstructor import Reconstructor
-from lavit_tok.encode import image_processor as pixels_room
 from lavit_tok.encode import selector as selector_room
 from lavit_tok.encode.continuous import ContinuousPath
+from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.encode.merger import Merger
 from lavit_tok.encode.quantizer import Quantizer
 from lavit_tok.encode.selector import Budget, Selector
@@ -36,13 +36,17 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     Args:
         config: the sizes; the shipped laptop model's by default.
         encoder: a frozen VisionEncoder to use; built with random weights from config.encoder by default.
+        image_processor: the preprocessing; by default resizing to the encoder's square, CLIP mean and std.
     """
 
     reconstructor: Reconstructor
     continuous: ContinuousPath | None
 
     def __init__(
-        self, config: TokenizerConfig | None = None, encoder: VisionEncoder | None = None
+        self,
+        config: TokenizerConfig | None = None,
+        encoder: VisionEncoder | None = None,
+        image_processor: VisualImageProcessor | None = None,
     ) -> None:
         super().__init__()
         self.config = config or TokenizerConfig()
@@ -51,6 +55,12 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         if self.encoder.config.hidden_size != c.width:
             raise ConfigError(
                 f"encoder: expected features of width {c.width}, got {self.encoder.config.hidden_size}"
+            )
+        self.image_processor = image_processor or VisualImageProcessor(c.image_size)
+        if self.image_processor.size != c.image_size:
+            raise ConfigError(
+                f"image_processor: expected size {c.image_size}, the encoder's image_size, "
+                f"got {self.image_processor.size}"
             )
         self.selector = Selector(c.width, c.layer_norm_eps)
         self.merger = Merger(
@@ -143,13 +153,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return VisualCodes(codes.values, codes.lengths, keep, codes.codebook_size)
 
     def preprocess(self, images: Any) -> Float[Tensor, "batch 3 h w"]:
-        """Any image input -> normalised pixels of the model's size, on the model's device and in its dtype."""
-        uint8 = pixels_room.to_uint8(images, self.config.image_size, self.config.crop).to(
-            self.device
-        )
-        return pixels_room.normalize(uint8, self.config.image_mean, self.config.image_std).to(
-            self.dtype
-        )
+        """Any image input -> normalized pixels of the model's size, on the model's device and in its dtype."""
+        uint8 = self.image_processor.to_uint8(images).to(self.device)
+        return self.image_processor.normalize(uint8).to(self.dtype)
 
     def features(
         self, pixels: Float[Tensor, "batch 3 h w"]
@@ -275,13 +281,14 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     def save_pretrained(
         self, save_directory: Any, *, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> Any:
-        """Write config.json and model.safetensors, floats as `dtype` (e.g. torch.float16 to halve the file)."""
+        """Write config.json, preprocessor_config.json and model.safetensors, floats as `dtype` (e.g. torch.float16 to halve the file)."""
         self._save_dtype = dtype
         return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True)
         (Path(save_directory) / "config.json").write_text(text + "\n")
+        self.image_processor.save_pretrained(save_directory)
         save_weights(self, save_directory, getattr(self, "_save_dtype", None))
 
     @classmethod
@@ -300,6 +307,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         """
         directory = find_directory(name, "tokenizer", **hub)
         config = TokenizerConfig.from_json(directory / "config.json")
-        tokenizer = empty(lambda: cls(config), dtype)
+        image_processor = VisualImageProcessor.from_pretrained(directory)
+        tokenizer = empty(lambda: cls(config, image_processor=image_processor), dtype)
         load_weights(tokenizer, directory)
         return tokenizer.to(device)

@@ -161,20 +161,18 @@ def reconstruct(room: Any, vectors: Tensor) -> Tensor:
     return linear(room.project_out[2], linear(room.project_out[0], x).tanh())
 
 
-def pixels(image: Image.Image, config: Any) -> Tensor:
+def pixels(image: Image.Image, processor: Any) -> Tensor:
     """PIL RGB -> float [1 3 h w]: resize to the square, /255, mean, standard deviation."""
-    small = image.convert("RGB").resize(
-        (config.image_size, config.image_size), Image.Resampling.BICUBIC
-    )
+    small = image.convert("RGB").resize((processor.size, processor.size), Image.Resampling.BICUBIC)
     values = np.asarray(small).astype(np.float64) / 255
-    values = (values - np.array(config.image_mean)) / np.array(config.image_std)
+    values = (values - np.array(processor.image_mean)) / np.array(processor.image_std)
     return torch.from_numpy(values.transpose(2, 0, 1)[None]).float()
 
 
 @torch.no_grad()
 def encode(tokenizer: Any, image: Image.Image) -> list[int]:
     """The codes of one picture."""
-    features = tokenizer.encoder(pixels(image, tokenizer.config))[0]
+    features = tokenizer.encoder(pixels(image, tokenizer.image_processor))[0]
     keep = select(score(tokenizer.selector, features), tokenizer.config.dither)
     z = project(tokenizer.quantizer, merge(tokenizer.merger, features, keep))
     return nearest(z, tokenizer.quantizer.codebook.embeddings)

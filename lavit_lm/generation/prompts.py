@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lavit_lm.objectives.base import Objective
 from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment, TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
-from lavit_tok import VisualCodes, VisualTokenizer, to_uint8
+from lavit_tok import VisualCodes, VisualTokenizer
 
 Prompt = str | Sequence[Any]
 """Text, or a list of texts and pictures: anything VisualTokenizer.encode takes, files as pathlib.Path since a string is
@@ -56,7 +56,7 @@ class Prompts:
             part.check(self.visual.config.codebook_size)
             return ImageSegment(part[0].cpu())
         c = self.visual.config
-        pixels = to_uint8(part, c.image_size, c.crop)
+        pixels = self.visual.image_processor.to_uint8(part)
         if self.objective.image_output == "vectors":
             return ImageSegment(image=pixels[0])
         least, _ = self.objective.lengths(c.num_patches)

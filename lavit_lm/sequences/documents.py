@@ -26,7 +26,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
-from lavit_tok import ImageError, VisualCodes, to_uint8
+from lavit_tok import ImageError, VisualCodes, VisualImageProcessor
 
 FRAMES = 8
 """Of a video (Emu, appendix)."""
@@ -80,19 +80,19 @@ def storyboard(
 
 
 def as_segments(
-    parts: Sequence[Any], size: int, crop: bool = False, is_target: bool = True
+    parts: Sequence[Any], image_processor: VisualImageProcessor, is_target: bool = True
 ) -> list[Segment]:
     """Segments of an objective that reads pictures; a picture is opened only when it is fed.
 
     Args:
         parts: strings, and pictures as VisualTokenizer.encode takes them, files as pathlib.Path.
-        size, crop: of the visual tokenizer's config.
+        image_processor: the visual tokenizer's.
         learn: whether the model is trained to say them.
     """
     return [
         TextSegment(part, is_target)
         if isinstance(part, str)
-        else ImageSegment(image=partial(_opened, part, size, crop), is_target=is_target)
+        else ImageSegment(image=partial(_opened, part, image_processor), is_target=is_target)
         for part in parts
     ]
 
@@ -113,7 +113,7 @@ class Documents:
 
     Args:
         file: JSON lines, see this file's head; pictures lie in its folder or below.
-        size, crop: of the visual tokenizer's config.
+        image_processor: the visual tokenizer's.
         encode: uint8 [b 3 s s] -> their codes with keep masks; None where the objective reads pictures alone.
         open_later: give images with their pictures; False for an objective that reads codes alone.
         batch: pictures encoded at a time.
@@ -125,13 +125,12 @@ class Documents:
     def __init__(
         self,
         file: str | Path,
-        size: int,
-        crop: bool = False,
+        image_processor: VisualImageProcessor,
         encode: Encode | None = None,
         open_later: bool = True,
         batch: int = 32,
     ) -> None:
-        self.file, self.size, self.crop, self.open_later = Path(file), size, crop, open_later
+        self.file, self.image_processor, self.open_later = Path(file), image_processor, open_later
         self.starts, self.lines = array("q"), array("q")
         self.codes: dict[str, tuple[Int64[Tensor, " n"], Bool[Tensor, " patches"]]] = {}
         names: dict[str, int] = {}
@@ -175,7 +174,7 @@ class Documents:
 
     def _picture(self, name: str, line: int) -> UInt8[Tensor, "3 s s"]:
         try:
-            return _opened(self.file.parent / name, self.size, self.crop)
+            return _opened(self.file.parent / name, self.image_processor)
         except ImageError as error:
             raise ImageError(f"{self.file}, line {line}: {error}") from None
 
@@ -224,8 +223,8 @@ class Documents:
                 self.codes[name] = codes[i].clone(), codes.keep[i].clone()
 
 
-def _opened(source: Any, size: int, crop: bool) -> UInt8[Tensor, "3 s s"]:
-    return to_uint8(source, size, crop)[0]
+def _opened(source: Any, image_processor: VisualImageProcessor) -> UInt8[Tensor, "3 s s"]:
+    return image_processor.to_uint8(source)[0]
 
 
 def _batches(names: list[str], size: int) -> Iterator[list[str]]:

@@ -121,10 +121,8 @@ class LanguageDataModule(LightningDataModule):
         shards = Shards.open(self.shards, split)
         vocabulary = module.processor.vocabulary
         shards.require(fingerprint=module.fingerprint, codebook_size=vocabulary.codebook_size)
-        c = module.visual.config
-        images = (
-            None if self.images is None else ShardImages(shards, self.images, c.image_size, c.crop)
-        )
+        processor = module.visual.image_processor
+        images = None if self.images is None else ShardImages(shards, self.images, processor)
         return Samples(shards.dataset(), texts, images, shards.patches, documents)
 
     def _documents(self) -> Documents | None:
@@ -136,7 +134,10 @@ class LanguageDataModule(LightningDataModule):
             least, _ = module.objective.lengths(c.num_patches)
             encode = partial(module.visual.encode, budget=None if least == 1 else least)
         return Documents(
-            self.documents, c.image_size, c.crop, encode, open_later=module.objective.needs_pixels
+            self.documents,
+            module.visual.image_processor,
+            encode,
+            open_later=module.objective.needs_pixels,
         )
 
     def _texts(self) -> Any | None:

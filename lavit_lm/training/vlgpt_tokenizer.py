@@ -73,7 +73,7 @@ class VLGPTTokenizerTraining(pl.LightningModule):
         self.save_hyperparameters()
         self.settings: Any = self.hparams
         visual = VisualTokenizer.from_pretrained(visual_tokenizer).requires_grad_(False)
-        self.crop = visual.config.crop
+        self.resize_mode = visual.image_processor.resize_mode
         # In a list: frozen, neither saved nor moved by Lightning.
         self._conditions = [
             load_conditions(conditions or {"kind": "pixel_decoder", "decoder": "default"}, visual)
@@ -176,12 +176,11 @@ class VLGPTTokenizerTraining(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Raises ValueError for pictures that the data module cuts in another way than the visual tokenizer."""
         self.conditions.to(self.device)
-        crop = getattr(
-            getattr(getattr(self.trainer, "datamodule", None), "augment", None), "crop", self.crop
-        )
-        if crop != self.crop:
+        augment = getattr(getattr(self.trainer, "datamodule", None), "augment", None)
+        mode = self.resize_mode if augment is None else augment.image_processor.resize_mode
+        if mode != self.resize_mode:
             raise ValueError(
-                f"data.crop: the visual tokenizer's own is {self.crop}, got {crop}: it would learn from pictures of "
+                f"data.resize_mode: expected the visual tokenizer's {self.resize_mode}, got {mode}: it would learn from pictures of "
                 "other proportions than those it is to read"
             )
 

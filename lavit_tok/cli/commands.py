@@ -34,7 +34,7 @@ from lavit_tok.data.jobs import (
     progress,
     save_png,
 )
-from lavit_tok.encode.image_processor import open_image, resize
+from lavit_tok.encode.image_processor import open_image
 from lavit_tok.tokenizer import VisualTokenizer
 
 PANEL = 256  # pixels of a panel's side, unless the model's pictures are larger
@@ -58,11 +58,11 @@ def encode(arguments: argparse.Namespace) -> int:
     total = count = 0
     with rejects, code_writer(arguments.out, header) as writer:
         for chunk in chunks(enumerate(progress(paths, "encode")), arguments.batch_size):
-            images = opened(chunk, rejects)
+            images = opened(chunk, rejects, tokenizer.image_processor)
             if not images:
                 continue
             pixels = torch.stack(
-                [resize(image, config.image_size, config.crop) for _, _, image in images]
+                [tokenizer.image_processor.resize(image) for _, _, image in images]
             )
             codes = tokenizer.encode(pixels, arguments.budget, arguments.sample, generator).to(
                 "cpu"
@@ -128,18 +128,18 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     labels: list[list[str]] = []
     with rejects:
         for chunk in chunks(enumerate(progress(paths, "reconstruct")), arguments.batch_size):
-            images = opened(chunk, rejects)
+            images = opened(chunk, rejects, tokenizer.image_processor)
             if not images:
                 continue
             pixels = torch.stack(
-                [resize(image, config.image_size, config.crop) for _, _, image in images]
+                [tokenizer.image_processor.resize(image) for _, _, image in images]
             )
             codes = tokenizer.encode(pixels, arguments.budget).to("cpu")
             drawn = _draw(decoder, codes, [number for number, _, _ in images], arguments)
             for (number, path, image), length, keep, decoded in zip(
                 images, codes.lengths.tolist(), _keep(codes), drawn, strict=True
             ):
-                original = open_image(resize(image, side, config.crop))
+                original = open_image(tokenizer.image_processor.resize(image, side))
                 kept = kept_overlay(original, keep, (grid, grid))
                 panels = [original, kept, decoded.resize((side, side), Image.Resampling.BICUBIC)]
                 texts = [

@@ -9,7 +9,7 @@ picture costs one row, which is reported as a reject, and not the batch or the r
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from lavit_tok.encode.image_processor import ImageError, open_image, resize
+from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor, open_image
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 KEY_COLUMNS = ("key", "__key__", "id", "file_name")
@@ -88,7 +88,11 @@ def row_key(
 
 
 def read_row(
-    row: dict[str, Any], column: str, fallback: str, key: str | None = None
+    row: dict[str, Any],
+    column: str,
+    fallback: str,
+    key: str | None = None,
+    opener: Callable[..., Image.Image] = open_image,
 ) -> tuple[Image.Image | None, dict[str, str] | None]:
     """Open one row's picture: (picture, None), or (None, reject) with the row's key and the reason."""
     value = row[column] or {}
@@ -97,7 +101,7 @@ def read_row(
     try:
         if source is None:
             raise ImageError(f"{key}: no picture in this row")
-        return open_image(source, name=key), None
+        return opener(source, name=key), None
     except ImageError as error:
         return None, {"key": key, "reason": str(error)}
 
@@ -106,41 +110,34 @@ class Augmentation:
     """Random flip and mild random resized crop; a pure function of (seed, epoch, index), never of global state.
 
     Args:
-        size: side of the square, in pixels.
+        image_processor: resizes to the square; its resize mode applies to crops too.
         flip: probability of a left-right flip.
         crop_scale: least and greatest share of the picture's area that a crop keeps; (1, 1) crops nothing.
         seed: first of the three numbers that seed each picture's generator.
-        crop: resize the shorter side and cut out the centre, instead of changing the aspect ratio.
     """
 
     def __init__(
         self,
-        size: int,
+        image_processor: VisualImageProcessor,
         flip: float = 0.0,
         crop_scale: tuple[float, float] = (1.0, 1.0),
         seed: int = 0,
-        crop: bool = False,
     ):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(
                 f"crop_scale: expected 0 < least <= greatest <= 1, got {tuple(crop_scale)}"
             )
-        self.size, self.flip, self.crop_scale, self.seed, self.crop = (
-            size,
-            flip,
-            tuple(crop_scale),
-            seed,
-            crop,
-        )
+        self.image_processor = image_processor
+        self.flip, self.crop_scale, self.seed = flip, tuple(crop_scale), seed
 
     @property
     def cache_size(self) -> int:
         """Side at which to keep decoded pictures, so that no crop has to be enlarged afterwards."""
-        return int(np.ceil(self.size / self.crop_scale[0] ** 0.5))
+        return int(np.ceil(self.image_processor.size / self.crop_scale[0] ** 0.5))
 
     def resized(self, image: Image.Image) -> UInt8[Tensor, "3 size size"]:
         """The picture without any draw."""
-        return resize(image, self.size, self.crop)
+        return self.image_processor.resize(image)
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> UInt8[Tensor, "3 size size"]:
         word = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
@@ -150,11 +147,15 @@ class Augmentation:
             least + (greatest - least) * draw[0]
         ) ** 0.5  # aspect ratio is kept: the same share of both sides
         if side < 1:
-            width, height = (min(image.size),) * 2 if self.crop else image.size
+            processor = self.image_processor
+            if processor.resize_mode == "pad":
+                image = processor.pad(image)
+            is_cropped = processor.resize_mode == "center_crop"
+            width, height = (min(image.size),) * 2 if is_cropped else image.size
             left = (image.width - width) / 2 + draw[1] * (1 - side) * width
             top = (image.height - height) / 2 + draw[2] * (1 - side) * height
             box = (left, top, left + side * width, top + side * height)
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+            image = image.resize((processor.size,) * 2, Image.Resampling.BICUBIC, box=box)
         pixels = self.resized(image)
         return pixels.flip(2) if draw[3] < self.flip else pixels
 
@@ -186,13 +187,14 @@ class MapImages(Dataset):
             self._decode_all()
 
     def _decode_all(self) -> None:
-        size = self.augment.cache_size if self.training else self.augment.size
+        size = self.augment.cache_size if self.training else self.augment.image_processor.size
 
         def decode(index: int) -> tuple[Tensor | None, Any]:
-            image, reject = read_row(self.rows[index], self.column, f"row {index}")
-            return (
-                (None, reject) if image is None else (resize(image, size, self.augment.crop), None)
+            processor = self.augment.image_processor
+            image, reject = read_row(
+                self.rows[index], self.column, f"row {index}", None, processor.open
             )
+            return (None, reject) if image is None else (processor.resize(image, size), None)
 
         with ThreadPoolExecutor(
             os.cpu_count()
@@ -221,7 +223,9 @@ class MapImages(Dataset):
         for step in range(len(self) if self.training else 1):
             index = (position + step) % len(self)
             row = self.rows[index]
-            image, reject = read_row(row, self.column, f"row {index}")
+            image, reject = read_row(
+                row, self.column, f"row {index}", None, self.augment.image_processor.open
+            )
             if image is not None:
                 pixels = (
                     self.augment(image, epoch, index)
@@ -268,7 +272,9 @@ class StreamImages(IterableDataset):
         )  # `datasets` gives each worker its shards; the number only keeps the indices apart
         for count, row in enumerate(self.rows):
             index = count * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
-            image, reject = read_row(row, self.column, f"row {index}")
+            image, reject = read_row(
+                row, self.column, f"row {index}", None, self.augment.image_processor.open
+            )
             if image is None:
                 yield {"rejects": [reject]}
                 continue

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lavit_tok.encode.image_processor import ImageError, find_images, open_image
+from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor, find_images
 
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -145,13 +145,13 @@ def photographs() -> list[Path]:
 
 
 def opened(
-    paths: Iterable[tuple[int, Path]], rejects: Rejects
+    paths: Iterable[tuple[int, Path]], rejects: Rejects, image_processor: VisualImageProcessor
 ) -> list[tuple[int, Path, Image.Image]]:
     """Those of the numbered pictures that can be opened."""
     found = []
     for number, path in paths:
         try:
-            found.append((number, path, open_image(path)))
+            found.append((number, path, image_processor.open(path)))
         except ImageError as error:
             rejects.add(str(path), error)
     return found

@@ -15,7 +15,7 @@ from lavit_tok.data.image_sources import load_splits
 from lavit_tok.data.shard_manifest import Manifest, ShardError
 from lavit_tok.data.shard_reader import Shards
 from lavit_tok.data.shard_source import SplitImages
-from lavit_tok.encode.image_processor import ImageError
+from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
 
 
 class ShardImages:
@@ -31,14 +31,14 @@ class ShardImages:
         shards: one split.
         data: the data set that `lavit-tok shards` read, here or elsewhere: image folder, parquet, webdataset tars,
             arrow folder or Hub name.
-        size, crop: of the tokenizer's config.
+        image_processor: the tokenizer's.
 
     Raises:
         ValueError: nothing readable is there.
         ShardError: another data set, or one that was changed since: vectors of other pictures would stand for codes.
     """
 
-    def __init__(self, shards: Shards, data: str, size: int, crop: bool = False) -> None:
+    def __init__(self, shards: Shards, data: str, image_processor: VisualImageProcessor) -> None:
         source = Manifest.read(shards.directory).splits[shards.split].source
         found = load_splits(data)
         if shards.split not in found:
@@ -46,7 +46,7 @@ class ShardImages:
                 f"{data}: expected a split {shards.split!r} as in the shards, got {', '.join(found)}"
             )
         columns = (source.image_column, source.caption_column or "", source.key_column)
-        self.images = SplitImages(found[shards.split], data, *columns, size, crop)
+        self.images = SplitImages(found[shards.split], data, image_processor, *columns)
         self.data, self.flip = data, shards.flip
         if (len(self.images), self.images.digest()) != (source.images, source.digest):
             raise ShardError(

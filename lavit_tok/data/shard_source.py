@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from lavit_tok.data.image_sources import KEY_COLUMNS, read_row, row_key, undecoded
 from lavit_tok.data.shard_manifest import Settings, ShardRecord
-from lavit_tok.encode.image_processor import resize
+from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.tokenizer import VisualTokenizer
 
 CAPTION_COLUMNS = ("caption", "text", "txt")
@@ -54,8 +54,8 @@ class SplitImages(Dataset):
     Args:
         rows: the split, a map-style `datasets.Dataset`.
         data: where it is from; a file's key is its path relative to it.
+        image_processor: the tokenizer's.
         image_column, caption_column, key_column: see `lavit-tok shards --help`.
-        size, crop: the tokenizer's.
 
     Raises:
         ValueError: naming a column that is not there, or that holds no text.
@@ -65,11 +65,10 @@ class SplitImages(Dataset):
         self,
         rows: Any,
         data: str,
+        image_processor: VisualImageProcessor,
         image_column: str = "image",
         caption_column: str | None = None,
         key_column: str | None = None,
-        size: int = 64,
-        crop: bool = False,
     ) -> None:
         rows, self.image_column = undecoded(rows, image_column)
         self.caption_column = _caption_column(rows.features, caption_column, data)
@@ -84,21 +83,22 @@ class SplitImages(Dataset):
         self.key_columns = self.key_columns if key_column is None else [key_column]
         used = [self.image_column, self.caption_column, *self.key_columns]
         self.rows = rows.select_columns(list(dict.fromkeys(name for name in used if name)))
-        self.root, self.size, self.crop = f"{Path(data).absolute()}/", size, crop
+        self.root, self.image_processor = f"{Path(data).absolute()}/", image_processor
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, numbers: range) -> OpenedImages:
-        entries, pixels = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
+        size = self.image_processor.size
+        entries, pixels = [], [torch.empty(0, 3, size, size, dtype=torch.uint8)]
         for number in numbers:
             row = self.rows[number]
             key = self._key(row, number)
-            image, reject = read_row(row, self.image_column, key, key)
+            image, reject = read_row(row, self.image_column, key, key, self.image_processor.open)
             reason = reject["reason"].removeprefix(f"{key}: ") if reject else None
             entries.append(Entry(number, key, self._caption(row), reason))
             if image is not None:
-                pixels.append(resize(image, self.size, self.crop)[None])
+                pixels.append(self.image_processor.resize(image)[None])
         return OpenedImages(entries, torch.cat(pixels))
 
     def digest(self) -> str:
@@ -136,8 +136,9 @@ class SplitImages(Dataset):
 
 
 def weights_digest(tokenizer: VisualTokenizer) -> str:
-    """16 hexadecimal digits of the config and of the weights that codes follow from."""
-    sha = hashlib.sha256(json.dumps(tokenizer.config.to_dict(), sort_keys=True).encode())
+    """16 hexadecimal digits of the preprocessing, the config and the weights that codes follow from."""
+    settings = [tokenizer.image_processor.to_dict(), tokenizer.config.to_dict()]
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for room in (tokenizer.encoder, tokenizer.selector, tokenizer.merger, tokenizer.quantizer):
         for name, tensor in room.state_dict().items():
             sha.update(name.encode())

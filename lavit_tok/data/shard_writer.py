@@ -65,9 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
     with alone(arguments.out):
         for name in names:
-            images = SplitImages(
-                found[name], arguments.data, *columns, config.image_size, config.crop
-            )
+            images = SplitImages(found[name], arguments.data, tokenizer.image_processor, *columns)
             job = ShardJob(arguments.out, name, images, settings, arguments.data)
             job.run(tokenizer, arguments.batch_size, arguments.num_workers)
             print(job.summary(), file=sys.stderr)

@@ -1,34 +1,45 @@
-"""Room 1: any image input -> pixels. The only preprocessing of the library.
+"""Any image -> pixels: the one preprocessing object, stored as preprocessor_config.json.
 
-    PIL | path | bytes | file | uint8 [h w 3] / [3 h w] array or tensor  ->  RGB picture  ->  float [b 3 h w]
+    PIL | path | bytes | file | uint8 [h w 3] / [3 h w] array or tensor
+        -open->       upright RGB PIL image, transparency on a background color
+        -resize->     uint8 [3 size size]
+        -normalize->  float [b 3 size size]
 
 The published LaVIT tokenizer resizes with PIL bicubic to exactly the model's square (aspect ratio not kept), divides by
-255 and normalises by the CLIP mean and standard deviation. Two paths that preprocess the same picture in two ways are a
-known defect of the release; here there is one.
+255 and normalizes by the CLIP mean and standard deviation. The release preprocesses the same image in two ways in two
+places; here every stage shares one `VisualImageProcessor`.
 """
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from transformers import BaseImageProcessor, BatchFeature
+from transformers.utils import IMAGE_PROCESSOR_NAME
+
+from lavit_tok.checkpoints.weights import find_directory
+from lavit_tok.config import ConfigError, is_number, read_config
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+WHITE = (255, 255, 255)
 MAX_PIXELS = 89_478_485  # where PIL begins to warn of a decompression bomb; here always an error
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
 
+ResizeMode = Literal["square", "center_crop", "pad"]
 ImageLike = (
     Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | np.ndarray | Tensor
 )
@@ -38,25 +49,28 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message names the picture and the reason."""
 
 
-def open_image(source: Any, name: str | None = None) -> Image.Image:
-    """Open one picture as upright 8-bit RGB.
+def open_image(
+    source: Any, name: str | None = None, background: tuple[int, ...] = WHITE
+) -> Image.Image:
+    """Open one image as upright 8-bit RGB.
 
-    EXIF rotation is applied, transparency is laid on white, CMYK and palettes are converted, 16-bit grey is scaled to
-    8 bits, and of an animation the first frame is taken.
+    EXIF rotation is applied, transparent pixels are composited on the background color, CMYK and palettes are
+    converted, 16-bit gray is scaled to 8 bits, and of an animation the first frame is taken.
 
     Args:
         source: PIL image, path, encoded bytes, binary file, or uint8 [h w 3] / [3 h w] / [h w] array or tensor.
-        name: what to call the picture in errors; derived from the source by default.
+        name: what to call the image in errors; derived from the source by default.
+        background: RGB color under transparent pixels.
 
     Raises:
         ImageError: unreadable, truncated, empty, too large, or an array of wrong type, range or shape.
     """
     label = name or _label(source)
     if isinstance(source, (np.ndarray, Tensor)):
-        return _from_array(source, label)
+        return _from_array(source, label, background)
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(source, label)
+            return _to_rgb(source, label, background)
         if isinstance(source, (str, os.PathLike)):
             source = Path(source).read_bytes()
         if isinstance(source, (bytes, bytearray)):
@@ -76,7 +90,7 @@ def open_image(source: Any, name: str | None = None) -> Image.Image:
                     opened.format == "EPS"
                 ):  # a program, not a picture: reading it would start Ghostscript on it
                     raise ImageError(f"{label}: EPS is not read, expected a raster picture")
-                return _to_rgb(opened, label)
+                return _to_rgb(opened, label, background)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -89,43 +103,157 @@ def open_image(source: Any, name: str | None = None) -> Image.Image:
         raise ImageError(f"{label}: cannot be read: {error}") from None
 
 
-def resize(image: Image.Image, size: int, crop: bool = False) -> UInt8[Tensor, "3 {size} {size}"]:
-    """Bicubic resize to exactly size x size; with crop=True the shorter side is resized and the centre cut out."""
-    if crop:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    else:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+class VisualImageProcessor(BaseImageProcessor):
+    """Preprocessing of a visual tokenizer, as a `transformers` image processor that needs no torchvision.
 
+        a wide image, its middle third white, on a gray background:
 
-def to_uint8(images: Any, size: int, crop: bool = False) -> UInt8[Tensor, "batch 3 {size} {size}"]:
-    """Open and resize one image or a sequence of them. Raises ImageError for the first bad one, ValueError for none."""
-    pixels = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
-    if pixels and len(images) and tuple(images.shape[1:]) == (3, size, size):
-        return images  # already the model's pixels, not yet normalised
-    batch = as_list(images)
-    if not batch:
-        raise ValueError("expected at least one image, got an empty batch")
-    opened = []
-    for i, image in enumerate(batch):
-        label = _label(image)  # pictures without a name are told apart by their place
-        opened.append(
-            open_image(
-                image, f"image {i} of {len(batch)} {label}" if label.startswith("<") else label
+        square        both sides resized      black white black
+        center_crop   the middle square       white white white
+        pad           background above        gray  gray  gray
+                      the whole image         black white black
+                      background below        gray  gray  gray
+
+    Args:
+        size: side of the square output, in pixels.
+        resize_mode: "square" resizes both sides whatever the aspect ratio (as published); "center_crop" resizes the
+            shorter side and cuts out the center; "pad" extends the image to a square with the background color first.
+            PIL bicubic in each case.
+        image_mean: mean of each channel, subtracted after division by 255.
+        image_std: standard deviation of each channel.
+        background: RGB color, 0..255, under transparent pixels and around padded images.
+
+    Raises:
+        ConfigError: naming the setting, what was expected and what was received.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        size: int,
+        resize_mode: ResizeMode = "square",
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        background: Sequence[int] = WHITE,
+    ) -> None:
+        super().__init__()
+        self.size, self.resize_mode = size, resize_mode
+        if type(size) is not int or size < 1:
+            raise ConfigError(f"size: expected a positive integer, got {size!r}")
+        if resize_mode not in get_args(ResizeMode):
+            raise ConfigError(
+                f"resize_mode: expected one of {', '.join(get_args(ResizeMode))}, got {resize_mode!r}"
             )
+        self.image_mean = _three("image_mean", image_mean, "finite numbers", is_number)
+        self.image_std = _three(
+            "image_std", image_std, "positive numbers", lambda x: is_number(x) and x > 0
         )
-    return torch.stack([resize(image, size, crop) for image in opened])
+        self.background = _three(
+            "background", background, "integers 0..255", lambda x: type(x) is int and 0 <= x <= 255
+        )
 
+    def open(self, source: Any, name: str | None = None) -> Image.Image:
+        """Open one image as upright RGB; see `open_image`. Raises ImageError."""
+        return open_image(source, name, self.background)
 
-def normalize(
-    pixels: UInt8[Tensor, "batch 3 h w"],
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
-) -> Float[Tensor, "batch 3 h w"]:
-    """uint8 0..255 -> (x / 255 - mean) / std."""
-    shape = (1, 3, 1, 1)
-    centre = torch.tensor(mean, device=pixels.device).view(shape)
-    return (pixels.float() / 255 - centre) / torch.tensor(std, device=pixels.device).view(shape)
+    def resize(self, image: Image.Image, size: int | None = None) -> UInt8[Tensor, "3 size size"]:
+        """Resize an RGB image to the square; `size` replaces the configured side, e.g. for a larger cached copy."""
+        square = (self.size if size is None else size,) * 2
+        if self.resize_mode == "center_crop":
+            image = ImageOps.fit(image, square, Image.Resampling.BICUBIC)
+        else:
+            image = self.pad(image) if self.resize_mode == "pad" else image
+            image = image.resize(square, Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def pad(self, image: Image.Image) -> Image.Image:
+        """Extend the shorter side with the background color, equally on both sides, to a square."""
+        return ImageOps.pad(image, (max(image.size),) * 2, color=self.background)
+
+    def to_uint8(self, images: Any) -> UInt8[Tensor, "batch 3 size size"]:
+        """Open and resize one image or a batch.
+
+        A uint8 tensor [b 3 size size] is taken to be resized already and is returned as it is.
+
+        Raises:
+            ImageError: naming the first image that cannot be used, and why.
+            ValueError: empty batch.
+        """
+        is_batch = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
+        if is_batch and len(images) and tuple(images.shape[1:]) == (3, self.size, self.size):
+            return images
+        batch = as_list(images)
+        if not batch:
+            raise ValueError("expected at least one image, got an empty batch")
+        resized = []
+        for i, image in enumerate(batch):
+            label = _label(image)
+            if label.startswith("<"):  # no file name: the error names the index instead
+                label = f"image {i} of {len(batch)} {label}"
+            resized.append(self.resize(self.open(image, label)))
+        return torch.stack(resized)
+
+    def normalize(  # type: ignore[override]
+        self, pixels: UInt8[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch 3 h w"]:
+        """uint8 0..255 -> float32 (x / 255 - mean) / std, on the device of `pixels`."""
+        mean, std = (
+            torch.tensor(values, device=pixels.device).view(1, 3, 1, 1)
+            for values in (self.image_mean, self.image_std)
+        )
+        return (pixels.float() / 255 - mean) / std
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
+        """One image or a batch -> {"pixel_values": float [b 3 size size]}; `__call__` is the same."""
+        pixel_values = self.normalize(self.to_uint8(images))
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    # JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments of the constructor; no class name, so that a file never decides what is instantiated."""
+        return {
+            "size": self.size,
+            "resize_mode": self.resize_mode,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "background": list(self.background),
+        }
+
+    @classmethod
+    def from_dict(  # type: ignore[override]
+        cls, image_processor_dict: dict[str, Any]
+    ) -> VisualImageProcessor:
+        """Raises ConfigError for unknown, missing or invalid settings."""
+        names = set(inspect.signature(cls).parameters)
+        unknown, missing = (
+            sorted(set(image_processor_dict) - names),
+            {"size"} - set(image_processor_dict),
+        )
+        if unknown or missing:
+            raise ConfigError(
+                f"unknown settings {unknown}: ignoring them would preprocess images in another way than was saved"
+                if unknown
+                else "size: expected a positive integer, got nothing"
+            )
+        return cls(**image_processor_dict)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> VisualImageProcessor:
+        """Raises ConfigError naming the file."""
+        return read_config(json_file, cls.from_dict)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | os.PathLike[str] = "default", **hub: Any
+    ) -> VisualImageProcessor:
+        """Read preprocessor_config.json of "default" (shipped), a tokenizer's directory or a Hub id.
+
+        Raises:
+            ConfigError, WeightsError: a file or directory that cannot be read, or a wrong setting.
+        """
+        return cls.from_json_file(find_directory(name, "tokenizer", **hub) / IMAGE_PROCESSOR_NAME)
 
 
 def as_list(images: Any) -> list[Any]:
@@ -161,7 +289,7 @@ def _label(source: Any) -> str:
     return str(name) if name else f"<{type(source).__name__}>"
 
 
-def _from_array(array: np.ndarray | Tensor, label: str) -> Image.Image:
+def _from_array(array: np.ndarray | Tensor, label: str, background: tuple[int, ...]) -> Image.Image:
     if isinstance(array, Tensor):
         broken = array.is_floating_point() and not bool(array.isfinite().all())
     else:
@@ -184,7 +312,7 @@ def _from_array(array: np.ndarray | Tensor, label: str) -> Image.Image:
         or (values.ndim == 3 and values.shape[2] not in (3, 4))
     ):
         raise ImageError(f"{label}: expected shape [h w 3] or [3 h w], got {list(array.shape)}")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(values)), label)
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(values)), label, background)
 
 
 def _channels_first(shape: tuple[int, ...], tensor: bool) -> bool:
@@ -195,7 +323,7 @@ def _channels_first(shape: tuple[int, ...], tensor: bool) -> bool:
     return first or (shape[0] == 1 and not last and (shape[2] != 1 or tensor))
 
 
-def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+def _to_rgb(image: Image.Image, label: str, background: tuple[int, ...]) -> Image.Image:
     if 0 in image.size:
         raise ImageError(f"{label}: expected at least one pixel, got {image.width}x{image.height}")
     image.load()  # decodes now, so that a truncated file fails here; an animation stays at its first frame
@@ -218,6 +346,12 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
         )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        opaque = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(opaque, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _three(name: str, values: Any, expected: str, valid: Callable[[Any], bool]) -> tuple[Any, ...]:
+    if not (isinstance(values, (list, tuple)) and len(values) == 3 and all(map(valid, values))):
+        raise ConfigError(f"{name}: expected 3 {expected}, got {values!r}")
+    return tuple(values)

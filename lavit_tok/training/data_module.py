@@ -26,6 +26,7 @@ from lavit_tok.data.image_sources import (
     load_splits,
     undecoded,
 )
+from lavit_tok.encode.image_processor import ResizeMode, VisualImageProcessor
 
 HOLDOUT_EVERY = 20  # without a validation split, every 20th row of the training split validates
 
@@ -125,7 +126,7 @@ class ImageDataModule(LightningDataModule):
         flip: probability of a left-right flip in training.
         crop_scale: least and greatest share of the area kept by training crops; (1, 1) for none.
         cache: decode once to uint8 in memory (12 kB a picture at 64 px), by far the fastest for small data.
-        crop: resize the shorter side and cut out the centre; else both sides are resized, as LaVIT does.
+        resize_mode: "square" resizes both sides, as LaVIT does; "center_crop" and "pad" keep the aspect ratio.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class ImageDataModule(LightningDataModule):
         flip: float = 0.0,
         crop_scale: tuple[float, float] = (1.0, 1.0),
         cache: bool = False,
-        crop: bool = False,
+        resize_mode: ResizeMode = "square",
     ):
         super().__init__()
         for name, value, least in (
@@ -169,7 +170,9 @@ class ImageDataModule(LightningDataModule):
             splits,
         )
         self.streaming, self.cache = streaming, cache
-        self.augment = Augmentation(image_size, flip, crop_scale, seed, crop)
+        self.augment = Augmentation(
+            VisualImageProcessor(image_size, resize_mode), flip, crop_scale, seed
+        )
         self.rejects: list[dict[str, str]] = []
         self.sets: dict[str, MapImages | StreamImages] = {}
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from lavit_tok.codes import RaggedLayout
 from lavit_tok.config import TokenizerConfig
-from lavit_tok.encode.image_processor import normalize
+from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.encode.quantizer import TrainingCodebook, Usage, spherical_kmeans, usage
 from lavit_tok.encode.selector import dithered, keep_by_budget, keep_scores, straight_through
 from lavit_tok.encode.vision_encoder import VisionEncoder
@@ -42,6 +42,7 @@ class TokenizerTraining(pl.LightningModule):
     Args:
         config: sizes of the tokenizer; its `encoder` is replaced by the config of `encoder` where that is given.
         encoder: directory or Hub id of the frozen vision transformer; None trains against a random one (tests only).
+        image_processor: settings of VisualImageProcessor besides its size; None for those of LaVIT.
         out: where the finished tokenizer is saved; None keeps checkpoints only.
         rho: target share of kept patches.
         ratio_weight: weight of (rho - mean keep)^2.
@@ -74,6 +75,7 @@ class TokenizerTraining(pl.LightningModule):
         self,
         config: TokenizerConfig | None = None,
         encoder: str | None = None,
+        image_processor: dict[str, Any] | None = None,
         out: str | None = None,
         rho: float = 1 / 3,
         ratio_weight: float = 2.0,
@@ -119,7 +121,8 @@ class TokenizerTraining(pl.LightningModule):
             raise ValueError(
                 "reconstructor_depth: expected at least 1: the loss compares reconstructed features"
             )
-        self.tokenizer = VisualTokenizer(config, vision)
+        processor = VisualImageProcessor(config.image_size, **(image_processor or {}))
+        self.tokenizer = VisualTokenizer(config, vision, processor)
         self.codebook: TrainingCodebook | None = None
         self.register_buffer("mean_feature", torch.zeros(config.width))
         self.recent_scores = Recent(kmeans_samples)
@@ -257,10 +260,8 @@ class TokenizerTraining(pl.LightningModule):
     def features(
         self, images: UInt8[Tensor, "batch 3 h w"]
     ) -> Float[Tensor, "batch patches width"]:
-        c = self.tokenizer.config
-        return self.tokenizer.features(
-            normalize(images, c.image_mean, c.image_std).to(self.tokenizer.dtype)
-        ).float()
+        pixels = self.tokenizer.image_processor.normalize(images)
+        return self.tokenizer.features(pixels.to(self.tokenizer.dtype)).float()
 
     def cosines(
         self, x: Float[Tensor, "b n d"], y: Float[Tensor, "b n d"]

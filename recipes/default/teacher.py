@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lavit_tok.encode.image_processor import normalize
+from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.training.data_module import ImageDataModule
 
 RETRIEVAL = 500  # validation pictures among which captions are looked up
@@ -90,6 +90,7 @@ class Teacher(LightningModule):
             intermediate_size=intermediate_size,
             hidden_act="gelu",
         )
+        self.image_processor = VisualImageProcessor(image_size)
         self.vision = CLIPVisionModel(config)
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
         self.caption_projection = nn.Linear(hidden_size, 384)
@@ -128,7 +129,7 @@ class Teacher(LightningModule):
         return mean + self.hparams.detail_weight * (colours - mean)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        pixels = normalize(batch["images"])
+        pixels = self.image_processor.normalize(batch["images"])
         generator = torch.Generator().manual_seed(self.hparams.seed * 1_000_003 + self.global_step)
         hidden = self.hide(len(pixels), generator).to(self.device).view(-1, 1, self.grid, self.grid)
         visible = (
@@ -160,7 +161,7 @@ class Teacher(LightningModule):
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        pixels = normalize(batch["images"])
+        pixels = self.image_processor.normalize(batch["images"])
         normed = self.norm(self.features(pixels))
         predicted, target = self.pixel_head(normed).float(), self.low_pass(pixels)
         scale = torch.tensor((0.0722, 0.0683, 0.0760), device=self.device).repeat_interleave(
@@ -209,7 +210,12 @@ class Teacher(LightningModule):
     def statistics(self, pixels: UInt8[Tensor, "n 3 h w"]) -> dict[str, float]:
         """How hard the features are: what a constant, a per-image mean and a low-rank map of them already reach."""
         self.eval()
-        f = torch.cat([self.features(normalize(part)).float() for part in pixels.split(250)])
+        f = torch.cat(
+            [
+                self.features(self.image_processor.normalize(part)).float()
+                for part in pixels.split(250)
+            ]
+        )
         mean, flat = f.mean((0, 1)), f.flatten(0, 1)
         variance = torch.linalg.svdvals(torch.cov((flat - mean).T)).cumsum(0)
         energy = flat.square().mean(0)

@@ -147,7 +147,7 @@ def test_packing_runs_on_shards(scripts: Any, folder: Path, tmp_path: Path, caps
         processor_and_model("llama")[0],
     )
     pictures = scripts("picture_sets").load_pictures(
-        str(folder / "pictures"), 32, "train", crop=visual.config.crop
+        str(folder / "pictures"), 32, "train", crop=False
     )
     codes, said = (
         visual.encode(pictures.pixels).lengths,
@@ -357,7 +357,7 @@ def test_lm_quality_runs(
 
     texts = found["captions"]
     pictures = scripts("picture_sets").load_pictures(
-        str(folder / "pictures"), 32, "test", crop=lm.visual.config.crop
+        str(folder / "pictures"), 32, "test", crop=False
     )
     places = [pictures.keys.index(key) for key in found["keys"]]
     again = lm.caption(
@@ -421,13 +421,15 @@ def described(scorer: Path, pictures: list[Picture.Image]) -> torch.Tensor:
     )
     teacher.vision = CLIPVisionModel.from_pretrained(scorer)
     teacher.caption_projection.load_state_dict(load_file(scorer / "caption_projection.safetensors"))
-    from lavit_tok.encode.image_processor import normalize
+    from lavit_tok import VisualImageProcessor
 
     small = [picture.resize((16, 16), Picture.Resampling.BICUBIC) for picture in pictures]
     pixels = torch.stack(
         [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in small]
     )
-    return teacher.eval().describe(teacher.norm(teacher.features(normalize(pixels))))
+    return teacher.eval().describe(
+        teacher.norm(teacher.features(VisualImageProcessor(16).normalize(pixels)))
+    )
 
 
 @torch.no_grad()

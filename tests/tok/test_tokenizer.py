@@ -15,9 +15,16 @@ import reference
 import torch
 from PIL import Image
 
-from lavit_tok import CodeError, ImageError, TokenizerConfig, VisualCodes, VisualTokenizer
+from lavit_tok import (
+    CodeError,
+    ConfigError,
+    ImageError,
+    TokenizerConfig,
+    VisualCodes,
+    VisualImageProcessor,
+    VisualTokenizer,
+)
 from lavit_tok.checkpoints.weights import save_weights
-from lavit_tok.encode.image_processor import to_uint8
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -129,7 +136,7 @@ def test_inputs_of_every_kind_give_the_same_codes(
         [photos[0]],
     ):
         assert tiny_tokenizer.encode(same).to_list() == expected
-    small = to_uint8(photos, 32)
+    small = tiny_tokenizer.image_processor.to_uint8(photos)
     for batch in (small, list(small), small.numpy(), small.permute(0, 2, 3, 1).numpy()):
         assert tiny_tokenizer.encode(batch).to_list() == tiny_tokenizer.encode(photos).to_list()
 
@@ -211,7 +218,8 @@ def test_reconstruct_equals_the_slow_version(tiny_tokenizer: VisualTokenizer, ph
 def test_save_and_load(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path):
     expected = tiny_tokenizer.encode(photos)
     tiny_tokenizer.save_pretrained(tmp_path)
-    assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    files = {"config.json", "preprocessor_config.json", "model.safetensors", "README.md"}
+    assert {f.name for f in tmp_path.iterdir()} == files
     loaded = VisualTokenizer.from_pretrained(tmp_path)
     assert loaded.config == tiny_tokenizer.config and not loaded.training
     assert loaded.encode(photos).to_list() == expected.to_list()
@@ -310,7 +318,6 @@ def test_copies_are_independent(tiny_tokenizer: VisualTokenizer, photos: list[Pa
 def test_other_settings_work_end_to_end(tiny_config: TokenizerConfig, photos: list[Path]):
     for change in (
         {"merger_depth": 0},
-        {"crop": True},
         {"encoder_norm": True},
         {"attention": "compat"},
     ):
@@ -330,6 +337,22 @@ def test_sharing_on_the_hub():
     assert {"save_directory", "dtype"} <= set(
         inspect.signature(VisualTokenizer.save_pretrained).parameters
     )
+
+
+def test_the_image_processor_is_saved_and_used(
+    tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path
+):
+    processor = VisualImageProcessor(32, "pad", [0.5] * 3, [0.5] * 3, [0, 0, 0])
+    VisualTokenizer(tiny_config, image_processor=processor).save_pretrained(tmp_path)
+    assert VisualImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+    loaded = VisualTokenizer.from_pretrained(tmp_path)
+    expected = processor(photos, return_tensors="pt").pixel_values
+    assert torch.equal(loaded.preprocess(photos), expected)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json: cannot be read"):
+        VisualTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"expected size 32, the encoder's image_size, got 64"):
+        VisualTokenizer(tiny_config, image_processor=VisualImageProcessor(64))
 
 
 def test_fingerprint_names_the_codebook(tiny_tokenizer: VisualTokenizer, tmp_path: Path):

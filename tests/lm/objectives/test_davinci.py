@@ -30,7 +30,7 @@ from lavit_lm.sequences.segments import ImageSegment, Role, Segment, TextSegment
 from lavit_lm.training.log_samples import LogSamples
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
-from lavit_tok import VisualCodes, VisualTokenizer, to_uint8
+from lavit_tok import VisualCodes, VisualTokenizer
 from lavit_tok.cli import main as lavit_tok
 
 PATCHES = 16
@@ -67,7 +67,7 @@ def built(
 
 
 def shown(visual: VisualTokenizer, source: Any) -> ImageSegment:
-    pixels = to_uint8(source, 32)
+    pixels = visual.image_processor.to_uint8(source)
     codes = visual.encode(pixels, budget=PATCHES)
     assert codes.keep is not None
     return ImageSegment(codes[0], pixels[0], codes.keep[0])
@@ -730,7 +730,7 @@ def lm_sampling() -> Any:
 def test_an_encoder_is_trained_with_the_rest(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     """A copy; what no feature depends on stays frozen, and so does the tokenizer's own."""
     bridge = PatchBridge(tiny_tokenizer, 32, train_encoder=True)
-    images = to_uint8(photos, 32)
+    images = tiny_tokenizer.image_processor.to_uint8(photos)
     bridge(images, torch.ones(len(images), PATCHES) > 0).square().sum().backward()
     moved = {
         name: p.grad is not None and bool(p.grad.any())

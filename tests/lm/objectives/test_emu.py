@@ -397,7 +397,7 @@ def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, Sum], flo
 
 def test_emu_09_any_number_of_pictures(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     processor, model = built(tiny_tokenizer)
-    frames = as_segments(clip([photos[i % 4] for i in range(30)]), 32)
+    frames = as_segments(clip([photos[i % 4] for i in range(30)]), tiny_tokenizer.image_processor)
     five: list[Segment] = [part for i in range(5) for part in (image(i), TextSegment("rain"))]
     samples = [
         [TextSegment("rain and rain")],

@@ -16,9 +16,11 @@ from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.documents import Documents, as_segments, clip, document_line, storyboard
 from lavit_lm.sequences.segments import ImageSegment, Role, TextSegment
-from lavit_tok import ImageError, VisualTokenizer, to_uint8
+from lavit_tok import ImageError, VisualImageProcessor, VisualTokenizer
 
 EMU = Emu(queries=3, depth=1, heads=2, train_encoder=False)
+
+IMAGES = VisualImageProcessor(32)
 
 
 @pytest.fixture
@@ -72,18 +74,18 @@ def test_subtitles_stand_before_the_next_frame():
 
 
 def test_parts_become_segments(photos: list[Path]):
-    made = as_segments(["rain", photos[0]], 32, is_target=False)
+    made = as_segments(["rain", photos[0]], IMAGES, is_target=False)
     assert (
         isinstance(made[0], TextSegment)
         and isinstance(made[1], ImageSegment)
         and not made[0].is_target
         and not made[1].is_target
     )
-    assert callable(made[1].image) and torch.equal(made[1].image(), to_uint8(photos[0], 32)[0])
+    assert callable(made[1].image) and torch.equal(made[1].image(), IMAGES.to_uint8(photos[0])[0])
 
 
 def test_documents_of_pictures_alone(album: Path):
-    documents = Documents(album, 32)
+    documents = Documents(album, IMAGES)
     assert len(documents) == 6
     segments, key = documents[4]
     assert key == "document 4" and segments == [TextSegment("rain")]
@@ -96,12 +98,12 @@ def test_documents_of_pictures_alone(album: Path):
     ]
     shown: Any = segments[3]
     assert shown.codes is None and torch.equal(
-        shown.image(), to_uint8(album.parent / "walk" / "1.png", 32)[0]
+        shown.image(), IMAGES.to_uint8(album.parent / "walk" / "1.png")[0]
     )
 
 
 def test_documents_are_tokenised(album: Path, tiny_tokenizer: VisualTokenizer):
-    documents = Documents(album, 32, encode=tiny_tokenizer.encode, open_later=False, batch=1)
+    documents = Documents(album, IMAGES, encode=tiny_tokenizer.encode, open_later=False, batch=1)
     shown: Any = documents[2][0][1]
     wanted = tiny_tokenizer.encode(album.parent / "walk" / "0.png")
     assert wanted.keep is not None
@@ -110,7 +112,7 @@ def test_documents_are_tokenised(album: Path, tiny_tokenizer: VisualTokenizer):
         and torch.equal(shown.keep, wanted.keep[0])
         and shown.image is None
     )
-    both: Any = Documents(album, 32, encode=tiny_tokenizer.encode)[2][0][1]
+    both: Any = Documents(album, IMAGES, encode=tiny_tokenizer.encode)[2][0][1]
     assert torch.equal(both.codes, wanted[0]) and callable(both.image)
 
 
@@ -133,24 +135,24 @@ BAD = {
 def test_bad_lines(line: str, album: Path):
     album.write_text(f'{{"segments": [{{"text": "good"}}]}}\n{line}\n')
     with pytest.raises(ValueError) as caught:
-        Documents(album, 32)
+        Documents(album, IMAGES)
     assert str(caught.value).startswith(f"{album}, {BAD[line]}") and "\n" not in str(caught.value)
 
 
 def test_bad_files(album: Path, tiny_tokenizer: VisualTokenizer):
     with pytest.raises(ValueError, match="documents cannot be read"):
-        Documents(album.with_name("none.jsonl"), 32)
+        Documents(album.with_name("none.jsonl"), IMAGES)
     (album.parent / "walk" / "1.png").write_bytes(b"no picture")
-    shown: Any = Documents(album, 32)[2][0][3]
+    shown: Any = Documents(album, IMAGES)[2][0][3]
     with pytest.raises(ImageError, match=r"pages.jsonl, line 3: .*1.png"):
         shown.image()
     with pytest.raises(ImageError, match=r"pages.jsonl, line 3: .*1.png"):
-        Documents(album, 32, encode=tiny_tokenizer.encode)
+        Documents(album, IMAGES, encode=tiny_tokenizer.encode)
     album.write_text("\n\n")
     with pytest.raises(ValueError, match="expected a document a line, got none"):
-        Documents(album, 32)
+        Documents(album, IMAGES)
     album.write_text(json.dumps({"segments": [{"text": "rain"}]}))
-    assert Documents(album, 32)[0][1] == "pages.jsonl:1", "named by its line"
+    assert Documents(album, IMAGES)[0][1] == "pages.jsonl:1", "named by its line"
 
 
 @pytest.mark.parametrize(

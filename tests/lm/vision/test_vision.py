@@ -12,7 +12,14 @@ from helpers.lm_runs import Losses, data, module, saving, trainer
 from PIL import Image
 
 from lavit_lm.sequences.packing import Packed
-from lavit_tok import ImageError, ShardError, ShardImages, Shards, VisualTokenizer, to_uint8
+from lavit_tok import (
+    ImageError,
+    ShardError,
+    ShardImages,
+    Shards,
+    VisualImageProcessor,
+    VisualTokenizer,
+)
 from lavit_tok.cli import main as lavit_tok
 
 
@@ -49,10 +56,10 @@ def test_pictures_of_mirrored_shards_with_a_corrupt_one(folder: Path):
     assert lavit_tok([*words, "--out", str(folder / "mirrored")]) == 0
     shards = Shards.open(folder / "mirrored", "train")
     rows, tokenizer = shards.dataset(), VisualTokenizer.from_pretrained(folder / "visual")
-    images = ShardImages(shards, str(folder / "pictures"), tokenizer.config.image_size)
+    images = ShardImages(shards, str(folder / "pictures"), tokenizer.image_processor)
     assert len(images) == len(rows) == 46
     for number, row in enumerate(rows):
-        pixels = to_uint8(folder / "pictures" / row["key"], 32)[0]
+        pixels = tokenizer.image_processor.to_uint8(folder / "pictures" / row["key"])[0]
         assert torch.equal(images[number], pixels.flip(2) if row["flipped"] else pixels)
         assert tokenizer.encode(images[number][None]).to_list() == [row["codes"]]
     assert [row["flipped"] for row in rows][:4] == [False, True, False, True]
@@ -76,7 +83,8 @@ def test_vectors_are_those_of_the_row_s_picture(folder: Path):
                 keep = torch.zeros(1, 16, dtype=torch.bool)
                 keep[0, rows[key]["keep"]] = True
                 with torch.no_grad():
-                    expected = training.model.bridge(to_uint8(folder / "pictures" / key, 32), keep)
+                    pixels = VisualImageProcessor(32).to_uint8(folder / "pictures" / key)
+                    expected = training.model.bridge(pixels, keep)
                 torch.testing.assert_close(embedded[b][own], expected, atol=1e-5, rtol=1e-5)
                 checked += 1
     assert checked > 3 and unfed > 3
@@ -145,7 +153,7 @@ def test_pictures_that_do_not_fit(folder: Path, photos: list[Path]):
     with pytest.raises(ShardError, match=r"expected the 24 pictures .* got 6, of which"):
         fit(data(folder, images=str(folder / "pictures" / "validation")), continuous=True)
     shards = Shards.open(folder / "shards", "train")
-    images = ShardImages(shards, str(folder / "pictures"), 32)
+    images = ShardImages(shards, str(folder / "pictures"), VisualImageProcessor(32))
     (folder / "pictures" / "train" / "3.png").unlink()
     with pytest.raises(
         ImageError, match=r"train/3\.png: .*; it could be read when the shards were made"

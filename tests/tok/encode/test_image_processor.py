@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import warnings
 import zlib
@@ -14,18 +15,18 @@ import pytest
 import reference
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
-from lavit_tok import ImageError, TokenizerConfig
+from lavit_tok import ConfigError, ImageError, VisualImageProcessor
 from lavit_tok.encode.image_processor import (
     CLIP_MEAN,
     CLIP_STD,
     as_list,
     find_images,
-    normalize,
     open_image,
-    resize,
-    to_uint8,
 )
+
+PROCESSOR = VisualImageProcessor(32)
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
@@ -218,11 +219,13 @@ def test_of_an_animation_the_first_frame_is_taken(kind: str):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1), (2, 3)])
-@pytest.mark.parametrize("crop", [False, True])
-def test_extreme_shapes_fill_the_square(size: tuple[int, int], crop: bool):
-    pixels = to_uint8(Image.new("RGB", size, (10, 200, 30)), 32, crop)
+@pytest.mark.parametrize("mode", ["square", "center_crop", "pad"])
+def test_extreme_shapes_fill_the_square(size: tuple[int, int], mode: Any):
+    color = (10, 200, 30)
+    processor = VisualImageProcessor(32, mode, background=color)
+    pixels = processor.to_uint8(Image.new("RGB", size, color))
     assert pixels.shape == (1, 3, 32, 32) and pixels.dtype == torch.uint8
-    assert (pixels == torch.tensor([10, 200, 30], dtype=torch.uint8)[None, :, None, None]).all()
+    assert (pixels == torch.tensor(color, dtype=torch.uint8)[None, :, None, None]).all()
 
 
 def test_a_picture_without_pixels_is_refused():
@@ -292,11 +295,11 @@ def test_a_bad_picture_in_a_batch_is_named(photos: list[Path], tmp_path: Path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"\xff\xd8\xff no")
     with pytest.raises(ImageError, match=r"bad\.jpg"):
-        to_uint8([photos[0], bad, photos[1]], 32)
+        PROCESSOR.to_uint8([photos[0], bad, photos[1]])
     with pytest.raises(ImageError, match="image 1 of 3 <bytes>"):
-        to_uint8([photos[0], b"nothing", photos[1]], 32)
+        PROCESSOR.to_uint8([photos[0], b"nothing", photos[1]])
     with pytest.raises(ImageError, match=r"image 2 of 3 <ndarray>.*float64"):
-        to_uint8([photos[0], photos[1], np.zeros((4, 4, 3))], 32)
+        PROCESSOR.to_uint8([photos[0], photos[1], np.zeros((4, 4, 3))])
 
 
 @pytest.mark.parametrize(
@@ -304,54 +307,109 @@ def test_a_bad_picture_in_a_batch_is_named(photos: list[Path], tmp_path: Path):
 )
 def test_an_empty_batch_is_refused(empty: Any):
     with pytest.raises(ValueError, match="at least one image"):
-        to_uint8(empty, 32)
+        PROCESSOR.to_uint8(empty)
 
 
 def test_one_image_or_many(photos: list[Path]):
-    one = to_uint8(photos[0], 32)
+    one = PROCESSOR.to_uint8(photos[0])
     for same in (
         str(photos[0]),
         photos[0].read_bytes(),
         io.BytesIO(photos[0].read_bytes()),
         Image.open(photos[0]),
     ):
-        assert torch.equal(to_uint8(same, 32), one)
+        assert torch.equal(PROCESSOR.to_uint8(same), one)
     with photos[0].open("rb") as stream:
-        assert torch.equal(to_uint8(stream, 32), one)
-    batch = to_uint8(photos, 32)
+        assert torch.equal(PROCESSOR.to_uint8(stream), one)
+    batch = PROCESSOR.to_uint8(photos)
     assert batch.shape == (4, 3, 32, 32)
-    assert torch.equal(to_uint8(iter(photos), 32), batch)
-    assert torch.equal(to_uint8(batch, 32), batch)
-    assert torch.equal(to_uint8(batch.permute(0, 2, 3, 1).numpy(), 32), batch)
+    assert torch.equal(PROCESSOR.to_uint8(iter(photos)), batch)
+    assert torch.equal(PROCESSOR.to_uint8(batch), batch)
+    assert torch.equal(PROCESSOR.to_uint8(batch.permute(0, 2, 3, 1).numpy()), batch)
     for i, photo in enumerate(photos):
-        assert torch.equal(to_uint8(photo, 32)[0], batch[i])
+        assert torch.equal(PROCESSOR.to_uint8(photo)[0], batch[i])
     assert len(as_list(batch)) == 4 and len(as_list(batch[0])) == 1 and len(as_list("a.png")) == 1
 
 
-def test_the_pixels_are_those_of_the_published_recipe(
-    photos: list[Path], tiny_config: TokenizerConfig
-):
+def test_the_pixels_are_those_of_the_published_recipe(photos: list[Path]):
     for photo in photos:
-        ours = normalize(to_uint8(photo, tiny_config.image_size))
-        theirs = reference.pixels(Image.open(photo), tiny_config)
-        assert (ours - theirs).abs().max() < 1e-6
-    black, white = (
-        torch.zeros(1, 3, 1, 1, dtype=torch.uint8),
-        torch.full((1, 3, 1, 1), 255, dtype=torch.uint8),
+        ours = PROCESSOR(photo, return_tensors="pt").pixel_values
+        assert (ours - reference.pixels(Image.open(photo), PROCESSOR)).abs().max() < 1e-6
+    values = PROCESSOR.normalize(
+        torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
     )
-    for c in range(3):
-        assert float(normalize(black)[0, c]) == pytest.approx(-CLIP_MEAN[c] / CLIP_STD[c], abs=1e-6)
-        assert float(normalize(white)[0, c]) == pytest.approx(
-            (1 - CLIP_MEAN[c]) / CLIP_STD[c], abs=1e-6
-        )
+    for c, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD, strict=True)):
+        assert values[:, c].flatten().tolist() == pytest.approx([-mean / std, (1 - mean) / std])
 
 
-def test_crop_cuts_the_centre_and_resize_keeps_all():
+def test_it_is_clip_s_own_image_processor(photos: list[Path]):
+    """The two modes that CLIPImageProcessorPil has give the same bits."""
+    size = {"height": 32, "width": 32}
+    square = CLIPImageProcessorPil(size=size, do_center_crop=False)
+    expected = square([Image.open(p).convert("RGB") for p in photos], return_tensors="pt")
+    ours = PROCESSOR(photos, return_tensors="pt")
+    torch.testing.assert_close(ours.pixel_values, expected.pixel_values, atol=1e-6, rtol=0)
+
+
+def test_resize_modes():
+    """The drawing of the class's docstring."""
     wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 20:40] = 255  # white exactly in the middle square
-    image = Image.fromarray(wide)
-    assert (resize(image, 20, crop=True) == 255).all()
-    assert 0.2 < (resize(image, 20) > 128).float().mean() < 0.5
+    wide[:, 20:40] = 255
+    image, gray = Image.fromarray(wide), [90, 90, 90]
+
+    def row(mode: Any, at: int) -> list[int]:
+        pixels = VisualImageProcessor(60, mode, background=gray).resize(image)
+        assert torch.equal(pixels[0], pixels[1])
+        return pixels[0, at, [10, 30, 50]].tolist()
+
+    assert row("square", 5) == row("square", 30) == row("pad", 30) == [0, 255, 0]
+    assert row("center_crop", 5) == [255, 255, 255]
+    assert row("pad", 5) == row("pad", 55) == gray
+    assert PROCESSOR.resize(image, 48).shape == (3, 48, 48)
+    assert VisualImageProcessor(4, background=gray).open(Image.new("LA", (2, 2))).getpixel(
+        (0, 0)
+    ) == tuple(gray)
+
+
+def test_saved_and_loaded(tmp_path: Path):
+    processor = VisualImageProcessor(48, "pad", (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), (1, 2, 3))
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    saved = json.loads(file.read_text())
+    assert saved == processor.to_dict() == VisualImageProcessor.from_pretrained(tmp_path).to_dict()
+    assert VisualImageProcessor.from_pretrained("default").to_dict()["size"] == 64
+    file.write_text(json.dumps({**saved, "image_processor_type": "CLIPImageProcessor"}))
+    with pytest.raises(
+        ConfigError, match=r"preprocessor_config\.json: unknown settings \['image_p"
+    ):
+        VisualImageProcessor.from_pretrained(tmp_path)
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match="size: expected a positive integer"):
+        VisualImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", 0),
+        ("size", 32.0),
+        ("size", True),
+        ("resize_mode", "crop"),
+        ("resize_mode", None),
+        ("image_mean", None),
+        ("image_mean", [0.5, 0.5]),
+        ("image_mean", "abc"),
+        ("image_mean", [0.5, 0.5, float("nan")]),
+        ("image_std", [0.5, 0.5, 0]),
+        ("image_std", [0.5, 0.5, True]),
+        ("background", [0, 0, 256]),
+        ("background", [0.5, 0, 0]),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_wrong_setting_is_named(name: str, value: Any):
+    with pytest.raises(ConfigError, match=name):
+        VisualImageProcessor.from_dict({**PROCESSOR.to_dict(), name: value})
 
 
 def test_folders_are_walked_in_order(tmp_path: Path):

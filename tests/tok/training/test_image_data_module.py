@@ -16,6 +16,7 @@ from PIL import Image
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from lavit_tok import VisualImageProcessor
 from lavit_tok.data.image_sources import Augmentation
 from lavit_tok.training.data_module import HOLDOUT_EVERY, EpochOrder, ImageDataModule
 
@@ -146,7 +147,7 @@ def test_ranks_share_an_epoch_without_overlap():
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
-    one = Augmentation(8, flip=0.5, crop_scale=(0.5, 1.0), seed=1)
+    one = Augmentation(VisualImageProcessor(8), flip=0.5, crop_scale=(0.5, 1.0), seed=1)
     torch.manual_seed(3)
     first = one(image, epoch=2, index=7)
     torch.manual_seed(4)
@@ -154,18 +155,21 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     assert not torch.equal(first, one(image, epoch=3, index=7))
     assert not torch.equal(first, one(image, epoch=2, index=8))
     plain = np.array(image.resize((8, 8), Image.Resampling.BICUBIC))
-    assert torch.equal(Augmentation(8)(image, 0, 0), torch.from_numpy(plain).permute(2, 0, 1))
+    assert torch.equal(
+        Augmentation(VisualImageProcessor(8))(image, 0, 0), torch.from_numpy(plain).permute(2, 0, 1)
+    )
 
 
 def test_crops_keep_their_proportions():
     """Columns of a wide picture, by number: only those of its central square are seen, augmented or not."""
     columns = np.repeat(np.arange(40, dtype=np.uint8)[None, :, None] * 6, 20, 0).repeat(3, 2)
     wide = Image.fromarray(columns)
-    plain = Augmentation(10, crop=True)(wide, 0, 0)
-    assert torch.equal(plain, Augmentation(10, crop=True).resized(wide))
+    center = VisualImageProcessor(10, "center_crop")
+    plain = Augmentation(center)(wide, 0, 0)
+    assert torch.equal(plain, Augmentation(center).resized(wide))
     assert 10 * 6 <= int(plain.min()) < 13 * 6 and 26 * 6 < int(plain.max()) <= 29 * 6
-    assert int(Augmentation(10)(wide, 0, 0).min()) < 3 * 6
-    cut = Augmentation(10, crop_scale=(0.5, 0.5), crop=True)
+    assert int(Augmentation(VisualImageProcessor(10))(wide, 0, 0).min()) < 3 * 6
+    cut = Augmentation(center, crop_scale=(0.5, 0.5))
     for index in range(20):
         seen = cut(wide, 0, index).int()
         assert int(seen.min()) >= 10 * 6 and int(seen.max()) <= 29 * 6
