@@ -95,7 +95,7 @@ def caption(arguments: argparse.Namespace) -> int:
     rejects, count = Rejects(None, only=len(paths) == 1), 0
     with rejects:
         for chunk in chunks(enumerate(paths), arguments.batch_size):
-            opened_images = opened(chunk, rejects)
+            opened_images = opened(chunk, rejects, lm.visual.image_processor)
             if not opened_images:
                 continue
             images = [image for _, _, image in opened_images]

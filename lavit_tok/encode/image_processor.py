@@ -194,9 +194,7 @@ class VisualImageProcessor(BaseImageProcessor):
             resized.append(self.resize(self.open(image, label)))
         return torch.stack(resized)
 
-    def normalize(  # type: ignore[override]
-        self, pixels: UInt8[Tensor, "batch 3 h w"]
-    ) -> Float[Tensor, "batch 3 h w"]:
+    def normalize(self, pixels: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
         """uint8 0..255 -> float32 (x / 255 - mean) / std, on the device of `pixels`."""
         mean, std = (
             torch.tensor(values, device=pixels.device).view(1, 3, 1, 1)
@@ -222,9 +220,7 @@ class VisualImageProcessor(BaseImageProcessor):
         }
 
     @classmethod
-    def from_dict(  # type: ignore[override]
-        cls, image_processor_dict: dict[str, Any]
-    ) -> VisualImageProcessor:
+    def from_dict(cls, image_processor_dict: dict[str, Any]) -> VisualImageProcessor:
         """Raises ConfigError for unknown, missing or invalid settings."""
         names = set(inspect.signature(cls).parameters)
         unknown, missing = (
@@ -245,7 +241,7 @@ class VisualImageProcessor(BaseImageProcessor):
         return read_config(json_file, cls.from_dict)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, name: str | os.PathLike[str] = "default", **hub: Any
     ) -> VisualImageProcessor:
         """Read preprocessor_config.json of "default" (shipped), a tokenizer's directory or a Hub id.
