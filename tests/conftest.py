@@ -1,12 +1,13 @@
-"""Fixtures that several rooms' tests share: a tiny config, a tiny tokenizer, a few real photographs."""
+"""Environment of the tests, and the fixtures that many tests share."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # no test may need a network; huggingface_hub reads this at import
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network; read at import
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread for each worker: two workers of two threads each take longer on two cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
 from collections.abc import Callable, Iterator

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
 
 import lavit_lm
 import lavit_tok
@@ -119,3 +121,9 @@ def test_language_models_use_only_public_names(path: Path) -> None:
                 continue
             assert node.module == "lavit_tok", f"line {node.lineno}: {node.module}"
             assert {alias.name for alias in node.names} <= set(lavit_tok.__all__)
+
+
+def test_shapes_in_signatures_are_checked() -> None:
+    """In every process that runs tests: jaxtyping's pytest option must act in xdist's workers, too."""
+    with pytest.raises(TypeCheckError):
+        lavit_tok.VisualCodes(torch.zeros(3), torch.tensor([3]), 16)
