@@ -75,7 +75,7 @@ def measure(lm: MultimodalLM, prompts: list[str], a: Namespace) -> dict[str, Any
                 min_codes=a.codes,
                 max_codes=a.codes,
                 top_k=a.top_k,
-                cached=cached,
+                use_cache=cached,
             )
             found[name] = codes.to_list()
 
@@ -161,11 +161,11 @@ def constraint(lm: MultimodalLM, batch: int, a: Namespace, repeats: int = 200) -
         GenerationConstraint("image", 1, a.codes),
         torch.zeros(batch, size, device=device),
     )
-    stops = torch.tensor(rule.stops(lm.processor), device=device)
-    words = rule.words(lm.processor, size, device)
+    stops = torch.tensor(rule.stop_ids(lm.processor), device=device)
+    words = rule.content_mask(lm.processor, size, device)
 
     def once() -> Tensor:
-        return rule.words(lm.processor, size, device)
+        return rule.content_mask(lm.processor, size, device)
 
     def each_step() -> Tensor:
         return logits.masked_fill(~rule.allowed(words, stops, 1), -torch.inf)

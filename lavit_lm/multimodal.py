@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lavit_lm.checkpoints.native import load_model, save_model
 from lavit_lm.generation.beam_search import beam_search
-from lavit_lm.generation.interleaved import emit
+from lavit_lm.generation.interleaved import generate_interleaved
 from lavit_lm.generation.prompts import Prompt, Prompts, parts, path_or_image, require_words
 from lavit_lm.generation.sampling import GenerationConstraint, Generators, Sampling, generate_ids
 from lavit_lm.models.losses import log_likelihood
@@ -153,7 +153,7 @@ class MultimodalLM:
         temperature: float = 1.0,
         top_k: int | None = PICTURE_SAMPLING.top_k,
         top_p: float | None = None,
-        cached: bool = True,
+        use_cache: bool = True,
     ) -> VisualCodes:
         """A picture's codes for each prompt, whatever their lengths.
 
@@ -191,7 +191,7 @@ class MultimodalLM:
             Sampling(temperature, top_k, top_p, guidance_scale),
             [free] * len(opened),
             generator,
-            cached,
+            use_cache,
         )
         vocabulary = self.processor.vocabulary
         codes = [
@@ -201,7 +201,7 @@ class MultimodalLM:
         return VisualCodes.from_list([c.tolist() for c in codes], vocabulary.codebook_size)
 
     def generate_vectors_batch(
-        self, prompts: Sequence[Prompt], cached: bool = True
+        self, prompts: Sequence[Prompt], use_cache: bool = True
     ) -> Float[Tensor, "b n d"]:
         """A picture's vectors for each prompt, for a model that says vectors. Nothing is drawn by chance.
 
@@ -213,7 +213,14 @@ class MultimodalLM:
                 f"{self.objective.name} says codes for a picture, no vectors: ask for codes"
             )
         rows = [self.prompts.for_image(prompt) for prompt in prompts]
-        said = emit(self.model, self.processor, rows, self._vectors, opened=True, cached=cached)
+        said = generate_interleaved(
+            self.model,
+            self.processor,
+            rows,
+            self._vectors,
+            starts_with_image=True,
+            use_cache=use_cache,
+        )
         return torch.stack([vectors for (vectors,) in said if isinstance(vectors, Tensor)])
 
     # Text
@@ -370,11 +377,11 @@ class MultimodalLM:
     ) -> list[Any]:
         chosen = Sampling(**{"temperature": 0.0, **sampling})
         options: dict[str, Any] = {
-            "max_words": max_tokens,
+            "max_new_tokens": max_tokens,
             "max_images": max_images,
             "sampling": chosen,
         }
-        (said,) = emit(
+        (said,) = generate_interleaved(
             self.model,
             self.processor,
             [self.prompts.row(prompt, "text")],

@@ -1,16 +1,15 @@
-"""Beam search: of several continuations of a prompt kept side by side, the likeliest one. Nothing is drawn by chance.
+"""Beam search: keep several continuations of a prompt, return the most likely one. No sampling.
 
-    step      beam 0: a red      -.4  + log p(next)   -->   of all continuations the best, as many as there are beams
-              beam 1: a green    -.9  + log p(next)         those that end are set aside with score / length ** penalty
+    beam 0: a red      -.4  + log p(next)   -->   the best continuations go on, one per beam;
+    beam 1: a green    -.9  + log p(next)         of those that end, log p / length ** penalty
+                                                  is compared
 
-Captions of published models are said by 2 to 5 beams (DaVinci: 2, of 5 to 20 tokens). Sampling and guidance:
-generation.py.
+Published captioning models use 2 to 5 beams (DaVinci: 2, of 5 to 20 tokens).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,114 +19,92 @@ from lavit_lm.sequences.segments import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
-@dataclass
-class Beams:
-    """Continuations of one prompt: those that go on, and those that have ended with their scores."""
-
-    said: list[list[int]]
-    ended: list[tuple[float, list[int]]] = field(default_factory=list)
-
-    def best(self) -> list[int]:
-        return max(self.ended, key=lambda one: one[0])[1]
-
-
 @torch.no_grad()
 def beam_search(
     model: Any,
     processor: MultimodalProcessor,
     prompts: Sequence[TokenSequence],
-    rule: GenerationConstraint,
-    beams: int = 2,
+    constraint: GenerationConstraint,
+    num_beams: int = 2,
     length_penalty: float = 1.0,
-    cached: bool = True,
+    use_cache: bool = True,
 ) -> list[list[int]]:
-    """Continue each prompt by the rule.
+    """Generate ids after each prompt.
 
     Args:
         model: a SequenceModel.
-        beams: continuations of a prompt kept at a time.
-        length_penalty: a continuation of n ids is worth log p / n ** penalty; 0 prefers short ones.
-        cached: see Decoding.
+        num_beams: continuations kept for each prompt.
+        length_penalty: a continuation of n ids scores log p / n ** penalty; 0 prefers short ones.
+        use_cache: see generate_ids.
 
-    Returns: the ids said after each prompt, with the one that ended it, if any.
+    Returns:
+        For each prompt the generated ids, including the one that ended it, if any.
 
     Raises:
-        ValueError: no prompts or no beams, or a prompt without room for an answer.
+        ValueError: no prompts, no beams, or a prompt that leaves too few positions in the context.
     """
-    if not prompts or beams < 1:
+    if not prompts or num_beams < 1:
         raise ValueError(
-            f"expected at least one prompt and one beam, got {len(prompts)} and {beams}"
+            f"expected at least one prompt and one beam, got {len(prompts)} and {num_beams}"
         )
-    state = model.decoding(
-        [row for row in prompts for _ in range(beams)], processor.pad, rule.most, cached
-    )
-    stops = torch.tensor(rule.stops(processor), device=state.device)
-    found = [Beams([[] for _ in range(beams)]) for _ in prompts]
-    scores = torch.full((len(prompts), beams), -torch.inf, device=state.device)
-    scores[:, 0] = 0.0  # the beams of a prompt are still one and the same
+    sequences = [prompt for prompt in prompts for _ in range(num_beams)]
+    state = model.decoding(sequences, processor.pad, constraint.max_new_tokens, use_cache)
+    stops = torch.tensor(constraint.stop_ids(processor), device=state.device)
+    beams = [_Beams(num_beams, length_penalty, stops.tolist()) for _ in prompts]
+    scores = torch.full((len(prompts), num_beams), -torch.inf, device=state.device)
+    scores[:, 0] = 0.0  # all beams of a prompt are equal at first: continue only one of them
     logits = model.head(state.prefill()).float()
-    words = rule.words(processor, logits.shape[1], state.device)
-    last = rule.most + (rule.kind == "image") - 1  # an image's end comes after its last code
-    for step in range(last + 1):
-        may = rule.allowed(words, stops, step)
-        each = scores[..., None] + logits.masked_fill(~may, -torch.inf).log_softmax(1).unflatten(
-            0, scores.shape
-        )
-        best = each.flatten(1).topk(min(2 * beams, each.shape[1] * each.shape[2]))
-        taken = [
-            _go_on(
-                one,
-                values,
-                places,
-                logits.shape[1],
-                beams,
-                stops.tolist(),
-                length_penalty,
-                step == last,
-            )
-            for one, values, places in zip(
-                found, best.values.tolist(), best.indices.tolist(), strict=True
-            )
+    content = constraint.content_mask(processor, logits.shape[1], state.device)
+    for step in range(constraint.max_steps):
+        last = step == constraint.max_steps - 1
+        allowed = constraint.allowed(content, stops, step)
+        log_p = logits.masked_fill(~allowed, -torch.inf).log_softmax(1)
+        totals = (scores[..., None] + log_p.unflatten(0, scores.shape)).flatten(1)
+        # Twice as many candidates as beams: if every beam can end, as many still go on.
+        best = totals.topk(min(2 * num_beams, totals.shape[1]))
+        sources = best.indices.div(logits.shape[1], rounding_mode="floor")
+        candidates = best.values, sources, best.indices % logits.shape[1]
+        chosen = [
+            one.advance(list(zip(*columns, strict=True)), last)
+            for one, *columns in zip(beams, *(c.tolist() for c in candidates), strict=True)
         ]
-        if step == last or all(len(one.ended) >= beams for one in found):
+        if last or all(one.complete for one in beams):
             break
-        scores = torch.tensor(
-            [[score for score, _, _ in rows] for rows in taken], device=state.device
-        )
-        sources = [
-            number * beams + source for number, rows in enumerate(taken) for _, source, _ in rows
-        ]
-        state.reorder(torch.tensor(sources, device=state.device))
-        ids = torch.tensor([token for rows in taken for _, _, token in rows], device=state.device)
+        scores = torch.tensor([[c[0] for c in one] for one in chosen], device=state.device)
+        rows = [i * num_beams + c[1] for i, one in enumerate(chosen) for c in one]
+        state.reorder(torch.tensor(rows, device=state.device))
+        ids = torch.tensor([c[2] for one in chosen for c in one], device=state.device)
         logits = model.head(state.append_ids(ids)).float()
-    return [one.best() for one in found]
+    return [max(one.ended, key=lambda pair: pair[0])[1] for one in beams]
 
 
-def _go_on(
-    one: Beams,
-    values: Sequence[float],
-    places: Sequence[int],
-    width: int,
-    beams: int,
-    stops: Sequence[int],
-    penalty: float,
-    over: bool,
-) -> list[tuple[float, int, int]]:
-    """(score, the beam it continues, id) of each beam's next id; what ends here is set aside."""
-    keep: list[tuple[float, int, int]] = []
-    if len(one.ended) >= beams:  # over: what prompts beside it still find is nothing to it
-        values, places = (), ()
-    for rank, (value, place) in enumerate(zip(values, places, strict=True)):
-        source, token = divmod(place, width)
-        said = [*one.said[source], token]
-        if value == -torch.inf:
-            continue
-        if over or (token in stops and rank < beams):
-            one.ended.append((value / len(said) ** penalty, said))
-        elif token not in stops and len(keep) < beams:
-            keep.append((value, source, token))
-    keep += [(-torch.inf, 0, stops[0])] * (
-        beams - len(keep)
-    )  # fewer ids than beams may come: a beam that never wins
-    one.said = [[*one.said[source], token] for _, source, token in keep]
-    return keep
+class _Beams:
+    """Continuations of one prompt: those that go on, and those that have ended with a score."""
+
+    def __init__(self, num_beams: int, length_penalty: float, stops: list[int]) -> None:
+        self.num_beams, self.length_penalty, self.stops = num_beams, length_penalty, stops
+        self.ids: list[list[int]] = [[] for _ in range(num_beams)]
+        self.ended: list[tuple[float, list[int]]] = []
+
+    @property
+    def complete(self) -> bool:
+        return len(self.ended) >= self.num_beams
+
+    def advance(
+        self, candidates: list[tuple[float, int, int]], last: bool
+    ) -> list[tuple[float, int, int]]:
+        """Choose num_beams of the candidates, best first: (log p, the beam it continues, id)."""
+        chosen: list[tuple[float, int, int]] = []
+        # A complete prompt only waits for the rest of the batch: nothing is added to it.
+        for rank, (score, source, token) in enumerate([] if self.complete else candidates):
+            ids = [*self.ids[source], token]
+            if score == -torch.inf:
+                continue
+            if last or (token in self.stops and rank < self.num_beams):
+                self.ended.append((score / len(ids) ** self.length_penalty, ids))
+            elif token not in self.stops and len(chosen) < self.num_beams:
+                chosen.append((score, source, token))
+        # With fewer allowed ids than beams, fill up with beams that never win.
+        chosen += [(-torch.inf, 0, self.stops[0])] * (self.num_beams - len(chosen))
+        self.ids = [[*self.ids[source], token] for _, source, token in chosen]
+        return chosen

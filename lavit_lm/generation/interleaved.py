@@ -1,11 +1,14 @@
-"""One loop that says words and vectors in turn: for models that say vectors for pictures; ids alone: generation.py.
+"""Generation of text and images in turn, for models whose images are vectors.
 
-    a row     TEXT --begin said--> PAINT, n times --> CLOSE --> TEXT ...     --end of text said--> over
-    is fed    the id drawn         the vector said    end
-    by        the LM's head        the regressor      nobody: it is forced
+    TEXT --<img> generated--> IMAGE, n steps --> CLOSE --> TEXT ...      --end of text--> DONE
 
-A picture is exactly n vectors long (Emu, VL-GPT: 32); no stop has to be said. Rows of a batch are each in a state of
-their own.
+    mode     input of the next position     comes from
+    TEXT     embedding of a sampled id      the LM's head
+    IMAGE    a vector                       the regression head
+    CLOSE    embedding of </img>            nothing: it is forced
+
+An image has exactly n vectors (Emu, VL-GPT: 32), so that its end need not be generated. Every
+sequence of a batch has a mode of its own.
 """
 
 from __future__ import annotations
@@ -16,165 +19,139 @@ from enum import Enum
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lavit_lm.generation.sampling import GenerationConstraint, Generators, Sampling, per_row
+from lavit_lm.generation.sampling import (
+    GenerationConstraint,
+    Generators,
+    Sampling,
+    sequence_generators,
+)
 from lavit_lm.sequences.segments import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 GREEDY = Sampling(temperature=0.0)
-Said = list[int] | Tensor
-"""Ids of a stretch of words, or float [n d] of a picture."""
+Output = list[int] | Tensor
+"""Ids of one text, or vectors float [n d] of one image."""
 
-
-class State(Enum):
-    """What a row does next."""
-
-    TEXT = "says a word"
-    PAINT = "says a vector"
-    CLOSE = "is fed the id that closes a picture"
-    OVER = "nothing"
+Mode = Enum("Mode", ["TEXT", "IMAGE", "CLOSE", "DONE"])
 
 
 @dataclass
-class SequenceState:
-    """One row: its state, what it has said, and how much it may still say.
+class _Sequence:
+    """What one sequence has generated, and what it may still generate."""
 
-    Args:
-        state: TEXT, or PAINT for a row whose prompt has opened a picture.
-        words: ids of each stretch of text at most.
-        images: pictures that it may open.
-        n: vectors a picture.
-    """
-
-    state: State
-    words: int
-    images: int
-    n: int
-    said: list[Said] = field(default_factory=list)
+    mode: Mode
+    max_new_tokens: int
+    images_left: int
+    num_vectors: int
+    output: list[Output] = field(default_factory=list)
     vectors: list[Tensor] = field(default_factory=list)
-    left: int = 0
+    tokens_left: int = 0
 
     def __post_init__(self) -> None:
-        self.left = self.words
-        if self.state is State.TEXT and self.words == 0:
-            self.state = State.OVER
+        self.tokens_left = self.max_new_tokens
+        if self.mode is Mode.TEXT and self.max_new_tokens == 0:
+            self.mode = Mode.DONE
 
-    def word(self, drawn: int, begin: int, stop: int) -> None:
-        """A word was drawn."""
-        if drawn == stop:
-            self.state = State.OVER
-        elif drawn == begin:
-            self.state, self.images = State.PAINT, self.images - 1
+    def add_id(self, token: int, begin: int, stop: int) -> None:
+        if token == stop:
+            self.mode = Mode.DONE
+        elif token == begin:
+            self.mode, self.images_left = Mode.IMAGE, self.images_left - 1
         else:
-            if not self.said or isinstance(self.said[-1], Tensor):
-                self.said.append([])
-            self.said[-1].append(drawn)  # type: ignore[union-attr]
-            self.left -= 1
-            if self.left == 0:
-                self.state = State.OVER
+            if not self.output or isinstance(self.output[-1], Tensor):
+                self.output.append([])
+            self.output[-1].append(token)  # type: ignore[union-attr]
+            self.tokens_left -= 1
+            if self.tokens_left == 0:
+                self.mode = Mode.DONE
 
-    def vector(self, said: Float[Tensor, " d"]) -> None:
-        """A vector was said."""
-        self.vectors.append(said)
-        if len(self.vectors) == self.n:
-            self.said.append(torch.stack(self.vectors))
-            self.vectors, self.state = [], State.CLOSE if self.words else State.OVER
+    def add_vector(self, vector: Tensor) -> None:
+        self.vectors.append(vector)
+        if len(self.vectors) == self.num_vectors:
+            self.output.append(torch.stack(self.vectors))
+            self.vectors, self.mode = [], Mode.CLOSE if self.max_new_tokens else Mode.DONE
 
-    def close(self) -> None:
-        """The picture was closed: words again."""
-        self.state, self.left = State.TEXT, self.words
+    def close_image(self) -> None:
+        self.mode, self.tokens_left = Mode.TEXT, self.max_new_tokens
 
 
 @torch.no_grad()
-def emit(
+def generate_interleaved(
     model: Any,
     processor: MultimodalProcessor,
     prompts: Sequence[TokenSequence],
-    n: int,
-    opened: bool = False,
-    max_words: int = 0,
+    num_vectors: int,
+    starts_with_image: bool = False,
+    max_new_tokens: int = 0,
     max_images: int = 0,
     sampling: Sampling = GREEDY,
     generator: Generators = None,
-    cached: bool = True,
-) -> list[list[Said]]:
-    """Continue each prompt with words and pictures.
+    use_cache: bool = True,
+) -> list[list[Output]]:
+    """Generate texts and images after each prompt.
 
     Args:
-        model: a SequenceModel with a regressor.
-        n: vectors a picture.
-        opened: the prompts end with the id that opens a picture, which is painted first.
-        max_words: ids of each stretch of text; 0 for one picture and no word.
-        max_images: pictures that may be opened beside that.
-        sampling: of words; there is no guidance here, the pixel decoder has it.
-        generator: one for all rows, which then get seeds of their own, or one for each.
-        cached: see Decoding.
+        model: a SequenceModel with a regression head.
+        num_vectors: n, vectors per image.
+        starts_with_image: the prompts end with <img>; an image is generated first.
+        max_new_tokens: text tokens of each text; 0 for one image and no text.
+        max_images: images that may be generated after that.
+        sampling: of text tokens; without guidance.
+        generator: see Generators.
+        use_cache: see generate_ids.
 
-    Returns: for each prompt its stretches of ids and pictures, in the order said.
+    Returns:
+        For each prompt its texts, as ids, and images, as vectors, in order.
 
     Raises:
-        ValueError: no prompts, one without room, guidance, or a model that says no vectors.
+        ValueError: no prompts, one that leaves too few positions in the context, guidance, or a
+            model without a regression head.
     """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
     if sampling.guidance_scale != 1:
         raise ValueError(
-            f"guidance_scale {sampling.guidance_scale}: words and vectors in turn are said without guidance"
+            f"guidance_scale {sampling.guidance_scale}: text and vectors are generated without "
+            "guidance; the pixel decoder has it"
         )
     if model.regressor is None:
-        raise ValueError("the model has no regression head: it says no vectors")
-    v, images = processor.vocabulary, max_images + opened
-    most = max(1, images * (n + 2) + (max_images + 1) * max_words)
-    state = model.decoding(prompts, processor.pad, most, cached)
-    generators = per_row(generator, len(prompts))
-    first = State.PAINT if opened else State.TEXT
-    speakers = [SequenceState(first, max_words, max_images, n) for _ in prompts]
+        raise ValueError("the model has no regression head: it generates no vectors")
+    v, images = processor.vocabulary, max_images + starts_with_image
+    longest = max(1, images * (num_vectors + 2) + (max_images + 1) * max_new_tokens)
+    state = model.decoding(prompts, processor.pad, longest, use_cache)
+    generators = sequence_generators(generator, len(prompts))
+    first = Mode.IMAGE if starts_with_image else Mode.TEXT
+    sequences = [_Sequence(first, max_new_tokens, max_images, num_vectors) for _ in prompts]
     hidden = state.prefill()
-    words: Tensor | None = None
-    edges = torch.tensor([processor.pad, v.end], device=hidden.device)
-    while any(speaker.state is not State.OVER for speaker in speakers):
-        pad, end = state.embed_ids(edges)
-        is_embedding = pad.expand(len(prompts), -1).clone()
-        if texts := _in(speakers, State.TEXT):
+    allowed: Tensor | None = None
+    pad, end = state.embed_ids(torch.tensor([processor.pad, v.end], device=hidden.device))
+    while any(one.mode is not Mode.DONE for one in sequences):
+        inputs = pad.expand(len(prompts), -1).clone()  # what finished sequences get
+        at = {m: [i for i, one in enumerate(sequences) if one.mode is m] for m in Mode}
+        if texts := at[Mode.TEXT]:
             logits = model.head(hidden[texts]).float()
-            if words is None:  # the same at every step
-                words = GenerationConstraint("text").words(
-                    processor, logits.shape[1], logits.device
-                )
-            may = _allowed(processor, [speakers[i].images > 0 for i in texts], words)
-            drawn = sampling.draw(
-                logits.masked_fill(~may, -torch.inf), [generators[i] for i in texts]
-            )
-            is_embedding[texts] = state.embed_ids(drawn)
-            for i, word in zip(texts, drawn.tolist(), strict=True):
-                speakers[i].word(word, v.begin, processor.stop)
-        closing = _in(speakers, State.CLOSE, fed_now=texts)
-        painting = _in(speakers, State.PAINT, fed_now=texts)
-        if painting:
-            vectors = model.regressor(hidden[painting])
-            is_embedding[painting] = vectors.to(is_embedding.dtype)
-            for i, vector in zip(painting, vectors, strict=True):
-                speakers[i].vector(vector)
-        for i in closing:
-            is_embedding[i] = end
-            speakers[i].close()
-        if any(speaker.state is not State.OVER for speaker in speakers):
-            hidden = state.append_embeddings(is_embedding)
-    return [speaker.said for speaker in speakers]
-
-
-def _in(speakers: Sequence[SequenceState], state: State, fed_now: Sequence[int] = ()) -> list[int]:
-    """Rows in this state that have not been fed in this step."""
-    return [i for i, speaker in enumerate(speakers) if speaker.state is state and i not in fed_now]
-
-
-def _allowed(
-    processor: MultimodalProcessor, may_open: Sequence[bool], words: Bool[Tensor, " v"]
-) -> Bool[Tensor, "t v"]:
-    """True at words and the end of text, and at the opening of a picture in the rows that may open one."""
-    may = words.expand(len(may_open), -1).clone()
-    may[:, processor.stop] = True
-    may[:, processor.vocabulary.begin] = torch.tensor(may_open, device=words.device)
-    return may
+            if allowed is None:  # the same at every step
+                constraint = GenerationConstraint("text")
+                allowed = constraint.content_mask(processor, logits.shape[1], logits.device)
+                allowed[processor.stop] = True
+            masks = allowed.repeat(len(texts), 1)
+            may_begin = [sequences[i].images_left > 0 for i in texts]
+            masks[:, v.begin] = torch.tensor(may_begin, device=masks.device)
+            logits = logits.masked_fill(~masks, -torch.inf)
+            ids = sampling.draw(logits, [generators[i] for i in texts])
+            inputs[texts] = state.embed_ids(ids)
+            for i, token in zip(texts, ids.tolist(), strict=True):
+                sequences[i].add_id(token, v.begin, processor.stop)
+        if at[Mode.IMAGE]:
+            vectors = model.regressor(hidden[at[Mode.IMAGE]])
+            inputs[at[Mode.IMAGE]] = vectors.to(inputs.dtype)
+            for i, vector in zip(at[Mode.IMAGE], vectors, strict=True):
+                sequences[i].add_vector(vector)
+        for i in at[Mode.CLOSE]:
+            inputs[i] = end
+            sequences[i].close_image()
+        if any(one.mode is not Mode.DONE for one in sequences):
+            hidden = state.append_embeddings(inputs)
+    return [one.output for one in sequences]

@@ -1,10 +1,11 @@
-"""One loop that continues sequences: batched, cached, guided, constrained, seeded.
+"""Generation of ids: batched, cached, guided, constrained, with a generator for each sequence.
 
-    step   logits [2B v] = cond over uncond -> guided [B v] -> constrained -> temperature, top-k, top-p -> one id each
+    logits [2b v] -> guidance [b v] -> constraint -> temperature, top-k, top-p -> one id [b] a step
 
-Guidance (classifier-free, LaVIT section 3.2): u + s (c - u), both halves in one batch that shares every drawn id.
-Constraints come after guidance, so that it cannot favour what is forbidden, and before top-k, so that k counts allowed
-ids only. A row's ids depend on its own prompt and generator, not on the rows beside it.
+Classifier-free guidance (LaVIT, section 3.2) is u + s (c - u): conditional and unconditional
+sequences are one batch, and both get every sampled id. The constraint is applied after guidance,
+which could otherwise favor a forbidden id, and before top-k, so that k counts allowed ids only. The
+ids of a sequence depend on its prompt and generator, not on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from lavit_lm.sequences.segments import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One for all rows, which then get seeds of their own, or one for each."""
+"""One generator, from which each sequence gets a seed of its own, or one for each sequence."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How ids are drawn.
+    """How ids are chosen from logits.
 
     Args:
-        temperature: logits are divided by it; 0 takes the likeliest id.
-        top_k: only the k likeliest ids; None for all. LaVIT uses 200 (paper) or 50 (its API) for codes.
-        top_p: only the likeliest ids whose probabilities reach p together; None for all.
-        guidance_scale: s above; 1 for none.
+        temperature: divides the logits; 0 takes the most likely id (greedy decoding).
+        top_k: sample from the k most likely ids only; None for all. LaVIT uses 200 (paper) or 50
+            (its API) for codes.
+        top_p: sample from the most likely ids whose probabilities add up to p; None for all.
+        guidance_scale: s above; 1 for no guidance.
 
     Raises:
         ValueError: a value outside its range.
@@ -55,82 +57,98 @@ class Sampling:
     def draw(
         self, logits: Float[Tensor, "b v"], generators: Sequence[torch.Generator | None]
     ) -> Int64[Tensor, " b"]:
-        """One id for each row, from its own generator."""
+        """Draw one id for each sequence from its own generator."""
         if self.temperature == 0:
             return logits.argmax(1)
         logits = logits.float() / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[1]:
-            logits, order = logits.topk(self.top_k)  # in descending order
+            logits, ids = logits.topk(self.top_k)  # in descending order
         else:
-            logits, order = logits.sort(1, descending=True)
-        chances = logits.softmax(1)
+            logits, ids = logits.sort(1, descending=True)
+        probabilities = logits.softmax(1)
         if self.top_p is not None:
-            before = chances.cumsum(1) - chances
-            chances = chances.masked_fill(before >= self.top_p, 0.0)
-        edges = chances.double().cumsum(1)
-        device = logits.device
-        points = [
-            torch.rand((), generator=g, device=g.device if g else device, dtype=torch.float64)
+            before = probabilities.cumsum(1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+        # Inverse transform sampling, not torch.multinomial, which takes one generator for the
+        # batch. In float64: float32 sums of 32,000 probabilities would change those of rare ids.
+        cumulative = probabilities.double().cumsum(1)
+        uniform = [
+            torch.rand(
+                (), generator=g, device=g.device if g else logits.device, dtype=torch.float64
+            )
             for g in generators
         ]
-        point = torch.stack([p.to(device) for p in points])[:, None] * edges[:, -1:]
-        at = torch.searchsorted(edges, point, right=True).clamp(max=logits.shape[1] - 1)
-        last = (chances > 0).sum(
-            1, keepdim=True
-        ) - 1  # rounding must not reach past the last possible id
-        return order.gather(1, at.minimum(last))[:, 0]
+        points = torch.stack([u.to(logits.device) for u in uniform])[:, None] * cumulative[:, -1:]
+        index = torch.searchsorted(cumulative, points, right=True)
+        last = (probabilities > 0).sum(1, keepdim=True) - 1
+        # Rounding must not select an id of probability 0 after the last possible one.
+        return ids.gather(1, index.minimum(last))[:, 0]
 
 
 @dataclass(frozen=True)
 class GenerationConstraint:
-    """What may be said next.
+    """Which ids may be generated, and how many.
 
-    kind "image": the prompts end inside an image; codes, and its end once there are `least`, until `most`.
-    kind "text":  words only, until the end of text.
-    kind "mixed": words, until the end of text or the beginning of an image.
+    Args:
+        kind: "image": the prompts end inside an image; codes, then the id that ends the image.
+            "text": text tokens until the end of text.
+            "mixed": text tokens until the end of text or the beginning of an image.
+        min_new_tokens, max_new_tokens: text tokens, or codes, of a sequence; the id that ends an
+            image is not counted.
+
+    Raises:
+        ValueError: not 0 <= min_new_tokens <= max_new_tokens, or max_new_tokens 0.
     """
 
     kind: Literal["image", "text", "mixed"]
-    least: int = 1
-    most: int = 64
+    min_new_tokens: int = 1
+    max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 <= self.least <= self.most or self.most < 1:
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens or self.max_new_tokens < 1:
             raise ValueError(
-                f"expected 0 <= least <= most and most >= 1, got least {self.least}, most {self.most}"
+                "expected 0 <= min_new_tokens <= max_new_tokens and max_new_tokens >= 1, got "
+                f"{self.min_new_tokens} and {self.max_new_tokens}"
             )
 
-    def stops(self, processor: MultimodalProcessor) -> list[int]:
-        """Ids that end a row."""
-        v = processor.vocabulary
-        return {"image": [v.end], "text": [processor.stop], "mixed": [processor.stop, v.begin]}[
-            self.kind
-        ]
+    @property
+    def max_steps(self) -> int:
+        """The largest number of generated ids; an image ends with one more id than its codes."""
+        return self.max_new_tokens + (self.kind == "image")
 
-    def words(
+    def stop_ids(self, processor: MultimodalProcessor) -> list[int]:
+        """Ids that end a sequence."""
+        v = processor.vocabulary
+        stops = {"image": [v.end], "text": [processor.stop], "mixed": [processor.stop, v.begin]}
+        return stops[self.kind]
+
+    def content_mask(
         self, processor: MultimodalProcessor, size: int, device: torch.device
     ) -> Bool[Tensor, " v"]:
-        """True at what an answer is made of: codes, or text that is no special token; for logits of width `size`."""
+        """True at codes, or at text tokens that are not special, for logits of width `size`."""
         if self.kind == "image":
             return processor.vocabulary.mask(size, device)
         ids = torch.arange(size, device=device)
-        added = processor.text_tokenizer.added_tokens_decoder
-        special = [
-            i for i, token in added.items() if token.special
-        ] + processor.text_tokenizer.all_special_ids
-        never = torch.isin(
-            ids, torch.tensor(special, device=device)
-        ) | processor.vocabulary.is_visual(ids)
-        return (ids < len(processor.text_tokenizer)) & ~never
+        tokenizer = processor.text_tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        special = [i for i, token in added if token.special] + tokenizer.all_special_ids
+        forbidden = torch.isin(ids, torch.tensor(special, device=device))
+        forbidden |= processor.vocabulary.is_visual(ids)
+        return (ids < len(tokenizer)) & ~forbidden
 
     def allowed(
-        self, words: Bool[Tensor, " v"], stops: Int64[Tensor, " s"], said: int
+        self, content: Bool[Tensor, " v"], stops: Int64[Tensor, " s"], generated: int
     ) -> Bool[Tensor, " v"]:
-        """True at ids that may come after `said` ids."""
-        full = self.kind == "image" and said >= self.most
-        may = torch.zeros_like(words) if full else words.clone()
-        may[stops] = said >= self.least
-        return may
+        """True at ids that may follow after `generated` ids.
+
+        Args:
+            content: see content_mask.
+            stops: see stop_ids.
+        """
+        complete = self.kind == "image" and generated >= self.max_new_tokens
+        allowed = torch.zeros_like(content) if complete else content.clone()
+        allowed[stops] = generated >= self.min_new_tokens
+        return allowed
 
 
 @torch.no_grad()
@@ -138,66 +156,65 @@ def generate_ids(
     model: SequenceModel,
     processor: MultimodalProcessor,
     prompts: Sequence[TokenSequence],
-    rule: GenerationConstraint,
+    constraint: GenerationConstraint,
     sampling: Sampling = Sampling(),
     unconditional: Sequence[TokenSequence] | None = None,
     generator: Generators = None,
-    cached: bool = True,
+    use_cache: bool = True,
 ) -> list[list[int]]:
-    """Continue each prompt by the rule.
+    """Generate ids after each prompt.
 
     Args:
-        prompts: rows of any lengths; what stands there stays as it is.
-        unconditional: for each prompt, the row of the unconditional stream; needed for guidance only.
-        generator: one for all rows, which then get seeds of their own, or one for each.
-        cached: keep keys and values; False computes everything anew at every step (slow, for checks).
+        prompts: sequences of any lengths.
+        unconditional: for each prompt the unconditional sequence; needed for guidance only.
+        generator: see Generators.
+        use_cache: keep keys and values; False computes all positions at every step (for checks).
 
-    Returns: the ids said after each prompt, with the one that ended it, if any.
+    Returns:
+        For each prompt the generated ids, including the one that ended it, if any.
 
     Raises:
-        ValueError: no prompts, an empty one, one without room for an answer, or guidance without unconditional rows.
+        ValueError: no prompts, an empty one, one that leaves too few positions in the context, or
+            guidance without unconditional sequences.
     """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
     guided = sampling.guidance_scale != 1
     if guided and (unconditional is None or len(unconditional) != len(prompts)):
-        raise ValueError("guidance needs an unconditional row for each prompt")
-    rows = [*prompts, *(unconditional or [])] if guided else list(prompts)
-    state = model.decoding(rows, processor.pad, rule.most, cached)
-    generators = per_row(generator, len(prompts))
-    stops = torch.tensor(rule.stops(processor), device=state.device)
-    said: list[list[int]] = [[] for _ in prompts]
-    open_rows = torch.ones(len(prompts), dtype=torch.bool, device=state.device)
+        raise ValueError("guidance needs an unconditional sequence for each prompt")
+    sequences = [*prompts, *(unconditional or [])] if guided else list(prompts)
+    state = model.decoding(sequences, processor.pad, constraint.max_new_tokens, use_cache)
+    generators = sequence_generators(generator, len(prompts))
+    stops = torch.tensor(constraint.stop_ids(processor), device=state.device)
+    generated: list[list[int]] = [[] for _ in prompts]
+    unfinished = torch.ones(len(prompts), dtype=torch.bool, device=state.device)
     logits = model.head(state.prefill()).float()
-    words = rule.words(processor, logits.shape[1], state.device)
-    for step in range(
-        rule.most + (rule.kind == "image")
-    ):  # an image's end comes after its last code
+    content = constraint.content_mask(processor, logits.shape[1], state.device)
+    for step in range(constraint.max_steps):
         if guided:
             conditional, free = logits.chunk(2)
             logits = free + sampling.guidance_scale * (conditional - free)
-        may = rule.allowed(words, stops, step)
-        drawn = sampling.draw(logits.masked_fill(~may, -torch.inf), generators)
-        for i in open_rows.nonzero().flatten().tolist():
-            said[i].append(int(drawn[i]))
-        open_rows &= ~torch.isin(drawn, stops)
-        if not bool(open_rows.any()):
+        allowed = constraint.allowed(content, stops, step)
+        ids = sampling.draw(logits.masked_fill(~allowed, -torch.inf), generators)
+        for i in unfinished.nonzero().flatten().tolist():
+            generated[i].append(int(ids[i]))
+        unfinished &= ~torch.isin(ids, stops)
+        if not bool(unfinished.any()):
             break
-        logits = model.head(
-            state.append_ids(torch.cat([drawn, drawn]) if guided else drawn)
-        ).float()
-    return said
+        logits = model.head(state.append_ids(torch.cat([ids, ids]) if guided else ids)).float()
+    return generated
 
 
-def per_row(generator: Generators, rows: int) -> list[torch.Generator | None]:
-    """A generator for each row. Raises ValueError for another number of them."""
+def sequence_generators(generator: Generators, count: int) -> list[torch.Generator | None]:
+    """A generator for each of `count` sequences. Raises ValueError for another number of them."""
     if generator is None:
-        return [None] * rows
+        return [None] * count
     if isinstance(generator, torch.Generator):
-        seeds = torch.randint(2**62, (rows,), generator=generator, device=generator.device).tolist()
+        size, device = (count,), generator.device
+        seeds = torch.randint(2**62, size, generator=generator, device=device).tolist()
         return [torch.Generator().manual_seed(seed) for seed in seeds]
-    if len(generator) != rows:
+    if len(generator) != count:
         raise ValueError(
-            f"expected one generator, or one for each of {rows} rows, got {len(generator)}"
+            f"expected one generator, or one for each of {count} sequences, got {len(generator)}"
         )
     return list(generator)

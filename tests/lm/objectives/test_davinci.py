@@ -596,7 +596,7 @@ def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, pho
     with pytest.raises(ValueError, match="davinci paints from words alone"):
         lm.generate_codes([photos[0], "a red apple"])
     for cached in (True, False):
-        greedy = lm.generate_codes("rain", 1, temperature=0.0, cached=cached, guidance_scale=2.0)
+        greedy = lm.generate_codes("rain", 1, temperature=0.0, use_cache=cached, guidance_scale=2.0)
         assert greedy[0].tolist() == by_hand(lm, "rain", 2.0)
 
 
@@ -658,7 +658,7 @@ def test_davinci_08_rerank_picks_the_scorer_s_best(lm: MultimodalLM):
     )
     scores = [float(lm.rank([image], ["rain"])) for image in likeliest]
     assert scores == sorted(scores, reverse=True) and len(likeliest) == 3
-    with pytest.raises(ValueError, match="a number for each of 3 pictures"):
+    with pytest.raises(ValueError, match="a number for each of 3 images"):
         rerank(images, lambda given: [1.0])
     with pytest.raises(ValueError, match="best: expected 1 to"):
         rerank(images, lambda given: [1.0], best=0)
@@ -693,7 +693,7 @@ def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
     ]
     assert beam_search(lm.model, lm.processor, rows, rule, 1) == ended
     wide = beam_search(lm.model, lm.processor, rows, GenerationConstraint("text", 1, 2), 400, 0.0)
-    allowed = GenerationConstraint("text").words(
+    allowed = GenerationConstraint("text").content_mask(
         lm.processor, lm.model.head(torch.zeros(1, 32)).shape[1], lm.device
     )
     stop = lm.processor.stop
@@ -715,7 +715,7 @@ def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
             best = [int(ids[int(place) // both.shape[1]]), int(place) % both.shape[1]]
         assert found == best, score
     cached = beam_search(lm.model, lm.processor, rows, rule, 3)
-    assert cached == beam_search(lm.model, lm.processor, rows, rule, 3, cached=False)
+    assert cached == beam_search(lm.model, lm.processor, rows, rule, 3, use_cache=False)
     assert lm.caption(photos[0], 5, beams=3) == lm.caption([photos[0], photos[1]], 5, beams=3)[0]
     with pytest.raises(ValueError, match="beams: nothing is sampled there"):
         lm.caption(photos[0], beams=2, temperature=1.0)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavit_lm import MultimodalLM
 from lavit_lm.checkpoints.native import save_model
-from lavit_lm.generation.interleaved import emit
+from lavit_lm.generation.interleaved import generate_interleaved
 from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy, regression, sources
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
@@ -253,10 +253,17 @@ def test_emu_06_padding_and_caching(family: str, tiny_tokenizer: VisualTokenizer
         for name, loss in right_losses.items():
             torch.testing.assert_close(left_losses[name].mean, loss.mean, atol=1e-5, rtol=1e-5)
         prompts = [EMU.prompt(s, processor, "image") for s in mixed()]
-        cached = emit(model, processor, prompts, N, opened=True, max_words=4)
-        plain = emit(model, processor, prompts, N, opened=True, max_words=4, cached=False)
+        cached = generate_interleaved(
+            model, processor, prompts, N, starts_with_image=True, max_new_tokens=4
+        )
+        plain = generate_interleaved(
+            model, processor, prompts, N, starts_with_image=True, max_new_tokens=4, use_cache=False
+        )
         alone = [
-            emit(model, processor, [prompt], N, opened=True, max_words=4)[0] for prompt in prompts
+            generate_interleaved(
+                model, processor, [prompt], N, starts_with_image=True, max_new_tokens=4
+            )[0]
+            for prompt in prompts
         ]
         for number, prompt in enumerate(prompts):
             slow = slowly(model, processor, prompt, room=len(prompts[2]))

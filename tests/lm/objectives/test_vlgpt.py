@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lavit_lm import MultimodalLM
 from lavit_lm.checkpoints.native import save_model
-from lavit_lm.generation.interleaved import emit
+from lavit_lm.generation.interleaved import generate_interleaved
 from lavit_lm.generation.sampling import Sampling
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
@@ -359,12 +359,12 @@ def slowly(
     made: Made,
     prompt: TokenSequence,
     opened: bool,
-    max_words: int,
+    max_new_tokens: int,
     max_images: int,
     sampling: Sampling,
     seed: int,
 ) -> list[Any]:
-    """What emit does, for one row, in the plainest words; every step reads the whole row anew."""
+    """What generate_interleaved does, for one row, in the plainest words; every step reads the whole row anew."""
     processor, model = made.processor, made.model
     v, table = processor.vocabulary, model.causal.get_input_embeddings()
     generator = torch.Generator().manual_seed(seed)
@@ -376,18 +376,18 @@ def slowly(
 
     said: list[Any] = []
     painting = opened
-    while painting or max_words:
+    while painting or max_new_tokens:
         if painting:
             vectors = []
             for _ in range(N):
                 vectors.append(model.regressor(state()))  # type: ignore[misc]
                 inputs = torch.cat([inputs, vectors[-1][None]])
             said.append(torch.stack(vectors))
-            if not max_words:
+            if not max_new_tokens:
                 break
             inputs = torch.cat([inputs, table(torch.tensor([v.end]))])
         painting, words = False, []
-        while len(words) < max_words:
+        while len(words) < max_new_tokens:
             logits = model.head(state()[None]).float()
             for i in range(logits.shape[1]):
                 token = (
@@ -452,18 +452,18 @@ def test_vlgpt_06_n_vectors_then_words_again(
             seeds = [100 * trial + i for i in range(len(prompts))]
             generators = lambda: [torch.Generator().manual_seed(seed) for seed in seeds]  # noqa: E731, B023
             options: dict[str, Any] = {
-                "max_words": words,
+                "max_new_tokens": words,
                 "max_images": images,
                 "sampling": sampling,
             }
             for cached in (True, False):
-                found = emit(
+                found = generate_interleaved(
                     made.model,
                     made.processor,
                     prompts,
                     N,
                     generator=generators(),
-                    cached=cached,
+                    use_cache=cached,
                     **options,
                 )
                 for prompt, seed, ours in zip(prompts, seeds, found, strict=True):
@@ -506,7 +506,9 @@ def test_vlgpt_06_text_image_text_image_in_one_call(made: Made):
         is_embedding.append(k["inputs_embeds"][0, -1]) or reads(**k)
     )
     prompt = made.objective.prompt([TextSegment("a")], processor, "text")
-    (said,) = emit(made.model, processor, [prompt], N, max_words=4, max_images=2)
+    (said,) = generate_interleaved(
+        made.model, processor, [prompt], N, max_new_tokens=4, max_images=2
+    )
     assert [type(part) for part in said] == [list, Tensor, list, Tensor] and said[0] == said[2] == [
         word
     ]
@@ -528,8 +530,12 @@ def test_a_picture_that_is_asked_for(made: Made):
     assert all(int(p.ids[-1]) == made.processor.vocabulary.begin for p in prompts)
     with torch.no_grad():
         for words, images in ((0, 0), (3, 0), (3, 1)):
-            options: dict[str, Any] = {"opened": True, "max_words": words, "max_images": images}
-            found = emit(made.model, made.processor, prompts, N, **options)
+            options: dict[str, Any] = {
+                "starts_with_image": True,
+                "max_new_tokens": words,
+                "max_images": images,
+            }
+            found = generate_interleaved(made.model, made.processor, prompts, N, **options)
             for prompt, ours in zip(prompts, found, strict=True):
                 theirs = slowly(made, prompt, True, words, images, Sampling(0.0), 0)
                 assert [type(part) for part in ours] == [type(part) for part in theirs]
@@ -537,18 +543,22 @@ def test_a_picture_that_is_asked_for(made: Made):
                 assert [p for p in ours if isinstance(p, list)] == [
                     p for p in theirs if isinstance(p, list)
                 ]
-    assert emit(made.model, made.processor, prompts, N) == [[], []], (
+    assert generate_interleaved(made.model, made.processor, prompts, N) == [[], []], (
         "neither words nor pictures: nothing"
     )
     with pytest.raises(ValueError, match="at least one prompt"):
-        emit(made.model, made.processor, [], N)
-    with pytest.raises(ValueError, match="said without guidance"):
-        emit(made.model, made.processor, prompts, N, sampling=Sampling(guidance_scale=2.0))
+        generate_interleaved(made.model, made.processor, [], N)
+    with pytest.raises(ValueError, match="without guidance"):
+        generate_interleaved(
+            made.model, made.processor, prompts, N, sampling=Sampling(guidance_scale=2.0)
+        )
     with pytest.raises(ValueError, match="exceed the model's context of 128"):
-        emit(made.model, made.processor, prompts, N, opened=True, max_images=30)
+        generate_interleaved(
+            made.model, made.processor, prompts, N, starts_with_image=True, max_images=30
+        )
     made.model.regressor = None
     with pytest.raises(ValueError, match="no regression head"):
-        emit(made.model, made.processor, prompts, N)
+        generate_interleaved(made.model, made.processor, prompts, N)
 
 
 # As a user has it
@@ -698,6 +708,8 @@ def test_one_batch_is_learnt_by_heart(made: Made):
         made.objective.prompt([TextSegment(text)], made.processor, "image")
         for text in ("rain", "a red apple")
     ]
-    for i, (vectors,) in enumerate(emit(made.model, made.processor, prompts, N, opened=True)):
+    for i, (vectors,) in enumerate(
+        generate_interleaved(made.model, made.processor, prompts, N, starts_with_image=True)
+    ):
         wanted = made.model.bridge(rows[i].images, rows[i].keep)
         assert (vectors - wanted).abs().mean() < 0.3 * wanted.std(), "what was learnt is said"
