@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lavit_tok import VisualCodes, VisualTokenizer
-from lavit_tok.encode.selector import Budget, keep_by_budget, keep_scores
+from lavit_tok.encode.allocation import Budget, keep_by_budget
+from lavit_tok.encode.selector import keep_scores
 
 LEARNED, RANDOM, NORM = "learned", "random", "top norm"
 Point = tuple[str, int | None]

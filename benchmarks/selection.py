@@ -20,7 +20,8 @@ from metrics import feature_mean, plain_and_centred
 from torch import Tensor
 
 from lavit_tok import VisualTokenizer
-from lavit_tok.encode.selector import Budget, keep_by_budget, keep_scores, ordered_noise
+from lavit_tok.encode.allocation import Budget, keep_by_budget, ordered_noise
+from lavit_tok.encode.selector import keep_scores
 
 LEARNED, ACROSS, OWN = "learned", "learned, across the batch", "learned, no budget"
 NORM, EVEN, RANDOM = "top norm", "even pattern", "random"

@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from lavit_tok import VisualCodes
-from lavit_tok.encode.quantizer import usage
+from lavit_tok.training.codebook import usage
 from lavit_tok.visualize import kept_overlay, sheet
 
 PERCENTILES = (5, 25, 50, 75, 95)

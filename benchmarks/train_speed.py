@@ -35,7 +35,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.encode.selector import keep_by_budget, keep_scores
+from lavit_tok.encode.allocation import keep_by_budget
+from lavit_tok.encode.selector import keep_scores
 from lavit_tok.training.tokenizer_training import TokenizerTraining
 
 RHO = 1 / 3

@@ -10,50 +10,35 @@ if TYPE_CHECKING:
     from lavit_tok.checkpoints.weights import WeightsError
     from lavit_tok.codes import CodeError, VisualCodes
     from lavit_tok.config import ConfigError, TokenizerConfig
-    from lavit_tok.data.shard_images import ShardImages
     from lavit_tok.data.shard_manifest import ShardError
     from lavit_tok.data.shard_reader import Shards
     from lavit_tok.decode.conditioner import Conditioning
     from lavit_tok.decode.pipeline import PixelDecoder
     from lavit_tok.encode.continuous import ContinuousPath
     from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
-    from lavit_tok.nn.attention import Block
     from lavit_tok.tokenizer import VisualTokenizer
     from lavit_tok.training.data_module import ImageDataModule
-    from lavit_tok.training.denoising import Noised, denoising_loss, vae_latents
-    from lavit_tok.training.ema import AveragedTraining
-    from lavit_tok.training.logging import log_image, log_text, step_generator
 
 __version__ = "0.1.0"
 __all__ = [
-    "AveragedTraining",
-    "Block",
     "CodeError",
     "Conditioning",
     "ConfigError",
     "ContinuousPath",
     "ImageDataModule",
     "ImageError",
-    "Noised",
     "PixelDecoder",
     "ShardError",
-    "ShardImages",
     "Shards",
     "TokenizerConfig",
     "VisualCodes",
     "VisualImageProcessor",
     "VisualTokenizer",
     "WeightsError",
-    "denoising_loss",
     "load_released",
-    "log_image",
-    "log_text",
-    "step_generator",
-    "vae_latents",
 ]
 
 _MODULES = {
-    "Block": "nn.attention",
     "Conditioning": "decode.conditioner",
     "ImageError": "encode.image_processor",
     "ConfigError": "config",
@@ -67,15 +52,7 @@ _MODULES = {
     "PixelDecoder": "decode.pipeline",
     "ShardError": "data.shard_manifest",
     "Shards": "data.shard_reader",
-    "ShardImages": "data.shard_images",
     "ImageDataModule": "training.data_module",
-    "log_image": "training.logging",
-    "log_text": "training.logging",
-    "step_generator": "training.logging",
-    "AveragedTraining": "training.ema",
-    "Noised": "training.denoising",
-    "denoising_loss": "training.denoising",
-    "vae_latents": "training.denoising",
     "load_released": "checkpoints.released.loader",
 }
 

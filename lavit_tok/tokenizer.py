@@ -21,12 +21,13 @@ from lavit_tok.checkpoints.weights import empty, find_directory, load_weights, s
 from lavit_tok.codes import RaggedLayout, VisualCodes
 from lavit_tok.config import ConfigError, TokenizerConfig
 from lavit_tok.decode.reconstructor import Reconstructor
-from lavit_tok.encode import selector as selector_room
+from lavit_tok.encode import allocation
+from lavit_tok.encode.allocation import Budget
 from lavit_tok.encode.continuous import ContinuousPath
 from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.encode.merger import Merger
 from lavit_tok.encode.quantizer import Quantizer
-from lavit_tok.encode.selector import Budget, Selector
+from lavit_tok.encode.selector import Selector
 from lavit_tok.encode.vision_encoder import VisionEncoder
 
 
@@ -184,7 +185,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     ) -> Float[Tensor, "batch patches 2"]:
         """Log-probabilities, float32: index 0 keep, index 1 drop; with config.dither its fixed pattern is in them."""
         log_probs = self.selector(features)
-        return selector_room.dithered(log_probs) if self.config.dither else log_probs
+        return allocation.dithered(log_probs) if self.config.dither else log_probs
 
     def select(
         self,
@@ -194,7 +195,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         generator: torch.Generator | None = None,
     ) -> Bool[Tensor, "batch patches"]:
         """Keep mask; see encode for the arguments."""
-        return selector_room.select(log_probs, budget, sample, generator, self.config.dither)
+        return allocation.select(log_probs, budget, sample, generator, self.config.dither)
 
     def merge(
         self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]

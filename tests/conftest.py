@@ -84,7 +84,12 @@ def tiny_decoder(tiny_tokenizer: VisualTokenizer) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        condition = Conditioner.for_tokenizer(tiny_tokenizer, cross_dims=(16,))
+        condition = Conditioner.for_tokenizer(
+            tiny_tokenizer.config,
+            tiny_tokenizer.quantizer.codebook,
+            tiny_tokenizer.reconstructor,
+            cross_dims=(16,),
+        )
         unet, vae = small_unet(16), small_vae()
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     return PixelDecoder(condition, unet.eval(), vae.eval(), scheduler)

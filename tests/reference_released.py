@@ -1,7 +1,7 @@
 """LaVIT's released model, slow and obvious: plain functions over the released tensors, one image at a time, float64.
 
 It shares nothing with the library: no classes, no renaming, no batches. `weights` is a file of the release as
-torch.load gives it; `heads` is the number of attention heads. Source: LaVIT (ICLR 2024) and its public release.
+torch.load gives it; `heads` is the number of attention heads. TensorRecipe: LaVIT (ICLR 2024) and its public release.
 """
 
 from __future__ import annotations

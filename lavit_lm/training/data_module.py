@@ -29,7 +29,8 @@ from lavit_lm.training.sampler import (
     Place,
     Samples,
 )
-from lavit_tok import ShardImages, Shards
+from lavit_tok import Shards
+from lavit_tok.data.shard_images import ShardImages
 
 
 class ResumingLoader(DataLoader):

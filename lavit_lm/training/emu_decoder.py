@@ -21,15 +21,10 @@ from torch import Tensor
 
 from lavit_lm.multimodal import MultimodalLM
 from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, VectorReaderConfig
-from lavit_tok import (
-    AveragedTraining,
-    Noised,
-    PixelDecoder,
-    denoising_loss,
-    log_image,
-    step_generator,
-    vae_latents,
-)
+from lavit_tok import PixelDecoder
+from lavit_tok.training.denoising import Noised, denoising_loss, vae_latents
+from lavit_tok.training.ema import AveragedTraining
+from lavit_tok.training.logging import log_image, step_generator
 
 
 class EmuDecoderTraining(AveragedTraining):
@@ -50,7 +45,7 @@ class EmuDecoderTraining(AveragedTraining):
         warmup_steps: linear warm-up, before a cosine to 0.
         weight_decay: AdamW's, on matrices and kernels only.
         betas: AdamW's.
-        ema_decay: greatest decay of the averaged weights, see lavit_tok.AveragedTraining.
+        ema_decay: greatest decay of the averaged weights, see AveragedTraining.
         samples: prompts that are drawn every `sample_every` steps.
         sample_every: 0 for never.
         sample_steps, sample_guidance: of these drawings.

@@ -22,7 +22,8 @@ from torch import nn
 
 from lavit_lm.multimodal import MultimodalLM
 from lavit_lm.sequences.segments import ImageSegment, TextSegment
-from lavit_tok import PixelDecoder, VisualCodes, log_image, log_text
+from lavit_tok import PixelDecoder, VisualCodes
+from lavit_tok.training.logging import log_image, log_text
 
 
 class LogSamples(pl.Callback):

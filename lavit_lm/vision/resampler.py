@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from lavit_lm.vision.trained_encoder import EncoderReader
-from lavit_tok import Block, VisualTokenizer
+from lavit_tok import VisualTokenizer
+from lavit_tok.nn.attention import Block
 
 
 class CausalResampler(EncoderReader):

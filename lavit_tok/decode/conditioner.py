@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavit_tok.codes import VisualCodes
+from lavit_tok.config import TokenizerConfig
 from lavit_tok.decode.reconstructor import Reconstructor
 from lavit_tok.encode.quantizer import Codebook
 from lavit_tok.nn.attention import attend
-from lavit_tok.tokenizer import VisualTokenizer
 
 
 @dataclass(frozen=True)
@@ -294,14 +294,22 @@ class Conditioner(ModelMixin, ConfigMixin):
         self.eval()
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: VisualTokenizer, **settings: Any) -> Conditioner:
-        """A condition on this tokenizer's codes: copies of its codebook and reconstructor, and a new projection.
+    def for_tokenizer(
+        cls,
+        config: TokenizerConfig,
+        codebook: Codebook | None = None,
+        reconstructor: Reconstructor | None = None,
+        **settings: Any,
+    ) -> Conditioner:
+        """Build the conditioner of a tokenizer's codes, with a new projection.
 
         Args:
-            settings: style, cross_dims and what follows it among the class's arguments.
+            config: the tokenizer's.
+            codebook, reconstructor: the tokenizer's, copied if given.
+            settings: style, cross_dims and the arguments of the class that follow it.
         """
-        c = tokenizer.config
-        condition = cls(
+        c = config
+        conditioner = cls(
             width=c.width,
             patches=c.num_patches,
             codebook_size=c.codebook_size,
@@ -312,9 +320,11 @@ class Conditioner(ModelMixin, ConfigMixin):
             layer_norm_eps=c.layer_norm_eps,
             **settings,
         )
-        condition.codebook.load_state_dict(tokenizer.quantizer.codebook.state_dict())
-        condition.reconstructor.load_state_dict(tokenizer.reconstructor.state_dict())
-        return condition
+        if codebook is not None:
+            conditioner.codebook.load_state_dict(codebook.state_dict())
+        if reconstructor is not None:
+            conditioner.reconstructor.load_state_dict(reconstructor.state_dict())
+        return conditioner
 
     def features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
         """X_rec, the features of every patch. Raises CodeError for codes of another codebook, none, or too many."""

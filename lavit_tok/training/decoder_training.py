@@ -119,8 +119,11 @@ class PixelDecoderTraining(AveragedTraining):
         self.save_hyperparameters()
         self.settings: Any = self.hparams
         self.parts = FrozenParts(tokenizer, vae)
+        frozen = self.parts.tokenizer
         condition = Conditioner.for_tokenizer(
-            self.parts.tokenizer,
+            frozen.config,
+            frozen.quantizer.codebook,
+            frozen.reconstructor,
             style=style,
             cross_dims=list(cross_dims),
             null_length=null_length,

@@ -27,11 +27,12 @@ from torch.nn import functional as F
 
 from lavit_tok.codes import RaggedLayout
 from lavit_tok.config import TokenizerConfig
+from lavit_tok.encode.allocation import dithered, keep_by_budget, straight_through
 from lavit_tok.encode.image_processor import VisualImageProcessor
-from lavit_tok.encode.quantizer import TrainingCodebook, Usage, spherical_kmeans, usage
-from lavit_tok.encode.selector import dithered, keep_by_budget, keep_scores, straight_through
+from lavit_tok.encode.selector import keep_scores
 from lavit_tok.encode.vision_encoder import VisionEncoder
 from lavit_tok.tokenizer import VisualTokenizer
+from lavit_tok.training.codebook import TrainingCodebook, Usage, spherical_kmeans, usage
 from lavit_tok.training.logging import Recent, log_image, step_generator, warmup_cosine
 from lavit_tok.visualize import kept_overlay, sheet
 

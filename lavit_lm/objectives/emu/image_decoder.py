@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lavit_tok import Block, Conditioning, PixelDecoder, WeightsError
+from lavit_tok import Conditioning, PixelDecoder, WeightsError
+from lavit_tok.nn.attention import Block
 
 FORMAT, VERSION = "lavit_lm.vector_decoder", 1
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lavit_lm.objectives.vlgpt.conditions import DiffusionConditions, Shape
 from lavit_lm.vision.resampler import CausalResampler
-from lavit_tok import Block, VisualTokenizer
+from lavit_tok import VisualTokenizer
+from lavit_tok.nn.attention import Block
 
 
 @dataclass(frozen=True)

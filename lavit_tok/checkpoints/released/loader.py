@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lavit_tok.checkpoints.released import names
-from lavit_tok.checkpoints.released.pickled import Part, PickledTensors, Shape, Source, expand
+from lavit_tok.checkpoints.released.pickled import (
+    FileMapping,
+    PickledTensors,
+    Shape,
+    TensorRecipe,
+    expand,
+)
 from lavit_tok.checkpoints.weights import WeightsError, empty
 from lavit_tok.config import ConfigError, TokenizerConfig
 from lavit_tok.nn.attention import Formula
@@ -208,11 +214,13 @@ def _read_config(
         raise WeightsError(f"the tensors of this release make no model: {error}") from None
 
 
-def _tokenizer_parts(files: dict[str, PickledTensors], config: TokenizerConfig) -> list[Part]:
+def _tokenizer_parts(
+    files: dict[str, PickledTensors], config: TokenizerConfig
+) -> list[FileMapping]:
     """What of the tokenizer each file fills."""
     merger, depth = "tokenizer.merger.", config.merger_depth
     layers = config.encoder["num_hidden_layers"]
-    sources: dict[str, dict[str, Source]] = {
+    sources: dict[str, dict[str, TensorRecipe]] = {
         "encoder": expand(names.ENCODER, layers, "tokenizer.encoder.model."),
         "tokenizer": {
             **expand(names.SELECTOR, 0, "tokenizer.selector.", "token_predictor."),
@@ -234,7 +242,7 @@ def _tokenizer_parts(files: dict[str, PickledTensors], config: TokenizerConfig) 
             names.RECONSTRUCTOR, config.reconstructor_depth, "tokenizer.reconstructor."
         )
     return [
-        Part(file, sources[part], names.DROPPED.get(part, ()))
+        FileMapping(file, sources[part], names.DROPPED.get(part, ()))
         for part, file in files.items()
         if part in sources
     ]

@@ -9,7 +9,7 @@
     highres_pixel_decoding/{unet,vae,scheduler}
 
 Every tensor of a file is used by one of these tables or dropped by DROPPED; anything else is refused (released.py).
-A row is `ours: theirs`; "#" is the number of a block, ".*" weight and bias; the right side is read by pickled.Source.
+A row is `ours: theirs`; "#" is the number of a block, ".*" weight and bias; the right side is read by pickled.TensorRecipe.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def _flaw(name: Any, value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorRecipe:
     """How one of our tensors is made of a file's tensors.
 
     Written   "a"        the tensor a
@@ -134,7 +134,7 @@ class Source:
     part: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> Source:
+    def parse(cls, text: str) -> TensorRecipe:
         match = re.fullmatch(r"(.*?)(?:\[(\w+)\])?", text)
         assert match is not None  # every text matches
         return cls(tuple(match[1].split(" ")), match[2] or "")
@@ -162,9 +162,9 @@ class Source:
 
 def expand(
     table: Mapping[str, str], depth: int, ours: str = "", theirs: str = ""
-) -> dict[str, Source]:
+) -> dict[str, TensorRecipe]:
     """A table of names, written out: `#` for each of `depth` blocks, `.*` for weight and bias, prefixes before both."""
-    sources: dict[str, Source] = {}
+    sources: dict[str, TensorRecipe] = {}
     for our_pattern, their_pattern in table.items():
         for number in range(depth if "#" in our_pattern else 1):
             for leaf in (".weight", ".bias") if our_pattern.endswith(".*") else ("",):
@@ -172,14 +172,14 @@ def expand(
                     p.replace("#", str(number)).replace(".*", leaf)
                     for p in (our_pattern, their_pattern)
                 )
-                source = Source.parse(their)
+                source = TensorRecipe.parse(their)
                 names = tuple(name if name == "0" else theirs + name for name in source.names)
-                sources[ours + our] = Source(names, source.part)
+                sources[ours + our] = TensorRecipe(names, source.part)
     return sources
 
 
 @dataclass
-class Part:
+class FileMapping:
     """A file, and which of our tensors it fills.
 
     Args:
@@ -188,7 +188,7 @@ class Part:
     """
 
     file: PickledTensors
-    sources: dict[str, Source]
+    sources: dict[str, TensorRecipe]
     dropped: tuple[str, ...] = ()
 
     def problems(self, ours: Mapping[str, Tensor]) -> list[str]:

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from lavit_tok.checkpoints.released import names
-from lavit_tok.checkpoints.released.pickled import Part, PickledTensors, Source, expand
+from lavit_tok.checkpoints.released.pickled import FileMapping, PickledTensors, TensorRecipe, expand
 from lavit_tok.checkpoints.weights import WeightsError, empty, read_json, weight_files
 from lavit_tok.config import TokenizerConfig
 from lavit_tok.decode.conditioner import Conditioner
@@ -32,20 +32,7 @@ def build(
     unet = build_empty(folder / "unet", UNet2DConditionModel, dtype)
     vae = build_empty(folder / "vae", AutoencoderKL, dtype)
     settings = _condition_sizes(kind, files, config)
-    conditioner = empty(
-        lambda: Conditioner(
-            width=config.width,
-            patches=config.num_patches,
-            codebook_size=config.codebook_size,
-            code_dim=config.code_dim,
-            depth=config.reconstructor_depth,
-            heads=config.num_heads,
-            mlp_width=config.mlp_width,
-            layer_norm_eps=config.layer_norm_eps,
-            **settings,
-        ),
-        dtype,
-    )
+    conditioner = empty(lambda: Conditioner.for_tokenizer(config, **settings), dtype)
     return {"conditioner": conditioner, "unet": unet.eval(), "vae": vae.eval()}
 
 
@@ -90,13 +77,17 @@ def add_parts(
     kind: names.DecoderKind,
     files: dict[str, PickledTensors],
     models: nn.ModuleDict,
-    parts: list[Part],
-) -> list[Part]:
+    parts: list[FileMapping],
+) -> list[FileMapping]:
     """The tokenizer's parts and the decoder's; both draw on the file that holds reconstructor and projections."""
     own = expand(names.CONDITION[kind], 0, "conditioner.")
-    joined = [Part(p.file, {**p.sources, **own}) if p.file is files[kind] else p for p in parts]
+    joined = [
+        FileMapping(p.file, {**p.sources, **own}) if p.file is files[kind] else p for p in parts
+    ]
     if kind == "lowres":
-        joined.append(Part(files["null"], {"conditioner.projection.null": Source(("tensor",))}))
+        joined.append(
+            FileMapping(files["null"], {"conditioner.projection.null": TensorRecipe(("tensor",))})
+        )
     for name in ("unet", "vae"):
         folder = root / names.FOLDERS[kind] / name
         label = f"{names.FOLDERS[kind]}/{name}/{names.DIFFUSERS_FILE}"
@@ -104,9 +95,12 @@ def add_parts(
             weight_files(folder, names.DIFFUSERS_FILE), label, _modern if name == "vae" else str
         )
         joined.append(
-            Part(
+            FileMapping(
                 file,
-                {f"{name}.{tensor}": Source((tensor,)) for tensor in models[name].state_dict()},
+                {
+                    f"{name}.{tensor}": TensorRecipe((tensor,))
+                    for tensor in models[name].state_dict()
+                },
             )
         )
     return joined

@@ -22,7 +22,8 @@ from lavit_lm.cli import main
 from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, VectorReaderConfig
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.training.emu_decoder import EmuDecoderTraining, renew_keys
-from lavit_tok import ImageDataModule, VisualCodes, VisualTokenizer, WeightsError, vae_latents
+from lavit_tok import ImageDataModule, VisualCodes, VisualTokenizer, WeightsError
+from lavit_tok.training.denoising import vae_latents
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
 RECIPES = sorted(

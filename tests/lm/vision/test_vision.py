@@ -12,15 +12,9 @@ from helpers.lm_runs import Losses, data, module, saving, trainer
 from PIL import Image
 
 from lavit_lm.sequences.packing import Packed
-from lavit_tok import (
-    ImageError,
-    ShardError,
-    ShardImages,
-    Shards,
-    VisualImageProcessor,
-    VisualTokenizer,
-)
+from lavit_tok import ImageError, ShardError, Shards, VisualImageProcessor, VisualTokenizer
 from lavit_tok.cli import main as lavit_tok
+from lavit_tok.data.shard_images import ShardImages
 
 
 class Batches(Losses):

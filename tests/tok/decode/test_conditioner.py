@@ -28,7 +28,9 @@ STYLES: dict[str, dict[str, Any]] = {
 def condition(tokenizer: VisualTokenizer, **settings: Any) -> Conditioner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return Conditioner.for_tokenizer(tokenizer, **settings)
+        return Conditioner.for_tokenizer(
+            tokenizer.config, tokenizer.quantizer.codebook, tokenizer.reconstructor, **settings
+        )
 
 
 @pytest.fixture
@@ -263,7 +265,12 @@ def test_refuses_settings(
     settings: dict[str, Any], message: str, tiny_tokenizer: VisualTokenizer
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Conditioner.for_tokenizer(tiny_tokenizer, **{"cross_dims": [24], **settings})
+        Conditioner.for_tokenizer(
+            tiny_tokenizer.config,
+            tiny_tokenizer.quantizer.codebook,
+            tiny_tokenizer.reconstructor,
+            **{"cross_dims": [24], **settings},
+        )
     with pytest.raises(ValueError, match="square number"):
         Conditioner(patches=15, spatial_channels=1)
 

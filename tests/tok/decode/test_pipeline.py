@@ -50,7 +50,13 @@ def decoders(
         torch.manual_seed(2)
         made = {"sd": tiny_decoder}
         pooled = Conditioner.for_tokenizer(
-            tiny_tokenizer, style="sdxl", cross_dims=[6, 10], pooled_dim=12, pool_heads=2
+            tiny_tokenizer.config,
+            tiny_tokenizer.quantizer.codebook,
+            tiny_tokenizer.reconstructor,
+            style="sdxl",
+            cross_dims=[6, 10],
+            pooled_dim=12,
+            pool_heads=2,
         )
         extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
         unet = UNet2DConditionModel(
@@ -58,7 +64,12 @@ def decoders(
         )
         made["sdxl"] = PixelDecoder(pooled, unet.eval(), tiny_decoder.vae, tiny_decoder.scheduler)
         spatial = Conditioner.for_tokenizer(
-            tiny_tokenizer, cross_dims=[16], spatial_channels=3, null_length=16
+            tiny_tokenizer.config,
+            tiny_tokenizer.quantizer.codebook,
+            tiny_tokenizer.reconstructor,
+            cross_dims=[16],
+            spatial_channels=3,
+            null_length=16,
         )
         unet = UNet2DConditionModel(**BLOCKS, in_channels=7)
         made["spatial"] = PixelDecoder(

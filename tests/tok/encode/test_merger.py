@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lavit_tok.encode.allocation import straight_through
 from lavit_tok.encode.merger import Merger, cross_policy, grid_positions, self_policy
-from lavit_tok.encode.selector import straight_through
 from lavit_tok.nn.attention import Formula
 
 WIDTH, PATCHES = 16, 9

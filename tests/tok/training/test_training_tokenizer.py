@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
-from lavit_tok.encode.selector import keep_scores, straight_through
+from lavit_tok.encode.allocation import straight_through
+from lavit_tok.encode.selector import keep_scores
 from lavit_tok.training.data_module import ImageDataModule
 from lavit_tok.training.logging import Recent, step_generator, warmup_cosine
 from lavit_tok.training.tokenizer_training import TokenizerTraining
