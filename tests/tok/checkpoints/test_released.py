@@ -620,6 +620,7 @@ def test_large_models_are_sharded(
     save_weights(tokenizer, tmp_path, max_shard_size="1MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     (tmp_path / "config.json").write_text(json.dumps(tokenizer.config.to_dict()))
+    tokenizer.image_processor.save_pretrained(tmp_path)
     monkeypatch.setattr(weights, "MAPPED", 100_000)
     again = VisualTokenizer.from_pretrained(tmp_path)
     for name, tensor in tokenizer.state_dict().items():
