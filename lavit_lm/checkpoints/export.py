@@ -1,13 +1,14 @@
-"""A trained LM as a plain `transformers` directory: any engine that serves causal LMs can run it without this package.
+"""A trained LM as a plain `transformers` directory, which engines that serve causal LMs can run.
 
-    config.json, generation_config.json        the LM's own, with the tokenizer's begin, end and padding ids
+    config.json, generation_config.json        the LM's own, with the tokenizer's special ids
     model.safetensors (or shards and index)    adapters of peft merged
-    tokenizer.json, tokenizer_config.json      image tokens written as text become ids; begin-of-text is put in front
-    chat_template.jinja, README.md             how pictures are written as tokens
+    tokenizer.json, tokenizer_config.json      names of image tokens become ids
+    chat_template.jinja, README.md             how images are written as tokens
 
-In here image tokens are *not* special, unlike while training, because servers leave special tokens out of what they
-answer and no picture would come back. Whoever puts users' words into prompts has to take the tokens' names out of them
-first; VisualVocabulary.encode_text still reads them as text.
+The tokenizer adds begin-of-text to a prompt. Image tokens are *not* special here, unlike during
+training: servers remove special tokens from answers, and with them the images. Whoever puts a
+user's text into a prompt has to remove the tokens' names first; VisualVocabulary.encode_text still
+encodes them as text.
 """
 
 from __future__ import annotations
@@ -38,50 +39,56 @@ CHAT = """\
         {%- for part in message.content %}{{- part.text }}{%- endfor %}
     {%- endif %}
 {%- endfor %}"""
-"""Messages one after another, since the LM learnt documents and no roles."""
+"""Concatenates the messages: the LM was trained on documents, without roles."""
 
 ADAPTERS = (".lora_", "modules_to_save", "trainable_tokens")
-"""Parts of parameters' names that only peft gives."""
+"""Parts of parameter names that only peft uses."""
 
 CARD = Path(__file__).parent / "export_card.md"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Largest difference of a logit after reading back, over the logits' deviation; other attention kernels round."""
+"""Largest difference of a logit after reading back, in standard deviations of the logits; attention
+kernels of the two models may round differently. 0.05 for other dtypes."""
 
 
 class ExportError(ValueError):
-    """An LM that cannot be written as a plain directory, or that is another one when it is read back."""
+    """An LM that cannot be exported, or that differs when it is read back."""
 
 
 def export(
     model: Any, tokenizer: Any, out: str | os.PathLike[str], dtype: torch.dtype | None = None
 ) -> Path:
-    """Write an extended LM and its tokenizer, read them back, and compare ids and logits. Neither is changed.
+    """Write an extended LM and its tokenizer, read them back, and compare ids and logits.
+
+    Neither the LM nor the tokenizer is changed.
 
     Args:
-        model: a causal LM of `transformers`, or one wrapped by peft, whose adapters are merged into a copy.
+        model: a causal LM of `transformers`, or one wrapped by peft, whose adapters are merged into
+            a copy.
         tokenizer: its tokenizer, extended by VisualVocabulary.extend.
-        out: a directory that does not exist yet, or is empty; it appears when everything is in it.
-        dtype: what to store floats as; None for the LM's own.
+        out: a directory that does not exist or is empty; it appears once it is complete.
+        dtype: of the floats in the files; None for the LM's own.
 
     Returns:
         The directory.
 
     Raises:
         VocabularyError: a tokenizer without image tokens.
-        ExportError: a directory with something in it; an LM without rows for the image tokens; weights that are NaN or
-            infinite (in `dtype`); adapters that cannot be merged; a full disk; ids or logits that differ after reading
-            back. Nothing is left behind then.
+        ExportError: a directory that is not empty; an LM without embeddings of the image tokens;
+            weights that are NaN or infinite (in `dtype`); adapters that cannot be merged; a full
+            disk; ids or logits that differ after reading back. Nothing is left behind then.
     """
     target = Path(out)
     vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ExportError("the tokenizer has no end-of-text token: a server would never stop")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{target} is there already: expected a new or an empty directory")
+        raise ExportError(f"{target} already exists: expected a new or an empty directory")
     plain = _plain_model(model, dtype)
-    if (rows := plain.get_input_embeddings().weight.shape[0]) < vocabulary.stop:
+    embeddings = plain.get_input_embeddings().weight.shape[0]
+    if embeddings < vocabulary.stop:
         raise ExportError(
-            f"the LM has {rows} rows, the tokenizer ids up to {vocabulary.stop - 1}: extend both together"
+            f"the LM has {embeddings} embeddings, the tokenizer ids up to {vocabulary.stop - 1}: "
+            "extend both together"
         )
     served = serving_tokenizer(tokenizer, vocabulary)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +96,7 @@ def export(
     try:
         _write(plain, served, vocabulary, partial)
         _compare(getattr(model, "_orig_mod", model), plain, served, vocabulary, partial)
-        partial.chmod(0o755)
+        partial.chmod(0o755)  # mkdtemp makes it readable by its owner only
         partial.replace(target)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{target}: not written, and nothing was left behind: {error}") from error
@@ -99,7 +106,7 @@ def export(
 
 
 def serving_tokenizer(tokenizer: Any, vocabulary: VisualVocabulary) -> PreTrainedTokenizerFast:
-    """A copy that reads image tokens written as text, gives them back as text, and puts begin-of-text in front."""
+    """A copy that encodes names of image tokens, decodes to them, and adds begin-of-text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None
     visual = {vocabulary.begin, vocabulary.end, *range(vocabulary.first, vocabulary.stop)}
@@ -113,11 +120,8 @@ def serving_tokenizer(tokenizer: Any, vocabulary: VisualVocabulary) -> PreTraine
         pair=[*before, "$A", "$B:1"],
         special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in before],
     )
-    names = {
-        name: value
-        for name, value in tokenizer.special_tokens_map.items()
-        if isinstance(value, str)
-    }
+    special = tokenizer.special_tokens_map.items()
+    names = {name: value for name, value in special if isinstance(value, str)}
     names.setdefault("pad_token", names["eos_token"])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -130,17 +134,15 @@ def serving_tokenizer(tokenizer: Any, vocabulary: VisualVocabulary) -> PreTraine
 
 
 def _plain_model(model: Any, dtype: torch.dtype | None) -> Any:
-    """The LM itself where it can be written as it is, else a copy with adapters merged and floats converted."""
-    own = plain = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    """The LM itself, or a copy with adapters merged and floats converted."""
+    own = plain = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
     if hasattr(plain, "merge_and_unload"):
         plain = copy.deepcopy(plain).merge_and_unload(safe_merge=True)
     if dtype is not None and plain.dtype != dtype:
         plain = (copy.deepcopy(plain) if plain is own else plain).to(dtype)
-    left = [name for name, _ in plain.named_parameters() if any(part in name for part in ADAPTERS)]
+    left = [name for name, _ in plain.named_parameters() if any(a in name for a in ADAPTERS)]
     if left:
-        raise ExportError(
-            f"adapters that are not merged, such as {left[0]}: no other engine would apply them"
-        )
+        raise ExportError(f"adapters were not merged, such as {left[0]}: they would be lost")
     broken = [name for name, value in plain.named_parameters() if not bool(value.isfinite().all())]
     if broken:
         raise ExportError(f"these weights hold NaN or infinity as {plain.dtype}: {broken}")
@@ -148,85 +150,79 @@ def _plain_model(model: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _write(model: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path) -> None:
-    ids = {
-        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
     config = copy.deepcopy(model.config)
-    if config.is_encoder_decoder:  # what a suffix begins with, see DaVinci
-        ids["decoder_start_token_id"] = (
-            ids["eos_token_id"] if ids["bos_token_id"] is None else ids["bos_token_id"]
-        )
+    if config.is_encoder_decoder:  # the id that a suffix begins with, see DaVinci
+        bos, eos = ids["bos_token_id"], ids["eos_token_id"]
+        ids["decoder_start_token_id"] = eos if bos is None else bos
     for name, value in ids.items():
         setattr(config, name, value)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    config.use_cache = True  # switched off while training
+    config.use_cache = True  # training sets it to False
     model.save_pretrained(directory)
     config.save_pretrained(directory)
     GenerationConfig(**ids).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    # The name that older releases of transformers, and engines built on them, know too.
-    settings = directory / "tokenizer_config.json"
-    named = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n")
-    values = {
+    # transformers 5 writes a new class name; older releases, and engines built on them, know this
+    # one.
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    first, last = tokenizer.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1])
+    card = CARD.read_text()
+    for name, value in {
+        "size": vocabulary.codebook_size,
+        "bos": tokenizer.bos_token or "",
         "begin": vocabulary.begin,
         "end": vocabulary.end,
         "first": vocabulary.first,
         "last": vocabulary.stop - 1,
-    }
-    first, last = (tokenizer.convert_ids_to_tokens(values[name]) for name in ("first", "last"))
-    card = (
-        CARD.read_text()
-        .replace("{size}", str(vocabulary.codebook_size))
-        .replace("{bos}", tokenizer.bos_token or "")
-    )
-    for name, value in values.items():
+        "first name": first,
+        "last name": last,
+    }.items():
         card = card.replace(f"{{{name}}}", str(value))
-    (directory / "README.md").write_text(
-        card.replace("{first name}", first).replace("{last name}", last)
-    )
+    (directory / "README.md").write_text(card)
 
 
 @torch.no_grad()
 def _compare(
     given: Any, plain: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path
 ) -> None:
-    """Raise ExportError unless what was written reads back, by plain Auto classes, as what was given."""
+    """Raise ExportError unless plain Auto classes load the same tokenizer and LM."""
     again = AutoTokenizer.from_pretrained(directory)
-    if VisualVocabulary.from_tokenizer(again) != vocabulary:
-        raise ExportError(
-            f"the tokenizer read back has {VisualVocabulary.from_tokenizer(again)}, expected {vocabulary}"
-        )
+    loaded_vocabulary = VisualVocabulary.from_tokenizer(again)
+    if loaded_vocabulary != vocabulary:
+        raise ExportError(f"read back, the tokenizer has {loaded_vocabulary}, not {vocabulary}")
     first, last = tokenizer.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1])
-    probe = f"{BEGIN}{first}{last}{END} A picture,  of Ünïcode 中文"
-    if again(probe).input_ids != tokenizer(probe).input_ids:
-        raise ExportError(
-            f"{probe!r} is read as {again(probe).input_ids}, expected {tokenizer(probe).input_ids}"
-        )
+    probe = f"{BEGIN}{first}{last}{END} An image,  of Ünïcode 中文"
+    expected, found = tokenizer(probe).input_ids, again(probe).input_ids
+    if found != expected:
+        raise ExportError(f"read back, the ids of {probe!r} are {found}, not {expected}")
     context = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
-    ids = torch.tensor([again(probe).input_ids[:context]], device=plain.device)
+    ids = torch.tensor([found[:context]], device=plain.device)
     kind = lm_class(AutoConfig.from_pretrained(directory))
     loaded = kind.from_pretrained(directory, dtype=plain.dtype).to(plain.device)
     written = _logits(loaded, ids)
-    # Against what was given, adapters unmerged, where its floats are the same; rounded ones only against themselves.
-    dtypes = {value.dtype for value in given.parameters()}
-    for expected in [
-        _logits(lm, ids) for lm in ([given, plain] if dtypes == {plain.dtype} else [plain])
-    ]:
-        difference = float((written - expected).abs().max() / expected.std())
+    # Compare with the given LM too, whose adapters are not merged, unless the floats were
+    # converted.
+    same_dtype = {value.dtype for value in given.parameters()} == {plain.dtype}
+    for lm in [given, plain] if same_dtype else [plain]:
+        logits = _logits(lm, ids)
+        difference = float((written - logits).abs().max() / logits.std())
         if not difference <= TOLERANCE.get(plain.dtype, 0.05):
             raise ExportError(
-                f"logits differ by {difference:.1e} of their deviation after reading back: weights were lost"
+                f"read back, logits differ by {difference:.1e} standard deviations: weights were "
+                "lost"
             )
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
     training = model.training
     try:
-        said = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-        return model.eval()(
-            ids, attention_mask=torch.ones_like(ids), use_cache=False, **said
-        ).logits.float()
+        decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        mask = torch.ones_like(ids)
+        return model.eval()(ids, attention_mask=mask, use_cache=False, **decoder).logits.float()
     finally:
         model.train(training)

@@ -1,8 +1,8 @@
-"""A trained model as a directory, and back. Plain `transformers` can load it; two more files say what the codes are.
+"""A trained model as a directory, whose LM and text tokenizer `transformers` alone can load.
 
 config.json, model.safetensors, tokenizer.json, ...     the LM and its text tokenizer
-lavit_lm.json                                           the objective, the visual tokenizer, its codebook's fingerprint
-parts.safetensors                                       bridge and regression head, where the objective has them
+lavit_lm.json                                           objective, visual tokenizer, fingerprint
+objective_modules.safetensors                           bridge and regression head, if there are any
 """
 
 from __future__ import annotations
@@ -14,24 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from lavit_lm.checkpoints.export import export
 from lavit_lm.models.loading import lm_class, sequence_model
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.base import Objective
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer, WeightsError
+from lavit_tok.checkpoints.weights import (
+    check_replaceable,
+    find_directory,
+    load_weights,
+    read_header,
+    save_weights,
+)
 
 FORMAT, VERSION = "lavit_lm", 1
+CONFIG, MODULES = "lavit_lm.json", "objective_modules.safetensors"
+KEYS = ("visual_tokenizer", "fingerprint", "codebook_size", "objective")
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # text tokenizers have the last two
 DEFAULT = Path(__file__).parents[1] / "default"
 
 
 def save_model(
-    out: str | Path,
+    out: str | os.PathLike[str],
     model: SequenceModel,
     processor: MultimodalProcessor,
     objective: Objective,
@@ -39,23 +48,29 @@ def save_model(
     fingerprint: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the directory, in the place of an older model if there is one; LoRA weights are merged into the LM's own.
+    """Write a model's directory, replacing an older model; LoRA weights are merged into the LM's.
+
+    Args:
+        out: the directory.
+        model: the LM, with its bridge and regression head.
+        processor: its text tokenizer and visual vocabulary.
+        objective: the objective of its training.
+        visual_tokenizer: "default", a directory or a Hub id, from which it is loaded again.
+        fingerprint: of the visual tokenizer's codebook, checked on loading.
+        dtype: of the floats in the files; None for the model's own.
 
     Raises:
-        WeightsError: the directory holds something else.
+        WeightsError: the directory contains something else.
+        ExportError: see export.
     """
-    from lavit_lm.checkpoints.export import export
-
     target = Path(out)
-    check_free(target)
-    out = target.with_name(f".{target.name}.new")
-    shutil.rmtree(out, ignore_errors=True)
-    export(model.lm, processor.text_tokenizer, out, dtype)
-    if tensors := {
-        name: t.detach().cpu().to(dtype or t.dtype)
-        for name, t in _parts(model).state_dict().items()
-    }:
-        save_file(tensors, out / "parts.safetensors")
+    check_replaceable(target, CONFIG)
+    new = target.with_name(f".{target.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    export(model.lm, processor.text_tokenizer, new, dtype)
+    modules = _objective_modules(model)
+    if modules.state_dict():
+        save_weights(modules, new, dtype, single=MODULES)
     values = {
         "format": FORMAT,
         "version": VERSION,
@@ -64,20 +79,9 @@ def save_model(
         "codebook_size": processor.vocabulary.codebook_size,
         "objective": {"name": objective.name, **objective.settings()},
     }
-    (out / "lavit_lm.json").write_text(json.dumps(values, indent=2) + "\n")
+    (new / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
-    out.rename(target)
-
-
-def check_free(out: str | Path) -> None:
-    """Raise WeightsError for a directory that holds anything but an older model: it would be lost."""
-    out = Path(out)
-    if out.exists() and not (
-        out.is_dir() and ((out / "lavit_lm.json").exists() or not any(out.iterdir()))
-    ):
-        raise WeightsError(
-            f"{out}: expected a new or empty directory, or an older model to replace"
-        )
+    new.rename(target)
 
 
 def load_model(
@@ -87,96 +91,62 @@ def load_model(
     device: torch.device | str = "cpu",
     objective: Objective | None = None,
 ) -> tuple[SequenceModel, MultimodalProcessor, VisualTokenizer, Objective]:
-    """Read the directory.
+    """Load a model's directory.
 
     Args:
         name: "default", a directory, or a Hub id.
-        visual_tokenizer: where its visual tokenizer is, if not where lavit_lm.json says.
-        objective: what it was trained with, if that is none of this library's.
+        visual_tokenizer: replaces the one that lavit_lm.json names; its codebook must be the same.
+        dtype: of the weights in memory.
+        device: of the model and the visual tokenizer.
+        objective: the objective of the training, if it is not one of this library's.
 
     Raises:
-        WeightsError: files or tensors that are missing, unexpected or mis-shaped, or another tokenizer's codebook.
+        WeightsError: files or tensors that are missing, unexpected or of another shape, or a visual
+            tokenizer with another codebook.
     """
-    directory = _directory(name)
-    values = _read(directory / "lavit_lm.json")
-    visual = VisualTokenizer.from_pretrained(
-        visual_tokenizer or values["visual_tokenizer"], dtype=dtype, device=device
-    )
+    directory = find_directory(name, DEFAULT, FILES)
+    values = read_header(directory / CONFIG, FORMAT, VERSION, KEYS)
+    source = visual_tokenizer or values["visual_tokenizer"]
+    visual = VisualTokenizer.from_pretrained(source, dtype=dtype, device=device)
     if visual.fingerprint() != values["fingerprint"]:
         raise WeightsError(
-            f"{directory}: trained on codes of the codebook {values['fingerprint']}, the visual tokenizer "
-            f"{visual_tokenizer or values['visual_tokenizer']!r} has {visual.fingerprint()}: its pictures "
-            "would be read and drawn as unrelated ones"
+            f"{directory}: trained on codes of the codebook {values['fingerprint']}, the visual "
+            f"tokenizer {source!r} has {visual.fingerprint()}: codes would be of unrelated images"
         )
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    text_tokenizer = AutoTokenizer.from_pretrained(directory)
     kind = lm_class(AutoConfig.from_pretrained(directory))
     lm, report = kind.from_pretrained(
         directory, use_safetensors=True, dtype=dtype, output_loading_info=True
     )
-    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    # transformers only warns of missing tensors, and fills them at random.
+    wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
     if wrong:
-        raise WeightsError(
-            f"{directory}: tensors do not fit the config, and would be left out or made up: {wrong}"
-        )
+        raise WeightsError(f"{directory}: these tensors do not fit the config: {wrong}")
     objective = objective or _objective(directory, values["objective"])
-    model = sequence_model(lm, *objective.parts(visual, lm.config.get_text_config().hidden_size))
-    parts, file = _parts(model), directory / "parts.safetensors"
-    try:
-        parts.load_state_dict(load_file(file) if file.exists() else {})
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(f"{file}: {error}") from None
+    width = lm.config.get_text_config().hidden_size
+    model = sequence_model(lm, *objective.parts(visual, width))
+    modules = _objective_modules(model)
+    if modules.state_dict() or (directory / MODULES).exists():
+        load_weights(modules, directory, MODULES)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return model, MultimodalProcessor.from_tokenizer(tokenizer), visual, objective
+    return model, MultimodalProcessor.from_tokenizer(text_tokenizer), visual, objective
 
 
-def _parts(model: SequenceModel) -> nn.ModuleDict:
-    """What the model has beside its LM."""
-    parts = {"bridge": model.bridge, "regressor": model.regressor}
-    return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+def _objective_modules(model: SequenceModel) -> nn.ModuleDict:
+    """The modules of the model beside its LM."""
+    modules = {"bridge": model.bridge, "regressor": model.regressor}
+    return nn.ModuleDict({name: m for name, m in modules.items() if m is not None})
 
 
 def _objective(directory: Path, values: Any) -> Objective:
-    """The objective and its settings as lavit_lm.json says."""
-    settings = {name: value for name, value in values.items() if name != "name"}
+    """The objective with the arguments in lavit_lm.json."""
     try:
-        return by_name(values["name"])(**settings)
+        arguments = {name: value for name, value in values.items() if name != "name"}
+        return by_name(values["name"])(**arguments)
     except KeyError:
         raise WeightsError(
-            f"{directory}: trained with the objective {values.get('name')!r}, which this library does not have: give "
-            "it as objective="
+            f"{directory}: the objective {values.get('name')!r} is not one of this library's: "
+            "pass it as objective="
         ) from None
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{directory}/lavit_lm.json: objective {values}: {error}") from None
-
-
-def _directory(name: str | os.PathLike[str]) -> Path:
-    if str(name) == "default":
-        return DEFAULT
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
-            )
-        )
-    except Exception as error:  # the hub's errors are of many kinds
-        raise WeightsError(
-            f"{name}: neither a directory nor a Hub id that can be fetched: {error}"
-        ) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read: {error}") from None
-    wanted = {"visual_tokenizer", "fingerprint", "codebook_size", "objective"}
-    missing = wanted - set(values) if isinstance(values, dict) else wanted
-    if missing or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-        raise WeightsError(
-            f"{path}: expected {FORMAT} version {VERSION}, with {sorted(wanted)}; missing {sorted(missing)}"
-        )
-    return values
+    except (TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{directory / CONFIG}: objective {values}: {error}") from None

@@ -33,6 +33,9 @@ def beam_search(
 
     Args:
         model: a SequenceModel.
+        processor: its text tokenizer and visual vocabulary.
+        prompts: sequences of any lengths.
+        constraint: which ids may be generated, and how many.
         num_beams: continuations kept for each prompt.
         length_penalty: a continuation of n ids scores log p / n ** penalty; 0 prefers short ones.
         use_cache: see generate_ids.

@@ -94,6 +94,8 @@ def generate_interleaved(
 
     Args:
         model: a SequenceModel with a regression head.
+        processor: its text tokenizer and visual vocabulary.
+        prompts: sequences of any lengths.
         num_vectors: n, vectors per image.
         starts_with_image: the prompts end with <img>; an image is generated first.
         max_new_tokens: text tokens of each text; 0 for one image and no text.

@@ -144,6 +144,7 @@ class GenerationConstraint:
         Args:
             content: see content_mask.
             stops: see stop_ids.
+            generated: number of ids generated before.
         """
         complete = self.kind == "image" and generated >= self.max_new_tokens
         allowed = torch.zeros_like(content) if complete else content.clone()
@@ -165,7 +166,11 @@ def generate_ids(
     """Generate ids after each prompt.
 
     Args:
+        model: any SequenceModel.
+        processor: its text tokenizer and visual vocabulary.
         prompts: sequences of any lengths.
+        constraint: which ids may be generated, and how many.
+        sampling: how they are chosen.
         unconditional: for each prompt the unconditional sequence; needed for guidance only.
         generator: see Generators.
         use_cache: keep keys and values; False computes all positions at every step (for checks).

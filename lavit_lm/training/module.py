@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
 
-from lavit_lm.checkpoints.native import check_free, save_model
+from lavit_lm.checkpoints.native import CONFIG, save_model
 from lavit_lm.models.loading import load_lm, sequence_model, shard, with_lora
 from lavit_lm.models.losses import Sum
 from lavit_lm.models.sequence_model import SequenceModel
@@ -29,6 +29,7 @@ from lavit_lm.sequences.packing import Packed
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
 from lavit_tok import VisualTokenizer
+from lavit_tok.checkpoints.weights import check_replaceable
 
 NATS_PER_BIT = 0.6931471805599453
 
@@ -81,7 +82,7 @@ class LanguageModeling(pl.LightningModule):
         self.settings: Any = self.hparams
         self.objective = objective or LaVIT()
         if out is not None:
-            check_free(out)  # now, not when the training is done
+            check_replaceable(out, CONFIG)  # before the training, not after it
         source = text_tokenizer or lm
         if not isinstance(source, str):
             raise ValueError(

@@ -73,7 +73,7 @@ def encode_plain(tokenizer: Any, text: str, is_visual: Callable[[int], bool]) ->
     if not forbidden:
         return ids
     # split_special_tokens does not help where the model itself contains the name as a piece, nor
-    # for image tokens of an exported directory, which are not special: cut the name after one letter.
+    # for image tokens of an exported directory, which are not special. Cut such names.
     names = "|".join(re.escape(str(tokenizer.convert_ids_to_tokens(i))) for i in forbidden)
     cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)]
     pieces = [text[start:stop] for start, stop in pairwise(cuts) if start < stop]
