@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +17,51 @@ from jaxtyping import TypeCheckError
 import lavit_lm
 import lavit_tok
 
-PACKAGE = Path(lavit_tok.__file__).parent
-LM_PACKAGE = Path(lavit_lm.__file__).parent
+ROOT = Path(lavit_tok.__file__).parents[1]
+# The folders of each package: one imports only those before it. (docs/architecture.md)
+FOLDERS = {
+    "lavit_tok": ["nn", "checkpoints", "encode", "decode", "released", "data", "training", "cli"],
+    "lavit_lm": [
+        *("vocabulary", "sequences", "vision", "models", "objectives", "checkpoints"),
+        *("generation", "training", "cli"),
+    ],
+}
+SHARED = ("nn", "checkpoints", "data", "training", "cli")  # of lavit_tok, with lavit_lm
+HEAVY = {"torch", "transformers", "diffusers", "datasets", "pytorch_lightning"}
+TRAINING = {"datasets", "pytorch_lightning", "vector_quantize_pytorch", "torchmetrics", "peft"}
 
 
-def modules_after(code: str) -> set[str]:
-    """Top-level modules that a new interpreter has loaded after running code."""
-    code += "\nimport json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    return set(json.loads(shown.splitlines()[-1]))
-
-
-def test_import_is_light() -> None:
-    heavy = {"torch", "transformers", "diffusers", "datasets", "pytorch_lightning"}
-    for package in ("lavit_tok", "lavit_lm"):
-        assert not modules_after(f"import {package}") & heavy
-
-
-def test_a_vocabulary_needs_no_training_packages() -> None:
-    loaded = modules_after(
-        "from lavit_lm import VisualVocabulary; import lavit_lm.checkpoints.export"
-    )
-    assert not loaded & {"diffusers", "datasets", "pytorch_lightning", "peft", "jsonargparse"}
-
-
-def test_encoding_needs_no_training_packages() -> None:
-    code = "from lavit_tok import VisualTokenizer, VisualCodes; VisualTokenizer()"
-    loaded = modules_after(code)
-    assert "torch" in loaded
-    assert not loaded & {
-        "diffusers",
-        "datasets",
-        "pytorch_lightning",
-        "vector_quantize_pytorch",
-        "torchmetrics",
-        "jsonargparse",
-    }
-
-
-def test_decoding_needs_no_training_packages() -> None:
-    loaded = modules_after("from lavit_tok import PixelDecoder; import lavit_tok.cli.commands")
-    assert "diffusers" in loaded
-    assert not loaded & {
-        "datasets",
-        "pytorch_lightning",
-        "vector_quantize_pytorch",
-        "torchmetrics",
-        "jsonargparse",
-    }
+@pytest.mark.parametrize(
+    ("code", "needed", "absent"),
+    [
+        ("import lavit_tok", set(), HEAVY),
+        ("import lavit_lm", set(), HEAVY),
+        ("import lavit_tok.cli.parser, lavit_lm.cli.parser", set(), HEAVY),
+        (
+            "from lavit_lm import VisualVocabulary; import lavit_lm.checkpoints.export",
+            {"torch"},
+            {"diffusers", "jsonargparse", *TRAINING},
+        ),
+        (
+            "from lavit_tok import VisualTokenizer, VisualCodes; VisualTokenizer()",
+            {"torch"},
+            {"diffusers", "jsonargparse", *TRAINING},
+        ),
+        (
+            "from lavit_tok import PixelDecoder; import lavit_tok.cli.commands",
+            {"diffusers"},
+            {"jsonargparse", *TRAINING} - {"peft"},  # diffusers imports peft
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_an_import_loads(code: str, needed: set[str], absent: set[str]) -> None:
+    """Read from a new interpreter: the top-level modules that it has after running the code."""
+    code += "\nimport sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert needed <= loaded
+    assert not loaded & absent
 
 
 @pytest.mark.parametrize(
@@ -82,53 +78,65 @@ def test_unknown_names(package: Any) -> None:
         package.Nothing  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
-)
-def test_imports_go_one_way(path: Path) -> None:
-    """lavit_tok never imports lavit_lm; no room imports the training; nothing needs torchvision or timm."""
+def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(module, names taken from it) of each import, except those for type checkers."""
     tree = ast.parse(path.read_text())
-    names = [
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    ]
-    names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert not {name.split(".")[0] for name in names} & {"lavit_lm", "torchvision", "timm"}
-    if "training" not in path.parts and path.name not in (
-        "commands.py",
-        "__init__.py",
-    ):  # which import when asked
-        assert not [name for name in names if name.startswith("lavit_tok.training")]
-
-
-@pytest.mark.parametrize(
-    "path", sorted(LM_PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(LM_PACKAGE))
-)
-def test_language_models_use_only_public_names(path: Path) -> None:
-    """lavit_lm imports lavit_tok's public names, and modules of the folders that both packages share."""
-    shared = ("nn", "checkpoints", "data", "training", "cli")
-    for node in ast.walk(ast.parse(path.read_text())):
+    for block in ast.walk(tree):
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+            block.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = {alias.name for alias in node.names}
-            assert (
-                not {name for name in names if name.startswith("lavit_tok.")}
-                and "torchvision" not in names
-            )
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lavit_tok":
-            folder = (node.module or "").split(".")[1:2]
-            if (
-                folder
-                and folder[0] in shared
-                and not node.module.rpartition(".")[2].startswith("_")
-            ):
-                continue
-            assert node.module == "lavit_tok", f"line {node.lineno}: {node.module}"
-            assert {alias.name for alias in node.names} <= set(lavit_tok.__all__)
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            yield str(node.module), [alias.name for alias in node.names]
+
+
+def folder(module: str) -> str:
+    """The folder of a module in its package; checkpoints/released/ is one of its own."""
+    parts = module.split(".")[1:]
+    return "released" if "released" in parts else parts[0] if parts else ""
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_folders_import_one_way(package: str) -> None:
+    """Each folder imports only those before it in the list, so that there is no cycle."""
+    order = FOLDERS[package]
+    backwards = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        here = folder(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for module, _ in imports(path):
+            there = folder(module) if module.split(".")[0] == package else ""
+            if here in order and there in order and order.index(there) > order.index(here):
+                backwards.append(f"{path.relative_to(ROOT)}: {module}")
+    assert not backwards
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_few_entries_at_the_top(package: str) -> None:
+    """At most twelve files and folders of code, and every folder is in the list above."""
+    entries = [path for path in (ROOT / package).iterdir() if [*path.glob("*.py")]]
+    assert {path.name for path in entries} <= set(FOLDERS[package])
+    assert len(entries) + len([*(ROOT / package).glob("*.py")]) <= 12
+
+
+def test_neither_package_imports_what_it_may_not() -> None:
+    """lavit_tok never imports lavit_lm, which takes public names and shared modules from it."""
+    for package in FOLDERS:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for module, names in imports(path):
+                where = f"{path.relative_to(ROOT)}: {module}"
+                assert module.split(".")[0] not in ("torchvision", "timm"), where
+                if package == "lavit_tok":
+                    assert module.split(".")[0] != "lavit_lm", where
+                elif module == "lavit_tok":
+                    assert set(names) <= set(lavit_tok.__all__), where
+                elif module.startswith("lavit_tok."):
+                    assert folder(module) in SHARED, where
+                    assert not re.search(r"(^|\W)_", f"{module} {names}"), where
 
 
 def test_shapes_in_signatures_are_checked() -> None:
-    """In every process that runs tests: jaxtyping's pytest option must act in xdist's workers, too."""
+    """Jaxtyping's pytest option acts in xdist's workers, too."""
     with pytest.raises(TypeCheckError):
         lavit_tok.VisualCodes(torch.zeros(3), torch.tensor([3]), 16)
