@@ -1,11 +1,12 @@
-"""Pictures -> a fixed number of causal vectors at a language model's width: what Emu and VL-GPT read, and say.
+"""Images -> a fixed number of causal vectors of a language model's width (Emu, VL-GPT).
 
-pictures [k 3 s s] -> encoder -> features [k p d] -> queries [k n d], blocks -> LayerNorm, linear -> [k n width]
+images [k 3 s s] -> encoder -> features [k p d] -> blocks over queries [k n d] -> vectors [k n
+width]
 
-            q1 q2 q3      features
-    q1      x  .  .       x x x x        a query sees those before it and itself, and all of the picture: a later
-    q2      x  x  .       x x x x        vector can add to an earlier one, never change it, so that they can be said
-    q3      x  x  x       x x x x        one after another
+        q1 q2 q3      features
+q1      x  .  .       x x x x        a query attends to itself, the queries before it and all
+q2      x  x  .       x x x x        features: the LM can predict the vectors one after another,
+q3      x  x  x       x x x x        since a later vector never changes an earlier one
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from lavit_lm.vision.trained_encoder import EncoderReader
+from lavit_lm.vision.trained_encoder import EncoderConnector
 from lavit_tok import VisualTokenizer
 from lavit_tok.nn.attention import Block
 
 
-class CausalResampler(EncoderReader):
+class CausalResampler(EncoderConnector):
     """A transformer decoder over learned queries (Emu, "Causal Transformer"; VL-GPT, "causal transformer").
 
     Args:
-        tokenizer: the visual tokenizer, whose encoder makes the features; itself frozen and no part of this module.
+        tokenizer: the visual tokenizer, frozen, whose encoder computes the features.
         width: of the vectors.
-        queries: vectors a picture; Emu and VL-GPT use 32.
-        depth, heads: of the transformer; Emu and VL-GPT use 12 blocks.
-        train_encoder: train a copy of the encoder, the submodule "encoder"; else the tokenizer's own is used, frozen.
-        hidden_size: width of the transformer, where it is not to be the encoder's.
+        queries: vectors per image; 32 in Emu and VL-GPT.
+        depth: blocks of the transformer; 12 in Emu and VL-GPT.
+        heads: attention heads of the transformer.
+        train_encoder: train a copy of the encoder, the submodule "encoder".
+        hidden_size: of the transformer; None for the encoder's.
 
     Raises:
-        ValueError: a number below 1, or heads that do not divide the transformer's width.
+        ValueError: a number below 1, or heads that do not divide the hidden size.
     """
 
     def __init__(
@@ -48,8 +50,8 @@ class CausalResampler(EncoderReader):
         hidden_size = c.width if hidden_size is None else hidden_size
         if min(queries, depth, heads, hidden_size) < 1 or hidden_size % heads:
             raise ValueError(
-                f"expected at least one query and block, and heads that divide the transformer's width, got {queries} "
-                f"queries, {depth} blocks, {heads} heads, width {hidden_size}"
+                "expected at least one query and block, and heads that divide the hidden size, got "
+                f"{queries} queries, {depth} blocks, {heads} heads, hidden size {hidden_size}"
             )
         super().__init__(tokenizer, train_encoder)
         self.features_norm = nn.LayerNorm(c.width, c.layer_norm_eps)
@@ -64,19 +66,19 @@ class CausalResampler(EncoderReader):
     def forward(
         self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "j patches"]
     ) -> Float[Tensor, "m width"]:
-        """Vectors of all pictures, one picture after another; `kept` is not asked, every patch is read.
+        """Vectors of all images, one image after another; the keep mask is ignored.
 
         Raises:
-            ValueError: pictures of another size than the tokenizer's.
+            ValueError: images of another size than the tokenizer's.
         """
         return self.vectors(self.features(images)).flatten(0, 1)
 
     def features(self, images: UInt8[Tensor, "k 3 h w"]) -> Float[Tensor, "k p d"]:
-        """Of every patch; with a gradient where the encoder is trained."""
+        """Features of all patches, with gradients if the encoder is trained."""
         return self.encoded(self.pixels(images), self.queries.dtype)
 
     def vectors(self, features: Float[Tensor, "k p d"]) -> Float[Tensor, "k n width"]:
-        """Of each picture, in the queries' order."""
+        """Vectors of each image, in the order of the queries."""
         n = len(self.queries)
         x = self.queries.expand(len(features), -1, -1)
         causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=x.device).tril()

@@ -1,4 +1,4 @@
-"""A visual tokenizer's encoder under a bridge: as it is, or a copy that is trained, as Emu and DaVinci train theirs."""
+"""Base of the connectors: the encoder of a visual tokenizer, frozen, or a copy that is trained."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from torch import Tensor, nn
 from lavit_tok import VisualTokenizer
 
 
-class EncoderReader(nn.Module):
-    """A module that reads pictures through a visual tokenizer's encoder.
+class EncoderConnector(nn.Module):
+    """A module that reads images through the encoder of a visual tokenizer.
 
     Args:
-        tokenizer: whose encoder makes the features; itself frozen and no part of this module.
-        train_encoder: train a copy of the encoder, the submodule "encoder"; else the tokenizer's own is used, frozen.
+        tokenizer: the visual tokenizer; frozen, and neither a submodule nor in the state dict.
+        train_encoder: train a copy of its encoder, the submodule "encoder", as Emu and DaVinci do.
     """
 
-    def __init__(self, tokenizer: VisualTokenizer, train_encoder: bool) -> None:
+    def __init__(self, tokenizer: VisualTokenizer, train_encoder: bool = False) -> None:
         super().__init__()
-        self._tokenizer = [tokenizer]  # in a list, out of sight of parameters() and state_dict()
+        # In a list, so that nn.Module does not register it: neither trained, nor moved, nor saved.
+        self._tokenizer = [tokenizer]
         if train_encoder:
             self.encoder = trained_encoder(tokenizer)
         tokenizer.requires_grad_(False).eval()
 
     def pixels(self, images: UInt8[Tensor, "k 3 h w"]) -> Float[Tensor, "k 3 h w"]:
-        """As the encoder takes them. Raises ValueError for pictures of another size than the tokenizer's."""
+        """Preprocessed images. Raises ValueError for another size than the tokenizer's."""
         return self._tokenizer[0].to(images.device).preprocess(images)
 
     def encoded(
         self, pixels: Float[Tensor, "k 3 h w"], dtype: torch.dtype
     ) -> Float[Tensor, "k p d"]:
-        """Features of every patch; with a gradient where the encoder is trained."""
+        """Features of all patches, with gradients if the encoder is trained."""
         if hasattr(self, "encoder"):
             return self.encoder(pixels.to(dtype))
         with torch.no_grad():
@@ -41,9 +42,10 @@ class EncoderReader(nn.Module):
 
 
 def trained_encoder(tokenizer: VisualTokenizer) -> nn.Module:
-    """The copy. Weights that no feature depends on (a final norm, a class token's head) stay frozen.
+    """A copy of the encoder, in which weights that the features do not depend on stay frozen.
 
-    They would never get a gradient, which processes that share gradients wait for.
+    Such weights (a final norm, the head of a class token) would never get a gradient, and DDP waits
+    for the gradient of every trained weight.
     """
     encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(True)
     weights = list(encoder.parameters())

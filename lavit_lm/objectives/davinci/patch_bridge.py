@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from lavit_lm.sequences.packing import Packed
-from lavit_lm.vision.trained_encoder import EncoderReader
+from lavit_lm.vision.trained_encoder import EncoderConnector
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer
 
@@ -31,7 +31,7 @@ LATER = -1
 """An id that with_codes_below will tell; no embedding has such a row, so that it cannot be forgotten."""
 
 
-class PatchBridge(EncoderReader):
+class PatchBridge(EncoderConnector):
     """Pictures -> a vector of the language model's width for each patch of their upper rows.
 
         pictures [k 3 s s], blank below -> encoder -> norm, linear, + learned positions -> [m width]
