@@ -1,4 +1,4 @@
-"""TokenizerConfig: every setting that shapes a visual tokenizer; one frozen record, JSON in and out, validated."""
+"""TokenizerConfig: every size and option of a visual tokenizer, as a frozen, validated record."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "lavit_tok.tokenizer", 1
 Config = TypeVar("Config")
 
 
 class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong type or out of range."""
+    """A config entry that is unknown, of the wrong type or out of range."""
 
 
 def _default_encoder() -> dict[str, Any]:
@@ -34,58 +34,54 @@ def _default_encoder() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Shape of a tokenizer. The defaults are the shipped laptop model; `TokenizerConfig.lavit()` is the paper's.
+    """Sizes and options of a tokenizer; the defaults are the shipped model's.
+
+    `TokenizerConfig.lavit()` has the published sizes. Preprocessing is configured separately, by
+    `VisualImageProcessor`.
 
     Raises:
-        ConfigError: naming the setting, what was expected and what came.
+        ConfigError: naming the entry, what was expected and what was received.
     """
 
     encoder: dict[str, Any] = field(default_factory=_default_encoder)
-    """A transformers vision config as JSON, with its model_type (see encoder.ENCODERS)."""
+    """Config of a transformers vision model, with its model_type (see vision_encoder.ENCODERS)."""
     encoder_norm: bool = False
-    """Apply the encoder's final norm to the features; LaVIT reads the residual stream before it."""
+    """Apply the encoder's final norm; LaVIT uses the residual stream before it."""
     codebook_size: int = 2048
     """K, the number of codes."""
     code_dim: int = 16
-    """Width of a codebook row; rows and queries are L2-normalised."""
+    """Dimension of the codebook entries; entries and queries are L2-normalized."""
     dither: bool = True
-    """Spread the kept patches by a fixed pattern (selector.ordered_noise); False (LaVIT) keeps by the score alone."""
+    """Spread kept patches by a fixed pattern (allocation.ordered_noise); False in LaVIT."""
     merger_depth: int = 2
-    """Blocks of the merger; 0 quantises the kept patches as they are."""
+    """Blocks of the merger; 0 quantizes the kept patches unchanged."""
     merger_position: bool = True
-    """Tell the merger where each patch stands (learned positions); False (LaVIT) where the features tell."""
+    """Add learned positions in the merger; False in LaVIT, whose features encode them."""
     reconstructor_depth: int = 3
-    """Blocks of the reconstructor (codes -> features of every patch); 0: none, codes can be made but not read back."""
+    """Blocks of the reconstructor (codes -> features); 0 for an encode-only model."""
     num_heads: int = 3
     """Attention heads of merger and reconstructor."""
     mlp_ratio: float = 4.3637
-    """Hidden width of every MLP is int(width * mlp_ratio), as in EVA-CLIP."""
+    """The intermediate size of each MLP is int(width * mlp_ratio), as in EVA-CLIP."""
     attention: Literal["strict", "compat"] = "strict"
-    """How the merger masks: strict gives forbidden keys exactly no weight, compat is the released formula."""
+    """Masking of the merger: strict excludes keys exactly, compat is the released formula."""
     layer_norm_eps: float = 1e-5
     """Epsilon of the LayerNorms of selector, merger and reconstructor."""
     continuous_width: int = 0
-    """Width of the vectors that `VisualTokenizer.embed` gives a language model (see continuous.py); 0 for none."""
+    """Dimension of the vectors that `VisualTokenizer.embed` returns; 0 for no continuous path."""
     continuous_depth: int = 0
-    """Blocks of the second merger behind them."""
+    """Blocks of the merger of the continuous path."""
 
     def __post_init__(self) -> None:
-        named = isinstance(self.encoder, dict) and "model_type" in self.encoder
-        self._require("encoder", named, "a dict with model_type")
-        least_values = {
-            "codebook_size": 2,
-            "code_dim": 1,
-            "merger_depth": 0,
-            "reconstructor_depth": 0,
-        }
-        for name, least in {**least_values, "continuous_width": 0, "continuous_depth": 0}.items():
+        is_model = isinstance(self.encoder, dict) and "model_type" in self.encoder
+        self._require("encoder", is_model, "a dict with model_type")
+        minimum = {"codebook_size": 2, "code_dim": 1, "merger_depth": 0, "reconstructor_depth": 0}
+        for name, low in {**minimum, "continuous_width": 0, "continuous_depth": 0}.items():
             value = getattr(self, name)
-            self._require(
-                name, type(value) is int and value >= least, f"an integer of at least {least}"
-            )
-        self._require(
-            "width", self.width % 4 == 0, "a multiple of 4 (the selector halves it twice)"
-        )
+            is_valid = type(value) is int and value >= low
+            self._require(name, is_valid, f"an integer of at least {low}")
+        expected = "a multiple of 4 (the selector halves it twice)"
+        self._require("width", self.width % 4 == 0, expected)
         heads = self.num_heads
         divides = type(heads) is int and heads > 0 and self.width % heads == 0
         self._require("num_heads", divides, f"a divisor of {self.width}")
@@ -100,8 +96,8 @@ class TokenizerConfig:
             "image_size", self.image_size % patch == 0, f"a multiple of patch_size {patch}"
         )
 
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
+    def _require(self, name: str, is_valid: bool, expected: str) -> None:
+        if not is_valid:
             raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
     def _encoder_int(self, name: str) -> int:
@@ -109,66 +105,60 @@ class TokenizerConfig:
         if isinstance(value, (list, tuple)) and len(set(value)) == 1:
             value = value[0]
         patches = self.encoder.get("num_patches")
-        if (
-            name == "image_size" and value is None and type(patches) is int and patches > 0
-        ):  # SigLIP2 counts patches
-            value = math.isqrt(patches) * self.patch_size
+        if name == "image_size" and value is None and type(patches) is int and patches > 0:
+            value = math.isqrt(patches) * self.patch_size  # SigLIP2 has num_patches instead
         if type(value) is not int or value < 1:
             raise ConfigError(f"encoder.{name}: expected a positive integer, got {value!r}")
         return value
 
     @property
     def width(self) -> int:
-        """d, the encoder's feature width; selector, merger and reconstructor share it."""
+        """d, the hidden size of encoder, selector, merger and reconstructor."""
         return self._encoder_int("hidden_size")
 
     @property
     def image_size(self) -> int:
-        """Side of the square input in pixels."""
+        """Side of the square input, in pixels."""
         return self._encoder_int("image_size")
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
+        """Side of a patch, in pixels."""
         return self._encoder_int("patch_size")
 
     @property
     def num_patches(self) -> int:
-        """n, patches of an image."""
+        """n, the number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def positions(self) -> int | None:
-        """n if the merger is told positions, else None."""
+        """Number of the merger's learned positions: n, or None."""
         return self.num_patches if self.merger_position else None
 
     @property
     def mlp_width(self) -> int:
+        """Intermediate size of the MLPs."""
         return int(self.width * self.mlp_ratio)
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of config.json."""
         return {
-            "format": "lavit_tok.tokenizer",
+            "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **dataclasses.asdict(self),
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
+        """The inverse of to_dict. Raises ConfigError."""
         values = dict(values)
-        kind, version = (
-            values.pop("format", "lavit_tok.tokenizer"),
-            values.pop("format_version", FORMAT_VERSION),
-        )
-        if kind != "lavit_tok.tokenizer" or version != FORMAT_VERSION:
-            raise ConfigError(
-                f"expected format lavit_tok.tokenizer version {FORMAT_VERSION}, got {kind} {version}"
-            )
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ConfigError(
-                f"unknown settings {unknown}: ignoring them would build another model than was saved"
-            )
+        kind = values.pop("format", FORMAT)
+        version = values.pop("format_version", FORMAT_VERSION)
+        if (kind, version) != (FORMAT, FORMAT_VERSION):
+            expected = f"expected format {FORMAT} version {FORMAT_VERSION}"
+            raise ConfigError(f"{expected}, got {kind} {version}")
+        require_known(values, {f.name for f in dataclasses.fields(cls)})
         try:
             return cls(**values)
         except TypeError as error:
@@ -181,7 +171,7 @@ class TokenizerConfig:
 
     @classmethod
     def lavit(cls, **changes: Any) -> TokenizerConfig:
-        """The published sizes (spec: EVA-CLIP ViT-g/14, 12 + 12 blocks, 16,384 codes of 32 numbers)."""
+        """The published sizes: EVA-CLIP ViT-g/14, 12 + 12 blocks, 16,384 codes of 32 numbers."""
         encoder = {
             "model_type": "blip_2_vision_model",
             "hidden_size": 1408,
@@ -207,7 +197,7 @@ class TokenizerConfig:
 
 
 def read_config(path: str | os.PathLike[str], build: Callable[[dict[str, Any]], Config]) -> Config:
-    """What `build` makes of a JSON object. Raises ConfigError naming the file."""
+    """Build a config from a file with a JSON object. Raises ConfigError naming the file."""
     try:
         values = json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -218,6 +208,12 @@ def read_config(path: str | os.PathLike[str], build: Callable[[dict[str, Any]], 
         return build(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def require_known(values: dict[str, Any], known: set[str]) -> None:
+    """Raise ConfigError for entries that are not among the known names."""
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"unknown entries {unknown}: ignoring them would change the model")
 
 
 def is_number(value: Any) -> bool:

@@ -1,9 +1,10 @@
-"""Room 6: codes -> features of every patch.
+"""Codes -> features of every patch.
 
-    codebook rows [b m c] -> Linear + position in the code sequence -> keys for n learned queries -> [b n d_teacher]
+    codebook entries [b m c] -> Linear + position in the code sequence
+                             -> keys and values of n learned queries -> [b n d]
 
-The position is the index in the sequence of codes, not the place in the picture: where a code belongs must be written
-in the code itself. LaVIT (ICLR 2024), section 3.1.
+The position is the index in the code sequence, not in the image: where a code belongs must be
+encoded in the code itself. LaVIT (ICLR 2024), section 3.1.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from lavit_tok.nn.attention import Block
 
 
 class Reconstructor(nn.Module):
-    """A learned query a patch; blocks of self-attention, cross-attention to the codes, MLP; Linear, Tanh, Linear."""
+    """One learned query per patch; blocks of self-attention, cross-attention to the codes and MLP.
+
+    Args:
+        width: d, dimension of the features.
+        patches: n, number of queries.
+        code_dim: c, dimension of the codebook entries.
+        depth: number of blocks.
+        heads: attention heads.
+        mlp_width: intermediate size of the MLPs.
+        eps: epsilon of the LayerNorms.
+    """
 
     def __init__(
         self,
@@ -37,14 +48,13 @@ class Reconstructor(nn.Module):
         self.queries = nn.Parameter(torch.randn(patches, width) * 0.02)
         self.blocks: Any = nn.ModuleList(Block(width, heads, mlp_width, eps) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width, eps)
-        self.project_out = nn.Sequential(
-            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)
-        )
+        first, second = nn.Linear(width, width), nn.Linear(width, width)
+        self.project_out = nn.Sequential(first, nn.Tanh(), second)
 
     def ragged(
         self, vectors: Float[Tensor, "total code_dim"], layout: RaggedLayout
     ) -> Float[Tensor, "batch patches width"]:
-        """forward, from the rows of all images one after another."""
+        """forward, from the concatenated codebook entries of all images."""
         index = torch.arange(layout.width, device=vectors.device)[None]
         return self(layout.pad(vectors), index, layout.mask)
 
@@ -57,14 +67,13 @@ class Reconstructor(nn.Module):
         """Reconstructed features.
 
         Args:
-            vectors: codebook rows, padded to a rectangle.
-            index: each row's place in its image's code sequence, 0..n-1.
-            policy: bool [b m], False where there is no code; or the straight-through keep decision as float [b m].
+            vectors: codebook entries, padded.
+            index: position of each entry in its image's code sequence, 0..n-1.
+            policy: bool [b m], False at padding; or the straight-through keep decision [b m].
         """
         dtype = self.project_in.weight.dtype
         codes = self.project_in(vectors.to(dtype)) + self.position[index]
         x = self.queries.expand(len(vectors), -1, -1)
-        visible = policy[:, None, None, :]
         for block in self.blocks:
-            x = block(x, codes, None, visible)
+            x = block(x, codes, None, policy[:, None, None, :])
         return self.project_out(self.norm_out(x))

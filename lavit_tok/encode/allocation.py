@@ -1,9 +1,9 @@
 """Keep scores -> keep mask: which patches of each image are kept, and how many.
 
-    log-probabilities [b n 2]  ->  bool [b n], at least one patch an image
+    log-probabilities [b n 2]  ->  bool [b n], at least one patch per image
 
-The decision follows a threshold, a budget or Gumbel noise; `straight_through` is its differentiable form, for
-training. LaVIT (ICLR 2024), section 3.1.
+The decision follows a threshold, a budget or Gumbel noise; `straight_through` is its differentiable
+form for training. LaVIT (ICLR 2024), section 3.1.
 """
 
 from __future__ import annotations
@@ -20,41 +20,7 @@ from torch.nn import functional as F
 from lavit_tok.encode.selector import keep_scores
 
 Budget = int | float | None
-
-
-def dithered(
-    log_probs: Float[Tensor, "batch patches 2"], times: int = 1
-) -> Float[Tensor, "batch patches 2"]:
-    """Log-probabilities with ordered_noise added to every image's keep scores; times=-1 takes it off again."""
-    scores = keep_scores(log_probs)
-    scores = scores + times * ordered_noise(scores.shape[1]).to(scores.device)
-    return torch.stack([F.logsigmoid(scores), F.logsigmoid(-scores)], dim=-1)
-
-
-@lru_cache(maxsize=8)
-def ordered_noise(patches: int) -> Float[Tensor, " patches"]:
-    """A fixed draw of the training's logistic noise, as even over the image as it can be (ordered dithering).
-
-    Its values are the quantiles (rank + 1/2) / patches, ranked by the Bayer matrix, for 16 patches
-
-         0  8  2 10        A selector that learnt under noise gives alike patches like scores: a threshold keeps all of
-        12  4 14  6        them or none. With this noise, a third of a plain wall is kept, spread over it, each picture
-         3 11  1  9        the same way at each call; and the counts are those that training expects.
-        15  7 13  5
-
-    Raises:
-        ValueError: patches that form no square.
-    """
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(f"ordered noise needs a square number of patches, got {patches}")
-    bayer = torch.zeros(1, 1)
-    while len(bayer) < side:
-        bayer = torch.cat(
-            [torch.cat([4 * bayer, 4 * bayer + 2], 1), torch.cat([4 * bayer + 3, 4 * bayer + 1], 1)]
-        )
-    ranks = bayer[:side, :side].flatten().argsort().argsort()
-    return ((ranks + 0.5) / patches).logit()
+"""An int: codes per image; a fraction in (0, 1]: of the batch's patches; None: threshold."""
 
 
 def select(
@@ -64,14 +30,16 @@ def select(
     generator: torch.Generator | None = None,
     dither: bool = False,
 ) -> Bool[Tensor, "batch patches"]:
-    """Which patches are kept: at least one an image.
+    """Decide which patches are kept, at least one per image.
 
     Args:
-        budget: None keeps where log p_keep > log p_drop; an int keeps exactly that many of each image (all, if it has
-            fewer patches); a fraction in (0, 1] keeps that share of the batch's patches, where scores are highest.
-        sample: draw Gumbel noise onto the scores first, as in training; needs a generator to be repeatable.
+        log_probs: the selector's output, dithered if `dither` is set.
+        budget: None keeps patches with log p_keep > log p_drop; an int keeps exactly that many per
+            image (all, if it has fewer patches); a fraction in (0, 1] keeps that fraction of the
+            batch's patches, where scores are highest.
+        sample: add Gumbel noise to the scores, as in training.
         generator: source of that noise.
-        dither: the log-probabilities are dithered; where noise is sampled, the fixed one is taken off first.
+        dither: the log-probabilities contain the ordered noise; sampled noise replaces it.
 
     Raises:
         ValueError: a budget that is no positive int or fraction, or NaN scores.
@@ -79,7 +47,8 @@ def select(
     scores = keep_scores(dithered(log_probs, -1) if dither and sample else log_probs)
     if bool(scores.isnan().any()):
         raise ValueError(
-            "keep scores hold NaN, as do this batch's pixels or features: the mask would be arbitrary"
+            "keep scores contain NaN, as do this batch's pixels or features: the keep mask would "
+            "be arbitrary"
         )
     if sample:
         scores = scores + logistic_noise(scores, generator)
@@ -89,55 +58,97 @@ def select(
 def keep_by_budget(
     scores: Float[Tensor, "batch patches"], budget: Budget
 ) -> Bool[Tensor, "batch patches"]:
-    """The keep mask of any score, at any budget (see select). Equal scores: the earlier patch of the batch wins."""
+    """The keep mask of any scores at any budget (see select).
+
+    Among equal scores, the earlier patch of the batch is kept.
+    """
     batch, patches = scores.shape
-    best = (
-        F.one_hot(scores.argmax(1), patches).bool()
-        if batch
-        else torch.zeros_like(scores, dtype=torch.bool)
-    )
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    if batch:
+        best.scatter_(1, scores.argmax(1, keepdim=True), True)
     if budget is None:
         return (scores > 0) | best
-    number = isinstance(budget, (int, Integral, float)) and not isinstance(budget, bool)
-    if not number or not math.isfinite(budget) or budget <= 0:
+    is_number = isinstance(budget, (Integral, float)) and not isinstance(budget, bool)
+    if not is_number or not math.isfinite(budget) or budget <= 0:
         raise ValueError(
             f"budget: expected a positive number of codes or a fraction in (0, 1], got {budget!r}"
         )
-    if isinstance(budget, (int, Integral)):  # a numpy integer is the latter only
+    if isinstance(budget, (int, Integral)):  # NumPy integers are Integral but not int
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : min(int(budget), patches)]
         return torch.zeros_like(best).scatter(1, order, True)
     if budget > 1:
         raise ValueError(
-            f"budget: a fraction must be at most 1, got {budget}; for codes an image give an int"
+            f"budget: a fraction must be at most 1, got {budget}; codes per image are an int"
         )
     count = max(batch, round(budget * batch * patches))
+    # Infinite scores are clamped: only an image's best patch may come before all others.
     flat = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(best, float("inf")).flatten()
     order = flat.argsort(descending=True, stable=True)[:count]
     return torch.zeros_like(best).flatten().scatter(0, order, True).view(batch, patches)
 
 
+def dithered(
+    log_probs: Float[Tensor, "batch patches 2"], times: int = 1
+) -> Float[Tensor, "batch patches 2"]:
+    """Add ordered_noise to the keep scores of every image; times=-1 subtracts it again."""
+    scores = keep_scores(log_probs)
+    scores = scores + times * ordered_noise(scores.shape[1]).to(scores.device)
+    return torch.stack([F.logsigmoid(scores), F.logsigmoid(-scores)], dim=-1)
+
+
+@lru_cache(maxsize=8)
+def ordered_noise(patches: int) -> Float[Tensor, " patches"]:
+    """Fixed logistic noise, spread as evenly over the image as possible (ordered dithering).
+
+    Its values are the quantiles (rank + 1/2) / patches, ranked by the Bayer matrix, for 16 patches
+
+         0  8  2 10
+        12  4 14  6
+         3 11  1  9
+        15  7 13  5
+
+    A selector trained under noise gives similar patches similar scores, so that a threshold keeps
+    all or none of them. With this noise, a third of a uniform area is kept, evenly spread and the
+    same at each call, and the number of codes is the one expected in training.
+
+    Raises:
+        ValueError: a number of patches that is no square.
+    """
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f"ordered noise needs a square number of patches, got {patches}")
+    bayer = torch.zeros(1, 1)
+    while len(bayer) < side:
+        top, bottom = [4 * bayer, 4 * bayer + 2], [4 * bayer + 3, 4 * bayer + 1]
+        bayer = torch.cat([torch.cat(top, 1), torch.cat(bottom, 1)])
+    ranks = bayer[:side, :side].flatten().argsort().argsort()
+    return ((ranks + 0.5) / patches).logit()
+
+
 def logistic_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The difference of two Gumbel draws, as added to the difference of two log-probabilities."""
+    """Difference of two Gumbel samples: the Gumbel noise of a difference of log-probabilities."""
+    # Clamped: a uniform sample of exactly 0 would give infinite noise.
     uniform = torch.rand(like.shape, generator=generator, device=like.device).clamp(1e-6, 1 - 1e-6)
     return uniform.log() - (-uniform).log1p()
 
 
-def shift_to_ratio(scores: Float[Tensor, "batch patches"], share: float) -> Float[Tensor, ""]:
-    """What to add to all scores so that sampling them keeps this share of the batch's patches, in expectation.
+def shift_to_ratio(scores: Float[Tensor, "batch patches"], ratio: float) -> Float[Tensor, ""]:
+    """The constant to add to all scores so that sampling keeps this ratio of the batch's patches.
 
-    The root c of mean(sigmoid(s + c)) = share, with its gradient: through s + c no gradient can change the share, only
-    which patches it goes to. The straight-through gradient alone pushes the share up, for it takes a kept patch's worth
-    at the margin for its worth altogether.
+    The root c of mean(sigmoid(s + c)) = ratio, with its gradient: through s + c no gradient can
+    change the ratio, only which patches are kept. Without it, the straight-through gradient
+    increases the ratio, because it takes the marginal value of a kept patch for its total value.
     """
     with torch.no_grad():
         low, high = -30 - scores.max(), 30 - scores.min()
-        for _ in range(40):
+        for _ in range(40):  # bisection
             middle = (low + high) / 2
-            above = (scores + middle).sigmoid().mean() > share
+            above = (scores + middle).sigmoid().mean() > ratio
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    chance = (scores + middle).sigmoid()
-    slope = (chance * (1 - chance)).mean().detach().clamp(min=1e-6)
-    return middle - (chance.mean() - chance.mean().detach()) / slope
+    probability = (scores + middle).sigmoid()
+    # One Newton step whose value is 0 and whose gradient is that of the implicit function.
+    slope = (probability * (1 - probability)).mean().detach().clamp(min=1e-6)
+    return middle - (probability.mean() - probability.mean().detach()) / slope
 
 
 def straight_through(
@@ -145,19 +156,24 @@ def straight_through(
     generator: torch.Generator | None,
     sample: bool = True,
     temperature: float = 1.0,
-    share: float | None = None,
+    ratio: float | None = None,
 ) -> Float[Tensor, "batch patches"]:
-    """The training decision M in {0, 1} with the gradient of the soft one (Gumbel-softmax, hard, straight-through).
+    """The training decision M in {0, 1}: hard straight-through Gumbel-softmax.
 
-    With `share`, the batch's scores are shifted first so that this share of the patches is kept (shift_to_ratio).
+    Args:
+        log_probs: the selector's output, without ordered noise.
+        generator: source of the Gumbel noise.
+        sample: False decides without noise.
+        temperature: of the softmax whose gradient is used.
+        ratio: shift the batch's scores first, so that this ratio is kept (shift_to_ratio).
     """
     scores = keep_scores(log_probs)
-    if share is not None:
-        scores = scores + shift_to_ratio(scores, share)
+    if ratio is not None:
+        scores = scores + shift_to_ratio(scores, ratio)
     if sample:
         scores = scores + logistic_noise(scores, generator)
     soft = (scores / temperature).sigmoid()
     hard = keep_by_budget(scores.detach(), None).to(soft.dtype)
-    # In this order the sum is exactly 0 or 1: (hard + soft) - soft rounds, and a kept patch at 1 + 1e-7 would be a
-    # dropped one of weight -1e-7, which the merger's exponential can blow up.
+    # In this order the sum is exactly 0 or 1. (hard + soft) - soft rounds, and a kept patch at
+    # 1 + 1e-7 would be a dropped one of weight -1e-7, which the merger's exponential can amplify.
     return hard + (soft - soft.detach())

@@ -1,9 +1,10 @@
-"""Beside room 5: merged features -> vectors for a language model, without rounding to codes.
+"""Merged features as vectors for a language model, without quantization.
 
-    features [b n d], keep [b n] -> Merger -> [total d] -> Linear -> [total width of the language model]
+    features [b n d], keep [b n] -> Merger -> [total d] -> Linear -> [total, LM hidden size]
 
-LaVIT (ICLR 2024) reads pictures this way and writes them as codes. The merger is a second one, trained with the
-language model, while the merger behind the codes stays as it was; both share one keep mask: a vector for each code.
+LaVIT (ICLR 2024) uses these vectors for input images and codes for generated ones. This merger is
+trained with the language model and separate from the one before the quantizer; both use the same
+keep mask, so that there is one vector per code.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from lavit_tok.nn.attention import Formula
 
 
 class ContinuousPath(nn.Module):
-    """A merger of its own and a projection to the width of a language model.
+    """A merger and a projection to the hidden size of a language model.
 
-    Args: see Merger; out is the language model's width.
+    Args:
+        width, depth, heads, mlp_width, eps, formula, patches: see Merger.
+        out: hidden size of the language model.
     """
 
     def __init__(
@@ -39,5 +42,5 @@ class ContinuousPath(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "total out"]:
-        """A vector for each kept patch, raster order, images one after another."""
+        """One vector per kept patch, in raster order, images concatenated."""
         return self.projection(self.merger(features, keep))

@@ -5,9 +5,9 @@
         -resize->     uint8 [3 size size]
         -normalize->  float [b 3 size size]
 
-The published LaVIT tokenizer resizes with PIL bicubic to exactly the model's square (aspect ratio not kept), divides by
-255 and normalizes by the CLIP mean and standard deviation. The release preprocesses the same image in two ways in two
-places; here every stage shares one `VisualImageProcessor`.
+The published LaVIT tokenizer resizes with PIL bicubic to the model's square (aspect ratio not
+kept), divides by 255 and normalizes by CLIP's mean and standard deviation. The release contains two
+different implementations of this; here every stage shares one `VisualImageProcessor`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,82 +29,22 @@ from transformers import BaseImageProcessor, BatchFeature
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from lavit_tok.checkpoints.weights import find_directory
-from lavit_tok.config import ConfigError, is_number, read_config
+from lavit_tok.config import ConfigError, is_number, read_config, require_known
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = (255, 255, 255)
 MAX_PIXELS = 89_478_485  # where PIL begins to warn of a decompression bomb; here always an error
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-)
-
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 ResizeMode = Literal["square", "center_crop", "pad"]
-ImageLike = (
-    Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | np.ndarray | Tensor
-)
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message names the picture and the reason."""
-
-
-def open_image(
-    source: Any, name: str | None = None, background: tuple[int, ...] = WHITE
-) -> Image.Image:
-    """Open one image as upright 8-bit RGB.
-
-    EXIF rotation is applied, transparent pixels are composited on the background color, CMYK and palettes are
-    converted, 16-bit gray is scaled to 8 bits, and of an animation the first frame is taken.
-
-    Args:
-        source: PIL image, path, encoded bytes, binary file, or uint8 [h w 3] / [3 h w] / [h w] array or tensor.
-        name: what to call the image in errors; derived from the source by default.
-        background: RGB color under transparent pixels.
-
-    Raises:
-        ImageError: unreadable, truncated, empty, too large, or an array of wrong type, range or shape.
-    """
-    label = name or _label(source)
-    if isinstance(source, (np.ndarray, Tensor)):
-        return _from_array(source, label, background)
-    try:
-        if isinstance(source, Image.Image):
-            return _to_rgb(source, label, background)
-        if isinstance(source, (str, os.PathLike)):
-            source = Path(source).read_bytes()
-        if isinstance(source, (bytes, bytearray)):
-            if not source:
-                raise ImageError(f"{label}: empty file (0 bytes), expected an encoded picture")
-            source = io.BytesIO(source)
-        if not hasattr(source, "read"):
-            raise ImageError(
-                f"{label}: expected a PIL image, path, bytes or uint8 array, got {type(source).__name__}"
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(f"{opened.width}x{opened.height} pixels")
-                if (
-                    opened.format == "EPS"
-                ):  # a program, not a picture: reading it would start Ghostscript on it
-                    raise ImageError(f"{label}: EPS is not read, expected a raster picture")
-                return _to_rgb(opened, label, background)
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(f"{label}: not a picture in a format that Pillow knows") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"{label}: more than {MAX_PIXELS} pixels (decompression bomb?): {error}"
-        ) from None
-    except Exception as error:  # decoders of damaged files raise nearly anything
-        raise ImageError(f"{label}: cannot be read: {error}") from None
+    """An image that cannot be used; the message names the image and the reason."""
 
 
 class VisualImageProcessor(BaseImageProcessor):
-    """Preprocessing of a visual tokenizer, as a `transformers` image processor that needs no torchvision.
+    """Preprocessing of a visual tokenizer: a `transformers` image processor without torchvision.
 
         a wide image, its middle third white, on a gray background:
 
@@ -116,18 +56,18 @@ class VisualImageProcessor(BaseImageProcessor):
 
     Args:
         size: side of the square output, in pixels.
-        resize_mode: "square" resizes both sides whatever the aspect ratio (as published); "center_crop" resizes the
-            shorter side and cuts out the center; "pad" extends the image to a square with the background color first.
-            PIL bicubic in each case.
+        resize_mode: "square" resizes both sides whatever the aspect ratio (as published);
+            "center_crop" resizes the shorter side and crops the center; "pad" extends the image to
+            a square with the background color first. PIL bicubic in each case.
         image_mean: mean of each channel, subtracted after division by 255.
         image_std: standard deviation of each channel.
         background: RGB color, 0..255, under transparent pixels and around padded images.
 
     Raises:
-        ConfigError: naming the setting, what was expected and what was received.
+        ConfigError: naming the argument, what was expected and what was received.
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' name and type)
 
     def __init__(
         self,
@@ -138,18 +78,17 @@ class VisualImageProcessor(BaseImageProcessor):
         background: Sequence[int] = WHITE,
     ) -> None:
         super().__init__()
-        self.size, self.resize_mode = size, resize_mode
         if type(size) is not int or size < 1:
             raise ConfigError(f"size: expected a positive integer, got {size!r}")
         if resize_mode not in get_args(ResizeMode):
-            raise ConfigError(
-                f"resize_mode: expected one of {', '.join(get_args(ResizeMode))}, got {resize_mode!r}"
-            )
-        self.image_mean = _three("image_mean", image_mean, "finite numbers", is_number)
-        self.image_std = _three(
+            modes = ", ".join(get_args(ResizeMode))
+            raise ConfigError(f"resize_mode: expected one of {modes}, got {resize_mode!r}")
+        self.size, self.resize_mode = size, resize_mode
+        self.image_mean = _triple("image_mean", image_mean, "finite numbers", is_number)
+        self.image_std = _triple(
             "image_std", image_std, "positive numbers", lambda x: is_number(x) and x > 0
         )
-        self.background = _three(
+        self.background = _triple(
             "background", background, "integers 0..255", lambda x: type(x) is int and 0 <= x <= 255
         )
 
@@ -158,7 +97,7 @@ class VisualImageProcessor(BaseImageProcessor):
         return open_image(source, name, self.background)
 
     def resize(self, image: Image.Image, size: int | None = None) -> UInt8[Tensor, "3 size size"]:
-        """Resize an RGB image to the square; `size` replaces the configured side, e.g. for a larger cached copy."""
+        """Resize an RGB image to a square of side `size`, by default the configured one."""
         square = (self.size if size is None else size,) * 2
         if self.resize_mode == "center_crop":
             image = ImageOps.fit(image, square, Image.Resampling.BICUBIC)
@@ -174,7 +113,7 @@ class VisualImageProcessor(BaseImageProcessor):
     def to_uint8(self, images: Any) -> UInt8[Tensor, "batch 3 size size"]:
         """Open and resize one image or a batch.
 
-        A uint8 tensor [b 3 size size] is taken to be resized already and is returned as it is.
+        A uint8 tensor [b 3 size size] is taken to be resized already and is returned unchanged.
 
         Raises:
             ImageError: naming the first image that cannot be used, and why.
@@ -189,7 +128,7 @@ class VisualImageProcessor(BaseImageProcessor):
         resized = []
         for i, image in enumerate(batch):
             label = _label(image)
-            if label.startswith("<"):  # no file name: the error names the index instead
+            if label.startswith("<"):  # no file name: errors give the index in the batch
                 label = f"image {i} of {len(batch)} {label}"
             resized.append(self.resize(self.open(image, label)))
         return torch.stack(resized)
@@ -203,37 +142,20 @@ class VisualImageProcessor(BaseImageProcessor):
         return (pixels.float() / 255 - mean) / std
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
-        """One image or a batch -> {"pixel_values": float [b 3 size size]}; `__call__` is the same."""
+        """One image or a batch -> {"pixel_values": float [b 3 size size]}; `__call__` calls it."""
         pixel_values = self.normalize(self.to_uint8(images))
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
-    # JSON
-
     def to_dict(self) -> dict[str, Any]:
-        """The arguments of the constructor; no class name, so that a file never decides what is instantiated."""
-        return {
-            "size": self.size,
-            "resize_mode": self.resize_mode,
-            "image_mean": list(self.image_mean),
-            "image_std": list(self.image_std),
-            "background": list(self.background),
-        }
+        """The arguments of the constructor, without a class name: no file chooses a class."""
+        values = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any]) -> VisualImageProcessor:
-        """Raises ConfigError for unknown, missing or invalid settings."""
-        names = set(inspect.signature(cls).parameters)
-        unknown, missing = (
-            sorted(set(image_processor_dict) - names),
-            {"size"} - set(image_processor_dict),
-        )
-        if unknown or missing:
-            raise ConfigError(
-                f"unknown settings {unknown}: ignoring them would preprocess images in another way than was saved"
-                if unknown
-                else "size: expected a positive integer, got nothing"
-            )
-        return cls(**image_processor_dict)
+        """Raises ConfigError for unknown, missing or invalid entries."""
+        require_known(image_processor_dict, set(inspect.signature(cls).parameters))
+        return cls(**{"size": None, **image_processor_dict})
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike[str]) -> VisualImageProcessor:
@@ -244,38 +166,85 @@ class VisualImageProcessor(BaseImageProcessor):
     def from_pretrained(
         cls, name: str | os.PathLike[str] = "default", **hub: Any
     ) -> VisualImageProcessor:
-        """Read preprocessor_config.json of "default" (shipped), a tokenizer's directory or a Hub id.
+        """Load preprocessor_config.json of "default" (shipped), a tokenizer directory or a Hub id.
 
         Raises:
-            ConfigError, WeightsError: a file or directory that cannot be read, or a wrong setting.
+            ConfigError, WeightsError: unreadable file or directory, or a wrong entry.
         """
         return cls.from_json_file(find_directory(name, "tokenizer", **hub) / IMAGE_PROCESSOR_NAME)
 
 
+def open_image(
+    source: Any, name: str | None = None, background: tuple[int, ...] = WHITE
+) -> Image.Image:
+    """Open one image as upright 8-bit RGB.
+
+    EXIF rotation is applied, transparent pixels are composited on the background color, CMYK and
+    palettes are converted, 16-bit gray is scaled to 8 bits, and of an animation the first frame is
+    used.
+
+    Args:
+        source: PIL image, path, encoded bytes, binary file, or uint8 [h w 3] / [3 h w] / [h w]
+            array or tensor.
+        name: name of the image in errors; derived from the source by default.
+        background: RGB color under transparent pixels.
+
+    Raises:
+        ImageError: unreadable, truncated, empty, too large, or an array of wrong dtype, range or
+            shape.
+    """
+    label = name or _label(source)
+    if isinstance(source, (np.ndarray, Tensor)):
+        return _from_array(source, label, background)
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, label, background)
+        if isinstance(source, (str, os.PathLike)):
+            source = Path(source).read_bytes()
+        if isinstance(source, (bytes, bytearray)):
+            if not source:
+                raise ImageError(f"{label}: empty file (0 bytes), expected an encoded image")
+            source = io.BytesIO(source)
+        if not hasattr(source, "read"):
+            kinds = "a PIL image, path, bytes or uint8 array"
+            raise ImageError(f"{label}: expected {kinds}, got {type(source).__name__}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError(f"{opened.width}x{opened.height} pixels")
+                if opened.format == "EPS":  # loading it would run Ghostscript on a program
+                    raise ImageError(f"{label}: EPS is not supported, expected a raster image")
+                return _to_rgb(opened, label, background)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{label}: not an image in a format that Pillow supports") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"more than {MAX_PIXELS} pixels (decompression bomb?)"
+        raise ImageError(f"{label}: {limit}: {error}") from None
+    except Exception as error:  # decoders of damaged files raise nearly any exception
+        raise ImageError(f"{label}: cannot be read: {error}") from None
+
+
 def as_list(images: Any) -> list[Any]:
-    """One image or a batch of them -> a list of single images; a 4-D array is a batch, a 3-D or 2-D one an image."""
+    """One image or a batch -> a list; a 4-D array is a batch, a 2-D or 3-D one an image."""
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image)) or hasattr(
-        images, "read"
-    ):
+    is_one = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image))
+    if is_one or hasattr(images, "read") or not isinstance(images, Iterable):
         return [images]
-    if isinstance(images, Iterable):
-        return list(images)
-    return [images]
+    return list(images)
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files as given, folders walked in sorted order for files with a picture's suffix."""
-    found: list[Path] = []
+    """The given files, and the image files of the given folders, recursively in sorted order."""
+    files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found += sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-            )
-        else:
-            found.append(path)
-    return found
+        inside = sorted(path.rglob("*")) if path.is_dir() else []
+        files += [p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file()]
+        files += [] if path.is_dir() else [path]
+    return files
 
 
 def _label(source: Any) -> str:
@@ -287,59 +256,59 @@ def _label(source: Any) -> str:
 
 def _from_array(array: np.ndarray | Tensor, label: str, background: tuple[int, ...]) -> Image.Image:
     if isinstance(array, Tensor):
-        broken = array.is_floating_point() and not bool(array.isfinite().all())
+        is_broken = array.is_floating_point() and not bool(array.isfinite().all())
     else:
-        broken = np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all()
-    if broken:
-        raise ImageError(f"{label}: holds NaN or infinity, expected uint8 values 0..255")
+        is_broken = np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all()
+    if is_broken:
+        raise ImageError(f"{label}: contains NaN or infinity, expected uint8 values 0..255")
     if array.dtype not in (torch.uint8, np.uint8):
         raise ImageError(
-            f"{label}: expected uint8 values 0..255, got {array.dtype}; scaling a float picture by guesswork would "
-            "silently give black or clipped pixels (use (x * 255).round() as uint8 for 0..1)"
+            f"{label}: expected uint8 values 0..255, got {array.dtype}; guessing the scale of a "
+            "float image could give black or clipped pixels (use (x * 255).round() as uint8 for "
+            "0..1)"
         )
     values = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
     if values.ndim == 3 and _channels_first(values.shape, isinstance(array, Tensor)):
         values = values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
-    if (
-        values.ndim not in (2, 3)
-        or 0 in values.shape
-        or (values.ndim == 3 and values.shape[2] not in (3, 4))
-    ):
+    is_image = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
+    if not is_image or 0 in values.shape:
         raise ImageError(f"{label}: expected shape [h w 3] or [3 h w], got {list(array.shape)}")
     return _to_rgb(Image.fromarray(np.ascontiguousarray(values)), label, background)
 
 
-def _channels_first(shape: tuple[int, ...], tensor: bool) -> bool:
-    """Whether [a b c] is [channels h w]. If both ends could be: colour before grey, then a tensor's come first."""
+def _channels_first(shape: tuple[int, ...], is_tensor: bool) -> bool:
+    """Whether [a b c] is [channels h w].
+
+    If both ends could be channels: color before gray, then first for tensors, last for arrays.
+    """
     first, last = (size in (3, 4) for size in (shape[0], shape[2]))
     if first and last:
-        return tensor
-    return first or (shape[0] == 1 and not last and (shape[2] != 1 or tensor))
+        return is_tensor
+    return first or (shape[0] == 1 and not last and (shape[2] != 1 or is_tensor))
 
 
 def _to_rgb(image: Image.Image, label: str, background: tuple[int, ...]) -> Image.Image:
     if 0 in image.size:
         raise ImageError(f"{label}: expected at least one pixel, got {image.width}x{image.height}")
-    image.load()  # decodes now, so that a truncated file fails here; an animation stays at its first frame
-    # Pillow keeps 8-bit values as they are in its own 32-bit modes; a 16-bit file always means 0..65535.
-    eight_bit = image.mode in ("I", "F") and image.format not in ("PNG", "PPM")
+    # Decode now, so that a truncated file fails here; an animation stays at its first frame.
+    image.load()
+    # Pillow keeps 8-bit values unscaled in its 32-bit modes; a 16-bit file always has 0..65535.
+    may_be_8_bit = image.mode in ("I", "F") and image.format not in ("PNG", "PPM")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16- and 32-bit grey
+    if image.mode.startswith("I") or image.mode == "F":  # 16- and 32-bit gray
         values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all():
-            raise ImageError(f"{label}: holds NaN or infinity")
+            raise ImageError(f"{label}: contains NaN or infinity")
         low, high = values.min(), values.max()
         if low < 0 or high > 65535 or (image.mode == "F" and 0 < high <= 1):
             raise ImageError(
-                f"{label}: expected grey values 0..255 or 0..65535, got {low:g}..{high:g} (mode {image.mode}); "
-                "guessing their scale would give a black or clipped picture"
+                f"{label}: expected gray values 0..255 or 0..65535, got {low:g}..{high:g} (mode "
+                f"{image.mode}); guessing their scale could give a black or clipped image"
             )
-        top = 255.0 if high <= 255 and eight_bit else 65535.0
-        return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert(
-            "RGB"
-        )
+        scaled = values / (255.0 if high <= 255 and may_be_8_bit else 65535.0) * 255
+        return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         opaque = Image.new("RGBA", image.size, (*background, 255))
@@ -347,7 +316,7 @@ def _to_rgb(image: Image.Image, label: str, background: tuple[int, ...]) -> Imag
     return image.convert("RGB")
 
 
-def _three(name: str, values: Any, expected: str, valid: Callable[[Any], bool]) -> tuple[Any, ...]:
+def _triple(name: str, values: Any, expected: str, valid: Callable[[Any], bool]) -> tuple[Any, ...]:
     if not (isinstance(values, (list, tuple)) and len(values) == 3 and all(map(valid, values))):
         raise ConfigError(f"{name}: expected 3 {expected}, got {values!r}")
     return tuple(values)

@@ -1,20 +1,22 @@
-"""Room 4: the kept patches absorb the dropped ones.
+"""Kept patches absorb the information of the dropped ones.
 
-The kept rows of the features, as they are, enter the first block. In each block they look at the kept patches before
-them (raster order) and themselves, then at the dropped patches of LayerNorm(features), then pass an MLP. With n = 5
-patches of which 0, 2 and 3 are kept (k) and 1 and 4 dropped:
+The features of the kept patches enter the first block unchanged. In each block they attend to the
+kept patches before them (raster order) and themselves, then to the dropped patches of LayerNorm(features), then
+pass an MLP. With n = 5 patches, of which 0, 2 and 3 are kept (k) and 1 and 4 dropped:
 
     self-attention     key  0 1 2 3 4        cross-attention     key  0 1 2 3 4
     query 0 (k)             x . . . .        query 0 (k)              . x . . x
     query 2 (k)             x . x . .        query 2 (k)              . x . . x
     query 3 (k)             x . x x .        query 3 (k)              . x . . x
 
-With `patches` given, places are told: LayerNorm(features) + position[patch] enters the first block and is what the
-queries look at. The reconstructor knows a code by its rank only, so a code must say itself where it stands; features of
-large pretrained encoders tell, those of a small one may not (docs/log.md).
+With `patches` given, positions are added: LayerNorm(features) + position[patch] enters the first
+block and is what the queries attend to. The reconstructor gets only the order of the codes, so a
+code itself must contain its position; features of large pretrained encoders do, those of a small
+one may not (docs/log.md).
 
-Cost: in strict mode only kept rows and only the keys they may see are computed; compat and training compute all rows.
-Source: LaVIT (ICLR 2024), section 3.1, and the formulas of attention.py.
+Cost: strict inference computes only kept patches and the keys they may attend to; compat and
+training compute all patches. Source: LaVIT (ICLR 2024), section 3.1, and the formulas of
+nn/attention.py.
 """
 
 from __future__ import annotations
@@ -31,44 +33,18 @@ from lavit_tok.codes import RaggedLayout
 from lavit_tok.nn.attention import Attention, Block, Formula
 
 
-def grid_positions(patches: int, width: int) -> Float[Tensor, "patches width"]:
-    """Sines and cosines of row and column, as learned positions start: near patches are alike.
-
-    A quarter of the width each: sin(row w), cos(row w), sin(column w), cos(column w), with wavelengths from twice the
-    side down to two patches. Raises ValueError for patches that form no square, or a width that is no multiple of 4.
-    """
-    side = math.isqrt(patches)
-    if side * side != patches or width % 4:
-        raise ValueError(
-            f"positions need a square number of patches and a width of 4 k, got {patches} and {width}"
-        )
-    falling = 1 - torch.arange(width // 4) / max(1, width // 4 - 1)
-    frequency = math.pi * torch.exp(-math.log(max(2, side)) * falling)
-    angle = torch.arange(side)[:, None] * frequency
-    wave = torch.cat([angle.sin(), angle.cos()], 1)
-    return torch.cat([wave.repeat_interleave(side, 0), wave.repeat(side, 1)], 1)
-
-
-def self_policy(policy: Tensor) -> Tensor:
-    """[b n] keep policy -> [b 1 n n]: earlier kept patches, and always the patch itself. Bool in, bool out."""
-    n = policy.shape[1]
-    causal = torch.ones(n, n, dtype=torch.bool, device=policy.device).tril(-1)
-    eye = torch.eye(n, dtype=torch.bool, device=policy.device)
-    if policy.dtype == torch.bool:
-        return ((policy[:, None, :] & causal) | eye)[:, None]
-    return (policy[:, None, :] * causal + eye)[:, None]
-
-
-def cross_policy(policy: Tensor) -> Tensor:
-    """[b n] keep policy -> [b 1 1 n]: the dropped patches."""
-    return (~policy if policy.dtype == torch.bool else 1 - policy)[:, None, None, :]
-
-
 class Merger(nn.Module):
-    """Blocks over the kept patches, keys and values of the cross-attention from LayerNorm(all features).
+    """Blocks over the kept patches; cross-attention to LayerNorm(features of dropped patches).
 
     Args:
-        patches: of an image, n, a square number; gives every patch a learned position. None as published.
+        width: d, dimension of the features.
+        depth: number of blocks.
+        heads: attention heads.
+        mlp_width: intermediate size of the MLPs.
+        eps: epsilon of the LayerNorms.
+        formula: how attention is masked, see nn/attention.py.
+        patches: n, a square number, to learn a position per patch; None for no positions, as
+            published.
     """
 
     def __init__(
@@ -91,94 +67,135 @@ class Merger(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "total width"]:
-        """Merged kept rows, raster order, images one after another."""
-        if self.formula == "compat":
+        """Merged features of the kept patches, in raster order, images concatenated."""
+        if self.formula == "compat":  # forbidden keys have a weight there, so all are needed
             return self.dense(features, keep)[keep]
         return self._ragged(features, keep)
 
-    def enter(
-        self, features: Float[Tensor, "batch patches width"]
-    ) -> tuple[Float[Tensor, "batch patches width"], Float[Tensor, "batch patches width"]]:
-        """(what enters the first block, what the queries look at), of all patches."""
+    def dense(
+        self, features: Float[Tensor, "batch patches width"], policy: Tensor
+    ) -> Float[Tensor, "batch patches width"]:
+        """Compute every patch as if it were kept, differentiably in the policy.
+
+        Args:
+            features: of all patches.
+            policy: keep decision [b n], bool or straight-through float.
+        """
+        x, context = self._inputs(features)
+        own, other = self_policy(policy), cross_policy(policy)
+        for block in self.blocks:
+            x = block(x, context, own, other, self.formula)
+        return self.norm_out(x)
+
+    def _inputs(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(input of the first block, keys and values of the cross-attention), of all patches."""
         context = self.norm_in(features)
         if self.position is None:
             return features, context
         context = context + self.position
         return context, context
 
-    def dense(
-        self, features: Float[Tensor, "batch patches width"], policy: Tensor
-    ) -> Float[Tensor, "batch patches width"]:
-        """Every row as if it were kept, under a bool or straight-through float policy [b n]; differentiable in it."""
-        x, context = self.enter(features)
-        own, other = self_policy(policy), cross_policy(policy)
-        for block in self.blocks:
-            x = block(x, context, own, other, self.formula)
-        return self.norm_out(x)
-
     def _ragged(
         self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "total width"]:
-        """Strict, kept rows only: linear layers see rows one after another, attention sees them padded.
+        """Strict inference: linear layers on concatenated kept patches, attention on padded ones.
 
-        What all blocks share (places of rows, masks) is worked out once: for small models the many small steps around
-        the matrix products would otherwise cost as much as the arithmetic (benchmarks/encode_speed.py).
+        Layouts and masks are computed once for all blocks: in small models they would otherwise
+        cost as much as the matrix products.
         """
         kept, dropped = RaggedLayout.of(keep), RaggedLayout.of(~keep)
         flat = keep.flatten()
-        taken, left = flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1)
-        if self.position is None:
-            rows = features.flatten(0, 1)
-            x, context = rows.index_select(0, taken), self.norm_in(rows.index_select(0, left))
+        kept_index, dropped_index = flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1)
+        if self.position is None:  # normalize only the dropped patches
+            items = features.flatten(0, 1)
+            x = items.index_select(0, kept_index)
+            context = self.norm_in(items.index_select(0, dropped_index))
         else:
-            rows = self.enter(features)[0].flatten(0, 1)
-            x, context = rows.index_select(0, taken), rows.index_select(0, left)
-        bias, blind = _cross_mask(dropped, kept, x.dtype)
+            items = self._inputs(features)[0].flatten(0, 1)
+            x, context = (items.index_select(0, index) for index in (kept_index, dropped_index))
+        bias, without_keys = _cross_mask(dropped, kept, x.dtype)
         for block in self.blocks:
-            attention = block.self_attention
-            x = x + _rows(attention, block.norm_self(x), None, kept, kept, causal=True)
+            own, cross = block.self_attention, block.cross_attention
+            x = x + _attend(own, block.norm_self(x), None, kept, kept, causal=True)
             if dropped.width:
-                look = _rows(
-                    block.cross_attention, block.norm_cross(x), context, kept, dropped, bias, blind
-                )
-                x = x + look
-            else:  # an empty sum of values, then the output projection's bias: as dense gives it
-                x = x + block.cross_attention.out.bias
+                query = block.norm_cross(x)
+                x = x + _attend(cross, query, context, kept, dropped, bias, without_keys)
+            else:  # an empty sum of values, then the bias of the output projection, as in dense
+                x = x + cross.out.bias
             x = x + block.mlp(block.norm_mlp(x))
         return self.norm_out(x)
+
+
+def grid_positions(patches: int, width: int) -> Float[Tensor, "patches width"]:
+    """Sines and cosines of row and column, the initial value of learned positions.
+
+    A quarter of the width each: sin(row w), cos(row w), sin(column w), cos(column w), with
+    wavelengths from twice the side down to two patches.
+
+    Raises:
+        ValueError: a number of patches that is no square, or a width not divisible by 4.
+    """
+    side = math.isqrt(patches)
+    if side * side != patches or width % 4:
+        raise ValueError(
+            "positions need a square number of patches and a width divisible by 4, got "
+            f"{patches} and {width}"
+        )
+    falling = 1 - torch.arange(width // 4) / max(1, width // 4 - 1)
+    frequency = math.pi * torch.exp(-math.log(max(2, side)) * falling)
+    angle = torch.arange(side)[:, None] * frequency
+    wave = torch.cat([angle.sin(), angle.cos()], 1)
+    return torch.cat([wave.repeat_interleave(side, 0), wave.repeat(side, 1)], 1)
+
+
+def self_policy(policy: Tensor) -> Tensor:
+    """[b n] keep policy -> [b 1 n n]: earlier kept patches and the patch itself; same dtype."""
+    n = policy.shape[1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=policy.device).tril(-1)
+    eye = torch.eye(n, dtype=torch.bool, device=policy.device)
+    if policy.dtype == torch.bool:
+        return ((policy[:, None, :] & causal) | eye)[:, None]
+    return (policy[:, None, :] * causal + eye)[:, None]
+
+
+def cross_policy(policy: Tensor) -> Tensor:
+    """[b n] keep policy -> [b 1 1 n]: the dropped patches."""
+    return (~policy if policy.dtype == torch.bool else 1 - policy)[:, None, None, :]
 
 
 def _cross_mask(
     dropped: RaggedLayout, kept: RaggedLayout, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What the kept rows see of the padded dropped rows, made once for all blocks.
+    """The mask of padded dropped patches, shared by all blocks.
 
-    Returns: the additive mask [b 1 1 m], None where no slot is free; and bool [total 1], True for kept rows of images
-    with nothing dropped (a row of -inf only would be NaN: they see all slots and are zeroed after), None for none.
+    Returns:
+        The additive mask [b 1 1 m], None if nothing is padded; and bool [total 1], True for kept
+        patches of images without any dropped patch, None if there are none. Softmax over -inf only
+        would be NaN: such queries attend to the padding and their output is set to zero.
     """
     if dropped.full:
         return None, None
-    nothing = dropped.lengths == 0
+    empty = dropped.lengths == 0
     bias = torch.zeros(dropped.mask.shape, dtype=dtype, device=dropped.mask.device)
-    bias = bias.masked_fill_(~(dropped.mask | nothing[:, None]), float("-inf"))[:, None, None, :]
-    return bias, nothing.repeat_interleave(kept.lengths)[:, None] if bool(nothing.any()) else None
+    bias = bias.masked_fill_(~(dropped.mask | empty[:, None]), float("-inf"))[:, None, None, :]
+    return bias, empty.repeat_interleave(kept.lengths)[:, None] if bool(empty.any()) else None
 
 
-def _rows(
+def _attend(
     attention: Attention,
     x: Tensor,
     context: Tensor | None,
-    layout: RaggedLayout,
+    queries: RaggedLayout,
     keys: RaggedLayout,
     bias: Tensor | None = None,
-    blind: Tensor | None = None,
+    without_keys: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """One attention over ragged rows. Free slots at the end of a sequence are never seen by a causal or masked row."""
+    """One attention over ragged items [total d]; causal or `bias` masks exclude the padding."""
     context = x if context is None else context
-    q = attention.split(layout.spread(attention.query(x)))
+    q = attention.split(queries.spread(attention.query(x)))
     k = attention.split(keys.spread(attention.key(context)))
     v = attention.split(keys.spread(attention.value(context)))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
-    rows = layout.unpad(out.transpose(1, 2).flatten(2))
-    return attention.out(rows if blind is None else rows.masked_fill(blind, 0))
+    items = queries.unpad(out.transpose(1, 2).flatten(2))
+    return attention.out(items if without_keys is None else items.masked_fill(without_keys, 0))

@@ -1,10 +1,9 @@
-"""Room 5: merged features <-> codes.
+"""Merged features <-> codes.
 
-    [total d] -> Linear, Tanh, Linear, L2 norm -> [total c] -> nearest codebook row -> int64 [total] -> row [total c]
+    [total d] -> Linear, Tanh, Linear, L2 norm -> [total c] -> nearest entry -> int64 [total]
 
-Codes are always the exact nearest row by squared distance, computed in float32: under bf16 some 3 % of the codes would
-change. In training the rows move by exponential moving averages, through `vector-quantize-pytorch`; `TrainingCodebook`
-is the only place that knows that package.
+A code is the exact nearest codebook entry by squared distance, computed in float32: under bfloat16
+about 3 % of the codes would change. How the codebook is trained: training/codebook.py.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ CHUNK = 1 << 26  # entries of the distance matrix computed at a time (256 MiB in
 
 
 class Codebook(KeepFloat32):
-    """K rows of width c, held and searched in float32 whatever the dtype of the rest of the model."""
+    """K entries of dimension c, stored and searched in float32 whatever the model's dtype."""
 
     embeddings: Tensor
 
@@ -30,38 +29,46 @@ class Codebook(KeepFloat32):
 
     @torch.no_grad()
     def nearest(self, z: Float[Tensor, "total dim"]) -> Int64[Tensor, " total"]:
-        """argmin_k |z - row_k|^2; of equally near rows the first."""
+        """argmin_k |z - e_k|^2, the first among equally near entries.
+
+        Raises:
+            ValueError: NaN or infinity in z.
+        """
         with torch.autocast(z.device.type, enabled=False):
-            # Under set_float32_matmul_precision("high") products are rounded to 10 bits or fewer, which changes codes.
-            exact = (
-                torch.float32
-                if torch.get_float32_matmul_precision() == "highest"
-                else torch.float64
-            )
-            z, rows = z.float().to(exact), self.embeddings.to(exact)
+            # Under set_float32_matmul_precision("high") or "medium" products have 10 bits or fewer,
+            # which would change codes.
+            full = torch.get_float32_matmul_precision() == "highest"
+            exact = torch.float32 if full else torch.float64
+            z, entries = z.float().to(exact), self.embeddings.to(exact)
             if not bool(z.isfinite().all()):
                 raise ValueError(
-                    "features to quantize hold NaN or infinity: any code would be arbitrary"
+                    "features to quantize contain NaN or infinity: any code would be arbitrary"
                 )
-            half_norms = rows.square().sum(1) / 2
-            step = max(1, CHUNK // len(rows))
-            chunks = [(half_norms - part @ rows.T).argmin(1) for part in z.split(step)]
-            return (
-                torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device=z.device)
-            )
+            # |z - e|^2 / 2 without |z|^2 / 2, which is the same for all entries.
+            half_norms = entries.square().sum(1) / 2
+            parts = z.split(max(1, CHUNK // len(entries)))
+            chunks = [(half_norms - part @ entries.T).argmin(1) for part in parts]
+            return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64).to(z.device)
 
     def lookup(self, codes: Int64[Tensor, " total"]) -> Float[Tensor, "total dim"]:
+        """The codebook entries of the codes."""
         return self.embeddings[codes]
 
 
 class Quantizer(nn.Module):
-    """The projection to code space and the codebook."""
+    """The projection to the code space and the codebook.
+
+    Args:
+        width: d, dimension of the merged features.
+        size: K, number of codes.
+        dim: c, dimension of the codebook entries.
+    """
 
     def __init__(self, width: int, size: int, dim: int) -> None:
         super().__init__()
         self.projection = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, dim))
         self.codebook = Codebook(size, dim)
 
-    def project(self, merged: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows dim"]:
-        """Merged features -> unit-norm queries of the codebook, float32."""
+    def project(self, merged: Float[Tensor, "*items width"]) -> Float[Tensor, "*items dim"]:
+        """Merged features -> unit-norm queries of the codebook, in float32."""
         return F.normalize(self.projection(merged).float(), dim=-1)

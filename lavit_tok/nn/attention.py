@@ -1,15 +1,17 @@
-"""Masked multi-head attention and the block that merger and reconstructor are built of.
+"""Masked multi-head attention, and the block that merger and reconstructor are built of.
 
-Who may look at whom is a *policy* p in 0..1 for every (query, key) pair. Two formulas turn scores a and a policy into
-weights (LaVIT, public release; n is the number of keys):
+A *policy* p in 0..1 for each (query, key) pair says whether the query may attend to the key. Two
+formulas turn scores a and a policy into weights (LaVIT, public release; n is the number of keys):
 
-    strict   w = exp(min(a - m, 30)) * p / sum(exp(min(a - m, 30)) * p),  m = max of a over allowed keys, no gradient
+    strict   w = exp(min(a - m, 30)) * p / sum(exp(min(a - m, 30)) * p)
+             m = max of a over allowed keys, without gradient
     compat   w = (exp(a - max(a)) * p + eps / n) / (sum(exp(a - max(a)) * p) + eps),  eps = 1e-6
 
-`strict` gives a forbidden key (p = 0) exactly no weight, yet the gradient with respect to p stays: that is how a
-straight-through keep/drop decision learns. Where every p is a plain bool the same numbers come from the fused
-`scaled_dot_product_attention`. `compat` is what the released weights were trained with: its maximum runs over forbidden
-keys too, so a forbidden key with a large score leaks weight to every key.
+`strict` gives a forbidden key (p = 0) exactly no weight, but keeps the gradient with respect to p,
+from which a straight-through keep decision learns. With a bool policy the same numbers come from
+the fused `scaled_dot_product_attention`. `compat` is the formula that the released weights were
+trained with: its maximum includes forbidden keys, so that a forbidden key with a large score leaks
+weight to every key.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch.nn import functional as F
 
 EPS = 1e-6
 EXPONENT_CAP = 30.0  # exp(30) is far below float32's maximum; only forbidden keys can reach it
-SCORES = 2**22  # at a time where a formula is written out: 16 MB, which stays near the processor
+SCORES = 2**22  # scores computed at a time without a fused kernel: 16 MB, about a cache size
 Formula = Literal["strict", "compat"]
 
 
@@ -37,16 +39,19 @@ def attend(
     | None = None,
     formula: Formula = "strict",
 ) -> Float[Tensor, "batch heads queries dim"]:
-    """Attention under a policy. A strict row without any allowed key gives zeros; compat then averages all keys."""
+    """Attention under a policy; None allows all keys.
+
+    A query without any allowed key gives zeros under strict, the mean of all values under compat.
+    """
     if policy is None:
         return _fused(q, k, v, None)
     if formula == "strict" and policy.dtype == torch.bool:
-        # A row of -inf only would be NaN: let it see everything, then zero it.
+        # Softmax over -inf only would be NaN: such queries attend to all keys and become zero.
         empty = ~policy.any(-1, keepdim=True)
         return _fused(q, k, v, policy | empty).masked_fill(empty, 0)
     batch, heads, queries, _ = q.shape
     step = max(1, SCORES // max(1, heads * queries * k.shape[2]))
-    if batch > step and not torch.is_grad_enabled():  # the same numbers, a few images at a time
+    if batch > step and not torch.is_grad_enabled():  # same results with less memory
         policies = policy.expand(batch, -1, -1, -1).split(step)
         parts = zip(q.split(step), k.split(step), v.split(step), policies, strict=True)
         return torch.cat([attend(*part, formula) for part in parts])
@@ -66,20 +71,21 @@ def masked_softmax(
     policy: Float[Tensor, "#batch #heads #queries keys"],
     formula: Formula,
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """The two formulas of this file's head, in float32."""
+    """The two formulas of the module docstring, in float32."""
     if formula == "compat":
         weights = (scores - scores.amax(-1, keepdim=True)).exp() * policy
         return (weights + EPS / scores.shape[-1]) / (weights.sum(-1, keepdim=True) + EPS)
     allowed = policy.detach() > 0
     top = scores.detach().masked_fill(~allowed, float("-inf")).amax(-1, keepdim=True)
-    top = top.masked_fill(top == float("-inf"), 0)
+    top = top.masked_fill(top == float("-inf"), 0)  # queries without allowed keys
+    # The cap comes before the product with p: inf * 0 would be NaN for a forbidden key.
     weights = (scores - top).clamp(max=EXPONENT_CAP).exp() * policy
     total = weights.sum(-1, keepdim=True)
     return weights / total.masked_fill(~allowed.any(-1, keepdim=True), 1)
 
 
 class Attention(nn.Module):
-    """Queries of one sequence, keys and values of the same (self) or another (cross)."""
+    """Multi-head attention: keys and values of the same sequence (self) or another one (cross)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -90,6 +96,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def split(self, x: Float[Tensor, "batch n width"]) -> Float[Tensor, "batch heads n dim"]:
+        """Split the width into heads."""
         return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
     def forward(
@@ -99,12 +106,11 @@ class Attention(nn.Module):
         policy: Tensor | None = None,
         formula: Formula = "strict",
     ) -> Float[Tensor, "batch queries width"]:
+        """Attend from x to the context, or to x itself; policy and formula as in `attend`."""
         context = x if context is None else context
-        q, k, v = (
-            self.split(p(t))
-            for p, t in ((self.query, x), (self.key, context), (self.value, context))
-        )
-        return self.out(rearrange(attend(q, k, v, policy, formula), "b h n d -> b n (h d)"))
+        q, k, v = self.query(x), self.key(context), self.value(context)
+        out = attend(self.split(q), self.split(k), self.split(v), policy, formula)
+        return self.out(rearrange(out, "b h n d -> b n (h d)"))
 
 
 class Block(nn.Module):
@@ -117,9 +123,8 @@ class Block(nn.Module):
         self.norm_cross = nn.LayerNorm(width, eps)
         self.cross_attention = Attention(width, heads)
         self.norm_mlp = nn.LayerNorm(width, eps)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width)
-        )
+        expand, contract = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        self.mlp = nn.Sequential(expand, nn.GELU(), contract)
 
     def forward(
         self,
@@ -129,6 +134,7 @@ class Block(nn.Module):
         cross_policy: Tensor | None,
         formula: Formula = "strict",
     ) -> Float[Tensor, "batch n width"]:
+        """One block; the policies are [b 1 n n] and [b 1 n keys] or broadcast to them."""
         x = x + self.self_attention(self.norm_self(x), policy=self_policy, formula=formula)
         x = x + self.cross_attention(self.norm_cross(x), context, cross_policy, formula)
         return x + self.mlp(self.norm_mlp(x))

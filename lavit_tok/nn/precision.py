@@ -1,7 +1,7 @@
-"""KeepFloat32: the parts of a model whose answers are decisions, not numbers.
+"""KeepFloat32: modules that stay in float32 because their output is a decision.
 
-A keep mask and a code are the outcome of a comparison: rounded to bfloat16, nearly equal scores swap places and the
-same picture gets other codes. Such modules stay in float32 when the model around them is moved to another dtype.
+A keep mask and a code result from a comparison: rounded to bfloat16, nearly equal scores change
+order and the same image gets other codes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 
 class KeepFloat32(nn.Module):
-    """A module that follows a move to another device, but not to another dtype."""
+    """A module that `to()` moves to another device, but not to another dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(
-            lambda t: fn(t).to(t.dtype) if t.is_meta else t.to(fn(t).device), recurse
-        )
+        def keep_dtype(t: Tensor) -> Tensor:
+            # On the meta device fn may materialize the tensor (to_empty), so its result is used.
+            return fn(t).to(t.dtype) if t.is_meta else t.to(fn(t).device)
+
+        return super()._apply(keep_dtype, recurse)

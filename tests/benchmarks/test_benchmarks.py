@@ -62,9 +62,9 @@ def test_tokens_per_image_runs(
     assert found["images"] == PICTURES
     assert "1 bad rows skipped" in found["set"] and found["bad_rows"] == 1
     (reject,) = found["rejects"]
-    assert reject["key"] == "broken.png" and "broken.png: not a picture" in reject["reason"]
+    assert reject["key"] == "broken.png" and "broken.png: not an image" in reject["reason"]
     assert (
-        "`broken.png`: broken.png: not a picture"
+        "`broken.png`: broken.png: not an image"
         in (tmp_path / "out" / "tokens_per_image.md").read_text()
     )
     assert sum(found["histogram"]) == PICTURES

@@ -511,7 +511,7 @@ def test_bad_pictures_and_files(
     bad = coco / "val2014" / "COCO_val2014_000000000064.jpg"
     bad.write_bytes(b"no picture")
     found = run(script, tmp_path / "out", *words)
-    assert [r["key"] for r in found["rejects"]] == ["64"] and "not a picture" in found["rejects"][
+    assert [r["key"] for r in found["rejects"]] == ["64"] and "not an image" in found["rejects"][
         0
     ]["reason"]
     assert found["captions"] == 6 and any(
@@ -520,7 +520,7 @@ def test_bad_pictures_and_files(
     results = json.loads((tmp_path / "out" / "captioning.results.json").read_text())
     assert 64 not in [r["image_id"] for r in results]
     assert (
-        "`64`: COCO_val2014_000000000064.jpg: not a picture"
+        "`64`: COCO_val2014_000000000064.jpg: not an image"
         in (tmp_path / "out" / "captioning.md").read_text()
     )
     bad.unlink()

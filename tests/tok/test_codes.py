@@ -1,4 +1,4 @@
-"""RaggedLayout and VisualCodes: how ragged batches lie, what they refuse."""
+"""RaggedLayout and VisualCodes: padding, slicing, joining, and what they refuse."""
 
 from __future__ import annotations
 
@@ -9,88 +9,69 @@ import pytest
 import torch
 
 from lavit_tok import CodeError, VisualCodes
+from lavit_tok import codes as codes_module
 from lavit_tok.codes import RaggedLayout
 
 
 def test_the_drawing():
-    """The picture at the head of records.py.
-
-    image 0 has 3 rows, image 1 has 1:     values  a b c d      lengths  3 1
-    padded(fill=-1):                       a  b  c
-                                           d -1 -1
-    """
     a, b, c, d = 5, 6, 7, 8
+    drawing = (codes_module.__doc__ or "").partition("fill=-1):")[2].split()
+    drawn = [{"a": a, "b": b, "c": c, "d": d}.get(x) or int(x) for x in drawing]
     codes = VisualCodes(torch.tensor([a, b, c, d]), torch.tensor([3, 1]))
-    assert codes.padded(fill=-1).tolist() == [[a, b, c], [d, -1, -1]]
+    assert codes.padded(fill=-1).flatten().tolist() == drawn == [a, b, c, d, -1, -1]
     assert codes.padded(fill=99).tolist() == [[a, b, c], [d, 99, 99]]
-    assert codes.layout.column.tolist() == [0, 1, 2, 0]
-    assert codes.layout.slots.tolist() == [0, 1, 2, 3]
+    assert codes.layout.positions.tolist() == [0, 1, 2, 3]
     assert codes.layout.mask.tolist() == [[True, True, True], [True, False, False]]
     assert codes.to_list() == [[a, b, c], [d]]
     assert len(codes) == 2 and codes[0].tolist() == [a, b, c] and codes[-1].tolist() == [d]
-    assert [row.tolist() for row in codes] == [[a, b, c], [d]]
-    with pytest.raises(IndexError):
-        codes[2]
-    with pytest.raises(IndexError):
-        codes[-3]
+    for index in (2, -3):
+        with pytest.raises(IndexError):
+            codes[index]
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [0, 3, 0], [1, 1, 1], [2, 0, 5, 1]])
 def test_pad_and_unpad_are_inverse(lengths: list[int]):
     layout = RaggedLayout(torch.tensor(lengths, dtype=torch.int64))
     for rest in ((), (3,), (2, 2)):
-        rows = (
-            torch.arange(sum(lengths) * int(torch.tensor(rest).prod()))
-            .view(sum(lengths), *rest)
-            .float()
-            + 1
-        )
-        padded = layout.pad(rows)
+        items = torch.rand(sum(lengths), *rest) + 1
+        padded = layout.pad(items)
         assert padded.shape == (len(lengths), max(lengths, default=0), *rest)
-        assert torch.equal(layout.unpad(padded), rows)
-        assert torch.equal(layout.unpad(layout.pad(rows, fill=float("nan"))), rows)
+        assert torch.equal(layout.unpad(padded), items)
+        assert torch.equal(layout.unpad(layout.pad(items, fill=float("nan"))), items)
         assert not padded[~layout.mask].any()
-    assert layout.column.tolist() == [c for n in lengths for c in range(n)]
 
 
-def test_spread_repeats_rows_where_pad_would_fill():
-    """The picture of RaggedLayout.spread.
-
-    With lengths 3 and 1 the rows a b c d become  a b c
-                                                  d d d
-    """
-    rows = torch.tensor([1, 2, 3, 4])
-    assert RaggedLayout(torch.tensor([3, 1])).spread(rows).tolist() == [[1, 2, 3], [4, 4, 4]]
+def test_spread_repeats_items_where_pad_would_fill():
+    items = torch.tensor([1, 2, 3, 4])
+    doc = RaggedLayout.spread.__doc__ or ""
+    assert [line.split()[-3:] for line in doc.splitlines()[2:4]] == [["a", "b", "c"], ["d"] * 3]
+    assert RaggedLayout(torch.tensor([3, 1])).spread(items).tolist() == [[1, 2, 3], [4, 4, 4]]
     assert RaggedLayout(torch.tensor([2, 2])).full and not RaggedLayout(torch.tensor([3, 1])).full
     for lengths in ([], [0], [0, 0], [2, 2], [0, 3, 0], [3, 0, 1], [1, 0, 0, 4]):
         layout = RaggedLayout(torch.tensor(lengths, dtype=torch.int64))
-        rows = torch.arange(2 * sum(lengths)).view(-1, 2) + 1
-        spread = layout.spread(rows)
+        items = torch.arange(2 * sum(lengths)).view(-1, 2) + 1
+        spread = layout.spread(items)
         assert spread.shape == (len(lengths), max(lengths, default=0), 2)
-        assert torch.equal(layout.unpad(spread), rows)
-        assert torch.equal(spread[layout.mask], layout.pad(rows)[layout.mask])
-        assert set(spread.flatten().tolist()) <= set(rows.flatten().tolist()), (
-            "a free slot repeats a row"
-        )
+        assert torch.equal(layout.unpad(spread), items)
+        assert set(spread.flatten().tolist()) <= set(items.flatten().tolist())
 
 
 def test_random_batches_round_trip():
-    chance = random.Random(0)
+    rng = random.Random(0)
     for _ in range(200):
-        rows = [
-            [chance.randrange(50) for _ in range(chance.randrange(6))]
-            for _ in range(chance.randrange(6))
+        lists = [
+            [rng.randrange(50) for _ in range(rng.randrange(6))] for _ in range(rng.randrange(6))
         ]
-        codes = VisualCodes.from_list(rows, codebook_size=50)
-        assert codes.to_list() == rows == [list(map(int, row)) for row in codes]
-        assert codes.lengths.tolist() == [len(r) for r in rows] and len(codes) == len(rows)
-        order = [chance.randrange(-len(rows), len(rows)) for _ in range(4)] if rows else []
-        assert codes.take(order).to_list() == [rows[i] for i in order]
-        cut = chance.randrange(len(rows) + 1)
-        halves = [VisualCodes.from_list(part, 50) for part in (rows[:cut], rows[cut:])]
-        assert VisualCodes.cat(halves).to_list() == rows
-        for row, padded in zip(rows, codes.padded(-7).tolist(), strict=True):
-            assert padded == row + [-7] * (len(padded) - len(row))
+        codes = VisualCodes.from_list(lists, codebook_size=50)
+        assert codes.to_list() == lists == [x.tolist() for x in codes]
+        assert codes.lengths.tolist() == [len(x) for x in lists] and len(codes) == len(lists)
+        order = [rng.randrange(-len(lists), len(lists)) for _ in range(4)] if lists else []
+        assert codes.take(order).to_list() == [lists[i] for i in order]
+        cut = rng.randrange(len(lists) + 1)
+        halves = [VisualCodes.from_list(half, 50) for half in (lists[:cut], lists[cut:])]
+        assert VisualCodes.cat(halves).to_list() == lists
+        for sequence, padded in zip(lists, codes.padded(-7).tolist(), strict=True):
+            assert padded == sequence + [-7] * (len(padded) - len(sequence))
 
 
 def test_layout_of_a_mask():
@@ -102,13 +83,13 @@ def test_layout_of_a_mask():
 def test_take_and_cat_carry_the_masks():
     keep = torch.tensor([[True, True, False], [False, False, True]])
     codes = VisualCodes(torch.tensor([1, 2, 3]), torch.tensor([2, 1]), keep, 16)
-    turned = codes.take([1, 0, 1])
-    assert turned.to_list() == [[3], [1, 2], [3]]
-    assert turned.keep is not None and turned.keep.tolist() == keep[[1, 0, 1]].tolist()
-    assert turned.codebook_size == 16
+    reordered = codes.take([1, 0, 1])
+    assert reordered.to_list() == [[3], [1, 2], [3]]
+    assert reordered.keep is not None and reordered.keep.tolist() == keep[[1, 0, 1]].tolist()
+    assert reordered.codebook_size == 16
     assert codes.take([-1, 0]).to_list() == [[3], [1, 2]]
     assert codes.take([]).to_list() == []
-    both = VisualCodes.cat([codes, turned])
+    both = VisualCodes.cat([codes, reordered])
     assert both.keep is not None and both.keep.shape == (5, 3)
     assert VisualCodes.cat([codes, VisualCodes.from_list([[4]], 16)]).keep is None
     with pytest.raises(CodeError, match="at least one batch"):
@@ -120,7 +101,7 @@ def test_take_and_cat_carry_the_masks():
 
 
 @pytest.mark.parametrize(
-    ("values", "lengths", "said"),
+    ("values", "lengths", "message"),
     [
         (torch.tensor([1.0]), torch.tensor([1]), "values: expected an int64 tensor"),
         (
@@ -134,12 +115,12 @@ def test_take_and_cat_carry_the_masks():
         (torch.tensor([1]), torch.tensor(1), "lengths: expected an int64 tensor"),
         (torch.tensor([1, 2]), torch.tensor([1]), "add up to 1, but there are 2"),
         (torch.tensor([1]), torch.tensor([2, -1]), "none below 0"),
-        (torch.tensor([-1]), torch.tensor([1]), "must not be negative"),
+        (torch.tensor([-1]), torch.tensor([1]), r"expected codes in 0\.\., got -1"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_what_is_no_batch_of_codes(values: Any, lengths: Any, said: str):
-    with pytest.raises(CodeError, match=said):
+def test_invalid_batches_are_refused(values: Any, lengths: Any, message: str):
+    with pytest.raises(CodeError, match=message):
         VisualCodes(values, lengths)
 
 
@@ -163,7 +144,7 @@ def test_codes_out_of_range():
     unknown.check(41)
     with pytest.raises(CodeError, match=r"0\.\.39"):
         unknown.check(40)
-    with pytest.raises(CodeError, match="a codebook of 16 rows, this one has 32"):
+    with pytest.raises(CodeError, match="a codebook of 16 entries, this one has 32"):
         VisualCodes.from_list([[3]], 16).check(32)
 
 
@@ -175,27 +156,25 @@ def test_codes_out_of_range():
         [["a"]],
         [[10**30]],
         [[None]],
-        [1, 2, 3],  # forgotten brackets: this would be three images of one code each
+        [1, 2, 3],  # without brackets: three images of one code each
         [[[1, 2], [3, 4]]],
         [torch.tensor(3)],
         [torch.tensor([1 + 2j])],
     ],
 )
-def test_what_is_no_list_of_codes(codes: Any):
+def test_invalid_lists_are_refused(codes: Any):
     with pytest.raises(CodeError, match="image 0: expected"):
         VisualCodes.from_list(codes)
 
 
-def test_other_integer_types_are_taken_as_they_are():
+def test_other_integer_types_are_accepted():
     for dtype in (torch.uint8, torch.int16, torch.int32):
-        assert VisualCodes.from_list([torch.tensor([1, 200 % 128], dtype=dtype), []]).to_list() == [
-            [1, 72],
-            [],
-        ]
+        codes = VisualCodes.from_list([torch.tensor([1, 72], dtype=dtype), []])
+        assert codes.to_list() == [[1, 72], []]
 
 
-def test_nothing_at_all():
-    nothing = VisualCodes.from_list([])
-    assert len(nothing) == 0 and nothing.to_list() == [] and nothing.padded().shape == (0, 0)
-    hollow = VisualCodes.from_list([[], []])
-    assert hollow.to_list() == [[], []] and hollow.padded().shape == (2, 0)
+def test_empty_batches():
+    empty = VisualCodes.from_list([])
+    assert len(empty) == 0 and empty.to_list() == [] and empty.padded().shape == (0, 0)
+    without_codes = VisualCodes.from_list([[], []])
+    assert without_codes.to_list() == [[], []] and without_codes.padded().shape == (2, 0)

@@ -126,7 +126,7 @@ def test_square_pairs_and_counted_patches_are_understood(tiny_config: TokenizerC
 def test_unknown_settings_and_other_formats_are_refused(tiny_config: TokenizerConfig):
     values = tiny_config.to_dict()
     with pytest.raises(
-        ConfigError, match=re.escape("unknown settings ['merger_dept', 'selector']")
+        ConfigError, match=re.escape("unknown entries ['merger_dept', 'selector']")
     ):
         TokenizerConfig.from_dict({**values, "merger_dept": 3, "selector": {}})
     with pytest.raises(ConfigError, match="version 1, got lavit_tok"):

@@ -196,7 +196,7 @@ def test_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer):
     )
     for codes, said in (
         (VisualCodes.from_list([[16]]), r"0\.\.15, got 16\.\.16"),
-        (VisualCodes.from_list([[3]], 32), "a codebook of 32 rows, this one has 16"),
+        (VisualCodes.from_list([[3]], 32), "a codebook of 32 entries, this one has 16"),
         (VisualCodes.from_list([]), "no images"),
         (VisualCodes.from_list([[1], []]), r"lengths 0\.\.1"),
         (VisualCodes.from_list([[1], [2] * 17]), r"lengths 1\.\.17"),

@@ -105,7 +105,7 @@ def test_encode_folder_then_decode(
     assert f"1 skipped, listed in {rejects}" in message
     (reject,) = json_lines(rejects.read_text())
     assert reject["key"] == str(folder / "broken.png")
-    assert "not a picture" in reject["reason"]
+    assert "not an image" in reject["reason"]
     assert sorted(p.name for p in out.parent.iterdir()) == [
         out.name,
         rejects.name,
@@ -171,7 +171,7 @@ def test_a_single_bad_picture_is_one_line(
     ):
         assert main(words(*command, broken, "--tokenizer", weights / "tokenizer")) == 2
         captured = capsys.readouterr()
-        expected = f"lavit-tok: error: {broken}: not a picture in a format that Pillow knows\n"
+        expected = f"lavit-tok: error: {broken}: not an image in a format that Pillow supports\n"
         assert (captured.out, captured.err) == ("", expected)
 
 
@@ -197,7 +197,7 @@ def test_rejects_without_a_file_go_to_stderr(
     assert main(words("encode", broken, photos[0], "--tokenizer", weights / "tokenizer")) == 0
     captured = capsys.readouterr()
     assert len(json_lines(captured.out)) == 2
-    assert f"skipped {broken}: not a picture" in captured.err
+    assert f"skipped {broken}: not an image" in captured.err
     assert "encoded 1 of 2 pictures" in captured.err
 
 
@@ -231,7 +231,7 @@ def test_bad_rows_are_skipped_and_listed(
         "rejects.jsonl",
     ]
     reasons = {row["key"]: row["reason"] for row in json_lines((out / "rejects.jsonl").read_text())}
-    assert reasons["large"] == "codes must lie in 0..15, got 16..16"
+    assert reasons["large"] == "expected codes in 0..15, got 16..16"
     assert reasons["empty"] == "expected 1..16 codes, got 0"
     assert reasons["long"] == "expected 1..16 codes, got 17"
     assert reasons["text"] == "codes: expected a list of whole numbers"

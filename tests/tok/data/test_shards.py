@@ -186,7 +186,7 @@ def test_manifest_and_rejects(shards: Callable[..., Path], weights: Path, album:
         assert shard["sha256"] == sha256(out / shard["file"])
     assert [shard["rejects"] for shard in listed] == [1, 0, 0]
     (line,) = (out / "train.rejects.jsonl").read_text().splitlines()
-    reason = "not a picture in a format that Pillow knows"
+    reason = "not an image in a format that Pillow supports"
     assert json.loads(line) == {"key": "train/02.png", "reason": reason, "row": CORRUPT}
 
 
@@ -525,7 +525,7 @@ def test_pictures_that_cannot_be_used(
     out = shards("bad out", "--caption-column", "", data=folder.parent, code=2)
     message = capsys.readouterr().err
     assert (
-        "none of 3 pictures of split 'train' could be used; the first is train/0.png: not a picture"
+        "none of 3 pictures of split 'train' could be used; the first is train/0.png: not an image"
         in message
     )
     assert len((out / "train.rejects.jsonl").read_text().splitlines()) == 3

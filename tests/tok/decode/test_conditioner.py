@@ -236,11 +236,11 @@ def test_spatial_channels_are_resized_to_the_latents(
 
 def test_refuses_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer) -> None:
     made = condition(tiny_tokenizer, cross_dims=[24])
-    with pytest.raises(CodeError, match="codebook of 32 rows, this one has 16"):
+    with pytest.raises(CodeError, match="codebook of 32 entries, this one has 16"):
         made(VisualCodes.from_list([[1]], codebook_size=32))
     with pytest.raises(CodeError, match=r"0\.\.15, got 3\.\.16"):
         made(VisualCodes.from_list([[3, 16]]))
-    with pytest.raises(CodeError, match=r"1\.\.16 codes an image, got lengths 17\.\.17"):
+    with pytest.raises(CodeError, match=r"1\.\.16 codes per image, got lengths 17\.\.17"):
         made(VisualCodes.from_list([[0] * 17]))
     with pytest.raises(CodeError, match=r"at least one image.*got no images"):
         made(VisualCodes.from_list([]))

@@ -210,7 +210,7 @@ def test_a_share_is_held_and_no_gradient_moves_it():
         assert abs(float(found) / 0.05 - float(slope[1, 1])) < 1e-4
     log_probs = torch.stack([scores.detach(), torch.zeros_like(scores)], -1).log_softmax(-1)
     draws = [
-        straight_through(log_probs, torch.Generator().manual_seed(s), share=0.25).mean()
+        straight_through(log_probs, torch.Generator().manual_seed(s), ratio=0.25).mean()
         for s in range(200)
     ]
     assert abs(float(torch.stack(draws).mean()) - 0.25) < 0.01
