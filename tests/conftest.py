@@ -9,6 +9,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread for each worker: two workers of two threads each take longer on two cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -47,7 +49,7 @@ def tiny_config() -> TokenizerConfig:
 
 @pytest.fixture(scope="session")
 def photos() -> list[Path]:
-    """Four photographs that scikit-image ships inside its package: three in colour, one grey."""
+    """Four photographs that scikit-image ships inside its package: three in color, one gray."""
     spec = find_spec("skimage")
     assert spec is not None and spec.origin is not None, (
         "the photographs come with scikit-image: pip install -e '.[dev]'"
@@ -56,12 +58,22 @@ def photos() -> list[Path]:
     return [folder / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "camera.png")]
 
 
-@pytest.fixture
-def tiny_tokenizer(tiny_config: TokenizerConfig, photos: list[Path]) -> VisualTokenizer:
-    """Seeded random weights; its selector keeps about a third of the photographs' patches, different numbers each.
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of `datasets` for this run; the user's is neither read nor written."""
+    cache = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(cache)  # for processes that tests start
+    if "datasets" in sys.modules:  # it read the variable when it was imported
+        sys.modules["datasets"].config.HF_DATASETS_CACHE = cache
+    return cache
 
-    A fresh selector's scores differ by less than its bias, so that it keeps nearly all or nearly none: here they are
-    spread out and shifted to their upper third. A new one for every test, so that a test may change it.
+
+@pytest.fixture(scope="session")
+def shared_tokenizer(tiny_config: TokenizerConfig, photos: list[Path]) -> VisualTokenizer:
+    """Seeded random weights. Keeps about a third of the patches of a photograph; not to be changed.
+
+    The scores of a new selector differ by less than its bias, so that it keeps nearly all patches
+    or nearly none. Here they are scaled, and shifted so that the upper third is positive.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -74,8 +86,14 @@ def tiny_tokenizer(tiny_config: TokenizerConfig, photos: list[Path]) -> VisualTo
 
 
 @pytest.fixture
+def tiny_tokenizer(shared_tokenizer: VisualTokenizer) -> VisualTokenizer:
+    """A copy of shared_tokenizer for each test, which may change it."""
+    return copy.deepcopy(shared_tokenizer)
+
+
+@pytest.fixture
 def tiny_decoder(tiny_tokenizer: VisualTokenizer) -> Any:
-    """A PixelDecoder for tiny_tokenizer's codes with seeded random weights; draws 16 x 16 pixels."""
+    """A PixelDecoder for the codes of tiny_tokenizer: seeded random weights, 16 x 16 pixels."""
     from diffusers import DDIMScheduler
     from helpers.small_diffusion import small_unet, small_vae
 
@@ -106,37 +124,35 @@ def scripts() -> Iterator[Callable[[str], Any]]:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Without the run-time type checks, as users run it: what the library itself says to a wrong type."""
+    """Without run-time type checks, as users run it: the library's own errors for wrong types."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture
-def folder(
-    tiny_tokenizer: VisualTokenizer,
-    photos: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture(scope="session")
+def shared_folder(
+    shared_tokenizer: VisualTokenizer, photos: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """For lavit_lm: a visual tokenizer, shards of 24 captioned crops of photographs, and a text tokenizer."""
+    """What training of a language model reads; not to be changed."""
     from helpers.lm_runs import CAPTIONS
     from helpers.small_lms import small_tokenizer
     from helpers.small_sets import captioned
 
     from lavit_tok.cli import main
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    tiny_tokenizer.save_pretrained(tmp_path / "visual")
+    path = tmp_path_factory.mktemp("lm") / "folder"
+    shared_tokenizer.save_pretrained(path / "visual")
     for split, count in (("train", 24), ("validation", 6)):
-        captioned(tmp_path / "pictures" / split, photos, [CAPTIONS[i % 4] for i in range(count)])
-    words = [
-        str(tmp_path / "pictures"),
-        "--tokenizer",
-        str(tmp_path / "visual"),
-        "--out",
-        str(tmp_path / "shards"),
-    ]
-    assert main(["shards", *words]) == 0
-    small_tokenizer("llama").save_pretrained(tmp_path / "text")
+        captioned(path / "pictures" / split, photos, [CAPTIONS[i % 4] for i in range(count)])
+    arguments = [str(path / "pictures"), "--tokenizer", str(path / "visual")]
+    assert main(["shards", *arguments, "--out", str(path / "shards")]) == 0
+    small_tokenizer("llama").save_pretrained(path / "text")
+    return path
+
+
+@pytest.fixture
+def folder(shared_folder: Path, tmp_path: Path) -> Path:
+    """For lavit_lm: visual/, pictures/ (24 + 6 captioned crops), their shards/, text/ tokenizer."""
+    shutil.copytree(shared_folder, tmp_path, dirs_exist_ok=True)
     return tmp_path
