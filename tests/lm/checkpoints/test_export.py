@@ -1,4 +1,4 @@
-"""export.py: a plain directory, read and run without this package."""
+"""The exported directory, loaded and run without this package."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lavit_lm import VisualVocabulary, VocabularyError
 from lavit_lm.checkpoints.export import ExportError, export
 from lavit_lm.vocabulary.text_tokenizer import train_text_tokenizer
 
-PICTURE = "<|img|><|vis_00003|><|vis_00000|><|vis_00007|><|/img|>"
-PROMPTS = [PICTURE, "a red apple<|img|>"]
+IMAGE = "<|img|><|vis_00003|><|vis_00000|><|vis_00007|><|/img|>"
+PROMPTS = [IMAGE, "a red apple<|img|>"]
 ALONE = """
 import json, sys
 import torch
@@ -42,30 +42,39 @@ print(json.dumps(answers))
 def pair(
     family: str = "llama", tied: bool = False, spare: int = 0
 ) -> tuple[Any, Any, VisualVocabulary]:
-    """An extended random LM and its tokenizer; "own" is a Llama with the text tokenizer trained here."""
+    """An extended random LM and its tokenizer; "own" is a Llama with a text tokenizer trained here."""
     tokenizer = train_text_tokenizer(TEXTS, 290) if family == "own" else small_tokenizer(family)
-    rows = max(tokenizer.get_vocab().values()) + 1 + spare
-    model = small_lm("llama" if family == "own" else family, rows, tied)
+    size = max(tokenizer.get_vocab().values()) + 1 + spare
+    model = small_lm("llama" if family == "own" else family, size, tied)
     vocabulary = VisualVocabulary.extend(tokenizer, model, 8, torch.Generator().manual_seed(0))
     return model, tokenizer, vocabulary
 
 
-def with_lora(model: Any) -> Any:
-    """Adapters that do something: peft starts them at zero."""
-    wrapped = get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    )
+def with_lora(model: Any, **options: Any) -> Any:
+    """Adapters with an effect: peft initializes them to zero."""
+    options = options or {"target_modules": ["q_proj", "v_proj"]}
+    wrapped = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, value in wrapped.named_parameters():
-            if "lora_B" in name:
-                value.copy_(torch.randn(value.shape, generator=generator))
+        for value in wrapped.parameters():
+            if value.requires_grad:
+                value.add_(0.3 * torch.randn(value.shape, generator=generator))
     return wrapped
 
 
 @torch.no_grad()
+def assert_same_logits(folder: Path, model: Any, vocabulary: VisualVocabulary) -> Any:
+    """The LM in a directory against the one that was exported; returns the former."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[0, vocabulary.begin, vocabulary.first, vocabulary.end, 9]])
+    expected = model.eval()(ids).logits
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-5)
+    return loaded
+
+
+@torch.no_grad()
 def greedy(model: Any, ids: list[int], steps: int) -> list[int]:
-    """The slow and obvious version of generate: no cache, one argmax a step."""
+    """Generation without a cache, one argmax per step."""
     ids = list(ids)
     for _ in range(steps):
         ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -76,7 +85,7 @@ def greedy(model: Any, ids: list[int], steps: int) -> list[int]:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", [*FAMILIES, "own"])
-def test_reads_back(family: str, tied: bool, tmp_path: Path) -> None:
+def test_the_directory_loads_as_the_same_model(family: str, tied: bool, tmp_path: Path) -> None:
     model, tokenizer, vocabulary = pair(family, tied, spare=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     folder = export(model.train(), tokenizer, tmp_path / "out")
@@ -93,17 +102,14 @@ def test_reads_back(family: str, tied: bool, tmp_path: Path) -> None:
         assert written.get("bos_token_id") == tokenizer.bos_token_id
         assert written["pad_token_id"] in (tokenizer.pad_token_id, tokenizer.eos_token_id)
     again = AutoTokenizer.from_pretrained(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     begins = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     image = [vocabulary.begin, *vocabulary.to_ids(torch.tensor([3, 0, 7])).tolist(), vocabulary.end]
-    assert again(PICTURE).input_ids == [*begins, *image]
-    assert again.decode(image, skip_special_tokens=True) == PICTURE
-    words = vocabulary.encode_text(tokenizer, "a red apple")
-    assert again("a red apple<|img|>").input_ids == [*begins, *words, vocabulary.begin]
-    assert not vocabulary.is_visual(torch.tensor(vocabulary.encode_text(again, PICTURE))).any()
-    ids = torch.tensor([again(PICTURE).input_ids])
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-5)
+    assert again(IMAGE).input_ids == [*begins, *image]
+    assert again.decode(image, skip_special_tokens=True) == IMAGE
+    text = vocabulary.encode_text(tokenizer, "a red apple")
+    assert again("a red apple<|img|>").input_ids == [*begins, *text, vocabulary.begin]
+    assert not vocabulary.is_visual(torch.tensor(vocabulary.encode_text(again, IMAGE))).any()
+    assert_same_logits(folder, model, vocabulary)
 
 
 @pytest.mark.parametrize("case", ["own", "gpt2", "lora"])
@@ -116,27 +122,17 @@ def test_generates_the_same_without_this_package(case: str, tmp_path: Path) -> N
     command = [sys.executable, "-c", ALONE, str(folder), json.dumps(PROMPTS)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     answers = json.loads(shown.splitlines()[-1])
+    codes = vocabulary.to_ids(torch.tensor([3, 0, 7])).tolist()
+    text = vocabulary.encode_text(tokenizer, "a red apple")
     starts = [
-        [
-            tokenizer.bos_token_id,
-            vocabulary.begin,
-            *(vocabulary.first + c for c in (3, 0, 7)),
-            vocabulary.end,
-        ],
-        [
-            tokenizer.bos_token_id,
-            *vocabulary.encode_text(tokenizer, "a red apple"),
-            vocabulary.begin,
-        ],
+        [tokenizer.bos_token_id, vocabulary.begin, *codes, vocabulary.end],
+        [tokenizer.bos_token_id, *text, vocabulary.begin],
     ]
-    assert [answer["ids"] for answer in answers] == [
-        greedy(model.eval(), start, 8) for start in starts
-    ]
-    assert answers[0]["text"].startswith(PICTURE)
-    if case == "lora":  # and the adapters are what decided
-        assert [answer["ids"] for answer in answers] != [
-            greedy(plain, start, 8) for start in starts
-        ]
+    ids = [answer["ids"] for answer in answers]
+    assert ids == [greedy(model.eval(), start, 8) for start in starts]
+    assert answers[0]["text"].startswith(IMAGE)
+    if case == "lora":
+        assert ids != [greedy(plain, start, 8) for start in starts], "the adapters matter"
 
 
 def test_adapters_are_merged_into_a_copy(tmp_path: Path) -> None:
@@ -146,47 +142,27 @@ def test_adapters_are_merged_into_a_copy(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     assert not [name for name in weights if "lora" in name or "base" in name]
     assert any("lora_A" in name for name, _ in wrapped.named_parameters())
-    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = torch.tensor([[0, vocabulary.begin, vocabulary.first, vocabulary.end, 9]])
-    with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(ids).logits, wrapped.eval()(ids).logits, rtol=0, atol=1e-5
-        )
+    assert_same_logits(folder, wrapped, vocabulary)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_rows_that_peft_trains_are_merged_too(tied: bool, tmp_path: Path) -> None:
-    """LoRA on the LM with the image tokens' rows trained beside it: the usual way to teach a large LM pictures."""
+def test_embeddings_that_peft_trains_are_merged_too(tied: bool, tmp_path: Path) -> None:
+    """LoRA with trained embeddings of the image tokens: the usual way to train a large LM."""
     model, tokenizer, vocabulary = pair("llama", tied)
-    rows = {"embed_tokens": list(range(vocabulary.begin, vocabulary.stop))}
+    indices = {"embed_tokens": list(range(vocabulary.begin, vocabulary.stop))}
     if not tied:
-        rows["lm_head"] = rows["embed_tokens"]
+        indices["lm_head"] = indices["embed_tokens"]
     own = model.get_input_embeddings().weight.detach().clone()
-    wrapped = get_peft_model(
-        model, LoraConfig(r=2, task_type="CAUSAL_LM", trainable_token_indices=rows)
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for value in wrapped.parameters():
-            if value.requires_grad:
-                value.add_(0.3 * torch.randn(value.shape, generator=generator))
+    wrapped = with_lora(model, trainable_token_indices=indices)
     folder = export(wrapped, tokenizer, tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    now = loaded.get_input_embeddings().weight
+    now = assert_same_logits(folder, wrapped, vocabulary).get_input_embeddings().weight
     assert torch.equal(now[: vocabulary.begin], own[: vocabulary.begin])
     assert (now[vocabulary.begin :] != own[vocabulary.begin :]).all()
-    ids = torch.tensor([[0, vocabulary.begin, vocabulary.first, vocabulary.end, 9]])
-    with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(ids).logits, wrapped.eval()(ids).logits, rtol=0, atol=1e-5
-        )
 
 
 def test_adapters_that_cannot_be_merged(tmp_path: Path) -> None:
     model, tokenizer, _ = pair("own")
-    model.add_adapter(
-        LoraConfig(r=2, target_modules=["q_proj"])
-    )  # of transformers, not wrapped by peft
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))  # not wrapped by peft
     with pytest.raises(ExportError, match=r"adapters were not merged, such as .*lora_"):
         export(model, tokenizer, tmp_path / "out")
 
@@ -225,7 +201,7 @@ def test_chat_and_card(tmp_path: Path) -> None:
     assert "{" not in card
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_impossible_exports(tmp_path: Path) -> None:
     model, tokenizer, vocabulary = pair("own")
     full = tmp_path / "full"
     full.mkdir()
@@ -255,7 +231,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [64, 20_000], ids=["at the config", "at the weights"])
 def test_a_full_disk(limit: int, tmp_path: Path) -> None:
-    """The kernel refuses to let a file grow, as it does where no space is left."""
+    """The kernel limits the size of a file, with the same error as on a full disk."""
     model, tokenizer, _ = pair("own")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -268,8 +244,8 @@ def test_a_full_disk(limit: int, tmp_path: Path) -> None:
     export(model, tokenizer, tmp_path / "out")
 
 
-def test_another_model_than_was_given(tmp_path: Path) -> None:
-    """A change that saving does not keep, here a hook, is found by reading back, and leaves nothing behind."""
+def test_a_model_that_differs_after_loading(tmp_path: Path) -> None:
+    """What saving loses, here a hook, is found on reading back; nothing is left behind."""
     model, tokenizer, _ = pair("own")
     model.model.norm.register_forward_hook(
         lambda _module, _inputs, output: output * torch.arange(16)

@@ -1,4 +1,4 @@
-"""Pictures fed as vectors while training; rows that no block can hold."""
+"""Images as vectors during training; sequences that are longer than a block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lavit_tok.data.shard_images import ShardImages
 
 
 class Batches(Losses):
-    """Keeps the batches."""
+    """Stores the batches of a training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,40 +31,35 @@ class Batches(Losses):
         self.batches.append(batch)
 
 
-def shown(folder: Path, **more: Any) -> Any:
+def with_images(folder: Path, **more: Any) -> Any:
     return data(folder, images=str(folder / "pictures"), **more)
 
 
-def test_pictures_of_mirrored_shards_with_a_corrupt_one(folder: Path):
-    """The picture in ShardImages."""
-    (folder / "pictures" / "train" / "1.png").write_bytes(b"no picture")
-    words = [
-        "shards",
-        str(folder / "pictures"),
-        "--tokenizer",
-        str(folder / "visual"),
-        "--flip",
-        "--split",
-        "train",
-    ]
-    assert lavit_tok([*words, "--out", str(folder / "mirrored")]) == 0
-    shards = Shards.open(folder / "mirrored", "train")
-    rows, tokenizer = shards.dataset(), VisualTokenizer.from_pretrained(folder / "visual")
+def test_images_of_flipped_shards_with_a_corrupt_file(folder: Path):
+    """The drawing in ShardImages."""
+    (folder / "pictures" / "train" / "1.png").write_bytes(b"not an image")
+    args = ["shards", str(folder / "pictures"), "--tokenizer", str(folder / "visual")]
+    args += ["--flip", "--split", "train", "--out", str(folder / "flipped")]
+    assert lavit_tok(args) == 0
+    shards = Shards.open(folder / "flipped", "train")
+    records, tokenizer = shards.dataset(), VisualTokenizer.from_pretrained(folder / "visual")
     images = ShardImages(shards, str(folder / "pictures"), tokenizer.image_processor)
-    assert len(images) == len(rows) == 46
-    for number, row in enumerate(rows):
-        pixels = tokenizer.image_processor.to_uint8(folder / "pictures" / row["key"])[0]
-        assert torch.equal(images[number], pixels.flip(2) if row["flipped"] else pixels)
-        assert tokenizer.encode(images[number][None]).to_list() == [row["codes"]]
-    assert [row["flipped"] for row in rows][:4] == [False, True, False, True]
+    assert len(images) == len(records) == 46
+    for number, record in enumerate(records):
+        pixels = tokenizer.image_processor.to_uint8(folder / "pictures" / record["key"])[0]
+        assert torch.equal(images[number], pixels.flip(2) if record["flipped"] else pixels)
+        assert tokenizer.encode(images[number][None]).to_list() == [record["codes"]]
+    assert [record["flipped"] for record in records][:4] == [False, True, False, True]
 
 
-def test_vectors_are_those_of_the_row_s_picture(folder: Path):
-    """What the model reads at a fed place, against the bridge on the file itself; other rows read codes."""
+def test_vectors_are_those_of_the_example_s_image(folder: Path):
+    """Input embeddings against the bridge on the file itself; other sequences have codes."""
     training, seen = module(folder, continuous=True), Batches()
-    trainer(folder, 4, [seen]).fit(training, shown(folder))
-    rows = {row["key"]: row for row in Shards.open(folder / "shards", "train").dataset()}
-    checked = unfed = 0
+    trainer(folder, 4, [seen]).fit(training, with_images(folder))
+    records = {
+        record["key"]: record for record in Shards.open(folder / "shards", "train").dataset()
+    }
+    checked = without = 0
     for batch in seen.batches:
         with torch.no_grad():
             embedded = training.model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
@@ -72,43 +67,43 @@ def test_vectors_are_those_of_the_row_s_picture(folder: Path):
             for document, key in enumerate(keys):
                 own = (batch.documents[b] == document) & batch.is_embedding[b]
                 if not own.any():
-                    unfed += 1
+                    without += 1
                     continue
                 keep = torch.zeros(1, 16, dtype=torch.bool)
-                keep[0, rows[key]["keep"]] = True
+                keep[0, records[key]["keep"]] = True
                 with torch.no_grad():
                     pixels = VisualImageProcessor(32).to_uint8(folder / "pictures" / key)
                     expected = training.model.bridge(pixels, keep)
                 torch.testing.assert_close(embedded[b][own], expected, atol=1e-5, rtol=1e-5)
                 checked += 1
-    assert checked > 3 and unfed > 3
+    assert checked > 3 and without > 3
 
 
-def test_a_picture_is_opened_only_where_it_is_fed(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_images_are_opened_only_for_their_vectors(folder: Path, monkeypatch: pytest.MonkeyPatch):
     opened: list[int] = []
     reads = ShardImages.__getitem__
     monkeypatch.setattr(
-        ShardImages, "__getitem__", lambda self, row: opened.append(row) or reads(self, row)
+        ShardImages, "__getitem__", lambda self, i: opened.append(i) or reads(self, i)
     )
-    loader, seen = shown(folder), Batches()
+    loader, seen = with_images(folder), Batches()
     fitted = trainer(folder, 3, [seen], limit_val_batches=0)
     fitted.fit(module(folder, continuous=True), loader)
     assert len(opened) == sum(len(batch.images) for batch in seen.batches) > 0, (
-        "none for the plan's lengths"
+        "none to plan the blocks"
     )
 
 
 def test_continuous_training_resumes(folder: Path):
-    """Two steps, stop, resume to four; only the LM and the bridge are trained and saved, each at its own rate."""
+    """Two steps, stop, resume to four; LM and bridge are trained, at their own rates, and saved."""
     steps, settings = 4, {"continuous": True, "lr": 3e-3, "visual_lr": 1e-3}
     whole = Losses()
-    trainer(folder, steps, [whole]).fit(module(folder, **settings), shown(folder))
+    trainer(folder, steps, [whole]).fit(module(folder, **settings), with_images(folder))
     cut, first = Losses(stop=3), module(folder, **settings)
     before = {name: tensor.clone() for name, tensor in first.visual.state_dict().items()}
     stopped = trainer(folder, steps, [cut, saving(folder)])
     with pytest.raises(RuntimeError, match="power cut"):
-        stopped.fit(first, shown(folder))
-    rest, loader = Losses(), shown(folder, num_workers=2)
+        stopped.fit(first, with_images(folder))
+    rest, loader = Losses(), with_images(folder, num_workers=2)
     trainer(folder, steps, [rest, saving(folder)]).fit(
         module(folder, **settings), loader, ckpt_path="last"
     )
@@ -126,22 +121,22 @@ def test_continuous_training_resumes(folder: Path):
 
 
 def test_half_precision(folder: Path):
-    """Weights of bfloat16, as the recipe of a 7B model has them, beside a visual tokenizer of float32."""
+    """Weights in bfloat16, as in the 7B recipes, and a visual tokenizer in float32."""
     seen = Losses()
     trainer(folder, 2, [seen], precision="bf16-true").fit(
-        module(folder, continuous=True), shown(folder)
+        module(folder, continuous=True), with_images(folder)
     )
     assert len(seen.values) == 2 and all(value < 10 for value in seen.values)
 
 
-def test_pictures_that_do_not_fit(folder: Path, photos: list[Path]):
+def test_images_that_do_not_match_the_shards(folder: Path, photos: list[Path]):
     def fit(loader: Any, **settings: Any) -> None:
         trainer(folder, 2, []).fit(module(folder, **settings), loader)
 
     with pytest.raises(ValueError, match=r"which the shards do not hold; give data\.pictures"):
         fit(data(folder), continuous=True)
     with pytest.raises(ValueError, match="reads codes and no pictures"):
-        fit(shown(folder))
+        fit(with_images(folder))
     with pytest.raises(ValueError, match="expected an image folder, parquet"):
         fit(data(folder, images=str(folder / "nowhere")), continuous=True)
     with pytest.raises(ShardError, match=r"expected the 24 pictures .* got 6, of which"):
@@ -157,16 +152,16 @@ def test_pictures_that_do_not_fit(folder: Path, photos: list[Path]):
     with pytest.raises(
         ShardError, match="got 24, of which a key, a caption or a file size is another"
     ):
-        fit(shown(folder), continuous=True)
+        fit(with_images(folder), continuous=True)
     (folder / "pictures" / "train").rename(folder / "pictures" / "test")
     with pytest.raises(
         ShardError, match="expected a split 'train' as in the shards, got validation, test"
     ):
-        fit(shown(folder), continuous=True)
+        fit(with_images(folder), continuous=True)
 
 
-def test_rows_that_no_block_holds_are_told(folder: Path):
-    rows = Shards.open(folder / "shards", "train").dataset()
+def test_sequences_longer_than_a_block_are_listed(folder: Path):
+    keys = Shards.open(folder / "shards", "train").dataset()["key"]
     with pytest.warns(
         UserWarning, match=r"have more places than a block of 14 and are left out: \S+\.png \(\d+\)"
     ):
@@ -175,6 +170,6 @@ def test_rows_that_no_block_holds_are_told(folder: Path):
     assert lines and all(line["places"] > line["block"] == 14 for line in lines)
     assert len({line["key"] for line in lines}) == len(lines)
     assert {line["key"] for line in lines} <= {
-        *rows["key"],
+        *keys,
         *(f"validation/{i}.png" for i in range(6)),
     }
