@@ -110,11 +110,11 @@ def test_stable_diffusion_s_own_encoders(grid: bool, tmp_path: Path):
     theirs = c.pipeline(
         CAPTIONS[0], ip_adapter_image=opened[0], **options, generator=generator()
     ).images
-    assert list(ours[0].getdata()) == list(theirs[0].getdata()), (
+    assert list(ours[0].tobytes()) == list(theirs[0].getdata()), (
         "the pipeline draws the same by its own ways in"
     )
     unguided = c.draw(DiffusionConditions(seen[:1], read[:1]), 2, 1.0, generator())
-    assert list(unguided[0].getdata()) != list(ours[0].getdata())
+    assert list(unguided[0].tobytes()) != list(ours[0].getdata())
     with pytest.raises(ValueError, match="nothing is left to draw from"):
         c.draw(DiffusionConditions(None, None))
 
@@ -128,7 +128,7 @@ def test_a_pixel_decoder_s_condition(where: Path):
     assert seen.shape == (2, *c.image_shape) and c.text_shape is None and c.nulls() == (None, None)
     ours = c.draw(DiffusionConditions(seen, None), 2, 2.0, generator())
     theirs = c.decoder(visual.encode(images(2)), 2, 2.0, generator()).images
-    assert [list(p.getdata()) for p in ours] == [list(p.getdata()) for p in theirs]
+    assert [list(p.tobytes()) for p in ours] == [list(p.getdata()) for p in theirs]
     with pytest.raises(ValueError, match="no text condition: it was trained without captions"):
         c.text_condition(CAPTIONS)
     with pytest.raises(ValueError, match="nothing is left to draw from"):
@@ -388,11 +388,11 @@ def test_vlgpt_07_what_is_learnt_by_heart(where: Path):
     options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0}
     drawn = {
         left: list(
-            decoder(vectors, leave_out=left, generator=generator(), **options).images[0].getdata()
+            decoder(vectors, leave_out=left, generator=generator(), **options).images[0].tobytes()
         )
         for left in (None, "image", "text")
     }
     assert drawn[None] == list(
-        decoder(vectors, generator=generator(), **options).images[0].getdata()
+        decoder(vectors, generator=generator(), **options).images[0].tobytes()
     )
     assert drawn[None] != drawn["image"] != drawn["text"] != drawn[None]

@@ -671,7 +671,7 @@ def test_vlgpt_07_either_condition_left_out_changes_the_sample(
     def drawn(**more: Any) -> list[Any]:
         generator = torch.Generator().manual_seed(0)
         (image,) = lm.decoder(vectors, null, generator=generator, **options, **more).images
-        return list(image.getdata())
+        return list(image.tobytes())
 
     whole, unseen, unread = drawn(), drawn(leave_out="image"), drawn(leave_out="text")
     assert whole == drawn() and whole != unseen and whole != unread and unseen != unread
@@ -679,7 +679,7 @@ def test_vlgpt_07_either_condition_left_out_changes_the_sample(
     (image,) = lm.generate_images(
         "a red apple", 1, generator=seeded, num_inference_steps=2, decoder_guidance=3.0
     )
-    assert list(image.getdata()) == whole
+    assert list(image.tobytes()) == whole
 
 
 def test_one_batch_is_learnt_by_heart(made: Made):
