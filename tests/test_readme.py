@@ -1,20 +1,25 @@
-"""README.md tells the truth: its Python runs, its shell commands are those that continuous integration runs."""
+"""README.md and docs/: their Python runs, their commands parse, the paths they name exist."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lavit_lm.cli import parser as lm_cli
-from lavit_tok.cli.parser import COMMANDS, parser
+from lavit_tok.cli.parser import COMMANDS, Command, parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = ("architecture", "sequences", "objectives", "benchmarks")
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem != "log"),  # history
+]
 QUICK_START = README.partition("## Quick start\n")[2].partition("\n## ")[0]
 
 
@@ -23,19 +28,17 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order and in one namespace, as a reader would type them, with the shipped model."""
+    """In order and in one namespace, as a reader would type them, with the shipped models."""
     snippets = blocks(README, "python")
-    assert len(snippets) == 4
+    assert len(snippets) >= 4
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README.md, snippet {number}", "exec"), names)
-    images = names["pictures"]
-    assert isinstance(images, list)
-    assert len(images) == 2
-    painted = names["painted"]
-    assert isinstance(painted, list)
-    assert len(painted) == 2
+    lists = [value for value in names.values() if isinstance(value, list) and len(value) == 2]
+    assert sum(all(isinstance(item, Image.Image) for item in value) for value in lists) == 2, (
+        "two images are decoded from codes, and two are generated from text"
+    )
 
 
 def test_quick_start_begins_with_two_shell_blocks() -> None:
@@ -62,56 +65,45 @@ def test_continuous_integration_runs_the_second_block() -> None:
     assert shown.stdout == blocks(QUICK_START, "sh")[1]
 
 
-def test_every_command_of_the_readme_is_understood() -> None:
-    """Every `lavit-tok ...` line parses, and every command is in the table."""
-    for line in re.findall(r"^lavit-tok (.*)$", README, re.MULTILINE):
-        words = line.split()
-        assert words[0] in COMMANDS
-        if COMMANDS[words[0]].arguments is not None:
-            parser("lavit-tok", "", COMMANDS).parse_args(words)
-    listed = re.findall(r"^\| `lavit-tok ([a-z-]+)", README, re.MULTILINE)
-    assert listed == list(COMMANDS)
-
-
-def test_every_command_of_language_models_is_in_its_table() -> None:
-    rows = re.findall(r"^\| (`lavit-lm .*?) \|", README, re.MULTILINE)
+@pytest.mark.parametrize(
+    ("program", "commands"), [("lavit-tok", COMMANDS), ("lavit-lm", lm_cli.COMMANDS)]
+)
+def test_every_command_is_in_the_readme(program: str, commands: dict[str, Command]) -> None:
+    """Every command is in a table, in any order; every line that calls the program parses."""
+    cells = re.findall(rf"^\| (`{program} .*?) \|", README, re.MULTILINE)
     listed = [
-        word
-        for row in rows
-        for word in re.findall(r"`(?:lavit-lm )?([a-z-]+)", row)
-        if not word.startswith("lavit")
+        name
+        for cell in cells
+        for name in re.findall(r"`(?:lavit-\w+ )?([a-z-]+)", cell)
+        if not name.startswith("lavit")
     ]
-    assert sorted(listed) == sorted(lm_cli.COMMANDS)
-    for line in re.findall(r"^lavit-lm (.*)$", README, re.MULTILINE):
-        assert line.split()[0] in lm_cli.COMMANDS
+    assert sorted(listed) == sorted(commands)
+    for line in re.findall(rf"^{program} (.*)$", README, re.MULTILINE):
+        arguments = line.split()
+        assert arguments[0] in commands
+        if commands[arguments[0]].arguments is not None:
+            parser(program, "", commands).parse_args(shlex.split(line))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/architecture.md",
-        "docs/sequences.md",
-        "docs/objectives.md",
-    ],
-)
-def test_links_lead_somewhere(name: str) -> None:
-    path = ROOT / name
-    links = [
-        link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()) if "://" not in link
-    ]
-    assert [link for link in links if not (path.parent / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page: Path) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    assert [x for x in links if "://" not in x and not (page.parent / x).exists()] == []
+    assert [path for path in paths(text) if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize(
-    ("page", "house"), [("architecture", "lavit_tok"), ("sequences", "lavit_lm")]
-)
-def test_files_named_in_the_data_path_exist(page: str, house: str) -> None:
-    named = set(re.findall(r"\b([a-z_]+\.py)\b", (ROOT / f"docs/{page}.md").read_text()))
-    assert len(named) > 12
-    found = {path.name for path in (ROOT / house).rglob("*.py")}
-    assert sorted(named - found) == []
+def paths(text: str) -> list[str]:
+    top = "lavit_tok|lavit_lm|recipes|benchmarks|examples|tests|docs"
+    return re.findall(rf"`((?:{top})/[\w./-]*)`", text)
+
+
+def test_fifteen_questions_are_answered_by_a_path() -> None:
+    """The table of docs/architecture.md for those who look for a line of code."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    answers = re.findall(r"^\|[^|]*\?\s*\|([^|]*)\|", text, re.MULTILINE)
+    assert len(answers) >= 15
+    assert [answer for answer in answers if not paths(answer)] == []
 
 
 def test_constraints_pin_every_dependency_within_its_range() -> None:
