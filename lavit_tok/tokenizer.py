@@ -1,7 +1,8 @@
-"""VisualTokenizer: the rooms 1 to 6, wired. No maths here.
+"""VisualTokenizer: the stages of encode/ and the reconstructor, wired; no computation of its own.
 
-images -preprocess-> pixels -features-> [b n d] -score-> [b n 2] -select-> keep [b n] -merge-> [total d]
-       -project-> [total c] -quantize-> VisualCodes -lookup-> [total c] -reconstruct-> [b n d]
+images -preprocess-> pixels -features-> [b n d] -score-> [b n 2] -select-> keep [b n]
+       -merge-> [total d] -project-> [total c] -quantize-> VisualCodes
+       -lookup-> [total c] -reconstruct_features-> [b n d]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from lavit_tok.checkpoints.weights import empty, find_directory, load_weights, save_weights
-from lavit_tok.codes import RaggedLayout, VisualCodes
+from lavit_tok.codes import VisualCodes
 from lavit_tok.config import ConfigError, TokenizerConfig
 from lavit_tok.decode.reconstructor import Reconstructor
 from lavit_tok.encode import allocation
@@ -32,12 +33,15 @@ from lavit_tok.encode.vision_encoder import VisionEncoder
 
 
 class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
-    """Pictures <-> a dynamic number of discrete codes (LaVIT, ICLR 2024).
+    """Images <-> a dynamic number of discrete codes (LaVIT, ICLR 2024).
 
     Args:
-        config: the sizes; the shipped laptop model's by default.
-        encoder: a frozen VisionEncoder to use; built with random weights from config.encoder by default.
-        image_processor: the preprocessing; by default resizing to the encoder's square, CLIP mean and std.
+        config: sizes and options; by default those of the shipped model.
+        encoder: a frozen VisionEncoder; by default one with random weights, from config.encoder.
+        image_processor: the preprocessing; by default square resizing to the encoder's image size.
+
+    Raises:
+        ConfigError: an encoder or image processor whose size differs from the config's.
     """
 
     reconstructor: Reconstructor
@@ -50,71 +54,50 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         image_processor: VisualImageProcessor | None = None,
     ) -> None:
         super().__init__()
-        self.config = config or TokenizerConfig()
-        c = self.config
+        self.config = c = config or TokenizerConfig()
         self.encoder = encoder or VisionEncoder.from_config(c.encoder, c.encoder_norm)
-        if self.encoder.config.hidden_size != c.width:
-            raise ConfigError(
-                f"encoder: expected features of width {c.width}, got {self.encoder.config.hidden_size}"
-            )
         self.image_processor = image_processor or VisualImageProcessor(c.image_size)
-        if self.image_processor.size != c.image_size:
+        width, size = self.encoder.config.hidden_size, self.image_processor.size
+        if width != c.width:
+            raise ConfigError(f"encoder: expected features of width {c.width}, got {width}")
+        if size != c.image_size:
             raise ConfigError(
                 f"image_processor: expected size {c.image_size}, the encoder's image_size, "
-                f"got {self.image_processor.size}"
+                f"got {size}"
             )
+        blocks = (c.num_heads, c.mlp_width, c.layer_norm_eps)
         self.selector = Selector(c.width, c.layer_norm_eps)
-        self.merger = Merger(
-            c.width,
-            c.merger_depth,
-            c.num_heads,
-            c.mlp_width,
-            c.layer_norm_eps,
-            c.attention,
-            c.positions,
-        )
+        self.merger = Merger(c.width, c.merger_depth, *blocks, c.attention, c.positions)
         self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
         self.reconstructor = None  # type: ignore[assignment]  # in a tokenizer that only encodes
         if c.reconstructor_depth:
             self.reconstructor = Reconstructor(
-                c.width,
-                c.num_patches,
-                c.code_dim,
-                c.reconstructor_depth,
-                c.num_heads,
-                c.mlp_width,
-                c.layer_norm_eps,
+                c.width, c.num_patches, c.code_dim, c.reconstructor_depth, *blocks
             )
         self.continuous = None
         if c.continuous_width:
-            depth, out = c.continuous_depth, c.continuous_width
             self.continuous = ContinuousPath(
-                c.width,
-                depth,
-                c.num_heads,
-                c.mlp_width,
-                c.layer_norm_eps,
-                c.attention,
-                out,
-                c.positions,
+                c.width, c.continuous_depth, *blocks, c.attention, c.continuous_width, c.positions
             )
         self.eval()
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.quantizer.codebook.embeddings.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights; selector and codebook are always float32."""
         return next(self.quantizer.projection.parameters()).dtype
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the codebook: equal for tokenizers whose codes mean the same rows.
+        """16 hexadecimal digits that identify the codebook.
 
-        Taken of the rows rounded to float16, so that a copy saved in half precision has the same.
+        Computed from float16 values, so that a copy saved in half precision has the same one.
         """
-        rows = self.quantizer.codebook.embeddings.detach().to("cpu", torch.float16)
-        return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+        entries = self.quantizer.codebook.embeddings.detach().to("cpu", torch.float16)
+        return hashlib.sha256(entries.numpy().tobytes()).hexdigest()[:16]
 
     @torch.no_grad()
     def encode(
@@ -124,17 +107,19 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         sample: bool = False,
         generator: torch.Generator | None = None,
     ) -> VisualCodes:
-        """Codes of one image or of a batch. Deterministic unless sample=True.
+        """Encode one image or a batch; deterministic unless sample=True.
 
         Args:
-            images: PIL image, path, bytes, uint8 [h w 3] / [3 h w] array or tensor, or a list or 4-D batch of them.
-            budget: None lets the selector decide; an int is the exact number of codes an image; a fraction in (0, 1]
-                of the batch's patches is spent where keep scores are highest. At least one code an image.
-            sample: Gumbel sampling of the keep decision, as in training.
-            generator: its source of randomness.
+            images: PIL image, path, bytes, uint8 [h w 3] / [3 h w] array or tensor, or a list or
+                4-D batch of them.
+            budget: None keeps patches whose keep probability is above 1/2; an int is the exact
+                number of codes per image; a fraction in (0, 1] of the batch's patches is kept
+                where keep scores are highest. At least one code per image.
+            sample: sample the keep decision with Gumbel noise, as in training.
+            generator: source of the noise.
 
         Raises:
-            ImageError: naming the first picture that cannot be used, and why.
+            ImageError: naming the first image that cannot be used, and why.
             ValueError: empty batch or impossible budget.
         """
         return self.encode_pixels(self.preprocess(images), budget, sample, generator)
@@ -147,27 +132,27 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         sample: bool = False,
         generator: torch.Generator | None = None,
     ) -> VisualCodes:
-        """encode, from pixels that preprocess gave."""
+        """Encode the output of preprocess; see encode."""
         features = self.features(pixels)
         keep = self.select(self.score(features), budget, sample, generator)
         codes = self.quantize(self.project(self.merge(features, keep)), keep.sum(1))
         return VisualCodes(codes.values, codes.lengths, keep, codes.codebook_size)
 
     def preprocess(self, images: Any) -> Float[Tensor, "batch 3 h w"]:
-        """Any image input -> normalized pixels of the model's size, on the model's device and in its dtype."""
+        """Any images -> normalized pixels, on the model's device and in its dtype."""
         uint8 = self.image_processor.to_uint8(images).to(self.device)
         return self.image_processor.normalize(uint8).to(self.dtype)
 
     def features(
         self, pixels: Float[Tensor, "batch 3 h w"]
     ) -> Float[Tensor, "batch patches width"]:
-        """Patch features of the frozen encoder. Raises ValueError for pixels of another size or with NaN."""
+        """Patch features of the frozen encoder.
+
+        Raises:
+            ValueError: pixels of another size or with NaN or infinity.
+        """
         size = self.config.image_size
-        if (
-            pixels.ndim != 4
-            or tuple(pixels.shape[1:]) != (3, size, size)
-            or not pixels.is_floating_point()
-        ):
+        if not pixels.is_floating_point() or tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(
                 f"pixels: expected float [batch 3 {size} {size}] from preprocess(), "
                 f"got {pixels.dtype} {list(pixels.shape)}"
@@ -176,14 +161,14 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
             raise ValueError("pixels: expected at least one image, got an empty batch")
         if not bool(pixels.isfinite().all()):
             raise ValueError(
-                "pixels hold NaN or infinity: every code of those images would be arbitrary"
+                "pixels contain NaN or infinity: every code of those images would be arbitrary"
             )
         return self.encoder(pixels)
 
     def score(
         self, features: Float[Tensor, "batch patches width"]
     ) -> Float[Tensor, "batch patches 2"]:
-        """Log-probabilities, float32: index 0 keep, index 1 drop; with config.dither its fixed pattern is in them."""
+        """Log-probabilities in float32, keep first; with config.dither plus the fixed pattern."""
         log_probs = self.selector(features)
         return allocation.dithered(log_probs) if self.config.dither else log_probs
 
@@ -194,43 +179,46 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         sample: bool = False,
         generator: torch.Generator | None = None,
     ) -> Bool[Tensor, "batch patches"]:
-        """Keep mask; see encode for the arguments."""
+        """The keep mask; see encode for the arguments."""
         return allocation.select(log_probs, budget, sample, generator, self.config.dither)
 
     def merge(
         self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "total width"]:
-        """Kept patches with the dropped ones absorbed: raster order, images one after another."""
+        """Merge dropped patches into the kept ones: raster order, images concatenated."""
         return self.merger(features, keep)
 
     def project(self, merged: Float[Tensor, "total width"]) -> Float[Tensor, "total code_dim"]:
-        """Merged features -> unit-norm vectors of the code space, float32."""
+        """Merged features -> unit-norm vectors of the code space, in float32."""
         return self.quantizer.project(merged)
 
     def quantize(
         self, z: Float[Tensor, "total code_dim"], lengths: Int64[Tensor, " batch"]
     ) -> VisualCodes:
-        """Exact nearest codebook rows, in float32."""
-        return VisualCodes(
-            self.quantizer.codebook.nearest(z), lengths, codebook_size=self.config.codebook_size
-        )
+        """The exact nearest codebook entries, in float32; `lengths` gives the codes per image."""
+        values = self.quantizer.codebook.nearest(z)
+        return VisualCodes(values, lengths, codebook_size=self.config.codebook_size)
 
     def lookup(self, codes: VisualCodes) -> Float[Tensor, "total code_dim"]:
-        """Codebook rows of all codes. Raises CodeError for codes of another codebook."""
+        """Codebook entries of all codes. Raises CodeError for codes of another codebook."""
         codes.check(self.config.codebook_size)
         return self.quantizer.codebook.lookup(codes.values.to(self.device))
 
     @torch.no_grad()
     def reconstruct_features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
-        """The encoder's features of every patch, as far as the codes tell. Raises CodeError for codes that misfit."""
+        """The encoder's features of every patch, reconstructed from the codes.
+
+        Raises:
+            CodeError: codes of another codebook, or none or too many for an image.
+            ValueError: a tokenizer without a reconstructor.
+        """
         if self.reconstructor is None:
             raise ValueError(
-                "this tokenizer has no reconstructor (config.reconstructor_depth is 0): it only encodes"
+                "this tokenizer only encodes: it has no reconstructor (config.reconstructor_depth "
+                "is 0)"
             )
         codes.check_lengths(self.config.num_patches)
-        return self.reconstructor.ragged(
-            self.lookup(codes), RaggedLayout(codes.lengths.to(self.device))
-        )
+        return self.reconstructor.ragged(self.lookup(codes), codes.to(self.device).layout)
 
     @torch.no_grad()
     def embed(
@@ -241,19 +229,22 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         generator: torch.Generator | None = None,
         keep: Bool[Tensor, "batch patches"] | None = None,
     ) -> Float[Tensor, "total llm_width"]:
-        """Continuous vectors for a language model: one for each code that encode gives, in the same order.
+        """Continuous vectors for a language model, one per code of encode, in the same order.
 
         Args:
-            images, budget, sample, generator: see encode.
-            keep: patches to keep instead, e.g. `codes.keep`, so that codes and vectors share one sampled mask.
+            images: see encode.
+            budget: see encode.
+            sample: see encode.
+            generator: see encode.
+            keep: keep mask to use instead, e.g. `codes.keep`, so that codes and vectors share a
+                sampled mask.
 
         Raises:
             ImageError, ValueError: as encode; or a tokenizer without a continuous path.
         """
-        self._continuous()  # before anything is computed
-        return self.embed_features(
-            self.features(self.preprocess(images)), budget, sample, generator, keep
-        )
+        self._continuous()  # fail before anything is computed
+        features = self.features(self.preprocess(images))
+        return self.embed_features(features, budget, sample, generator, keep)
 
     @torch.no_grad()
     def embed_features(
@@ -264,7 +255,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         generator: torch.Generator | None = None,
         keep: Bool[Tensor, "batch patches"] | None = None,
     ) -> Float[Tensor, "total llm_width"]:
-        """embed, from features."""
+        """Continuous vectors from features; see embed."""
         if keep is None:
             keep = self.select(self.score(features), budget, sample, generator)
         return self._continuous()(features, keep.to(features.device))
@@ -272,17 +263,21 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     def _continuous(self) -> ContinuousPath:
         if self.continuous is None:
             raise ValueError(
-                "this tokenizer has no continuous path (config.continuous_width is 0): it gives codes, not vectors for "
-                "a language model; released LaVIT weights keep it in language_model/visual_weight.bin"
+                "this tokenizer has no continuous path (config.continuous_width is 0), only codes; "
+                "released LaVIT weights store it in language_model/visual_weight.bin"
             )
         return self.continuous
-
-    # Files
 
     def save_pretrained(
         self, save_directory: Any, *, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> Any:
-        """Write config.json, preprocessor_config.json and model.safetensors, floats as `dtype` (e.g. torch.float16 to halve the file)."""
+        """Write config.json, preprocessor_config.json and model.safetensors.
+
+        Args:
+            save_directory: new or existing directory.
+            dtype: of the floats in the file, e.g. torch.float16 to halve it.
+            kwargs: of huggingface_hub's PyTorchModelHubMixin, e.g. push_to_hub.
+        """
         self._save_dtype = dtype
         return super().save_pretrained(save_directory, **kwargs)
 
@@ -301,10 +296,12 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         device: torch.device | str = "cpu",
         **hub: Any,
     ) -> VisualTokenizer:
-        """The shipped model ("default", no network), a directory, or a Hub id.
+        """Load the shipped model ("default", no network), a directory or a Hub id.
+
+        Nothing in the directory is executed.
 
         Raises:
-            ConfigError, WeightsError: with every difference listed; nothing in the directory is executed.
+            ConfigError, WeightsError: listing every difference.
         """
         directory = find_directory(name, "tokenizer", **hub)
         config = TokenizerConfig.from_json(directory / "config.json")

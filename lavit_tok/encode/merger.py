@@ -1,8 +1,8 @@
 """Kept patches absorb the information of the dropped ones.
 
 The features of the kept patches enter the first block unchanged. In each block they attend to the
-kept patches before them (raster order) and themselves, then to the dropped patches of LayerNorm(features), then
-pass an MLP. With n = 5 patches, of which 0, 2 and 3 are kept (k) and 1 and 4 dropped:
+kept patches before them (raster order) and themselves, then to the dropped patches of
+LayerNorm(features), then pass an MLP. With n = 5 patches, 0, 2 and 3 kept (k) and 1 and 4 dropped:
 
     self-attention     key  0 1 2 3 4        cross-attention     key  0 1 2 3 4
     query 0 (k)             x . . . .        query 0 (k)              . x . . x

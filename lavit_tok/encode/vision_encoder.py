@@ -1,9 +1,11 @@
-"""Room 2: pixels -> patch features, by any vision transformer of `transformers`, frozen.
+"""Pixels -> patch features, by any vision transformer of `transformers`, frozen.
 
-    float [b 3 h w]  ->  the residual stream after the last block, class and register tokens dropped  ->  float [b n d]
+    float [b 3 h w]  ->  residual stream after the last block, class and register tokens removed
+                     ->  float [b n d]
 
-LaVIT reads its encoder before the final norm; many transformers models only return what comes after it. A hook on the
-last block reads the stream the same way in all of them, so one table of names is all that a new encoder needs.
+LaVIT uses its encoder's features before the final norm; many transformers models only return them
+after it. A hook on the last block reads the residual stream in the same way in all of them, so that
+a new encoder needs only an entry in the table of names.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ ENCODERS = {
     "siglip2_vision_model": ("Siglip2VisionConfig", "Siglip2VisionModel"),
     "vit": ("ViTConfig", "ViTModel"),
 }
-"""model_type -> transformers' config and model class. A weights directory can name only these; no other is built."""
+"""model_type -> config and model class of transformers; a config file cannot choose any other."""
 
-NOT_SETTINGS = frozenset(
+METADATA = frozenset(
     {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"}
 )
-"""Entries of a transformers config file that say nothing about the network; allowed and dropped."""
+"""Entries of a transformers config file that do not describe the network; accepted and dropped."""
 
 
 class VisionEncoder(nn.Module):
@@ -49,15 +51,15 @@ class VisionEncoder(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.norm = norm
         self.config: Any = model.config
-        # Not a sub-module twice: kept in a list so that state_dict names each tensor once.
+        # In a list, since a second attribute would register the block and save its tensors twice.
         self._last_block = [_blocks(model)[-1]]
 
     @classmethod
     def from_config(cls, config: dict[str, Any], norm: bool = False) -> VisionEncoder:
-        """Random weights from a JSON config with a model_type of ENCODERS.
+        """An encoder with random weights, from a config with a model_type of ENCODERS.
 
         Raises:
-            ConfigError: any other type, a setting that this type does not have, or values it cannot be built from.
+            ConfigError: another model_type, unknown entries, or values that no model has.
         """
         kind = config.get("model_type")
         if not isinstance(kind, str) or kind not in ENCODERS:
@@ -65,39 +67,35 @@ class VisionEncoder(nn.Module):
                 f"encoder.model_type: expected one of {sorted(ENCODERS)}, got {kind!r}"
             )
         config_class, model_class = (getattr(transformers, name) for name in ENCODERS[kind])
-        values = {k: v for k, v in config.items() if k not in NOT_SETTINGS}
-        unknown = sorted(values.keys() - _settings(config_class))
-        if unknown:
-            # transformers would keep a misspelt one unread, and fetch code from the Hub for attn_implementation.
-            raise ConfigError(f"encoder: {kind} has no settings {unknown}")
+        values = {k: v for k, v in config.items() if k not in METADATA}
+        if unknown := sorted(values.keys() - _entries(config_class)):
+            # transformers would ignore a misspelled entry, and with attn_implementation it would
+            # download and run code from the Hub.
+            raise ConfigError(f"encoder: {kind} has no config entries {unknown}")
         try:
             return cls(model_class(config_class(**values)), norm)
-        except (
-            Exception
-        ) as error:  # validators and constructors of transformers raise nearly anything
+        except Exception as error:  # constructors of transformers raise nearly any exception
             raise ConfigError(
                 f"encoder: transformers cannot build {kind} from {values}: {error}"
             ) from error
 
     @classmethod
     def from_pretrained(cls, name: str, norm: bool = False, **kwargs: Any) -> VisionEncoder:
-        """A public encoder by directory or Hub id, e.g. "openai/clip-vit-base-patch16"; safetensors only.
+        """A public encoder by directory or Hub id, e.g. "openai/clip-vit-base-patch16".
 
-        A whole CLIP, SigLIP or BLIP-2 will do: its vision tower is taken.
+        Of a complete CLIP, SigLIP or BLIP-2 the vision model is loaded; safetensors only.
 
         Raises:
-            ValueError: a type not in ENCODERS, or weights that lack tensors of the encoder (transformers would draw
-                random ones and only warn).
+            ValueError: a type not in ENCODERS, or missing tensors, which transformers would
+                initialize randomly with only a warning.
         """
-        whole = transformers.AutoConfig.from_pretrained(name)
-        config = getattr(whole, "vision_config", whole)
+        complete = transformers.AutoConfig.from_pretrained(name)
+        config = getattr(complete, "vision_config", complete)
         if config.model_type not in ENCODERS:
             raise ValueError(
                 f"{name}: expected a model of type {sorted(ENCODERS)}, got {config.model_type!r}"
             )
-        if (
-            whole.model_type == "blip-2"
-        ):  # its tower is stored under a prefix that Blip2VisionModel does not know
+        if complete.model_type == "blip-2":  # stored under a prefix that Blip2VisionModel lacks
             kwargs["key_mapping"] = {r"^vision_model\.": ""}
         model_class = getattr(transformers, ENCODERS[config.model_type][1])
         model, report = model_class.from_pretrained(
@@ -105,45 +103,46 @@ class VisionEncoder(nn.Module):
         )
         absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
         if absent:
-            raise ValueError(
-                f"{name}: {len(absent)} tensors of the encoder are missing or mis-shaped: {absent[:20]}"
-            )
+            count = f"{len(absent)} tensors of the encoder"
+            raise ValueError(f"{name}: {count} are missing or mis-shaped: {absent[:20]}")
         return cls(model, norm)
 
     def json_config(self) -> dict[str, Any]:
-        """The encoder's config as TokenizerConfig.encoder stores it: what differs from the class defaults; sizes."""
+        """The config as TokenizerConfig.encoder stores it: sizes, and non-default entries."""
         sizes = ("hidden_size", "image_size", "patch_size", "num_patches")
         values = {name: getattr(self.config, name) for name in sizes if hasattr(self.config, name)}
-        differing = self.config.to_diff_dict()
-        known = _settings(type(self.config)) - NOT_SETTINGS
-        values.update({k: v for k, v in differing.items() if k in known})
+        known = _entries(type(self.config)) - METADATA
+        values.update({k: v for k, v in self.config.to_diff_dict().items() if k in known})
         return {**values, "model_type": self.config.model_type}
 
     def train(self, mode: bool = True) -> VisionEncoder:
-        """Stays in eval mode: the encoder is frozen."""
+        """Stay in eval mode: the encoder is frozen."""
         return super().train(False)
 
     def forward(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches width"]:
-        """Features of every patch, without a gradient, unless the weights were given one (a language model's copy)."""
-        trained = any(p.requires_grad for p in self.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        """Features of every patch.
+
+        Without gradient, unless some parameter requires one: a language model may train a copy.
+        """
+        is_trained = any(p.requires_grad for p in self.parameters())
+        with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):
             return self._features(pixels)
 
     def _features(
         self, pixels: Float[Tensor, "batch 3 h w"]
     ) -> Float[Tensor, "batch patches width"]:
-        seen: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def read(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
 
         handle = self._last_block[0].register_forward_hook(read)
         try:
             self.model(**self._inputs(pixels))
         finally:
             handle.remove()
-        # Not last_hidden_state: that is after the norm in most of these models, but before it in CLIP's.
-        features = _final_norm(self.model)(seen[-1]) if self.norm else seen[-1]
+        # Not last_hidden_state: it is after the norm in most of these models, before it in CLIP's.
+        features = _final_norm(self.model)(outputs[-1]) if self.norm else outputs[-1]
         patch = self.config.patch_size
         count = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         return features[:, features.shape[1] - count :]
@@ -152,43 +151,35 @@ class VisionEncoder(nn.Module):
         pixels = pixels.to(next(self.model.parameters()).dtype)
         if self.config.model_type != "siglip2_vision_model":
             return {"pixel_values": pixels}
-        patch = (
-            self.config.patch_size
-        )  # SigLIP2 takes patches that are already cut out, of any grid
-        cut = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-        grid = torch.tensor(
-            [[pixels.shape[2] // patch, pixels.shape[3] // patch]] * len(pixels),
-            device=pixels.device,
-        )
-        mask = torch.ones(cut.shape[:2], dtype=torch.int64, device=pixels.device)
-        return {"pixel_values": cut, "pixel_attention_mask": mask, "spatial_shapes": grid}
+        # SigLIP2 takes a sequence of flattened patches and the shape of their grid.
+        patch = self.config.patch_size
+        patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
+        grid = torch.tensor([[n // patch for n in pixels.shape[2:]]], device=pixels.device)
+        mask = torch.ones(patches.shape[:2], dtype=torch.int64, device=pixels.device)
+        shapes = grid.repeat(len(pixels), 1)
+        return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
-def _settings(config_class: Any) -> set[str]:
-    """The names of every setting that a transformers config class knows."""
+def _entries(config_class: Any) -> set[str]:
+    """Names of all entries of a transformers config class."""
     return set(config_class().to_dict())
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's list of transformer blocks: the longest list of modules of one class."""
-    lists = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
-    ]
-    if not lists:
-        raise ValueError(
-            f"{type(model).__name__}: no list of transformer blocks found, so no last block to read"
-        )
-    return max(lists, key=len)
+    """The model's transformer blocks: the longest list of modules of one class."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    uniform = [m for m in lists if len({type(x) for x in m}) == 1]
+    if not uniform:
+        name = type(model).__name__
+        raise ValueError(f"{name}: no list of transformer blocks found, so no last block to read")
+    return max(uniform, key=len)
 
 
 def _final_norm(model: nn.Module) -> nn.Module:
-    """The model's norm after the last block, by the names that transformers gives it."""
+    """The model's norm after the last block, by its names in transformers."""
     for name in ("post_layernorm", "layernorm", "norm"):
         for path, module in model.named_modules():
             if path.rpartition(".")[2] == name:
                 return module
-    raise ValueError(
-        f"{type(model).__name__}: no final norm found, so encoder_norm cannot be applied"
-    )
+    name = type(model).__name__
+    raise ValueError(f"{name}: no final norm found, so encoder_norm cannot be applied")

@@ -1,4 +1,4 @@
-"""Room 7: what a U-Net is conditioned on, against the tokenizer's own features, drawings and unpadded nulls."""
+"""What a U-Net is conditioned on, against the tokenizer's features, drawings and unpadded nulls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn import functional as F
 
 from lavit_tok import CodeError, VisualCodes, VisualTokenizer
-from lavit_tok.decode.conditioner import Conditioner, Conditioning
+from lavit_tok.decode.conditioner import Conditioner, Conditioning, patch_grid
 
 STYLES: dict[str, dict[str, Any]] = {
     "sd": {"cross_dims": [24], "null_length": 3},
@@ -25,11 +25,11 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def condition(tokenizer: VisualTokenizer, **settings: Any) -> Conditioner:
+def conditioner(tokenizer: VisualTokenizer, **options: Any) -> Conditioner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         return Conditioner.for_tokenizer(
-            tokenizer.config, tokenizer.quantizer.codebook, tokenizer.reconstructor, **settings
+            tokenizer.config, tokenizer.quantizer.codebook, tokenizer.reconstructor, **options
         )
 
 
@@ -47,22 +47,22 @@ def equal(a: Conditioning, b: Conditioning) -> None:
 
 
 def test_features_are_the_tokenizers(tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
-    made = condition(tiny_tokenizer, cross_dims=[24])
-    assert torch.equal(made.features(codes), tiny_tokenizer.reconstruct_features(codes))
+    module = conditioner(tiny_tokenizer, cross_dims=[24])
+    assert torch.equal(module.features(codes), tiny_tokenizer.reconstruct_features(codes))
     with torch.no_grad():
         tiny_tokenizer.reconstructor.queries.add_(1)  # a copy, not shared with the tokenizer
-    assert not torch.equal(made.features(codes), tiny_tokenizer.reconstruct_features(codes))
+    assert not torch.equal(module.features(codes), tiny_tokenizer.reconstruct_features(codes))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("style", STYLES)
 def test_shapes(style: str, tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
-    made = condition(tiny_tokenizer, **STYLES[style])(codes)
-    assert made.tokens.shape == (3, 16, 24) and made.mask is None
-    assert (None if made.pooled is None else tuple(made.pooled.shape)) == (
+    module = conditioner(tiny_tokenizer, **STYLES[style])(codes)
+    assert module.tokens.shape == (3, 16, 24) and module.mask is None
+    assert (None if module.pooled is None else tuple(module.pooled.shape)) == (
         (3, 12) if style == "sdxl" else None
     )
-    assert (None if made.spatial is None else tuple(made.spatial.shape)) == (
+    assert (None if module.spatial is None else tuple(module.spatial.shape)) == (
         (3, 5, 8, 8) if style == "spatial" else None
     )
 
@@ -71,10 +71,11 @@ def test_shapes(style: str, tiny_tokenizer: VisualTokenizer, codes: VisualCodes)
 def test_tokens_are_a_projection_of_the_features(
     tiny_tokenizer: VisualTokenizer, codes: VisualCodes
 ) -> None:
-    made = condition(tiny_tokenizer, **STYLES["sdxl"])
-    x, (one, two) = made.features(codes), made.projection.tokens
+    module = conditioner(tiny_tokenizer, **STYLES["sdxl"])
+    x, (one, two) = module.features(codes), module.projection.tokens
     torch.testing.assert_close(
-        made(codes).tokens, torch.cat([x @ one.weight.T + one.bias, x @ two.weight.T + two.bias], 2)
+        module(codes).tokens,
+        torch.cat([x @ one.weight.T + one.bias, x @ two.weight.T + two.bias], 2),
     )
 
 
@@ -83,8 +84,8 @@ def test_pool_is_the_mean_tokens_attention(
     tiny_tokenizer: VisualTokenizer, codes: VisualCodes
 ) -> None:
     """Against torch's own multi-head attention of the mean token, put first, over all tokens."""
-    made = condition(tiny_tokenizer, **STYLES["sdxl"])
-    x, pool = made.features(codes), made.projection.pool
+    module = conditioner(tiny_tokenizer, **STYLES["sdxl"])
+    x, pool = module.features(codes), module.projection.pool
     x = torch.cat([x.mean(1, keepdim=True), x], 1) + pool.position
     expected, _ = F.multi_head_attention_forward(
         *(x.transpose(0, 1)[:1], x.transpose(0, 1), x.transpose(0, 1)),
@@ -103,29 +104,24 @@ def test_pool_is_the_mean_tokens_attention(
         k_proj_weight=pool.key.weight,
         v_proj_weight=pool.value.weight,
     )
-    torch.testing.assert_close(made(codes).pooled, expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module(codes).pooled, expected[0], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def test_spatial_drawing(tiny_tokenizer: VisualTokenizer) -> None:
-    """The drawing of Projection._lay_out, and sizes of one patch and one cell."""
-    made = condition(
-        tiny_tokenizer, cross_dims=[24], spatial_channels=1, spatial_scale=2
-    ).projection
-    made.patches = 4
-    drawn = made._lay_out(torch.arange(4.0)[None, :, None].expand(1, 4, 4))
-    assert drawn[0, 0].int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
-    cells = made._lay_out(
-        torch.arange(16.0).view(1, 4, 4)
-    )  # the four cells of a patch are in raster order too
+def test_spatial_drawing() -> None:
+    """The drawing of patch_grid, and sizes of one patch and one cell."""
+    grid = patch_grid(torch.arange(4.0)[None, :, None].expand(1, 4, 4), 2, 2)
+    drawing = [line.split() for line in (patch_grid.__doc__ or "").splitlines()[4:8]]
+    assert [[str(int(x)) for x in line] for line in grid[0, 0].tolist()] == drawing
+    # the four cells of a patch are in raster order too
+    cells = patch_grid(torch.arange(16.0).view(1, 4, 4), 2, 2)
     assert cells[0, 0].int().tolist() == [
         [0, 1, 4, 5],
         [2, 3, 6, 7],
         [8, 9, 12, 13],
         [10, 11, 14, 15],
     ]
-    made.patches = made.spatial_scale = 1
-    assert made._lay_out(torch.ones(2, 1, 3)).shape == (2, 3, 1, 1)
+    assert patch_grid(torch.ones(2, 1, 3), 1, 1).shape == (2, 3, 1, 1)
 
 
 @torch.no_grad()
@@ -133,10 +129,10 @@ def test_spatial_drawing(tiny_tokenizer: VisualTokenizer) -> None:
 def test_null_is_padded_and_masked(
     m: int, mask: Any, tiny_tokenizer: VisualTokenizer, codes: VisualCodes
 ) -> None:
-    made = condition(tiny_tokenizer, cross_dims=[24], null_length=m)
-    null = made.unconditional(made(codes))
+    module = conditioner(tiny_tokenizer, cross_dims=[24], null_length=m)
+    null = module.unconditional(module(codes))
     assert null.tokens.shape == (3, 16, 24)
-    assert torch.equal(null.tokens[1, :m], made.projection.null[0]) and bool(
+    assert torch.equal(null.tokens[1, :m], module.projection.null[0]) and bool(
         (null.tokens[:, m:] == 0).all()
     )
     assert (None if null.mask is None else null.mask.int().tolist()) == (
@@ -149,8 +145,8 @@ def test_null_is_padded_and_masked(
 def test_null_of_pooled_and_spatial_is_zero(
     style: str, tiny_tokenizer: VisualTokenizer, codes: VisualCodes
 ) -> None:
-    made = condition(tiny_tokenizer, **STYLES[style])
-    null = made.unconditional(made(codes))
+    module = conditioner(tiny_tokenizer, **STYLES[style])
+    null = module.unconditional(module(codes))
     other = null.pooled if style == "sdxl" else null.spatial
     assert bool((other == 0).all()) and (style != "sdxl" or bool((null.tokens == 0).all()))
 
@@ -159,8 +155,8 @@ def test_null_of_pooled_and_spatial_is_zero(
 def test_masked_padding_is_invisible_to_the_unet(
     tiny_tokenizer: VisualTokenizer, codes: VisualCodes
 ) -> None:
-    """A U-Net sees the padded null exactly as it sees the m tokens alone."""
-    made = condition(tiny_tokenizer, cross_dims=[24], null_length=3)
+    """The padded null gives exactly what the m tokens alone give."""
+    module = conditioner(tiny_tokenizer, cross_dims=[24], null_length=3)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -172,9 +168,9 @@ def test_masked_padding_is_invisible_to_the_unet(
         attention_head_dim=4,
         norm_num_groups=8,
     ).eval()
-    latents, null = torch.randn(3, 4, 8, 8), made.unconditional(made(codes))
+    latents, null = torch.randn(3, 4, 8, 8), module.unconditional(module(codes))
     padded = unet(timestep=7, **null.inputs(latents)).sample
-    plain = unet(latents, 7, made.projection.null.expand(3, -1, -1)).sample
+    plain = unet(latents, 7, module.projection.null.expand(3, -1, -1)).sample
     unmasked = unet(latents, 7, null.tokens).sample
     torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-6)
     assert (padded - unmasked).abs().max() > 1e-4
@@ -183,9 +179,9 @@ def test_masked_padding_is_invisible_to_the_unet(
 @torch.no_grad()
 @pytest.mark.parametrize("style", STYLES)
 def test_where_and_cat(style: str, tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
-    made = condition(tiny_tokenizer, **STYLES[style])
-    given = made(codes)
-    null = made.unconditional(given)
+    module = conditioner(tiny_tokenizer, **STYLES[style])
+    given = module(codes)
+    null = module.unconditional(given)
     joined, mixed = null.cat(given), given.where(torch.tensor([True, False, False]), null)
     equal(mixed.where(torch.tensor([True, True, True]), given), _with_mask(given, mixed))
     for name in ("tokens", "pooled", "spatial"):
@@ -194,7 +190,7 @@ def test_where_and_cat(style: str, tiny_tokenizer: VisualTokenizer, codes: Visua
             assert torch.equal(getattr(joined, name), torch.cat([b, a]))
             assert torch.equal(getattr(mixed, name), torch.cat([b[:1], a[1:]]))
     if style != "sdxl":
-        m = made.config.null_length
+        m = module.config.null_length
         assert (
             mixed.mask.sum(1).tolist() == [m, 16, 16]
             and joined.mask.sum(1).tolist() == [m] * 3 + [16] * 3
@@ -202,7 +198,7 @@ def test_where_and_cat(style: str, tiny_tokenizer: VisualTokenizer, codes: Visua
 
 
 def _with_mask(given: Conditioning, other: Conditioning) -> Conditioning:
-    """`given` with all tokens explicitly visible, where the other has a mask at all."""
+    """`given` with an explicit mask of all tokens, if the other has a mask."""
     mask = None if other.mask is None else torch.ones_like(other.mask)
     return Conditioning(given.tokens, mask, given.pooled, given.spatial)
 
@@ -210,10 +206,10 @@ def _with_mask(given: Conditioning, other: Conditioning) -> Conditioning:
 @torch.no_grad()
 @pytest.mark.parametrize("style", STYLES)
 def test_alone_or_together(style: str, tiny_tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
-    made = condition(tiny_tokenizer, **STYLES[style])
-    together = made(codes)
+    module = conditioner(tiny_tokenizer, **STYLES[style])
+    together = module(codes)
     for i in range(3):
-        alone = made(codes.take([i]))
+        alone = module(codes.take([i]))
         for name in ("tokens", "pooled", "spatial"):
             if getattr(alone, name) is not None:
                 torch.testing.assert_close(
@@ -225,31 +221,31 @@ def test_alone_or_together(style: str, tiny_tokenizer: VisualTokenizer, codes: V
 def test_spatial_channels_are_resized_to_the_latents(
     tiny_tokenizer: VisualTokenizer, codes: VisualCodes
 ) -> None:
-    made = condition(tiny_tokenizer, **STYLES["spatial"])(codes)
-    exact, larger = made.inputs(torch.zeros(3, 4, 8, 8)), made.inputs(torch.zeros(3, 4, 16, 24))
-    assert torch.equal(exact["sample"][:, 4:], made.spatial)
+    module = conditioner(tiny_tokenizer, **STYLES["spatial"])(codes)
+    exact, larger = module.inputs(torch.zeros(3, 4, 8, 8)), module.inputs(torch.zeros(3, 4, 16, 24))
+    assert torch.equal(exact["sample"][:, 4:], module.spatial)
     assert larger["sample"].shape == (3, 9, 16, 24)
     torch.testing.assert_close(
-        larger["sample"][:, 4:].mean(), made.spatial.mean(), rtol=1e-3, atol=1e-4
+        larger["sample"][:, 4:].mean(), module.spatial.mean(), rtol=1e-3, atol=1e-4
     )
 
 
 def test_refuses_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer) -> None:
-    made = condition(tiny_tokenizer, cross_dims=[24])
+    module = conditioner(tiny_tokenizer, cross_dims=[24])
     with pytest.raises(CodeError, match="codebook of 32 entries, this one has 16"):
-        made(VisualCodes.from_list([[1]], codebook_size=32))
+        module(VisualCodes.from_list([[1]], codebook_size=32))
     with pytest.raises(CodeError, match=r"0\.\.15, got 3\.\.16"):
-        made(VisualCodes.from_list([[3, 16]]))
+        module(VisualCodes.from_list([[3, 16]]))
     with pytest.raises(CodeError, match=r"1\.\.16 codes per image, got lengths 17\.\.17"):
-        made(VisualCodes.from_list([[0] * 17]))
+        module(VisualCodes.from_list([[0] * 17]))
     with pytest.raises(CodeError, match=r"at least one image.*got no images"):
-        made(VisualCodes.from_list([]))
+        module(VisualCodes.from_list([]))
     with pytest.raises(CodeError, match=r"got lengths 0\.\.2"):
-        made(VisualCodes.from_list([[1, 2], []]))
+        module(VisualCodes.from_list([[1, 2], []]))
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("options", "message"),
     [
         ({"style": "dit"}, "style: expected 'sd' or 'sdxl', got 'dit'"),
         ({"cross_dims": [8, 8]}, "cross_dims: expected 1 positive widths for sd"),
@@ -261,16 +257,11 @@ def test_refuses_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer) -> None:
         ),
     ],
 )
-def test_refuses_settings(
-    settings: dict[str, Any], message: str, tiny_tokenizer: VisualTokenizer
+def test_refuses_options(
+    options: dict[str, Any], message: str, tiny_tokenizer: VisualTokenizer
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Conditioner.for_tokenizer(
-            tiny_tokenizer.config,
-            tiny_tokenizer.quantizer.codebook,
-            tiny_tokenizer.reconstructor,
-            **{"cross_dims": [24], **settings},
-        )
+        Conditioner.for_tokenizer(tiny_tokenizer.config, **{"cross_dims": [24], **options})
     with pytest.raises(ValueError, match="square number"):
         Conditioner(patches=15, spatial_channels=1)
 
@@ -280,7 +271,7 @@ def test_refuses_settings(
 def test_diffusers_round_trip(
     style: str, tmp_path: Path, tiny_tokenizer: VisualTokenizer, codes: VisualCodes
 ) -> None:
-    made = condition(tiny_tokenizer, **STYLES[style])
-    made.save_pretrained(tmp_path)
+    module = conditioner(tiny_tokenizer, **STYLES[style])
+    module.save_pretrained(tmp_path)
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
-    equal(Conditioner.from_pretrained(tmp_path)(codes), made(codes))
+    equal(Conditioner.from_pretrained(tmp_path)(codes), module(codes))

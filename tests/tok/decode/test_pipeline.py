@@ -265,7 +265,7 @@ def test_refuses_codes_of_another_tokenizer(decoders: dict[str, PixelDecoder]) -
 def test_refuses_parts_that_do_not_fit(decoders: dict[str, PixelDecoder]) -> None:
     sd, spatial = decoders["sd"], decoders["spatial"]
     with pytest.raises(
-        ValueError, match=r"unet\.in_channels: expected 7, to fit condition and VAE, got 4"
+        ValueError, match=r"unet\.in_channels: expected 7 for this conditioner and VAE, got 4"
     ):
         PixelDecoder(spatial.conditioner, sd.unet, sd.vae, sd.scheduler)
 
@@ -392,7 +392,7 @@ def test_tampered_weights_are_refused(decoders: dict[str, PixelDecoder], tmp_pat
         "not a whole safetensors file",
     )
     refused(lambda d: (d / unet).unlink(), "found neither")
-    refused(lambda d: edit(d / "unet" / "config.json", colour="red"), "unknown settings ['colour']")
+    refused(lambda d: edit(d / "unet" / "config.json", color="red"), "unknown entries ['color']")
     refused(lambda d: edit(d / "conditioner" / "config.json", null_length=0), "null_length")
     refused(
         lambda d: edit(d / "conditioner" / "config.json", codebook_size=17),
