@@ -6,20 +6,63 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lavit_lm.models.losses import LossSum, ModelOutput, cross_entropy, regression
     from lavit_lm.multimodal import MultimodalLM
+    from lavit_lm.objectives.base import Objective
+    from lavit_lm.objectives.records import Connectors, ImageOutput, PromptTemplates
+    from lavit_lm.sequences.packing import PackedBatch
+    from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
+    from lavit_lm.sequences.token_sequence import Flags, Role, SequenceBuilder, TokenSequence
+    from lavit_lm.vocabulary.processor import MultimodalProcessor
     from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
-
-__all__ = [
-    "MultimodalLM",
-    "VisualVocabulary",
-    "VocabularyError",
-]
 
 _MODULES = {
     "MultimodalLM": "multimodal",
     "VisualVocabulary": "vocabulary.visual_vocabulary",
     "VocabularyError": "vocabulary.visual_vocabulary",
+    "MultimodalProcessor": "vocabulary.processor",
+    # what a new objective needs: docs/objectives.md
+    "Objective": "objectives.base",
+    "PromptTemplates": "objectives.records",
+    "Connectors": "objectives.records",
+    "ImageOutput": "objectives.records",
+    "Segment": "sequences.segments",
+    "TextSegment": "sequences.segments",
+    "ImageSegment": "sequences.segments",
+    "SegmentLength": "sequences.segments",
+    "Role": "sequences.token_sequence",
+    "Flags": "sequences.token_sequence",
+    "SequenceBuilder": "sequences.token_sequence",
+    "TokenSequence": "sequences.token_sequence",
+    "PackedBatch": "sequences.packing",
+    "ModelOutput": "models.losses",
+    "LossSum": "models.losses",
+    "cross_entropy": "models.losses",
+    "regression": "models.losses",
 }
+__all__ = [
+    "Connectors",
+    "Flags",
+    "ImageOutput",
+    "ImageSegment",
+    "LossSum",
+    "ModelOutput",
+    "MultimodalLM",
+    "MultimodalProcessor",
+    "Objective",
+    "PackedBatch",
+    "PromptTemplates",
+    "Role",
+    "Segment",
+    "SegmentLength",
+    "SequenceBuilder",
+    "TextSegment",
+    "TokenSequence",
+    "VisualVocabulary",
+    "VocabularyError",
+    "cross_entropy",
+    "regression",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from lavit_lm.models.losses import log_likelihood
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.objectives.records import CodesDecoder, ImageDecoder, ImageVectors
 from lavit_lm.sequences.packing import pad
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
@@ -82,16 +83,15 @@ class MultimodalLM:
                 "this model has no pixel decoder: it gives codes (generate_codes), not pictures"
             )
         if isinstance(self._decoder, str):
-            self._decoder = self.objective.decoder(self._decoder, self.device)
-            drawn = getattr(getattr(self._decoder, "conditioner", None), "config", None)
-            size, own = (
-                getattr(drawn, "codebook_size", None),
-                self.processor.vocabulary.codebook_size,
-            )
+            self._decoder = self.objective.image_output.load_decoder(self._decoder, self.device)
+            size = getattr(self._decoder, "codebook_size", None)
+            own = self.processor.vocabulary.codebook_size
             if size not in (None, own):
                 raise ValueError(
                     f"the pixel decoder draws codes of a codebook of {size} rows, the model says {own}"
                 )
+        elif not isinstance(self._decoder, ImageDecoder):
+            self._decoder = CodesDecoder(self._decoder)  # a PixelDecoder
         return self._decoder
 
     # Pictures
@@ -119,7 +119,7 @@ class MultimodalLM:
         }
         if "decoder_guidance" in decoding:
             drawing["guidance_scale"] = decoding.pop("decoder_guidance")
-        if self.objective.image_output == "vectors":
+        if self.objective.image_output.kind == "vectors":
             vectors = self.generate_vectors_batch([require_words(prompt)] * n, **decoding)
             return self._draw(vectors, generator, drawing)
         codes = self.generate_codes(prompt, n, guidance_scale, generator, **decoding)
@@ -167,12 +167,12 @@ class MultimodalLM:
         Raises:
             ValueError: no prompt, one without room for a picture, or a model that says vectors.
         """
-        if self.objective.image_output != "codes":
+        if self.objective.image_output.kind != "codes":
             raise ValueError(
                 f"{self.objective.name} says vectors for a picture, no codes: ask for pictures"
             )
         patches = self.visual.config.num_patches
-        allowed = self.objective.lengths(patches)
+        allowed = self.objective.image_output.limits(patches)
         least, most = (
             a if given is None else given
             for a, given in zip(allowed, (min_codes, max_codes), strict=True)
@@ -208,7 +208,7 @@ class MultimodalLM:
         Raises:
             ValueError: no prompt, one without room for a picture, or a model that says codes.
         """
-        if self.objective.image_output != "vectors":
+        if self.objective.image_output.kind != "vectors":
             raise ValueError(
                 f"{self.objective.name} says codes for a picture, no vectors: ask for codes"
             )
@@ -331,12 +331,12 @@ class MultimodalLM:
         Raises:
             ValueError: pictures asked for of a model that never opens one by itself, or no room.
         """
-        if max_images and not self.objective.emits_image_start:
+        if max_images and not self.objective.image_output.emits_start:
             raise ValueError(
                 f"{self.objective.name} never says by itself that a picture comes: give max_images=0 for text, or ask "
                 "for a picture with generate_images"
             )
-        if self.objective.image_output == "vectors":
+        if self.objective.image_output.kind == "vectors":
             return self._complete_with_vectors(
                 prompt, max_tokens, max_images, generator, images, sampling
             )
@@ -400,17 +400,15 @@ class MultimodalLM:
     @property
     def _vectors(self) -> int:
         """How many vectors a picture has."""
-        return self.objective.lengths(self.visual.config.num_patches)[1]
+        return self.objective.image_output.limits(self.visual.config.num_patches)[1]
 
     def _draw(
         self, said: Any, generator: torch.Generator | None, drawing: dict[str, Any]
     ) -> list[Image.Image]:
         """Pictures of codes, or of vectors float [b n d], whose unconditional stream is what is said of no prompt."""
-        if isinstance(said, VisualCodes):
-            return self.decoder(said, generator=generator, **drawing).images
-        return self.decoder(
-            said, self.generate_vectors_batch([""]), generator=generator, **drawing
-        ).images
+        if isinstance(said, Tensor):
+            said = ImageVectors(said, self.generate_vectors_batch([""]))
+        return self.decoder.decode(said, generator, **drawing)
 
     # Likelihood
 
@@ -431,7 +429,7 @@ class MultimodalLM:
             for c in candidates
         ]
         batch = pad(rows, self.processor.pad).to(self.device)
-        nats = log_likelihood(self.model.see(batch), batch)
+        nats = log_likelihood(self.model(batch), batch)
         return nats / batch.predict.sum(1) if per_token else nats
 
     def save_pretrained(

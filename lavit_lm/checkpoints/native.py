@@ -77,7 +77,7 @@ def save_model(
         "visual_tokenizer": visual_tokenizer,
         "fingerprint": fingerprint,
         "codebook_size": processor.vocabulary.codebook_size,
-        "objective": {"name": objective.name, **objective.settings()},
+        "objective": {"name": objective.name, **objective.to_dict()},
     }
     (new / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
@@ -124,7 +124,7 @@ def load_model(
         raise WeightsError(f"{directory}: these tensors do not fit the config: {wrong}")
     objective = objective or _objective(directory, values["objective"])
     width = lm.config.get_text_config().hidden_size
-    model = sequence_model(lm, *objective.parts(visual, width))
+    model = sequence_model(lm, *objective.connectors.build(visual, width))
     modules = _objective_modules(model)
     if modules.state_dict() or (directory / MODULES).exists():
         load_weights(modules, directory, MODULES)

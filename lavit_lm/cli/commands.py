@@ -54,17 +54,21 @@ def _lightning(command: str, words: list[str]) -> int:
 def generate(arguments: argparse.Namespace) -> int:
     """Pictures of a prompt -> PNG files, and codes.jsonl beside them, if the model says codes."""
     from lavit_lm.generation.prompts import require_words
+    from lavit_lm.objectives.records import ImageVectors
 
     lm = _model(arguments, arguments.decoder)
     generator = torch.Generator().manual_seed(arguments.seed)
-    if lm.objective.image_output == "vectors":
+    if lm.objective.image_output.kind == "vectors":
         vectors = lm.generate_vectors_batch([require_words(arguments.prompt)]).expand(
             arguments.n, -1, -1
         )
         null = lm.generate_vectors_batch([[]])
-        drawn = lm.decoder(
-            vectors, null, arguments.steps, arguments.decoder_guidance, generator
-        ).images
+        drawn = lm.decoder.decode(
+            ImageVectors(vectors, null),
+            generator,
+            num_inference_steps=arguments.steps,
+            guidance_scale=arguments.decoder_guidance,
+        )
         for number, image in enumerate(drawn):
             path = arguments.out / png_name(number, arguments.prompt)
             save_png(image, path)
@@ -78,7 +82,11 @@ def generate(arguments: argparse.Namespace) -> int:
         top_k=arguments.top_k,
         temperature=arguments.temperature,
     )
-    images = lm.decoder(codes, arguments.steps, arguments.decoder_guidance, generator).images
+    options = {
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.decoder_guidance,
+    }
+    images = lm.decoder.decode(codes, generator, **options)
     for number, image in enumerate(images):
         path = arguments.out / png_name(number, arguments.prompt)
         save_png(image, path)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lavit_lm.generation.sampling import GenerationConstraint
-from lavit_lm.sequences.segments import TokenSequence
+from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
@@ -51,7 +51,7 @@ def beam_search(
             f"expected at least one prompt and one beam, got {len(prompts)} and {num_beams}"
         )
     sequences = [prompt for prompt in prompts for _ in range(num_beams)]
-    state = model.decoding(sequences, processor.pad, constraint.max_new_tokens, use_cache)
+    state = model.start_decoding(sequences, processor.pad, constraint.max_new_tokens, use_cache)
     stops = torch.tensor(constraint.stop_ids(processor), device=state.device)
     beams = [_Beams(num_beams, length_penalty, stops.tolist()) for _ in prompts]
     scores = torch.full((len(prompts), num_beams), -torch.inf, device=state.device)

@@ -27,7 +27,7 @@ from lavit_lm.generation.sampling import (
     Sampling,
     sequence_generators,
 )
-from lavit_lm.sequences.segments import TokenSequence
+from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 GREEDY = Sampling(temperature=0.0)
@@ -122,7 +122,7 @@ def generate_interleaved(
         raise ValueError("the model has no regression head: it generates no vectors")
     v, images = processor.vocabulary, max_images + starts_with_image
     longest = max(1, images * (num_vectors + 2) + (max_images + 1) * max_new_tokens)
-    state = model.decoding(prompts, processor.pad, longest, use_cache)
+    state = model.start_decoding(prompts, processor.pad, longest, use_cache)
     generators = sequence_generators(generator, len(prompts))
     first = Mode.IMAGE if starts_with_image else Mode.TEXT
     sequences = [_Sequence(first, max_new_tokens, max_images, num_vectors) for _ in prompts]

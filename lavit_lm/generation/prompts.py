@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lavit_lm.objectives.base import Objective
-from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment, TokenSequence
+from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
+from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
 
@@ -55,12 +56,11 @@ class Prompts:
                 raise ValueError(f"expected codes of one picture in a prompt, got {len(part)}")
             part.check(self.visual.config.codebook_size)
             return ImageSegment(part[0].cpu())
-        c = self.visual.config
         pixels = self.visual.image_processor.to_uint8(part)
-        if self.objective.image_output == "vectors":
+        if not self.objective.connectors.needs_codes:
             return ImageSegment(image=pixels[0])
-        least, _ = self.objective.lengths(c.num_patches)
-        codes = self.visual.encode(pixels, budget=None if least == 1 else least)
+        budget = self.objective.image_output.encode_budget(self.visual.config.num_patches)
+        codes = self.visual.encode(pixels, budget=budget)
         assert codes.keep is not None
         return ImageSegment(codes[0].cpu(), pixels[0], codes.keep[0].cpu())
 

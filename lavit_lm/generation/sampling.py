@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.sequences.segments import TokenSequence
+from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -188,7 +188,7 @@ def generate_ids(
     if guided and (unconditional is None or len(unconditional) != len(prompts)):
         raise ValueError("guidance needs an unconditional sequence for each prompt")
     sequences = [*prompts, *(unconditional or [])] if guided else list(prompts)
-    state = model.decoding(sequences, processor.pad, constraint.max_new_tokens, use_cache)
+    state = model.start_decoding(sequences, processor.pad, constraint.max_new_tokens, use_cache)
     generators = sequence_generators(generator, len(prompts))
     stops = torch.tensor(constraint.stop_ids(processor), device=state.device)
     generated: list[list[int]] = [[] for _ in prompts]

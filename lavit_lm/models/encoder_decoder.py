@@ -1,13 +1,13 @@
-"""PrefixSeq2Seq: an encoder-decoder of `transformers` in the place of a causal LM, for objectives with prefixes.
+"""PrefixSeq2Seq: an encoder-decoder of `transformers` instead of a causal LM, for objectives with prefixes.
 
-    a block          document 0          document 1        row    encoder      decoder
-    prefix           P  P  P  .  .       P  .  .  .        0      a0 a1 a2     a3 a4 .
-    place            a0 a1 a2 a3 a4      b0 b1 b2 b3       1      b0 .  .      b1 b2 b3
+    a block          document 0          document 1        document   encoder      decoder
+    prefix           P  P  P  .  .       P  .  .  .        0          a0 a1 a2     a3 a4 .
+    position         a0 a1 a2 a3 a4      b0 b1 b2 b3       1          b0 .  .      b1 b2 b3
 
-The encoder reads a document's prefix in both directions, the decoder its suffix from left to right with all of the
-prefix in view: what masks.py lets a causal LM see in one stack. Documents become rows of their own, so that no family
-needs a mask of its own, and positions start anew in either half. States go back to their places in the block, where the
-objectives' losses read them; nothing is read at a prefix.
+The encoder attends within a document's prefix in both directions, the decoder causally within its suffix and to all of
+the prefix: the same attention that masks.py gives a causal LM. Each document becomes a batch element, so that no family
+needs a custom mask, and positions start anew in encoder and decoder. Hidden states are scattered back to their positions
+in the block, where the objectives' losses expect them; at prefixes they are 0.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from lavit_lm.models.kv_state import Decoding
+from lavit_lm.models.kv_state import DecodingState
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.sequences.packing import FREE, Packed, pad
-from lavit_lm.sequences.segments import TokenSequence
+from lavit_lm.sequences.packing import PADDING, PackedBatch, pad
+from lavit_lm.sequences.token_sequence import TokenSequence
 
 FAMILIES = ("t5", "bart")
 
@@ -36,7 +36,7 @@ class PrefixSeq2Seq(SequenceModel):
         bridge, regressor: see SequenceModel.
 
     Raises:
-        ValueError: another family, whose head may do more than multiply, or embeddings that are scaled on their way.
+        ValueError: another family, whose head may be more than a matrix, or embeddings that are scaled.
     """
 
     def __init__(
@@ -46,170 +46,169 @@ class PrefixSeq2Seq(SequenceModel):
         config = self.causal.config
         if config.model_type not in FAMILIES or getattr(config, "scale_embedding", False):
             raise ValueError(
-                f"lm: expected an encoder-decoder of the families {', '.join(FAMILIES)} with embeddings as they are, "
-                f"got {config.model_type!r}: its head or embeddings would be computed in another way than its own"
+                f"lm: expected an encoder-decoder of the families {', '.join(FAMILIES)} with unscaled embeddings, got "
+                f"{config.model_type!r}: its head or embeddings would be computed differently from its own forward"
             )
 
-    def read(self, inputs: Float[Tensor, "b l d"], batch: Packed) -> Float[Tensor, "b l d"]:
-        """States of the decoder at the places of suffixes, 0 elsewhere.
+    def hidden_states(
+        self, inputs_embeds: Float[Tensor, "b l d"], batch: PackedBatch
+    ) -> Float[Tensor, "b l d"]:
+        """Hidden states of the decoder at the positions of suffixes, 0 elsewhere.
 
         Raises:
-            ValueError: a document without a prefix or without a suffix, a prefix that goes on behind its suffix's
-                beginning, or a suffix whose first place is predicted: it needs a start that is not.
+            ValueError: a document without a prefix or without a suffix, a prefix position after a suffix position, or a
+                suffix whose first position is predicted.
         """
-        there = batch.documents != FREE
-        _check(batch, there)
-        states = torch.zeros_like(inputs)
-        if not bool(there.any()):
+        is_token = batch.documents != PADDING
+        check_prefixes(batch)
+        states = torch.zeros_like(inputs_embeds)
+        if not bool(is_token.any()):
             return states
-        context, known, _ = _rows(inputs, batch.documents, batch.prefix & there)
-        said, taken, slots = _rows(inputs, batch.documents, ~batch.prefix & there)
-        memory = self.encode(context, known)
-        self.require_room(said.shape[1])
-        found = self.causal.get_decoder()(
-            inputs_embeds=said,
-            attention_mask=taken.long(),
+        is_suffix = ~batch.prefix & is_token
+        context, context_mask, _ = _by_document(inputs_embeds, batch, batch.prefix & is_token)
+        suffix, suffix_mask, origin = _by_document(inputs_embeds, batch, is_suffix)
+        memory = self.encode(context, context_mask)
+        self.require_context(suffix.shape[1])
+        output = self.causal.get_decoder()(
+            inputs_embeds=suffix,
+            attention_mask=suffix_mask.long(),
             encoder_hidden_states=memory,
-            encoder_attention_mask=known.long(),
+            encoder_attention_mask=context_mask.long(),
             use_cache=False,
         ).last_hidden_state
-        return states.masked_scatter(
-            (~batch.prefix & there)[..., None], found[slots].to(states.dtype)
-        )
+        return states.masked_scatter(is_suffix[..., None], output[origin].to(states.dtype))
 
     def encode(
-        self, context: Float[Tensor, "n s d"], known: Bool[Tensor, "n s"]
+        self, context: Float[Tensor, "n s d"], mask: Bool[Tensor, "n s"]
     ) -> Float[Tensor, "n s d"]:
-        """Read prefixes, each a row."""
-        self.require_room(context.shape[1])
-        return self.causal.get_encoder()(
-            inputs_embeds=context, attention_mask=known.long()
-        ).last_hidden_state
+        """The encoder's hidden states of prefixes."""
+        self.require_context(context.shape[1])
+        encoder = self.causal.get_encoder()
+        return encoder(inputs_embeds=context, attention_mask=mask.long()).last_hidden_state
 
-    def require_room(self, places: int) -> None:
-        """Raise ValueError for more places than either half has positions."""
-        room = getattr(
-            self.causal.config, "max_position_embeddings", None
-        )  # of bart; t5 has no last one
-        if room is not None and places > room:
+    def require_context(self, length: int) -> None:
+        """Raise ValueError for more positions than encoder or decoder have."""
+        # BART has learned positions; T5's are relative, without a largest one.
+        context = getattr(self.causal.config, "max_position_embeddings", None)
+        if context is not None and length > context:
             raise ValueError(
-                f"a prefix or suffix of {places} places exceeds the model's context of {room}"
+                f"a prefix or suffix of {length} positions exceeds the model's context of {context}"
             )
 
-    def decoding(
-        self, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True
-    ) -> Any:
-        """Rows to go on with; see PrefixDecoding."""
-        return PrefixDecoding(self, rows, pad, most, cached)
+    def start_decoding(
+        self,
+        sequences: Sequence[TokenSequence],
+        pad_id: int,
+        max_new_tokens: int,
+        use_cache: bool = True,
+    ) -> DecodingState:
+        """The state from which sequences are continued; see PrefixDecodingState."""
+        return PrefixDecodingState(self, sequences, pad_id, max_new_tokens, use_cache)
 
-    def head(self, states: Float[Tensor, "t d"]) -> Float[Tensor, "t vocabulary"]:
-        """Logits as the LM's own forward makes them."""
+    def head(self, hidden_states: Float[Tensor, "t d"]) -> Float[Tensor, "t vocabulary"]:
+        """Logits as the LM's own forward computes them."""
         config = self.causal.config
-        if getattr(config, "scale_decoder_outputs", False):
-            states = states * config.d_model**-0.5
-        bias = getattr(self.causal, "final_logits_bias", None)
-        logits = self.causal.get_output_embeddings()(states)
+        if getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+            hidden_states = hidden_states * config.d_model**-0.5
+        bias = getattr(self.causal, "final_logits_bias", None)  # BART
+        logits = self.causal.get_output_embeddings()(hidden_states)
         return logits if bias is None else logits + bias
 
 
-class PrefixDecoding(Decoding):
-    """As Decoding, over an encoder-decoder: prefixes are read once, suffixes gone on with.
+class PrefixDecodingState(DecodingState):
+    """DecodingState over an encoder-decoder: prefixes are encoded once, suffixes continued.
 
     Args:
         model: a PrefixSeq2Seq.
-        rows, pad, most, cached: see Decoding.
+        sequences, pad_id, max_new_tokens, use_cache: see DecodingState.
 
     Raises:
-        ValueError: rows without a prefix, suffixes that are empty or of several lengths (which absolute positions could
-            not be left-padded for), or no room in the model's context.
+        ValueError: sequences without a prefix, suffixes that are empty or of several lengths (absolute positions cannot
+            be left-padded), or no space in the model's context.
     """
 
     def __init__(
         self,
         model: PrefixSeq2Seq,
-        rows: Sequence[TokenSequence],
+        sequences: Sequence[TokenSequence],
         pad_id: int,
-        most: int,
-        cached: bool = True,
+        max_new_tokens: int,
+        use_cache: bool = True,
     ) -> None:
-        lengths = {int((~row.prefix).sum()) for row in rows}
+        lengths = {int((~sequence.prefix).sum()) for sequence in sequences}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
-                f"expected prompts whose suffixes have begun alike, got suffixes of {sorted(lengths)} places: give "
-                "them one at a time"
+                f"expected prompts with suffixes of one length, got lengths {sorted(lengths)}: continue them one at a "
+                "time"
             )
-        model.require_room(max(lengths) + most)
-        self.model, self.cached = model, cached
+        model.require_context(max(lengths) + max_new_tokens)
+        self.model, self.use_cache = model, use_cache
         self.device = model.causal.get_input_embeddings().weight.device
-        batch = pad(rows, pad_id).to(self.device)
-        _check(batch, batch.documents != FREE)
-        inputs = model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
-        there = batch.documents != FREE
-        context, self.known, _ = _rows(inputs, batch.documents, batch.prefix & there)
-        self.inputs: Tensor = _rows(inputs, batch.documents, ~batch.prefix & there)[0]
-        self.memory = model.encode(context, self.known)
+        batch = pad(sequences, pad_id).to(self.device)
+        check_prefixes(batch)
+        inputs_embeds = model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
+        is_token = batch.documents != PADDING
+        context, self.context_mask, _ = _by_document(inputs_embeds, batch, batch.prefix & is_token)
+        self.inputs_embeds: Tensor = _by_document(inputs_embeds, batch, ~batch.prefix & is_token)[0]
+        self.memory = model.encode(context, self.context_mask)
         config = model.causal.config
-        self.cache = (
-            EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-            if cached
-            else None
-        )
+        self.cache: Any = None
+        if use_cache:
+            self.cache = EncoderDecoderCache(
+                DynamicCache(config=config), DynamicCache(config=config)
+            )
 
     def append_embeddings(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        """One more vector in each row; the state after it."""
-        if self.cache is not None:
-            return self._forward(vectors[:, None])
-        self.inputs = torch.cat([self.inputs, vectors[:, None]], 1)
-        return self._forward(self.inputs)
+        """Append a vector to each sequence; the hidden state there."""
+        return self._append(vectors)
 
-    def reorder(self, rows: Int64[Tensor, " b"]) -> None:
-        """Go on with these of the rows, some more than once, as beam search does."""
-        self.inputs, self.memory, self.known = (
-            self.inputs[rows],
-            self.memory[rows],
-            self.known[rows],
-        )
-        if self.cache is not None:
-            self.cache.reorder_cache(rows)
+    def reorder(self, index: Int64[Tensor, " b"]) -> None:
+        """Continue with these of the sequences, some more than once, as beam search does."""
+        self.memory, self.context_mask = self.memory[index], self.context_mask[index]
+        self._reorder(index)
 
-    def _forward(self, inputs: Float[Tensor, "b l d"]) -> Float[Tensor, "b d"]:
+    def _forward(self, inputs_embeds: Float[Tensor, "b l d"]) -> Float[Tensor, "b d"]:
         return self.model.causal.get_decoder()(
-            inputs_embeds=inputs,
+            inputs_embeds=inputs_embeds,
             encoder_hidden_states=self.memory,
-            encoder_attention_mask=self.known.long(),
+            encoder_attention_mask=self.context_mask.long(),
             past_key_values=self.cache,
-            use_cache=self.cached,
+            use_cache=self.use_cache,
         ).last_hidden_state[:, -1]
 
 
-def _rows(
-    inputs: Float[Tensor, "b l d"], documents: Int64[Tensor, "b l"], wanted: Bool[Tensor, "b l"]
+def _by_document(
+    inputs_embeds: Float[Tensor, "b l d"], batch: PackedBatch, selected: Bool[Tensor, "b l"]
 ) -> tuple[
     Float[Tensor, "n s d"], Bool[Tensor, "n s"], tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]
 ]:
-    """(each document's wanted places as a row, where there is one, row and column of each wanted place)."""
-    length = documents.shape[1]
-    number = documents + length * torch.arange(len(documents), device=documents.device)[:, None]
-    rows = torch.unique_consecutive(number[wanted], return_inverse=True)[1]
-    counts = torch.bincount(rows)
-    columns = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    taken = torch.arange(int(counts.max()), device=rows.device) < counts[:, None]
-    made = inputs.new_zeros(*taken.shape, inputs.shape[2])
-    return made.masked_scatter(taken[..., None], inputs[wanted]), taken, (rows, columns)
+    """(each document's selected positions as a batch element, their mask, (element, position) of each one selected)."""
+    length, device = batch.documents.shape[1], batch.documents.device
+    block = torch.arange(len(batch.documents), device=device)[:, None]
+    number = (batch.documents + length * block)[selected]
+    element = torch.unique_consecutive(number, return_inverse=True)[1]
+    counts = torch.bincount(element)
+    position = torch.arange(len(element), device=device) - (counts.cumsum(0) - counts)[element]
+    mask = torch.arange(int(counts.max()), device=device) < counts[:, None]
+    elements = inputs_embeds.new_zeros(*mask.shape, inputs_embeds.shape[2])
+    elements = elements.masked_scatter(mask[..., None], inputs_embeds[selected])
+    return elements, mask, (element, position)
 
 
-def _check(batch: Packed, there: Bool[Tensor, "b l"]) -> None:
-    """Raise ValueError for documents that are not a prefix and then a suffix with a start."""
+def check_prefixes(batch: PackedBatch) -> None:
+    """Raise ValueError for documents that are not a prefix followed by a suffix whose first position is given."""
+    is_token = batch.documents != PADDING
     same = batch.documents[:, 1:] == batch.documents[:, :-1]
-    first = there & ~torch.cat([torch.zeros_like(there[:, :1]), same], 1)
-    last = there & ~torch.cat([same, torch.zeros_like(there[:, :1])], 1)
-    back = (batch.prefix[:, 1:] & ~batch.prefix[:, :-1] & same).any()
-    if bool((first & ~batch.prefix).any() | (last & batch.prefix).any() | back):
+    border = torch.zeros_like(is_token[:, :1])
+    first = is_token & ~torch.cat([border, same], 1)
+    last = is_token & ~torch.cat([same, border], 1)
+    resumes = (batch.prefix[:, 1:] & ~batch.prefix[:, :-1] & same).any()
+    if bool((first & ~batch.prefix).any() | (last & batch.prefix).any() | resumes):
         raise ValueError(
-            "an encoder-decoder reads prefixes and says suffixes: expected rows that begin with the one and end with "
-            "the other, which objectives without prefixes do not lay out"
+            "an encoder-decoder needs sequences of a prefix and a suffix, which objectives without prefixes do not "
+            "lay out"
         )
     if bool((batch.predict[:, 1:] & batch.prefix[:, :-1] & same).any()):
         raise ValueError(
-            "a suffix's first place is predicted, and the decoder has nothing before it: lay out a start"
+            "the first position of a suffix is predicted, but the decoder has no position before it: lay out a start id"
         )

@@ -1,9 +1,9 @@
-"""Left-padded rows in a causal LM, read once and then gone on with, a place a row and step.
+"""The keys and values of sequences that are continued by a causal LM, one position per step.
 
-    rows of 3 and 1 places, then two steps        documents  0  0  0  0  0      positions  0  1  2  3  4
-                                                             .  .  0  0  0                 0  0  0  1  2
+    sequences of 3 and 1 positions, left-padded, then two steps     documents  0  0  0  0  0      positions  0  1  2  3  4
+                                                                               .  .  0  0  0                 0  0  0  1  2
 
-What is gone on with may be an id or a vector, so that one loop says words and pictures. Padding is seen by nobody.
+A new position may be an id or a vector, so that one loop generates text and images. Padding is never attended to.
 """
 
 from __future__ import annotations
@@ -18,105 +18,106 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from lavit_lm.sequences.masks import model_mask
-from lavit_lm.sequences.packing import FREE, embedded_images
-from lavit_lm.sequences.segments import TokenSequence
+from lavit_lm.sequences.packing import PADDING, embedded_images
+from lavit_lm.sequences.token_sequence import TokenSequence
 
 
-class Decoding:
-    """The state of a batch of rows.
+class DecodingState:
+    """The state of a batch of sequences.
 
     Args:
         model: a SequenceModel.
-        rows: what has been said; their prefixes are seen by all of their row.
-        pad: the id at free places.
-        most: places that may come; only to check that they fit.
-        cached: keep keys and values; False computes everything anew at every step (slow, for checks).
+        sequences: the prompts; their prefixes attend in both directions.
+        pad_id: the id at padding.
+        max_new_tokens: positions that may be appended; checked against the model's context.
+        use_cache: keep keys and values; False recomputes everything at every step (slow, for tests).
 
     Raises:
-        ValueError: an empty row, or one that leaves no room in the model's context.
+        ValueError: an empty sequence, or one that leaves no space in the model's context.
     """
 
     def __init__(
-        self, model: Any, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True
+        self,
+        model: Any,
+        sequences: Sequence[TokenSequence],
+        pad_id: int,
+        max_new_tokens: int,
+        use_cache: bool = True,
     ) -> None:
-        if min(map(len, rows)) == 0:
-            raise ValueError("a prompt of no places: nothing stands there from which to go on")
-        room = getattr(model.causal.config.get_text_config(), "max_position_embeddings", None)
-        length = max(map(len, rows))
-        if room is not None and length + most > room:
+        if min(map(len, sequences)) == 0:
+            raise ValueError("an empty prompt: there is no position from which to predict the next")
+        context = getattr(model.causal.config.get_text_config(), "max_position_embeddings", None)
+        length = max(map(len, sequences))
+        if context is not None and length + max_new_tokens > context:
             raise ValueError(
-                f"a prompt of {length} places and an answer of up to {most} exceed the model's context of {room}: "
-                "shorten the prompt or ask for less"
+                f"a prompt of {length} tokens and an output of up to {max_new_tokens} exceed the model's context of "
+                f"{context}: shorten the prompt or generate less"
             )
-        self.model, self.cached = model, cached
+        self.model, self.use_cache = model, use_cache
         self.device = model.causal.get_input_embeddings().weight.device
-        ids, is_embedding, self.prefix, self.documents = left_padded(rows, pad)
-        images, keep = embedded_images(rows)
-        tensors = (ids, is_embedding, images, keep)
-        self.inputs: Tensor = model.embed(*(tensor.to(self.device) for tensor in tensors))
-        self.prefix, self.documents = self.prefix.to(self.device), self.documents.to(self.device)
-        self.cache = DynamicCache(config=model.causal.config) if cached else None
+        ids, is_embedding, prefix, documents = left_padded(sequences, pad_id)
+        self.prefix, self.documents = prefix.to(self.device), documents.to(self.device)
+        tensors = (ids, is_embedding, *embedded_images(sequences))
+        self.inputs_embeds: Tensor = model.embed(*(tensor.to(self.device) for tensor in tensors))
+        self.cache = DynamicCache(config=model.causal.config) if use_cache else None
 
     def prefill(self) -> Float[Tensor, "b d"]:
-        """Read the rows; the state after each one's last place."""
-        return self._forward(self.inputs)
+        """Compute the prompts; the hidden state at each one's last position."""
+        return self._forward(self.inputs_embeds)
 
     def append_ids(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """One more id in each row; the state after it."""
+        """Append an id to each sequence; the hidden state there."""
         return self.append_embeddings(self.embed_ids(ids))
 
     def embed_ids(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """What the LM is fed for ids."""
+        """Rows of the LM's embedding."""
         return self.model.causal.get_input_embeddings()(ids)
 
     def append_embeddings(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        """One more vector in each row; the state after it."""
+        """Append a vector to each sequence; the hidden state there."""
         self.documents, self.prefix = F.pad(self.documents, (0, 1)), F.pad(self.prefix, (0, 1))
+        return self._append(vectors)
+
+    def reorder(self, index: Int64[Tensor, " b"]) -> None:
+        """Continue with these of the sequences, some more than once, as beam search does."""
+        self.documents, self.prefix = self.documents[index], self.prefix[index]
+        self._reorder(index)
+
+    def _append(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         if self.cache is not None:
             return self._forward(vectors[:, None])
-        self.inputs = torch.cat([self.inputs, vectors[:, None]], 1)
-        return self._forward(self.inputs)
+        self.inputs_embeds = torch.cat([self.inputs_embeds, vectors[:, None]], 1)
+        return self._forward(self.inputs_embeds)
 
-    def reorder(self, rows: Int64[Tensor, " b"]) -> None:
-        """Go on with these of the rows, some more than once, as beam search does."""
-        self.inputs, self.documents, self.prefix = (
-            self.inputs[rows],
-            self.documents[rows],
-            self.prefix[rows],
-        )
+    def _reorder(self, index: Int64[Tensor, " b"]) -> None:
+        self.inputs_embeds = self.inputs_embeds[index]
         if self.cache is not None:
-            self.cache.reorder_cache(rows)
+            self.cache.reorder_cache(index)
 
-    def _forward(self, inputs: Float[Tensor, "b l d"]) -> Float[Tensor, "b d"]:
-        there = self.documents != FREE
-        mask: Any = there.long()
-        if (
-            bool(self.prefix.any()) and inputs.shape[1] == there.shape[1]
-        ):  # a later place sees all: no mask of pairs
-            mask = model_mask(self.model.causal, self.documents, self.prefix, inputs.dtype)
+    def _forward(self, inputs_embeds: Float[Tensor, "b l d"]) -> Float[Tensor, "b d"]:
+        is_token = self.documents != PADDING
+        mask: Any = is_token.long()
+        if bool(self.prefix.any()) and inputs_embeds.shape[1] == is_token.shape[1]:
+            # Only the prompt needs a mask of pairs: an appended position attends to every token before it.
+            mask = model_mask(self.model.causal, self.documents, self.prefix, inputs_embeds.dtype)
         return self.model.causal.base_model(
-            inputs_embeds=inputs,
+            inputs_embeds=inputs_embeds,
             attention_mask=mask,
-            position_ids=(there.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :],
+            position_ids=(is_token.cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :],
             past_key_values=self.cache,
-            use_cache=self.cached,
+            use_cache=self.use_cache,
         ).last_hidden_state[:, -1]
 
 
 def left_padded(
-    rows: Sequence[TokenSequence], pad: int
+    sequences: Sequence[TokenSequence], pad_id: int
 ) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"], Bool[Tensor, "b l"], Int64[Tensor, "b l"]]:
-    """(ids, fed, prefix, documents) of rows that end together; documents are 0, and -1 before a row begins."""
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad)
-    is_embedding, prefix = torch.zeros(2, len(rows), length, dtype=torch.bool)
-    documents = torch.full((len(rows), length), FREE)
-    for i, row in enumerate(rows):
-        place = slice(length - len(row), length)
-        ids[i, place], is_embedding[i, place], prefix[i, place], documents[i, place] = (
-            row.ids,
-            row.is_embedding,
-            row.prefix,
-            0,
-        )
+    """(ids, is_embedding, prefix, documents) of sequences that end together; documents are 0, and -1 at padding."""
+    size = len(sequences), max(map(len, sequences))
+    ids, documents = torch.full(size, pad_id), torch.full(size, PADDING)
+    is_embedding, prefix = torch.zeros(2, *size, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        at = slice(size[1] - len(sequence), size[1])
+        ids[i, at], documents[i, at] = sequence.ids, 0
+        is_embedding[i, at], prefix[i, at] = sequence.is_embedding, sequence.prefix
     return ids, is_embedding, prefix, documents

@@ -1,13 +1,13 @@
-"""The one shift of the package: hidden state at place i - 1 against what stands at place i, and named losses.
+"""The one shift of the package: the hidden state at position i - 1 predicts position i; and named losses.
 
-    place        0    1    2      3    4      5     6
-    id           <s>  a    <|img| 7    3      |img> </s>
-    state        h0   h1   h2     h3   h4     h5    .
-    predicts     a    img  7      3    |img>  </s>
+    position       0    1      2      3    4    5       6
+    id             <s>  a      <img>  7    3    </img>  </s>
+    hidden state   h0   h1     h2     h3   h4   h5      .
+    predicts       a    <img>  7      3    </img> </s>
 
-Losses are averaged over their own targets, cross-entropy and regression apart, so that their balance does not drift
-with the share of pictures in a batch. Targets of regression are always detached: a model must not move what it
-predicts.
+Losses are averaged over their own targets, cross-entropy and regression apart, so that their balance does not depend on
+the ratio of images in a batch. Regression targets are always detached: otherwise the model lowers the loss by moving
+its targets.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_lm.sequences.packing import Packed
-from lavit_lm.sequences.segments import Role
+from lavit_lm.sequences.packing import PackedBatch
+from lavit_lm.sequences.token_sequence import Role
 
 
 @dataclass(frozen=True)
-class Sum:
-    """A sum over targets and how many there were, so that means over many batches or devices can be exact.
+class LossSum:
+    """A sum over targets and their number, so that means over many batches or devices can be exact.
 
-    Over several processes the count is their mean, and so need not be whole.
+    Over several processes the count is their mean, which need not be an integer.
     """
 
     total: Float[Tensor, ""]
@@ -42,92 +42,94 @@ class Sum:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a model made of a batch, and the two heads that read it.
+    """What a model computes for a batch, and its two heads.
+
+    The heads are functions, since logits are needed at the positions before targets only.
 
     Args:
-        states: after the LM's last norm.
-        inputs: what the LM was fed at each place: rows of its embedding, or the bridge's vectors.
-        head: states -> logits over the vocabulary.
-        regressor: states -> vectors of the LM's width; None for a model that says ids only.
+        hidden_states: after the LM's last norm.
+        inputs_embeds: the LM's inputs: rows of its embedding, or the bridge's vectors.
+        head: hidden states -> logits over the vocabulary.
+        regressor: hidden states -> vectors of the LM's hidden size; None for a model that predicts ids only.
     """
 
-    states: Float[Tensor, "b l d"]
-    inputs: Float[Tensor, "b l d"]
+    hidden_states: Float[Tensor, "b l d"]
+    inputs_embeds: Float[Tensor, "b l d"]
     head: Callable[[Tensor], Tensor]
     regressor: Callable[[Tensor], Tensor] | None = None
 
 
-def sources(
-    batch: Packed, targets: Bool[Tensor, "b l"]
+def shift_targets(
+    batch: PackedBatch, is_target: Bool[Tensor, "b l"]
 ) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
-    """(places whose state is read, places they predict), as indices into the flattened batch: source = target - 1."""
-    at = targets.flatten().nonzero().flatten()
-    length = batch.ids.shape[1]
-    before = at - 1
-    inside = (at % length > 0) & (
-        batch.documents.flatten()[before] == batch.documents.flatten()[at]
-    )
-    if not bool(inside.all()):
+    """(source, target) positions as indices into the flattened batch, source = target - 1.
+
+    Raises:
+        ValueError: a target at the first position of a document.
+    """
+    target = is_target.flatten().nonzero().flatten()
+    source, documents = target - 1, batch.documents.flatten()
+    has_source = target % batch.ids.shape[1] > 0
+    if not bool((has_source & (documents[source] == documents[target])).all()):
         raise ValueError(
-            "a document's first place is marked as a target: nothing stands before it to predict it from"
+            "the first position of a document is marked as a target: no position precedes it to predict it from"
         )
-    return before, at
+    return source, target
 
 
-def cross_entropy(seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
-    """Sums of -log p(id) in nats, "text" and "image" (codes, begin, end) apart. Logits are made at sources only."""
-    nats, at = _nats(seen, batch)
-    is_text = batch.roles.flatten()[at] == Role.TEXT
+def cross_entropy(output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
+    """Sums of -log p(id) in nats: "text", and "image" (codes and delimiters)."""
+    nats, target = _nats(output, batch)
+    is_text = batch.roles.flatten()[target] == Role.TEXT
     return {
-        name: Sum(nats[where].sum(), where.sum())
+        name: LossSum(nats[where].sum(), where.sum())
         for name, where in (("text", is_text), ("image", ~is_text))
     }
 
 
-def has_images(batch: Packed) -> Bool[Tensor, "b l"]:
-    """True at the places of documents that are fed vectors."""
+def has_images(batch: PackedBatch) -> Bool[Tensor, "b l"]:
+    """True at the positions of documents with image vectors among their inputs."""
     blocks, length = batch.documents.shape
-    document = (
-        batch.documents
-        + (length + 1) * torch.arange(blocks, device=batch.documents.device)[:, None]
-    )
+    block = torch.arange(blocks, device=batch.documents.device)[:, None]
+    document = batch.documents + (length + 1) * block  # numbered over the whole batch
     return torch.isin(document, document[batch.is_embedding])
 
 
-def regression(seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
-    """{"vectors": sums of squared errors, each a mean over d; "spread": what the targets' standard deviation is}.
+def regression(output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
+    """{"vectors": sums of squared errors, each a mean over d; "spread": standard deviation of the targets}.
 
-    The target of place i - 1 is the very vector that place i was fed, detached: it is the bridge's, or the embedding of
-    the id that closes an image. Where vectors learn to be easily predicted they become all the same, and "spread", the
-    standard deviation of a dimension over the batch's targets, goes to 0; it is logged, not descended.
+    The target of position i - 1 is the input embedding of position i, detached: a vector of the bridge, or the embedding
+    of the id that ends an image. If the bridge learns vectors that are easy to predict, they become equal and "spread",
+    the standard deviation of a dimension over the batch's targets, goes to 0; it is logged, not minimized.
 
     Raises:
         ValueError: a model without a regression head.
     """
-    if seen.regressor is None:
-        raise ValueError(
-            "the rows have vectors to predict, but the model has no regression head for them"
-        )
-    before, at = sources(batch, batch.regress)
-    said = seen.regressor(seen.states.flatten(0, 1)[before]).float()
-    targets = seen.inputs.flatten(0, 1)[at].detach().float()
-    count = torch.tensor(len(at), device=targets.device)
-    spread = targets.std(0).mean() if len(at) > 1 else targets.sum() * 0
+    if output.regressor is None:
+        raise ValueError("the batch has vectors to predict, but the model has no regression head")
+    source, target = shift_targets(batch, batch.regress)
+    predicted = output.regressor(output.hidden_states.flatten(0, 1)[source]).float()
+    targets = output.inputs_embeds.flatten(0, 1)[target].detach().float()
+    count = torch.tensor(len(target), device=targets.device)
+    spread = targets.std(0).mean() if len(target) > 1 else targets.sum() * 0
     return {
-        "vectors": Sum((said - targets).square().mean(1).sum(), count),
-        "spread": Sum(spread * count, count),
+        "vectors": LossSum((predicted - targets).square().mean(1).sum(), count),
+        "spread": LossSum(spread * count, count),
     }
 
 
-def log_likelihood(seen: ModelOutput, batch: Packed) -> Float[Tensor, " b"]:
-    """log p of each block's predicted ids given what stands before them, in nats."""
-    nats, at = _nats(seen, batch)
-    rows = torch.div(at, batch.ids.shape[1], rounding_mode="floor")
-    return -torch.zeros(len(batch.ids), device=nats.device).index_add(0, rows, nats)
+def log_likelihood(output: ModelOutput, batch: PackedBatch) -> Float[Tensor, " b"]:
+    """log p in nats of each block's predicted ids, given the positions before them."""
+    nats, target = _nats(output, batch)
+    block = torch.div(target, batch.ids.shape[1], rounding_mode="floor")
+    return -torch.zeros(len(batch.ids), device=nats.device).index_add(0, block, nats)
 
 
-def _nats(seen: ModelOutput, batch: Packed) -> tuple[Float[Tensor, " t"], Int64[Tensor, " t"]]:
-    """(-log p of every predicted id, where it stands in the flattened batch)."""
-    before, at = sources(batch, batch.predict)
-    logits = seen.head(seen.states.flatten(0, 1)[before]).float()
-    return F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none"), at
+def _nats(
+    output: ModelOutput, batch: PackedBatch
+) -> tuple[Float[Tensor, " t"], Int64[Tensor, " t"]]:
+    """(-log p of every predicted id, its position in the flattened batch)."""
+    source, target = shift_targets(batch, batch.predict)
+    # In float32: sums over a large vocabulary lose their last digits in 16 bits.
+    logits = output.head(output.hidden_states.flatten(0, 1)[source]).float()
+    return F.cross_entropy(logits, batch.ids.flatten()[target], reduction="none"), target

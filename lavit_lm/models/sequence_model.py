@@ -1,11 +1,8 @@
-"""SequenceModel: any causal LM of `transformers` over packed rows, with vectors in the places of some ids.
+"""SequenceModel: any causal LM of `transformers` over packed sequences, with vectors as some of its inputs.
 
-    ids -> embeddings, fed places overwritten -> the LM's blocks under masks.py's mask -> states -> objective's losses
-                                                                                          '-> head: logits over ids
-                                                                                          '-> regressor: vectors
-
-Its forward ends at the losses, so that logits exist at predicted places only, and so that DDP and FSDP2 see one module
-whose parameters, head and tied embedding included, are used in one call.
+ids -> embeddings, vectors at is_embedding -> the LM's blocks under the mask of masks.py -> hidden states
+                                                                                             |-> head: logits
+                                                                                             '-> regressor: vectors
 """
 
 from __future__ import annotations
@@ -17,21 +14,21 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
-from lavit_lm.models.kv_state import Decoding
-from lavit_lm.models.losses import ModelOutput, Sum
+from lavit_lm.models.kv_state import DecodingState
+from lavit_lm.models.losses import ModelOutput
 from lavit_lm.sequences.masks import model_mask
-from lavit_lm.sequences.packing import Packed
-from lavit_lm.sequences.segments import TokenSequence
+from lavit_lm.sequences.packing import PackedBatch
+from lavit_lm.sequences.token_sequence import TokenSequence
 
 
 class SequenceModel(nn.Module):
-    """A causal LM, the bridge that feeds it and the head that says vectors, if any.
+    """A causal LM, the bridge that computes vectors for its inputs, and the head that predicts vectors, if any.
 
     Args:
         lm: AutoModelForCausalLM of any family, or a peft model around one.
-        bridge: pictures and keep masks -> vectors of the LM's width; None where nothing is fed but ids. Its parameters
-            are trained at a rate of their own, those of its submodule "encoder", if it has one, at a third.
-        regressor: states -> vectors of the LM's width; None where nothing is said but ids.
+        bridge: images and keep masks -> vectors of the LM's hidden size; None if all inputs are ids. Its parameters
+            are trained with a learning rate of their own, those of its submodule "encoder", if any, with a third.
+        regressor: hidden states -> vectors of the LM's hidden size; None if only ids are predicted.
     """
 
     def __init__(
@@ -44,32 +41,27 @@ class SequenceModel(nn.Module):
 
     @property
     def causal(self) -> Any:
-        """The causal LM itself, inside of peft's wrapper where there is one."""
+        """The LM itself, without peft's wrapper."""
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
 
-    def forward(self, batch: Packed, objective: Any) -> dict[str, Sum]:
-        """Named losses of a batch."""
-        return objective.losses(self.see(batch), batch)
+    def forward(self, batch: PackedBatch) -> ModelOutput:
+        """Hidden states of a batch, from which an objective computes its losses."""
+        inputs_embeds = self.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
+        hidden_states = self.hidden_states(inputs_embeds, batch)
+        return ModelOutput(hidden_states, inputs_embeds, self.head, self.regressor)
 
-    def see(self, batch: Packed) -> ModelOutput:
-        """What the objectives' losses read."""
-        inputs = self.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
-        return ModelOutput(self.read(inputs, batch), inputs, self.head, self.regressor)
-
-    def trained(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters with a gradient, by the rate they are trained at: "lm", "visual" (the bridge), "encoder"."""
+    def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that require a gradient, by learning rate: "lm", "visual" (the bridge), "encoder"."""
         bridge = [] if self.bridge is None else list(self.bridge.parameters())
-        of_its_own: Any = getattr(self.bridge, "encoder", None)
-        encoder = set() if of_its_own is None else {id(p) for p in of_its_own.parameters()}
-        known = {id(p) for p in bridge}
-        found = {
-            "lm": [p for p in self.parameters() if id(p) not in known],
+        encoder_module: Any = getattr(self.bridge, "encoder", None)
+        encoder = set() if encoder_module is None else {id(p) for p in encoder_module.parameters()}
+        in_bridge = {id(p) for p in bridge}
+        groups = {
+            "lm": [p for p in self.parameters() if id(p) not in in_bridge],
             "visual": [p for p in bridge if id(p) not in encoder],
             "encoder": [p for p in bridge if id(p) in encoder],
         }
-        return {
-            name: [p for p in parameters if p.requires_grad] for name, parameters in found.items()
-        }
+        return {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
 
     def embed(
         self,
@@ -78,44 +70,50 @@ class SequenceModel(nn.Module):
         images: UInt8[Tensor, "k 3 h w"],
         keep: Bool[Tensor, "j patches"],
     ) -> Float[Tensor, "b l d"]:
-        """What the LM reads: rows of its embedding, and the bridge's vectors at fed places."""
+        """The LM's inputs: rows of its embedding, and the bridge's vectors where `is_embedding`."""
         embedded = self.causal.get_input_embeddings()(ids)
         if not bool(is_embedding.any()):
             if self.bridge is not None and torch.is_grad_enabled():
-                # Processes that share gradients wait for each other's: the bridge has one, of 0, also without pictures.
+                # DDP and FSDP wait for a gradient of every parameter in every process: without images the bridge's is 0.
                 sums = [p.sum() for p in self.bridge.parameters() if p.requires_grad]
-                embedded = (
-                    embedded + 0 * torch.stack(sums).sum().to(embedded.dtype) if sums else embedded
-                )
+                if sums:
+                    embedded = embedded + 0 * torch.stack(sums).sum().to(embedded.dtype)
             return embedded
         if self.bridge is None:
             raise ValueError(
-                "the batch has pictures to feed as vectors, but the model has no bridge for them"
+                "the batch has images to embed as vectors, but the model has no bridge"
             )
-        return embedded.masked_scatter(
-            is_embedding[..., None], self.bridge(images, keep).to(embedded.dtype)
-        )
+        vectors = self.bridge(images, keep).to(embedded.dtype)
+        return embedded.masked_scatter(is_embedding[..., None], vectors)
 
-    def read(self, inputs: Float[Tensor, "b l d"], batch: Packed) -> Float[Tensor, "b l d"]:
+    def hidden_states(
+        self, inputs_embeds: Float[Tensor, "b l d"], batch: PackedBatch
+    ) -> Float[Tensor, "b l d"]:
         """Hidden states after the LM's last norm."""
+        mask = model_mask(self.causal, batch.documents, batch.prefix, inputs_embeds.dtype)
+        # Flash kernels find documents by positions that restart, which `transformers` ignores with a cache or 2-D mask.
         return self.causal.base_model(
-            inputs_embeds=inputs,
-            attention_mask=model_mask(self.causal, batch.documents, batch.prefix, inputs.dtype),
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
             position_ids=batch.positions,
             use_cache=False,
         ).last_hidden_state
 
-    def decoding(
-        self, rows: Sequence[TokenSequence], pad: int, most: int, cached: bool = True
-    ) -> Decoding:
-        """Rows to go on with; see Decoding."""
-        return Decoding(self, rows, pad, most, cached)
+    def start_decoding(
+        self,
+        sequences: Sequence[TokenSequence],
+        pad_id: int,
+        max_new_tokens: int,
+        use_cache: bool = True,
+    ) -> DecodingState:
+        """The state from which sequences are continued; see DecodingState."""
+        return DecodingState(self, sequences, pad_id, max_new_tokens, use_cache)
 
-    def head(self, states: Float[Tensor, "t d"]) -> Float[Tensor, "t vocabulary"]:
-        """Logits as the LM's own forward makes them.
+    def head(self, hidden_states: Float[Tensor, "t d"]) -> Float[Tensor, "t vocabulary"]:
+        """Logits as the LM's own forward computes them.
 
         Raises:
-            ValueError: a family that scales its logits in a way that is not known here.
+            ValueError: a family that scales its logits in a way that is not implemented here.
         """
         config = self.causal.config.get_text_config()
         for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
@@ -123,6 +121,6 @@ class SequenceModel(nn.Module):
                 raise ValueError(
                     f"{config.model_type}: {name}={getattr(config, name)} would be left out of the loss"
                 )
-        logits = self.causal.get_output_embeddings()(states)
+        logits = self.causal.get_output_embeddings()(hidden_states)
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap

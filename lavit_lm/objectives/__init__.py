@@ -1,4 +1,4 @@
-"""What a language model of text and pictures is trained to do, one page each; see objective.py for what they share."""
+"""Training objectives of a language model over text and images, one folder per paper; base.py is what they share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import import_module
 
 from lavit_lm.objectives.base import Objective
 
-_PAGES = {
+_CLASSES = {
     "lavit": "lavit:LaVIT",
     "emu": "emu:Emu",
     "vlgpt": "vlgpt:VLGPT",
@@ -15,10 +15,10 @@ _PAGES = {
 
 
 def by_name(name: str) -> type[Objective]:
-    """The objective that a model's directory names: one of these four, never a class of a file's choosing.
+    """The objective that a saved model names: one of these four, never a class path from a file.
 
     Raises:
         KeyError: another name.
     """
-    module, _, found = _PAGES[name].partition(":")
-    return getattr(import_module(f"{__name__}.{module}"), found)
+    module, _, class_name = _CLASSES[name].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), class_name)

@@ -1,177 +1,147 @@
-"""What an objective is: what is laid out, who sees whom, what is predicted, which loss. It owns no training loop.
+"""Objective: how examples become sequences, what attends to what, what is predicted, and with which loss.
 
-    segments  -layout->  Row: ids, roles, what is predicted (id or vector), who sees whom    -packing.py, masks.py->
-    batch     -model->   Seen: states, inputs, heads                                          -losses->  named sums
-    sums      -total->   one number to descend
+    segments     -layout->  TokenSequence: ids, roles, targets (ids or vectors), prefix    -packing.py, masks.py->
+    PackedBatch  -model->   ModelOutput: hidden states, input embeddings, heads            -losses->  named sums
+    named sums   -total->   the loss of a training step
 
-A file of one class is all that another objective takes; docs/objectives.md has one written out.
+A new objective is one class in one file; docs/objectives.md contains a complete one. How a model is prompted, how
+images enter it and what it generates for an image are records beside the objective (records.py).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy
-from lavit_lm.sequences.packing import Packed
-from lavit_lm.sequences.segments import ImageSegment, Segment, TokenSequence
+from lavit_lm.models.losses import LossSum, ModelOutput, cross_entropy
+from lavit_lm.objectives.records import Connectors, ImageOutput, PromptTemplates
+from lavit_lm.sequences.packing import PackedBatch
+from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength
+from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
-Order = Literal["both", "image_first", "text_first", "given"]
-
-
-class ObjectiveModules(NamedTuple):
-    """What an objective adds to an LM; see SequenceModel."""
-
-    bridge: nn.Module | None = None
-    """(uint8 [k 3 h w], bool [k patches]) -> [m width], as many vectors as the rows' fed places."""
-    regressor: nn.Module | None = None
-    """[t width] -> [t width]."""
-
-
-@dataclass(frozen=True)
-class PromptTemplates:
-    """How a user's wish is put to the model.
-
-    Args:
-        caption: what is said after a picture that is to be described.
-        image: what is said to have a picture painted; {} is the user's text.
-        answer: what is said after a picture to ask about it; {} is the question.
-    """
-
-    caption: str = ""
-    image: str = "{}"
-    answer: str = "Question: {} Answer:"
+PairOrder = Literal["both", "image_first", "text_first", "given"]
 
 
 class Objective(ABC):
-    """One way to learn text and pictures in one sequence. Subclasses are frozen dataclasses of plain settings."""
+    """One way to learn text and images in one sequence. Subclasses are frozen dataclasses of plain values."""
 
     name: ClassVar[str]
-    """In a model's lavit_lm.json."""
-    image_output: ClassVar[Literal["codes", "vectors"]] = "codes"
-    """What the model says for a picture."""
-    prompt_templates: ClassVar[PromptTemplates] = PromptTemplates()
-    emits_image_start: ClassVar[bool] = True
-    """Whether the model itself can say that a picture comes now."""
+    """The objective's name in a saved model's lavit_lm.json."""
 
     @property
-    def needs_pixels(self) -> bool:
-        """Whether rows need the pictures themselves, beside their codes or in place of them."""
-        return False
+    def prompt_templates(self) -> PromptTemplates:
+        """The text around prompts."""
+        return PromptTemplates()
 
-    def settings(self) -> dict[str, Any]:
-        """What a model's directory says of it: plain JSON, from which its class makes it again."""
-        return asdict(self)  # type: ignore[call-overload]
+    @property
+    def connectors(self) -> Connectors:
+        """How images enter the LM; by default as codes, without further modules."""
+        return Connectors()
+
+    @property
+    def image_output(self) -> ImageOutput:
+        """What is generated for an image; by default codes, at most one for each patch."""
+        return ImageOutput()
 
     @abstractmethod
     def layout(
         self,
-        sample: Sequence[Segment],
+        segments: Sequence[Segment],
         processor: MultimodalProcessor,
         generator: torch.Generator,
         key: str = "",
     ) -> TokenSequence:
-        """One row of a sample, as it is trained on.
+        """Build the training sequence of an example.
 
-        All chance comes from the generator, and every draw is made whatever the sample is, so that rows do not change
-        their neighbours'.
+        All randomness comes from the generator; the same numbers are drawn whatever the example contains.
 
         Raises:
-            ValueError: a sample that this objective cannot learn from, by its key.
+            ValueError: an example that this objective cannot learn from, named by its key.
         """
+
+    def sequence_length(
+        self,
+        lengths: Sequence[SegmentLength],
+        processor: MultimodalProcessor,
+        generator: torch.Generator,
+    ) -> int | None:
+        """The length of the sequence that `layout` builds, from the lengths of the segments and the same random draws.
+
+        Returns: None where only building the sequence can tell; the sampler then does so to plan blocks.
+        """
+        return None
 
     @abstractmethod
     def prompt(
         self,
         segments: Sequence[Segment],
         processor: MultimodalProcessor,
-        opens: Literal["text", "image"],
+        output: Literal["text", "image"],
     ) -> TokenSequence:
-        """The row after which a text or a picture is to be said; for a picture it ends with what opens one.
+        """Build the sequence after which a text or an image is generated; for an image it ends with the start id.
 
         Raises:
-            ValueError: a request that this objective cannot meet.
+            ValueError: a prompt that this objective cannot continue.
         """
 
     def scoring_sequence(
         self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
     ) -> TokenSequence:
-        """A row of which only the answer is predicted, for its likelihood."""
-        raise ValueError(
-            f"{self.name}: a likelihood of {type(answer).__name__.lower()}s is not defined"
-        )
+        """Build a sequence of which only the answer is predicted, for its likelihood."""
+        kind = "image" if answer.is_image else "text"
+        raise ValueError(f"{self.name}: the likelihood of {kind} segments is not defined")
 
-    def on_device(self, batch: Packed, visual: Any, processor: MultimodalProcessor) -> Packed:
-        """A batch as it has come to the device, with ids that only the visual tokenizer can tell; by default as it is.
-
-        Args:
-            visual: the frozen VisualTokenizer, which may be on another device.
-        """
-        return batch
-
-    def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
-        """Named sums; by default {"text": ..., "image": ...}, sums of nats."""
-        return cross_entropy(seen, batch)
+    def losses(self, output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
+        """Named sums over targets; by default {"text", "image"}, cross-entropy in nats."""
+        return cross_entropy(output, batch)
 
     @abstractmethod
-    def total(self, losses: dict[str, Sum]) -> Tensor:
-        """The loss to descend."""
+    def total(self, losses: dict[str, LossSum]) -> Tensor:
+        """The loss to minimize."""
 
-    def parts(self, visual: Any, width: int) -> ObjectiveModules:
-        """New bridge and regression head, drawn from torch's own generator.
-
-        Args:
-            visual: the frozen VisualTokenizer.
-            width: the LM's.
-        """
-        return ObjectiveModules()
-
-    def decoder(self, name: str, device: torch.device) -> Any:
-        """What draws the pictures that the model says: called with codes, or with vectors and those of no prompt.
-
-        Args:
-            name: "default", a directory or a Hub id.
-        """
-        from lavit_tok import PixelDecoder  # here, since a vocabulary alone needs no diffusers
-
-        drawn = PixelDecoder.from_pretrained(name, device=device)
-        drawn.set_progress_bar_config(disable=True)
-        return drawn
-
-    def lengths(self, patches: int) -> tuple[int, int]:
-        """How many codes, or vectors, a picture that is said has at least and at most."""
-        return 1, patches
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON from which the class builds the objective again."""
+        return asdict(self)  # type: ignore[call-overload]
 
 
-def ordered(sample: Sequence[Segment], order: Order, chance: float, key: str = "") -> list[Segment]:
-    """A pair of a picture and a text in the order asked for, "both" by chance in 0..1; anything else as it is.
+S = TypeVar("S", Segment, SegmentLength)
+"""A segment, or its length."""
+
+
+def ordered(
+    segments: Sequence[S], order: PairOrder, draw: float, key: str = ""
+) -> tuple[list[S], bool]:
+    """Sort an image-text pair into the requested order.
+
+    Args:
+        order: "both" puts the image first where `draw` is below 0.5.
+        draw: a uniform random number in 0..1.
+
+    Returns: the segments, and whether they are a pair that was sorted; other examples keep their order.
 
     Raises:
-        ValueError: no segments at all.
+        ValueError: no segments.
     """
-    segments = list(sample)
     if not segments:
-        raise ValueError(f"sample {key!r} has no segments: nothing could be learnt from it")
-    if order != "given" and sorted(type(s).__name__ for s in segments) == [
-        "ImageSegment",
-        "TextSegment",
-    ]:
-        image_first = order == "image_first" or (order == "both" and chance < 0.5)
-        segments.sort(key=lambda s: isinstance(s, ImageSegment) != image_first)
-    return segments
+        raise ValueError(f"example {key!r} has no segments: there is nothing to learn from it")
+    is_pair = order != "given" and sorted(s.is_image for s in segments) == [False, True]
+    if not is_pair:
+        return list(segments), False
+    image_first = order == "image_first" or (order == "both" and draw < 0.5)
+    return sorted(segments, key=lambda s: s.is_image != image_first), True
 
 
-def require_pixels(image: ImageSegment, name: str, key: str = "") -> ImageSegment:
-    """The image, if it has the picture itself. Raises ValueError."""
-    if image.image is None:
-        of = f"sample {key!r}" if key else "the prompt"
+def require_pixels(segment: ImageSegment, name: str, key: str = "") -> ImageSegment:
+    """The segment, if it has pixels. Raises ValueError."""
+    if segment.image is None:
+        of = f"example {key!r}" if key else "the prompt"
         raise ValueError(
-            f"{name} reads pictures, and {of} has only the codes of one: give the picture itself"
+            f"{name} needs the pixels of images, and {of} has only the codes of one: pass the image itself"
         )
-    return image
+    return segment

@@ -1,11 +1,11 @@
-"""Texts and pictures in turn: videos, storyboards, and interleaved documents to train on.
+"""Interleaved texts and images: videos, storyboards, and documents to train on.
 
-    clip         many pictures                     -> 8 of them, evenly spread
-    storyboard   frames, subtitles, both timed     -> parts: what was said since the last frame stands before the frame
-    as_segments  parts                             -> what an objective lays out
-    Documents    JSON lines beside their pictures  -> samples for order.py
+    clip         many images                     -> 8 of them, evenly spaced
+    storyboard   frames and subtitles with times -> parts: the subtitles since the last frame come before a frame
+    as_segments  parts                           -> segments for an objective's layout
+    Documents    JSON lines beside their images  -> examples for training/sampler.py
 
-`parts` are strings and pictures in turn, as MultimodalLM's prompts take them. A line of a file of documents:
+`parts` are strings and images in turn, as MultimodalLM's prompts. A line of a file of documents:
 
     {"key": "a walk", "segments": [{"text": "In the morning"}, {"image": "walk/1.png"}, {"text": "we left."}]}
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,17 +34,15 @@ Encode = Callable[[UInt8[Tensor, "b 3 s s"]], VisualCodes]
 
 
 def clip(images: Sequence[Any], frames: int = FRAMES) -> list[Any]:
-    """The pictures in the middle of as many equal stretches; all of them if there are no more.
+    """The middle images of as many equal intervals; all images if there are no more than `frames`.
 
-    10 pictures, 3 frames:  0 (1) 2 | 3 4 (5) 6 | 7 (8) 9
+    10 images, 3 frames:  0 (1) 2 | 3 4 (5) 6 | 7 (8) 9
 
     Raises:
-        ValueError: no picture, or less than one frame.
+        ValueError: no image, or less than one frame.
     """
     if not images or frames < 1:
-        raise ValueError(
-            f"expected pictures and at least one frame, got {len(images)} and {frames}"
-        )
+        raise ValueError(f"expected images and at least one frame, got {len(images)} and {frames}")
     if len(images) <= frames:
         return list(images)
     return [images[(2 * i + 1) * len(images) // (2 * frames)] for i in range(frames)]
@@ -53,73 +51,70 @@ def clip(images: Sequence[Any], frames: int = FRAMES) -> list[Any]:
 def storyboard(
     frames: Sequence[tuple[float, Any]], subtitles: Sequence[tuple[float, str]]
 ) -> list[Any]:
-    """Parts of a video with words: see the picture above.
+    """Frames and subtitles of a video in order of time: see the drawing above.
 
     Args:
-        frames: (seconds, picture), in the order of time.
-        subtitles: (seconds, text); what is said at the very time of a frame stands after it.
+        frames: (seconds, image), in order of time.
+        subtitles: (seconds, text); a subtitle at the very time of a frame comes after it.
 
     Raises:
-        ValueError: no frames, or times that go back.
+        ValueError: no frames, or times that decrease.
     """
     for name, timed in (("frames", frames), ("subtitles", subtitles)):
         times = [time for time, _ in timed]
         if times != sorted(times):
-            raise ValueError(f"{name}: expected times that do not go back, got {times}")
+            raise ValueError(f"{name}: expected times that do not decrease, got {times}")
     if not frames:
         raise ValueError("a storyboard needs at least one frame, got none")
     parts: list[Any] = []
-    last = float("-inf")
+    start = float("-inf")
     for time, image in [*frames, (float("inf"), None)]:
-        said = " ".join(
-            text.strip() for at, text in subtitles if last <= at < time and text.strip()
-        )
-        parts += ([said] if said else []) + ([] if image is None else [image])
-        last = time
+        texts = [text.strip() for at, text in subtitles if start <= at < time and text.strip()]
+        parts += [" ".join(texts)] if texts else []
+        parts += [] if image is None else [image]
+        start = time
     return parts
 
 
 def as_segments(
     parts: Sequence[Any], image_processor: VisualImageProcessor, is_target: bool = True
 ) -> list[Segment]:
-    """Segments of an objective that reads pictures; a picture is opened only when it is fed.
+    """Segments for an objective that needs pixels; an image is opened only when its vectors are computed.
 
     Args:
-        parts: strings, and pictures as VisualTokenizer.encode takes them, files as pathlib.Path.
+        parts: strings, and images as VisualTokenizer.encode accepts them, files as pathlib.Path.
         image_processor: the visual tokenizer's.
-        learn: whether the model is trained to say them.
+        is_target: whether the model is trained to generate them.
     """
     return [
         TextSegment(part, is_target)
         if isinstance(part, str)
-        else ImageSegment(image=partial(_opened, part, image_processor), is_target=is_target)
+        else ImageSegment(image=partial(_open_image, part, image_processor), is_target=is_target)
         for part in parts
     ]
 
 
 def document_line(key: str, parts: Sequence[str | PurePosixPath]) -> str:
-    """A line of a file of documents, without its end; pictures are paths relative to the file's folder."""
-    segments = [
-        {"text": part} if isinstance(part, str) else {"image": part.as_posix()} for part in parts
-    ]
+    """A line of a file of documents, without the newline; images are paths relative to the file's folder."""
+    segments = [{"text": p} if isinstance(p, str) else {"image": p.as_posix()} for p in parts]
     return json.dumps({"key": key, "segments": segments}, ensure_ascii=False)
 
 
 class Documents:
-    """Map-style: documents[i] is (segments, key) of the i-th line, its pictures opened when they are fed.
+    """Map-style: documents[i] is (segments, key) of the i-th line; images are opened when their vectors are computed.
 
-    Every line is checked when the file is opened. For an objective that says codes, all pictures are tokenised then,
-    too, once and in memory: some kB a hundred pictures, but as long as `lavit-tok shards` takes for as many.
+    Every line is checked when the file is opened. For an objective with codes, all images are encoded then too, once
+    and in memory: some kB per hundred images, but as slow as `lavit-tok shards` for the same number.
 
     Args:
-        file: JSON lines, see this file's head; pictures lie in its folder or below.
+        file: JSON lines, see the top of this file; images are in its folder or below.
         image_processor: the visual tokenizer's.
-        encode: uint8 [b 3 s s] -> their codes with keep masks; None where the objective reads pictures alone.
-        open_later: give images with their pictures; False for an objective that reads codes alone.
-        batch: pictures encoded at a time.
+        encode: uint8 [b 3 s s] -> their codes with keep masks; None for an objective that uses pixels only.
+        pixels: give image segments with pixels; False for an objective that uses codes only.
+        batch: images encoded at a time.
 
     Raises:
-        ValueError: a file or picture that cannot be read, or a line that is no document, by its number.
+        ValueError: a file or image that cannot be read, or a line that is not a document, by its number.
     """
 
     def __init__(
@@ -127,105 +122,97 @@ class Documents:
         file: str | Path,
         image_processor: VisualImageProcessor,
         encode: Encode | None = None,
-        open_later: bool = True,
+        pixels: bool = True,
         batch: int = 32,
     ) -> None:
-        self.file, self.image_processor, self.open_later = Path(file), image_processor, open_later
-        self.starts, self.lines = array("q"), array("q")
+        self.file, self.image_processor, self.pixels = Path(file), image_processor, pixels
+        self.offsets, self.line_numbers = array("q"), array("q")
         self.codes: dict[str, tuple[Int64[Tensor, " n"], Bool[Tensor, " patches"]]] = {}
-        names: dict[str, int] = {}
+        names: dict[str, int] = {}  # the first line that contains each image
         try:
-            with open(self.file, "rb") as opened:
-                at = 0
-                for number, line in enumerate(opened, 1):
+            with open(self.file, "rb") as lines:
+                offset = 0
+                for number, line in enumerate(lines, 1):
                     if line.strip():
-                        self.starts.append(at)
-                        self.lines.append(number)
-                        _, segments = self._parsed(line, number)
-                        names |= {
-                            s["image"]: number
-                            for s in segments
-                            if "image" in s and s["image"] not in names
-                        }
-                    at += len(line)
+                        self.offsets.append(offset)
+                        self.line_numbers.append(number)
+                        for segment in self._parse(line, number)[1]:
+                            if "image" in segment:
+                                names.setdefault(segment["image"], number)
+                    offset += len(line)
         except OSError as error:
             raise ValueError(f"{file}: documents cannot be read: {error}") from None
-        if not self.starts:
-            raise ValueError(f"{file}: expected a document a line, got none")
+        if not self.offsets:
+            raise ValueError(f"{file}: expected one document per line, got none")
         if encode is not None:
             self._encode(names, encode, batch)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.offsets)
 
     def __getitem__(self, number: int) -> tuple[list[Segment], str]:
-        with open(self.file, "rb") as opened:
-            opened.seek(self.starts[number])
-            key, segments = self._parsed(opened.readline(), self.lines[number])
-        return [self._segment(segment, self.lines[number]) for segment in segments], key
+        with open(self.file, "rb") as lines:
+            lines.seek(self.offsets[number])
+            key, segments = self._parse(lines.readline(), self.line_numbers[number])
+        return [self._segment(segment, self.line_numbers[number]) for segment in segments], key
 
     def _segment(self, segment: dict[str, str], line: int) -> Segment:
         if "text" in segment:
             return TextSegment(segment["text"])
-        codes, keep = self.codes.get(segment["image"], (None, None))
-        return ImageSegment(
-            codes, partial(self._picture, segment["image"], line) if self.open_later else None, keep
-        )
+        name = segment["image"]
+        codes, keep = self.codes.get(name, (None, None))
+        return ImageSegment(codes, partial(self._open, name, line) if self.pixels else None, keep)
 
-    def _picture(self, name: str, line: int) -> UInt8[Tensor, "3 s s"]:
+    def _open(self, name: str, line: int) -> UInt8[Tensor, "3 s s"]:
         try:
-            return _opened(self.file.parent / name, self.image_processor)
+            return _open_image(self.file.parent / name, self.image_processor)
         except ImageError as error:
             raise ImageError(f"{self.file}, line {line}: {error}") from None
 
-    def _parsed(self, line: bytes, number: int) -> tuple[str, list[dict[str, str]]]:
+    def _parse(self, line: bytes, number: int) -> tuple[str, list[dict[str, str]]]:
+        label = f"{self.file}, line {number}"
         try:
             document = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{self.file}, line {number}: not JSON: {error}") from None
+            raise ValueError(f"{label}: not JSON: {error}") from None
         segments = document.get("segments") if isinstance(document, dict) else None
         if (
             not isinstance(segments, list)
             or not segments
             or not isinstance(document.get("key", ""), str)
         ):
-            raise ValueError(
-                f'{self.file}, line {number}: expected {{"key": text, "segments": [one or more]}}'
-            )
+            raise ValueError(f'{label}: expected {{"key": text, "segments": [one or more]}}')
         for segment in segments:
-            if reason := self._wrong(segment):
+            if problem := self._problem(segment):
                 shown = json.dumps(segment, ensure_ascii=False)[:80]
-                raise ValueError(f"{self.file}, line {number}: {reason}, got {shown}")
+                raise ValueError(f"{label}: {problem}, got {shown}")
         return document.get("key") or f"{self.file.name}:{number}", segments
 
-    def _wrong(self, segment: Any) -> str:
-        """Why this is no segment; empty if it is one."""
+    def _problem(self, segment: Any) -> str:
+        """Why this is not a segment; empty if it is one."""
         if not isinstance(segment, dict) or set(segment) not in ({"text"}, {"image"}):
             return 'expected segments {"text": ...} or {"image": ...}'
-        (said,) = segment.values()
-        if not isinstance(said, str) or not said:
+        (value,) = segment.values()
+        if not isinstance(value, str) or not value:
             return "expected a string that is not empty"
         if "image" in segment:
-            path = PurePosixPath(said)
+            path = PurePosixPath(value)
             if path.is_absolute() or ".." in path.parts:
-                return "expected a picture in the file's folder or below"
-            if not (self.file.parent / said).is_file():
-                return f"no such picture beside {self.file.name}"
+                return "expected an image in the file's folder or below"
+            if not (self.file.parent / value).is_file():
+                return f"no such image beside {self.file.name}"
         return ""
 
-    def _encode(self, names: dict[str, int], encode: Encode, batch: int) -> None:
-        for some in _batches(list(names), batch):
-            codes = encode(torch.stack([self._picture(name, names[name]) for name in some])).to(
-                "cpu"
-            )
-            assert codes.keep is not None  # codes of pictures always know their patches
-            for i, name in enumerate(some):
+    def _encode(self, lines: dict[str, int], encode: Encode, batch: int) -> None:
+        names = list(lines)
+        for start in range(0, len(names), batch):
+            chunk = names[start : start + batch]
+            pixels = torch.stack([self._open(name, lines[name]) for name in chunk])
+            codes = encode(pixels).to("cpu")
+            assert codes.keep is not None  # encoding always returns the keep mask
+            for i, name in enumerate(chunk):
                 self.codes[name] = codes[i].clone(), codes.keep[i].clone()
 
 
-def _opened(source: Any, image_processor: VisualImageProcessor) -> UInt8[Tensor, "3 s s"]:
+def _open_image(source: Any, image_processor: VisualImageProcessor) -> UInt8[Tensor, "3 s s"]:
     return image_processor.to_uint8(source)[0]
-
-
-def _batches(names: list[str], size: int) -> Iterator[list[str]]:
-    return (names[at : at + size] for at in range(0, len(names), size))

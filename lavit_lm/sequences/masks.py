@@ -1,11 +1,11 @@
-"""Who sees whom: the one place where attention masks are built.
+"""What attends to what: the one place where attention masks are built.
 
-    documents 0 0 0 0 1 1, prefix P P . . P .        x: row sees column
+    documents 0 0 0 0 1 1, prefix P P . . P .        x: the position of the line attends to that of the column
 
             P P . . P .
-      0 P   x x . . . .      a prefix place sees the whole prefix of its document, also what comes after it,
-      0 P   x x . . . .      any place sees what stands before it in its document, and itself,
-      0 .   x x x . . .      and nobody sees another document
+      0 P   x x . . . .      a prefix position attends to the whole prefix of its document, also after itself,
+      0 P   x x . . . .      any position attends to those before it in its document, and to itself,
+      0 .   x x x . . .      and none attends to another document
       0 .   x x x x . .
       1 P   . . . . x .
       1 .   . . . . x x
@@ -22,40 +22,37 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-def visible(
+def attention_mask(
     documents: Int64[Tensor, "b l"], prefix: Bool[Tensor, "b l"] | None = None
 ) -> Bool[Tensor, "b l l"]:
-    """True where the row's place may see the column's."""
+    """True where the position of the line attends to that of the column."""
     length = documents.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    seen = causal.expand(len(documents), -1, -1)
+    mask = causal.expand(len(documents), -1, -1)
     if prefix is not None:
-        seen = seen | (prefix[:, :, None] & prefix[:, None, :])
-    return seen & (documents[:, :, None] == documents[:, None, :])
+        mask = mask | (prefix[:, :, None] & prefix[:, None, :])
+    return mask & (documents[:, :, None] == documents[:, None, :])
 
 
 def model_mask(
     model: Any, documents: Int64[Tensor, "b l"], prefix: Bool[Tensor, "b l"], dtype: torch.dtype
 ) -> Bool[Tensor, "b 1 l l"] | Float[Tensor, "b 1 l l"] | None:
-    """The mask as a `transformers` model takes it.
+    """The mask in the form that a `transformers` model expects.
 
-    sdpa takes booleans; eager would add a boolean mask to the scores, silently hiding nothing, so it gets 0 and the
-    least number; flash attention takes none and reads the documents off the positions, which start anew with each.
+    Returns: booleans for sdpa; 0 and the least number of `dtype` for eager, which would add booleans to the scores and
+        so silently mask nothing; None for flash attention, which infers documents from restarted positions.
 
     Raises:
-        ValueError: a kernel that cannot hold the mask, or a sliding window shorter than the block, which a mask handed
-            over whole would switch off.
+        ValueError: a kernel that does not support the mask, or a sliding window shorter than the block, which an
+            explicit mask would switch off.
     """
     config = getattr(model.config, "get_text_config", lambda: model.config)()
-    window = (
-        getattr(config, "sliding_window", None)
-        if getattr(config, "use_sliding_window", True)
-        else None
-    )
+    window = getattr(config, "sliding_window", None)
+    window = window if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < documents.shape[1]:
         raise ValueError(
-            f"blocks of {documents.shape[1]} places exceed the model's sliding window of {window}: a mask for packed "
-            "rows would switch the window off; use blocks no longer than it"
+            f"blocks of {documents.shape[1]} tokens exceed the model's sliding window of {window}, which a mask for "
+            "packed sequences would switch off; use blocks no longer than the window"
         )
     kernel = config._attn_implementation
     if "flash" in kernel:
@@ -68,9 +65,8 @@ def model_mask(
         raise ValueError(
             f"attention kernel: expected 'sdpa', 'eager' or a flash kernel, got {kernel!r}"
         )
-    seen = visible(documents, prefix if bool(prefix.any()) else None)[:, None]
+    mask = attention_mask(documents, prefix if bool(prefix.any()) else None)[:, None]
     if kernel == "sdpa":
-        return seen
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-        ~seen, torch.finfo(dtype).min
-    )
+        return mask
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,13 +1,13 @@
-"""Rows of many lengths -> blocks of one length, nearly without waste, and without leaks between documents.
+"""Sequences of many lengths -> blocks of one length, with little padding and no attention between documents.
 
-    rows of 3, 2, 4 places, blocks of 8            block 0                        block 1
+    sequences of 3, 2, 4 tokens, blocks of 8       block 0                        block 1
                                        ids         b0 b1 b2 b3 a0 a1 a2 .        c0 c1 .  .  .  .  .  .
                                        documents   0  0  0  0  1  1  1  -1       0  0  -1 -1 -1 -1 -1 -1
                                        positions   0  1  2  3  0  1  2  0        0  1  0  1  2  3  4  5
 
-Blocks are filled one after another with the longest rows that fit, and closed by rows that leave no place free.
-Positions start anew with each document; masks.py keeps documents from seeing each other. Free places form a document of
-their own.
+Blocks are filled one after another with the longest sequences that fit, and completed by one or two that leave no
+padding. Positions restart with each document; masks.py prevents attention between documents. Padding is a document of
+its own.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ import torch
 from jaxtyping import Bool, Int8, Int64, UInt8
 from torch import Tensor
 
-from lavit_lm.sequences.segments import Role, TokenSequence
+from lavit_lm.sequences.token_sequence import Role, TokenSequence
 
-FREE = -1  # document of the free places
+PADDING = -1
+"""Document number of padding."""
 
 
-@dataclass  # not frozen: for weights of 16 bits Lightning rebuilds a batch field by field
-class Packed:
-    """A batch of blocks; see Row for what the flags mean.
+@dataclass  # not frozen: for 16-bit weights Lightning rebuilds a batch field by field
+class PackedBatch:
+    """A batch of blocks; the flags are TokenSequence's.
 
     Args:
-        ids: int64 [b l]; free places hold the pad id.
+        ids: int64 [b l]; the pad id at padding.
         roles: int8 [b l].
-        predict, regress, prefix, fed: bool [b l].
-        pictures: uint8 [k 3 h w], behind the fed places, block after block; k is 0 if there are none.
-        kept: bool [j patches]; j is k, or 0 where the bridge asks for no mask.
-        documents: int64 [b l], 0, 1, ... within a block; -1 at free places.
-        positions: int64 [b l], places within the document.
-        keys: for each block the names of its documents, in order.
+        predict, regress, prefix, is_embedding: bool [b l].
+        images: uint8 [k 3 h w], the images of the `is_embedding` positions, block after block; k is 0 without any.
+        keep: bool [j patches]; j is k, or 0 where the bridge needs no mask.
+        documents: int64 [b l], 0, 1, ... within a block; -1 at padding.
+        positions: int64 [b l], positions within the document.
+        keys: for each block the keys of its documents, in order.
     """
 
     ids: Int64[Tensor, "b l"]
@@ -53,118 +54,106 @@ class Packed:
 
     @property
     def fill(self) -> float:
-        """Share of the places that hold a document."""
-        return (self.documents != FREE).float().mean().item()
+        """Ratio of positions that are not padding."""
+        return (self.documents != PADDING).float().mean().item()
 
-    def to(self, device: torch.device | str) -> Packed:
+    def to(self, device: torch.device | str) -> PackedBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keys"}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def plan(lengths: Sequence[int], block: int) -> list[list[int]]:
-    """Which rows share a block: lists of row numbers, each row once, in O(n block).
+def plan_blocks(lengths: Sequence[int], block: int) -> list[list[int]]:
+    """Which sequences share a block: lists of indices, each sequence once, in O(n block).
 
-    A block is closed by one row, or by two, that leave no place free; while there are none such, the longest row that
-    fits goes in. A few blocks at the end, when little is left to choose from, are emptier.
+    A block is completed by one sequence, or by two, that leave no padding; as long as there are none, the longest
+    sequence that fits is added. A few blocks at the end, when few sequences remain, have more padding.
 
     Raises:
-        ValueError: a row longer than a block, or without any place.
+        ValueError: a sequence longer than a block, or an empty one.
     """
-    left: dict[int, list[int]] = {}  # length -> rows of it, the first one last
+    remaining: dict[int, list[int]] = {}  # length -> sequences of this length, the first one last
     for i in reversed(range(len(lengths))):
         if not 0 < lengths[i] <= block:
             raise ValueError(
-                f"row {i}: expected 1 to {block} places, which is what a block holds, got {lengths[i]}"
+                f"sequence {i}: expected 1 to {block} tokens, the length of a block, got {lengths[i]}"
             )
-        left.setdefault(lengths[i], []).append(i)
+        remaining.setdefault(lengths[i], []).append(i)
     blocks: list[list[int]] = []
-    while left:
-        rows: list[int] = []
-        room = block
-        while chosen := _closing(left, room) or _longest(left, room):
+    while remaining:
+        sequences: list[int] = []
+        space = block
+        while chosen := _completing(remaining, space) or _longest(remaining, space):
             for length in chosen:
-                rows.append(left[length].pop())
-                room -= length
-                if not left[length]:
-                    del left[length]
-        blocks.append(rows)
+                sequences.append(remaining[length].pop())
+                space -= length
+                if not remaining[length]:
+                    del remaining[length]
+        blocks.append(sequences)
     return blocks
 
 
-def _closing(left: dict[int, list[int]], room: int) -> tuple[int, ...]:
-    """Lengths of one row, or of two, that fill the room exactly; of several pairs the one with the longest row."""
-    if room in left:
-        return (room,)
-    halves = [
-        n
-        for n in left
-        if n >= room - n and room - n in left and (n != room - n or len(left[n]) > 1)
-    ]
-    return (max(halves), room - max(halves)) if halves else ()
+def _completing(remaining: dict[int, list[int]], space: int) -> tuple[int, ...]:
+    """Lengths of one sequence, or of two, that fill the space exactly; of several pairs the one with the longest."""
+    if space in remaining:
+        return (space,)
+    longer = [n for n in remaining if n >= space - n and space - n in remaining]
+    longer = [n for n in longer if n != space - n or len(remaining[n]) > 1]
+    return (max(longer), space - max(longer)) if longer else ()
 
 
-def _longest(left: dict[int, list[int]], room: int) -> tuple[int, ...]:
-    return tuple(sorted((length for length in left if length <= room), reverse=True)[:1])
+def _longest(remaining: dict[int, list[int]], space: int) -> tuple[int, ...]:
+    fitting = [length for length in remaining if length <= space]
+    return (max(fitting),) if fitting else ()
 
 
 def embedded_images(
-    rows: Sequence[TokenSequence],
+    sequences: Sequence[TokenSequence],
 ) -> tuple[UInt8[Tensor, "k 3 h w"], Bool[Tensor, "j patches"]]:
-    """(pictures, kept) of all rows, in order: what a bridge makes the vectors of their fed places from."""
-    is_embedding = [row for row in rows if row.image_segments]
-    images = (
-        torch.cat([row.images for row in is_embedding])
-        if is_embedding
-        else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
-    )
-    keep = (
-        torch.cat([row.keep for row in is_embedding])
-        if is_embedding
-        else torch.zeros(0, 0, dtype=torch.bool)
-    )
-    return images, keep
+    """(images, keep) of all sequences, in order: the input of a bridge."""
+    with_images = [sequence for sequence in sequences if sequence.image_segments]
+    if not with_images:
+        return torch.zeros(0, 3, 0, 0, dtype=torch.uint8), torch.zeros(0, 0, dtype=torch.bool)
+    return torch.cat([s.images for s in with_images]), torch.cat([s.keep for s in with_images])
 
 
-def pack(blocks: Sequence[Sequence[TokenSequence]], length: int, pad: int) -> Packed:
-    """The rows of each block, laid out one after another.
+def pack(blocks: Sequence[Sequence[TokenSequence]], length: int, pad_id: int) -> PackedBatch:
+    """Concatenate the sequences of each block.
 
     Args:
-        blocks: for each block its rows, at least one block; one without rows is all free places.
-        length: places of a block.
-        pad: id at free places.
+        blocks: for each block its sequences, at least one block; one without sequences is all padding.
+        length: positions of a block.
+        pad_id: id at padding.
 
     Raises:
-        ValueError: no block at all, or rows that do not fit into theirs.
+        ValueError: no block, or sequences that do not fit into theirs.
     """
     if not blocks:
-        raise ValueError("expected at least one block to lay out, got none")
-    for rows in blocks:
-        if sum(map(len, rows)) > length:
+        raise ValueError("expected at least one block, got none")
+    for sequences in blocks:
+        if sum(map(len, sequences)) > length:
             raise ValueError(
-                f"rows of {[len(row) for row in rows]} places do not fit into a block of {length}"
+                f"sequences of {[len(s) for s in sequences]} tokens do not fit into a block of {length}"
             )
     size = (len(blocks), length)
-    ids = torch.full(size, pad, dtype=torch.int64)
+    names = ("predict", "regress", "prefix", "is_embedding")
+    flags = {name: torch.zeros(size, dtype=torch.bool) for name in names}
+    ids = torch.full(size, pad_id, dtype=torch.int64)
     roles = torch.full(size, int(Role.TEXT), dtype=torch.int8)
-    flags = {
-        name: torch.zeros(size, dtype=torch.bool)
-        for name in ("predict", "regress", "prefix", "is_embedding")
-    }
-    documents = torch.full(size, FREE, dtype=torch.int64)
+    documents = torch.full(size, PADDING, dtype=torch.int64)
     positions = torch.zeros(size, dtype=torch.int64)
-    for b, rows in enumerate(blocks):
+    for b, sequences in enumerate(blocks):
         start = 0
-        for number, row in enumerate(rows):
-            place = slice(start, start + len(row))
-            ids[b, place], roles[b, place], documents[b, place] = row.ids, row.roles, number
-            positions[b, place] = torch.arange(len(row))
+        for number, sequence in enumerate(sequences):
+            at = slice(start, start + len(sequence))
+            ids[b, at], roles[b, at], documents[b, at] = sequence.ids, sequence.roles, number
+            positions[b, at] = torch.arange(len(sequence))
             for name, flag in flags.items():
-                flag[b, place] = getattr(row, name)
-            start += len(row)
+                flag[b, at] = getattr(sequence, name)
+            start += len(sequence)
         positions[b, start:] = torch.arange(length - start)
-    images, keep = embedded_images([row for rows in blocks for row in rows])
-    keys = tuple(tuple(row.key for row in rows) for rows in blocks)
-    return Packed(
+    images, keep = embedded_images([s for sequences in blocks for s in sequences])
+    keys = tuple(tuple(s.key for s in sequences) for sequences in blocks)
+    return PackedBatch(
         ids,
         roles,
         **flags,
@@ -176,6 +165,6 @@ def pack(blocks: Sequence[Sequence[TokenSequence]], length: int, pad: int) -> Pa
     )
 
 
-def pad(rows: Sequence[TokenSequence], pad: int) -> Packed:
-    """One row a block, as long as the longest: what packing is measured against."""
-    return pack([[row] for row in rows], max(map(len, rows), default=1), pad)
+def pad(sequences: Sequence[TokenSequence], pad_id: int) -> PackedBatch:
+    """One sequence a block, as long as the longest."""
+    return pack([[s] for s in sequences], max(map(len, sequences), default=1), pad_id)

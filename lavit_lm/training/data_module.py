@@ -1,11 +1,11 @@
 """Token shards and plain texts -> packed batches that a stopped run continues exactly.
 
-    shards (codes, captions) --+-- order.py: rows, blocks --> batches
+    shards (codes, captions) --+-- sampler.py: sequences, blocks --> batches
     texts ---------------------+
     documents -----------------+
 
-Where a run stands is one count, the batches trained on, which Lightning keeps, and the window of rows in which the
-count lies, which is saved with it so that nothing before it has to be planned again.
+The state of a run is the number of batches trained on, which Lightning saves, and the window of examples that contains
+this batch, which is saved with it so that earlier windows need not be planned again.
 """
 
 from __future__ import annotations
@@ -20,45 +20,43 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lavit_lm.sequences.documents import Documents
-from lavit_lm.sequences.packing import plan
 from lavit_lm.training.sampler import (
-    BlockOrder,
-    Blocks,
+    BlockDataset,
+    BlockSampler,
     ExampleLayout,
-    HeldOutOrder,
-    Place,
-    Samples,
+    Examples,
+    HeldOutSampler,
 )
 from lavit_tok import Shards
 from lavit_tok.data.shard_images import ShardImages
 
 
 class ResumingLoader(DataLoader):
-    """The two empty methods tell Lightning, truthfully, that a run resumed in mid-epoch goes on where it was."""
+    """The two empty methods tell Lightning, truthfully, that a run resumed within an epoch continues where it was."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load: the order reads the count of batches."""
+        """Nothing to load: the sampler uses the number of batches."""
 
 
 class LanguageDataModule(LightningDataModule):
-    """Packed blocks of token shards and texts, laid out by the objective of the module that is trained.
+    """PackedBatch blocks of token shards and texts, laid out by the objective of the module that is trained.
 
     Args:
-        shards: folder that `lavit-tok shards` wrote.
-        block: places of a block.
+        shards: folder written by `lavit-tok shards`.
+        block: tokens of a block.
         batch_size: blocks of a batch and device.
-        texts: JSON lines, parquet or a Hub name with a column "text", mixed in as text-only rows; None for none.
-        window: rows that are packed together.
+        texts: JSON lines, parquet or a Hub name with a column "text", mixed in as text-only sequences; None for none.
+        window: examples that are packed together.
         num_workers: loading processes per device.
-        seed: fixes order and draws.
+        seed: determines the order and all random draws.
         splits: names of the training, validation and test split in the shards.
-        pictures: the data set that the shards were made from (path or Hub name), for an objective that feeds pictures
-            as vectors; each is opened only when a row really feeds it.
-        documents: JSON lines of texts and pictures in turn, mixed in as rows of their own; see documents.py. For an
-            objective that says codes their pictures are tokenised at the start, by the module's visual tokenizer.
+        images: the data set from which the shards were created (path or Hub name), for an objective that embeds images
+            as vectors; an image is opened only when its vectors are needed.
+        documents: JSON lines of texts and images in turn, mixed in as sequences of their own; see documents.py. For an
+            objective with codes their images are encoded at the start, by the module's visual tokenizer.
     """
 
     def __init__(
@@ -81,64 +79,66 @@ class LanguageDataModule(LightningDataModule):
         self.shards, self.block, self.batch_size, self.texts = shards, block, batch_size, texts
         self.window, self.num_workers, self.seed, self.splits = window, num_workers, seed, splits
         self.images, self.documents = images, documents
-        self.order: BlockOrder | None = None
+        self.sampler: BlockSampler | None = None
         self.too_long: dict[str, int] = {}
-        self.told = False
+        self._warned = False
 
     def setup(self, stage: str | None = None) -> None:
-        """Open shards, texts, documents and pictures.
+        """Open shards, texts, documents and images.
 
         Raises:
-            ShardError: shards of another tokenizer than the module's, or pictures that the shards were not made from.
-            ValueError: an objective that reads pictures without any being named, or the other way round; a line that is
-                no document.
+            ShardError: shards of another tokenizer than the module's, or images from which the shards were not created.
+            ValueError: an objective that needs pixels without `images`, or `images` for one that does not; a line that
+                is not a document.
         """
         module: Any = self.trainer.lightning_module
-        name = module.objective.name
-        if module.objective.needs_pixels and self.images is None:
+        name, needs_pixels = module.objective.name, module.objective.connectors.needs_pixels
+        if needs_pixels and self.images is None:
             raise ValueError(
-                f"{name}: images are fed as vectors of their pictures, which the shards do not hold; give "
-                f"data.pictures, the data set that {self.shards} was made from"
+                f"{name}: images are embedded as vectors of their pixels, which the shards do not contain; give "
+                f"data.images, the data set from which {self.shards} was created"
             )
-        if self.images is not None and not module.objective.needs_pixels:
+        if self.images is not None and not needs_pixels:
             raise ValueError(
-                f"data.pictures: the objective {name}, as it is set, reads codes and no pictures"
+                f"data.images: the objective {name}, as configured, uses codes and no pixels"
             )
         if stage == "fit":
-            samples = self._samples(self.splits[0], self._texts(), self._documents())
-            layout = ExampleLayout(samples, module.objective, module.processor, self.seed)
+            examples = self._examples(self.splits[0], self._texts(), self._documents())
+            layout = ExampleLayout(examples, module.objective, module.processor, self.seed)
             sizes = self.block, self.batch_size, self.window
-            self.order = BlockOrder(layout, *sizes, *self._ranks(), self._consumed)
-            self.blocks = Blocks(layout, self.block)
-        held_out = self._samples(self.splits[2 if stage == "test" else 1])
-        self.held_out = ExampleLayout(held_out, module.objective, module.processor, self.seed)
-        self._held_out_blocks = self._plan_held_out()
-        self._tell_too_long()
+            self.sampler = BlockSampler(layout, *sizes, *self._ranks(), self._consumed)
+            self.blocks = BlockDataset(layout, self.block)
+        examples = self._examples(self.splits[2 if stage == "test" else 1])
+        self.held_out = ExampleLayout(examples, module.objective, module.processor, self.seed)
+        self._held_out_blocks, too_long = self.held_out.plan(
+            [(0, i) for i in range(len(examples))], self.block
+        )
+        self.too_long |= too_long
+        self._report_too_long()
 
-    def _samples(
+    def _examples(
         self, split: str, texts: Any | None = None, documents: Any | None = None
-    ) -> Samples:
+    ) -> Examples:
         module: Any = self.trainer.lightning_module
         shards = Shards.open(self.shards, split)
         vocabulary = module.processor.vocabulary
         shards.require(fingerprint=module.fingerprint, codebook_size=vocabulary.codebook_size)
-        processor = module.visual.image_processor
-        images = None if self.images is None else ShardImages(shards, self.images, processor)
-        return Samples(shards.dataset(), texts, images, shards.patches, documents)
+        images = None
+        if self.images is not None:
+            images = ShardImages(shards, self.images, module.visual.image_processor)
+        return Examples(shards.dataset(), texts, images, shards.patches, documents)
 
     def _documents(self) -> Documents | None:
         if self.documents is None:
             return None
         module: Any = self.trainer.lightning_module
-        c, encode = module.visual.config, None
-        if module.objective.image_output == "codes":
-            least, _ = module.objective.lengths(c.num_patches)
-            encode = partial(module.visual.encode, budget=None if least == 1 else least)
+        encode = None
+        connectors, image_output = module.objective.connectors, module.objective.image_output
+        if connectors.needs_codes:
+            budget = image_output.encode_budget(module.visual.config.num_patches)
+            encode = partial(module.visual.encode, budget=budget)
         return Documents(
-            self.documents,
-            module.visual.image_processor,
-            encode,
-            open_later=module.objective.needs_pixels,
+            self.documents, module.visual.image_processor, encode, pixels=connectors.needs_pixels
         )
 
     def _texts(self) -> Any | None:
@@ -146,101 +146,89 @@ class LanguageDataModule(LightningDataModule):
             return None
         import datasets
 
-        kinds = {".jsonl": "json", ".parquet": "parquet"}
-        kind = next((kind for suffix, kind in kinds.items() if self.texts.endswith(suffix)), None)
-        files = {} if kind is None else {"data_files": self.texts}
-        return datasets.load_dataset(kind or self.texts, split="train", **files)
+        formats = {".jsonl": "json", ".parquet": "parquet"}
+        file_format = formats.get(Path(self.texts).suffix)
+        files = {} if file_format is None else {"data_files": self.texts}
+        return datasets.load_dataset(file_format or self.texts, split="train", **files)
 
     def train_dataloader(self) -> DataLoader:
-        loader: dict[str, Any] = {
-            "collate_fn": self.blocks.collate,
-            "num_workers": self.num_workers,
-        }
         return ResumingLoader(
-            self.blocks, self.batch_size, sampler=self.order, drop_last=True, **loader
+            self.blocks,
+            self.batch_size,
+            sampler=self.sampler,
+            drop_last=True,
+            collate_fn=self.blocks.collate,
+            num_workers=self.num_workers,
         )
 
     def val_dataloader(self) -> DataLoader:
-        """Every held-out sample once, in the order that its own draw gives it."""
-        made = Blocks(self.held_out, self.block)
-        order = HeldOutOrder(self._held_out_blocks, *self._ranks())
-        loader: dict[str, Any] = {"collate_fn": made.collate, "num_workers": self.num_workers}
-        return DataLoader(made, self.batch_size, sampler=order, **loader)
+        """Every held-out example once, always with the draws of epoch 0."""
+        blocks = BlockDataset(self.held_out, self.block)
+        return DataLoader(
+            blocks,
+            self.batch_size,
+            sampler=HeldOutSampler(self._held_out_blocks, *self._ranks()),
+            collate_fn=blocks.collate,
+            num_workers=self.num_workers,
+        )
 
     test_dataloader = val_dataloader
 
-    def _plan_held_out(self) -> list[list[Place]]:
-        places = [(0, i) for i in range(len(self.held_out.samples))]
-        rows = [self.held_out.row(place) for place in places]
-        self.too_long |= {row.key: len(row) for row in rows if len(row) > self.block}
-        fitting = [i for i, row in enumerate(rows) if len(row) <= self.block]
-        return [
-            [places[fitting[i]] for i in block]
-            for block in plan([len(rows[i]) for i in fitting], self.block)
-        ]
-
-    def _tell_too_long(self) -> None:
-        """Warn once of rows that no block can hold, and list all those met in a file beside the run's others."""
-        if self.order is not None:
-            self.too_long |= self.order.too_long
+    def _report_too_long(self) -> None:
+        """Warn once of sequences that no block can hold, and list all those planned so far in too_long.jsonl."""
+        if self.sampler is not None:
+            self.too_long |= self.sampler.too_long
         if not self.too_long or not self.trainer.is_global_zero:
             return
         path = Path(self.trainer.default_root_dir) / "too_long.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [
-            {"key": key, "places": places, "block": self.block}
-            for key, places in self.too_long.items()
+            json.dumps({"key": key, "tokens": n, "block": self.block}, ensure_ascii=False)
+            for key, n in self.too_long.items()
         ]
-        path.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-        )
-        if not self.told:
-            self.told = True
-            first = ", ".join(
-                f"{key} ({places})" for key, places in list(self.too_long.items())[:3]
-            )
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        if not self._warned:
+            self._warned = True
+            first = ", ".join(f"{key} ({n})" for key, n in list(self.too_long.items())[:3])
             warnings.warn(
-                f"{len(self.too_long)} of the rows planned so far have more places than a block of {self.block} and "
-                f"are left out: {first}{', ...' if len(self.too_long) > 3 else ''}; all are listed in {path}",
+                f"{len(self.too_long)} of the sequences planned so far have more tokens than a block of {self.block} "
+                f"and are left out: {first}{', ...' if len(self.too_long) > 3 else ''}; all are listed in {path}",
                 stacklevel=2,
             )
 
     def teardown(self, stage: str | None = None) -> None:
-        self._tell_too_long()
+        self._report_too_long()
 
     def state_dict(self) -> dict[str, Any]:
-        at = (0, 0) if self.order is None else self.order.window_of()
-        return {**self._settings(), "at": list(at)}
+        window = (0, 0) if self.sampler is None else self.sampler.window_of()
+        return {**self._order_arguments(), "window_start": list(window)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for settings under which the run's order would be another one."""
-        if self.order is None:
-            return  # nothing is trained
-        now = self._settings()
+        """Raises ValueError for arguments under which the run's order would be another one."""
+        if self.sampler is None:
+            return  # validation or test
         changed = {
             name: (state[name], value)
-            for name, value in now.items()
+            for name, value in self._order_arguments().items()
             if state.get(name, value) != value
         }
         if changed:
             raise ValueError(
-                f"resumed with other settings {changed}: rows would repeat or be missed"
+                f"resumed with other arguments {changed}: examples would be repeated or missed"
             )
-        self.order.starts.append((state["at"][0], state["at"][1]))
+        first, number = state["window_start"]
+        self.sampler.starts.append((first, number))
 
-    def _settings(self) -> dict[str, int]:
-        """What the order follows from."""
+    def _order_arguments(self) -> dict[str, int]:
+        """What the order is a function of."""
         names = ("seed", "batch_size", "block", "window")
-        rows = 0 if self.order is None else len(self.order.layout.samples)
-        return {
-            **{name: getattr(self, name) for name in names},
-            "rows": rows,
-            "processes": self._ranks()[1],
-        }
+        examples = 0 if self.sampler is None else len(self.sampler.layout.examples)
+        arguments = {name: getattr(self, name) for name in names}
+        return {**arguments, "examples": examples, "processes": self._ranks()[1]}
 
     def _ranks(self) -> tuple[int, int]:
         return self.trainer.global_rank, self.trainer.world_size
 
     def _consumed(self) -> int:
-        done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return done.processed
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return progress.processed

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lavit_lm.multimodal import MultimodalLM
 from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, VectorReaderConfig
+from lavit_lm.objectives.records import ImageVectors
 from lavit_tok import PixelDecoder
 from lavit_tok.training.denoising import Noised, denoising_loss, vae_latents
 from lavit_tok.training.ema import AveragedTraining
@@ -93,13 +94,13 @@ class EmuDecoderTraining(AveragedTraining):
         # In lists: frozen, neither saved nor moved by Lightning.
         self._lm = [MultimodalLM.from_pretrained(model, decoder=None)]
         self._pixels = [PixelDecoder.from_pretrained(pixel_decoder)]
-        if self.lm.objective.image_output != "vectors":
+        if self.lm.objective.image_output.kind != "vectors":
             raise ValueError(
                 f"model: expected one that says vectors, got {model}, which says codes ({self._named})"
             )
         pixels, lm = self._pixels[0], self.lm
         c, width = pixels.conditioner.config, lm.model.causal.config.get_text_config().hidden_size
-        n = lm.objective.lengths(lm.visual.config.num_patches)[1]
+        n = lm.objective.image_output.limits(lm.visual.config.num_patches)[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.reader = VectorReader(
@@ -245,10 +246,9 @@ class EmuDecoderTraining(AveragedTraining):
         )
         unet.eval()
         with self.averaged():
-            options = s.sample_steps, s.sample_guidance, generators
-            drawn = self.drawn(
-                self.vectors(prompts), self.vectors([""]), *options, output_type="pt"
-            ).images
+            outputs = ImageVectors(self.vectors(prompts), self.vectors([""]))
+            options = generators, s.sample_steps, s.sample_guidance
+            drawn = self.drawn.decode(outputs, *options, output_type="pt")
         unet.train(training)
         pixels = torch.cat(list(drawn.float().cpu()), 2).mul(255).round().byte()
         return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -1,4 +1,4 @@
-"""Samples logged during training: what the model says of held-out pictures, and draws for held-out captions.
+"""Examples logged during training: what the model says of held-out pictures, and draws for held-out captions.
 
     every N steps    held-out pictures' codes -> captions                  texts/captions-0000500.md, TensorBoard
                      held-out captions -> codes -> pixel decoder           pictures/generated-0000500.png, TensorBoard
@@ -76,7 +76,7 @@ class LogSamples(pl.Callback):
                 warnings.warn(f"step {step}: no samples are logged: {error}", stacklevel=2)
 
     def _log(self, trainer: Any, module: Any) -> None:
-        pairs = self._pairs(trainer.datamodule.held_out.samples)
+        pairs = self._pairs(trainer.datamodule.held_out.examples)
         size = module.codebook_size
         captions = [text for _, text in pairs]
         lm = MultimodalLM(
@@ -94,7 +94,7 @@ class LogSamples(pl.Callback):
                 for true, own in zip(captions, said, strict=True)
             ]
             log_text(module, "captions", "\n".join(lines) + "\n")
-        if self._decoder is None or module.objective.image_output != "codes":
+        if self._decoder is None or module.objective.image_output.kind != "codes":
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + module.global_step)
         drawn = lm.generate_codes_batch(captions, self.guidance_scale, generator)
@@ -104,7 +104,7 @@ class LogSamples(pl.Callback):
         both = VisualCodes.from_list(
             [row for image, _ in pairs for row in _codes(image)] + drawn.to_list(), size
         )
-        images = lm.decoder(both, self.num_inference_steps, generator=generator).images
+        images = lm.decoder.decode(both, generator, num_inference_steps=self.num_inference_steps)
         log_image(module, "generated", _sheet(images[: len(pairs)], images[len(pairs) :]))
 
     def _pairs(self, samples: Any) -> list[tuple[ImageSegment, str]]:

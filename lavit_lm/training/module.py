@@ -21,11 +21,11 @@ from transformers import AutoTokenizer, get_cosine_with_min_lr_schedule_with_war
 
 from lavit_lm.checkpoints.native import CONFIG, save_model
 from lavit_lm.models.loading import load_lm, sequence_model, shard, with_lora
-from lavit_lm.models.losses import Sum
+from lavit_lm.models.losses import LossSum
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.sequences.packing import Packed
+from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
 from lavit_tok import VisualTokenizer
@@ -106,7 +106,7 @@ class LanguageModeling(pl.LightningModule):
                 f"{visual_tokenizer!r} {self.codebook_size}: ids would stand for other codes"
             )
         self.model: SequenceModel | None = None
-        self.held_out: dict[str, list[Sum]] = {}
+        self.held_out: dict[str, list[LossSum]] = {}
 
     # Lightning's hooks
 
@@ -129,7 +129,7 @@ class LanguageModeling(pl.LightningModule):
         assert self.model is not None
         groups = []
         rates = {"lm": s.lr, "visual": s.visual_lr, "encoder": s.encoder_lr}
-        for part, trained in self.model.trained().items():
+        for part, trained in self.model.trained_parameters().items():
             for matrices, decay in ((True, s.weight_decay), (False, 0.0)):
                 parameters = [p for p in trained if (p.ndim >= 2) == matrices]
                 if parameters:
@@ -141,9 +141,9 @@ class LanguageModeling(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: Packed, batch_index: int) -> Tensor:
+    def training_step(self, batch: PackedBatch, batch_index: int) -> Tensor:
         assert self.model is not None
-        losses, means = self._shared(self.model(batch, self.objective))
+        losses, means = self._shared(self.objective.losses(self.model(batch), batch))
         loss = self.objective.total(losses)
         shown = self.objective.total(means)
         if not bool(shown.isfinite()):
@@ -163,9 +163,9 @@ class LanguageModeling(pl.LightningModule):
         )
         return loss
 
-    def validation_step(self, batch: Packed, batch_index: int) -> None:
+    def validation_step(self, batch: PackedBatch, batch_index: int) -> None:
         assert self.model is not None
-        for name, loss in self.model(batch, self.objective).items():
+        for name, loss in self.objective.losses(self.model(batch), batch).items():
             self.held_out.setdefault(name, []).append(loss)
 
     def on_validation_epoch_end(self) -> None:
@@ -178,12 +178,12 @@ class LanguageModeling(pl.LightningModule):
         self._log_held_out("test")
 
     def transfer_batch_to_device(
-        self, batch: Packed, device: torch.device, dataloader_idx: int
-    ) -> Packed:
+        self, batch: PackedBatch, device: torch.device, dataloader_idx: int
+    ) -> PackedBatch:
         return batch.to(device)
 
-    def on_after_batch_transfer(self, batch: Packed, dataloader_idx: int) -> Packed:
-        return self.objective.on_device(batch, self.visual, self.processor)
+    def on_after_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
+        return self.objective.connectors.complete_batch(batch, self.visual, self.processor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Frozen weights are not saved: they are read from where they came from."""
@@ -247,7 +247,7 @@ class LanguageModeling(pl.LightningModule):
             )
         return mesh["data_parallel"]
 
-    def _shared(self, losses: dict[str, Sum]) -> tuple[dict[str, Sum], dict[str, Sum]]:
+    def _shared(self, losses: dict[str, LossSum]) -> tuple[dict[str, LossSum], dict[str, LossSum]]:
         """(losses that, averaged over processes as gradients are, are means over all targets; sums over all of them).
 
         two processes          totals 6. and 1., counts 3 and 1
@@ -257,16 +257,16 @@ class LanguageModeling(pl.LightningModule):
         world = self._processes
         if world == 1:
             return losses, {
-                name: Sum(loss.total.detach(), loss.count) for name, loss in losses.items()
+                name: LossSum(loss.total.detach(), loss.count) for name, loss in losses.items()
             }
         own = torch.stack(
             [torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses.values()]
         )
         totals, counts = self.all_gather(own).sum(0).unbind(1)
         descend = {
-            n: Sum(loss.total, counts[i] / world) for i, (n, loss) in enumerate(losses.items())
+            n: LossSum(loss.total, counts[i] / world) for i, (n, loss) in enumerate(losses.items())
         }
-        return descend, {name: Sum(totals[i], counts[i]) for i, name in enumerate(losses)}
+        return descend, {name: LossSum(totals[i], counts[i]) for i, name in enumerate(losses)}
 
     def _log_held_out(self, split: str) -> None:
         sums = {}
@@ -275,7 +275,7 @@ class LanguageModeling(pl.LightningModule):
                 [torch.stack([part.total, part.count.float()]) for part in parts]
             ).sum(0)
             total, count = self.all_gather(own).reshape(-1, 2).sum(0)
-            sums[name] = Sum(total, count)
+            sums[name] = LossSum(total, count)
         self.held_out.clear()
         values = {name: s.mean for name, s in sums.items()}
         if "image" in values:
@@ -297,10 +297,11 @@ class LanguageModeling(pl.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(s.seed)
             width = lm.config.get_text_config().hidden_size
-            parts = self.objective.parts(self.visual, width)
+            connectors = self.objective.connectors.build(self.visual, width)
             if s.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
                 lm.train()
             return sequence_model(
-                lm if s.lora is None else with_lora(lm, self.processor.vocabulary, s.lora), *parts
+                lm if s.lora is None else with_lora(lm, self.processor.vocabulary, s.lora),
+                *connectors,
             )

@@ -1,12 +1,16 @@
-"""Which rows a run sees, in which order and in which blocks: pure functions of the seed and the place.
+"""Which examples a run trains on, in which order and in which blocks: pure functions of the seed and the index.
 
-order of an epoch   -->  windows of rows  -->  layout               -->  plan        -->  blocks, endless
-(seed, epoch)                                  (seed, epoch, row)        (packing.py)     from any count on
+order of an epoch  -->  windows of examples  -->  lengths                  -->  plan_blocks   -->  blocks, endless,
+(seed, epoch)                                     (seed, epoch, example)        (packing.py)       from any batch on
+
+An example is built once, in the loader: blocks are planned from the stored number of codes and the number of text
+tokens, counted once.
 """
 
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,23 +20,25 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from lavit_lm.sequences.packing import Packed, pack, plan
-from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment, TokenSequence
+from lavit_lm.objectives.base import Objective
+from lavit_lm.sequences.packing import PackedBatch, pack, plan_blocks
+from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
+from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
-Place = tuple[int, int]
-"""(epoch, row number): what a row's draws depend on, besides the seed."""
+ExampleIndex = tuple[int, int]
+"""(epoch, number of the example): with the seed, what its random draws depend on."""
 
 
-class Samples:
-    """Samples by number: captioned pictures of token shards first, then plain texts, then documents.
+class Examples:
+    """Examples by number: captioned images of token shards first, then plain texts, then documents.
 
     Args:
-        pairs: rows with "key", "caption" and "codes", e.g. Shards.dataset().
-        texts: rows with "text", or None.
-        pictures: the picture behind each pair by number, e.g. ShardImages; the pairs then need "keep", the numbers of
-            the patches behind the codes. None gives images without their pictures.
-        patches: of a picture.
+        pairs: records with "key", "caption", "codes" and "length" (the number of codes), e.g. Shards.dataset().
+        texts: records with "text", or None.
+        images: the image of each pair by number, e.g. ShardImages; the pairs then need "keep", the indices of the
+            patches of the codes. None gives segments without pixels.
+        patches: of an image.
         documents: documents[i] is (segments, key), e.g. Documents; or None.
     """
 
@@ -46,76 +52,136 @@ class Samples:
     ) -> None:
         self.pairs, self.texts, self.images, self.patches = pairs, texts or (), images, patches
         self.documents = documents or ()
+        # The codes of a pair are a list: planning reads the other columns only.
+        columns = ["key", "caption", "length"]
+        self._index = pairs.select_columns(columns) if hasattr(pairs, "select_columns") else pairs
+        self._token_counts = array("i", [-1]) * (len(self.pairs) + len(self.texts))
 
     def __len__(self) -> int:
         return len(self.pairs) + len(self.texts) + len(self.documents)
 
     def __getitem__(self, number: int) -> tuple[list[Segment], str]:
-        """(segments, key). A picture without a caption is a sample of its own; nothing opens a picture here."""
-        if number >= len(self.pairs) + len(self.texts):
-            return self.documents[number - len(self.pairs) - len(self.texts)]
-        if number >= len(self.pairs):
-            at = number - len(self.pairs)
-            return [TextSegment(self.texts[at]["text"])], f"text {at}"
-        row = self.pairs[number]
-        image = ImageSegment(torch.as_tensor(row["codes"], dtype=torch.int64))
+        """(segments, key). An image without a caption is an example of its own; no image is opened here."""
+        kind, i = self._find(number)
+        if kind == "document":
+            return self.documents[i]
+        if kind == "text":
+            return [TextSegment(self.texts[i]["text"])], f"text {i}"
+        record = self.pairs[i]
+        image = ImageSegment(torch.as_tensor(record["codes"], dtype=torch.int64))
         if self.images is not None:
             keep = torch.zeros(self.patches, dtype=torch.bool)
-            keep[torch.as_tensor(row["keep"], dtype=torch.int64)] = True
-            image = ImageSegment(image.codes, partial(self.images.__getitem__, number), keep)
-        return [image, *([TextSegment(row["caption"])] if row["caption"] else [])], row["key"]
+            keep[torch.as_tensor(record["keep"], dtype=torch.int64)] = True
+            image = ImageSegment(image.codes, partial(self.images.__getitem__, i), keep)
+        caption = record["caption"]
+        return [image, *([TextSegment(caption)] if caption else [])], record["key"]
+
+    def lengths(
+        self, number: int, processor: MultimodalProcessor
+    ) -> tuple[list[SegmentLength], str]:
+        """(lengths of the segments, key), without codes or images; texts of pairs are tokenized once."""
+        kind, i = self._find(number)
+        if kind == "document":
+            segments, key = self.documents[i]
+            return [segment_length(s, processor) for s in segments], key
+        record = self.texts[i] if kind == "text" else self._index[i]
+        text = record["text"] if kind == "text" else record["caption"]
+        if self._token_counts[number] < 0:
+            self._token_counts[number] = len(processor.text(text)) if text else 0
+        text_length = [SegmentLength(self._token_counts[number], text)] if text else []
+        if kind == "text":
+            return text_length or [SegmentLength(0, "")], f"text {i}"
+        return [SegmentLength(record["length"]), *text_length], record["key"]
+
+    def _find(self, number: int) -> tuple[str, int]:
+        for kind, records in (("pair", self.pairs), ("text", self.texts)):
+            if number < len(records):
+                return kind, number
+            number -= len(records)
+        return "document", number
+
+
+def segment_length(segment: Segment, processor: MultimodalProcessor) -> SegmentLength:
+    """The length of a segment that is there."""
+    if isinstance(segment, TextSegment):
+        return SegmentLength(len(processor.text(segment.text)), segment.text)
+    return SegmentLength(0 if segment.codes is None else len(segment.codes))
 
 
 @dataclass(frozen=True)
 class ExampleLayout:
-    """Lays samples out as rows by an objective, the same row for the same place.
+    """Builds the sequences of examples by an objective, the same sequence for the same index.
 
     Args:
-        samples: what samples[i] gives, see Samples.
+        examples: examples[i] is (segments, key), examples.lengths(i, processor) their lengths; see Examples.
         objective: one of objectives/.
-        lexicon: text tokenizer and visual vocabulary.
-        seed: first of the three numbers that seed each row's generator.
+        processor: text tokenizer and visual vocabulary.
+        seed: first of the three numbers that seed each sequence's generator.
     """
 
-    samples: Any
-    objective: Any
+    examples: Any
+    objective: Objective
     processor: MultimodalProcessor
     seed: int = 0
 
-    def row(self, place: Place) -> TokenSequence:
-        word = np.random.SeedSequence([self.seed, *place]).generate_state(1)[0]
-        segments, key = self.samples[place[1]]
-        return self.objective.layout(
-            segments, self.processor, torch.Generator().manual_seed(int(word)), key
-        )
+    def sequence(self, index: ExampleIndex) -> TokenSequence:
+        """The sequence of an example in an epoch."""
+        segments, key = self.examples[index[1]]
+        return self.objective.layout(segments, self.processor, self._generator(index), key)
+
+    def length(self, index: ExampleIndex) -> tuple[int, str]:
+        """(length of that sequence, key), without building it where the objective can tell."""
+        lengths, key = self.examples.lengths(index[1], self.processor)
+        generator = self._generator(index)  # seeded as for the sequence: the same draws
+        length = self.objective.sequence_length(lengths, self.processor, generator)
+        return (len(self.sequence(index)) if length is None else length), key
+
+    def plan(
+        self, indices: Sequence[ExampleIndex], block: int
+    ) -> tuple[list[list[ExampleIndex]], dict[str, int]]:
+        """(blocks of the sequences that fit into one, the lengths of the others by key)."""
+        lengths, too_long, fitting = [], {}, []
+        for index in indices:
+            length, key = self.length(index)
+            if length > block:
+                too_long[key] = length
+            else:
+                fitting.append(index)
+                lengths.append(length)
+        blocks = [[fitting[i] for i in numbers] for numbers in plan_blocks(lengths, block)]
+        return blocks, too_long
+
+    def _generator(self, index: ExampleIndex) -> torch.Generator:
+        word = np.random.SeedSequence([self.seed, *index]).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(word))
 
 
-class Blocks(Dataset):
-    """Places of a block's rows -> the rows; collate packs the blocks of a batch."""
+class BlockDataset(Dataset):
+    """Indices of a block's examples -> their sequences; collate packs the blocks of a batch."""
 
     def __init__(self, layout: ExampleLayout, length: int) -> None:
         self.layout, self.length = layout, length
 
-    def __getitem__(self, places: Sequence[Place]) -> list[TokenSequence]:
-        return [self.layout.row(place) for place in places]
+    def __getitem__(self, block: Sequence[ExampleIndex]) -> list[TokenSequence]:
+        return [self.layout.sequence(index) for index in block]
 
-    def collate(self, blocks: list[list[TokenSequence]]) -> Packed:
+    def collate(self, blocks: list[list[TokenSequence]]) -> PackedBatch:
         return pack(blocks, self.length, self.layout.processor.pad)
 
 
-class BlockOrder(DistributedSampler):
+class BlockSampler(DistributedSampler):
     """Endless order of blocks, planned window by window, from the first batch not yet trained on.
 
-    It is a DistributedSampler so that Lightning leaves it in place. A Lightning epoch is `len` blocks of it, whatever
-    the data's own epochs; nothing is dropped at either border.
+    It is a DistributedSampler so that Lightning does not replace it. A Lightning epoch is `len` blocks of it,
+    independent of the data's own epochs; nothing is dropped at either boundary.
 
     Args:
-        layout: makes rows, whose lengths the plan needs.
-        length: places of a block.
-        batch_size: blocks of a batch and rank.
-        window: rows that are planned together; more fill blocks better, and take longer at the start.
-        rank, world: this process and how many there are; of each group of batches, one for each rank.
-        consumed: how many batches each rank has trained on; asked whenever the order is read anew.
+        layout: builds sequences.
+        length: positions of a block.
+        batch_size: blocks of a batch.
+        window: examples that are packed together.
+        rank, world_size: batches are assigned to the ranks in turn.
+        consumed: returns how many batches each rank has trained on; called whenever an iteration starts.
     """
 
     def __init__(
@@ -125,90 +191,83 @@ class BlockOrder(DistributedSampler):
         batch_size: int,
         window: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         consumed: Callable[[], int] = lambda: 0,
     ) -> None:
         self.layout, self.length, self.batch_size, self.window = layout, length, batch_size, window
-        self.rank, self.world, self.consumed = rank, world, consumed
-        self.starts = [(0, 0)]  # (first block, number) of the windows met so far
+        self.rank, self.world_size, self.consumed = rank, world_size, consumed
+        self.starts = [(0, 0)]  # (first block, number) of the windows planned so far
         self.too_long: dict[str, int] = {}
-        self._latest: tuple[int, list[list[Place]]] = -1, []  # the window that was planned last
-        self.blocks = (
-            max(1, len(self._plan(0)) * self._windows() // (world * batch_size)) * batch_size
-        )
+        self._latest: tuple[int, list[list[ExampleIndex]]] = -1, []  # the last planned window
+        batches = len(self._plan(0)) * self._windows() // (world_size * batch_size)
+        self.blocks = max(1, batches) * batch_size
 
     def __len__(self) -> int:
         """Blocks of a Lightning epoch on this rank: about one pass over the data, always whole batches."""
         return self.blocks
 
     def set_epoch(self, epoch: int) -> None:
-        """Ignored: the order follows from the batches consumed."""
+        """Ignored: the order follows from the number of batches consumed."""
 
-    def __iter__(self) -> Iterator[list[Place]]:
-        skip = self.consumed() * self.batch_size * self.world  # blocks of all ranks
+    def __iter__(self) -> Iterator[list[ExampleIndex]]:
+        skip = self._consumed_blocks()
         start, first = self.window_of(skip)
         for window in itertools.count(first):
             blocks = self._plan(window)
             if (start, window) not in self.starts:
                 self.starts.append((start, window))
             for number, block in enumerate(blocks, start):
-                if number >= skip and number // self.batch_size % self.world == self.rank:
+                if number >= skip and number // self.batch_size % self.world_size == self.rank:
                     yield block
             start += len(blocks)
 
     def window_of(self, block: int | None = None) -> tuple[int, int]:
-        """(first block, number) of the latest known window that does not begin after a block, by default the next."""
-        block = self.consumed() * self.batch_size * self.world if block is None else block
+        """(first block, number) of the latest planned window that begins at or before a block, by default the next."""
+        block = self._consumed_blocks() if block is None else block
         return max(start for start in self.starts if start[0] <= block)
 
+    def _consumed_blocks(self) -> int:
+        """Of all ranks."""
+        return self.consumed() * self.batch_size * self.world_size
+
     def _windows(self) -> int:
-        return max(1, -(-len(self.layout.samples) // self.window))
+        return max(1, -(-len(self.layout.examples) // self.window))
 
-    def _plan(self, number: int) -> list[list[Place]]:
-        """Blocks of one window, in the order of training. Rows longer than a block are left out and counted by key."""
-        if self._latest[0] != number:
-            self._latest = number, self._planned(number)
-        return self._latest[1]
-
-    def _planned(self, number: int) -> list[list[Place]]:
+    def _plan(self, number: int) -> list[list[ExampleIndex]]:
+        """Blocks of one window, in the order of training. Sequences longer than a block are left out and reported."""
+        if self._latest[0] == number:
+            return self._latest[1]
         epoch, part = divmod(number, self._windows())
-        seeded = np.random.default_rng([self.layout.seed, epoch])
-        rows = seeded.permutation(len(self.layout.samples))[
-            part * self.window : (part + 1) * self.window
-        ]
-        made = [(epoch, int(i)) for i in rows]
-        lengths = []
-        for place in made:
-            row = self.layout.row(place)
-            lengths.append(len(row))
-            if len(row) > self.length:
-                self.too_long[row.key] = len(row)
-        fitting = [i for i, length in enumerate(lengths) if length <= self.length]
-        if not fitting:
+        order = np.random.default_rng([self.layout.seed, epoch]).permutation(
+            len(self.layout.examples)
+        )
+        examples = order[part * self.window : (part + 1) * self.window]
+        blocks, too_long = self.layout.plan([(epoch, int(i)) for i in examples], self.length)
+        if not blocks:
             raise ValueError(
-                f"blocks of {self.length} places: no row fits, the shortest has {min(lengths)}"
+                f"blocks of {self.length} tokens: no sequence fits, the shortest has {min(too_long.values())}"
             )
-        blocks = [
-            [made[fitting[i]] for i in block]
-            for block in plan([lengths[i] for i in fitting], self.length)
-        ]
+        self.too_long |= too_long
         np.random.default_rng([self.layout.seed, epoch, part]).shuffle(blocks)
+        self._latest = number, blocks
         return blocks
 
 
-class HeldOutOrder(DistributedSampler):
-    """A list of blocks, each once, dealt to the ranks in turn.
+class HeldOutSampler(DistributedSampler):
+    """A list of blocks, each once, assigned to the ranks in turn.
 
         blocks 0 1 2 3 4, two ranks     rank 0   0 2 4
                                         rank 1   1 3 []      empty, so that all ranks make as many steps
 
-    It is a DistributedSampler so that Lightning leaves it in place: its own would repeat blocks, and the means would
-    count them twice.
+    It is a DistributedSampler so that Lightning does not replace it: Lightning's own would repeat blocks, and the means
+    would count them twice.
     """
 
-    def __init__(self, blocks: list[list[Place]], rank: int = 0, world: int = 1) -> None:
-        missing: list[list[Place]] = [[] for _ in range(-len(blocks) % world)]
-        self.blocks = [*blocks, *missing][rank::world]
+    def __init__(
+        self, blocks: list[list[ExampleIndex]], rank: int = 0, world_size: int = 1
+    ) -> None:
+        missing: list[list[ExampleIndex]] = [[] for _ in range(-len(blocks) % world_size)]
+        self.blocks = [*blocks, *missing][rank::world_size]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -216,5 +275,5 @@ class HeldOutOrder(DistributedSampler):
     def set_epoch(self, epoch: int) -> None:
         """Ignored: there is one order."""
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[ExampleIndex]]:
         return iter(self.blocks)

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
-from lavit_lm.objectives.vlgpt.condition_kinds import load_conditions
-from lavit_lm.objectives.vlgpt.conditions import DiffusionConditions
-from lavit_lm.objectives.vlgpt.detokenizer import ContinuousTokenizer, VLGPTTokenizerConfig
-from lavit_lm.objectives.vlgpt.image_decoder import check_free, save_tokenizer
+from lavit_lm.objectives.vlgpt.diffusion import ConditionEmbeddings, load_diffusion
+from lavit_lm.objectives.vlgpt.tokenizer import VLGPTTokenizer, VLGPTTokenizerConfig
+from lavit_lm.objectives.vlgpt.tokenizer_files import check_out, save_tokenizer
 from lavit_tok import VisualTokenizer
 
 
@@ -32,7 +31,7 @@ class VLGPTTokenizerTraining(pl.LightningModule):
     Args:
         width: of the vectors; the language model's that is to read them.
         visual_tokenizer: "default", directory or Hub id: whose frozen encoder makes the features.
-        conditions: of the diffusion model, see lavit_lm.objectives.vlgpt.conditions.load_conditions: {"kind": "pixel_decoder",
+        conditions: of the diffusion model, see lavit_lm.objectives.vlgpt.diffusion.load_diffusion: {"kind": "pixel_decoder",
             "decoder": "default"}, or {"kind": "stable_diffusion", "model": ..., "adapter": ...}.
         queries: N, vectors a picture.
         depth, heads: of both transformers.
@@ -69,14 +68,14 @@ class VLGPTTokenizerTraining(pl.LightningModule):
     ) -> None:
         super().__init__()
         if out is not None:
-            check_free(out)  # now, not when the training is done
+            check_out(out)  # now, not when the training is done
         self.save_hyperparameters()
         self.settings: Any = self.hparams
         visual = VisualTokenizer.from_pretrained(visual_tokenizer).requires_grad_(False)
         self.resize_mode = visual.image_processor.resize_mode
         # In a list: frozen, neither saved nor moved by Lightning.
         self._conditions = [
-            load_conditions(conditions or {"kind": "pixel_decoder", "decoder": "default"}, visual)
+            load_diffusion(conditions or {"kind": "pixel_decoder", "decoder": "default"}, visual)
         ]
         shapes = self.conditions.image_shape, self.conditions.text_shape
         self.weights = {
@@ -100,7 +99,7 @@ class VLGPTTokenizerTraining(pl.LightningModule):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = ContinuousTokenizer(visual, shape, *shapes)
+            self.model = VLGPTTokenizer(visual, shape, *shapes)
         for name in self.weights.keys() - set(self.learnt):
             self.model.detokenizer.queries[name].requires_grad_(False)
             self.model.detokenizer.heads[name].requires_grad_(False)
@@ -119,7 +118,7 @@ class VLGPTTokenizerTraining(pl.LightningModule):
 
     def targets(
         self, images: UInt8[Tensor, "b 3 h w"], captions: list[str] | None
-    ) -> DiffusionConditions:
+    ) -> ConditionEmbeddings:
         """e_v and e_t, as far as they are to be learnt. Raises ValueError for missing captions."""
         if self.weights.get("text") and captions is None:
             raise ValueError(
@@ -128,12 +127,12 @@ class VLGPTTokenizerTraining(pl.LightningModule):
         with torch.autocast(
             self.device.type, enabled=False
         ):  # as the diffusion model's own encoders made them
-            image = self.conditions.image_condition(images) if self.weights.get("image") else None
-            text = self.conditions.text_condition(captions) if self.weights.get("text") else None
-        return DiffusionConditions(image, text)
+            image = self.conditions.encode_images(images) if self.weights.get("image") else None
+            text = self.conditions.encode_texts(captions) if self.weights.get("text") else None
+        return ConditionEmbeddings(image, text)
 
     def losses(
-        self, estimated: DiffusionConditions, targets: DiffusionConditions
+        self, estimated: ConditionEmbeddings, targets: ConditionEmbeddings
     ) -> dict[str, Float[Tensor, ""]]:
         """Mean squared errors, "image" and "text", of what is learnt."""
         pairs = {name: (getattr(estimated, name), getattr(targets, name)) for name in self.weights}
@@ -202,5 +201,5 @@ class VLGPTTokenizerTraining(pl.LightningModule):
         if self.settings.out is not None and self.trainer.is_global_zero:
             s = self.settings
             save_tokenizer(
-                s.out, self.model, s.visual_tokenizer, self.conditions.settings, self.learnt
+                s.out, self.model, s.visual_tokenizer, self.conditions.config, self.learnt
             )

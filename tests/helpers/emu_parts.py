@@ -30,6 +30,7 @@ def built(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = SequenceModel(
-            plain.lm, *objective.parts(visual, plain.lm.config.get_text_config().hidden_size)
+            plain.lm,
+            *objective.connectors.build(visual, plain.lm.config.get_text_config().hidden_size),
         )
     return processor, model.eval()

@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 
 from helpers.small_lms import small_lm, small_tokenizer
+from lavit_lm.models.losses import LossSum
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.sequences.segments import (
-    ImageSegment,
-    Role,
-    Segment,
-    SequenceBuilder,
-    TextSegment,
-    TokenSequence,
-)
+from lavit_lm.objectives.base import Objective
+from lavit_lm.sequences.packing import PackedBatch
+from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
+from lavit_lm.sequences.token_sequence import Role, SequenceBuilder, TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
@@ -46,9 +43,14 @@ def pairs(count: int) -> list[list[Segment]]:
     return [[image(i), TextSegment(words[i % len(words)])] for i in range(count)]
 
 
+def losses(model: SequenceModel, objective: Objective, batch: PackedBatch) -> dict[str, LossSum]:
+    """An objective's losses of a batch."""
+    return objective.losses(model(batch), batch)
+
+
 def plain_sequence(ids: list[int], prefix: int = 0, key: str = "") -> TokenSequence:
     """Text ids, all but the first predicted, the first `prefix` of them seen by all."""
     builder = SequenceBuilder()
     for i, one in enumerate(ids):
         builder.add([one], Role.TEXT, predict=True, prefix=i < prefix)
-    return builder.row(key)
+    return builder.build(key)

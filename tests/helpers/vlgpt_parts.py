@@ -21,7 +21,7 @@ WIDTH, SIDE, TEXT = (
 
 
 def tiny_diffusion(folder: Path, grid: bool = True) -> dict[str, Any]:
-    """Settings of StableDiffusionConditions for random weights written below `folder`.
+    """Settings of StableDiffusion for random weights written below `folder`.
 
     Args:
         grid: an adapter that reads all of the image encoder's tokens ("plus"), else one vector.
@@ -126,9 +126,9 @@ def stage_one_directory(
     folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any
 ) -> str:
     """What stage 1 writes, from random weights."""
-    from lavit_lm.objectives.vlgpt.image_decoder import save_tokenizer
+    from lavit_lm.objectives.vlgpt.tokenizer_files import save_tokenizer
 
     stage = stage_one(folder, width, conditions, **more)
-    save_tokenizer(folder / "stage", stage.model, str(folder / "visual"), stage.conditions.settings)
-    assert json.loads((folder / "stage" / "config.json").read_text())["shape"]["width"] == width
+    save_tokenizer(folder / "stage", stage.model, str(folder / "visual"), stage.conditions.config)
+    assert json.loads((folder / "stage" / "config.json").read_text())["sizes"]["width"] == width
     return str(folder / "stage")

@@ -1,25 +1,26 @@
-"""DaVinci (Diao et al., ICLR 2023): write and paint from prefixes, three losses of equal weight.
+"""DaVinci (Diao et al., ICLR 2023): generate text and images from prefixes, three losses of equal weight.
 
-A picture of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector (grid.py), 0..8 a patch's code:
+An image of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector (patch_bridge.py), 0..8 a patch's code:
 
-    "text": the picture and k = 1 word                      id    <s> [IMG v v v v v v v v v IMG] a | <s> red apple </s>
-    -> the other words                                      pred   P   P   P P P P P P P P P  P   P |  .   x    x    x
+    "text": the image and k = 1 word                        id       <s> <img> v v v v v v v v v </img> a | <s> red apple </s>
+    -> the other words                                      predict  P   P     P P P P P P P P P P      P | .   x   x     x
 
-    "image": the upper r = 1 rows and all words             id    <s> [IMG v v v IMG] a red apple | [IMG 3 4 5 6 7 8
-    -> codes of the rows below, encoded by themselves       pred   P   P   P P P  P   P  P    P   |   .  x x x x x x
+    "image": the upper r = 1 rows of patches and all words  id       <s> <img> v v v </img> a red apple | <img> 3 4 5 6 7 8
+    -> codes of the rows below, encoded on their own        predict  P   P     P P P P      P P   P     | .     x x x x x x
 
-    "image", r = 0: words                                   id    <s> a red apple | [IMG 0 1 2 3 4 5 6 7 8
-    -> all codes                                            pred   P  P  P    P   |   .  x x x x x x x x x
+    "image", r = 0: all words                               id       <s> a red apple | <img> 0 1 2 3 4 5 6 7 8
+    -> all codes                                            predict  P   P P   P     | .     x x x x x x x x x
 
-    "plain": k = 2 words                                    id    <s> a red | <s> apple </s>
-    -> the other words                                      pred   P  P  P  |  .    x     x
+    "plain": k = 2 words                                    id       <s> a red | <s> apple </s>
+    -> the other words                                      predict  P   P P   | .   x     x
 
-- The prefix sees itself in both directions and never the suffix, which sees all of the prefix and itself causally
-  (masks.py); an encoder-decoder reads one with its encoder and says the other with its decoder (prefix_seq2seq.py).
-- A suffix begins with a token that is not predicted; there positions in the picture start anew, since the codes of the
-  lower rows come from a picture that begins with them. A picture is whole rows of codes and ends by their number.
-- k is drawn over words for each row, and r too: the paper draws one r for a batch, whose rows are one rectangle there;
-  packed rows may be of any lengths.
+- The prefix attends to itself in both directions and never to the suffix, which attends to all of the prefix and
+  causally to itself (sequences/masks.py); in an encoder-decoder, one is the encoder's input and the other the decoder's
+  (models/encoder_decoder.py).
+- A suffix begins with a token that is not predicted. In an image suffix, patch positions start anew, since the codes of
+  the lower rows are those of an image that begins with them. An image is whole rows of patches and ends by their number.
+- k is drawn over words for each sequence, and r too: the paper draws one r for a batch, because its batches are
+  rectangular; packed sequences may be of any lengths.
 """
 
 from __future__ import annotations
@@ -27,58 +28,67 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from math import isqrt
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy, has_images
-from lavit_lm.objectives.base import Objective, ObjectiveModules, PromptTemplates
+from lavit_lm.models.losses import LossSum, ModelOutput, cross_entropy, has_images
+from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.davinci.patch_bridge import LATER, PatchBridge, with_codes_below
 from lavit_lm.objectives.davinci.prefix_sequences import (
     PrefixSequences,
     codes_of,
-    whole,
-    words_alone,
+    number_of_patches,
+    require_all_patches,
+    text_only,
 )
-from lavit_lm.sequences.packing import Packed
-from lavit_lm.sequences.segments import (
-    ImageSegment,
-    Role,
-    Segment,
-    SequenceBuilder,
-    TextSegment,
-    TokenSequence,
-)
+from lavit_lm.objectives.records import Connectors, ImageOutput, PromptTemplates
+from lavit_lm.sequences.packing import PackedBatch
+from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
+from lavit_lm.sequences.token_sequence import Role, SequenceBuilder, TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
+
+
+class Split(NamedTuple):
+    """What of an example is prefix and what is suffix."""
+
+    task: str
+    """One of "text", "image" or "plain"."""
+    prefix: list[str]
+    """Words."""
+    suffix: list[str]
+    """Words; none for "image", whose suffix is codes."""
+    patches: int
+    """Patches of the image that are in the prefix, whole rows from the top."""
 
 
 @dataclass(frozen=True)
 class DaVinci(Objective):
-    """Prefix language modelling and prefix image modelling.
+    """Prefix language modeling and prefix image modeling.
 
     Args:
         text_weight, image_weight, plain_weight: of the three losses, each a mean over its own targets; 1 as published.
-        text_ratio, image_ratio, plain_ratio: how often a pair is laid out for each; plain texts are always "plain".
+        text_ratio, image_ratio, plain_ratio: how often a pair is laid out for each; texts alone are always "plain".
             The paper uses each pair for the first two, and as many texts for the third.
-        image_prefix: draw r from 0 .. rows - 2 as the paper has it; False paints whole pictures only (r = 0), which is
-            the public code's default.
-        prompt_drop: probability that the words of an "image" row are left out, so that guidance has an unconditional
-            stream; the paper knows no guidance (0).
-        caption_words: of a caption, later ones are cut off.
-        caption_prefix, text_prefix: the largest k beside a picture, and without one.
-        lower_case: read and say lower-cased words only.
-        caption_prompt: what a caption begins with, as the suffix's first words; it is not part of what is said.
+        image_prefix: draw r from 0 .. rows - 2 as in the paper; False generates whole images only (r = 0), which is the
+            public code's default.
+        prompt_drop: probability that an "image" sequence loses its words, which trains the unconditional sequence of
+            guidance; the paper has no guidance (0).
+        caption_words: words of a caption that are used.
+        caption_prefix, text_prefix: the largest k with an image, and without one.
+        lower_case: lower-case all text.
+        caption_prompt: first words of every generated caption; not part of the output.
         train_encoder: train a copy of the visual tokenizer's encoder for the vectors; the paper trains its ResNet.
 
     Raises:
-        ValueError: a weight, a share or a number below 0, no share at all, or no probability.
+        ValueError: a weight, a ratio or a number below 0, all ratios 0, or no probability.
     """
 
     name: ClassVar[str] = "davinci"
-    emits_image_start: ClassVar[bool] = False
     text_weight: float = 1.0
     image_weight: float = 1.0
     plain_weight: float = 1.0
@@ -95,136 +105,154 @@ class DaVinci(Objective):
     train_encoder: bool = False
 
     def __post_init__(self) -> None:
-        for setting, value in self.settings().items():
+        for field, value in self.to_dict().items():
             if isinstance(value, int | float) and value < 0:
-                raise ValueError(f"{setting}: expected 0 or more, got {value}")
+                raise ValueError(f"{field}: expected 0 or more, got {value}")
         if self.text_ratio + self.image_ratio + self.plain_ratio == 0:
-            raise ValueError(
-                "expected a share above 0 of at least one of the three tasks: no pair would be laid out"
-            )
+            raise ValueError("expected a ratio above 0 for at least one of the three tasks")
         if not 0 <= self.prompt_drop <= 1:
             raise ValueError(f"prompt_drop: expected a probability, got {self.prompt_drop}")
 
     @property
-    def needs_pixels(self) -> bool:
-        return True
-
-    @property
-    def prompt_templates(self) -> PromptTemplates:  # type: ignore[override]
+    def prompt_templates(self) -> PromptTemplates:
         return PromptTemplates(caption=self.caption_prompt, answer="{}")
 
-    def lengths(self, patches: int) -> tuple[int, int]:
+    @property
+    def connectors(self) -> Connectors:
+        """A vector for each patch; the codes of lower rows are computed on the batch's device, all images together."""
+        bridge = partial(PatchBridge, train_encoder=self.train_encoder)
+        return Connectors(bridge, complete_batch=with_codes_below)
+
+    @property
+    def image_output(self) -> ImageOutput:
         """A code for every patch."""
-        return patches, patches
-
-    def parts(self, visual: Any, width: int) -> ObjectiveModules:
-        """A vector for each patch."""
-        return ObjectiveModules(PatchBridge(visual, width, self.train_encoder))
-
-    # Rows
+        return ImageOutput(min_length=None, emits_start=False)
 
     def layout(
         self,
-        sample: Sequence[Segment],
+        segments: Sequence[Segment],
         processor: MultimodalProcessor,
         generator: torch.Generator,
         key: str = "",
     ) -> TokenSequence:
-        """One row of a picture, a text, or a pair; a picture without a caption is painted from nothing.
+        """A sequence of an image, a text, or a pair; an image without a caption is generated from an empty prefix.
 
-        What is predicted is the suffix: the segments' `learn` is not asked.
+        The suffix is predicted, whatever the segments' `is_target`.
 
         Raises:
-            ValueError: another sample, or a picture without a code for each of its patches.
+            ValueError: another example, or an image without a code for each of its patches.
         """
+        sequences = self._sequences(processor)
+        texts = [s.text for s in segments if isinstance(s, TextSegment)]
+        images = [s for s in segments if isinstance(s, ImageSegment)]
+        patches = [number_of_patches(image) for image in images]
+        split = self._split(texts, patches, sequences, generator, key)
+        prefix: list[Segment] = [TextSegment(" ".join(split.prefix))]
+        if split.task == "plain":
+            return sequences.append_text(sequences.prefix(prefix), split.suffix).build(key)
+        image = images[0]
+        keep = torch.arange(require_all_patches(image, key)) < split.patches
+        if split.patches:  # read as vectors of its upper rows, without codes
+            prefix = [replace(image, codes=None, keep=keep), *prefix]
+        builder = sequences.prefix(prefix)
+        if split.task == "text":
+            return sequences.append_text(builder, split.suffix).build(key)
+        ids = processor.codes(codes_of(image))
+        # Codes of lower rows are not those of the whole image: with_codes_below encodes these rows on their own.
+        ids = [LATER] * (len(ids) - split.patches) if split.patches else ids
+        return sequences.append_image(builder, ids).build(key)
+
+    def sequence_length(
+        self,
+        lengths: Sequence[SegmentLength],
+        processor: MultimodalProcessor,
+        generator: torch.Generator,
+    ) -> int:
+        """Prefix and suffix are tokenized apart from each other, so the count of the whole caption does not help."""
+        sequences = self._sequences(processor)
+        texts = [s.text for s in lengths if s.text is not None]
+        patches = [s.tokens for s in lengths if s.is_image]
+        split, start = self._split(texts, patches, sequences, generator), len(sequences.start)
+        image = split.patches + 2 if split.patches else 0
+        prefix = start + image + len(sequences.ids(split.prefix))
+        if split.task == "image":
+            return prefix + 1 + patches[0] - split.patches
+        return prefix + start + len(sequences.ids(split.suffix)) + 1
+
+    def _split(
+        self,
+        texts: Sequence[str],
+        patches: Sequence[int],
+        sequences: PrefixSequences,
+        generator: torch.Generator,
+        key: str = "",
+    ) -> Split:
+        """Draw the task, k, r, and whether the words are dropped."""
         task, k, r, drop = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        images = [segment for segment in sample if isinstance(segment, ImageSegment)]
-        texts = [segment for segment in sample if isinstance(segment, TextSegment)]
-        if not sample or len(images) > 1 or len(texts) > 1:
+        if not (texts or patches) or len(patches) > 1 or len(texts) > 1:
             raise ValueError(
-                f"sample {key!r}: expected a picture, a text, or one of each, got {len(sample)} segments"
+                f"example {key!r}: expected an image, a text, or one of each, got {len(patches)} images and "
+                f"{len(texts)} texts"
             )
-        shares = (
-            [self.text_ratio, self.image_ratio, self.plain_ratio]
-            if images and texts
-            else [0, len(images), len(texts)]
-        )
-        ends = list(accumulate(shares))
+        ratios = [self.text_ratio, self.image_ratio, self.plain_ratio]
+        if not (patches and texts):
+            ratios = [0, len(patches), len(texts)]
+        ends = list(accumulate(ratios))
         chosen = ("text", "image", "plain")[bisect(ends[:-1], task * ends[-1])]
-        rows = self._rows(processor)
-        words = rows.words(texts[0]) if texts else []
-        words = words[: self.caption_words] if images else words
+        words = sequences.words(texts[0]) if texts else []
+        words = words[: self.caption_words] if patches else words
         if chosen == "image":
-            image = whole(images[0], key)
-            codes = codes_of(image)
-            side = isqrt(len(codes))
-            above = int(r * (side - 1)) * side if self.image_prefix else 0
-            upper = (
-                [replace(image, codes=None, keep=torch.arange(len(codes)) < above)] if above else []
-            )
-            row = rows.read(
-                [*upper, TextSegment(" ".join(words if drop >= self.prompt_drop else []))]
-            )
-            return rows.paint(
-                row, [LATER] * (len(codes) - above) if above else processor.codes(codes)
-            ).row(key)
+            rows = isqrt(patches[0])
+            above = int(r * (rows - 1)) * rows if self.image_prefix else 0
+            return Split("image", words if drop >= self.prompt_drop else [], [], above)
         k = min(int(k * len(words)), self.caption_prefix if chosen == "text" else self.text_prefix)
-        shown = [whole(images[0], key)] if chosen == "text" else []
-        row = rows.read([*shown, TextSegment(" ".join(words[:k]))]).text(rows.start)
-        return rows.append_ids(row, words[k:]).row(key)
+        return Split(chosen, words[:k], words[k:], patches[0] if chosen == "text" else 0)
 
     def prompt(
         self,
         segments: Sequence[Segment],
         processor: MultimodalProcessor,
-        opens: Literal["text", "image"],
+        output: Literal["text", "image"],
     ) -> TokenSequence:
-        """All of the prompt is prefix, but for the words that captions begin with."""
-        if opens == "text":
-            return self._opened(segments, processor).row()
-        rows = self._rows(processor)
-        return rows.paint(rows.read(words_alone(segments)), []).row()
+        """All of the prompt is prefix, except the words with which captions begin."""
+        if output == "text":
+            return self._text_prompt(segments, processor).build()
+        sequences = self._sequences(processor)
+        return sequences.append_image(sequences.prefix(text_only(segments)), []).build()
 
     def scoring_sequence(
         self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
     ) -> TokenSequence:
-        """The answer after the start of a suffix, a text with its end: the paper ranks answers to questions so."""
-        rows = self._rows(processor)
+        """The answer after the start of a suffix, a text with </s>; the paper ranks answers to questions this way."""
+        sequences = self._sequences(processor)
         if isinstance(answer, ImageSegment):
-            return rows.paint(
-                rows.read(words_alone(context)), processor.codes(codes_of(answer))
-            ).row()
-        return rows.append_ids(self._opened(context, processor), rows.words(answer)).row()
+            builder = sequences.prefix(text_only(context))
+            return sequences.append_image(builder, processor.codes(codes_of(answer))).build()
+        builder = self._text_prompt(context, processor)
+        return sequences.append_words(builder, sequences.words(answer.text)).build()
 
-    def _opened(
+    def _text_prompt(
         self, segments: Sequence[Segment], processor: MultimodalProcessor
     ) -> SequenceBuilder:
-        """Prefix and start of a text, for a picture with the words that its captions begin with."""
-        rows = self._rows(processor)
-        given = [
-            whole(segment) if isinstance(segment, ImageSegment) else segment for segment in segments
-        ]
-        opening = TextSegment(self.caption_prompt)
-        begun = bool(opening.text) and given[-1:] == [opening]
-        row = rows.read(given[:-1] if begun else given).text(rows.start)
-        return row.text(rows.ids(rows.words(opening))) if begun else row
+        """Prefix and start of a text, for an image with the words with which its captions begin."""
+        sequences, opening = self._sequences(processor), TextSegment(self.caption_prompt)
+        for segment in segments:
+            if isinstance(segment, ImageSegment):
+                require_all_patches(segment)
+        is_caption = bool(opening.text) and list(segments[-1:]) == [opening]
+        builder = sequences.prefix(segments[:-1] if is_caption else segments).text(sequences.start)
+        return builder.text(sequences.ids(sequences.words(opening.text))) if is_caption else builder
 
-    def _rows(self, processor: MultimodalProcessor) -> PrefixSequences:
+    def _sequences(self, processor: MultimodalProcessor) -> PrefixSequences:
         return PrefixSequences(processor, self.lower_case)
 
-    def on_device(self, batch: Packed, visual: Any, processor: MultimodalProcessor) -> Packed:
-        """With the codes of lower rows, encoded together and on the batch's device."""
-        return with_codes_below(batch, visual, processor)
-
-    # Losses
-
-    def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
-        """{"text", "image", "plain"}: words of a row with a picture, codes, words of a row without one."""
+    def losses(self, output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
+        """{"text", "image", "plain"}: words of sequences with an image, codes, words of sequences without one."""
         plain = batch.predict & (batch.roles == Role.TEXT) & ~has_images(batch)
-        sums = cross_entropy(seen, replace(batch, predict=batch.predict & ~plain))
-        return {**sums, "plain": cross_entropy(seen, replace(batch, predict=plain))["text"]}
+        sums = cross_entropy(output, replace(batch, predict=batch.predict & ~plain))
+        return {**sums, "plain": cross_entropy(output, replace(batch, predict=plain))["text"]}
 
-    def total(self, losses: dict[str, Sum]) -> Tensor:
+    def total(self, losses: dict[str, LossSum]) -> Tensor:
         """The weighted sum of three means."""
         weights = {"text": self.text_weight, "image": self.image_weight, "plain": self.plain_weight}
         return torch.stack([weight * losses[name].mean for name, weight in weights.items()]).sum()

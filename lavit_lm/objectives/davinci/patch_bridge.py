@@ -1,15 +1,15 @@
-"""The upper rows of a picture as vectors, one a patch, and the lower rows as codes: what DaVinci reads, and paints.
+"""The upper rows of an image as vectors, one per patch, and the lower rows as codes: DaVinci's image prefix and suffix.
 
-    picture, 4 rows    kept (2 rows)     the encoder of vectors sees    the tokenizer of codes sees
+    image, 4 rows      kept (2 rows)     input of the encoder           input of the tokenizer
     a a a a            x x x x           a a a a                        c c c c
     b b b b            x x x x           b b b b                        d d d d
     c c c c            . . . .           . . . .                        . . . .
     d d d d            . . . .           . . . .                        . . . .
                                          vectors of rows a and b        codes of the first two rows: c and d
 
-Neither sees what the other one stands for, so that a prefix of rows cannot tell the rows below it, and the codes of
-the rows below say the same wherever they are cut off (DaVinci, "prefix image modelling"). What is blank has the mean
-colour.
+Neither input contains what the other one encodes, so that the prefix has no information about the rows below it, and
+the codes of these rows do not depend on the rows above (DaVinci, "prefix image modeling"). Blank patches have the mean
+color.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
-from lavit_lm.sequences.packing import Packed
+from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.vision.trained_encoder import EncoderConnector
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer
 
 LATER = -1
-"""An id that with_codes_below will tell; no embedding has such a row, so that it cannot be forgotten."""
+"""Placeholder of an id that with_codes_below computes; no embedding has this row, so that a forgotten one is an error."""
 
 
 class PatchBridge(EncoderConnector):
-    """Pictures -> a vector of the language model's width for each patch of their upper rows.
+    """Images -> a vector of the LM's hidden size for each patch of their upper rows.
 
-        pictures [k 3 s s], blank below -> encoder -> norm, linear, + learned positions -> [m width]
+        images [k 3 s s], blank below -> encoder -> norm, linear, + learned positions -> [m width]
 
-    DaVinci's encoder is a trained ResNet-101 of stride 16; any encoder of patches will do. Its class token has no place
-    here: the id that opens the picture is a learned vector in front of the grid already.
+    DaVinci trains a ResNet-101 of stride 16; any encoder with patches can be used. Its class token is left out: the
+    embedding of <img> is a learned vector before the patches already.
 
     Args:
-        tokenizer: the visual tokenizer, whose encoder makes the features; itself frozen and no part of this module.
-        width: the language model's.
-        train_encoder: train a copy of the encoder, the submodule "encoder"; else the tokenizer's own is used, frozen.
+        tokenizer: the visual tokenizer, whose encoder computes the features; frozen, not a submodule.
+        width: the LM's hidden size.
+        train_encoder: train a copy of the encoder, the submodule "encoder"; otherwise the tokenizer's own is used,
+            frozen.
     """
 
     def __init__(self, tokenizer: VisualTokenizer, width: int, train_encoder: bool = False) -> None:
@@ -55,10 +56,10 @@ class PatchBridge(EncoderConnector):
     def forward(
         self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]
     ) -> Float[Tensor, "m width"]:
-        """A vector for each kept patch, raster order, pictures one after another; other patches are not looked at.
+        """A vector for each kept patch in raster order, images one after another; other patches are blank.
 
         Raises:
-            ValueError: pictures of another size than the tokenizer's.
+            ValueError: images of another size than the tokenizer's.
         """
         side, pixels = isqrt(keep.shape[1]), self.pixels(images)
         patch = pixels.shape[-1] // side
@@ -71,20 +72,20 @@ class PatchBridge(EncoderConnector):
 def codes_below(
     tokenizer: VisualTokenizer, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]
 ) -> Int64[Tensor, " total"]:
-    """Codes of every patch below the kept rows, raster order, pictures one after another.
+    """Codes of every patch below the kept rows in raster order, images one after another.
 
-    The rows below are moved to the top of a blank picture and encoded from there, so a picture whose upper rows are
-    other ones has the same codes. Tokenizers of a fixed picture size need no other.
+    The rows below are moved to the top of a blank image and encoded there, so that their codes do not depend on the
+    upper rows. This works for tokenizers of a fixed image size.
 
     Raises:
-        ValueError: kept patches that are not the whole upper rows of a picture.
+        ValueError: kept patches that are not the whole upper rows of an image.
     """
     patches, side = keep.shape[1], isqrt(keep.shape[1])
     counts = keep.sum(1)
     upper = torch.arange(patches, device=keep.device) < counts[:, None]
     if bool((counts % side != 0).any()) or not torch.equal(upper, keep):
         raise ValueError(
-            f"expected whole upper rows of {side} patches, got masks of {counts.tolist()} patches"
+            f"expected masks of whole upper rows of {side} patches, got {counts.tolist()} patches"
         )
     pixels = tokenizer.preprocess(images)
     moved, height = torch.zeros_like(pixels), pixels.shape[2]
@@ -95,9 +96,9 @@ def codes_below(
 
 
 def with_codes_below(
-    batch: Packed, visual: VisualTokenizer, processor: MultimodalProcessor
-) -> Packed:
-    """The batch with codes in the places of LATER, of all its pictures together, made on its device."""
+    batch: PackedBatch, visual: VisualTokenizer, processor: MultimodalProcessor
+) -> PackedBatch:
+    """The batch with code ids instead of LATER, encoded for all its images together on its device."""
     cut = ~batch.keep.all(1)
     if not bool(cut.any()):
         return batch

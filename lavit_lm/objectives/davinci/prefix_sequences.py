@@ -1,6 +1,6 @@
-"""Rows of a prefix and what is said after it: how DaVinci's are written, without what is drawn for them.
+"""The sequences of DaVinci, a prefix and a suffix, once it is decided what goes into each.
 
-[picture, "a red"]  ->  <s> [IMG v v v v IMG] a red      all seen by all, nothing predicted
+[image, "a red"]  ->  <s> <img> v v v v </img> a red      attended to in both directions, nothing predicted
 """
 
 from __future__ import annotations
@@ -12,24 +12,18 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lavit_lm.objectives.base import require_pixels
-from lavit_lm.sequences.segments import (
-    Flags,
-    ImageSegment,
-    Role,
-    Segment,
-    SequenceBuilder,
-    TextSegment,
-)
+from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
+from lavit_lm.sequences.token_sequence import Flags, Role, SequenceBuilder
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 
 @dataclass(frozen=True)
 class PrefixSequences:
-    """Writes rows.
+    """Builds sequences.
 
     Args:
-        lexicon: text tokenizer and visual vocabulary.
-        lower_case: whether words are lower-cased.
+        processor: text tokenizer and visual vocabulary.
+        lower_case: lower-case all text.
     """
 
     processor: MultimodalProcessor
@@ -37,47 +31,48 @@ class PrefixSequences:
 
     @property
     def start(self) -> list[int]:
-        """What a prefix and a text begin with."""
+        """The first ids of a prefix and of a text suffix."""
         return self.processor.start or [self.processor.stop]
 
-    def words(self, text: TextSegment) -> list[str]:
-        return (text.text.lower() if self.lower_case else text.text).split()
+    def words(self, text: str) -> list[str]:
+        return (text.lower() if self.lower_case else text).split()
 
     def ids(self, words: Sequence[str]) -> list[int]:
         return self.processor.text(" ".join(words))
 
-    def read(self, segments: Sequence[Segment]) -> SequenceBuilder:
-        """The prefix; it begins with a token, so that none is empty."""
-        processor, seen = self.processor, Flags(prefix=True)
-        edges = processor.vocabulary.begin, processor.vocabulary.end
-        builder = SequenceBuilder().text(self.start, **seen)
+    def prefix(self, segments: Sequence[Segment]) -> SequenceBuilder:
+        """The prefix; it begins with the start ids, so that none is empty."""
+        processor, flags = self.processor, Flags(prefix=True)
+        delimiters = processor.vocabulary.begin, processor.vocabulary.end
+        builder = SequenceBuilder().text(self.start, **flags)
         for segment in segments:
             if isinstance(segment, TextSegment):
-                builder.text(self.ids(self.words(segment)), **seen)
-            else:
-                assert segment.keep is not None
-                is_embedding = replace(segment, codes=None)
-                builder.image(
-                    edges, [processor.pad] * int(segment.keep.sum()), seen, seen, seen, is_embedding
-                )
+                builder.text(self.ids(self.words(segment.text)), **flags)
+                continue
+            assert segment.keep is not None
+            ids, embed = [processor.pad] * int(segment.keep.sum()), replace(segment, codes=None)
+            builder.image(delimiters, ids, flags, flags, flags, embed)
         return builder
 
-    def append_ids(self, row: SequenceBuilder, words: Sequence[str]) -> SequenceBuilder:
-        """Words said after the prefix and a start, to the end."""
-        return row.text([*self.ids(words), self.processor.stop], predict=True)
+    def append_text(self, builder: SequenceBuilder, words: Sequence[str]) -> SequenceBuilder:
+        """Start, words and </s> as the suffix."""
+        return self.append_words(builder.text(self.start), words)
 
-    def paint(self, row: SequenceBuilder, ids: Sequence[int]) -> SequenceBuilder:
-        """Codes said after the prefix and the opening of a picture."""
-        return row.add([self.processor.vocabulary.begin], Role.BEGIN).add(
-            ids, Role.VISUAL, predict=True
-        )
+    def append_words(self, builder: SequenceBuilder, words: Sequence[str]) -> SequenceBuilder:
+        """Words and </s>, predicted."""
+        return builder.text([*self.ids(words), self.processor.stop], predict=True)
+
+    def append_image(self, builder: SequenceBuilder, ids: Sequence[int]) -> SequenceBuilder:
+        """<img> and predicted code ids as the suffix."""
+        builder.add([self.processor.vocabulary.begin], Role.BEGIN)
+        return builder.add(ids, Role.VISUAL, predict=True)
 
 
-def words_alone(segments: Sequence[Segment]) -> Sequence[Segment]:
-    """The segments, if none is a picture. Raises ValueError."""
-    if any(isinstance(segment, ImageSegment) for segment in segments):
+def text_only(segments: Sequence[Segment]) -> Sequence[Segment]:
+    """The segments, if none is an image. Raises ValueError."""
+    if any(segment.is_image for segment in segments):
         raise ValueError(
-            "davinci paints from words alone, and a picture is in what comes before: give words"
+            "davinci generates images from text only, and the prompt contains an image"
         )
     return segments
 
@@ -85,22 +80,23 @@ def words_alone(segments: Sequence[Segment]) -> Sequence[Segment]:
 def codes_of(image: ImageSegment) -> Int64[Tensor, " n"]:
     """Raises ValueError for an image without codes."""
     if image.codes is None:
-        raise ValueError("davinci paints codes, and an image has none: tokenize it first")
+        raise ValueError("davinci predicts codes, and an image has none: tokenize it first")
     return image.codes
 
 
-def whole(image: ImageSegment, key: str = "") -> ImageSegment:
-    """The image, if there is a code for each of its patches. Raises ValueError."""
+def number_of_patches(image: ImageSegment) -> int:
+    """Of an image with a code for each patch."""
+    return len(codes_of(image)) if image.keep is None else len(image.keep)
+
+
+def require_all_patches(image: ImageSegment, key: str = "") -> int:
+    """The number of patches of an image that has pixels and a code for each patch. Raises ValueError."""
     require_pixels(image, "davinci", key)
     if image.keep is None or not bool(image.keep.all()):
-        got = (
-            "no mask of patches"
-            if image.keep is None
-            else f"{int(image.keep.sum())} of {len(image.keep)}"
-        )
         patches = "PATCHES" if image.keep is None else len(image.keep)
+        got = "unknown" if image.keep is None else f"{int(image.keep.sum())} of {patches} patches"
         raise ValueError(
-            f"davinci reads and paints every patch of a picture, sample {key!r} has codes of {got}: make the shards "
-            f"with `lavit-tok shards --budget {patches}`"
+            f"davinci needs a code for every patch of an image, example {key!r} has codes of {got}: "
+            f"create the shards with `lavit-tok shards --budget {patches}`"
         )
-    return image
+    return len(image.keep)

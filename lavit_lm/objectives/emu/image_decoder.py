@@ -1,13 +1,13 @@
-"""Vectors that a language model says for a picture -> pixels: a small reader before a PixelDecoder's own U-Net.
+"""Vectors that a language model generates for an image -> pixels: a small transformer before a PixelDecoder's U-Net.
 
     codes    -codebook, reconstructor-> features [b p w] -.
                                                           +-projection-> Conditioning -U-Net, VAE-> pixels
     vectors [b n d] -VectorReader----> features [b p w] --'
 
-Emu hands its 32 vectors to Stable Diffusion by new key and value projections of the language model's width. Here the
-reader, with a learned query for each patch, makes of them what a U-Net was trained to read already, places included, so
-that a trained one learns on; its keys and values can be made new besides (pixels/decoder_training.py). What guidance
-subtracts is the condition of the vectors said after an empty prompt, not zeros.
+Emu conditions Stable Diffusion on its 32 vectors by new key and value projections of the LM's width. Here the reader,
+with a learned query for each patch, maps them to the features that the U-Net was trained on, positions included, so
+that a pretrained U-Net is trained further; its key and value projections can be initialized anew as well
+(training/emu_decoder.py). Guidance subtracts the prediction for the vectors of an empty prompt, not for zeros.
 
     vector_decoder.json     sizes of the reader
     reader.safetensors      its weights
@@ -24,14 +24,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lavit_lm.objectives.records import ImageVectors
 from lavit_tok import Conditioning, PixelDecoder, WeightsError
+from lavit_tok.checkpoints.weights import find_directory, load_weights, read_header, save_weights
 from lavit_tok.nn.attention import Block
 
 FORMAT, VERSION = "lavit_lm.vector_decoder", 1
+READER = "reader.safetensors"
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class VectorReaderConfig:
     """Sizes of a VectorReader.
 
     Args:
-        width: d, of the vectors; the language model's.
-        vectors: n, of a picture.
-        features: w, width of what is made of them.
-        patches: p, how many of those.
+        width: d, of the vectors; the LM's hidden size.
+        vectors: n, per image.
+        features: w, width of the features.
+        patches: p, number of features.
         depth, heads, hidden_size: blocks, heads and width of the transformer.
 
     Raises:
@@ -58,45 +59,39 @@ class VectorReaderConfig:
     hidden_size: int = 192
 
     def __post_init__(self) -> None:
-        wrong = {
-            name: value
-            for name, value in asdict(self).items()
-            if not isinstance(value, int) or value < 1
-        }
-        if wrong or self.hidden_size % self.heads:
+        positive = all(isinstance(n, int) and n > 0 for n in asdict(self).values())
+        if not positive or self.hidden_size % self.heads:
             raise ValueError(
-                f"expected whole numbers above 0, and heads that divide the hidden_size width, got {self}"
+                f"expected integers above 0, and a hidden_size that is a multiple of heads, got {self}"
             )
 
 
 class VectorReader(nn.Module):
-    """[b n d] -> [b p w]: a query for each patch looks at the others and at all vectors, whose numbers it is told.
+    """[b n d] -> [b p w]: one query per patch attends to the other queries and to all vectors with their positions.
 
-    What is said of different prompts differs by little against what it has in common, so it is read as differences from
-    a mean, in units of a deviation, which `measure` takes once and the weights keep.
+    Vectors of different prompts differ little compared with their mean, so they are normalized by a mean and a standard
+    deviation that `measure` computes once and the weights contain.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, shape: VectorReaderConfig) -> None:
+    def __init__(self, config: VectorReaderConfig) -> None:
         super().__init__()
-        hidden_size, eps = shape.hidden_size, 1e-5
-        self.shape = shape
-        self.register_buffer("mean", torch.zeros(shape.vectors, shape.width))
-        self.register_buffer("deviation", torch.ones(shape.vectors, 1))
-        self.read = nn.Linear(shape.width, hidden_size)
-        self.places = nn.Parameter(torch.randn(shape.vectors, hidden_size) * 0.02)
-        self.queries = nn.Parameter(torch.randn(shape.patches, hidden_size) * 0.02)
+        size, eps = config.hidden_size, 1e-5
+        self.config = config
+        self.register_buffer("mean", torch.zeros(config.vectors, config.width))
+        self.register_buffer("deviation", torch.ones(config.vectors, 1))
+        self.read = nn.Linear(config.width, size)
+        self.positions = nn.Parameter(torch.randn(config.vectors, size) * 0.02)
+        self.queries = nn.Parameter(torch.randn(config.patches, size) * 0.02)
         self.blocks = nn.ModuleList(
-            Block(hidden_size, shape.heads, 4 * hidden_size, eps) for _ in range(shape.depth)
+            Block(size, config.heads, 4 * size, eps) for _ in range(config.depth)
         )
-        self.out = nn.Sequential(
-            nn.LayerNorm(hidden_size, eps), nn.Linear(hidden_size, shape.features)
-        )
+        self.out = nn.Sequential(nn.LayerNorm(size, eps), nn.Linear(size, config.features))
 
     def forward(self, vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b p w"]:
-        context = self.read((vectors - self.mean) / self.deviation) + self.places
+        context = self.read((vectors - self.mean) / self.deviation) + self.positions
         x = self.queries.expand(len(vectors), -1, -1)
         for block in self.blocks:
             x = block(x, context, None, None)
@@ -104,76 +99,67 @@ class VectorReader(nn.Module):
 
     @torch.no_grad()
     def measure(self, vectors: Float[Tensor, "b n d"]) -> None:
-        """Take the mean [n d], and one deviation for each of the n, of what is said of different prompts."""
+        """Set the mean [n d] and one deviation for each of the n from vectors generated after different prompts."""
         self.mean.copy_(vectors.mean(0))
         deviation = (vectors - self.mean).square().mean((0, 2)).sqrt()
         self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0)[:, None])
 
 
 class VectorDecoder:
-    """Draws the pictures that a language model said in vectors.
+    """ImageDecoder of the vectors of one language model.
 
     Args:
         reader: vectors -> features of every patch.
-        pixels: the PixelDecoder whose U-Net reads these; of its condition, the projection alone is used.
+        pixels: the PixelDecoder whose U-Net is conditioned on these; of its conditioner, only the projection is used.
 
     Raises:
-        ValueError: parts whose sizes do not fit each other.
+        ValueError: components whose sizes do not fit each other.
     """
 
     def __init__(self, reader: VectorReader, pixels: PixelDecoder) -> None:
-        c, shape = pixels.conditioner.config, reader.shape
-        if (shape.patches, shape.features) != (c.patches, c.width):
+        c, config = pixels.conditioner.config, reader.config
+        if (config.patches, config.features) != (c.patches, c.width):
             raise ValueError(
-                f"the pixel decoder reads {c.patches} features of width {c.width}, the reader makes {shape.patches} of "
-                f"width {shape.features}"
+                f"the pixel decoder needs {c.patches} features of width {c.width}, the reader makes {config.patches} of "
+                f"width {config.features}"
             )
         self.reader, self.pixels = reader, pixels
         pixels.set_progress_bar_config(disable=True)
 
     def conditioning(self, vectors: Float[Tensor, "b n d"]) -> Conditioning:
-        """What the U-Net reads. Raises ValueError for vectors of another model."""
-        shape, weight = self.reader.shape, self.reader.queries
-        if tuple(vectors.shape[1:]) != (shape.vectors, shape.width):
+        """What the U-Net is conditioned on. Raises ValueError for vectors of another model."""
+        config, weight = self.reader.config, self.reader.queries
+        if tuple(vectors.shape[1:]) != (config.vectors, config.width):
             raise ValueError(
-                f"expected {shape.vectors} vectors of width {shape.width} a picture, got {list(vectors.shape)}: this "
-                "decoder was trained on what another language model says"
+                f"expected {config.vectors} vectors of width {config.width} per image, got shape "
+                f"{list(vectors.shape)}: this decoder was trained for another language model"
             )
         return self.pixels.conditioner.projection(self.reader(vectors.to(weight)))
 
     @torch.no_grad()
-    def __call__(
+    def decode(
         self,
-        vectors: Float[Tensor, "b n d"],
-        null: Float[Tensor, "1 n d"],
+        outputs: ImageVectors,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | int = 7.5,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        **drawing: Any,
+        **options: Any,
     ) -> Any:
-        """Draw a picture for each.
+        """See ImageDecoder.
 
         Args:
-            null: what the language model says after an empty prompt.
-            num_inference_steps, guidance_scale: 50 and 7.5 as published, 5.0 for FID; at a scale of 1 `null` is not
-                asked.
-            generator: source of the noise; a list of one a picture makes each independent of its batch.
-            drawing: PixelDecoder.draw's other arguments: latents, height, width, output_type, ...
-
-        Returns: an object with `.images`.
+            num_inference_steps, guidance_scale: 50 and 7.5 as published, 5.0 for FID; 1 for no guidance.
+            options: PixelDecoder.decode_condition's other arguments: latents, height, width, output_type, ...
 
         Raises:
             ValueError: vectors of another model, or an impossible size.
         """
-        from diffusers import ImagePipelineOutput
-
-        given, free = (
-            self.conditioning(vectors),
-            self.conditioning(null.expand(len(vectors), -1, -1)),
+        condition = self.conditioning(outputs.vectors)
+        unconditional = self.conditioning(
+            outputs.unconditional.expand(len(outputs.vectors), -1, -1)
         )
-        options = num_inference_steps, guidance_scale, generator
-        return ImagePipelineOutput(
-            images=self.pixels.decode_condition(given, free, *options, **drawing)
+        return self.pixels.decode_condition(
+            condition, unconditional, num_inference_steps, guidance_scale, generator, **options
         )
 
     def to(self, device: torch.device | str) -> VectorDecoder:
@@ -186,15 +172,10 @@ class VectorDecoder:
     ) -> None:
         """Write the directory, floats as `dtype`. Raises WeightsError for weights that are NaN or infinite."""
         out = Path(directory)
-        state = {
-            n: t.detach().cpu().contiguous().to(dtype or t.dtype)
-            for n, t in self.reader.state_dict().items()
-        }
-        _require_finite(state, f"{out}: not saved")
         out.mkdir(parents=True, exist_ok=True)
+        save_weights(self.reader, out, dtype, single=READER)
         self.pixels.save_pretrained(out / "pixels", dtype=dtype)
-        save_file(state, out / "reader.safetensors")
-        values = {"format": FORMAT, "version": VERSION, "reader": asdict(self.reader.shape)}
+        values = {"format": FORMAT, "version": VERSION, "reader": asdict(self.reader.config)}
         (out / "vector_decoder.json").write_text(json.dumps(values, indent=2) + "\n")
 
     @classmethod
@@ -205,59 +186,28 @@ class VectorDecoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> VectorDecoder:
-        """A directory, or a Hub id.
+        """Load a directory, or a Hub id.
 
         Raises:
-            WeightsError: "default", since none ships; files or tensors that are missing, unexpected or mis-shaped.
+            WeightsError: "default", since none is shipped; files or tensors that are missing, unexpected or mis-shaped.
         """
-        directory = _directory(name)
-        reader = VectorReader(_shape(directory / "vector_decoder.json"))
-        file = directory / "reader.safetensors"
+        if str(name) == "default":
+            raise WeightsError(
+                "no decoder of vectors is shipped with this version, since it is trained for one language model: "
+                "train one with lavit-lm fit-decoder (recipes/lm/emu-decoder.yaml), and give its directory"
+            )
+        directory = find_directory(name, None)
+        path = directory / "vector_decoder.json"
         try:
-            state = load_file(file)
-            reader.load_state_dict(state)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise WeightsError(f"{file}: {error}") from None
-        _require_finite(state, str(file))
+            values = read_header(path, FORMAT, VERSION, ("reader",))
+            reader = VectorReader(VectorReaderConfig(**values["reader"]))
+        except (ValueError, TypeError) as error:
+            raise WeightsError(
+                f"{path}: expected the directory of a decoder of vectors, as written by lavit-lm fit-decoder: {error}"
+            ) from None
+        load_weights(reader, directory, READER)
         pixels = PixelDecoder.from_pretrained(directory / "pixels", dtype=dtype, device=device)
         try:
             return cls(reader.to(device=device, dtype=dtype).eval().requires_grad_(False), pixels)
         except ValueError as error:
             raise WeightsError(f"{directory}: {error}") from None
-
-
-def _shape(path: Path) -> VectorReaderConfig:
-    try:
-        values = json.loads(path.read_text())
-        if (values["format"], values["version"]) != (FORMAT, VERSION):
-            raise ValueError(
-                f"expected {FORMAT} version {VERSION}, got {values['format']} {values['version']}"
-            )
-        return VectorReaderConfig(**values["reader"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WeightsError(
-            f"{path}: expected the directory of a decoder of vectors, as lavit-lm fit-decoder writes it: {error!r}"
-        ) from None
-
-
-def _directory(name: str | os.PathLike[str]) -> Path:
-    if str(name) == "default":
-        raise WeightsError(
-            "no decoder of vectors ships with this version: it belongs to one language model; train it by "
-            "lavit-lm fit-decoder (recipes/lm/emu-decoder.yaml), and name its directory"
-        )
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub's errors are of many kinds
-        raise WeightsError(
-            f"{name}: neither a directory nor a Hub id that can be fetched: {error}"
-        ) from None
-
-
-def _require_finite(state: dict[str, Tensor], label: str) -> None:
-    if broken := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
-        raise WeightsError(f"{label}: these tensors hold NaN or infinity: {broken}")

@@ -1,24 +1,25 @@
-"""Emu (Sun et al., ICLR 2024): the next word, or the next vector of a picture, in one causal pass.
+"""Emu (Sun et al., ICLR 2024): the next text token, or the next vector of an image, in one causal pass.
 
-A picture is exactly N vectors, which a causal transformer makes of all its features (resampler.py), with two queries:
+An image is exactly N vectors, which a causal transformer computes from all its features (vision/resampler.py); with
+two of them:
 
-    [picture, "a cat"]    place        0     1      2    3    4       5     6     7
-                          id           <s>   <|img| .    .    |img>   a     cat   </s>
+    [image, "a cat"]      position     0     1      2    3    4       5     6     7
+                          id           <s>   <img>  .    .    </img>  a     cat   </s>
                           role         TEXT  BEGIN  VIS  VIS  END     TEXT  TEXT  TEXT
                           is_embedding .     .      z1   z2   .       .     .     .
                           predict      .     .      .    .    .       x     x     x      cross-entropy
                           regress      .     .      x    x    x       .     .     .      squared error
 
-- Words have cross-entropy; the first one after a picture is predicted, from the picture's end.
-- Vectors have the squared error of Linear(state), N + 1 terms a picture: <|img| says z1, z1 says z2, and the last one
-  says the embedding of |img>. What is to be said is what the model is fed next, detached: undetached, all vectors
-  become the same.
-- Nothing trains the model to say <|img|: whoever wants a picture puts it there; exactly N vectors follow, without a
-  stop. What a pixel decoder subtracts under guidance is what the model says after an empty prompt, `<s> <|img|`, which
-  is how every picture-first row begins.
+- Text tokens have cross-entropy; the first one after an image is predicted at </img>.
+- Vectors have the squared error of Linear(hidden state), N + 1 terms for an image: z1 is predicted at <img>, z2 at z1,
+  and the embedding of </img> at the last vector. Targets are the input embeddings, detached: otherwise all vectors
+  become equal.
+- <img> is never a target: the caller appends it to the prompt, and exactly N vectors follow, without a stop id. The
+  unconditional vectors of guidance are those generated after the empty prompt `<s> <img>`, with which every image-first
+  sequence begins.
 
-The paper's transformer reads the encoder's class token too, and starts the two new rows of the embedding as the mean of
-the old; here all of the encoder's patches are read, and new rows are drawn like the old (embeddings.py).
+The paper's transformer reads the encoder's class token as well, and initializes the two new embedding rows as the mean
+of the old; here all patches of the encoder are read, and new rows are drawn like the old (vocabulary/embedding_rows.py).
 """
 
 from __future__ import annotations
@@ -29,23 +30,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy, regression
-from lavit_lm.objectives.base import ObjectiveModules, Order
-from lavit_lm.objectives.embedding_objective import VectorObjective
-from lavit_lm.sequences.packing import Packed
-from lavit_lm.sequences.segments import Flags
+from lavit_lm.models.losses import LossSum, ModelOutput, cross_entropy, regression
+from lavit_lm.objectives.base import PairOrder
+from lavit_lm.objectives.records import Connectors, ImageDecoder, ImageOutput
+from lavit_lm.objectives.vector_objective import VectorObjective
+from lavit_lm.sequences.packing import PackedBatch
+from lavit_lm.sequences.token_sequence import Flags
 from lavit_lm.vision.resampler import CausalResampler
 
 
 @dataclass(frozen=True)
 class Emu(VectorObjective):
-    """Cross-entropy on words beside regression of vectors.
+    """Cross-entropy of text tokens and regression of vectors.
 
     Args:
-        order: of pairs: "both" draws one of the two for each row, "image_first", "text_first", or "given".
-        queries: N, vectors a picture; 32 as published.
-        depth, heads, hidden_size: blocks, heads and width of the causal transformer, the width being the encoder's if it is
-            not given; 12, 12 and 768 as published.
+        order: of pairs: "both" draws one of the two for each sequence, "image_first", "text_first", or "given".
+        queries: N, vectors per image; 32 as published.
+        depth, heads, hidden_size: blocks, heads and width of the causal transformer, by default the encoder's width;
+            12, 12 and 768 as published.
         train_encoder: train a copy of the visual tokenizer's encoder with the rest, as published.
         regression_weight: of the mean squared error against the mean cross-entropy; the published value is unknown.
 
@@ -55,8 +57,7 @@ class Emu(VectorObjective):
 
     name: ClassVar[str] = "emu"
     title: ClassVar[str] = "Emu"
-    emits_image_start: ClassVar[bool] = False
-    order: Order = "both"
+    order: PairOrder = "both"
     queries: int = 32
     depth: int = 12
     heads: int = 12
@@ -66,7 +67,7 @@ class Emu(VectorObjective):
 
     def __post_init__(self) -> None:
         if self.queries < 1:
-            raise ValueError(f"queries: expected at least one vector a picture, got {self.queries}")
+            raise ValueError(f"queries: expected at least one vector per image, got {self.queries}")
         if self.regression_weight < 0:
             raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
 
@@ -74,27 +75,38 @@ class Emu(VectorObjective):
     def vectors(self) -> int:
         return self.queries
 
-    def flags(self, is_target: bool) -> tuple[Flags, Flags, Flags]:
-        said = Flags(regress=is_target)
-        return Flags(), said, said
+    @property
+    def connectors(self) -> Connectors:
+        """The causal transformer, and Linear(d, d) without bias."""
+        return Connectors(self._resampler, _regressor, needs_codes=False)
 
-    def parts(self, visual: Any, width: int) -> ObjectiveModules:
-        """The causal transformer, and Linear(width, width) without bias."""
-        transformer = self.queries, self.depth, self.heads, self.train_encoder, self.hidden_size
-        return ObjectiveModules(
-            CausalResampler(visual, width, *transformer), nn.Linear(width, width, bias=False)
-        )
+    @property
+    def image_output(self) -> ImageOutput:
+        """Exactly N vectors; their decoder is trained for one LM, none is shipped."""
+        return ImageOutput("vectors", self.queries, self.queries, False, _load_decoder)
 
-    def decoder(self, name: str, device: torch.device) -> Any:
-        """A VectorDecoder; none ships with the library."""
-        from lavit_lm.objectives.emu.image_decoder import VectorDecoder
+    def image_flags(self, is_target: bool) -> tuple[Flags, Flags, Flags]:
+        regress = Flags(regress=is_target)
+        return Flags(), regress, regress
 
-        return VectorDecoder.from_pretrained(name, device=device)
-
-    def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
+    def losses(self, output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
         """{"text": nats, "vectors": squared errors, "spread": see losses.regression}."""
-        return {"text": cross_entropy(seen, batch)["text"], **regression(seen, batch)}
+        return {"text": cross_entropy(output, batch)["text"], **regression(output, batch)}
 
-    def total(self, losses: dict[str, Sum]) -> Tensor:
-        """Two means, so that their balance does not drift with the share of pictures in a batch."""
+    def total(self, losses: dict[str, LossSum]) -> Tensor:
+        """Two means, so that their balance does not depend on the ratio of images in a batch."""
         return losses["text"].mean + self.regression_weight * losses["vectors"].mean
+
+    def _resampler(self, visual: Any, hidden_size: int) -> CausalResampler:
+        transformer = self.queries, self.depth, self.heads, self.train_encoder, self.hidden_size
+        return CausalResampler(visual, hidden_size, *transformer)
+
+
+def _regressor(hidden_size: int) -> nn.Module:
+    return nn.Linear(hidden_size, hidden_size, bias=False)
+
+
+def _load_decoder(name: str, device: torch.device) -> ImageDecoder:
+    from lavit_lm.objectives.emu.image_decoder import VectorDecoder  # late: it needs diffusers
+
+    return VectorDecoder.from_pretrained(name, device=device)

@@ -1,36 +1,31 @@
 """LaVIT: an image is text in a foreign language; the next id is predicted everywhere (ICLR 2024, section 3.2).
 
-    image -> text    <s> <|img| 7   3   9   |img> a   cat </s>      codes, or continuous vectors (v) in their places
-    predicted        .   x      x   x   x   x     x   x   x
-    text -> image    <s> a   cat <|img| 7   3   9   |img> </s>      always codes
-    predicted        .   x   x   x      x   x   x   x     x
-    prompt dropped   <s> <|img| 7   3   9   |img> </s>              learns the unconditional stream of guidance, and
-    predicted        .   x      x   x   x   x     .                 not that nothing is to be said of a picture
+    image -> text    <s> <img> 7 3 9 </img> a cat </s>      codes, or continuous vectors as their inputs
+    predicted        .   x     x x x x      x x   x
+    text -> image    <s> a cat <img> 7 3 9 </img> </s>      always codes
+    predicted        .   x x   x     x x x x      x
+    prompt dropped   <s> <img> 7 3 9 </img> </s>            learns the unconditional sequence of guidance, and not
+    predicted        .   x     x x x x      .               that images have no caption
 
-Who sees whom: causal within a document. Loss: cross-entropy over both modalities, one mean, one head. A pair is laid
-out in both orders, each as often as the other; a document of more segments keeps its order. The release feeds vectors
-where an image stands before text; its targets are codes all the same.
+Attention: causal within a document. Loss: cross-entropy over both modalities, one mean, one head. A pair is laid out in
+both orders, each with probability 1/2; a document of more segments keeps its order. The release embeds vectors where an
+image precedes text; its targets are codes all the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lavit_lm.models.losses import Sum
-from lavit_lm.objectives.base import Objective, ObjectiveModules, Order, ordered
-from lavit_lm.sequences.segments import (
-    Flags,
-    Role,
-    Segment,
-    SequenceBuilder,
-    TextSegment,
-    TokenSequence,
-)
+from lavit_lm.models.losses import LossSum
+from lavit_lm.objectives.base import Objective, PairOrder, S, ordered
+from lavit_lm.objectives.records import Connectors
+from lavit_lm.sequences.segments import Segment, SegmentLength, TextSegment
+from lavit_lm.sequences.token_sequence import Flags, Role, SequenceBuilder, TokenSequence
 from lavit_lm.vision.continuous import ContinuousBridge
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
@@ -40,20 +35,20 @@ class LaVIT(Objective):
     """Next-token prediction over text and codes.
 
     Args:
-        order: of pairs: "both" draws one of the two for each row, "image_first" (captioning only), "text_first"
+        order: of pairs: "both" draws one of the two for each sequence, "image_first" (captioning only), "text_first"
             (generation only), or "given".
-        prompt_drop: probability that a text-first pair loses its text, so that guidance has an unconditional stream.
-            The paper does not publish its value.
+        prompt_drop: probability that a text-first pair loses its text, which trains the unconditional sequence of
+            guidance. The paper does not publish its value.
         image_weight: weight of a code's cross-entropy against a text token's; 1 as published.
-        continuous: feed pictures that stand before text as vectors through a bridge, instead of codes; the data then
-            name the pictures.
+        continuous: embed images that precede text as vectors through a bridge, instead of as codes; the data module
+            then needs `images`.
 
     Raises:
         ValueError: a probability outside 0..1, or a weight below 0.
     """
 
     name: ClassVar[str] = "lavit"
-    order: Order = "both"
+    order: PairOrder = "both"
     prompt_drop: float = 0.1
     image_weight: float = 1.0
     continuous: bool = False
@@ -65,56 +60,62 @@ class LaVIT(Objective):
             raise ValueError(f"image_weight: expected 0 or more, got {self.image_weight}")
 
     @property
-    def needs_pixels(self) -> bool:
-        return self.continuous
-
-    def parts(self, visual: Any, width: int) -> ObjectiveModules:
-        """The continuous path, if it is asked for."""
-        return ObjectiveModules(ContinuousBridge(visual, width) if self.continuous else None)
+    def connectors(self) -> Connectors:
+        """The continuous path, if it is used."""
+        return Connectors(bridge=ContinuousBridge if self.continuous else None)
 
     def layout(
         self,
-        sample: Sequence[Segment],
+        segments: Sequence[Segment],
         processor: MultimodalProcessor,
         generator: torch.Generator,
         key: str = "",
     ) -> TokenSequence:
-        """One row of a sample. Raises ValueError for one without segments."""
-        flip, drop = torch.rand(2, generator=generator).tolist()
-        segments = ordered(sample, self.order, flip, key)
-        pair = self.order != "given" and sorted(type(s).__name__ for s in segments) == [
-            "ImageSegment",
-            "TextSegment",
-        ]
-        dropped = pair and isinstance(segments[0], TextSegment) and drop < self.prompt_drop
-        segments = segments[1:] if dropped else segments
+        """The sequence of an example. Raises ValueError for one without segments."""
+        segments, dropped = self._arranged(segments, generator, key)
         ends = segments[-1].is_target and not dropped
-        return self._places(segments, processor).text([processor.stop], predict=ends).row(key)
+        return self._append(segments, processor).text([processor.stop], predict=ends).build(key)
+
+    def sequence_length(
+        self,
+        lengths: Sequence[SegmentLength],
+        processor: MultimodalProcessor,
+        generator: torch.Generator,
+    ) -> int:
+        """An image has two delimiters."""
+        lengths, _ = self._arranged(lengths, generator)
+        return len(processor.start) + sum(s.tokens + 2 * s.is_image for s in lengths) + 1
 
     def prompt(
         self,
         segments: Sequence[Segment],
         processor: MultimodalProcessor,
-        opens: Literal["text", "image"],
+        output: Literal["text", "image"],
     ) -> TokenSequence:
-        """Pictures before a text are read as vectors where the model was trained so, before a picture as codes."""
-        builder = self._places(
-            segments, processor, text_follows=opens == "text", vectors=opens == "text"
-        )
-        return (
-            builder if opens == "text" else builder.add([processor.vocabulary.begin], Role.BEGIN)
-        ).row()
+        """Images are embedded as vectors before text if the model was trained so, and as codes before an image."""
+        if output == "text":
+            return self._append(segments, processor, text_follows=True).build()
+        builder = self._append(segments, processor, vectors=False)
+        return builder.add([processor.vocabulary.begin], Role.BEGIN).build()
 
     def scoring_sequence(
         self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
     ) -> TokenSequence:
-        """The answer, with the row's end."""
-        said = [replace(segment, is_target=False) for segment in context] + [
-            replace(answer, is_target=True)
-        ]
-        return self._places(said, processor).text([processor.stop], predict=True).row()
+        """The answer and </s> are predicted."""
+        segments = [replace(segment, is_target=False) for segment in context]
+        builder = self._append([*segments, replace(answer, is_target=True)], processor)
+        return builder.text([processor.stop], predict=True).build()
 
-    def _places(
+    def _arranged(
+        self, segments: Sequence[S], generator: torch.Generator, key: str = ""
+    ) -> tuple[list[S], bool]:
+        """(segments in the order drawn, whether the prompt was dropped)."""
+        flip, drop = torch.rand(2, generator=generator).tolist()
+        arranged, is_pair = ordered(segments, self.order, flip, key)
+        dropped = is_pair and not arranged[0].is_image and drop < self.prompt_drop
+        return (arranged[1:] if dropped else arranged), dropped
+
+    def _append(
         self,
         segments: Sequence[Segment],
         processor: MultimodalProcessor,
@@ -123,30 +124,20 @@ class LaVIT(Objective):
     ) -> SequenceBuilder:
         vocabulary, builder = processor.vocabulary, SequenceBuilder().text(processor.start)
         for number, segment in enumerate(segments):
-            said = Flags(predict=segment.is_target)
+            flags = Flags(predict=segment.is_target)
             if isinstance(segment, TextSegment):
-                builder.text(processor.text(segment.text), **said)
+                builder.text(processor.text(segment.text), **flags)
                 continue
             if segment.codes is None:
                 raise ValueError("LaVIT predicts codes, and an image has none: tokenize it first")
-            before_text = text_follows or any(
-                isinstance(s, TextSegment) for s in segments[number + 1 :]
-            )
-            is_embedding = self.continuous and vectors and before_text and segment.image is not None
-            edges = vocabulary.begin, vocabulary.end
-            builder.image(
-                edges,
-                processor.codes(segment.codes),
-                said,
-                said,
-                said,
-                segment if is_embedding else None,
-            )
+            before_text = text_follows or not all(s.is_image for s in segments[number + 1 :])
+            embed = self.continuous and vectors and before_text and segment.image is not None
+            delimiters, ids = (vocabulary.begin, vocabulary.end), processor.codes(segment.codes)
+            builder.image(delimiters, ids, flags, flags, flags, segment if embed else None)
         return builder
 
-    def total(self, losses: dict[str, Sum]) -> Tensor:
-        """The loss to descend: one mean over both modalities, so that each predicted id weighs the same."""
+    def total(self, losses: dict[str, LossSum]) -> Tensor:
+        """One mean over both modalities, so that each predicted id has the same weight."""
         text, image, weight = losses["text"], losses["image"], self.image_weight
-        return (text.total + weight * image.total) / (text.count + weight * image.count).clamp(
-            min=1e-9
-        )
+        count = (text.count + weight * image.count).clamp(min=1e-9)
+        return (text.total + weight * image.total) / count

@@ -1,19 +1,21 @@
-"""VL-GPT (Zhu et al., 2023): words and vectors in turn; the model itself says that a picture comes now.
+"""VL-GPT (Zhu et al., 2023): text and vectors in turn; the model itself predicts where an image begins.
 
-A picture is exactly N vectors of a frozen tokenizer, trained before (pixels/tokenizer_training.py); with two of them:
+An image is exactly N vectors of a frozen tokenizer that was trained before (training/vlgpt_tokenizer.py); with two of
+them:
 
-    ["a cat", picture]    place        0     1     2     3      4    5    6      7
-                          id           <s>   a     cat   <|img| .    .    |img>  </s>
-                          role         TEXT  TEXT  TEXT  BEGIN  VIS  VIS  END    TEXT
-                          is_embedding .     .     .     .      x1   x2   .      .
-                          predict      .     x     x     x      .    .    .      x       cross-entropy, by the LM's head
-                          regress      .     .     .     .      x    x    .      .       squared error of Linear(state)
+    ["a cat", image]      position     0     1     2     3      4    5    6       7
+                          id           <s>   a     cat   <img>  .    .    </img>  </s>
+                          role         TEXT  TEXT  TEXT  BEGIN  VIS  VIS  END     TEXT
+                          is_embedding .     .     .     .      x1   x2   .       .
+                          predict      .     x     x     x      .    .    .       x      cross-entropy, by the LM's head
+                          regress      .     .     .     .      x    x    .       .      squared error of Linear(state)
 
-- Everything is predicted but |img>: what is to come decides which head reads the state. <|img| is a word among others,
-  so its state in `cat` is read by the LM's head; N states are then read by the regression head, and |img> is put there.
-- The tokenizer is frozen, so the vectors stand still while they are learnt. Trained are LoRA's adapters on all linear
-  layers, the new rows of the embedding, and the regression head.
-- A pair comes in both orders, each as often as the other; a document of more segments keeps its order.
+- Everything is predicted except </img>, and the target decides which head reads the hidden state. <img> is predicted as
+  any text token is, so the state at `cat` is read by the LM's head; the next N states are read by the regression head,
+  and </img> is forced.
+- The tokenizer is frozen, so the target vectors are constant. Trained are LoRA's adapters on all linear layers, the new
+  embedding rows, and the regression head.
+- A pair comes in both orders, each with probability 1/2; a document of more segments keeps its order.
 """
 
 from __future__ import annotations
@@ -25,28 +27,29 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy, regression
-from lavit_lm.objectives.base import ObjectiveModules, Order, PromptTemplates
-from lavit_lm.objectives.embedding_objective import VectorObjective
-from lavit_lm.objectives.vlgpt.detokenizer import VLGPTTokenizerConfig
-from lavit_lm.objectives.vlgpt.image_decoder import DetokenizingDecoder, load_tokenizer, read_config
-from lavit_lm.sequences.packing import Packed
-from lavit_lm.sequences.segments import Flags
+from lavit_lm.models.losses import LossSum, ModelOutput, cross_entropy, regression
+from lavit_lm.objectives.base import PairOrder
+from lavit_lm.objectives.records import Connectors, ImageOutput, PromptTemplates
+from lavit_lm.objectives.vector_objective import VectorObjective
+from lavit_lm.objectives.vlgpt.tokenizer import VLGPTTokenizerConfig
+from lavit_lm.objectives.vlgpt.tokenizer_files import load_tokenizer, read_config
+from lavit_lm.sequences.packing import PackedBatch
+from lavit_lm.sequences.token_sequence import Flags
 
 
 @dataclass(frozen=True)
 class VLGPT(VectorObjective):
-    """Cross-entropy where a word comes next, regression where a vector does.
+    """Cross-entropy where a text token is next, regression where a vector is.
 
     Args:
-        tokenizer: directory that `lavit-lm fit-tokenizer` wrote.
-        shape: the tokenizer's sizes, see VLGPTTokenizerConfig. A saved model has them and the weights beside them, so that it
-            needs the directory for drawing only; give none when training.
-        order: of pairs: "both" draws one of the two for each row, "image_first", "text_first", or "given".
+        tokenizer: directory written by `lavit-lm fit-tokenizer`.
+        tokenizer_sizes: the tokenizer's sizes, see VLGPTTokenizerConfig. A saved model contains them and the weights,
+            so that it needs the directory for decoding images only; leave them out when training.
+        order: of pairs: "both" draws one of the two for each sequence, "image_first", "text_first", or "given".
         regression_weight: of the mean squared error against the mean cross-entropy; the published value is unknown.
-        caption_prompt, image_prompt, answer_prompt: how the trained model is asked, {} for the user's words. Pairs are
-            trained on without any words around them. A large language model follows the paper's all the same; a small
-            one knows what it was trained on and no more: give "" for nothing but the picture, or the user's words.
+        caption_prompt, image_prompt, answer_prompt: prompts of the trained model, {} for the user's text. Pairs are
+            trained on without any prompt. A large LM follows the paper's prompts all the same; for a small one set them
+            to what it was trained on: "" for nothing but the image, "{}" for nothing but the user's text.
 
     Raises:
         ValueError: neither a directory nor sizes, or a weight below 0.
@@ -55,76 +58,84 @@ class VLGPT(VectorObjective):
     name: ClassVar[str] = "vlgpt"
     title: ClassVar[str] = "VL-GPT"
     tokenizer: str | None = None
-    shape: dict[str, int] | None = None
-    order: Order = "both"
+    tokenizer_sizes: dict[str, int] | None = None
+    order: PairOrder = "both"
     regression_weight: float = 1.0
     caption_prompt: str = " Please describe this image in detail in one sentence. It shows"
     image_prompt: str = "An image of {}."
     answer_prompt: str = " Based on the image, {} Short answer:"
 
     def __post_init__(self) -> None:
-        if self.tokenizer is None and self.shape is None:
+        if self.tokenizer is None and self.tokenizer_sizes is None:
             raise ValueError(
-                "tokenizer: VL-GPT reads and says vectors: name the directory of lavit-lm fit-tokenizer"
+                "tokenizer: VL-GPT embeds and predicts vectors; give the directory of lavit-lm fit-tokenizer"
             )
         if self.regression_weight < 0:
             raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
 
-    @property
-    def prompt_templates(self) -> PromptTemplates:  # type: ignore[override]
-        return PromptTemplates(self.caption_prompt, self.image_prompt, self.answer_prompt)
+    @cached_property
+    def sizes(self) -> VLGPTTokenizerConfig:
+        """The tokenizer's. Raises WeightsError if `tokenizer` is not a directory of stage 1."""
+        if self.tokenizer_sizes is not None:
+            return VLGPTTokenizerConfig(**self.tokenizer_sizes)
+        assert self.tokenizer is not None
+        return read_config(self.tokenizer)["sizes"]
 
     @property
     def vectors(self) -> int:
         return self.sizes.queries
 
-    def flags(self, is_target: bool) -> tuple[Flags, Flags, Flags]:
+    @property
+    def prompt_templates(self) -> PromptTemplates:
+        return PromptTemplates(self.caption_prompt, self.image_prompt, self.answer_prompt)
+
+    @property
+    def connectors(self) -> Connectors:
+        """The frozen tokenizer, and Linear(d, d)."""
+        return Connectors(self._resampler, _regressor, needs_codes=False)
+
+    @property
+    def image_output(self) -> ImageOutput:
+        """Exactly N vectors; by default decoded by the detokenizer in this model's tokenizer directory."""
+        return ImageOutput("vectors", self.vectors, self.vectors, True, self._load_decoder)
+
+    def image_flags(self, is_target: bool) -> tuple[Flags, Flags, Flags]:
         return Flags(predict=is_target), Flags(regress=is_target), Flags()
 
-    @cached_property
-    def sizes(self) -> VLGPTTokenizerConfig:
-        """The tokenizer's. Raises WeightsError for a directory that is none."""
-        if self.shape is not None:
-            return VLGPTTokenizerConfig(**self.shape)
-        assert self.tokenizer is not None
-        return read_config(self.tokenizer)["shape"]
+    def losses(self, output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
+        """{"text": nats of text tokens, "image": nats of <img>, "vectors", "spread": see losses.regression}."""
+        return {**cross_entropy(output, batch), **regression(output, batch)}
 
-    def settings(self) -> dict[str, Any]:
-        """With the tokenizer's sizes, so that a saved model can be read where the directory is not."""
-        return {**asdict(self), "shape": asdict(self.sizes)}
+    def total(self, losses: dict[str, LossSum]) -> Tensor:
+        """Two means, of all ids and of all vectors, so that their balance does not depend on the ratio of images."""
+        text, begin = losses["text"], losses["image"]
+        ids = LossSum(text.total + begin.total, text.count + begin.count)
+        return ids.mean + self.regression_weight * losses["vectors"].mean
 
-    def parts(self, visual: Any, width: int) -> ObjectiveModules:
-        """The frozen tokenizer, and Linear(width, width). Raises ValueError for an LM of another width."""
-        if self.sizes.width != width:
+    def to_dict(self) -> dict[str, Any]:
+        """With the tokenizer's sizes, so that a saved model loads without the tokenizer's directory."""
+        return {**asdict(self), "tokenizer_sizes": asdict(self.sizes)}
+
+    def _resampler(self, visual: Any, hidden_size: int) -> nn.Module:
+        if self.sizes.width != hidden_size:
             raise ValueError(
-                f"the tokenizer makes vectors of width {self.sizes.width}, the LM reads {width}"
+                f"the tokenizer makes vectors of width {self.sizes.width}, the LM's hidden size is {hidden_size}"
             )
-        if self.shape is None:
+        if self.tokenizer_sizes is None:
             assert self.tokenizer is not None
-            bridge = load_tokenizer(self.tokenizer, visual)
-        else:
-            bridge = self.sizes.resampler(visual)
-            for parameter in (
-                bridge.parameters()
-            ):  # a saved model brings them; NaN tells of a training without any
-                nn.init.constant_(parameter, torch.nan)
-        return ObjectiveModules(bridge.requires_grad_(False), nn.Linear(width, width))
+            return load_tokenizer(self.tokenizer, visual).requires_grad_(False)
+        bridge = self.sizes.resampler(visual)
+        for parameter in bridge.parameters():
+            # A saved model's weights replace them; NaN shows when a run was started without a tokenizer directory.
+            nn.init.constant_(parameter, torch.nan)
+        return bridge.requires_grad_(False)
 
-    def decoder(self, name: str, device: torch.device) -> DetokenizingDecoder:
-        """The detokenizer of a directory of stage 1, by "default" of this model's, and its diffusion model.
+    def _load_decoder(self, name: str, device: torch.device) -> Any:
+        from lavit_lm.objectives.vlgpt.image_decoder import DetokenizingDecoder
 
-        Raises:
-            WeightsError: no such directory.
-        """
         directory = self.tokenizer if name == "default" and self.tokenizer is not None else name
         return DetokenizingDecoder.from_pretrained(directory, device)
 
-    def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
-        """{"text": nats of words, "image": nats of <|img|, "vectors", "spread": see losses.regression}."""
-        return {**cross_entropy(seen, batch), **regression(seen, batch)}
 
-    def total(self, losses: dict[str, Sum]) -> Tensor:
-        """Two means, of all ids and of all vectors, so that their balance does not drift with the share of pictures."""
-        text, opening = losses["text"], losses["image"]
-        ids = Sum(text.total + opening.total, text.count + opening.count)
-        return ids.mean + self.regression_weight * losses["vectors"].mean
+def _regressor(hidden_size: int) -> nn.Module:
+    return nn.Linear(hidden_size, hidden_size)

@@ -1,7 +1,7 @@
-"""ConditionedDiffusion of Stable Diffusion with an IP-Adapter, for VL-GPT's detokenizer at full size; see pixels/conditions.py.
+"""FrozenDiffusion of Stable Diffusion with an IP-Adapter, for VL-GPT's detokenizer at full size.
 
-captions -CLIP text encoder-> e_t [b 77 768] -------------------> U-Net's own cross-attention -.
-pictures -CLIP image encoder-> e_v [b 257 1280] -IP-Adapter-> its second cross-attention ------+-> pictures
+captions -CLIP text encoder-> e_t [b 77 768] ----------------> the U-Net's own cross-attention -.
+images   -CLIP image encoder-> e_v [b 257 1280] -IP-Adapter-> a second cross-attention ---------+-> images
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lavit_lm.objectives.vlgpt.conditions import DiffusionConditions, Shape
+from lavit_lm.objectives.vlgpt.diffusion import ConditionEmbeddings, Shape
 from lavit_tok import VisualTokenizer, WeightsError
 
 
-class StableDiffusionConditions:
-    """Stable Diffusion's text condition beside an IP-Adapter's image condition, each attended to on its own.
+class StableDiffusion:
+    """Stable Diffusion's text condition and an IP-Adapter's image condition, in separate cross-attentions.
 
-    Shapes follow from the models: of SD 1.5 the text is 77 x 768; the image is 257 x 1280 for adapters that read all of
-    their encoder's last but one layer ("plus"), else the 1 x 1024 of its projection.
+    Shapes follow from the models: for SD 1.5 the text is 77 x 768; the image is 257 x 1280 for adapters that read all
+    tokens of their encoder's penultimate layer ("plus"), else the 1 x 1024 of its projection.
 
     Args:
-        model: directory or Hub id of a Stable Diffusion pipeline. Its classes are the ones named here, whatever its
-            model_index.json says.
+        model: directory or Hub id of a Stable Diffusion pipeline; it is loaded into the classes named here, whatever
+            its model_index.json says.
         adapter: directory or Hub id of the adapter.
-        folder: of the adapter's weights, with a folder image_encoder in it.
-        weights: their file, safetensors.
+        folder: of the adapter's weights; contains a folder image_encoder.
+        weights: the weights file, safetensors.
 
     Raises:
-        WeightsError: parts that are missing or unreadable.
+        WeightsError: components that are missing or unreadable.
     """
 
     kind: ClassVar[str] = "stable_diffusion"
@@ -53,7 +53,7 @@ class StableDiffusionConditions:
             CLIPVisionModelWithProjection,
         )
 
-        self.settings = {
+        self.config = {
             "kind": self.kind,
             "model": model,
             "adapter": adapter,
@@ -62,7 +62,7 @@ class StableDiffusionConditions:
         }
         if not weights.endswith(".safetensors"):
             raise WeightsError(
-                f"{weights}: expected a safetensors file; other formats can run code when they are read"
+                f"{weights}: expected a safetensors file; loading other formats can run code"
             )
         safe: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
         try:
@@ -74,7 +74,7 @@ class StableDiffusionConditions:
             self.image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(
                 adapter, subfolder=at, **safe
             )
-            self.grid = _reads_a_grid(adapter, folder, weights)
+            self.all_tokens = _uses_all_tokens(adapter, folder, weights)
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"{model}, {adapter}: {error}") from None
         for encoder in (self.text_encoder, self.image_encoder):
@@ -88,16 +88,16 @@ class StableDiffusionConditions:
         )
         c = self.image_encoder.config
         whole = ((side // c.patch_size) ** 2 + 1, c.hidden_size)
-        self.image_shape: Shape = whole if self.grid else (1, c.projection_dim)
+        self.image_shape: Shape = whole if self.all_tokens else (1, c.projection_dim)
         self.device = torch.device("cpu")
         self._pipeline: Any = None
 
     @classmethod
-    def load(cls, visual: VisualTokenizer | None, **settings: Any) -> StableDiffusionConditions:
-        """Its encoders are its own; the visual tokenizer is not asked."""
-        return cls(**settings)
+    def load(cls, visual: VisualTokenizer | None, **arguments: Any) -> StableDiffusion:
+        """The visual tokenizer is not used: the model has its own encoders."""
+        return cls(**arguments)
 
-    def to(self, device: torch.device | str) -> StableDiffusionConditions:
+    def to(self, device: torch.device | str) -> StableDiffusion:
         self.device = torch.device(device)
         for part in (self.text_encoder, self.image_encoder, self._pipeline):
             if part is not None:
@@ -105,31 +105,31 @@ class StableDiffusionConditions:
         return self
 
     @torch.no_grad()
-    def image_condition(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b n c"]:
-        """By the encoder's own preprocessing: shorter side to its size, then its centre."""
-        opened = [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in images]
-        return self._seen(self.processor(opened, return_tensors="pt").pixel_values)
+    def encode_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b n c"]:
+        """By the encoder's own preprocessing: resize the shorter side, then center crop."""
+        pil = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in images]
+        return self._image_embeddings(self.processor(pil, return_tensors="pt").pixel_values)
 
     @torch.no_grad()
-    def text_condition(self, captions: Sequence[str]) -> Float[Tensor, "b m e"]:
-        """Padded to the encoder's length, and cut off there."""
+    def encode_texts(self, captions: Sequence[str]) -> Float[Tensor, "b m e"]:
+        """Padded or truncated to the encoder's length."""
         options = {"padding": "max_length", "truncation": True, "max_length": self.text_shape[0]}
         ids = self.tokenizer(list(captions), return_tensors="pt", **options).input_ids
         return self.text_encoder(ids.to(self.device)).last_hidden_state.float()
 
     @torch.no_grad()
-    def nulls(self) -> DiffusionConditions:
-        """As the adapter was trained: the text "", and a grey picture's grid, or zeros in the place of one vector."""
+    def null_embeddings(self) -> ConditionEmbeddings:
+        """As the adapter was trained: the text "", and the tokens of a gray image, or one vector of zeros."""
         side = self.image_encoder.config.image_size
-        grey = torch.zeros(1, 3, side, side)
-        image = (
-            self._seen(grey) if self.grid else torch.zeros(1, *self.image_shape, device=self.device)
-        )
-        return DiffusionConditions(image, self.text_condition([""]))
+        if self.all_tokens:
+            image = self._image_embeddings(torch.zeros(1, 3, side, side))  # the mean color
+        else:
+            image = torch.zeros(1, *self.image_shape, device=self.device)
+        return ConditionEmbeddings(image, self.encode_texts([""]))
 
     @property
     def pipeline(self) -> Any:
-        """diffusers' StableDiffusionPipeline with the adapter; U-Net and VAE are read when it is first asked for."""
+        """diffusers' StableDiffusionPipeline with the adapter; U-Net and VAE are loaded on first use."""
         if self._pipeline is None:
             from diffusers import (
                 AutoencoderKL,
@@ -138,7 +138,7 @@ class StableDiffusionConditions:
                 UNet2DConditionModel,
             )
 
-            model, s = self.settings["model"], self.settings
+            model, s = self.config["model"], self.config
             try:
                 self._pipeline = StableDiffusionPipeline(
                     vae=AutoencoderKL.from_pretrained(model, subfolder="vae", use_safetensors=True),
@@ -153,7 +153,7 @@ class StableDiffusionConditions:
                     image_encoder=self.image_encoder,
                     requires_safety_checker=False,
                 )
-                # Without it tensors are read as they come, and missing ones stay unset.
+                # With low_cpu_mem_usage diffusers leaves tensors that the file lacks uninitialized.
                 strict = {"low_cpu_mem_usage": False}
                 self._pipeline.load_ip_adapter(
                     s["adapter"], subfolder=s["folder"], weight_name=s["weights"], **strict
@@ -164,51 +164,52 @@ class StableDiffusionConditions:
             self._pipeline.to(self.device)
         return self._pipeline
 
-    def draw(
+    def generate(
         self,
-        condition: DiffusionConditions,
+        embeddings: ConditionEmbeddings,
         num_inference_steps: int = 25,
         guidance_scale: float = 3.0,
         generator: Any = None,
     ) -> list[Image.Image]:
-        batch = next((len(one) for one in condition if one is not None), 0)
+        batch = next((len(condition) for condition in embeddings if condition is not None), 0)
         if not batch:
-            raise ValueError("both conditions are left out: nothing is left to draw from")
-        null = self.nulls()
-        free = [one.expand(batch, -1, -1) for one in null if one is not None]
+            raise ValueError("both conditions are left out: nothing to generate from")
+        null = [n.expand(batch, -1, -1) for n in self.null_embeddings() if n is not None]
         image, text = (
-            a if one is None else one.to(self.device)
-            for one, a in zip(condition, free, strict=True)
+            n if condition is None else condition.to(self.device)
+            for condition, n in zip(embeddings, null, strict=True)
         )
-        guided = guidance_scale > 1  # as diffusers has it
-        seen = torch.cat([free[0], image]) if guided else image
+        guided = guidance_scale > 1  # diffusers' own condition for guidance
+        images = torch.cat([null[0], image]) if guided else image
         return self.pipeline(
             prompt_embeds=text,
-            negative_prompt_embeds=free[1] if guided else None,
-            ip_adapter_image_embeds=[seen[:, None] if self.grid else seen],
+            negative_prompt_embeds=null[1] if guided else None,
+            ip_adapter_image_embeds=[images[:, None] if self.all_tokens else images],
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=generator,
         ).images
 
-    def _seen(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n c"]:
-        shown = self.image_encoder(pixels.to(self.device), output_hidden_states=self.grid)
-        return (shown.hidden_states[-2] if self.grid else shown.image_embeds[:, None]).float()
+    def _image_embeddings(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n c"]:
+        output = self.image_encoder(pixels.to(self.device), output_hidden_states=self.all_tokens)
+        if self.all_tokens:
+            return output.hidden_states[-2].float()
+        return output.image_embeds[:, None].float()
 
 
-def _reads_a_grid(adapter: str, folder: str, weights: str) -> bool:
-    """Whether an IP-Adapter reads all of its encoder's tokens, as its weights tell, and not one vector alone."""
+def _uses_all_tokens(adapter: str, folder: str, weights: str) -> bool:
+    """Whether an IP-Adapter reads all tokens of its encoder (its weights show it), or one pooled vector."""
     file = Path(adapter) / folder / weights
     if not Path(adapter).is_dir():
         from huggingface_hub import hf_hub_download
 
         try:
             file = Path(hf_hub_download(adapter, weights, subfolder=folder or None))
-        except Exception as error:  # the hub's errors are of many kinds
+        except Exception as error:  # the Hub raises errors of many kinds
             raise WeightsError(
                 f"{adapter}: neither a directory nor a Hub id that can be fetched: {error}"
             ) from None
     if not file.is_file():
-        raise WeightsError(f"{file}: expected the weights of an IP-Adapter, found none")
+        raise WeightsError(f"{file}: expected the weights of an IP-Adapter, found no such file")
     with safe_open(file, framework="pt") as opened:
         return "image_proj.proj.weight" not in opened.keys()  # noqa: SIM118

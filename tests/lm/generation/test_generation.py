@@ -11,7 +11,7 @@ from helpers.small_lms import FAMILIES
 
 from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generate_ids
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.sequences.segments import Role, SequenceBuilder, TokenSequence
+from lavit_lm.sequences.token_sequence import Role, SequenceBuilder, TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 LENGTHS = [1, 4, 7]
@@ -29,12 +29,12 @@ def prompts(processor: MultimodalProcessor, in_image: bool = True) -> list[Token
             builder.add([v.begin, *codes, v.end], Role.TEXT)
         if in_image:
             builder.add([v.begin], Role.BEGIN)
-        built.append(builder.row())
+        built.append(builder.build())
     return built
 
 
 def unconditional(processor: MultimodalProcessor) -> TokenSequence:
-    return SequenceBuilder().add([*processor.start, processor.vocabulary.begin], Role.BEGIN).row()
+    return SequenceBuilder().add([*processor.start, processor.vocabulary.begin], Role.BEGIN).build()
 
 
 def generators(count: int) -> list[torch.Generator]:
@@ -183,7 +183,7 @@ def test_draws_follow_the_probabilities():
 def test_impossible_requests():
     processor, model = processor_and_model("llama")
     given, text = prompts(processor), GenerationConstraint("text")
-    guided, empty = Sampling(guidance_scale=2.0), [SequenceBuilder().row()]
+    guided, empty = Sampling(guidance_scale=2.0), [SequenceBuilder().build()]
     for message, *arguments in (
         ("at least one prompt", [], text),
         ("an unconditional sequence for each prompt", given, GenerationConstraint("image"), guided),

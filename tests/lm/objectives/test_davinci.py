@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.lm_parts import losses as losses_of
 from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, data, module, trainer
 from helpers.small_lms import small_tokenizer
 from PIL import Image
@@ -24,9 +25,10 @@ from lavit_lm.models.loading import load_lm, sequence_model
 from lavit_lm.objectives.davinci import DaVinci
 from lavit_lm.objectives.davinci.patch_bridge import LATER, PatchBridge, codes_below
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.sequences.masks import visible
-from lavit_lm.sequences.packing import Packed, pack, pad
-from lavit_lm.sequences.segments import ImageSegment, Role, Segment, TextSegment, TokenSequence
+from lavit_lm.sequences.masks import attention_mask
+from lavit_lm.sequences.packing import PackedBatch, pack, pad
+from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
+from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_lm.training.log_samples import LogSamples
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
@@ -59,7 +61,7 @@ def built(
     words, objective = processor(), objective or DaVinci()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        bridge, _ = objective.parts(visual, 32)
+        bridge, _ = objective.connectors.build(visual, 32)
     lm = load_lm(
         {**LMS[family], "tie_word_embeddings": True}, words, words.vocabulary.begin, True, 0
     )
@@ -91,9 +93,9 @@ def drawn(row: TokenSequence, words: MultimodalProcessor) -> str:
     """As in davinci.py's docstring."""
     v, names = (
         words.vocabulary,
-        {words.start[0]: "<s>", words.stop: "</s>", words.vocabulary.begin: "[IMG"},
+        {words.start[0]: "<s>", words.stop: "</s>", words.vocabulary.begin: "<img>"},
     )
-    names |= {v.end: "IMG]", LATER: "later"}
+    names |= {v.end: "</img>", LATER: "later"}
     shown: list[str] = []
     for i, (token, prefix, is_embedding) in enumerate(
         zip(row.ids.tolist(), row.prefix, row.is_embedding, strict=True)
@@ -141,14 +143,14 @@ def test_the_drawing(photos: list[Path]):
     row = a_generator_for(
         only("text"), pair, words, lambda row: int(row.prefix.sum()) == 12 + ids["a"]
     )
-    assert drawn(row, words) == "<s> [IMG v v v v v v v v v IMG] a | <s> red apple </s>"
+    assert drawn(row, words) == "<s> <img> v v v v v v v v v </img> a | <s> red apple </s>"
     assert marks(row) == "P" * 13 + "." + "x" * (ids["red"] + ids["apple"] + 1)
     row = a_generator_for(only("image"), pair, words, lambda row: int(row.is_embedding.sum()) == 3)
-    assert drawn(row, words) == "<s> [IMG v v v IMG] a red apple | [IMG" + " later" * 6
+    assert drawn(row, words) == "<s> <img> v v v </img> a red apple | <img>" + " later" * 6
     assert marks(row).lstrip("P") == ".xxxxxx"
     assert row.roles[-7:].tolist() == [Role.BEGIN] + [Role.VISUAL] * 6
     row = a_generator_for(only("image", image_prefix=False), pair, words, lambda row: True)
-    assert drawn(row, words) == "<s> a red apple | [IMG 0 1 2 3 4 5 6 7 8"
+    assert drawn(row, words) == "<s> a red apple | <img> 0 1 2 3 4 5 6 7 8"
     assert marks(row).lstrip("P") == "." + "x" * 9 and not row.image_segments
     row = a_generator_for(
         only("plain"), pair, words, lambda row: int(row.prefix.sum()) == 1 + ids["a red"]
@@ -181,9 +183,9 @@ def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, 
         ]
         return torch.stack(found) > 0
 
-    expected = visible(batch.documents, batch.prefix)[0]
+    expected = attention_mask(batch.documents, batch.prefix)[0]
     prefix, there = batch.prefix[0], batch.documents[0] >= 0
-    seen = depends(model.read(inputs, batch))
+    seen = depends(model.hidden_states(inputs, batch))
     if family == "llama":
         assert torch.equal(seen[there], expected[there])
     else:
@@ -217,8 +219,10 @@ def test_davinci_02_one_objective_for_both(
         for i in range(16)
     ]
     rows = rows_of(objective, samples, words)
-    batch = objective.on_device(pack([rows[:7], rows[7:]], 256, words.pad), tiny_tokenizer, words)
-    together = model(batch, objective)
+    batch = objective.connectors.complete_batch(
+        pack([rows[:7], rows[7:]], 256, words.pad), tiny_tokenizer, words
+    )
+    together = losses_of(model, objective, batch)
     assert {name: int(loss.count) for name, loss in together.items()} == {
         "text": sum(
             int(row.predict.sum())
@@ -233,7 +237,11 @@ def test_davinci_02_one_objective_for_both(
         ),
     }
     alone = [
-        model(objective.on_device(pad([row], words.pad), tiny_tokenizer, words), objective)
+        losses_of(
+            model,
+            objective,
+            objective.connectors.complete_batch(pad([row], words.pad), tiny_tokenizer, words),
+        )
         for row in rows
     ]
     for name, loss in together.items():
@@ -249,7 +257,7 @@ def test_davinci_02_one_objective_for_both(
     if family != "llama":
         assert isinstance(model, PrefixSeq2Seq)
         for row in rows[:4]:
-            one = objective.on_device(pad([row], words.pad), tiny_tokenizer, words)
+            one = objective.connectors.complete_batch(pad([row], words.pad), tiny_tokenizer, words)
             inputs, prefix = (
                 model.embed(one.ids, one.is_embedding, one.images, one.keep),
                 one.prefix[0],
@@ -258,7 +266,7 @@ def test_davinci_02_one_objective_for_both(
                 inputs_embeds=inputs[:, prefix], decoder_inputs_embeds=inputs[:, ~prefix]
             ).logits
             torch.testing.assert_close(
-                model.head(model.see(one).states[0, ~prefix]), logits[0], atol=1e-4, rtol=1e-4
+                model.head(model(one).hidden_states[0, ~prefix]), logits[0], atol=1e-4, rtol=1e-4
             )
 
 
@@ -268,13 +276,13 @@ def test_davinci_02_what_an_encoder_decoder_cannot_split(
     words, model = built("t5", tiny_tokenizer)
     without = LaVIT().layout([TextSegment("rain")], words, torch.Generator())
     with pytest.raises(ValueError, match="which objectives without prefixes do not lay out"):
-        model(pad([without], words.pad), LaVIT())
+        losses_of(model, LaVIT(), pad([without], words.pad))
     row = rows_of(only("plain"), [[TextSegment("rain")]], words)[0]
     early = replace(row, predict=~row.prefix)
     with pytest.raises(ValueError, match="lay out a start"):
-        model(pad([early], words.pad), DaVinci())
-    with pytest.raises(ValueError, match="suffixes have begun alike"):
-        model.decoding(
+        losses_of(model, DaVinci(), pad([early], words.pad))
+    with pytest.raises(ValueError, match="suffixes of one length"):
+        model.start_decoding(
             [row, replace(row, prefix=row.prefix & False | (torch.arange(len(row)) < 2))],
             words.pad,
             4,
@@ -283,9 +291,7 @@ def test_davinci_02_what_an_encoder_decoder_cannot_split(
         sequence_model(load_lm({**T5, "model_type": "mt5"}, words, words.vocabulary.begin, True, 0))
     _, bart = built("bart", tiny_tokenizer)
     with pytest.raises(ValueError, match="exceeds the model's context of 128"):
-        bart(
-            pad(rows_of(only("plain"), [[TextSegment("rain " * 400)]], words), words.pad), DaVinci()
-        )
+        bart(pad(rows_of(only("plain"), [[TextSegment("rain " * 400)]], words), words.pad))
 
 
 def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
@@ -361,11 +367,11 @@ def test_davinci_04_text_loss(family: str, tiny_tokenizer: VisualTokenizer, phot
         3,
     )
     batch = pad([row], words.pad)
-    seen = model.see(batch)
-    seen.inputs.retain_grad()
+    seen = model(batch)
+    seen.inputs_embeds.retain_grad()
     losses = objective.losses(seen, batch)
     losses["text"].mean.backward()
-    assert (seen.inputs.grad[batch.is_embedding].abs().sum(1) > 0).all(), (
+    assert (seen.inputs_embeds.grad[batch.is_embedding].abs().sum(1) > 0).all(), (
         "every cell of the grid matters"
     )
     assert int(batch.is_embedding.sum()) == PATCHES
@@ -392,7 +398,9 @@ def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[
         for image, r in zip(images, (0, 1, 2, 2), strict=True)
     ]
     assert (rows[1].ids[rows[1].predict] == LATER).all() and not (rows[0].ids == LATER).any()
-    batch = objective.on_device(pack([rows[:3], rows[3:]], 80, words.pad), tiny_tokenizer, words)
+    batch = objective.connectors.complete_batch(
+        pack([rows[:3], rows[3:]], 80, words.pad), tiny_tokenizer, words
+    )
     places = batch.predict & (batch.roles == Role.VISUAL)
     said = [batch.ids[0][places[0] & (batch.documents[0] == d)] for d in range(3)] + [
         batch.ids[1][places[1]]
@@ -427,7 +435,7 @@ def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[
     words, model = built("llama", tiny_tokenizer)
     with pytest.raises(IndexError):
         model(
-            pack([rows[1:3]], 80, words.pad), objective
+            pack([rows[1:3]], 80, words.pad)
         )  # an unfinished batch cannot be trained on by mistake
 
 
@@ -479,7 +487,7 @@ def test_davinci_06_shards_with_fewer_codes_are_refused(folder: Path):
     training = module(folder, objective=DaVinci())
     with pytest.raises(
         ValueError,
-        match=r"has codes of \d+ of 16: make the shards with `lavit-tok shards --budget 16`",
+        match=r"has codes of \d+ of 16 patches: create the shards with `lavit-tok shards --budget 16`",
     ):
         trainer(folder, 1, []).fit(training, data(folder, images=str(folder / "pictures")))
 
@@ -523,10 +531,10 @@ def test_davinci_07_eight_samples_are_learnt_by_heart(
             )
             for t in texts
         ]
-    batch = objective.on_device(pad(rows, words.pad), tiny_tokenizer, words)
+    batch = objective.connectors.complete_batch(pad(rows, words.pad), tiny_tokenizer, words)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if family == "llama" else 5e-3)
     for _ in range(500):
-        losses = model(batch, objective)
+        losses = losses_of(model, objective, batch)
         loss = objective.total(losses)
         if loss < 0.1:
             break
@@ -554,17 +562,17 @@ def test_davinci_07_empty_prefixes_and_texts(
     for objective, sample, targets in cases:
         (row,) = rows_of(objective, [sample], words)
         assert row.prefix.any() and int(row.predict.sum()) == targets
-        loss = objective.total(model(pad([row], words.pad), objective))
+        loss = objective.total(losses_of(model, objective, pad([row], words.pad)))
         assert bool(loss.isfinite())
         loss.backward()
     for sample in ([], [image, image], [TextSegment("a"), TextSegment("b")]):
-        with pytest.raises(ValueError, match="expected a picture, a text, or one of each"):
+        with pytest.raises(ValueError, match="expected an image, a text, or one of each"):
             DaVinci().layout(sample, words, torch.Generator())
     with pytest.raises(ValueError, match="has only the codes of one"):
         only("text").layout([ImageSegment(image.codes), TextSegment("a")], words, torch.Generator())
     for wrong, message in (
         ({"text_weight": -1.0}, "text_weight: expected 0 or more"),
-        ({"text_ratio": 0.0, "image_ratio": 0.0}, "a share above 0"),
+        ({"text_ratio": 0.0, "image_ratio": 0.0}, "a ratio above 0"),
         ({"prompt_drop": 2.0}, "a probability"),
         ({"caption_words": -1}, "expected 0 or more"),
     ):
@@ -593,7 +601,7 @@ def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, pho
         *lm.processor.text("a red apple"),
         lm.processor.vocabulary.begin,
     ]
-    with pytest.raises(ValueError, match="davinci paints from words alone"):
+    with pytest.raises(ValueError, match="davinci generates images from text only"):
         lm.generate_codes([photos[0], "a red apple"])
     for cached in (True, False):
         greedy = lm.generate_codes("rain", 1, temperature=0.0, use_cache=cached, guidance_scale=2.0)
@@ -622,7 +630,7 @@ def by_hand(lm: MultimodalLM, prompt: str, scale: float) -> list[int]:
                 **flags,
             )
             batch = pad([longer], lm.processor.pad)
-            logits.append(lm.model.head(lm.model.see(batch).states[0, -1:])[0])
+            logits.append(lm.model.head(lm.model(batch).hidden_states[0, -1:])[0])
         guided = logits[1] + scale * (logits[0] - logits[1])
         said.append(vocabulary.first + int(guided[vocabulary.first : vocabulary.stop].argmax()))
     return [token - vocabulary.first for token in said]
@@ -635,7 +643,7 @@ def test_davinci_08_ranking_is_exhaustive_scoring(lm: MultimodalLM, photos: list
     row = lm.prompts.row([photos[0], "what is it?"], "text")
     for text, nats in zip(answers, found.tolist(), strict=True):
         ids = torch.tensor([*lm.processor.text(text.lower()), lm.processor.stop])
-        state = lm.model.decoding([row], lm.processor.pad, 60, cached=False)
+        state = lm.model.start_decoding([row], lm.processor.pad, 60, use_cache=False)
         log_p, hidden = 0.0, state.prefill()
         for token in ids:
             log_p += float(lm.model.head(hidden).float().log_softmax(-1)[0, token])
@@ -700,10 +708,10 @@ def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
     for row, found in zip(rows, wide, strict=True):
         best, score = None, -torch.inf
         with torch.no_grad():
-            first = lm.model.head(lm.model.decoding([row], lm.processor.pad, 4).prefill())[0]
+            first = lm.model.head(lm.model.start_decoding([row], lm.processor.pad, 4).prefill())[0]
             first = first.masked_fill(~allowed, -torch.inf).log_softmax(0)
             ids = allowed.nonzero().flatten()
-            state = lm.model.decoding([row] * len(ids), lm.processor.pad, 4)
+            state = lm.model.start_decoding([row] * len(ids), lm.processor.pad, 4)
             state.prefill()
             may = allowed.clone()
             may[stop] = True
@@ -757,9 +765,9 @@ def test_positions_of_a_suffix_start_anew_in_the_decoder(tiny_tokenizer: VisualT
         [[TextSegment("two dogs run")], [TextSegment("a red apple on a table")]],
         words,
     )
-    batch: Packed = pack([rows], 64, words.pad)
-    states = model.see(batch).states[0]
-    alone = model.see(pad([rows[1]], words.pad)).states[0]
+    batch: PackedBatch = pack([rows], 64, words.pad)
+    states = model(batch).hidden_states[0]
+    alone = model(pad([rows[1]], words.pad)).hidden_states[0]
     torch.testing.assert_close(
         states[len(rows[0]) : len(rows[0]) + len(rows[1])], alone, atol=1e-5, rtol=1e-5
     )

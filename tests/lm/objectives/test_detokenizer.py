@@ -14,16 +14,16 @@ from PIL import Image
 from torch.nn import functional as F
 
 from lavit_lm.cli import main
-from lavit_lm.objectives.vlgpt.condition_kinds import load_conditions
-from lavit_lm.objectives.vlgpt.conditions import DiffusionConditions, PixelDecoderConditions
-from lavit_lm.objectives.vlgpt.detokenizer import Detokenizer, VLGPTTokenizerConfig
-from lavit_lm.objectives.vlgpt.image_decoder import (
-    DetokenizingDecoder,
-    load_tokenizer,
-    read_config,
-    save_tokenizer,
+from lavit_lm.objectives.records import ImageVectors
+from lavit_lm.objectives.vlgpt.diffusion import (
+    ConditionEmbeddings,
+    PixelDecoderDiffusion,
+    load_diffusion,
 )
-from lavit_lm.objectives.vlgpt.stable_diffusion import StableDiffusionConditions
+from lavit_lm.objectives.vlgpt.image_decoder import DetokenizingDecoder
+from lavit_lm.objectives.vlgpt.stable_diffusion import StableDiffusion
+from lavit_lm.objectives.vlgpt.tokenizer import Detokenizer, VLGPTTokenizerConfig
+from lavit_lm.objectives.vlgpt.tokenizer_files import load_tokenizer, read_config, save_tokenizer
 from lavit_tok import VisualTokenizer, WeightsError
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
@@ -34,6 +34,10 @@ RECIPES = sorted(
 )
 CAPTIONS = ["a red apple", "two dogs run", "the old town hall", "rain at sunset"]
 SHAPE = VLGPTTokenizerConfig(24, 4, 2, 2, 16)
+
+
+def outputs(vectors: torch.Tensor) -> ImageVectors:
+    return ImageVectors(vectors, torch.zeros_like(vectors[:1]))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -57,7 +61,7 @@ def where(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) ->
 
 
 def test_the_drawing_of_who_sees_whom():
-    from lavit_lm.objectives.vlgpt import detokenizer as page
+    from lavit_lm.objectives.vlgpt import tokenizer as page
 
     assert page.__doc__ is not None
     rows = [
@@ -91,54 +95,61 @@ def test_each_condition_is_estimated_as_if_alone():
 @pytest.mark.parametrize("grid", [True, False])
 def test_stable_diffusion_s_own_encoders(grid: bool, tmp_path: Path):
     """e_v and e_t are what the pipeline itself would be conditioned on."""
-    c = load_conditions(tiny_diffusion(tmp_path, grid), None)
-    assert isinstance(c, StableDiffusionConditions) and c._pipeline is None, (
+    c = load_diffusion(tiny_diffusion(tmp_path, grid), None)
+    assert isinstance(c, StableDiffusion) and c._pipeline is None, (
         "training reads neither U-Net nor VAE"
     )
     assert (c.image_shape, c.text_shape) == ((5, WIDTH) if grid else (1, 8), (TEXT, WIDTH))
-    seen, read = c.image_condition(images()), c.text_condition(CAPTIONS)
+    seen, read = c.encode_images(images()), c.encode_texts(CAPTIONS)
     assert seen.shape == (4, *c.image_shape) and read.shape == (4, *c.text_shape)
     opened = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images()]
     own, without = c.pipeline.encode_image(opened, "cpu", 1, grid)
     torch.testing.assert_close(seen, own if grid else own[:, None])
-    torch.testing.assert_close(c.nulls().image, (without if grid else without[:, None])[:1])
+    torch.testing.assert_close(
+        c.null_embeddings().image, (without if grid else without[:, None])[:1]
+    )
     text, negative = c.pipeline.encode_prompt(CAPTIONS, "cpu", 1, True)
     torch.testing.assert_close(read, text)
-    torch.testing.assert_close(c.nulls().text, negative[:1])
+    torch.testing.assert_close(c.null_embeddings().text, negative[:1])
     options = {"num_inference_steps": 2, "guidance_scale": 3.0}
-    ours = c.draw(DiffusionConditions(seen[:1], read[:1]), **options, generator=generator())
+    ours = c.generate(ConditionEmbeddings(seen[:1], read[:1]), **options, generator=generator())
     theirs = c.pipeline(
         CAPTIONS[0], ip_adapter_image=opened[0], **options, generator=generator()
     ).images
-    assert list(ours[0].tobytes()) == list(theirs[0].getdata()), (
+    assert ours[0].tobytes() == theirs[0].tobytes(), (
         "the pipeline draws the same by its own ways in"
     )
-    unguided = c.draw(DiffusionConditions(seen[:1], read[:1]), 2, 1.0, generator())
-    assert list(unguided[0].tobytes()) != list(ours[0].getdata())
-    with pytest.raises(ValueError, match="nothing is left to draw from"):
-        c.draw(DiffusionConditions(None, None))
+    unguided = c.generate(ConditionEmbeddings(seen[:1], read[:1]), 2, 1.0, generator())
+    assert unguided[0].tobytes() != ours[0].tobytes()
+    with pytest.raises(ValueError, match="to generate from"):
+        c.generate(ConditionEmbeddings(None, None))
 
 
 def test_a_pixel_decoder_s_condition(where: Path):
     """X_rec, which its projection reads: drawn from it, a picture is the one that its codes draw."""
     visual = VisualTokenizer.from_pretrained(where / "visual")
-    c = load_conditions({"kind": "pixel_decoder", "decoder": str(where / "decoder")}, visual)
-    seen = c.image_condition(images(2))
+    c = load_diffusion({"kind": "pixel_decoder", "decoder": str(where / "decoder")}, visual)
+    seen = c.encode_images(images(2))
     torch.testing.assert_close(seen, visual.reconstruct_features(visual.encode(images(2))))
-    assert seen.shape == (2, *c.image_shape) and c.text_shape is None and c.nulls() == (None, None)
-    ours = c.draw(DiffusionConditions(seen, None), 2, 2.0, generator())
+    assert (
+        seen.shape == (2, *c.image_shape)
+        and c.text_shape is None
+        and c.null_embeddings() == (None, None)
+    )
+    ours = c.generate(ConditionEmbeddings(seen, None), 2, 2.0, generator())
     theirs = c.decoder(visual.encode(images(2)), 2, 2.0, generator()).images
-    assert [list(p.tobytes()) for p in ours] == [list(p.getdata()) for p in theirs]
+    assert [p.tobytes() for p in ours] == [p.tobytes() for p in theirs]
     with pytest.raises(ValueError, match="no text condition: it was trained without captions"):
-        c.text_condition(CAPTIONS)
-    with pytest.raises(ValueError, match="nothing is left to draw from"):
-        c.draw(DiffusionConditions(None, None))
-    with pytest.raises(ValueError, match="were loaded to draw"):
-        PixelDecoderConditions.load(None, str(where / "decoder")).image_condition(images())
+        c.encode_texts(CAPTIONS)
+    with pytest.raises(ValueError, match="to generate from"):
+        c.generate(ConditionEmbeddings(None, None))
+    with pytest.raises(ValueError, match="loaded to generate only"):
+        PixelDecoderDiffusion.load(None, str(where / "decoder")).encode_images(images())
     with pytest.raises(
-        ValueError, match=r"draws \(patches, codes\) of \(64, 2048\), the visual tokenizer makes"
+        ValueError,
+        match=r"decodes \(patches, codebook size\) \(64, 2048\), the visual tokenizer has",
     ):
-        load_conditions({"kind": "pixel_decoder"}, visual)
+        load_diffusion({"kind": "pixel_decoder"}, visual)
 
 
 def test_conditions_that_are_refused(tmp_path: Path):
@@ -146,14 +157,14 @@ def test_conditions_that_are_refused(tmp_path: Path):
         with pytest.raises(
             ValueError, match=r"expected one of \['pixel_decoder', 'stable_diffusion'\]"
         ):
-            load_conditions(settings, None)
+            load_diffusion(settings, None)
     settings = tiny_diffusion(tmp_path)
     with pytest.raises(WeightsError, match="expected a safetensors file"):
-        load_conditions({**settings, "weights": "ip-adapter.bin"}, None)
+        load_diffusion({**settings, "weights": "ip-adapter.bin"}, None)
     with pytest.raises(WeightsError, match="expected the weights of an IP-Adapter"):
-        load_conditions({**settings, "weights": "other.safetensors"}, None)
+        load_diffusion({**settings, "weights": "other.safetensors"}, None)
     with pytest.raises(WeightsError, match="nowhere"):
-        load_conditions({**settings, "model": str(tmp_path / "nowhere")}, None)
+        load_diffusion({**settings, "model": str(tmp_path / "nowhere")}, None)
 
 
 def test_vlgpt_02_the_loss_is_the_sum(where: Path):
@@ -169,8 +180,8 @@ def test_vlgpt_02_the_loss_is_the_sum(where: Path):
         estimated = stage.model(images())
         loss = stage.total(stage.losses(estimated, stage.targets(images(), CAPTIONS)))
         with torch.no_grad():
-            by_hand = image * (estimated.image - own.image_condition(images())).square().mean()
-            by_hand += text * (estimated.text - own.text_condition(CAPTIONS)).square().mean()
+            by_hand = image * (estimated.image - own.encode_images(images())).square().mean()
+            by_hand += text * (estimated.text - own.encode_texts(CAPTIONS)).square().mean()
         torch.testing.assert_close(loss.detach(), by_hand)
         loss.backward()
         for name, weight in stage.weights.items():
@@ -220,10 +231,12 @@ data: {{data: {folder}/pictures, image_size: 32, batch_size: 4, caption_column: 
 """)
         assert main(["fit-tokenizer", "-c", str(config)]) == 0
         values = read_config(out)
-        assert values["conditions"] == conditions and values["shape"].queries == 4
+        assert values["diffusion"] == conditions and values["sizes"].queries == 4
         assert (values["text"] is None) == (conditions is settings)
         with pytest.raises(AssertionError, match="ran in training"):
-            DetokenizingDecoder.from_pretrained(out)(torch.zeros(1, 4, 24), num_inference_steps=1)
+            DetokenizingDecoder.from_pretrained(out).decode(
+                outputs(torch.zeros(1, 4, 24)), num_inference_steps=1
+            )
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
@@ -268,7 +281,7 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
         "--data.num_workers=0",
     ]
     assert main(["fit-tokenizer", "-c", str(recipe), *words]) == 0
-    assert read_config(folder / "made")["shape"].queries == yaml.safe_load(head)["model"]["queries"]
+    assert read_config(folder / "made")["sizes"].queries == yaml.safe_load(head)["model"]["queries"]
 
 
 def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):
@@ -317,7 +330,7 @@ def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):
 def test_saved_and_read_strictly(where: Path):
     visual = VisualTokenizer.from_pretrained(where / "visual")
     stage = stage_one(where, 24)
-    save_tokenizer(where / "stage", stage.model, str(where / "visual"), stage.conditions.settings)
+    save_tokenizer(where / "stage", stage.model, str(where / "visual"), stage.conditions.config)
     read = load_tokenizer(where / "stage", visual)
     torch.testing.assert_close(read.vectors(read.features(images())), stage.model.vectors(images()))
     decoder = DetokenizingDecoder.from_pretrained(where / "stage")
@@ -325,38 +338,39 @@ def test_saved_and_read_strictly(where: Path):
     torch.testing.assert_close(
         decoder.detokenizer(vectors).image, stage.model.detokenizer(vectors).image
     )
-    assert decoder(vectors, generator=generator(), num_inference_steps=2).images[0].size == (16, 16)
+    assert decoder.decode(outputs(vectors), generator=generator(), num_inference_steps=2)[
+        0
+    ].size == (16, 16)
     save_tokenizer(
-        where / "half", stage.model, str(where / "visual"), stage.conditions.settings, ["text"]
+        where / "half", stage.model, str(where / "visual"), stage.conditions.config, ["text"]
     )
-    with pytest.raises(ValueError, match="nothing is left to draw from"):
-        DetokenizingDecoder.from_pretrained(where / "half")(vectors)
-    with pytest.raises(
-        WeightsError, match="expected a new or empty directory, or an older tokenizer"
-    ):
+    with pytest.raises(ValueError, match="to generate from"):
+        DetokenizingDecoder.from_pretrained(where / "half").decode(outputs(vectors))
+    with pytest.raises(WeightsError, match="expected a new or empty directory"):
         save_tokenizer(where, stage.model, "", {})
-    with pytest.raises(
-        WeightsError, match="expected a new or empty directory, or an older tokenizer"
-    ):
+    with pytest.raises(WeightsError, match="expected a new or empty directory"):
         stage_one(where, 24, out=str(where))
     with pytest.raises(ValueError, match="leave_out: expected 'image', 'text' or None, got 'both'"):
-        decoder(vectors, leave_out="both")
+        decoder.decode(outputs(vectors), leave_out="both")
     other = VisualTokenizer(visual.config)
-    with pytest.raises(WeightsError, match="it would see noise"):
+    with pytest.raises(WeightsError, match="would be noise"):
         load_tokenizer(where / "stage", other)
     config = json.loads((where / "stage" / "config.json").read_text())
     for wrong, message in (
-        ({"shape": {**config["shape"], "depth": 3}}, r"blocks\.2"),
-        ({"shape": {"wide": 3}}, "shape: "),
+        ({"sizes": {**config["sizes"], "depth": 3}}, r"blocks\.2"),
+        (
+            {"sizes": {"wide": 3}},
+            "missing a required argument: .width.|unexpected keyword argument",
+        ),
         ({"version": 2}, "expected lavit_lm.vlgpt_tokenizer version 1"),
     ):
         (where / "stage" / "config.json").write_text(json.dumps({**config, **wrong}))
         with pytest.raises(WeightsError, match=message):
             load_tokenizer(where / "stage", visual)
     (where / "stage" / "config.json").write_text("[]")
-    with pytest.raises(WeightsError, match=r"missing \['conditions', "):
+    with pytest.raises(WeightsError, match=r"expected a JSON object"):
         read_config(where / "stage")
-    with pytest.raises(WeightsError, match="as lavit-lm fit-tokenizer writes it"):
+    with pytest.raises(WeightsError, match="written by lavit-lm fit-tokenizer"):
         read_config(where / "nowhere")
 
 
@@ -382,17 +396,19 @@ def test_vlgpt_07_what_is_learnt_by_heart(where: Path):
         about = [one - e.mean(0) for one in (z, e)]
         assert F.cosine_similarity(z, e, dim=-1).mean() > 0.9
         assert F.cosine_similarity(*[one.flatten(1) for one in about], dim=-1).mean() > 0.5
-    save_tokenizer(where / "stage", stage.model, str(where / "visual"), stage.conditions.settings)
+    save_tokenizer(where / "stage", stage.model, str(where / "visual"), stage.conditions.config)
     decoder = DetokenizingDecoder.from_pretrained(where / "stage")
     vectors = stage.model.vectors(shown[:1]).detach()
     options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0}
     drawn = {
         left: list(
-            decoder(vectors, leave_out=left, generator=generator(), **options).images[0].tobytes()
+            decoder.decode(outputs(vectors), leave_out=left, generator=generator(), **options)[
+                0
+            ].tobytes()
         )
         for left in (None, "image", "text")
     }
     assert drawn[None] == list(
-        decoder(vectors, generator=generator(), **options).images[0].tobytes()
+        decoder.decode(outputs(vectors), generator=generator(), **options)[0].tobytes()
     )
     assert drawn[None] != drawn["image"] != drawn["text"] != drawn[None]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.emu_parts import EMU, N, built, image
+from helpers.lm_parts import losses as losses_of
 from helpers.lm_parts import processor_and_model
 from helpers.lm_runs import SMALL, Losses, data, module, trainer
 from PIL import Image
@@ -19,13 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lavit_lm import MultimodalLM
 from lavit_lm.checkpoints.native import save_model
 from lavit_lm.generation.interleaved import generate_interleaved
-from lavit_lm.models.losses import ModelOutput, Sum, cross_entropy, regression, sources
+from lavit_lm.models.losses import LossSum, ModelOutput, cross_entropy, regression, shift_targets
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.emu import Emu
+from lavit_lm.objectives.records import ImageVectors
 from lavit_lm.sequences.documents import as_segments, clip
-from lavit_lm.sequences.packing import FREE, Packed, pack, pad
-from lavit_lm.sequences.segments import ImageSegment, Role, Segment, TextSegment, TokenSequence
+from lavit_lm.sequences.packing import PADDING, PackedBatch, pack, pad
+from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
+from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_lm.vision.resampler import CausalResampler
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
@@ -143,38 +146,40 @@ def test_emu_02_regression_terms(tiny_tokenizer: VisualTokenizer):
     batch = pack(
         [[row(processor, s) for s in mixed()], [row(processor, mixed()[2])]], 64, processor.pad
     )
-    before, at = sources(batch, batch.regress)
+    before, at = shift_targets(batch, batch.regress)
     roles = batch.roles.flatten()
     assert len(at) == (N + 1) * 5
     assert set(roles[before].tolist()) == {int(Role.BEGIN), int(Role.VISUAL)}
     assert set(roles[at].tolist()) == {int(Role.VISUAL), int(Role.END)}
     assert (roles[before] == Role.BEGIN).sum() == (roles[at] == Role.END).sum() == 5
-    assert EMU.losses(model.see(batch), batch)["vectors"].count == (N + 1) * 5
+    assert EMU.losses(model(batch), batch)["vectors"].count == (N + 1) * 5
 
 
 def test_emu_03_target_is_next_input(tiny_tokenizer: VisualTokenizer):
     """To the bit, and without a gradient: the loss, remade by a plain loop, moves the model by its sources alone."""
     processor, model = built(tiny_tokenizer)
     batch = pad([row(processor, s) for s in mixed()], processor.pad)
-    seen = model.see(batch)
+    seen = model(batch)
     vectors = model.bridge(batch.images, batch.keep)  # type: ignore[misc]
-    assert torch.equal(seen.inputs[batch.is_embedding], vectors)
+    assert torch.equal(seen.inputs_embeds[batch.is_embedding], vectors)
     end = model.causal.get_input_embeddings().weight[processor.vocabulary.end]
-    assert torch.equal(seen.inputs[batch.roles == Role.END], end.expand(3, -1))
+    assert torch.equal(seen.inputs_embeds[batch.roles == Role.END], end.expand(3, -1))
     assert seen.regressor is not None
     total = torch.zeros(())
     for b, i in batch.regress.nonzero().tolist():
         total = (
             total
-            + (seen.regressor(seen.states[b, i - 1]) - seen.inputs[b, i].detach()).square().mean()
+            + (seen.regressor(seen.hidden_states[b, i - 1]) - seen.inputs_embeds[b, i].detach())
+            .square()
+            .mean()
         )
     found = regression(seen, batch)["vectors"]
     torch.testing.assert_close(found.total, total, atol=1e-5, rtol=1e-5)
-    wanted = torch.autograd.grad(total, seen.inputs, retain_graph=True)[0]
-    got = torch.autograd.grad(found.total, seen.inputs, retain_graph=True)[0]
+    wanted = torch.autograd.grad(total, seen.inputs_embeds, retain_graph=True)[0]
+    got = torch.autograd.grad(found.total, seen.inputs_embeds, retain_graph=True)[0]
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
-    states = seen.states.detach()
-    only_targets = regression(replace(seen, states=states, regressor=lambda x: x), batch)[
+    states = seen.hidden_states.detach()
+    only_targets = regression(replace(seen, hidden_states=states, regressor=lambda x: x), batch)[
         "vectors"
     ].total
     assert not only_targets.requires_grad, "a target needs no gradient"
@@ -183,8 +188,8 @@ def test_emu_03_target_is_next_input(tiny_tokenizer: VisualTokenizer):
 def test_emu_04_who_has_cross_entropy(tiny_tokenizer: VisualTokenizer):
     processor, model = built(tiny_tokenizer)
     batch = pack([[row(processor, s) for s in mixed()]], 64, processor.pad)
-    before, at = sources(batch, batch.predict)
-    assert (batch.documents.flatten()[at] != FREE).all()
+    before, at = shift_targets(batch, batch.predict)
+    assert (batch.documents.flatten()[at] != PADDING).all()
     assert (batch.roles.flatten()[at] == Role.TEXT).all()
     v = processor.vocabulary
     assert not torch.isin(batch.ids.flatten()[at], torch.tensor([v.begin, v.end])).any()
@@ -194,15 +199,15 @@ def test_emu_04_who_has_cross_entropy(tiny_tokenizer: VisualTokenizer):
         len(row(processor, s)) - 1 - (N + 2) * sum(isinstance(p, ImageSegment) for p in s)
         for s in mixed()
     )
-    assert len(at) == texts == EMU.losses(model.see(batch), batch)["text"].count
-    assert cross_entropy(model.see(batch), batch)["image"].count == 0
+    assert len(at) == texts == EMU.losses(model(batch), batch)["text"].count
+    assert cross_entropy(model(batch), batch)["image"].count == 0
 
 
 def test_emu_05_no_gradient_from_what_is_to_be_said(tiny_tokenizer: VisualTokenizer):
     """Of each single term, words and vectors, with respect to what the LM is fed."""
     processor, model = built(tiny_tokenizer)
     batch = pack([[row(processor, s) for s in mixed()[1:]]], 64, processor.pad)
-    inputs = model.see(batch).inputs.detach().requires_grad_(True)
+    inputs = model(batch).inputs_embeds.detach().requires_grad_(True)
     for flag, losses in ((batch.predict, cross_entropy), (batch.regress, regression)):
         name = "predict" if flag is batch.predict else "regress"
         for place in flag[0].nonzero().flatten().tolist():
@@ -210,7 +215,12 @@ def test_emu_05_no_gradient_from_what_is_to_be_said(tiny_tokenizer: VisualTokeni
             one[0, place] = True
             single = replace(batch, **{name: one})
             found = losses(
-                replace(model.see(single), states=model.read(inputs, single), inputs=inputs), single
+                replace(
+                    model(single),
+                    hidden_states=model.hidden_states(inputs, single),
+                    inputs_embeds=inputs,
+                ),
+                single,
             )
             total = found["text"].total if name == "predict" else found["vectors"].total
             (gradient,) = torch.autograd.grad(total, inputs)
@@ -219,7 +229,7 @@ def test_emu_05_no_gradient_from_what_is_to_be_said(tiny_tokenizer: VisualTokeni
             assert gradient[0, place - 1].abs().max() > 0
 
 
-def left(batch: Packed) -> Packed:
+def left(batch: PackedBatch) -> PackedBatch:
     """The same rows, with their free places before them."""
     moved = {}
     for name in (
@@ -233,7 +243,7 @@ def left(batch: Packed) -> Packed:
         "positions",
     ):
         rows = getattr(batch, name)
-        shifts = (batch.documents == FREE).sum(1).tolist()
+        shifts = (batch.documents == PADDING).sum(1).tolist()
         moved[name] = torch.stack(
             [row.roll(shift) for row, shift in zip(rows, shifts, strict=True)]
         )
@@ -244,12 +254,12 @@ def left(batch: Packed) -> Packed:
 def test_emu_06_padding_and_caching(family: str, tiny_tokenizer: VisualTokenizer):
     processor, model = built(tiny_tokenizer, family)
     batch = pad([row(processor, s) for s in mixed()], processor.pad)
-    assert (left(batch).documents[0] == FREE).nonzero().flatten().tolist() == list(
-        range((batch.documents[0] == FREE).sum())
+    assert (left(batch).documents[0] == PADDING).nonzero().flatten().tolist() == list(
+        range((batch.documents[0] == PADDING).sum())
     )
     with torch.no_grad():
-        right_losses = EMU.losses(model.see(batch), batch)
-        left_losses = EMU.losses(model.see(left(batch)), left(batch))
+        right_losses = EMU.losses(model(batch), batch)
+        left_losses = EMU.losses(model(left(batch)), left(batch))
         for name, loss in right_losses.items():
             torch.testing.assert_close(left_losses[name].mean, loss.mean, atol=1e-5, rtol=1e-5)
         prompts = [EMU.prompt(s, processor, "image") for s in mixed()]
@@ -286,30 +296,30 @@ def slowly(
         inputs = torch.cat(
             [inputs, *(v[None, None] for v in said), free[None].expand(1, room, -1)], 1
         )
-        documents = torch.where(torch.arange(length + room) < length, 0, FREE)[None]
+        documents = torch.where(torch.arange(length + room) < length, 0, PADDING)[None]
         wide = pack([[]], length + room, processor.pad)
-        states = model.read(
+        states = model.hidden_states(
             inputs, replace(wide, documents=documents, positions=torch.arange(length + room)[None])
         )
         said.append(model.regressor(states[0, length - 1]))  # type: ignore[misc]
     return torch.stack(said)
 
 
-class Drawn:
-    """In a pixel decoder's place where only what it is handed is asked about."""
+class RecordingDecoder:
+    """An ImageDecoder that records its arguments."""
 
     def __init__(self) -> None:
-        self.asked: list[Any] = []
+        self.calls: list[Any] = []
 
-    def __call__(self, vectors: torch.Tensor, null: torch.Tensor, **more: Any) -> Any:
-        self.asked.append((vectors, null, more))
-        return type("Pictures", (), {"images": [Image.new("RGB", (4, 4))] * len(vectors)})
+    def decode(self, outputs: ImageVectors, generator: Any = None, **options: Any) -> Any:
+        self.calls.append((outputs.vectors, outputs.unconditional, options))
+        return [Image.new("RGB", (4, 4))] * len(outputs.vectors)
 
 
 @pytest.fixture
 def lm(tiny_tokenizer: VisualTokenizer) -> MultimodalLM:
     processor, model = built(tiny_tokenizer)
-    return MultimodalLM(model, processor, tiny_tokenizer, Drawn(), EMU)  # type: ignore[arg-type]
+    return MultimodalLM(model, processor, tiny_tokenizer, RecordingDecoder(), EMU)  # type: ignore[arg-type]
 
 
 def test_emu_07_generation(lm: MultimodalLM, photos: list[Path]):
@@ -325,14 +335,10 @@ def test_emu_07_generation(lm: MultimodalLM, photos: list[Path]):
     torch.testing.assert_close(vectors[1], null, atol=1e-4, rtol=1e-4)
     options = {"decoder_guidance": 1.0, "num_inference_steps": 2, "generator": torch.Generator()}
     assert len(lm.generate_images("a red apple", 2, **options)) == 2
-    ((asked, against, more),) = lm.decoder.asked
+    ((asked, against, more),) = lm.decoder.calls
     torch.testing.assert_close(asked, vectors[:1].expand(2, -1, -1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(against, null[None], atol=1e-4, rtol=1e-4)
-    assert more == {
-        "num_inference_steps": 2,
-        "guidance_scale": 1.0,
-        "generator": options["generator"],
-    }
+    assert more == {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 
 def test_emu_08_eight_samples_are_learnt_by_heart(tiny_tokenizer: VisualTokenizer):
@@ -347,16 +353,19 @@ def test_emu_08_eight_samples_are_learnt_by_heart(tiny_tokenizer: VisualTokenize
 
 
 class Undetached(Emu):
-    def losses(self, seen: ModelOutput, batch: Packed) -> dict[str, Sum]:
-        before, at = sources(batch, batch.regress)
-        error = seen.regressor(seen.states.flatten(0, 1)[before]) - seen.inputs.flatten(0, 1)[at]  # type: ignore[misc]
+    def losses(self, seen: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
+        before, at = shift_targets(batch, batch.regress)
+        error = (
+            seen.regressor(seen.hidden_states.flatten(0, 1)[before])
+            - seen.inputs_embeds.flatten(0, 1)[at]
+        )  # type: ignore[misc]
         return {
             **super().losses(seen, batch),
-            "vectors": Sum(error.square().mean(1).sum(), torch.tensor(len(at))),
+            "vectors": LossSum(error.square().mean(1).sum(), torch.tensor(len(at))),
         }
 
 
-def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, Sum], float, float]:
+def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, LossSum], float, float]:
     """(losses, std of the pictures' vectors before and after training)."""
     processor, _ = processor_and_model()
     words = [
@@ -378,7 +387,7 @@ def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, Sum], flo
         lm = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**SMALL, vocab_size=processor.vocabulary.stop)
         )
-        model = SequenceModel(lm, *objective.parts(visual, 32))
+        model = SequenceModel(lm, *objective.connectors.build(visual, 32))
     batch = pad([row(processor, s, objective) for s in samples], processor.pad)
 
     def deviation() -> float:
@@ -390,13 +399,13 @@ def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, Sum], flo
         [{"params": p, "lr": rates[name]} for name, p in model.trained().items()]
     )
     for _ in range(120):
-        losses = model(batch, objective)
+        losses = losses_of(model, objective, batch)
         optimizer.zero_grad()
         objective.total(losses).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return (
-        {name: Sum(loss.total.detach(), loss.count) for name, loss in losses.items()},
+        {name: LossSum(loss.total.detach(), loss.count) for name, loss in losses.items()},
         before,
         deviation(),
     )
@@ -421,8 +430,8 @@ def test_emu_09_any_number_of_pictures(tiny_tokenizer: VisualTokenizer, photos: 
         and batch.is_embedding.sum() == 15 * N
     )
     with torch.no_grad():
-        packed = EMU.losses(model.see(batch), batch)
-        apart = [EMU.losses(model.see(b), b) for b in (pad([r], processor.pad) for r in rows)]
+        packed = EMU.losses(model(batch), batch)
+        apart = [EMU.losses(model(b), b) for b in (pad([r], processor.pad) for r in rows)]
     for name in ("text", "vectors"):
         whole = sum(float(losses[name].total) for losses in apart)
         assert math.isclose(float(packed[name].total), whole, rel_tol=1e-4)
@@ -460,7 +469,7 @@ def test_emu_09_three_learning_rates(folder: Path):
         assert torch.equal(tensor, loaded.model.state_dict()[name]), name
     frozen = module(folder, objective=replace(objective, train_encoder=False))
     frozen.configure_model()
-    assert frozen.model.trained()["encoder"] == [] and not any(
+    assert frozen.model.trained_parameters()["encoder"] == [] and not any(
         "encoder" in n for n in frozen.model.state_dict()
     )
 
@@ -490,7 +499,7 @@ def test_ranking_by_mean_cross_entropy(lm: MultimodalLM, photos: list[Path]):
         batch = pad([sample], lm.processor.pad)
         with torch.no_grad():
             assert math.isclose(
-                -float(EMU.losses(lm.model.see(batch), batch)["text"].mean), nats, rel_tol=1e-4
+                -float(EMU.losses(lm.model(batch), batch)["text"].mean), nats, rel_tol=1e-4
             )
 
 
@@ -501,20 +510,20 @@ def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path], tiny_tokenizer:
     with pytest.raises(ValueError, match="emu never says by itself that a picture comes"):
         lm.complete("rain")
     with pytest.raises(
-        ValueError, match="Emu reads pictures, and the prompt has only the codes of one"
+        ValueError, match="Emu needs the pixels of images, and the prompt has only the codes of one"
     ):
         lm.caption(codes)
-    with pytest.raises(ValueError, match="a likelihood of images is not defined"):
+    with pytest.raises(ValueError, match="the likelihood of image segments is not defined"):
         lm.rank("rain", [photos[0]])
-    with pytest.raises(ValueError, match="sample 'x' has only the codes of one"):
+    with pytest.raises(ValueError, match="example 'x' has only the codes of one"):
         row(lm.processor, [ImageSegment(torch.tensor([1, 2])), TextSegment("rain")], key="x")
-    with pytest.raises(ValueError, match="sample 'x' has no segments"):
+    with pytest.raises(ValueError, match="example 'x' has no segments"):
         row(lm.processor, [], key="x")
-    with pytest.raises(ValueError, match="at least one vector a picture, got 0"):
+    with pytest.raises(ValueError, match="at least one vector per image, got 0"):
         Emu(queries=0)
     with pytest.raises(ValueError, match="regression_weight: expected 0 or more"):
         Emu(regression_weight=-1.0)
-    with pytest.raises(ValueError, match="no decoder of vectors ships"):
+    with pytest.raises(ValueError, match="no decoder of vectors is shipped"):
         MultimodalLM(lm.model, lm.processor, lm.visual, "default", EMU).generate_images("rain")
     assert by_name("emu") is Emu and isinstance(VisualCodes, type)
 

@@ -21,6 +21,7 @@ from lavit_lm.checkpoints.native import save_model
 from lavit_lm.cli import main
 from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, VectorReaderConfig
 from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.objectives.records import ImageVectors
 from lavit_lm.training.emu_decoder import EmuDecoderTraining, renew_keys
 from lavit_tok import ImageDataModule, VisualCodes, VisualTokenizer, WeightsError
 from lavit_tok.training.denoising import vae_latents
@@ -103,29 +104,30 @@ def test_guidance(decoder: VectorDecoder):
     vectors, null = said(0), said(1, 1)
 
     def drawn(null: torch.Tensor, scale: float) -> torch.Tensor:
-        return decoder(vectors, null, guidance_scale=scale, generator=generator(), **options).images
+        return decoder.decode(
+            ImageVectors(vectors, null), generator(), guidance_scale=scale, **options
+        )
 
     given = decoder.conditioning(vectors)
     alone = decoder.pixels.decode_condition(given, given, 2, 1.0, generator(), output_type="pt")
     assert torch.equal(drawn(null, 1.0), alone) and torch.equal(drawn(said(2, 1), 1.0), alone)
     assert not torch.equal(drawn(null, 3.0), drawn(said(2, 1), 3.0))
     assert not torch.equal(drawn(null, 3.0), drawn(torch.zeros(1, N, 16), 3.0))
-    images = decoder(
-        vectors, null, num_inference_steps=2, generator=[generator(1), generator(2)]
-    ).images
+    outputs = ImageVectors(vectors, null)
+    images = decoder.decode(outputs, [generator(1), generator(2)], num_inference_steps=2)
     assert [image.size for image in images] == [(16, 16)] * 2
 
 
 def test_what_does_not_fit(decoder: VectorDecoder, tiny_decoder: Any):
     with pytest.raises(
-        ValueError, match=rf"expected {N} vectors of width 16 a picture, got \[2, 5, 16\]"
+        ValueError, match=rf"expected {N} vectors of width 16 per image, got shape \[2, 5, 16\]"
     ):
-        decoder(torch.zeros(2, 5, 16), torch.zeros(1, 5, 16))
+        decoder.decode(ImageVectors(torch.zeros(2, 5, 16), torch.zeros(1, 5, 16)))
     with pytest.raises(
-        ValueError, match="the pixel decoder reads 16 features of width 32, the reader makes 9"
+        ValueError, match="the pixel decoder needs 16 features of width 32, the reader makes 9"
     ):
         VectorDecoder(VectorReader(VectorReaderConfig(16, N, 32, 9)), tiny_decoder)
-    with pytest.raises(ValueError, match="heads that divide the hidden_size width"):
+    with pytest.raises(ValueError, match="a hidden_size that is a multiple of heads"):
         VectorReaderConfig(16, N, 32, 9, heads=5)
 
 
@@ -133,20 +135,19 @@ def test_saved_and_loaded(decoder: VectorDecoder, tmp_path: Path):
     decoder.save_pretrained(tmp_path / "decoder")
     loaded = VectorDecoder.from_pretrained(tmp_path / "decoder")
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
-    images = [
-        d(said(0), said(1, 1), generator=generator(), **options).images for d in (decoder, loaded)
-    ]
+    outputs = ImageVectors(said(0), said(1, 1))
+    images = [d.decode(outputs, generator(), **options) for d in (decoder, loaded)]
     assert torch.equal(*images)
     half = tmp_path / "half"
     decoder.save_pretrained(half, torch.float16)
-    assert load_file(half / "reader.safetensors")["places"].dtype == torch.float16
+    assert load_file(half / "reader.safetensors")["positions"].dtype == torch.float16
     VectorDecoder.from_pretrained(half)
     good = load_file(half / "reader.safetensors")
     for state, reason in (
-        ({n: t for n, t in good.items() if n != "places"}, "places"),
+        ({n: t for n, t in good.items() if n != "positions"}, "positions"),
         ({**good, "more": torch.zeros(1)}, "more"),
-        ({**good, "places": torch.zeros(1, 1)}, "places"),
-        ({**good, "places": good["places"] / 0}, r"NaN or infinity: \['places'\]"),
+        ({**good, "positions": torch.zeros(1, 1)}, "positions"),
+        ({**good, "positions": good["positions"] / 0}, r"NaN or infinity: \['places'\]"),
     ):
         save_file(state, half / "reader.safetensors")
         with pytest.raises(WeightsError, match=reason):
@@ -158,11 +159,11 @@ def test_saved_and_loaded(decoder: VectorDecoder, tmp_path: Path):
         config.write_text(text)
         with pytest.raises(WeightsError, match="expected the directory of a decoder of vectors"):
             VectorDecoder.from_pretrained(half)
-    with pytest.raises(WeightsError, match="ships with this version"):
+    with pytest.raises(WeightsError, match="is shipped with this version"):
         VectorDecoder.from_pretrained("default")
-    with pytest.raises(WeightsError, match="neither a directory nor a Hub id"):
+    with pytest.raises(WeightsError, match="expected an existing directory or a Hub id"):
         VectorDecoder.from_pretrained(tmp_path / "nothing")
-    decoder.reader.places.data[0] = float("nan")
+    decoder.reader.positions.data[0] = float("nan")
     with pytest.raises(WeightsError, match="not saved"):
         decoder.save_pretrained(tmp_path / "broken")
 
@@ -282,9 +283,8 @@ def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
         "guidance_scale": 2.0,
         "output_type": "latent",
     }
-    drawn = module.drawn(
-        module.vectors(CAPTIONS), module.vectors([""]), latents=noise, **options
-    ).images
+    outputs = ImageVectors(module.vectors(CAPTIONS), module.vectors([""]))
+    drawn = module.drawn.decode(outputs, latents=noise, **options)
     distance = torch.cdist(drawn.flatten(1), drawn.flatten(1)) + torch.eye(4)
     assert distance.min() > 0.1, "from the same noise"
 
@@ -292,7 +292,7 @@ def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
 def fit(
     module: EmuDecoderTraining, images: Path, root: Path, steps: int, ckpt: str | None = None
 ) -> Any:
-    saved = pl.pytorch.callbacks.ModelCheckpoint(
+    saved = pl.callbacks.ModelCheckpoint(
         root / "ckpt", every_n_train_steps=1, save_last=True, save_top_k=-1
     )
     seen = Losses()
@@ -406,4 +406,4 @@ def test_trained_and_used_by_command(parts: dict[str, str], folder: Path, capsys
     assert len(list((folder / "drawn").glob("*.png"))) == 2
     capsys.readouterr()
     assert main(["generate", "rain", "--model", parts["model"], "--out", str(folder / "none")]) == 2
-    assert "no decoder of vectors ships with this version" in capsys.readouterr().err
+    assert "no decoder of vectors is shipped with this version" in capsys.readouterr().err

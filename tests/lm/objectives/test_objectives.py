@@ -43,7 +43,7 @@ def test_a_fifth_objective_is_one_file(folder: Path, counting, tmp_path: Path):
     lm = MultimodalLM.from_pretrained(tmp_path / "made", objective=counting(), decoder=None)
     image = folder / "pictures" / "train" / "0.png"
     assert lm.caption(str(image), 4).isdigit()
-    with pytest.raises(ValueError, match="it paints none"):
+    with pytest.raises(ValueError, match="it generates no images"):
         lm.generate_codes("a cat")
 
 

@@ -24,9 +24,11 @@ from lavit_lm.generation.sampling import Sampling
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.emu import Emu
+from lavit_lm.objectives.records import ImageVectors
 from lavit_lm.objectives.vlgpt import VLGPT
 from lavit_lm.sequences.packing import pack, pad
-from lavit_lm.sequences.segments import ImageSegment, Role, Segment, TextSegment, TokenSequence
+from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
+from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer, WeightsError
 
@@ -66,7 +68,9 @@ def built(objective: VLGPT, visual: VisualTokenizer, family: str = "llama") -> M
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         return Made(
-            processor, SequenceModel(plain.lm, *objective.parts(visual, 16)).eval(), objective
+            processor,
+            SequenceModel(plain.lm, *objective.connectors.build(visual, 16)).eval(),
+            objective,
         )
 
 
@@ -76,10 +80,11 @@ def row(made: Made, sample: Sequence[Segment], key: str = "") -> TokenSequence:
 
 def test_the_drawing(tiny_tokenizer: VisualTokenizer):
     """The page's drawing, place by place, with the words that this tokenizer makes of "a cat"."""
-    import lavit_lm.objectives.vlgpt as page
+    import lavit_lm.objectives.vlgpt.objective as page
 
     objective = VLGPT(
-        shape={"width": 16, "queries": 2, "depth": 1, "heads": 2, "hidden_size": 32}, order="given"
+        tokenizer_sizes={"width": 16, "queries": 2, "depth": 1, "heads": 2, "hidden_size": 32},
+        order="given",
     )
     processor, _ = processor_and_model("llama")
     made = objective.layout([TextSegment("a cat"), image(0)], processor, torch.Generator())
@@ -137,20 +142,20 @@ def test_order_and_learning(made: Made):
         and painted.predict[~where].sum() == 1
     )
     assert painted.regress[where].tolist() == [False, *[True] * N, False]
-    with pytest.raises(ValueError, match="sample 'x' has no segments"):
+    with pytest.raises(ValueError, match="example 'x' has no segments"):
         row(made, [], "x")
     with pytest.raises(
-        ValueError, match="VL-GPT reads pictures, and sample 'x' has only the codes"
+        ValueError, match="VL-GPT needs the pixels of images, and example 'x' has only the codes"
     ):
         row(made, [ImageSegment(torch.tensor([1, 2]))], "x")
-    with pytest.raises(ValueError, match="name the directory of lavit-lm fit-tokenizer"):
+    with pytest.raises(ValueError, match="give the directory of lavit-lm fit-tokenizer"):
         VLGPT()
     with pytest.raises(ValueError, match="regression_weight: expected 0 or more"):
         VLGPT("x", regression_weight=-1.0)
-    with pytest.raises(WeightsError, match="as lavit-lm fit-tokenizer writes it"):
-        VLGPT("nowhere").lengths(16)
-    with pytest.raises(ValueError, match="vectors of width 16, the LM reads 32"):
-        made.objective.parts(made.model.bridge._tokenizer[0], 32)  # type: ignore[union-attr,index]
+    with pytest.raises(WeightsError, match="as written by lavit-lm fit-tokenizer"):
+        VLGPT("nowhere").image_output
+    with pytest.raises(ValueError, match="vectors of width 16, the LM's hidden size is 32"):
+        made.objective.connectors.build(made.model.bridge._tokenizer[0], 32)  # type: ignore[union-attr,index]
 
 
 def test_losses_by_hand(made: Made):
@@ -165,7 +170,7 @@ def test_losses_by_hand(made: Made):
     ]
     batch = pad(rows, made.processor.pad)
     with torch.no_grad():
-        seen = made.model.see(batch)
+        seen = made.model(batch)
         losses = made.objective.losses(seen, batch)
         nats, squares = [], []
         for b, one in enumerate(rows):
@@ -173,7 +178,7 @@ def test_losses_by_hand(made: Made):
                 iter(made.model.bridge(one.images, one.keep)) if one.image_segments else iter(())
             )
             for place, role in enumerate(one.roles.tolist()):
-                state = seen.states[b, place - 1]
+                state = seen.hidden_states[b, place - 1]
                 if role == Role.VISUAL:
                     squares.append(((made.model.regressor(state) - next(vectors)) ** 2).mean())  # type: ignore[misc]
                 elif role != Role.END and place:
@@ -186,7 +191,7 @@ def test_losses_by_hand(made: Made):
             and int(losses["image"].count) == 2
         )
         together = pack([rows], sum(map(len, rows)), made.processor.pad)
-        packed = weighed.total(weighed.losses(made.model.see(together), together))
+        packed = weighed.total(weighed.losses(made.model(together), together))
         torch.testing.assert_close(packed, by_hand, atol=1e-5, rtol=1e-5)
 
 
@@ -198,7 +203,7 @@ def test_vlgpt_03_the_head_follows_the_target(made: Made):
 
     def total_and_gradient(batch: Any) -> tuple[Tensor, Tensor]:
         made.model.zero_grad()
-        total = made.objective.total(made.objective.losses(made.model.see(batch), batch))
+        total = made.objective.total(made.objective.losses(made.model(batch), batch))
         total.backward()
         return total.detach(), next(
             made.model.causal.base_model.layers.parameters()
@@ -275,10 +280,10 @@ def test_vlgpt_05_what_is_trained(folder: Path, tiny_decoder: Any):
         0,
     )
     with torch.no_grad():
-        started = model.eval().see(batch).states
+        started = model.eval()(batch).hidden_states
         with model.lm.disable_adapter():
             torch.testing.assert_close(
-                model.see(batch).states, started, msg="LoRA changes nothing at first"
+                model(batch).hidden_states, started, msg="LoRA changes nothing at first"
             )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     visual = {name: t.clone() for name, t in training.visual.state_dict().items()}
@@ -319,15 +324,15 @@ def test_a_saved_model_needs_no_stage_1(folder: Path, tiny_decoder: Any):
         lm.processor.pad,
     )
     with torch.no_grad():
-        ours, theirs = (one.see(batch) for one in (training.model.eval(), lm.model))
+        ours, theirs = (one(batch) for one in (training.model.eval(), lm.model))
         assert training.model.bridge is not None
-        torch.testing.assert_close(theirs.inputs, ours.inputs)
-        torch.testing.assert_close(theirs.states, ours.states, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(theirs.inputs_embeds, ours.inputs_embeds)
+        torch.testing.assert_close(theirs.hidden_states, ours.hidden_states, atol=1e-4, rtol=1e-4)
     shown = folder / "pictures" / "train" / "0.png"
     assert lm.caption(str(shown), 4) == MultimodalLM.from_pretrained(folder / "made").caption(
         str(shown), 4
     )
-    with pytest.raises(WeightsError, match="as lavit-lm fit-tokenizer writes it"):
+    with pytest.raises(WeightsError, match="as written by lavit-lm fit-tokenizer"):
         lm.generate_images("rain")
     drawn = MultimodalLM.from_pretrained(
         folder / "made", decoder=str(folder / "elsewhere")
@@ -600,7 +605,7 @@ def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
     ]
     assert plain.caption(str(photos[0]), 5) == plain.generate_text_batch([[photos[0]]], 5)[0]
     assert (
-        VLGPT(**{k: x for k, x in bare.settings().items() if k != "name"}).prompt_templates
+        VLGPT(**{k: x for k, x in bare.to_dict().items() if k != "name"}).prompt_templates
         == bare.prompt_templates
     ), "saved with the model"
     vectors = lm.generate_vectors_batch(["a red apple", ["rain", photos[0]]])
@@ -616,7 +621,7 @@ def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
     row = lm.prompts.row([photos[0], "rain"], "text")
     with torch.no_grad():
         batch = pad([row], lm.processor.pad)
-        log_p = lm.model.head(lm.model.see(batch).states[0]).float().log_softmax(-1)
+        log_p = lm.model.head(lm.model(batch).hidden_states[0]).float().log_softmax(-1)
     ids = [*row.ids.tolist(), lm.processor.stop]
     start = len(ids) - len(lm.processor.text("rain")) - 1
     assert (
@@ -646,10 +651,11 @@ def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path]):
     with pytest.raises(ValueError, match="vlgpt says vectors for a picture, no codes"):
         lm.generate_codes("rain")
     with pytest.raises(
-        ValueError, match="VL-GPT reads pictures, and the prompt has only the codes of one"
+        ValueError,
+        match="VL-GPT needs the pixels of images, and the prompt has only the codes of one",
     ):
         lm.complete([VisualCodes.from_list([[1, 2]], 16)], 3, 0)
-    with pytest.raises(ValueError, match="vlgpt: a likelihood of images is not defined"):
+    with pytest.raises(ValueError, match="vlgpt: the likelihood of image segments is not defined"):
         lm.rank("rain", [photos[0]])
     with pytest.raises(ValueError, match="exceed the model's context of 128"):
         lm.generate_images("a red apple " * 60)
@@ -670,8 +676,8 @@ def test_vlgpt_07_either_condition_left_out_changes_the_sample(
 
     def drawn(**more: Any) -> list[Any]:
         generator = torch.Generator().manual_seed(0)
-        (image,) = lm.decoder(vectors, null, generator=generator, **options, **more).images
-        return list(image.tobytes())
+        (image,) = lm.decoder.decode(ImageVectors(vectors, null), generator, **options, **more)
+        return image.tobytes()
 
     whole, unseen, unread = drawn(), drawn(leave_out="image"), drawn(leave_out="text")
     assert whole == drawn() and whole != unseen and whole != unread and unseen != unread
@@ -679,7 +685,7 @@ def test_vlgpt_07_either_condition_left_out_changes_the_sample(
     (image,) = lm.generate_images(
         "a red apple", 1, generator=seeded, num_inference_steps=2, decoder_guidance=3.0
     )
-    assert list(image.tobytes()) == whole
+    assert image.tobytes() == whole
 
 
 def test_one_batch_is_learnt_by_heart(made: Made):
@@ -696,7 +702,7 @@ def test_one_batch_is_learnt_by_heart(made: Made):
     with torch.no_grad():
         made.model.regressor.weight.copy_(torch.eye(16))  # type: ignore[union-attr]
     for _ in range(200):
-        losses = made.objective.losses(made.model.see(batch), batch)
+        losses = made.objective.losses(made.model(batch), batch)
         optimizer.zero_grad()
         made.objective.total(losses).backward()
         optimizer.step()

@@ -15,7 +15,8 @@ from PIL import Image
 from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.documents import Documents, as_segments, clip, document_line, storyboard
-from lavit_lm.sequences.segments import ImageSegment, Role, TextSegment
+from lavit_lm.sequences.segments import ImageSegment, TextSegment
+from lavit_lm.sequences.token_sequence import Role
 from lavit_tok import ImageError, VisualImageProcessor, VisualTokenizer
 
 EMU = Emu(queries=3, depth=1, heads=2, train_encoder=False)
@@ -47,7 +48,7 @@ def test_frames_of_a_clip():
     ]
     assert clip(list(range(8))) == list(range(8)) and clip(list(range(9)), 1) == [4]
     for images, frames in (([], 8), ([1], 0)):
-        with pytest.raises(ValueError, match="expected pictures and at least one frame"):
+        with pytest.raises(ValueError, match="expected images and at least one frame"):
             clip(images, frames)
 
 
@@ -64,7 +65,7 @@ def test_subtitles_stand_before_the_next_frame():
     ]
     assert storyboard(frames[1:2], [(1.0, "before"), (2.0, " ")]) == ["before", "f4"]
     with pytest.raises(
-        ValueError, match=r"frames: expected times that do not go back, got \[4.0, 0.0\]"
+        ValueError, match=r"frames: expected times that do not decrease, got \[4.0, 0.0\]"
     ):
         storyboard(frames[1::-1], [])
     with pytest.raises(ValueError, match="subtitles: expected times"):
@@ -103,7 +104,7 @@ def test_documents_of_pictures_alone(album: Path):
 
 
 def test_documents_are_tokenised(album: Path, tiny_tokenizer: VisualTokenizer):
-    documents = Documents(album, IMAGES, encode=tiny_tokenizer.encode, open_later=False, batch=1)
+    documents = Documents(album, IMAGES, encode=tiny_tokenizer.encode, pixels=False, batch=1)
     shown: Any = documents[2][0][1]
     wanted = tiny_tokenizer.encode(album.parent / "walk" / "0.png")
     assert wanted.keep is not None
@@ -125,9 +126,9 @@ BAD = {
     '{"segments": [{"text": "a", "image": "b.png"}]}': "line 2: expected segments",
     '{"segments": [{"text": ""}]}': "line 2: expected a string that is not empty",
     '{"segments": [{"image": 4}]}': "line 2: expected a string that is not empty",
-    '{"segments": [{"image": "/etc/hostname"}]}': "line 2: expected a picture in the file's folder or below",
-    '{"segments": [{"image": "../a.png"}]}': "line 2: expected a picture in the file's folder",
-    '{"segments": [{"image": "none.png"}]}': "line 2: no such picture beside pages.jsonl",
+    '{"segments": [{"image": "/etc/hostname"}]}': "line 2: expected an image in the file's folder or below",
+    '{"segments": [{"image": "../a.png"}]}': "line 2: expected an image in the file's folder",
+    '{"segments": [{"image": "none.png"}]}': "line 2: no such image beside pages.jsonl",
 }
 
 
@@ -149,7 +150,7 @@ def test_bad_files(album: Path, tiny_tokenizer: VisualTokenizer):
     with pytest.raises(ImageError, match=r"pages.jsonl, line 3: .*1.png"):
         Documents(album, IMAGES, encode=tiny_tokenizer.encode)
     album.write_text("\n\n")
-    with pytest.raises(ValueError, match="expected a document a line, got none"):
+    with pytest.raises(ValueError, match="expected one document per line, got none"):
         Documents(album, IMAGES)
     album.write_text(json.dumps({"segments": [{"text": "rain"}]}))
     assert Documents(album, IMAGES)[0][1] == "pages.jsonl:1", "named by its line"
@@ -159,7 +160,7 @@ def test_bad_files(album: Path, tiny_tokenizer: VisualTokenizer):
     "objective", [EMU, LaVIT(), LaVIT(continuous=True)], ids=["emu", "lavit", "lavit-continuous"]
 )
 def test_a_stopped_run_on_documents_goes_on(objective: Any, folder: Path, album: Path):
-    steps, images = 8, str(folder / "pictures") if objective.needs_pixels else None
+    steps, images = 8, str(folder / "pictures") if objective.connectors.needs_pixels else None
 
     def run(callbacks: list[Any], ckpt: str | None = None) -> None:
         chosen = data(folder, images=images, documents=str(album), block=96)
@@ -186,8 +187,8 @@ def test_documents_and_pairs_share_a_block(folder: Path, album: Path):
     training = module(folder, objective=replace(EMU, order="given"))
     chosen = data(folder, images=str(folder / "pictures"), documents=str(album), block=96)
     trainer(folder, 1, []).fit(training, chosen)
-    assert chosen.order is not None
-    blocks = [chosen.blocks[places] for places in list(chosen.order._plan(0))]
+    assert chosen.sampler is not None
+    blocks = [chosen.blocks[places] for places in list(chosen.sampler._plan(0))]
     keys = [{row.key.split(" ")[0].split("/")[0] for row in block} for block in blocks]
     assert {"document", "train"} in keys
     batch = chosen.blocks.collate(blocks)

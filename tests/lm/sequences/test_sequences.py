@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from helpers.lm_parts import CODES, image, pairs, plain_sequence, processor_and_model
+from helpers.lm_parts import losses as losses_of
 from helpers.small_lms import FAMILIES
 
 import lavit_lm.sequences.masks
 import lavit_lm.sequences.packing
 import lavit_lm.sequences.segments
-from lavit_lm.models.losses import log_likelihood, sources
+from lavit_lm.models.losses import log_likelihood, shift_targets
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.sequences.masks import model_mask, visible
-from lavit_lm.sequences.packing import FREE, Packed, pack, pad, plan
-from lavit_lm.sequences.segments import ImageSegment, Role, TextSegment
+from lavit_lm.sequences.masks import attention_mask, model_mask
+from lavit_lm.sequences.packing import PADDING, PackedBatch, pack, pad, plan_blocks
+from lavit_lm.sequences.segments import ImageSegment, TextSegment
+from lavit_lm.sequences.token_sequence import Role
 from lavit_lm.vocabulary.visual_vocabulary import VocabularyError
 
 
@@ -131,7 +133,7 @@ def test_samples_that_cannot_be_rows():
     with pytest.raises(ValueError, match="at least one code"):
         ImageSegment(torch.zeros(0, dtype=torch.int64))
     with pytest.raises(
-        ValueError, match="a picture of 2 codes needs a mask of as many patches, got 1"
+        ValueError, match="an image with 2 codes need a mask that keeps as many patches, got 1"
     ):
         ImageSegment(
             torch.tensor([1, 2]),
@@ -155,7 +157,7 @@ def test_the_blocks_that_are_drawn():
         plain_sequence([2, 2], key="c"),
         plain_sequence([3, 3, 3, 3], key="b"),
     ]
-    assert plan([3, 2, 4], 8) == [[2, 0], [1]]
+    assert plan_blocks([3, 2, 4], 8) == [[2, 0], [1]]
     batch = pack([[rows[2], rows[0]], [rows[1]]], 8, 0)
     drawing = lavit_lm.sequences.packing.__doc__ or ""
     for name, values in (("documents", batch.documents), ("positions", batch.positions)):
@@ -189,30 +191,32 @@ def test_plans_against_the_slow_version(block: int):
             rows += chosen
             left = [i for i in left if i not in chosen]
         slow.append(rows)
-    made = plan(lengths, block)
+    made = plan_blocks(lengths, block)
     assert made == slow and sorted(i for b in made for i in b) == list(range(300))
 
 
 def test_short_rows_fill_blocks():
     chance = random.Random(0)
     lengths = [chance.randrange(10, 80) for _ in range(2000)]
-    blocks = plan(lengths, 512)
+    blocks = plan_blocks(lengths, 512)
     assert sum(lengths) / (512 * len(blocks)) >= 0.98
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_the_smallest_plans(count: int):
-    assert plan([5] * count, 5) == [[0]][:count]
+    assert plan_blocks([5] * count, 5) == [[0]][:count]
 
 
 def test_rows_that_do_not_fit():
     with pytest.raises(
-        ValueError, match="row 1: expected 1 to 4 places, which is what a block holds, got 5"
+        ValueError, match="sequence 1: expected 1 to 4 tokens, the length of a block, got 5"
     ):
-        plan([2, 5], 4)
+        plan_blocks([2, 5], 4)
     with pytest.raises(ValueError, match="got 0"):
-        plan([0], 4)
-    with pytest.raises(ValueError, match=r"rows of \[3, 3\] places do not fit into a block of 4"):
+        plan_blocks([0], 4)
+    with pytest.raises(
+        ValueError, match=r"sequences of \[3, 3\] tokens do not fit into a block of 4"
+    ):
         pack([[plain_sequence([1, 1, 1]), plain_sequence([1, 1, 1])]], 4, 0)
     with pytest.raises(ValueError, match="at least one block"):
         pack([], 4, 0)
@@ -224,7 +228,7 @@ def test_rows_that_do_not_fit():
 def test_the_mask_that_is_drawn():
     rows = [plain_sequence([1, 2, 3, 4], prefix=2), plain_sequence([5, 6], prefix=1)]
     batch = pack([rows], 6, 0)
-    seen = visible(batch.documents, batch.prefix)[0]
+    seen = attention_mask(batch.documents, batch.prefix)[0]
     drawn = [
         line.split()[2:8]
         for line in (lavit_lm.sequences.masks.__doc__ or "").splitlines()
@@ -237,10 +241,12 @@ def test_the_mask_that_is_drawn():
 @pytest.mark.parametrize("length", [0, 1])
 def test_the_smallest_masks(length: int):
     documents = torch.zeros(1, length, dtype=torch.int64)
-    assert visible(documents).shape == (1, length, length) and visible(documents).all()
+    assert (
+        attention_mask(documents).shape == (1, length, length) and attention_mask(documents).all()
+    )
 
 
-def mask_of(model: SequenceModel, batch: Packed) -> torch.Tensor | None:
+def mask_of(model: SequenceModel, batch: PackedBatch) -> torch.Tensor | None:
     return model_mask(model.causal, batch.documents, batch.prefix, torch.float32)
 
 
@@ -249,7 +255,7 @@ def test_masks_of_kernels():
     batch = pack([[plain_sequence([1, 2]), plain_sequence([3])]], 4, 0)
     as_bool = mask_of(model, batch)
     assert as_bool is not None and as_bool.dtype == torch.bool
-    assert batch.documents[0, 3] == FREE and as_bool[0, 0, 3].tolist() == [
+    assert batch.documents[0, 3] == PADDING and as_bool[0, 0, 3].tolist() == [
         False,
         False,
         False,
@@ -275,12 +281,12 @@ def test_a_sliding_window_is_not_switched_off_silently():
         mask_of(model, batch)
 
 
-# Packed equals unpacked, in every family
+# PackedBatch equals unpacked, in every family
 
 
-def losses_of(model: Any, batch: Packed) -> dict[str, tuple[float, int]]:
+def sums_of(model: Any, batch: PackedBatch) -> dict[str, tuple[float, int]]:
     with torch.no_grad():
-        found = model(batch, LaVIT())
+        found = losses_of(model, LaVIT(), batch)
     return {name: (float(s.total), int(s.count)) for name, s in found.items()}
 
 
@@ -289,10 +295,10 @@ def losses_of(model: Any, batch: Packed) -> dict[str, tuple[float, int]]:
 def test_packed_loss_equals_unpacked(family: str, kernel: str):
     processor, model = processor_and_model(family, kernel)
     rows = [LaVIT().layout(s, processor, generator(i), str(i)) for i, s in enumerate(pairs(12))]
-    blocks = plan([len(r) for r in rows], 64)
+    blocks = plan_blocks([len(r) for r in rows], 64)
     assert len(blocks) < len(rows) / 2
-    packed = losses_of(model, pack([[rows[i] for i in b] for b in blocks], 64, processor.pad))
-    alone = [losses_of(model, pad([row], processor.pad)) for row in rows]
+    packed = sums_of(model, pack([[rows[i] for i in b] for b in blocks], 64, processor.pad))
+    alone = [sums_of(model, pad([row], processor.pad)) for row in rows]
     for name, (total, count) in packed.items():
         assert count == sum(one[name][1] for one in alone) > 0
         assert abs(total - sum(one[name][0] for one in alone)) / count < 1e-5, name
@@ -309,12 +315,12 @@ def test_without_the_mask_documents_see_each_other(monkeypatch: pytest.MonkeyPat
     processor, model = processor_and_model("llama")
     rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(4))]
     batch = pack([rows], sum(map(len, rows)), processor.pad)
-    right = losses_of(model, batch)
+    right = sums_of(model, batch)
     monkeypatch.setattr(
-        "lavit_lm.sequences.masks.visible",
-        lambda documents, prefix=None: visible(torch.zeros_like(documents)),
+        "lavit_lm.sequences.masks.attention_mask",
+        lambda documents, prefix=None: attention_mask(torch.zeros_like(documents)),
     )
-    wrong = losses_of(model, batch)
+    wrong = sums_of(model, batch)
     assert abs(right["text"][0] - wrong["text"][0]) / right["text"][1] > 1e-4
 
 
@@ -327,8 +333,8 @@ def test_no_gradient_from_later_places_or_other_documents(family: str):
     model.causal.get_input_embeddings().register_forward_hook(
         lambda module, args, out: inputs.append(out.detach().requires_grad_()) or inputs[-1]  # type: ignore[func-returns-value]
     )
-    states = model.see(batch).states
-    before, at = sources(batch, batch.predict)
+    states = model(batch).hidden_states
+    before, at = shift_targets(batch, batch.predict)
     direction = torch.randn(
         states.shape[2], generator=generator()
     )  # their sum is constant after a LayerNorm
@@ -344,11 +350,11 @@ def test_no_gradient_from_later_places_or_other_documents(family: str):
 
 def test_a_first_place_is_never_a_target():
     batch = pack([[plain_sequence([1, 2]), plain_sequence([3, 4])]], 4, 0)
-    assert sources(batch, batch.predict)[1].tolist() == [1, 3]
+    assert shift_targets(batch, batch.predict)[1].tolist() == [1, 3]
     wrong = batch.predict.clone()
     wrong[0, 2] = True
-    with pytest.raises(ValueError, match="first place is marked"):
-        sources(batch, wrong)
+    with pytest.raises(ValueError, match="first position of a document is marked"):
+        shift_targets(batch, wrong)
 
 
 def test_log_likelihood_of_each_row():
@@ -356,7 +362,7 @@ def test_log_likelihood_of_each_row():
     rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
     with torch.no_grad():
         together = pad(rows, processor.pad)
-        found = log_likelihood(model.see(together), together)
+        found = log_likelihood(model(together), together)
         for row, value in zip(rows, found.tolist(), strict=True):
             log_p = model.causal(row.ids[None]).logits[0].float().log_softmax(-1)
             want = sum(float(log_p[i - 1, row.ids[i]]) for i in range(1, len(row)))
@@ -366,7 +372,7 @@ def test_log_likelihood_of_each_row():
 def test_weights_of_modalities():
     processor, model = processor_and_model("llama")
     rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
-    losses = model(pad(rows, processor.pad), LaVIT())
+    losses = losses_of(model, LaVIT(), pad(rows, processor.pad))
     text, image_sum = losses["text"], losses["image"]
     every = LaVIT().total(losses)
     assert torch.isclose(every, (text.total + image_sum.total) / (text.count + image_sum.count))

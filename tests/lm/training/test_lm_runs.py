@@ -26,8 +26,8 @@ from helpers.lm_runs import (
 )
 
 from lavit_lm import MultimodalLM
-from lavit_lm.models.losses import Sum
-from lavit_lm.training.sampler import HeldOutOrder
+from lavit_lm.models.losses import LossSum
+from lavit_lm.training.sampler import HeldOutSampler
 
 LORA = {"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}
 TIED = {"continuous": True, "visual_lr": 1e-3, "lm": {**SMALL, "tie_word_embeddings": True}}
@@ -105,9 +105,9 @@ def test_two_processes_are_one(strategy: str, settings: dict[str, Any], folder: 
 
 
 def test_held_out_blocks_are_dealt():
-    """The picture in HeldOutOrder."""
+    """The picture in HeldOutSampler."""
     blocks = [[(0, i)] for i in range(5)]
-    first, second = HeldOutOrder(blocks, 0, 2), HeldOutOrder(blocks, 1, 2)
+    first, second = HeldOutSampler(blocks, 0, 2), HeldOutSampler(blocks, 1, 2)
     assert list(first) == [blocks[0], blocks[2], blocks[4]] and list(second) == [
         blocks[1],
         blocks[3],
@@ -115,8 +115,8 @@ def test_held_out_blocks_are_dealt():
     ]
     assert (
         len(first) == len(second) == 3
-        and list(HeldOutOrder(blocks)) == blocks
-        and len(HeldOutOrder([])) == 0
+        and list(HeldOutSampler(blocks)) == blocks
+        and len(HeldOutSampler([])) == 0
     )
 
 
@@ -126,5 +126,5 @@ def test_counts_of_two_processes(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(type(training), "_processes", 2)
     other = torch.tensor([[1.0, 1.0]])
     training.all_gather = lambda own: torch.stack([own, other])
-    descend, shown = training._shared({"text": Sum(torch.tensor(6.0), torch.tensor(3))})
+    descend, shown = training._shared({"text": LossSum(torch.tensor(6.0), torch.tensor(3))})
     assert descend["text"].mean == 3 and shown["text"].mean == 7 / 4

@@ -1,4 +1,4 @@
-"""Samples logged while training."""
+"""Examples logged while training."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def test_samples_change_nothing(folder: Path, tiny_decoder: PixelDecoder):
         lines = (at / text).read_text().splitlines()
         assert len(lines) == 2 + 3 and lines[2].startswith(f"| {CAPTIONS[0]} | ")
         assert (at / text).read_text() == (there / text).read_text()
-        with Image.open(at / f"pictures/generated-{step:07d}.png") as sheet:
+        with Image.open(at / f"images/generated-{step:07d}.png") as sheet:
             assert sheet.size == (3 * 16, 2 * 16)
             pixels = np.asarray(sheet)
-        with Image.open(there / f"pictures/generated-{step:07d}.png") as sheet:
+        with Image.open(there / f"images/generated-{step:07d}.png") as sheet:
             assert np.array_equal(pixels, np.asarray(sheet))
     assert len(list((at / "texts").iterdir())) == 2, "once a step, however many batches it has"
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

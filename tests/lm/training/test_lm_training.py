@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers.lm_parts import image, pairs
+from helpers.lm_parts import losses as losses_of
 from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, Losses, data, module, saving, trainer
 from helpers.small_lms import small_tokenizer
 from helpers.vlgpt_parts import stage_one_directory
@@ -20,7 +21,7 @@ from lavit_lm.cli import main
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import pack, pad
 from lavit_lm.sequences.segments import ImageSegment, TextSegment
-from lavit_lm.training.sampler import BlockOrder, ExampleLayout, Samples
+from lavit_lm.training.sampler import BlockSampler, ExampleLayout, Examples
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 from lavit_tok import ShardError, VisualTokenizer, WeightsError
@@ -45,9 +46,9 @@ def test_a_run_that_was_stopped_goes_on_exactly(folder: Path, monkeypatch: pytes
             module(folder), data(folder)
         )
     planned: list[int] = []
-    plans = BlockOrder._plan
+    plans = BlockSampler._plan
     monkeypatch.setattr(
-        BlockOrder, "_plan", lambda self, number: planned.append(number) or plans(self, number)
+        BlockSampler, "_plan", lambda self, number: planned.append(number) or plans(self, number)
     )
     rest, resumed = Losses(), module(folder)
     at = sorted((folder / "ckpt").glob("epoch*"), key=lambda path: path.stat().st_mtime)[-1]
@@ -62,20 +63,25 @@ def test_a_run_that_was_stopped_goes_on_exactly(folder: Path, monkeypatch: pytes
     assert weights.model is not None and resumed.model is not None
     for name, tensor in weights.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
-    with pytest.raises(ValueError, match="rows would repeat or be missed"):
+    with pytest.raises(ValueError, match="examples would be repeated or missed"):
         trainer(folder, steps, []).fit(module(folder), data(folder, window=20), ckpt_path=at)
 
 
 def test_the_order_of_blocks(folder: Path):
     processor = module(folder).processor
     rows = [
-        {"key": str(i), "caption": CAPTIONS[i % 4], "codes": [i % 16] * (1 + i % 5)}
+        {
+            "key": str(i),
+            "caption": CAPTIONS[i % 4],
+            "codes": [i % 16] * (1 + i % 5),
+            "length": 1 + i % 5,
+        }
         for i in range(50)
     ]
-    layout = ExampleLayout(Samples(rows), LaVIT(), processor, seed=3)
+    layout = ExampleLayout(Examples(rows), LaVIT(), processor, seed=3)
 
     def blocks(count: int, **more: Any) -> list[list[tuple[int, int]]]:
-        order = iter(BlockOrder(layout, 64, 2, window=16, **more))
+        order = iter(BlockSampler(layout, 64, 2, window=16, **more))
         return [next(order) for _ in range(count)]
 
     every = blocks(60)
@@ -85,16 +91,16 @@ def test_the_order_of_blocks(folder: Path):
     assert [i for _, i in epoch] != [i for e, i in (p for b in every for p in b) if e == 1][:50], (
         "each epoch anew"
     )
-    assert all(sum(len(layout.row(p)) for p in block) <= 64 for block in every)
+    assert all(sum(len(layout.sequence(p)) for p in block) <= 64 for block in every)
     for consumed in (1, 7, 20):
         assert blocks(10, consumed=lambda: consumed) == every[2 * consumed : 2 * consumed + 10]  # noqa: B023
-    first, second = blocks(30, rank=0, world=2), blocks(30, rank=1, world=2)
+    first, second = blocks(30, rank=0, world_size=2), blocks(30, rank=1, world_size=2)
     dealt = [b for k in range(15) for b in first[2 * k : 2 * k + 2] + second[2 * k : 2 * k + 2]]
     assert dealt == every, "batches are dealt to the ranks in turn"
-    short = BlockOrder(layout, 9, 1, window=50)
+    short = BlockSampler(layout, 9, 1, window=50)
     assert short.too_long and all(length > 9 for length in short.too_long.values())
-    with pytest.raises(ValueError, match="no row fits, the shortest has"):
-        BlockOrder(layout, 2, 1, window=50)
+    with pytest.raises(ValueError, match="no sequence fits, the shortest has"):
+        BlockSampler(layout, 2, 1, window=50)
 
 
 def test_texts_are_mixed_in(folder: Path):
@@ -122,7 +128,7 @@ def test_eight_samples_are_learnt_by_heart(folder: Path):
     )
     optimizer = torch.optim.AdamW(training.model.parameters(), 5e-3)
     for _ in range(150):
-        loss = LaVIT().total(training.model(batch, LaVIT()))
+        loss = LaVIT().total(losses_of(training.model, LaVIT(), batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -151,7 +157,7 @@ def test_frozen_means_absent(folder: Path):
         training.processor.pad,
     )
     with torch.no_grad():
-        ours, theirs = training.model.eval().see(batch).states, merged.model.see(batch).states
+        ours, theirs = training.model.eval()(batch).hidden_states, merged.model(batch).hidden_states
     seen = batch.documents >= 0
     torch.testing.assert_close(theirs[seen], ours[seen], atol=1e-4, rtol=1e-4)
 
@@ -258,12 +264,12 @@ def test_a_batch_with_pictures_needs_a_bridge(folder: Path):
     row = LaVIT("given", continuous=True).layout(
         [shown, TextSegment("rain")], training.processor, torch.Generator()
     )
-    with pytest.raises(ValueError, match="no bridge for them"):
-        training.model(pad([row], training.processor.pad), LaVIT())
+    with pytest.raises(ValueError, match="but the model has no bridge"):
+        losses_of(training.model, LaVIT(), pad([row], training.processor.pad))
     bridged = module(folder, continuous=True)
     bridged.configure_model()
     assert bridged.model is not None
-    losses = bridged.model(pad([row], bridged.processor.pad), LaVIT())
+    losses = losses_of(bridged.model, LaVIT(), pad([row], bridged.processor.pad))
     LaVIT().total(losses).backward()
     moved = [
         n
@@ -339,7 +345,7 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
     made = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     assert made.caption(str(folder / "pictures" / "train" / "0.png"), 4) is not None
     assert (
-        made.objective.needs_pixels == needs_pixels
+        made.objective.connectors.needs_pixels == needs_pixels
         and (made.model.bridge is not None) == needs_pixels
     )
 

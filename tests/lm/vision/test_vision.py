@@ -11,7 +11,7 @@ import torch
 from helpers.lm_runs import Losses, data, module, saving, trainer
 from PIL import Image
 
-from lavit_lm.sequences.packing import Packed
+from lavit_lm.sequences.packing import PackedBatch
 from lavit_tok import ImageError, ShardError, Shards, VisualImageProcessor, VisualTokenizer
 from lavit_tok.cli import main as lavit_tok
 from lavit_tok.data.shard_images import ShardImages
@@ -22,7 +22,7 @@ class Batches(Losses):
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches: list[Packed] = []
+        self.batches: list[PackedBatch] = []
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
@@ -163,11 +163,11 @@ def test_images_that_do_not_match_the_shards(folder: Path, photos: list[Path]):
 def test_sequences_longer_than_a_block_are_listed(folder: Path):
     keys = Shards.open(folder / "shards", "train").dataset()["key"]
     with pytest.warns(
-        UserWarning, match=r"have more places than a block of 14 and are left out: \S+\.png \(\d+\)"
+        UserWarning, match=r"have more tokens than a block of 14 and are left out: \S+\.png \(\d+\)"
     ):
         trainer(folder, 8, []).fit(module(folder), data(folder, block=14))
     lines = [json.loads(line) for line in (folder / "too_long.jsonl").read_text().splitlines()]
-    assert lines and all(line["places"] > line["block"] == 14 for line in lines)
+    assert lines and all(line["tokens"] > line["block"] == 14 for line in lines)
     assert len({line["key"] for line in lines}) == len(lines)
     assert {line["key"] for line in lines} <= {
         *keys,
