@@ -135,7 +135,7 @@ def test_emu_01_vectors_are_causal(tiny_tokenizer: VisualTokenizer):
         assert narrow(images, none).shape == (12, 16)
     with pytest.raises(
         ValueError,
-        match="heads that divide the transformer's width, got 4 queries, 1 blocks, 3 heads",
+        match="heads that divide the hidden size, got 4 queries, 1 blocks, 3 heads",
     ):
         CausalResampler(tiny_tokenizer, 16, 4, 1, 3)
 
