@@ -1,13 +1,14 @@
-"""PrefixSeq2Seq: an encoder-decoder of `transformers` instead of a causal LM, for objectives with prefixes.
+"""PrefixSeq2Seq: an encoder-decoder of `transformers` instead of a causal LM.
 
     a block          document 0          document 1        document   encoder      decoder
     prefix           P  P  P  .  .       P  .  .  .        0          a0 a1 a2     a3 a4 .
     position         a0 a1 a2 a3 a4      b0 b1 b2 b3       1          b0 .  .      b1 b2 b3
 
-The encoder attends within a document's prefix in both directions, the decoder causally within its suffix and to all of
-the prefix: the same attention that masks.py gives a causal LM. Each document becomes a batch element, so that no family
-needs a custom mask, and positions start anew in encoder and decoder. Hidden states are scattered back to their positions
-in the block, where the objectives' losses expect them; at prefixes they are 0.
+The encoder attends within a document's prefix in both directions, the decoder causally within its
+suffix and to all of the prefix: the same attention that masks.py gives a causal LM. Each document
+becomes a batch element, so that no family needs a custom mask, and positions start anew in encoder
+and decoder. Hidden states are scattered back to their positions in the block, where the objectives'
+losses expect them; at prefixes they are 0.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ class PrefixSeq2Seq(SequenceModel):
     """SequenceModel over an encoder-decoder.
 
     Args:
-        lm: AutoModelForSeq2SeqLM of the family t5 or bart; in both, encoder, decoder and head share one matrix.
+        lm: AutoModelForSeq2SeqLM of the family t5 or bart; in both, encoder, decoder and head share
+            one matrix.
         bridge, regressor: see SequenceModel.
 
     Raises:
-        ValueError: another family, whose head may be more than a matrix, or embeddings that are scaled.
+        ValueError: another family, whose head may be more than a matrix, or embeddings that are
+            scaled.
     """
 
     def __init__(
@@ -46,8 +49,10 @@ class PrefixSeq2Seq(SequenceModel):
         config = self.causal.config
         if config.model_type not in FAMILIES or getattr(config, "scale_embedding", False):
             raise ValueError(
-                f"lm: expected an encoder-decoder of the families {', '.join(FAMILIES)} with unscaled embeddings, got "
-                f"{config.model_type!r}: its head or embeddings would be computed differently from its own forward"
+                f"lm: expected an encoder-decoder of the families {', '.join(FAMILIES)} with "
+                "unscaled embeddings, got "
+                f"{config.model_type!r}: its head or embeddings would be computed differently "
+                "from its own forward"
             )
 
     def hidden_states(
@@ -56,8 +61,8 @@ class PrefixSeq2Seq(SequenceModel):
         """Hidden states of the decoder at the positions of suffixes, 0 elsewhere.
 
         Raises:
-            ValueError: a document without a prefix or without a suffix, a prefix position after a suffix position, or a
-                suffix whose first position is predicted.
+            ValueError: a document without a prefix or without a suffix, a prefix position after a
+                suffix position, or a suffix whose first position is predicted.
         """
         is_token = batch.documents != PADDING
         check_prefixes(batch)
@@ -123,8 +128,8 @@ class PrefixDecodingState(DecodingState):
         sequences, pad_id, max_new_tokens, use_cache: see DecodingState.
 
     Raises:
-        ValueError: sequences without a prefix, suffixes that are empty or of several lengths (absolute positions cannot
-            be left-padded), or no space in the model's context.
+        ValueError: sequences without a prefix, suffixes that are empty or of several lengths
+            (absolute positions cannot be left-padded), or no space in the model's context.
     """
 
     def __init__(
@@ -138,7 +143,8 @@ class PrefixDecodingState(DecodingState):
         lengths = {int((~sequence.prefix).sum()) for sequence in sequences}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
-                f"expected prompts with suffixes of one length, got lengths {sorted(lengths)}: continue them one at a "
+                f"expected prompts with suffixes of one length, got lengths {sorted(lengths)}: "
+                "continue them one at a "
                 "time"
             )
         model.require_context(max(lengths) + max_new_tokens)
@@ -182,7 +188,7 @@ def _by_document(
 ) -> tuple[
     Float[Tensor, "n s d"], Bool[Tensor, "n s"], tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]
 ]:
-    """(each document's selected positions as a batch element, their mask, (element, position) of each one selected)."""
+    """(selected positions, one document per batch element; their mask; where each one is)."""
     length, device = batch.documents.shape[1], batch.documents.device
     block = torch.arange(len(batch.documents), device=device)[:, None]
     number = (batch.documents + length * block)[selected]
@@ -196,7 +202,7 @@ def _by_document(
 
 
 def check_prefixes(batch: PackedBatch) -> None:
-    """Raise ValueError for documents that are not a prefix followed by a suffix whose first position is given."""
+    """Raise ValueError unless documents are a prefix and a suffix that begins with a given id."""
     is_token = batch.documents != PADDING
     same = batch.documents[:, 1:] == batch.documents[:, :-1]
     border = torch.zeros_like(is_token[:, :1])
@@ -205,10 +211,12 @@ def check_prefixes(batch: PackedBatch) -> None:
     resumes = (batch.prefix[:, 1:] & ~batch.prefix[:, :-1] & same).any()
     if bool((first & ~batch.prefix).any() | (last & batch.prefix).any() | resumes):
         raise ValueError(
-            "an encoder-decoder needs sequences of a prefix and a suffix, which objectives without prefixes do not "
+            "an encoder-decoder needs sequences of a prefix and a suffix, which objectives "
+            "without prefixes do not "
             "lay out"
         )
     if bool((batch.predict[:, 1:] & batch.prefix[:, :-1] & same).any()):
         raise ValueError(
-            "the first position of a suffix is predicted, but the decoder has no position before it: lay out a start id"
+            "the first position of a suffix is predicted, but the decoder has no position before "
+            "it: lay out a start id"
         )

@@ -1,9 +1,12 @@
 """The keys and values of sequences that are continued by a causal LM, one position per step.
 
-    sequences of 3 and 1 positions, left-padded, then two steps     documents  0  0  0  0  0      positions  0  1  2  3  4
-                                                                               .  .  0  0  0                 0  0  0  1  2
+    sequences of 3 and 1 tokens, left-padded, after two steps
 
-A new position may be an id or a vector, so that one loop generates text and images. Padding is never attended to.
+    documents  0  0  0  0  0      positions  0  1  2  3  4
+               .  .  0  0  0                 0  0  0  1  2
+
+A new position may be an id or a vector, so that one loop generates text and images. Padding is
+never attended to.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ class DecodingState:
         sequences: the prompts; their prefixes attend in both directions.
         pad_id: the id at padding.
         max_new_tokens: positions that may be appended; checked against the model's context.
-        use_cache: keep keys and values; False recomputes everything at every step (slow, for tests).
+        use_cache: keep keys and values; False recomputes everything at every step (slow, for
+            tests).
 
     Raises:
         ValueError: an empty sequence, or one that leaves no space in the model's context.
@@ -50,7 +54,8 @@ class DecodingState:
         length = max(map(len, sequences))
         if context is not None and length + max_new_tokens > context:
             raise ValueError(
-                f"a prompt of {length} tokens and an output of up to {max_new_tokens} exceed the model's context of "
+                f"a prompt of {length} tokens and an output of up to {max_new_tokens} exceed the "
+                "model's context of "
                 f"{context}: shorten the prompt or generate less"
             )
         self.model, self.use_cache = model, use_cache
@@ -98,7 +103,8 @@ class DecodingState:
         is_token = self.documents != PADDING
         mask: Any = is_token.long()
         if bool(self.prefix.any()) and inputs_embeds.shape[1] == is_token.shape[1]:
-            # Only the prompt needs a mask of pairs: an appended position attends to every token before it.
+            # Only the prompt needs a mask of pairs: an appended position attends to every token
+            # before it.
             mask = model_mask(self.model.causal, self.documents, self.prefix, inputs_embeds.dtype)
         return self.model.causal.base_model(
             inputs_embeds=inputs_embeds,
@@ -112,7 +118,7 @@ class DecodingState:
 def left_padded(
     sequences: Sequence[TokenSequence], pad_id: int
 ) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"], Bool[Tensor, "b l"], Int64[Tensor, "b l"]]:
-    """(ids, is_embedding, prefix, documents) of sequences that end together; documents are 0, and -1 at padding."""
+    """(ids, is_embedding, prefix, documents) of left-padded sequences; documents are 0, or -1."""
     size = len(sequences), max(map(len, sequences))
     ids, documents = torch.full(size, pad_id), torch.full(size, PADDING)
     is_embedding, prefix = torch.zeros(2, *size, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The language model before training: loaded or new, with embedding rows for image tokens, adapters, sharding."""
+"""The language model before training: new or loaded, with image tokens, adapters, sharding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def load_lm(
         source: directory or Hub id, or the JSON of a `transformers` config for a new one.
         processor: its text tokenizer, extended by image tokens.
         text_ids: number of ids of the text tokenizer before that.
-        new_embeddings: whether to initialize the image tokens' rows; False if they were trained already.
+        new_embeddings: whether to initialize the image tokens' rows; False if they were trained
+            already.
         seed: for them, and for the weights of a new LM.
 
     Raises:
@@ -63,7 +64,8 @@ def load_lm(
     elif lm.get_input_embeddings().num_embeddings < vocabulary.stop:
         rows = lm.get_input_embeddings().num_embeddings
         raise VocabularyError(
-            f"the text tokenizer has ids up to {vocabulary.stop - 1}, the LM {source} only {rows} embedding rows: give "
+            f"the text tokenizer has ids up to {vocabulary.stop - 1}, the LM {source} only "
+            f"{rows} embedding rows: give "
             "the tokenizer without image tokens, or an LM that was trained with them"
         )
     return lm
@@ -77,18 +79,16 @@ def lm_class(config: Any) -> Any:
 def sequence_model(
     lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None
 ) -> SequenceModel:
-    """The LM over packed sequences; in an encoder-decoder a sequence is split at the end of its prefix."""
+    """The LM over packed sequences; an encoder-decoder splits each at the end of its prefix."""
     return (PrefixSeq2Seq if lm.config.is_encoder_decoder else SequenceModel)(lm, bridge, regressor)
 
 
 def with_lora(lm: Any, vocabulary: VisualVocabulary, settings: dict[str, Any]) -> Any:
     """The LM frozen, with peft's adapters; the embedding rows of image tokens are trained as well.
 
-    Args:
-        settings: of peft's LoraConfig.
-
     Raises:
-        ValueError: an encoder-decoder, whose embedding matrix is shared by several layers, of which peft trains one.
+        ValueError: an encoder-decoder, whose embedding matrix is shared by several layers, of which
+            peft trains one.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -108,12 +108,12 @@ def with_lora(lm: Any, vocabulary: VisualVocabulary, settings: dict[str, Any]) -
 
 
 def shard(model: SequenceModel, mesh: Any) -> None:
-    """FSDP2: each block of the LM is a unit, all other parameters (embeddings, norm, head, bridge) one more."""
+    """FSDP2: each block of the LM is a unit, all other parameters are one more."""
     from torch.distributed.fsdp import fully_shard
 
     stacks = [m for m in model.causal.base_model.modules() if isinstance(m, nn.ModuleList)]
     for block in max(stacks, key=len):
         fully_shard(block, mesh=mesh)
-    # The root's parameters stay whole from its forward to the end of the backward pass: an objective's losses call the
-    # head after the model's forward.
+    # The root's parameters stay whole from its forward to the end of the backward pass: an
+    # objective's losses call the head after the model's forward.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

@@ -1,13 +1,13 @@
-"""The one shift of the package: the hidden state at position i - 1 predicts position i; and named losses.
+"""Named losses, and the one shift of the package: position i - 1 predicts position i.
 
     position       0    1      2      3    4    5       6
     id             <s>  a      <img>  7    3    </img>  </s>
     hidden state   h0   h1     h2     h3   h4   h5      .
     predicts       a    <img>  7      3    </img> </s>
 
-Losses are averaged over their own targets, cross-entropy and regression apart, so that their balance does not depend on
-the ratio of images in a batch. Regression targets are always detached: otherwise the model lowers the loss by moving
-its targets.
+Losses are averaged over their own targets, cross-entropy and regression apart, so that their
+balance does not depend on the ratio of images in a batch. Regression targets are always detached:
+otherwise the model lowers the loss by moving its targets.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class ModelOutput:
         hidden_states: after the LM's last norm.
         inputs_embeds: the LM's inputs: rows of its embedding, or the bridge's vectors.
         head: hidden states -> logits over the vocabulary.
-        regressor: hidden states -> vectors of the LM's hidden size; None for a model that predicts ids only.
+        regressor: hidden states -> vectors of the LM's hidden size; None for a model that predicts
+            ids only.
     """
 
     hidden_states: Float[Tensor, "b l d"]
@@ -72,7 +73,8 @@ def shift_targets(
     has_source = target % batch.ids.shape[1] > 0
     if not bool((has_source & (documents[source] == documents[target])).all()):
         raise ValueError(
-            "the first position of a document is marked as a target: no position precedes it to predict it from"
+            "the first position of a document is marked as a target: no position precedes it to "
+            "predict it from"
         )
     return source, target
 
@@ -96,11 +98,12 @@ def has_images(batch: PackedBatch) -> Bool[Tensor, "b l"]:
 
 
 def regression(output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
-    """{"vectors": sums of squared errors, each a mean over d; "spread": standard deviation of the targets}.
+    """Sums of squared errors of "vectors", each a mean over d, and the "spread" of the targets.
 
-    The target of position i - 1 is the input embedding of position i, detached: a vector of the bridge, or the embedding
-    of the id that ends an image. If the bridge learns vectors that are easy to predict, they become equal and "spread",
-    the standard deviation of a dimension over the batch's targets, goes to 0; it is logged, not minimized.
+    The target of position i - 1 is the input embedding of position i, detached: a vector of the
+    bridge, or the embedding of the id that ends an image. If the bridge learns vectors that are
+    easy to predict, they become equal and "spread", the standard deviation of a dimension over the
+    batch's targets, goes to 0; it is logged, not minimized.
 
     Raises:
         ValueError: a model without a regression head.
@@ -119,7 +122,7 @@ def regression(output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
 
 
 def log_likelihood(output: ModelOutput, batch: PackedBatch) -> Float[Tensor, " b"]:
-    """log p in nats of each block's predicted ids, given the positions before them."""
+    """The log p in nats of each block's predicted ids, given the positions before them."""
     nats, target = _nats(output, batch)
     block = torch.div(target, batch.ids.shape[1], rounding_mode="floor")
     return -torch.zeros(len(batch.ids), device=nats.device).index_add(0, block, nats)

@@ -1,8 +1,8 @@
-"""SequenceModel: any causal LM of `transformers` over packed sequences, with vectors as some of its inputs.
+"""SequenceModel: any causal LM of `transformers` over packed sequences of ids and vectors.
 
-ids -> embeddings, vectors at is_embedding -> the LM's blocks under the mask of masks.py -> hidden states
-                                                                                             |-> head: logits
-                                                                                             '-> regressor: vectors
+ids, images -> input embeddings -> the LM's blocks under the mask of masks.py -> hidden states
+                                                                                 |-> head
+                                                                                 '-> regressor
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from lavit_lm.sequences.token_sequence import TokenSequence
 
 
 class SequenceModel(nn.Module):
-    """A causal LM, the bridge that computes vectors for its inputs, and the head that predicts vectors, if any.
+    """A causal LM, the bridge that computes its input vectors, and the head that predicts vectors.
 
     Args:
         lm: AutoModelForCausalLM of any family, or a peft model around one.
-        bridge: images and keep masks -> vectors of the LM's hidden size; None if all inputs are ids. Its parameters
-            are trained with a learning rate of their own, those of its submodule "encoder", if any, with a third.
+        bridge: images and keep masks -> vectors of the LM's hidden size; None if all inputs are
+            ids. Its parameters are trained with a learning rate of their own, those of its
+            submodule "encoder", if any, with a third.
         regressor: hidden states -> vectors of the LM's hidden size; None if only ids are predicted.
     """
 
@@ -51,7 +52,7 @@ class SequenceModel(nn.Module):
         return ModelOutput(hidden_states, inputs_embeds, self.head, self.regressor)
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters that require a gradient, by learning rate: "lm", "visual" (the bridge), "encoder"."""
+        """Parameters with a gradient by learning rate: "lm", "visual" (the bridge), "encoder"."""
         bridge = [] if self.bridge is None else list(self.bridge.parameters())
         encoder_module: Any = getattr(self.bridge, "encoder", None)
         encoder = set() if encoder_module is None else {id(p) for p in encoder_module.parameters()}
@@ -74,7 +75,8 @@ class SequenceModel(nn.Module):
         embedded = self.causal.get_input_embeddings()(ids)
         if not bool(is_embedding.any()):
             if self.bridge is not None and torch.is_grad_enabled():
-                # DDP and FSDP wait for a gradient of every parameter in every process: without images the bridge's is 0.
+                # DDP and FSDP wait for a gradient of every parameter in every process: without
+                # images the bridge's is 0.
                 sums = [p.sum() for p in self.bridge.parameters() if p.requires_grad]
                 if sums:
                     embedded = embedded + 0 * torch.stack(sums).sum().to(embedded.dtype)
@@ -91,7 +93,8 @@ class SequenceModel(nn.Module):
     ) -> Float[Tensor, "b l d"]:
         """Hidden states after the LM's last norm."""
         mask = model_mask(self.causal, batch.documents, batch.prefix, inputs_embeds.dtype)
-        # Flash kernels find documents by positions that restart, which `transformers` ignores with a cache or 2-D mask.
+        # Flash kernels find documents by positions that restart, which `transformers` ignores with
+        # a cache or 2-D mask.
         return self.causal.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
@@ -119,7 +122,8 @@ class SequenceModel(nn.Module):
         for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
             if getattr(config, name, None) not in (None, 1, 1.0):
                 raise ValueError(
-                    f"{config.model_type}: {name}={getattr(config, name)} would be left out of the loss"
+                    f"{config.model_type}: {name}={getattr(config, name)} would be left out of "
+                    "the loss"
                 )
         logits = self.causal.get_output_embeddings()(hidden_states)
         cap = getattr(config, "final_logit_softcapping", None)

@@ -1,4 +1,4 @@
-"""Training objectives of a language model over text and images, one folder per paper; base.py is what they share."""
+"""Training objectives of a language model over text and images, one folder per paper."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Objective: how examples become sequences, what attends to what, what is predicted, and with which loss.
+"""Objective: how examples become sequences, what is predicted, and with which loss.
 
-    segments     -layout->  TokenSequence: ids, roles, targets (ids or vectors), prefix    -packing.py, masks.py->
-    PackedBatch  -model->   ModelOutput: hidden states, input embeddings, heads            -losses->  named sums
+    segments     -layout->  TokenSequence: ids, roles, targets, prefix     -packing.py, masks.py->
+    PackedBatch  -model->   ModelOutput: hidden states, inputs, heads      -losses->  named sums
     named sums   -total->   the loss of a training step
 
-A new objective is one class in one file; docs/objectives.md contains a complete one. How a model is prompted, how
-images enter it and what it generates for an image are records beside the objective (records.py).
+A new objective is one class in one file; docs/objectives.md contains a complete one. How a model is
+prompted, how images enter it and what it generates for an image are records beside the objective
+(records.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PairOrder = Literal["both", "image_first", "text_first", "given"]
 
 
 class Objective(ABC):
-    """One way to learn text and images in one sequence. Subclasses are frozen dataclasses of plain values."""
+    """One way to learn text and images in one sequence; a frozen dataclass of plain values."""
 
     name: ClassVar[str]
     """The objective's name in a saved model's lavit_lm.json."""
@@ -59,7 +60,8 @@ class Objective(ABC):
     ) -> TokenSequence:
         """Build the training sequence of an example.
 
-        All randomness comes from the generator; the same numbers are drawn whatever the example contains.
+        All randomness comes from the generator; the same numbers are drawn whatever the example
+        contains.
 
         Raises:
             ValueError: an example that this objective cannot learn from, named by its key.
@@ -71,9 +73,10 @@ class Objective(ABC):
         processor: MultimodalProcessor,
         generator: torch.Generator,
     ) -> int | None:
-        """The length of the sequence that `layout` builds, from the lengths of the segments and the same random draws.
+        """The length of the sequence that `layout` builds for segments of these lengths.
 
-        Returns: None where only building the sequence can tell; the sampler then does so to plan blocks.
+        Returns: None where only building the sequence can tell; the sampler then does so to plan
+        blocks.
         """
         return None
 
@@ -84,7 +87,7 @@ class Objective(ABC):
         processor: MultimodalProcessor,
         output: Literal["text", "image"],
     ) -> TokenSequence:
-        """Build the sequence after which a text or an image is generated; for an image it ends with the start id.
+        """Build the sequence after which a text is generated, or an image if it ends with <img>.
 
         Raises:
             ValueError: a prompt that this objective cannot continue.
@@ -120,10 +123,13 @@ def ordered(
     """Sort an image-text pair into the requested order.
 
     Args:
+        segments: of an example, or their lengths.
         order: "both" puts the image first where `draw` is below 0.5.
         draw: a uniform random number in 0..1.
+        key: of the example, for messages.
 
-    Returns: the segments, and whether they are a pair that was sorted; other examples keep their order.
+    Returns: the segments, and whether they are a pair that was sorted; other examples keep their
+    order.
 
     Raises:
         ValueError: no segments.
@@ -142,6 +148,7 @@ def require_pixels(segment: ImageSegment, name: str, key: str = "") -> ImageSegm
     if segment.image is None:
         of = f"example {key!r}" if key else "the prompt"
         raise ValueError(
-            f"{name} needs the pixels of images, and {of} has only the codes of one: pass the image itself"
+            f"{name} needs the pixels of images, and {of} has only the codes of one: pass the "
+            "image itself"
         )
     return segment

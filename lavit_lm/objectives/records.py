@@ -1,6 +1,6 @@
-"""The records beside an objective: how a model is prompted, how images enter it, and what it generates for an image.
+"""The records beside an objective: prompt templates, connectors, and image outputs.
 
-image  -Connectors-> codes' ids, or vectors through a bridge -> LM -> codes or vectors -ImageOutput.load_decoder-> image
+image  -Connectors->  codes, or vectors of a bridge  -LM->  codes or vectors  -ImageOutput->  image
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ class Connectors:
     """How images enter the LM, and which modules an objective adds to it.
 
     Args:
-        bridge: (visual tokenizer, hidden_size) -> a module that maps (uint8 [k 3 h w], bool [k patches]) to
-            [m hidden_size], one vector for each `is_embedding` position; None: images enter as codes only.
-        regressor: hidden_size -> a module [t hidden_size] -> [t hidden_size] that predicts vectors; None: ids only.
+        bridge: (visual tokenizer, hidden_size) -> a module that maps (uint8 [k 3 h w], bool [k
+            patches]) to [m hidden_size], one vector for each `is_embedding` position; None: images
+            enter as codes only.
+        regressor: hidden_size -> a module [t hidden_size] -> [t hidden_size] that predicts vectors;
+            None: ids only.
         needs_codes: whether examples need the codes of their images; else their pixels are enough.
-        complete_batch: called with a batch on its device, the frozen visual tokenizer and the processor; fills in
-            ids that only the visual tokenizer can compute.
+        complete_batch: called with a batch on its device, the frozen visual tokenizer and the
+            processor; fills in ids that only the visual tokenizer can compute.
     """
 
     bridge: Callable[[Any, int], nn.Module] | None = None
@@ -77,8 +79,8 @@ class ImageVectors:
 
     Args:
         vectors: float [b n d].
-        unconditional: float [1 n d], the vectors that the same model generates after an empty prompt; classifier-free
-            guidance subtracts their condition.
+        unconditional: float [1 n d], the vectors that the same model generates after an empty
+            prompt; classifier-free guidance subtracts their condition.
     """
 
     vectors: Float[Tensor, "b n d"]
@@ -94,7 +96,8 @@ class ImageDecoder(Protocol):
 
         Args:
             outputs: VisualCodes, or ImageVectors; see ImageOutput.kind.
-            generator: source of the noise; a list with one for each image makes each independent of its batch.
+            generator: source of the noise; a list with one for each image makes each independent of
+                its batch.
             options: num_inference_steps, guidance_scale, and whatever else the decoder accepts.
 
         Returns: an image for each, PIL by default.
@@ -133,9 +136,11 @@ class ImageOutput:
 
     Args:
         kind: "codes" or "vectors".
-        min_length, max_length: codes or vectors of an image; None: the visual tokenizer's number of patches.
+        min_length, max_length: codes or vectors of an image; None: the visual tokenizer's number of
+            patches.
         emits_start: whether the model itself predicts the id that begins an image.
-        load_decoder: (name, device) -> ImageDecoder; the name is "default", a directory or a Hub id.
+        load_decoder: (name, device) -> ImageDecoder; the name is "default", a directory or a Hub
+            id.
     """
 
     kind: Literal["codes", "vectors"] = "codes"
@@ -150,6 +155,6 @@ class ImageOutput:
         return tuple(patches if n is None else n for n in limits)  # type: ignore[return-value]
 
     def encode_budget(self, patches: int) -> int | None:
-        """The `budget` with which images in prompts and documents are encoded; None where any number of codes will do."""
+        """The `budget` for encoding images of prompts and documents; None for any number."""
         least = self.limits(patches)[0]
         return None if least == 1 else least

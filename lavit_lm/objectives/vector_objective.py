@@ -1,6 +1,6 @@
-"""What Emu and VL-GPT share: sequences in which an image is a fixed number of vectors, generated one after another.
+"""What Emu and VL-GPT share: sequences in which an image is a fixed number of vectors.
 
-[image, "a cat"]    <s> <img> v1 v2 </img> a cat </s>      targets of <img>, the vectors and </img>: the objective's
+[image, "a cat"]    <s> <img> v1 v2 </img> a cat </s>      targets of the image: the objective's
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class VectorObjective(Objective):
         generator: torch.Generator,
         key: str = "",
     ) -> TokenSequence:
-        """A sequence of any texts and images. Raises ValueError for no segments, or an image without pixels."""
+        """A sequence of texts and images. Raises ValueError for no segments, or no pixels."""
         segments, _ = ordered(segments, self.order, _draw(generator), key)
         builder = self._append(segments, processor, key)
         return builder.text([processor.stop], predict=segments[-1].is_target).build(key)
@@ -71,7 +71,7 @@ class VectorObjective(Objective):
     def scoring_sequence(
         self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
     ) -> TokenSequence:
-        """A text and </s>. Raises ValueError for an image: the model assigns no probability to vectors."""
+        """A text and </s>. Raises ValueError for an image: vectors have no probability."""
         if answer.is_image:
             return super().scoring_sequence(context, answer, processor)
         segments = [replace(segment, is_target=False) for segment in context]

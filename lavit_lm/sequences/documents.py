@@ -1,15 +1,15 @@
 """Interleaved texts and images: videos, storyboards, and documents to train on.
 
     clip         many images                     -> 8 of them, evenly spaced
-    storyboard   frames and subtitles with times -> parts: the subtitles since the last frame come before a frame
+    storyboard   frames and subtitles with times -> parts: before a frame its subtitles
     as_segments  parts                           -> segments for an objective's layout
     Documents    JSON lines beside their images  -> examples for training/sampler.py
 
 `parts` are strings and images in turn, as MultimodalLM's prompts. A line of a file of documents:
 
-    {"key": "a walk", "segments": [{"text": "In the morning"}, {"image": "walk/1.png"}, {"text": "we left."}]}
+    {"key": "a walk", "segments": [{"text": "Then"}, {"image": "walk/1.png"}, {"text": "we left."}]}
 
-    frames at 0, 4, 8 s; subtitles at 1, 2, 9 s      ->      frame 0, "one two", frame 4, frame 8, "nine"
+    frames at 0, 4, 8 s; subtitles at 1, 2, 9 s  ->  frame 0, "one two", frame 4, frame 8, "nine"
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def storyboard(
 def as_segments(
     parts: Sequence[Any], image_processor: VisualImageProcessor, is_target: bool = True
 ) -> list[Segment]:
-    """Segments for an objective that needs pixels; an image is opened only when its vectors are computed.
+    """Segments for an objective that needs pixels; images are opened when they are needed.
 
     Args:
         parts: strings, and images as VisualTokenizer.encode accepts them, files as pathlib.Path.
@@ -95,26 +95,29 @@ def as_segments(
 
 
 def document_line(key: str, parts: Sequence[str | PurePosixPath]) -> str:
-    """A line of a file of documents, without the newline; images are paths relative to the file's folder."""
+    """A line of a file of documents, without newline; image paths are relative to the file."""
     segments = [{"text": p} if isinstance(p, str) else {"image": p.as_posix()} for p in parts]
     return json.dumps({"key": key, "segments": segments}, ensure_ascii=False)
 
 
 class Documents:
-    """Map-style: documents[i] is (segments, key) of the i-th line; images are opened when their vectors are computed.
+    """Map-style: documents[i] is (segments, key) of line i; images are opened when needed.
 
-    Every line is checked when the file is opened. For an objective with codes, all images are encoded then too, once
-    and in memory: some kB per hundred images, but as slow as `lavit-tok shards` for the same number.
+    Every line is checked when the file is opened. For an objective with codes, all images are
+    encoded then too, once and in memory: some kB per hundred images, but as slow as `lavit-tok
+    shards` for the same number.
 
     Args:
         file: JSON lines, see the top of this file; images are in its folder or below.
         image_processor: the visual tokenizer's.
-        encode: uint8 [b 3 s s] -> their codes with keep masks; None for an objective that uses pixels only.
+        encode: uint8 [b 3 s s] -> their codes with keep masks; None for an objective that uses
+            pixels only.
         pixels: give image segments with pixels; False for an objective that uses codes only.
         batch: images encoded at a time.
 
     Raises:
-        ValueError: a file or image that cannot be read, or a line that is not a document, by its number.
+        ValueError: a file or image that cannot be read, or a line that is not a document, by its
+            number.
     """
 
     def __init__(

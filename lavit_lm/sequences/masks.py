@@ -1,11 +1,11 @@
 """What attends to what: the one place where attention masks are built.
 
-    documents 0 0 0 0 1 1, prefix P P . . P .        x: the position of the line attends to that of the column
+    documents 0 0 0 0 1 1, prefix P P . . P .      x: the line's position attends to the column's
 
             P P . . P .
-      0 P   x x . . . .      a prefix position attends to the whole prefix of its document, also after itself,
-      0 P   x x . . . .      any position attends to those before it in its document, and to itself,
-      0 .   x x x . . .      and none attends to another document
+      0 P   x x . . . .      a prefix position attends to the whole prefix of its document,
+      0 P   x x . . . .      any position to itself and to those before it in its document,
+      0 .   x x x . . .      and none to another document
       0 .   x x x x . .
       1 P   . . . . x .
       1 .   . . . . x x
@@ -39,19 +39,22 @@ def model_mask(
 ) -> Bool[Tensor, "b 1 l l"] | Float[Tensor, "b 1 l l"] | None:
     """The mask in the form that a `transformers` model expects.
 
-    Returns: booleans for sdpa; 0 and the least number of `dtype` for eager, which would add booleans to the scores and
-        so silently mask nothing; None for flash attention, which infers documents from restarted positions.
+    Returns: booleans for sdpa; 0 and the least number of `dtype` for eager, which would add
+    booleans to the scores and
+        so silently mask nothing; None for flash attention, which infers documents from restarted
+        positions.
 
     Raises:
-        ValueError: a kernel that does not support the mask, or a sliding window shorter than the block, which an
-            explicit mask would switch off.
+        ValueError: a kernel that does not support the mask, or a sliding window shorter than the
+            block, which an explicit mask would switch off.
     """
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     window = getattr(config, "sliding_window", None)
     window = window if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < documents.shape[1]:
         raise ValueError(
-            f"blocks of {documents.shape[1]} tokens exceed the model's sliding window of {window}, which a mask for "
+            f"blocks of {documents.shape[1]} tokens exceed the model's sliding window of "
+            f"{window}, which a mask for "
             "packed sequences would switch off; use blocks no longer than the window"
         )
     kernel = config._attn_implementation

@@ -1,13 +1,13 @@
-"""Sequences of many lengths -> blocks of one length, with little padding and no attention between documents.
+"""Sequences of many lengths -> blocks of one length, with little padding.
 
-    sequences of 3, 2, 4 tokens, blocks of 8       block 0                        block 1
-                                       ids         b0 b1 b2 b3 a0 a1 a2 .        c0 c1 .  .  .  .  .  .
-                                       documents   0  0  0  0  1  1  1  -1       0  0  -1 -1 -1 -1 -1 -1
-                                       positions   0  1  2  3  0  1  2  0        0  1  0  1  2  3  4  5
+    sequences of 3, 2, 4 tokens    block 0                        block 1
+                         ids       b0 b1 b2 b3 a0 a1 a2 .         c0 c1 .  .  .  .  .  .
+                         documents 0  0  0  0  1  1  1  -1        0  0  -1 -1 -1 -1 -1 -1
+                         positions 0  1  2  3  0  1  2  0         0  1  0  1  2  3  4  5
 
-Blocks are filled one after another with the longest sequences that fit, and completed by one or two that leave no
-padding. Positions restart with each document; masks.py prevents attention between documents. Padding is a document of
-its own.
+Blocks are filled one after another with the longest sequences that fit, and completed by one or two
+that leave no padding. Positions restart with each document; masks.py prevents attention between
+documents. Padding is a document of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class PackedBatch:
         ids: int64 [b l]; the pad id at padding.
         roles: int8 [b l].
         predict, regress, prefix, is_embedding: bool [b l].
-        images: uint8 [k 3 h w], the images of the `is_embedding` positions, block after block; k is 0 without any.
+        images: uint8 [k 3 h w], the images of the `is_embedding` positions, block after block; k is
+            0 without any.
         keep: bool [j patches]; j is k, or 0 where the bridge needs no mask.
         documents: int64 [b l], 0, 1, ... within a block; -1 at padding.
         positions: int64 [b l], positions within the document.
@@ -65,8 +66,9 @@ class PackedBatch:
 def plan_blocks(lengths: Sequence[int], block: int) -> list[list[int]]:
     """Which sequences share a block: lists of indices, each sequence once, in O(n block).
 
-    A block is completed by one sequence, or by two, that leave no padding; as long as there are none, the longest
-    sequence that fits is added. A few blocks at the end, when few sequences remain, have more padding.
+    A block is completed by one sequence, or by two, that leave no padding; as long as there are
+    none, the longest sequence that fits is added. A few blocks at the end, when few sequences
+    remain, have more padding.
 
     Raises:
         ValueError: a sequence longer than a block, or an empty one.
@@ -75,7 +77,8 @@ def plan_blocks(lengths: Sequence[int], block: int) -> list[list[int]]:
     for i in reversed(range(len(lengths))):
         if not 0 < lengths[i] <= block:
             raise ValueError(
-                f"sequence {i}: expected 1 to {block} tokens, the length of a block, got {lengths[i]}"
+                f"sequence {i}: expected 1 to {block} tokens, the length of a block, got "
+                f"{lengths[i]}"
             )
         remaining.setdefault(lengths[i], []).append(i)
     blocks: list[list[int]] = []
@@ -93,7 +96,7 @@ def plan_blocks(lengths: Sequence[int], block: int) -> list[list[int]]:
 
 
 def _completing(remaining: dict[int, list[int]], space: int) -> tuple[int, ...]:
-    """Lengths of one sequence, or of two, that fill the space exactly; of several pairs the one with the longest."""
+    """Lengths of one or two sequences that fill the space; of pairs, the one with the longest."""
     if space in remaining:
         return (space,)
     longer = [n for n in remaining if n >= space - n and space - n in remaining]
@@ -120,7 +123,8 @@ def pack(blocks: Sequence[Sequence[TokenSequence]], length: int, pad_id: int) ->
     """Concatenate the sequences of each block.
 
     Args:
-        blocks: for each block its sequences, at least one block; one without sequences is all padding.
+        blocks: for each block its sequences, at least one block; one without sequences is all
+            padding.
         length: positions of a block.
         pad_id: id at padding.
 
@@ -132,7 +136,8 @@ def pack(blocks: Sequence[Sequence[TokenSequence]], length: int, pad_id: int) ->
     for sequences in blocks:
         if sum(map(len, sequences)) > length:
             raise ValueError(
-                f"sequences of {[len(s) for s in sequences]} tokens do not fit into a block of {length}"
+                f"sequences of {[len(s) for s in sequences]} tokens do not fit into a block of "
+                f"{length}"
             )
     size = (len(blocks), length)
     names = ("predict", "regress", "prefix", "is_embedding")

@@ -1,6 +1,6 @@
 """An example before it becomes a sequence: text and image segments, and their lengths alone.
 
-[TextSegment("a cat"), ImageSegment(codes 7 3 9)]  -an objective's layout->  TokenSequence (token_sequence.py)
+[TextSegment("a cat"), ImageSegment(codes 7 3 9)]  -Objective.layout->  TokenSequence
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class TextSegment:
 
     Args:
         text: any string; it is never encoded as image ids, whatever it contains.
-        is_target: whether the model is trained to generate it; False for a question or an instruction.
+        is_target: whether the model is trained to generate it; False for a question or an
+            instruction.
     """
 
     is_image: ClassVar[bool] = False
@@ -29,18 +30,19 @@ class TextSegment:
 
 @dataclass(frozen=True)
 class ImageSegment:
-    """An image of an example: its codes, its pixels (for a bridge that turns them into vectors), or both.
+    """An image of an example: its codes, its pixels (for a bridge), or both.
 
     Args:
         codes: int64 [n], n >= 1, of one image; None for an objective that uses vectors only.
         image: uint8 [3 h w], or a function that opens it, which is called only when the vectors are
             needed; None embeds the codes.
-        keep: bool [patches], the patches that the bridge turns into vectors; the kept patches of the
-            codes, if there are codes.
+        keep: bool [patches], the patches that the bridge turns into vectors; the kept patches of
+            the codes, if there are codes.
         is_target: whether the model is trained to generate it.
 
     Raises:
-        ValueError: neither codes nor pixels, no codes at all, or pixels without the keep mask of the codes.
+        ValueError: neither codes nor pixels, no codes at all, or pixels without the keep mask of
+            the codes.
     """
 
     is_image: ClassVar[bool] = True

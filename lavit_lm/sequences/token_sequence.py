@@ -7,9 +7,9 @@
     role      TEXT  TEXT  TEXT  BEGIN  VISUAL  VISUAL  VISUAL  END     TEXT
     predict   .     x     x     x      x       x       x       x       x
 
-An objective (objectives/) decides which positions are predicted, which are given as vectors, and which attend in both
-directions. The id at position i is predicted from the hidden state at position i - 1: the one shift of this package is
-in models/losses.py.
+An objective (objectives/) decides which positions are predicted, which are given as vectors, and
+which attend in both directions. The id at position i is predicted from the hidden state at position
+i - 1: the one shift of this package is in models/losses.py.
 """
 
 from __future__ import annotations
@@ -53,14 +53,18 @@ class TokenSequence:
     """One example as a sequence; every tensor has one entry for each position.
 
     Args:
-        ids: int64 [n]; at a position whose input is a vector, the id is still the cross-entropy target.
+        ids: int64 [n]; at a position whose input is a vector, the id is still the cross-entropy
+            target.
         roles: int8 [n], see Role.
         predict: bool [n], True where the id is a cross-entropy target (of the position before).
-        regress: bool [n], True where the input embedding is a regression target (of the position before).
-        prefix: bool [n], True where the position is attended to by the whole prefix, also from positions before it.
-        is_embedding: bool [n], True where the input is a vector of the bridge instead of the id's embedding.
-        image_segments: the images that the vectors are computed from, in order; the bridge returns as many vectors as
-            is_embedding has positions.
+        regress: bool [n], True where the input embedding is a regression target (of the position
+            before).
+        prefix: bool [n], True where the position is attended to by the whole prefix, also from
+            positions before it.
+        is_embedding: bool [n], True where the input is a vector of the bridge instead of the id's
+            embedding.
+        image_segments: the images that the vectors are computed from, in order; the bridge returns
+            as many vectors as is_embedding has positions.
         key: name of the example, for messages.
     """
 
@@ -85,7 +89,7 @@ class TokenSequence:
 
     @property
     def keep(self) -> Bool[Tensor, "k patches"]:
-        """The patches of image_segments that get a vector; k is 0 where the bridge needs no mask."""
+        """The patches of image_segments with a vector; k is 0 where the bridge needs no mask."""
         masks = [s.keep for s in self.image_segments if s.keep is not None]
         return torch.stack(masks) if masks else torch.zeros(0, 0, dtype=torch.bool)
 
@@ -109,11 +113,7 @@ class SequenceBuilder:
         prefix: bool = False,
         embed: ImageSegment | None = None,
     ) -> SequenceBuilder:
-        """Append positions of one role. Returns itself.
-
-        Args:
-            embed: an image whose vectors are the inputs at these positions.
-        """
+        """Append positions of one role; `embed` is an image whose vectors are their inputs."""
         self.ids += ids
         self.roles += [int(role)] * len(ids)
         self.flags += [(predict, regress, prefix, embed is not None)] * len(ids)
@@ -139,7 +139,9 @@ class SequenceBuilder:
         Args:
             delimiters: the ids that begin and end it.
             ids: its code ids; for vectors without codes as many pad ids.
-            begin, visual, end: flags of the three parts.
+            begin: flags of the first delimiter.
+            visual: flags of the codes or vectors.
+            end: flags of the second delimiter.
             embed: an image whose vectors are the inputs between the delimiters.
         """
         self.add(delimiters[:1], Role.BEGIN, **begin)

@@ -4,8 +4,9 @@
     texts ---------------------+
     documents -----------------+
 
-The state of a run is the number of batches trained on, which Lightning saves, and the window of examples that contains
-this batch, which is saved with it so that earlier windows need not be planned again.
+The state of a run is the number of batches trained on, which Lightning saves, and the window of
+examples that contains this batch, which is saved with it so that earlier windows need not be
+planned again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lavit_tok.data.shard_images import ShardImages
 
 
 class ResumingLoader(DataLoader):
-    """The two empty methods tell Lightning, truthfully, that a run resumed within an epoch continues where it was."""
+    """The two empty methods tell Lightning that a run can resume within an epoch."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -42,21 +43,23 @@ class ResumingLoader(DataLoader):
 
 
 class LanguageDataModule(LightningDataModule):
-    """PackedBatch blocks of token shards and texts, laid out by the objective of the module that is trained.
+    """Packed blocks of token shards and texts, laid out by the trained module's objective.
 
     Args:
         shards: folder written by `lavit-tok shards`.
         block: tokens of a block.
         batch_size: blocks of a batch and device.
-        texts: JSON lines, parquet or a Hub name with a column "text", mixed in as text-only sequences; None for none.
+        texts: JSON lines, parquet or a Hub name with a column "text", mixed in as text-only
+            sequences; None for none.
         window: examples that are packed together.
         num_workers: loading processes per device.
         seed: determines the order and all random draws.
         splits: names of the training, validation and test split in the shards.
-        images: the data set from which the shards were created (path or Hub name), for an objective that embeds images
-            as vectors; an image is opened only when its vectors are needed.
-        documents: JSON lines of texts and images in turn, mixed in as sequences of their own; see documents.py. For an
-            objective with codes their images are encoded at the start, by the module's visual tokenizer.
+        images: the data set from which the shards were created (path or Hub name), for an objective
+            that embeds images as vectors; an image is opened only when its vectors are needed.
+        documents: JSON lines of texts and images in turn, mixed in as sequences of their own; see
+            documents.py. For an objective with codes their images are encoded at the start, by the
+            module's visual tokenizer.
     """
 
     def __init__(
@@ -87,15 +90,17 @@ class LanguageDataModule(LightningDataModule):
         """Open shards, texts, documents and images.
 
         Raises:
-            ShardError: shards of another tokenizer than the module's, or images from which the shards were not created.
-            ValueError: an objective that needs pixels without `images`, or `images` for one that does not; a line that
-                is not a document.
+            ShardError: shards of another tokenizer than the module's, or images from which the
+                shards were not created.
+            ValueError: an objective that needs pixels without `images`, or `images` for one that
+                does not; a line that is not a document.
         """
         module: Any = self.trainer.lightning_module
         name, needs_pixels = module.objective.name, module.objective.connectors.needs_pixels
         if needs_pixels and self.images is None:
             raise ValueError(
-                f"{name}: images are embedded as vectors of their pixels, which the shards do not contain; give "
+                f"{name}: images are embedded as vectors of their pixels, which the shards do "
+                "not contain; give "
                 f"data.images, the data set from which {self.shards} was created"
             )
         if self.images is not None and not needs_pixels:
@@ -175,7 +180,7 @@ class LanguageDataModule(LightningDataModule):
     test_dataloader = val_dataloader
 
     def _report_too_long(self) -> None:
-        """Warn once of sequences that no block can hold, and list all those planned so far in too_long.jsonl."""
+        """Warn once of sequences longer than a block; list all planned so far in too_long.jsonl."""
         if self.sampler is not None:
             self.too_long |= self.sampler.too_long
         if not self.too_long or not self.trainer.is_global_zero:
@@ -191,8 +196,10 @@ class LanguageDataModule(LightningDataModule):
             self._warned = True
             first = ", ".join(f"{key} ({n})" for key, n in list(self.too_long.items())[:3])
             warnings.warn(
-                f"{len(self.too_long)} of the sequences planned so far have more tokens than a block of {self.block} "
-                f"and are left out: {first}{', ...' if len(self.too_long) > 3 else ''}; all are listed in {path}",
+                f"{len(self.too_long)} of the sequences planned so far have more tokens than a "
+                f"block of {self.block} "
+                f"and are left out: {first}{', ...' if len(self.too_long) > 3 else ''}; all are "
+                f"listed in {path}",
                 stacklevel=2,
             )
 

@@ -1,10 +1,10 @@
-"""Which examples a run trains on, in which order and in which blocks: pure functions of the seed and the index.
+"""Which examples a run trains on, in which order and blocks: functions of seed and index.
 
-order of an epoch  -->  windows of examples  -->  lengths                  -->  plan_blocks   -->  blocks, endless,
-(seed, epoch)                                     (seed, epoch, example)        (packing.py)       from any batch on
+    epoch  -permutation->  windows of examples  -lengths, plan_blocks->  blocks, an endless order
 
-An example is built once, in the loader: blocks are planned from the stored number of codes and the number of text
-tokens, counted once.
+Draws depend on (seed, epoch, example) and the order on (seed, epoch), so that a run can continue
+from any batch. An example is built once, in the loader: blocks are planned from the stored number of codes and the
+number of text tokens, counted once.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class Examples:
     """Examples by number: captioned images of token shards first, then plain texts, then documents.
 
     Args:
-        pairs: records with "key", "caption", "codes" and "length" (the number of codes), e.g. Shards.dataset().
+        pairs: records with "key", "caption", "codes" and "length" (the number of codes), e.g.
+            Shards.dataset().
         texts: records with "text", or None.
-        images: the image of each pair by number, e.g. ShardImages; the pairs then need "keep", the indices of the
-            patches of the codes. None gives segments without pixels.
+        images: the image of each pair by number, e.g. ShardImages; the pairs then need "keep", the
+            indices of the patches of the codes. None gives segments without pixels.
         patches: of an image.
         documents: documents[i] is (segments, key), e.g. Documents; or None.
     """
@@ -61,7 +62,7 @@ class Examples:
         return len(self.pairs) + len(self.texts) + len(self.documents)
 
     def __getitem__(self, number: int) -> tuple[list[Segment], str]:
-        """(segments, key). An image without a caption is an example of its own; no image is opened here."""
+        """(segments, key); an image without a caption is an example of its own."""
         kind, i = self._find(number)
         if kind == "document":
             return self.documents[i]
@@ -79,7 +80,7 @@ class Examples:
     def lengths(
         self, number: int, processor: MultimodalProcessor
     ) -> tuple[list[SegmentLength], str]:
-        """(lengths of the segments, key), without codes or images; texts of pairs are tokenized once."""
+        """(lengths of the segments, key), without codes; texts of pairs are tokenized once."""
         kind, i = self._find(number)
         if kind == "document":
             segments, key = self.documents[i]
@@ -113,7 +114,8 @@ class ExampleLayout:
     """Builds the sequences of examples by an objective, the same sequence for the same index.
 
     Args:
-        examples: examples[i] is (segments, key), examples.lengths(i, processor) their lengths; see Examples.
+        examples: examples[i] is (segments, key), examples.lengths(i, processor) their lengths; see
+            Examples.
         objective: one of objectives/.
         processor: text tokenizer and visual vocabulary.
         seed: first of the three numbers that seed each sequence's generator.
@@ -172,8 +174,8 @@ class BlockDataset(Dataset):
 class BlockSampler(DistributedSampler):
     """Endless order of blocks, planned window by window, from the first batch not yet trained on.
 
-    It is a DistributedSampler so that Lightning does not replace it. A Lightning epoch is `len` blocks of it,
-    independent of the data's own epochs; nothing is dropped at either boundary.
+    It is a DistributedSampler so that Lightning does not replace it. A Lightning epoch is `len`
+    blocks of it, independent of the data's own epochs; nothing is dropped at either boundary.
 
     Args:
         layout: builds sequences.
@@ -181,7 +183,8 @@ class BlockSampler(DistributedSampler):
         batch_size: blocks of a batch.
         window: examples that are packed together.
         rank, world_size: batches are assigned to the ranks in turn.
-        consumed: returns how many batches each rank has trained on; called whenever an iteration starts.
+        consumed: returns how many batches each rank has trained on; called whenever an iteration
+            starts.
     """
 
     def __init__(
@@ -203,7 +206,7 @@ class BlockSampler(DistributedSampler):
         self.blocks = max(1, batches) * batch_size
 
     def __len__(self) -> int:
-        """Blocks of a Lightning epoch on this rank: about one pass over the data, always whole batches."""
+        """Blocks of a Lightning epoch on this rank: about one pass over the data, whole batches."""
         return self.blocks
 
     def set_epoch(self, epoch: int) -> None:
@@ -222,7 +225,7 @@ class BlockSampler(DistributedSampler):
             start += len(blocks)
 
     def window_of(self, block: int | None = None) -> tuple[int, int]:
-        """(first block, number) of the latest planned window that begins at or before a block, by default the next."""
+        """(first block, number) of the planned window with a block, by default the next one."""
         block = self._consumed_blocks() if block is None else block
         return max(start for start in self.starts if start[0] <= block)
 
@@ -234,7 +237,7 @@ class BlockSampler(DistributedSampler):
         return max(1, -(-len(self.layout.examples) // self.window))
 
     def _plan(self, number: int) -> list[list[ExampleIndex]]:
-        """Blocks of one window, in the order of training. Sequences longer than a block are left out and reported."""
+        """Blocks of one window, in the order of training; longer sequences are left out."""
         if self._latest[0] == number:
             return self._latest[1]
         epoch, part = divmod(number, self._windows())
@@ -245,7 +248,8 @@ class BlockSampler(DistributedSampler):
         blocks, too_long = self.layout.plan([(epoch, int(i)) for i in examples], self.length)
         if not blocks:
             raise ValueError(
-                f"blocks of {self.length} tokens: no sequence fits, the shortest has {min(too_long.values())}"
+                f"blocks of {self.length} tokens: no sequence fits, the shortest has "
+                f"{min(too_long.values())}"
             )
         self.too_long |= too_long
         np.random.default_rng([self.layout.seed, epoch, part]).shuffle(blocks)
@@ -257,10 +261,10 @@ class HeldOutSampler(DistributedSampler):
     """A list of blocks, each once, assigned to the ranks in turn.
 
         blocks 0 1 2 3 4, two ranks     rank 0   0 2 4
-                                        rank 1   1 3 []      empty, so that all ranks make as many steps
+                                        rank 1   1 3 []      empty: equal numbers of steps
 
-    It is a DistributedSampler so that Lightning does not replace it: Lightning's own would repeat blocks, and the means
-    would count them twice.
+    It is a DistributedSampler so that Lightning does not replace it: Lightning's own would repeat
+    blocks, and the means would count them twice.
     """
 
     def __init__(

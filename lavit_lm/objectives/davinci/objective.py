@@ -1,26 +1,32 @@
-"""DaVinci (Diao et al., ICLR 2023): generate text and images from prefixes, three losses of equal weight.
+"""DaVinci (Diao et al., ICLR 2023): text and images from prefixes, three equal losses.
 
-An image of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector (patch_bridge.py), 0..8 a patch's code:
+An image of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector (patch_bridge.py),
+0..8 a patch's code:
 
-    "text": the image and k = 1 word                        id       <s> <img> v v v v v v v v v </img> a | <s> red apple </s>
-    -> the other words                                      predict  P   P     P P P P P P P P P P      P | .   x   x     x
+    "text": the image and k = 1 word -> the other words
+    id       <s> <img> v v v v v v v v v </img> a | <s> red apple </s>
+    predict  P   P     P P P P P P P P P P      P | .   x   x     x
 
-    "image": the upper r = 1 rows of patches and all words  id       <s> <img> v v v </img> a red apple | <img> 3 4 5 6 7 8
-    -> codes of the rows below, encoded on their own        predict  P   P     P P P P      P P   P     | .     x x x x x x
+    "image": the upper r = 1 rows of patches and all words -> the codes of the rows below
+    id       <s> <img> v v v </img> a red apple | <img> 3 4 5 6 7 8
+    predict  P   P     P P P P      P P   P     | .     x x x x x x
 
-    "image", r = 0: all words                               id       <s> a red apple | <img> 0 1 2 3 4 5 6 7 8
-    -> all codes                                            predict  P   P P   P     | .     x x x x x x x x x
+    "image", r = 0: all words -> all codes
+    id       <s> a red apple | <img> 0 1 2 3 4 5 6 7 8
+    predict  P   P P   P     | .     x x x x x x x x x
 
-    "plain": k = 2 words                                    id       <s> a red | <s> apple </s>
-    -> the other words                                      predict  P   P P   | .   x     x
+    "plain": k = 2 words -> the other words
+    id       <s> a red | <s> apple </s>
+    predict  P   P P   | .   x     x
 
-- The prefix attends to itself in both directions and never to the suffix, which attends to all of the prefix and
-  causally to itself (sequences/masks.py); in an encoder-decoder, one is the encoder's input and the other the decoder's
-  (models/encoder_decoder.py).
-- A suffix begins with a token that is not predicted. In an image suffix, patch positions start anew, since the codes of
-  the lower rows are those of an image that begins with them. An image is whole rows of patches and ends by their number.
-- k is drawn over words for each sequence, and r too: the paper draws one r for a batch, because its batches are
-  rectangular; packed sequences may be of any lengths.
+- The prefix attends to itself in both directions and never to the suffix, which attends to all of
+  the prefix and causally to itself (sequences/masks.py); in an encoder-decoder, one is the
+  encoder's input and the other the decoder's (models/encoder_decoder.py).
+- A suffix begins with a token that is not predicted. In an image suffix, patch positions start
+  anew, since the codes of the lower rows are those of an image that begins with them. An image is
+  whole rows of patches and ends by their number.
+- k is drawn over words for each sequence, and r too: the paper draws one r for a batch, because its
+  batches are rectangular; packed sequences may be of any lengths.
 """
 
 from __future__ import annotations
@@ -71,18 +77,21 @@ class DaVinci(Objective):
     """Prefix language modeling and prefix image modeling.
 
     Args:
-        text_weight, image_weight, plain_weight: of the three losses, each a mean over its own targets; 1 as published.
-        text_ratio, image_ratio, plain_ratio: how often a pair is laid out for each; texts alone are always "plain".
-            The paper uses each pair for the first two, and as many texts for the third.
-        image_prefix: draw r from 0 .. rows - 2 as in the paper; False generates whole images only (r = 0), which is the
-            public code's default.
-        prompt_drop: probability that an "image" sequence loses its words, which trains the unconditional sequence of
-            guidance; the paper has no guidance (0).
+        text_weight, image_weight, plain_weight: of the three losses, each a mean over its own
+            targets; 1 as published.
+        text_ratio, image_ratio, plain_ratio: how often a pair is laid out for each; texts alone are
+            always "plain". The paper uses each pair for the first two, and as many texts for the
+            third.
+        image_prefix: draw r from 0 .. rows - 2 as in the paper; False generates whole images only
+            (r = 0), which is the public code's default.
+        prompt_drop: probability that an "image" sequence loses its words, which trains the
+            unconditional sequence of guidance; the paper has no guidance (0).
         caption_words: words of a caption that are used.
         caption_prefix, text_prefix: the largest k with an image, and without one.
         lower_case: lower-case all text.
         caption_prompt: first words of every generated caption; not part of the output.
-        train_encoder: train a copy of the visual tokenizer's encoder for the vectors; the paper trains its ResNet.
+        train_encoder: train a copy of the visual tokenizer's encoder for the vectors; the paper
+            trains its ResNet.
 
     Raises:
         ValueError: a weight, a ratio or a number below 0, all ratios 0, or no probability.
@@ -119,7 +128,7 @@ class DaVinci(Objective):
 
     @property
     def connectors(self) -> Connectors:
-        """A vector for each patch; the codes of lower rows are computed on the batch's device, all images together."""
+        """A vector for each patch; codes of lower rows are computed on the batch's device."""
         bridge = partial(PatchBridge, train_encoder=self.train_encoder)
         return Connectors(bridge, complete_batch=with_codes_below)
 
@@ -135,7 +144,7 @@ class DaVinci(Objective):
         generator: torch.Generator,
         key: str = "",
     ) -> TokenSequence:
-        """A sequence of an image, a text, or a pair; an image without a caption is generated from an empty prefix.
+        """A sequence of an image, a text, or a pair; without a caption the prefix is empty.
 
         The suffix is predicted, whatever the segments' `is_target`.
 
@@ -158,7 +167,8 @@ class DaVinci(Objective):
         if split.task == "text":
             return sequences.append_text(builder, split.suffix).build(key)
         ids = processor.codes(codes_of(image))
-        # Codes of lower rows are not those of the whole image: with_codes_below encodes these rows on their own.
+        # Codes of lower rows are not those of the whole image: with_codes_below encodes these rows
+        # on their own.
         ids = [LATER] * (len(ids) - split.patches) if split.patches else ids
         return sequences.append_image(builder, ids).build(key)
 
@@ -168,7 +178,7 @@ class DaVinci(Objective):
         processor: MultimodalProcessor,
         generator: torch.Generator,
     ) -> int:
-        """Prefix and suffix are tokenized apart from each other, so the count of the whole caption does not help."""
+        """The two parts are tokenized apart: the token count of the whole caption does not help."""
         sequences = self._sequences(processor)
         texts = [s.text for s in lengths if s.text is not None]
         patches = [s.tokens for s in lengths if s.is_image]
@@ -191,7 +201,8 @@ class DaVinci(Objective):
         task, k, r, drop = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         if not (texts or patches) or len(patches) > 1 or len(texts) > 1:
             raise ValueError(
-                f"example {key!r}: expected an image, a text, or one of each, got {len(patches)} images and "
+                f"example {key!r}: expected an image, a text, or one of each, got {len(patches)} "
+                "images and "
                 f"{len(texts)} texts"
             )
         ratios = [self.text_ratio, self.image_ratio, self.plain_ratio]
@@ -223,7 +234,7 @@ class DaVinci(Objective):
     def scoring_sequence(
         self, context: Sequence[Segment], answer: Segment, processor: MultimodalProcessor
     ) -> TokenSequence:
-        """The answer after the start of a suffix, a text with </s>; the paper ranks answers to questions this way."""
+        """The answer as a suffix, a text with </s>, as the paper ranks answers to questions."""
         sequences = self._sequences(processor)
         if isinstance(answer, ImageSegment):
             builder = sequences.prefix(text_only(context))
@@ -247,7 +258,7 @@ class DaVinci(Objective):
         return PrefixSequences(processor, self.lower_case)
 
     def losses(self, output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
-        """{"text", "image", "plain"}: words of sequences with an image, codes, words of sequences without one."""
+        """Sums of "text" (words beside an image), "image" (codes) and "plain" (other words)."""
         plain = batch.predict & (batch.roles == Role.TEXT) & ~has_images(batch)
         sums = cross_entropy(output, replace(batch, predict=batch.predict & ~plain))
         return {**sums, "plain": cross_entropy(output, replace(batch, predict=plain))["text"]}

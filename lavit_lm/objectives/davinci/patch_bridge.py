@@ -1,15 +1,15 @@
-"""The upper rows of an image as vectors, one per patch, and the lower rows as codes: DaVinci's image prefix and suffix.
+"""DaVinci's image prefix, the upper rows as vectors, and image suffix, the lower rows as codes.
 
-    image, 4 rows      kept (2 rows)     input of the encoder           input of the tokenizer
-    a a a a            x x x x           a a a a                        c c c c
-    b b b b            x x x x           b b b b                        d d d d
-    c c c c            . . . .           . . . .                        . . . .
-    d d d d            . . . .           . . . .                        . . . .
-                                         vectors of rows a and b        codes of the first two rows: c and d
+    image    kept (2 rows)     input of the encoder        input of the tokenizer
+    a a a a  x x x x           a a a a                     c c c c
+    b b b b  x x x x           b b b b                     d d d d
+    c c c c  . . . .           . . . .                     . . . .
+    d d d d  . . . .           . . . .                     . . . .
+                               vectors of rows a and b     codes of its first two rows: c and d
 
-Neither input contains what the other one encodes, so that the prefix has no information about the rows below it, and
-the codes of these rows do not depend on the rows above (DaVinci, "prefix image modeling"). Blank patches have the mean
-color.
+Neither input contains what the other one encodes, so that the prefix has no information about the
+rows below it, and the codes of these rows do not depend on the rows above (DaVinci, "prefix image
+modeling"). Blank patches have the mean color.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer
 
 LATER = -1
-"""Placeholder of an id that with_codes_below computes; no embedding has this row, so that a forgotten one is an error."""
+"""Placeholder of an id that with_codes_below computes; no embedding has this row, so that a
+forgotten one is an error.
+"""
 
 
 class PatchBridge(EncoderConnector):
@@ -36,14 +38,15 @@ class PatchBridge(EncoderConnector):
 
         images [k 3 s s], blank below -> encoder -> norm, linear, + learned positions -> [m width]
 
-    DaVinci trains a ResNet-101 of stride 16; any encoder with patches can be used. Its class token is left out: the
-    embedding of <img> is a learned vector before the patches already.
+    DaVinci trains a ResNet-101 of stride 16; any encoder with patches can be used. Its class token
+    is left out: the embedding of <img> is a learned vector before the patches already.
 
     Args:
-        tokenizer: the visual tokenizer, whose encoder computes the features; frozen, not a submodule.
+        tokenizer: the visual tokenizer, whose encoder computes the features; frozen, not a
+            submodule.
         width: the LM's hidden size.
-        train_encoder: train a copy of the encoder, the submodule "encoder"; otherwise the tokenizer's own is used,
-            frozen.
+        train_encoder: train a copy of the encoder, the submodule "encoder"; otherwise the
+            tokenizer's own is used, frozen.
     """
 
     def __init__(self, tokenizer: VisualTokenizer, width: int, train_encoder: bool = False) -> None:
@@ -56,7 +59,7 @@ class PatchBridge(EncoderConnector):
     def forward(
         self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]
     ) -> Float[Tensor, "m width"]:
-        """A vector for each kept patch in raster order, images one after another; other patches are blank.
+        """A vector for each kept patch in raster order, images one after another; others are blank.
 
         Raises:
             ValueError: images of another size than the tokenizer's.
@@ -74,8 +77,8 @@ def codes_below(
 ) -> Int64[Tensor, " total"]:
     """Codes of every patch below the kept rows in raster order, images one after another.
 
-    The rows below are moved to the top of a blank image and encoded there, so that their codes do not depend on the
-    upper rows. This works for tokenizers of a fixed image size.
+    The rows below are moved to the top of a blank image and encoded there, so that their codes do
+    not depend on the upper rows. This works for tokenizers of a fixed image size.
 
     Raises:
         ValueError: kept patches that are not the whole upper rows of an image.
@@ -98,7 +101,7 @@ def codes_below(
 def with_codes_below(
     batch: PackedBatch, visual: VisualTokenizer, processor: MultimodalProcessor
 ) -> PackedBatch:
-    """The batch with code ids instead of LATER, encoded for all its images together on its device."""
+    """The batch with the code ids of its images instead of LATER, encoded on its device."""
     cut = ~batch.keep.all(1)
     if not bool(cut.any()):
         return batch

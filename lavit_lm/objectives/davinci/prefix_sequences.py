@@ -1,6 +1,6 @@
 """The sequences of DaVinci, a prefix and a suffix, once it is decided what goes into each.
 
-[image, "a red"]  ->  <s> <img> v v v v </img> a red      attended to in both directions, nothing predicted
+[image, "a red"]  ->  <s> <img> v v v v </img> a red      attended to in both directions, no targets
 """
 
 from __future__ import annotations
@@ -90,13 +90,14 @@ def number_of_patches(image: ImageSegment) -> int:
 
 
 def require_all_patches(image: ImageSegment, key: str = "") -> int:
-    """The number of patches of an image that has pixels and a code for each patch. Raises ValueError."""
+    """The number of patches of an image with pixels and a code per patch. Raises ValueError."""
     require_pixels(image, "davinci", key)
     if image.keep is None or not bool(image.keep.all()):
         patches = "PATCHES" if image.keep is None else len(image.keep)
         got = "unknown" if image.keep is None else f"{int(image.keep.sum())} of {patches} patches"
         raise ValueError(
-            f"davinci needs a code for every patch of an image, example {key!r} has codes of {got}: "
+            f"davinci needs a code for every patch of an image, example {key!r} has codes of "
+            f"{got}: "
             f"create the shards with `lavit-tok shards --budget {patches}`"
         )
     return len(image.keep)

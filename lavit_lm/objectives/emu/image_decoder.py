@@ -1,13 +1,15 @@
-"""Vectors that a language model generates for an image -> pixels: a small transformer before a PixelDecoder's U-Net.
+"""Emu's image decoder: a transformer from an LM's vectors to what a PixelDecoder's U-Net reads.
 
     codes    -codebook, reconstructor-> features [b p w] -.
-                                                          +-projection-> Conditioning -U-Net, VAE-> pixels
+                                                          +-projection-> Conditioning -U-Net, VAE->
+                                                          pixels
     vectors [b n d] -VectorReader----> features [b p w] --'
 
-Emu conditions Stable Diffusion on its 32 vectors by new key and value projections of the LM's width. Here the reader,
-with a learned query for each patch, maps them to the features that the U-Net was trained on, positions included, so
-that a pretrained U-Net is trained further; its key and value projections can be initialized anew as well
-(training/emu_decoder.py). Guidance subtracts the prediction for the vectors of an empty prompt, not for zeros.
+Emu conditions Stable Diffusion on its 32 vectors by new key and value projections of the LM's
+width. Here the reader, with a learned query for each patch, maps them to the features that the
+U-Net was trained on, positions included, so that a pretrained U-Net is trained further; its key and
+value projections can be initialized anew as well (training/emu_decoder.py). Guidance subtracts the
+prediction for the vectors of an empty prompt, not for zeros.
 
     vector_decoder.json     sizes of the reader
     reader.safetensors      its weights
@@ -62,15 +64,16 @@ class VectorReaderConfig:
         positive = all(isinstance(n, int) and n > 0 for n in asdict(self).values())
         if not positive or self.hidden_size % self.heads:
             raise ValueError(
-                f"expected integers above 0, and a hidden_size that is a multiple of heads, got {self}"
+                "expected integers above 0, and a hidden_size that is a multiple of heads, got "
+                f"{self}"
             )
 
 
 class VectorReader(nn.Module):
-    """[b n d] -> [b p w]: one query per patch attends to the other queries and to all vectors with their positions.
+    """[b n d] -> [b p w]: one query per patch attends to the other queries and to all vectors.
 
-    Vectors of different prompts differ little compared with their mean, so they are normalized by a mean and a standard
-    deviation that `measure` computes once and the weights contain.
+    Vectors of different prompts differ little compared with their mean, so they are normalized by a
+    mean and a standard deviation that `measure` computes once and the weights contain.
     """
 
     mean: Tensor
@@ -99,7 +102,7 @@ class VectorReader(nn.Module):
 
     @torch.no_grad()
     def measure(self, vectors: Float[Tensor, "b n d"]) -> None:
-        """Set the mean [n d] and one deviation for each of the n from vectors generated after different prompts."""
+        """Set mean [n d] and deviation [n 1] from vectors generated after different prompts."""
         self.mean.copy_(vectors.mean(0))
         deviation = (vectors - self.mean).square().mean((0, 2)).sqrt()
         self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0)[:, None])
@@ -110,7 +113,8 @@ class VectorDecoder:
 
     Args:
         reader: vectors -> features of every patch.
-        pixels: the PixelDecoder whose U-Net is conditioned on these; of its conditioner, only the projection is used.
+        pixels: the PixelDecoder whose U-Net is conditioned on these; of its conditioner, only the
+            projection is used.
 
     Raises:
         ValueError: components whose sizes do not fit each other.
@@ -120,7 +124,8 @@ class VectorDecoder:
         c, config = pixels.conditioner.config, reader.config
         if (config.patches, config.features) != (c.patches, c.width):
             raise ValueError(
-                f"the pixel decoder needs {c.patches} features of width {c.width}, the reader makes {config.patches} of "
+                f"the pixel decoder needs {c.patches} features of width {c.width}, the reader "
+                f"makes {config.patches} of "
                 f"width {config.features}"
             )
         self.reader, self.pixels = reader, pixels
@@ -148,8 +153,12 @@ class VectorDecoder:
         """See ImageDecoder.
 
         Args:
-            num_inference_steps, guidance_scale: 50 and 7.5 as published, 5.0 for FID; 1 for no guidance.
-            options: PixelDecoder.decode_condition's other arguments: latents, height, width, output_type, ...
+            outputs: vectors, and those of an empty prompt.
+            generator: source of the noise.
+            num_inference_steps: 50 as published.
+            guidance_scale: 7.5 as published, 5.0 for FID; 1 for no guidance.
+            options: PixelDecoder.decode_condition's other arguments: latents, height, width,
+                output_type, ...
 
         Raises:
             ValueError: vectors of another model, or an impossible size.
@@ -170,7 +179,7 @@ class VectorDecoder:
     def save_pretrained(
         self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None
     ) -> None:
-        """Write the directory, floats as `dtype`. Raises WeightsError for weights that are NaN or infinite."""
+        """Write the directory, floats as `dtype`. Raises WeightsError for NaN or infinity."""
         out = Path(directory)
         out.mkdir(parents=True, exist_ok=True)
         save_weights(self.reader, out, dtype, single=READER)
@@ -189,12 +198,15 @@ class VectorDecoder:
         """Load a directory, or a Hub id.
 
         Raises:
-            WeightsError: "default", since none is shipped; files or tensors that are missing, unexpected or mis-shaped.
+            WeightsError: "default", since none is shipped; files or tensors that are missing,
+                unexpected or mis-shaped.
         """
         if str(name) == "default":
             raise WeightsError(
-                "no decoder of vectors is shipped with this version, since it is trained for one language model: "
-                "train one with lavit-lm fit-decoder (recipes/lm/emu-decoder.yaml), and give its directory"
+                "no decoder of vectors is shipped with this version, since it is trained for one "
+                "language model: "
+                "train one with lavit-lm fit-decoder (recipes/lm/emu-decoder.yaml), and give its "
+                "directory"
             )
         directory = find_directory(name, None)
         path = directory / "vector_decoder.json"
@@ -203,7 +215,8 @@ class VectorDecoder:
             reader = VectorReader(VectorReaderConfig(**values["reader"]))
         except (ValueError, TypeError) as error:
             raise WeightsError(
-                f"{path}: expected the directory of a decoder of vectors, as written by lavit-lm fit-decoder: {error}"
+                f"{path}: expected the directory of a decoder of vectors, as written by lavit-lm "
+                f"fit-decoder: {error}"
             ) from None
         load_weights(reader, directory, READER)
         pixels = PixelDecoder.from_pretrained(directory / "pixels", dtype=dtype, device=device)

@@ -1,25 +1,27 @@
-"""Emu (Sun et al., ICLR 2024): the next text token, or the next vector of an image, in one causal pass.
+"""Emu (Sun et al., ICLR 2024): predict the next text token, or the next vector of an image.
 
-An image is exactly N vectors, which a causal transformer computes from all its features (vision/resampler.py); with
-two of them:
+An image is exactly N vectors, which a causal transformer computes from all its features
+(vision/resampler.py); with two of them:
 
-    [image, "a cat"]      position     0     1      2    3    4       5     6     7
+    [image, "a cat"]
+                          position     0     1      2    3    4       5     6     7
                           id           <s>   <img>  .    .    </img>  a     cat   </s>
                           role         TEXT  BEGIN  VIS  VIS  END     TEXT  TEXT  TEXT
                           is_embedding .     .      z1   z2   .       .     .     .
-                          predict      .     .      .    .    .       x     x     x      cross-entropy
-                          regress      .     .      x    x    x       .     .     .      squared error
+                          predict      .     .      .    .    .       x     x     x
+                          regress      .     .      x    x    x       .     .     .
 
 - Text tokens have cross-entropy; the first one after an image is predicted at </img>.
-- Vectors have the squared error of Linear(hidden state), N + 1 terms for an image: z1 is predicted at <img>, z2 at z1,
-  and the embedding of </img> at the last vector. Targets are the input embeddings, detached: otherwise all vectors
-  become equal.
-- <img> is never a target: the caller appends it to the prompt, and exactly N vectors follow, without a stop id. The
-  unconditional vectors of guidance are those generated after the empty prompt `<s> <img>`, with which every image-first
-  sequence begins.
+- Vectors have the squared error of Linear(hidden state), N + 1 terms for an image: z1 is predicted
+  at <img>, z2 at z1, and the embedding of </img> at the last vector. Targets are the input
+  embeddings, detached: otherwise all vectors become equal.
+- <img> is never a target: the caller appends it to the prompt, and exactly N vectors follow,
+  without a stop id. The unconditional vectors of guidance are those generated after the empty
+  prompt `<s> <img>`, with which every image-first sequence begins.
 
-The paper's transformer reads the encoder's class token as well, and initializes the two new embedding rows as the mean
-of the old; here all patches of the encoder are read, and new rows are drawn like the old (vocabulary/embedding_rows.py).
+The paper's transformer reads the encoder's class token as well, and initializes the two new
+embedding rows as the mean of the old; here all patches of the encoder are read, and new rows are
+drawn like the old (vocabulary/embedding_rows.py).
 """
 
 from __future__ import annotations
@@ -44,12 +46,14 @@ class Emu(VectorObjective):
     """Cross-entropy of text tokens and regression of vectors.
 
     Args:
-        order: of pairs: "both" draws one of the two for each sequence, "image_first", "text_first", or "given".
+        order: of pairs: "both" draws one of the two for each sequence, "image_first", "text_first",
+            or "given".
         queries: N, vectors per image; 32 as published.
-        depth, heads, hidden_size: blocks, heads and width of the causal transformer, by default the encoder's width;
-            12, 12 and 768 as published.
+        depth, heads, hidden_size: blocks, heads and width of the causal transformer, by default the
+            encoder's width; 12, 12 and 768 as published.
         train_encoder: train a copy of the visual tokenizer's encoder with the rest, as published.
-        regression_weight: of the mean squared error against the mean cross-entropy; the published value is unknown.
+        regression_weight: of the mean squared error against the mean cross-entropy; the published
+            value is unknown.
 
     Raises:
         ValueError: no queries, or a weight below 0.

@@ -1,15 +1,15 @@
-"""LaVIT: an image is text in a foreign language; the next id is predicted everywhere (ICLR 2024, section 3.2).
+"""LaVIT: an image is text in a foreign language; predict the next id (ICLR 2024, section 3.2).
 
-    image -> text    <s> <img> 7 3 9 </img> a cat </s>      codes, or continuous vectors as their inputs
+    image -> text    <s> <img> 7 3 9 </img> a cat </s>      as inputs codes, or continuous vectors
     predicted        .   x     x x x x      x x   x
     text -> image    <s> a cat <img> 7 3 9 </img> </s>      always codes
     predicted        .   x x   x     x x x x      x
-    prompt dropped   <s> <img> 7 3 9 </img> </s>            learns the unconditional sequence of guidance, and not
-    predicted        .   x     x x x x      .               that images have no caption
+    prompt dropped   <s> <img> 7 3 9 </img> </s>            learns the unconditional sequence of
+    predicted        .   x     x x x x      .               guidance, but no empty captions
 
-Attention: causal within a document. Loss: cross-entropy over both modalities, one mean, one head. A pair is laid out in
-both orders, each with probability 1/2; a document of more segments keeps its order. The release embeds vectors where an
-image precedes text; its targets are codes all the same.
+Attention: causal within a document. Loss: cross-entropy over both modalities, one mean, one head. A
+pair is laid out in both orders, each with probability 1/2; a document of more segments keeps its
+order. The release embeds vectors where an image precedes text; its targets are codes all the same.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class LaVIT(Objective):
     """Next-token prediction over text and codes.
 
     Args:
-        order: of pairs: "both" draws one of the two for each sequence, "image_first" (captioning only), "text_first"
-            (generation only), or "given".
-        prompt_drop: probability that a text-first pair loses its text, which trains the unconditional sequence of
-            guidance. The paper does not publish its value.
+        order: of pairs: "both" draws one of the two for each sequence, "image_first" (captioning
+            only), "text_first" (generation only), or "given".
+        prompt_drop: probability that a text-first pair loses its text, which trains the
+            unconditional sequence of guidance. The paper does not publish its value.
         image_weight: weight of a code's cross-entropy against a text token's; 1 as published.
-        continuous: embed images that precede text as vectors through a bridge, instead of as codes; the data module
-            then needs `images`.
+        continuous: embed images that precede text as vectors through a bridge, instead of as codes;
+            the data module then needs `images`.
 
     Raises:
         ValueError: a probability outside 0..1, or a weight below 0.
@@ -92,7 +92,7 @@ class LaVIT(Objective):
         processor: MultimodalProcessor,
         output: Literal["text", "image"],
     ) -> TokenSequence:
-        """Images are embedded as vectors before text if the model was trained so, and as codes before an image."""
+        """Before text, images are vectors if the model was trained so; before an image, codes."""
         if output == "text":
             return self._append(segments, processor, text_follows=True).build()
         builder = self._append(segments, processor, vectors=False)

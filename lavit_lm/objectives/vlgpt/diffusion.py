@@ -1,4 +1,4 @@
-"""The frozen diffusion model whose condition embeddings VL-GPT's detokenizer estimates, and that generates from them.
+"""The frozen diffusion model whose condition embeddings VL-GPT's detokenizer estimates.
 
     images [b 3 h w] -its image encoder-> e_v [b n c] -.
     captions [b]     -its text encoder--> e_t [b m e] --+-> diffusion model -> images
@@ -24,7 +24,7 @@ Shape = tuple[int, int]
 
 
 class ConditionEmbeddings(NamedTuple):
-    """Condition embeddings of a batch of images; None for a condition that is missing or left out."""
+    """Condition embeddings of a batch; None for a condition that is missing or left out."""
 
     image: Float[Tensor, "b n c"] | None
     text: Float[Tensor, "b m e"] | None
@@ -52,7 +52,7 @@ class FrozenDiffusion(Protocol):
         ...
 
     def null_embeddings(self) -> ConditionEmbeddings:
-        """Embeddings [1 n c] and [1 m e] of no image and no text; None where `generate` has its own."""
+        """Embeddings [1 n c], [1 m e] of no image and no text; None if `generate` has its own."""
         ...
 
     def generate(
@@ -70,7 +70,8 @@ def load_diffusion(config: dict[str, Any], visual: VisualTokenizer | None) -> Fr
     """Load a diffusion model by its "kind", one of two, never a class path from a file.
 
     Args:
-        config: {"kind": "pixel_decoder", "decoder": ...} or {"kind": "stable_diffusion", "model": ..., ...}.
+        config: {"kind": "pixel_decoder", "decoder": ...} or {"kind": "stable_diffusion", "model":
+            ..., ...}.
         visual: the visual tokenizer; None to generate only.
 
     Raises:
@@ -90,9 +91,10 @@ def load_diffusion(config: dict[str, Any], visual: VisualTokenizer | None) -> Fr
 
 
 class PixelDecoderDiffusion:
-    """FrozenDiffusion of a PixelDecoder, conditioned on the features of every patch reconstructed from an image's codes.
+    """FrozenDiffusion of a PixelDecoder, conditioned on features reconstructed from codes.
 
-    It was trained without captions and has no text condition: z_t has no tokens, and the loss no second term.
+    It was trained without captions and has no text condition: z_t has no tokens, and the loss no
+    second term.
 
     Args:
         decoder: generates the images.
@@ -117,7 +119,8 @@ class PixelDecoderDiffusion:
         given = None if visual is None else (visual.config.num_patches, visual.config.codebook_size)
         if given not in (None, expected):
             raise ValueError(
-                f"the pixel decoder {name!r} decodes (patches, codebook size) {expected}, the visual "
+                f"the pixel decoder {name!r} decodes (patches, codebook size) {expected}, the "
+                "visual "
                 f"tokenizer has {given}: its codes would be decoded as unrelated ones"
             )
         decoder.set_progress_bar_config(disable=True)
@@ -145,7 +148,7 @@ class PixelDecoderDiffusion:
         raise ValueError("a PixelDecoder has no text condition: it was trained without captions")
 
     def null_embeddings(self) -> ConditionEmbeddings:
-        """None: its null is a learned embedding behind the projection, which `generate` adds itself."""
+        """None: `generate` adds the projection's learned null embedding itself."""
         return ConditionEmbeddings(None, None)
 
     def generate(

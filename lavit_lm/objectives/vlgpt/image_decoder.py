@@ -1,4 +1,4 @@
-"""VL-GPT's image decoder: vectors -> detokenizer -> condition embeddings -> frozen diffusion model -> images."""
+"""VL-GPT's image decoder: vectors -> detokenizer -> frozen diffusion model -> images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from lavit_lm.objectives.vlgpt.tokenizer_files import load_detokenizer
 
 
 class DetokenizingDecoder:
-    """ImageDecoder of a detokenizer and the diffusion model whose condition embeddings it estimates.
+    """ImageDecoder of a detokenizer and of the diffusion model that it was trained for.
 
     Args:
         detokenizer: frozen.
         diffusion: that diffusion model.
-        learned: the conditions that the detokenizer has learned; the others are replaced by the model's null.
+        learned: the conditions that the detokenizer has learned; the others are replaced by the
+            model's null.
     """
 
     def __init__(
@@ -54,8 +55,11 @@ class DetokenizingDecoder:
         """See ImageDecoder.
 
         Args:
-            outputs: their unconditional vectors are not used: guidance uses the diffusion model's own null embeddings,
-                with which it was trained.
+            generator: source of the noise.
+            num_inference_steps: of the diffusion model.
+            guidance_scale: of the diffusion model.
+            outputs: their unconditional vectors are not used: guidance uses the diffusion model's
+                own null embeddings, with which it was trained.
             leave_out: "image" or "text": a condition to replace by the model's null.
 
         Raises:

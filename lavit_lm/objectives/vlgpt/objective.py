@@ -1,21 +1,23 @@
-"""VL-GPT (Zhu et al., 2023): text and vectors in turn; the model itself predicts where an image begins.
+"""VL-GPT (Zhu et al., 2023): text and vectors in turn; the model predicts where images begin.
 
-An image is exactly N vectors of a frozen tokenizer that was trained before (training/vlgpt_tokenizer.py); with two of
-them:
+An image is exactly N vectors of a frozen tokenizer that was trained before
+(training/vlgpt_tokenizer.py); with two of them:
 
-    ["a cat", image]      position     0     1     2     3      4    5    6       7
+    ["a cat", image]
+                          position     0     1     2     3      4    5    6       7
                           id           <s>   a     cat   <img>  .    .    </img>  </s>
                           role         TEXT  TEXT  TEXT  BEGIN  VIS  VIS  END     TEXT
                           is_embedding .     .     .     .      x1   x2   .       .
-                          predict      .     x     x     x      .    .    .       x      cross-entropy, by the LM's head
-                          regress      .     .     .     .      x    x    .       .      squared error of Linear(state)
+                          predict      .     x     x     x      .    .    .       x
+                          regress      .     .     .     .      x    x    .       .
 
-- Everything is predicted except </img>, and the target decides which head reads the hidden state. <img> is predicted as
-  any text token is, so the state at `cat` is read by the LM's head; the next N states are read by the regression head,
-  and </img> is forced.
-- The tokenizer is frozen, so the target vectors are constant. Trained are LoRA's adapters on all linear layers, the new
-  embedding rows, and the regression head.
-- A pair comes in both orders, each with probability 1/2; a document of more segments keeps its order.
+- Everything is predicted except </img>, and the target decides which head reads the hidden state.
+  <img> is predicted as any text token is, so the state at `cat` is read by the LM's head; the next
+  N states are read by the regression head, and </img> is forced.
+- The tokenizer is frozen, so the target vectors are constant. Trained are LoRA's adapters on all
+  linear layers, the new embedding rows, and the regression head.
+- A pair comes in both orders, each with probability 1/2; a document of more segments keeps its
+  order.
 """
 
 from __future__ import annotations
@@ -43,13 +45,17 @@ class VLGPT(VectorObjective):
 
     Args:
         tokenizer: directory written by `lavit-lm fit-tokenizer`.
-        tokenizer_sizes: the tokenizer's sizes, see VLGPTTokenizerConfig. A saved model contains them and the weights,
-            so that it needs the directory for decoding images only; leave them out when training.
-        order: of pairs: "both" draws one of the two for each sequence, "image_first", "text_first", or "given".
-        regression_weight: of the mean squared error against the mean cross-entropy; the published value is unknown.
-        caption_prompt, image_prompt, answer_prompt: prompts of the trained model, {} for the user's text. Pairs are
-            trained on without any prompt. A large LM follows the paper's prompts all the same; for a small one set them
-            to what it was trained on: "" for nothing but the image, "{}" for nothing but the user's text.
+        tokenizer_sizes: the tokenizer's sizes, see VLGPTTokenizerConfig. A saved model contains
+            them and the weights, so that it needs the directory for decoding images only; leave
+            them out when training.
+        order: of pairs: "both" draws one of the two for each sequence, "image_first", "text_first",
+            or "given".
+        regression_weight: of the mean squared error against the mean cross-entropy; the published
+            value is unknown.
+        caption_prompt, image_prompt, answer_prompt: prompts of the trained model, {} for the user's
+            text. Pairs are trained on without any prompt. A large LM follows the paper's prompts
+            all the same; for a small one set them to what it was trained on: "" for nothing but the
+            image, "{}" for nothing but the user's text.
 
     Raises:
         ValueError: neither a directory nor sizes, or a weight below 0.
@@ -68,7 +74,8 @@ class VLGPT(VectorObjective):
     def __post_init__(self) -> None:
         if self.tokenizer is None and self.tokenizer_sizes is None:
             raise ValueError(
-                "tokenizer: VL-GPT embeds and predicts vectors; give the directory of lavit-lm fit-tokenizer"
+                "tokenizer: VL-GPT embeds and predicts vectors; give the directory of lavit-lm "
+                "fit-tokenizer"
             )
         if self.regression_weight < 0:
             raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
@@ -96,37 +103,39 @@ class VLGPT(VectorObjective):
 
     @property
     def image_output(self) -> ImageOutput:
-        """Exactly N vectors; by default decoded by the detokenizer in this model's tokenizer directory."""
+        """Exactly N vectors; decoded by default by the detokenizer in the tokenizer's directory."""
         return ImageOutput("vectors", self.vectors, self.vectors, True, self._load_decoder)
 
     def image_flags(self, is_target: bool) -> tuple[Flags, Flags, Flags]:
         return Flags(predict=is_target), Flags(regress=is_target), Flags()
 
     def losses(self, output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
-        """{"text": nats of text tokens, "image": nats of <img>, "vectors", "spread": see losses.regression}."""
+        """Sums of "text" and "image" (<img>) in nats; "vectors" and "spread" of `regression`."""
         return {**cross_entropy(output, batch), **regression(output, batch)}
 
     def total(self, losses: dict[str, LossSum]) -> Tensor:
-        """Two means, of all ids and of all vectors, so that their balance does not depend on the ratio of images."""
+        """Two means, of all ids and of all vectors: their balance is independent of the batch."""
         text, begin = losses["text"], losses["image"]
         ids = LossSum(text.total + begin.total, text.count + begin.count)
         return ids.mean + self.regression_weight * losses["vectors"].mean
 
     def to_dict(self) -> dict[str, Any]:
-        """With the tokenizer's sizes, so that a saved model loads without the tokenizer's directory."""
+        """With the tokenizer's sizes, so that a saved model loads without its directory."""
         return {**asdict(self), "tokenizer_sizes": asdict(self.sizes)}
 
     def _resampler(self, visual: Any, hidden_size: int) -> nn.Module:
         if self.sizes.width != hidden_size:
             raise ValueError(
-                f"the tokenizer makes vectors of width {self.sizes.width}, the LM's hidden size is {hidden_size}"
+                f"the tokenizer makes vectors of width {self.sizes.width}, the LM's hidden size "
+                f"is {hidden_size}"
             )
         if self.tokenizer_sizes is None:
             assert self.tokenizer is not None
             return load_tokenizer(self.tokenizer, visual).requires_grad_(False)
         bridge = self.sizes.resampler(visual)
         for parameter in bridge.parameters():
-            # A saved model's weights replace them; NaN shows when a run was started without a tokenizer directory.
+            # A saved model's weights replace them; NaN shows when a run was started without a
+            # tokenizer directory.
             nn.init.constant_(parameter, torch.nan)
         return bridge.requires_grad_(False)
 

@@ -1,7 +1,7 @@
 """FrozenDiffusion of Stable Diffusion with an IP-Adapter, for VL-GPT's detokenizer at full size.
 
-captions -CLIP text encoder-> e_t [b 77 768] ----------------> the U-Net's own cross-attention -.
-images   -CLIP image encoder-> e_v [b 257 1280] -IP-Adapter-> a second cross-attention ---------+-> images
+captions -CLIP text encoder-> e_t [b 77 768] --------------> U-Net's own cross-attention -.
+images -CLIP image encoder-> e_v [b 257 1280] -IP-Adapter-> second cross-attention -------+-> images
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from lavit_tok import VisualTokenizer, WeightsError
 
 
 class StableDiffusion:
-    """Stable Diffusion's text condition and an IP-Adapter's image condition, in separate cross-attentions.
+    """Stable Diffusion's text condition, and an IP-Adapter's image condition.
 
-    Shapes follow from the models: for SD 1.5 the text is 77 x 768; the image is 257 x 1280 for adapters that read all
-    tokens of their encoder's penultimate layer ("plus"), else the 1 x 1024 of its projection.
+    Shapes follow from the models: for SD 1.5 the text is 77 x 768; the image is 257 x 1280 for
+    adapters that read all tokens of their encoder's penultimate layer ("plus"), else the 1 x 1024
+    of its projection.
 
     Args:
-        model: directory or Hub id of a Stable Diffusion pipeline; it is loaded into the classes named here, whatever
-            its model_index.json says.
+        model: directory or Hub id of a Stable Diffusion pipeline; it is loaded into the classes
+            named here, whatever its model_index.json says.
         adapter: directory or Hub id of the adapter.
         folder: of the adapter's weights; contains a folder image_encoder.
         weights: the weights file, safetensors.
@@ -119,7 +120,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def null_embeddings(self) -> ConditionEmbeddings:
-        """As the adapter was trained: the text "", and the tokens of a gray image, or one vector of zeros."""
+        """As the adapter was trained: the text "", and a mean-color image or a zero vector."""
         side = self.image_encoder.config.image_size
         if self.all_tokens:
             image = self._image_embeddings(torch.zeros(1, 3, side, side))  # the mean color
@@ -129,7 +130,7 @@ class StableDiffusion:
 
     @property
     def pipeline(self) -> Any:
-        """diffusers' StableDiffusionPipeline with the adapter; U-Net and VAE are loaded on first use."""
+        """A StableDiffusionPipeline with the adapter; U-Net and VAE are loaded on first use."""
         if self._pipeline is None:
             from diffusers import (
                 AutoencoderKL,
@@ -198,7 +199,7 @@ class StableDiffusion:
 
 
 def _uses_all_tokens(adapter: str, folder: str, weights: str) -> bool:
-    """Whether an IP-Adapter reads all tokens of its encoder (its weights show it), or one pooled vector."""
+    """Whether an IP-Adapter reads all tokens of its encoder, or one pooled vector."""
     file = Path(adapter) / folder / weights
     if not Path(adapter).is_dir():
         from huggingface_hub import hf_hub_download

@@ -1,12 +1,13 @@
-"""VL-GPT's stage 1: images -> vectors for a language model -> condition embeddings that generate the images again.
+"""VL-GPT's stage 1: images -> vectors -> condition embeddings that generate the images again.
 
-images -CausalResampler-> x_v [b k width] -Detokenizer-> z_v [b n c], z_t [b m e] -diffusion model-> images
+images -CausalResampler-> x_v [b k width] -Detokenizer-> z_v [b n c], z_t [b m e] -diffusion model->
+images
 
 attention in the detokenizer, for 2 tokens of the image condition and 2 of the text condition:
 
         v1 v2 t1 t2     x_v
-v1      x  x  .  .      x x x x x     not causal; the two conditions are estimated independently of each other, so that
-v2      x  x  .  .      x x x x x     either can be left out, of the loss or of an image
+v1      x  x  .  .      x x x x x     not causal; the two conditions are estimated independently,
+v2      x  x  .  .      x x x x x     so that either can be left out, of the loss or of an image
 t1      .  .  x  x      x x x x x
 t2      .  .  x  x      x x x x x
 """
@@ -50,11 +51,12 @@ class VLGPTTokenizerConfig:
 
 
 class Detokenizer(nn.Module):
-    """A transformer decoder with a learned query for each token of the conditions (VL-GPT, section 3.1).
+    """A transformer decoder with one query per token of the conditions (VL-GPT, section 3.1).
 
     Args:
         config: see VLGPTTokenizerConfig.
-        image, text: (tokens, width) of the conditions; None for one that the diffusion model does not have.
+        image, text: (tokens, width) of the conditions; None for one that the diffusion model does
+            not have.
 
     Raises:
         ValueError: neither condition.
@@ -92,7 +94,7 @@ class Detokenizer(nn.Module):
         return ConditionEmbeddings(embeddings.get("image"), embeddings.get("text"))
 
     def mask(self) -> Bool[Tensor, "q q"]:
-        """The drawing above: True where the query of the line attends to the query of the column."""
+        """The drawing above: True where the query of the line attends to that of the column."""
         queries = self.queries.values()
         ones = [torch.ones(len(q), len(q), dtype=torch.bool, device=q.device) for q in queries]
         return torch.block_diag(*ones).bool()

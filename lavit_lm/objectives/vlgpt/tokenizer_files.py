@@ -1,6 +1,6 @@
 """VL-GPT's tokenizer and detokenizer as a directory.
 
-config.json                 sizes, the visual tokenizer and the fingerprint of its codebook, the diffusion model
+config.json                 sizes, visual tokenizer and fingerprint of its codebook, diffusion model
 tokenizer.safetensors       loaded to train a language model
 detokenizer.safetensors     loaded to decode the vectors that it generates
 """
@@ -44,6 +44,8 @@ def save_tokenizer(
     """Write the directory.
 
     Args:
+        out: the directory.
+        model: tokenizer and detokenizer.
         visual_tokenizer: where the visual tokenizer is, whose features the model reads.
         diffusion: config of the diffusion model, see load_diffusion.
         learned: the conditions that were learned; images are generated from these only.
@@ -88,13 +90,16 @@ def load_tokenizer(directory: str | os.PathLike[str], visual: VisualTokenizer) -
     """The tokenizer of a directory.
 
     Raises:
-        WeightsError: files or tensors that are missing, unexpected or mis-shaped, or another visual tokenizer.
+        WeightsError: files or tensors that are missing, unexpected or mis-shaped, or another visual
+            tokenizer.
     """
     values = read_config(directory)
     if values["fingerprint"] != visual.fingerprint():
         raise WeightsError(
-            f"{directory}: trained on features of the visual tokenizer {values['visual_tokenizer']!r} "
-            f"({values['fingerprint']}), got another ({visual.fingerprint()}): its vectors would be noise"
+            f"{directory}: trained on features of the visual tokenizer "
+            f"{values['visual_tokenizer']!r} "
+            f"({values['fingerprint']}), got another ({visual.fingerprint()}): its vectors would "
+            "be noise"
         )
     tokenizer = values["sizes"].resampler(visual)
     load_weights(tokenizer, directory, TOKENIZER)
