@@ -3,8 +3,8 @@
     epoch  -permutation->  windows of examples  -lengths, plan_blocks->  blocks, an endless order
 
 Draws depend on (seed, epoch, example) and the order on (seed, epoch), so that a run can continue
-from any batch. An example is built once, in the loader: blocks are planned from the stored number of codes and the
-number of text tokens, counted once.
+from any batch. An example is built once, in the loader: blocks are planned from the stored number
+of codes and the number of text tokens, counted once.
 """
 
 from __future__ import annotations
