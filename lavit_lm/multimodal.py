@@ -1,4 +1,4 @@
-"""MultimodalLM: a language model, its visual tokenizer and a pixel decoder, as a user wants them. No maths here."""
+"""MultimodalLM: a language model, its visual tokenizer and an image decoder in one class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from lavit_lm.checkpoints.native import load_model, save_model
 from lavit_lm.generation.beam_search import beam_search
 from lavit_lm.generation.interleaved import generate_interleaved
-from lavit_lm.generation.prompts import Prompt, Prompts, parts, path_or_image, require_words
+from lavit_lm.generation.prompts import Prompt, Prompts, as_list, path_or_image, require_text
 from lavit_lm.generation.sampling import GenerationConstraint, Generators, Sampling, generate_ids
 from lavit_lm.models.losses import log_likelihood
 from lavit_lm.models.sequence_model import SequenceModel
@@ -26,32 +26,35 @@ from lavit_lm.sequences.packing import pad
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
 
-PICTURE_SAMPLING = Sampling(top_k=50, guidance_scale=3.0)
-TEXT_SAMPLING = Sampling(temperature=0.0)
+GUIDANCE_SCALE, TOP_K = 3.0, 50  # for images; texts are generated greedily by default
 
 
 class MultimodalLM:
-    """Text and pictures in, text and pictures out.
+    """A language model that reads and generates text and images.
+
+    Prompts are a text, or a list of texts and images; see generation/prompts.py.
 
     Args:
-        model: the LM, and its bridge if it reads pictures as vectors.
-        lexicon: its text tokenizer and visual vocabulary.
-        visual: the tokenizer whose codes it speaks.
-        decoder: codes, or vectors, -> pixels; a name is loaded when first needed, None gives no pictures.
-        objective: what it was trained with, which knows how prompts are laid out; LaVIT's by default.
+        model: the LM, with its bridge and regression head, if there are any.
+        processor: its text tokenizer and visual vocabulary.
+        visual_tokenizer: the tokenizer of its codes.
+        decoder: codes, or vectors, -> images; a name is loaded when it is first needed, None
+            generates no images.
+        objective: the objective of its training, which builds the prompts; LaVIT by default.
     """
 
     def __init__(
         self,
         model: SequenceModel,
         processor: MultimodalProcessor,
-        visual: VisualTokenizer,
+        visual_tokenizer: VisualTokenizer,
         decoder: Any = None,
         objective: Objective | None = None,
     ) -> None:
-        self.model, self.processor, self.visual = model.eval(), processor, visual
+        self.model, self.processor = model.eval(), processor
+        self.visual_tokenizer = visual_tokenizer
         self.objective = objective or LaVIT()
-        self.prompts = Prompts(processor, visual, self.objective)
+        self.prompts = Prompts(processor, visual_tokenizer, self.objective)
         self._decoder = decoder
 
     @classmethod
@@ -65,22 +68,26 @@ class MultimodalLM:
         device: torch.device | str = "cpu",
         objective: Objective | None = None,
     ) -> MultimodalLM:
-        """The shipped model, a directory, or a Hub id. Raises WeightsError, see files.load_model."""
-        model, processor, visual, objective = load_model(
-            name, visual_tokenizer, dtype, device, objective
-        )
+        """Load the shipped model ("default"), a directory, or a Hub id.
+
+        Raises:
+            WeightsError: see load_model.
+        """
+        loaded = load_model(name, visual_tokenizer, dtype, device, objective)
+        model, processor, visual, objective = loaded
         return cls(model, processor, visual, decoder, objective)
 
     @property
     def device(self) -> torch.device:
+        """Device of the LM."""
         return self.model.causal.get_input_embeddings().weight.device
 
     @property
-    def decoder(self) -> Any:
-        """The pixel decoder. Raises ValueError where there is none, or one of another codebook size."""
+    def decoder(self) -> ImageDecoder:
+        """The image decoder. Raises ValueError if there is none, or its codebook is another."""
         if self._decoder is None:
             raise ValueError(
-                "this model has no pixel decoder: it gives codes (generate_codes), not pictures"
+                "this model has no image decoder: it generates codes (generate_codes), not images"
             )
         if isinstance(self._decoder, str):
             self._decoder = self.objective.image_output.load_decoder(self._decoder, self.device)
@@ -88,327 +95,298 @@ class MultimodalLM:
             own = self.processor.vocabulary.codebook_size
             if size not in (None, own):
                 raise ValueError(
-                    f"the pixel decoder draws codes of a codebook of {size} rows, the model says {own}"
+                    f"the image decoder has a codebook of {size} entries, the model one of {own}"
                 )
         elif not isinstance(self._decoder, ImageDecoder):
             self._decoder = CodesDecoder(self._decoder)  # a PixelDecoder
         return self._decoder
 
-    # Pictures
+    # Images
 
     def generate_images(
         self,
         prompt: Prompt,
         n: int = 1,
-        guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
+        guidance_scale: float = GUIDANCE_SCALE,
         generator: torch.Generator | None = None,
-        **decoding: Any,
+        *,
+        num_inference_steps: int | None = None,
+        decoder_guidance_scale: float | None = None,
+        **sampling: Any,
     ) -> list[Image.Image]:
-        """n pictures of a prompt, which may mix texts and pictures.
+        """Generate n images for a prompt.
 
         Args:
-            guidance_scale: of the language model, where it says codes; the pixel decoder's is `decoding`'s
-                "decoder_guidance".
-            decoding: generate_codes' other arguments, and for the decoder "num_inference_steps", "decoder_guidance".
+            prompt: texts and images; [] for an unconditional image.
+            n: number of images.
+            guidance_scale: of the language model; models that generate vectors have none.
+            generator: of the sampling, and of the image decoder's noise.
+            num_inference_steps: of the image decoder; None for its default.
+            decoder_guidance_scale: guidance scale of the image decoder; None for its default.
+            sampling: other arguments of generate_codes_batch.
 
         Raises:
-            ValueError: as generate_codes.
+            ValueError: see generate_codes.
         """
-        drawing = {
-            name: decoding.pop(name) for name in ("num_inference_steps",) if name in decoding
+        if self.objective.image_output.kind == "codes":
+            outputs: Any = self.generate_codes(prompt, n, guidance_scale, generator, **sampling)
+        else:  # equal for every image: they differ by the noise of the image decoder
+            vectors = self.generate_vectors_batch([require_text(prompt)], **sampling)
+            outputs = vectors.expand(n, -1, -1)
+        options = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": decoder_guidance_scale,
         }
-        if "decoder_guidance" in decoding:
-            drawing["guidance_scale"] = decoding.pop("decoder_guidance")
-        if self.objective.image_output.kind == "vectors":
-            vectors = self.generate_vectors_batch([require_words(prompt)] * n, **decoding)
-            return self._draw(vectors, generator, drawing)
-        codes = self.generate_codes(prompt, n, guidance_scale, generator, **decoding)
-        return self._draw(codes, generator, drawing)
+        chosen = {name: value for name, value in options.items() if value is not None}
+        return self.decode_images(outputs, generator, **chosen)
 
     def generate_codes(
         self,
         prompt: Prompt,
         n: int = 1,
-        guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
+        guidance_scale: float = GUIDANCE_SCALE,
         generator: torch.Generator | None = None,
         **sampling: Any,
     ) -> VisualCodes:
-        """Codes of n pictures of one prompt, [] for pictures of anything; see generate_codes_batch.
+        """Generate the codes of n images for one prompt; see generate_codes_batch.
 
         Raises:
-            ValueError: as there, and for a string without any word.
+            ValueError: as there, and for a blank string.
         """
-        return self.generate_codes_batch(
-            [require_words(prompt)] * n, guidance_scale, generator, **sampling
-        )
+        prompts = [require_text(prompt)] * n
+        return self.generate_codes_batch(prompts, guidance_scale, generator, **sampling)
 
     def generate_codes_batch(
         self,
         prompts: Sequence[Prompt],
-        guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
+        guidance_scale: float = GUIDANCE_SCALE,
         generator: Generators = None,
         *,
         min_codes: int | None = None,
         max_codes: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = PICTURE_SAMPLING.top_k,
-        top_p: float | None = None,
         use_cache: bool = True,
+        **sampling: Any,
     ) -> VisualCodes:
-        """A picture's codes for each prompt, whatever their lengths.
+        """Generate the codes of an image for each prompt.
 
         Args:
-            prompts: see Prompt; pictures in them are read as codes.
-            guidance_scale: 1 for none; the unconditional stream is an image without a prompt.
-            generator: one for all, or one for each prompt, so that it gives the same in any batch.
-            min_codes, max_codes: of a picture; by default what the objective allows, at most as many as the visual
-                tokenizer has patches.
+            prompts: texts and images of any number and length.
+            guidance_scale: classifier-free guidance against an image without a prompt; 1 for none.
+            generator: one for all prompts, or one for each, which makes them independent of the
+                batch.
+            min_codes: smallest number of codes per image; by default the objective's.
+            max_codes: largest number of codes per image; by default the objective's.
+            use_cache: see generate_ids.
+            sampling: arguments of Sampling; by default temperature 1 and top_k 50.
 
         Raises:
-            ValueError: no prompt, one without room for a picture, or a model that says vectors.
+            ValueError: no prompts, one that leaves too few positions in the context, impossible
+                limits, or a model that generates vectors.
         """
         if self.objective.image_output.kind != "codes":
             raise ValueError(
-                f"{self.objective.name} says vectors for a picture, no codes: ask for pictures"
+                f"{self.objective.name} generates vectors for images, no codes: use generate_images"
             )
-        patches = self.visual.config.num_patches
-        allowed = self.objective.image_output.limits(patches)
-        least, most = (
-            a if given is None else given
-            for a, given in zip(allowed, (min_codes, max_codes), strict=True)
-        )
+        patches = self.visual_tokenizer.config.num_patches
+        least, most = self.objective.image_output.limits(patches)
+        least = least if min_codes is None else min_codes
+        most = most if max_codes is None else max_codes
         if not 1 <= least <= most <= patches:
             raise ValueError(
                 f"expected 1 <= min_codes <= max_codes <= {patches}, got {least} and {most}"
             )
-        opened = [self.prompts.for_image(prompt) for prompt in prompts]
-        free = self.prompts.row([], "image")
-        said = generate_ids(
-            self.model,
-            self.processor,
-            opened,
-            GenerationConstraint("image", least, most),
-            Sampling(temperature, top_k, top_p, guidance_scale),
-            [free] * len(opened),
-            generator,
-            use_cache,
-        )
-        vocabulary = self.processor.vocabulary
-        codes = [
-            vocabulary.to_codes(torch.tensor([i for i in ids if i != vocabulary.end]))
-            for ids in said
-        ]
-        return VisualCodes.from_list([c.tolist() for c in codes], vocabulary.codebook_size)
+        sequences = [self.prompts.for_image(prompt) for prompt in prompts]
+        constraint = GenerationConstraint("image", least, most)
+        chosen = Sampling(**{"top_k": TOP_K, "guidance_scale": guidance_scale, **sampling})
+        free = [self.prompts.sequence([], "image")] * len(sequences)
+        shared = self.model, self.processor
+        generated = generate_ids(*shared, sequences, constraint, chosen, free, generator, use_cache)
+        v = self.processor.vocabulary
+        codes = [v.to_codes(torch.tensor([i for i in ids if i != v.end])) for ids in generated]
+        return VisualCodes.from_list([c.tolist() for c in codes], v.codebook_size)
 
     def generate_vectors_batch(
         self, prompts: Sequence[Prompt], use_cache: bool = True
     ) -> Float[Tensor, "b n d"]:
-        """A picture's vectors for each prompt, for a model that says vectors. Nothing is drawn by chance.
+        """Generate the vectors of an image for each prompt, deterministically.
 
         Raises:
-            ValueError: no prompt, one without room for a picture, or a model that says codes.
+            ValueError: no prompts, one that leaves too few positions in the context, or a model
+                that generates codes.
         """
         if self.objective.image_output.kind != "vectors":
             raise ValueError(
-                f"{self.objective.name} says codes for a picture, no vectors: ask for codes"
+                f"{self.objective.name} generates codes for images, no vectors: use generate_codes"
             )
-        rows = [self.prompts.for_image(prompt) for prompt in prompts]
-        said = generate_interleaved(
-            self.model,
-            self.processor,
-            rows,
-            self._vectors,
-            starts_with_image=True,
-            use_cache=use_cache,
+        sequences = [self.prompts.for_image(prompt) for prompt in prompts]
+        shared = self.model, self.processor
+        outputs = generate_interleaved(
+            *shared, sequences, self._num_vectors, starts_with_image=True, use_cache=use_cache
         )
-        return torch.stack([vectors for (vectors,) in said if isinstance(vectors, Tensor)])
+        return torch.stack([vectors for (vectors,) in outputs if isinstance(vectors, Tensor)])
+
+    def decode_images(
+        self,
+        outputs: VisualCodes | Float[Tensor, "b n d"],
+        generator: Generators = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """Decode the codes, or the vectors, of images.
+
+        Args:
+            outputs: from generate_codes or generate_vectors_batch.
+            generator: of the noise; one for each image makes them independent of the batch.
+            options: of the image decoder, such as num_inference_steps and guidance_scale.
+        """
+        if isinstance(outputs, Tensor):  # guidance is relative to the vectors of an empty prompt
+            outputs = ImageVectors(outputs, self.generate_vectors_batch([""]))
+        return self.decoder.decode(outputs, generator, **options)
 
     # Text
 
     def generate_text_batch(
         self,
         prompts: Sequence[Prompt],
-        max_tokens: int = 64,
+        max_new_tokens: int = 64,
         generator: Generators = None,
         *,
-        min_tokens: int = 1,
-        beams: int | None = None,
+        min_new_tokens: int = 1,
+        num_beams: int | None = None,
         **sampling: Any,
     ) -> list[str]:
-        """Words after each prompt, until the model ends the text. Greedy, unless Sampling's arguments are given.
+        """Generate a text after each prompt, greedily by default.
 
         Args:
-            prompts: see Prompt; nothing is added to them, unlike caption and answer.
-            generator: one for all, or one for each prompt, so that it gives the same in any batch.
-            min_tokens, max_tokens: of each text.
-            beams: say the likeliest of so many continuations kept side by side (beam.py), without sampling.
+            prompts: texts and images; no template is applied, unlike in caption and answer.
+            max_new_tokens: largest number of tokens of each text.
+            generator: one for all prompts, or one for each, which makes them independent of the
+                batch.
+            min_new_tokens: smallest number of tokens of each text.
+            num_beams: use beam search instead of sampling.
+            sampling: arguments of Sampling.
 
         Raises:
-            ValueError: no prompt, one without room for text, or beams that are to be sampled.
+            ValueError: no prompts, one that leaves too few positions in the context, or beam
+                search with arguments of sampling.
         """
-        rows, rule = (
-            [self.prompts.row(prompt, "text") for prompt in prompts],
-            GenerationConstraint("text", min_tokens, max_tokens),
-        )
-        if beams is not None:
-            if sampling or generator is not None:
-                raise ValueError(
-                    f"beams: nothing is sampled there, got {sorted(sampling) or 'a generator'} as well"
-                )
-            said = beam_search(self.model, self.processor, rows, rule, beams)
+        sequences = [self.prompts.sequence(prompt, "text") for prompt in prompts]
+        constraint = GenerationConstraint("text", min_new_tokens, max_new_tokens)
+        shared = self.model, self.processor, sequences, constraint
+        if num_beams is None:
+            generated = generate_ids(*shared, _text_sampling(sampling), None, generator)
+        elif sampling or generator is not None:
+            raise ValueError(
+                f"num_beams: beam search does not sample, got {sorted(sampling) or 'a generator'}"
+            )
         else:
-            chosen = Sampling(**{"temperature": TEXT_SAMPLING.temperature, **sampling})
-            said = generate_ids(self.model, self.processor, rows, rule, chosen, None, generator)
-        return [
-            self.processor.vocabulary.decode_text(self.processor.text_tokenizer, ids).strip()
-            for ids in said
-        ]
+            generated = beam_search(*shared, num_beams)
+        return [self.processor.decode(ids).strip() for ids in generated]
 
-    def caption(
-        self,
-        images: Any,
-        max_tokens: int = 64,
-        min_tokens: int = 1,
-        beams: int | None = None,
-        **sampling: Any,
-    ) -> Any:
-        """A caption of at least one token; for a list of pictures a list of them.
-
-        Greedy, unless Sampling's arguments are given.
+    def caption(self, images: Any, max_new_tokens: int = 64, **options: Any) -> Any:
+        """Caption one image, or each image of a list, greedily by default.
 
         Args:
-            beams: say the likeliest of so many continuations kept side by side (beam.py), without sampling.
+            images: whatever VisualTokenizer.encode accepts.
+            max_new_tokens: of each caption.
+            options: other arguments of generate_text_batch.
+
+        Returns:
+            A caption of at least one token, or a list of captions.
         """
-        several = isinstance(images, list)
-        said = self.objective.prompt_templates.caption
-        prompts = [
-            [path_or_image(image), *([said] if said else [])]
-            for image in (images if several else [images])
-        ]
-        captions = self.generate_text_batch(
-            prompts, max_tokens, min_tokens=min_tokens, beams=beams, **sampling
-        )
-        return captions if several else captions[0]
+        template = self.objective.prompt_templates.caption
+        text = [template] if template else []
+        batch = images if isinstance(images, list) else [images]
+        prompts = [[path_or_image(image), *text] for image in batch]
+        captions = self.generate_text_batch(prompts, max_new_tokens, **options)
+        return captions if isinstance(images, list) else captions[0]
 
     def answer(
         self,
         image: Any,
         question: str,
         template: str | None = None,
-        max_tokens: int = 64,
-        **sampling: Any,
+        max_new_tokens: int = 64,
+        **options: Any,
     ) -> str:
-        """An answer to a question about one picture.
+        """Answer a question about one image.
 
         Args:
-            template: how the model's training data puts questions, {} for the question; by default as its objective's
-                paper does.
+            image: whatever VisualTokenizer.encode accepts.
+            question: any text.
+            template: the text after the image, {} for the question; by default the objective's.
+            max_new_tokens: of the answer.
+            options: other arguments of generate_text_batch.
         """
-        asked = (self.objective.prompt_templates.answer if template is None else template).replace(
-            "{}", question
-        )
-        return self.generate_text_batch([[path_or_image(image), asked]], max_tokens, **sampling)[0]
+        template = self.objective.prompt_templates.answer if template is None else template
+        prompt = [path_or_image(image), template.replace("{}", question)]
+        return self.generate_text_batch([prompt], max_new_tokens, **options)[0]
 
     def complete(
         self,
         prompt: Prompt,
-        max_tokens: int = 64,
+        max_new_tokens: int = 64,
         max_images: int = 1,
-        guidance_scale: float = PICTURE_SAMPLING.guidance_scale,
+        guidance_scale: float = GUIDANCE_SCALE,
         generator: torch.Generator | None = None,
-        images: bool = True,
+        decode: bool = True,
         **sampling: Any,
     ) -> list[Any]:
-        """Go on with texts and pictures in turn until the model ends.
+        """Continue a prompt with texts and images until the model ends.
 
         Args:
-            max_tokens: of each stretch of text.
-            max_images: pictures at most; at 0 only text.
-            pictures: draw them; False gives VisualCodes, or vectors float [n d].
+            prompt: texts and images.
+            max_new_tokens: of each text.
+            max_images: largest number of images; 0 for text only.
+            guidance_scale: for images, if the model generates codes.
+            generator: of the sampling, and of the image decoder's noise.
+            decode: decode the images; False returns VisualCodes, or vectors float [n d].
+            sampling: arguments of Sampling, for texts.
 
-        Returns: what was said: strings, and pictures or VisualCodes or vectors.
+        Returns:
+            Strings, and images, VisualCodes or vectors, in order.
 
         Raises:
-            ValueError: pictures asked for of a model that never opens one by itself, or no room.
+            ValueError: max_images above 0 for a model that never begins an image itself, or a
+                prompt that leaves too few positions in the context.
         """
         if max_images and not self.objective.image_output.emits_start:
             raise ValueError(
-                f"{self.objective.name} never says by itself that a picture comes: give max_images=0 for text, or ask "
-                "for a picture with generate_images"
+                f"{self.objective.name} is not trained to generate the token that begins an image: "
+                "use generate_images, or max_images=0 for text"
             )
+        text_sampling, v = _text_sampling(sampling), self.processor.vocabulary
+        shared = self.model, self.processor
+        outputs: list[Any] = []
         if self.objective.image_output.kind == "vectors":
-            return self._complete_with_vectors(
-                prompt, max_tokens, max_images, generator, images, sampling
-            )
-        given = parts(prompt)
-        said: list[Any] = []
-        for number in range(max_images + 1):
-            kind: Literal["mixed", "text"] = "mixed" if number < max_images else "text"
-            chosen = Sampling(**{"temperature": 0.0, **sampling})
-            row = self.prompts.row(given + said, "text")
-            ids = generate_ids(
-                self.model,
-                self.processor,
-                [row],
-                GenerationConstraint(kind, 0, max_tokens),
-                chosen,
-                None,
-                generator,
-            )[0]
-            text = self.processor.vocabulary.decode_text(self.processor.text_tokenizer, ids)
-            said += [text] if text else []
-            if not ids or ids[-1] != self.processor.vocabulary.begin:
-                break
-            said.append(self.generate_codes(given + said, 1, guidance_scale, generator))
-        if images:
-            said = [
-                self._draw(s, generator, {})[0] if isinstance(s, VisualCodes) else s for s in said
+            limits = self._num_vectors, False, max_new_tokens, max_images
+            sequences = [self.prompts.sequence(prompt, "text")]
+            (parts,) = generate_interleaved(*shared, sequences, *limits, text_sampling, generator)
+            outputs = [
+                self.processor.decode(part) if isinstance(part, list) else part for part in parts
             ]
-        return said
-
-    def _complete_with_vectors(
-        self,
-        prompt: Prompt,
-        max_tokens: int,
-        max_images: int,
-        generator: Any,
-        images: bool,
-        sampling: dict[str, Any],
-    ) -> list[Any]:
-        chosen = Sampling(**{"temperature": 0.0, **sampling})
-        options: dict[str, Any] = {
-            "max_new_tokens": max_tokens,
-            "max_images": max_images,
-            "sampling": chosen,
-        }
-        (said,) = generate_interleaved(
-            self.model,
-            self.processor,
-            [self.prompts.row(prompt, "text")],
-            self._vectors,
-            generator=generator,
-            **options,
-        )
-        decode = self.processor.vocabulary.decode_text
+        else:
+            given = as_list(prompt)
+            for number in range(max_images + 1):
+                kind: Literal["mixed", "text"] = "mixed" if number < max_images else "text"
+                sequences = [self.prompts.sequence(given + outputs, "text")]
+                constraint = GenerationConstraint(kind, 0, max_new_tokens)
+                (ids,) = generate_ids(
+                    *shared, sequences, constraint, text_sampling, None, generator
+                )
+                text = self.processor.decode(ids)
+                outputs += [text] if text else []
+                if not ids or ids[-1] != v.begin:
+                    break
+                codes = self.generate_codes(given + outputs, 1, guidance_scale, generator)
+                outputs.append(codes)
+        if not decode:
+            return outputs
         return [
-            decode(self.processor.text_tokenizer, part)
-            if isinstance(part, list)
-            else (self._draw(part[None], generator, {})[0] if images else part)
-            for part in said
+            part
+            if isinstance(part, str)
+            else self.decode_images(part[None] if isinstance(part, Tensor) else part, generator)[0]
+            for part in outputs
         ]
-
-    @property
-    def _vectors(self) -> int:
-        """How many vectors a picture has."""
-        return self.objective.image_output.limits(self.visual.config.num_patches)[1]
-
-    def _draw(
-        self, said: Any, generator: torch.Generator | None, drawing: dict[str, Any]
-    ) -> list[Image.Image]:
-        """Pictures of codes, or of vectors float [b n d], whose unconditional stream is what is said of no prompt."""
-        if isinstance(said, Tensor):
-            said = ImageVectors(said, self.generate_vectors_batch([""]))
-        return self.decoder.decode(said, generator, **drawing)
 
     # Likelihood
 
@@ -416,41 +394,56 @@ class MultimodalLM:
     def rank(
         self, context: Prompt, candidates: Sequence[Any], per_token: bool = False
     ) -> Float[Tensor, " n"]:
-        """log p(candidate | context) in nats: texts or pictures (as Prompt takes them); greater is likelier.
+        """Return log p(candidate | context) in nats for each text or image.
 
         Args:
-            per_token: divide by the candidate's tokens, so that long ones do not lose for being long.
+            context: texts and images.
+            candidates: texts or images, as in prompts.
+            per_token: divide by the number of tokens of the candidate.
+
+        Raises:
+            ValueError: no candidates, or images that the objective defines no likelihood of.
         """
         if not candidates:
             raise ValueError("expected at least one candidate, got none")
-        given = self.prompts.segments(context)
-        rows = [
-            self.objective.scoring_sequence(given, self.prompts.segment(c), self.processor)
+        segments = self.prompts.segments(context)
+        sequences = [
+            self.objective.scoring_sequence(segments, self.prompts.segment(c), self.processor)
             for c in candidates
         ]
-        batch = pad(rows, self.processor.pad).to(self.device)
+        batch = pad(sequences, self.processor.pad).to(self.device)
         nats = log_likelihood(self.model(batch), batch)
         return nats / batch.predict.sum(1) if per_token else nats
+
+    # Files
 
     def save_pretrained(
         self, out: str | Path, visual_tokenizer: str = "default", dtype: torch.dtype | None = None
     ) -> None:
-        """A directory for from_pretrained.
+        """Write a directory for from_pretrained.
 
         Args:
-            visual_tokenizer: where its visual tokenizer is: "default", a directory or a Hub id.
-            dtype: of the weights; half precision makes the directory half as large.
+            out: the directory; an older model there is replaced.
+            visual_tokenizer: its visual tokenizer: "default", a directory or a Hub id.
+            dtype: of the weights in the files; None for the model's own.
 
         Raises:
-            WeightsError: the directory holds something else.
+            WeightsError: the directory contains something else.
         """
-        fingerprint = self.visual.fingerprint()
-        save_model(
-            out, self.model, self.processor, self.objective, visual_tokenizer, fingerprint, dtype
-        )
+        fingerprint, shared = self.visual_tokenizer.fingerprint(), (self.model, self.processor)
+        save_model(out, *shared, self.objective, visual_tokenizer, fingerprint, dtype)
 
     def export(self, out: str | Path, dtype: torch.dtype | None = None) -> None:
-        """A plain `transformers` directory that other programs serve; see export.py."""
+        """Write a plain `transformers` directory; see checkpoints/export.py."""
         from lavit_lm.checkpoints.export import export
 
         export(self.model.lm, self.processor.text_tokenizer, out, dtype)
+
+    @property
+    def _num_vectors(self) -> int:
+        return self.objective.image_output.limits(self.visual_tokenizer.config.num_patches)[1]
+
+
+def _text_sampling(arguments: dict[str, Any]) -> Sampling:
+    """Greedy, unless a temperature is given."""
+    return Sampling(**{"temperature": 0.0, **arguments})

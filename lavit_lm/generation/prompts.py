@@ -1,4 +1,4 @@
-"""What a user gives -> rows: texts and pictures to segments, put as the objective's training data put them."""
+"""Prompts: a user's texts and images -> segments -> the sequence that a model continues."""
 
 from __future__ import annotations
 
@@ -14,91 +14,87 @@ from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
 
 Prompt = str | Sequence[Any]
-"""Text, or a list of texts and pictures: anything VisualTokenizer.encode takes, files as pathlib.Path since a string is
-text, or VisualCodes of one picture."""
+"""Text, or a list of texts and images: anything that VisualTokenizer.encode accepts, with files as
+pathlib.Path (a string is text), or VisualCodes of one image."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Reads prompts for one model.
+    """Builds the prompts of one model.
 
     Args:
-        lexicon: its text tokenizer and visual vocabulary.
-        visual: its visual tokenizer.
-        objective: what it was trained with.
+        processor: its text tokenizer and visual vocabulary.
+        visual_tokenizer: its visual tokenizer.
+        objective: the objective of its training.
     """
 
     processor: MultimodalProcessor
-    visual: VisualTokenizer
+    visual_tokenizer: VisualTokenizer
     objective: Objective
 
-    def row(self, prompt: Prompt, opens: Literal["text", "image"]) -> TokenSequence:
-        """The row after which a text or a picture is to be said. Raises ValueError."""
-        return self.objective.prompt(self.segments(prompt), self.processor, opens)
+    def sequence(self, prompt: Prompt, output: Literal["text", "image"]) -> TokenSequence:
+        """The sequence after which a text or an image is generated. Raises ValueError."""
+        return self.objective.prompt(self.segments(prompt), self.processor, output)
 
     def for_image(self, prompt: Prompt) -> TokenSequence:
-        """The row after which a picture is to be said, in the words that the model was trained to paint after."""
-        return self.row(worded(prompt, self.objective.prompt_templates.image), "image")
+        """The sequence after which an image is generated, with the objective's prompt template."""
+        template = self.objective.prompt_templates.image
+        return self.sequence(apply_template(prompt, template), "image")
 
     def segments(self, prompt: Prompt) -> list[Segment]:
-        return [self.segment(part) for part in parts(prompt)]
+        """The segments of a prompt, see `segment`."""
+        return [self.segment(part) for part in as_list(prompt)]
 
     def segment(self, part: Any) -> Segment:
-        """A text, or a picture with whatever the objective may read of it.
+        """A text, or an image with codes and pixels as the objective needs them.
 
         Raises:
-            ValueError: codes of several pictures, or of another codebook.
+            ValueError: codes of several images, or of another codebook.
         """
         if isinstance(part, str):
             return TextSegment(part)
+        config = self.visual_tokenizer.config
         if isinstance(part, VisualCodes):
             if len(part) != 1:
-                raise ValueError(f"expected codes of one picture in a prompt, got {len(part)}")
-            part.check(self.visual.config.codebook_size)
+                raise ValueError(f"expected codes of one image in a prompt, got {len(part)}")
+            part.check(config.codebook_size)
             return ImageSegment(part[0].cpu())
-        pixels = self.visual.image_processor.to_uint8(part)
+        pixels = self.visual_tokenizer.image_processor.to_uint8(part)
         if not self.objective.connectors.needs_codes:
             return ImageSegment(image=pixels[0])
-        budget = self.objective.image_output.encode_budget(self.visual.config.num_patches)
-        codes = self.visual.encode(pixels, budget=budget)
+        budget = self.objective.image_output.encode_budget(config.num_patches)
+        codes = self.visual_tokenizer.encode(pixels, budget=budget)
         assert codes.keep is not None
         return ImageSegment(codes[0].cpu(), pixels[0], codes.keep[0].cpu())
 
 
-def parts(prompt: Prompt) -> list[Any]:
-    """The prompt as a list."""
+def as_list(prompt: Prompt) -> list[Any]:
+    """The texts and images of a prompt."""
     return [prompt] if isinstance(prompt, str) else list(prompt)
 
 
-def require_words(prompt: Prompt) -> Prompt:
-    """The prompt, unless it is a string without any word: most likely an unset variable. Raises ValueError."""
+def require_text(prompt: Prompt) -> Prompt:
+    """The prompt itself. Raises ValueError for a blank string, most likely an unset variable."""
     if isinstance(prompt, str) and not prompt.strip():
         raise ValueError(
-            f"expected a prompt of words or pictures, got {prompt!r}: a picture of anything would be painted; "
-            "[] asks for one"
+            f"expected a prompt of text or images, got {prompt!r}; [] generates without a prompt"
         )
     return prompt
 
 
-def worded(prompt: Prompt, prompt_templates: str) -> list[Any]:
-    """The prompt between the words that the model was trained to paint after."""
-    before, _, after = prompt_templates.partition("{}")
-    whole = parts(prompt)
+def apply_template(prompt: Prompt, template: str) -> list[Any]:
+    """The prompt in place of {} in a template; text is joined with adjacent text."""
+    before, _, after = template.partition("{}")
+    parts = as_list(prompt)
     if before:
-        whole = (
-            [before + whole[0], *whole[1:]]
-            if whole and isinstance(whole[0], str)
-            else [before, *whole]
-        )
+        joins = bool(parts) and isinstance(parts[0], str)
+        parts = [before + parts[0], *parts[1:]] if joins else [before, *parts]
     if after:
-        whole = (
-            [*whole[:-1], whole[-1] + after]
-            if whole and isinstance(whole[-1], str)
-            else [*whole, after]
-        )
-    return whole
+        joins = bool(parts) and isinstance(parts[-1], str)
+        parts = [*parts[:-1], parts[-1] + after] if joins else [*parts, after]
+    return parts
 
 
 def path_or_image(source: Any) -> Any:
-    """Where only a picture can be meant, a string is its file."""
+    """The source of an image; a string is the path of a file."""
     return Path(source) if isinstance(source, str) else source

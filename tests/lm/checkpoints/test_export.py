@@ -42,7 +42,7 @@ print(json.dumps(answers))
 def pair(
     family: str = "llama", tied: bool = False, spare: int = 0
 ) -> tuple[Any, Any, VisualVocabulary]:
-    """An extended random LM and its tokenizer; "own" is a Llama with a text tokenizer trained here."""
+    """An extended random LM and tokenizer; "own" is a Llama with a text tokenizer trained here."""
     tokenizer = train_text_tokenizer(TEXTS, 290) if family == "own" else small_tokenizer(family)
     size = max(tokenizer.get_vocab().values()) + 1 + spare
     model = small_lm("llama" if family == "own" else family, size, tied)
