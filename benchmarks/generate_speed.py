@@ -123,7 +123,10 @@ def bare(
     lm: MultimodalLM, prompts: list[str], guidance: float, a: Namespace
 ) -> Callable[[], Tensor]:
     """`transformers`' own sampling loop from the same rows, as a user without this library would call it."""
-    rows, free = [lm.prompts.for_image(prompt) for prompt in prompts], lm.prompts.row([], "image")
+    rows, free = (
+        [lm.prompts.for_image(prompt) for prompt in prompts],
+        lm.prompts.sequence([], "image"),
+    )
     ids, _, _, documents = left_padded(rows, lm.processor.pad)
     given = {
         "input_ids": ids.to(lm.device),
@@ -183,7 +186,7 @@ def main(a: Namespace) -> dict[str, Any]:
     pairs = synthetic(max(2048, *a.batch_sizes), histogram(LENGTHS), 2, a.seed)
     captions = [pair["caption"] for pair in pairs]
     lm = build(a, captions)
-    patches = lm.visual.config.num_patches
+    patches = lm.visual_tokenizer.config.num_patches
     if a.codes > patches:
         raise ValueError(
             f"--codes: expected 1..{patches}, as many as a picture has patches, got {a.codes}"

@@ -304,8 +304,8 @@ def main(a: Namespace) -> dict[str, Any]:
     )
     asked = set(parts) & {"images", "captions"}
     scorer = Scorer(a.scorer, a.device) if asked else None
-    config = lm.visual.config
-    crop = lm.visual.image_processor.resize_mode == "center_crop"
+    config = lm.visual_tokenizer.config
+    crop = lm.visual_tokenizer.image_processor.resize_mode == "center_crop"
     pictures = picture_sets.load_pictures(a.data, config.image_size, a.split, a.limit, crop)
     known = training_captions(a.data)
     places = (
@@ -324,7 +324,10 @@ def main(a: Namespace) -> dict[str, Any]:
         print(f"decoder: {type(lm.decoder).__name__}", flush=True)
     used = range(len(pictures)) if "bits" in parts else places
     codes = VisualCodes.cat(
-        [lm.visual.encode(pictures.pixels[list(part)]).to("cpu") for part in chunks(used, a)]
+        [
+            lm.visual_tokenizer.encode(pictures.pixels[list(part)]).to("cpu")
+            for part in chunks(used, a)
+        ]
     )
     values: dict[str, Any] = {
         "set": pictures.describe(),

@@ -177,7 +177,7 @@ def measure(name: str, seed: int, folder: Path, a: Namespace) -> dict[str, Any]:
         name, a.decoder
     )
     lm = MultimodalLM.from_pretrained(folder / "model", decoder=decoder)
-    crop = lm.visual.image_processor.resize_mode == "center_crop"
+    crop = lm.visual_tokenizer.image_processor.resize_mode == "center_crop"
     pictures = picture_sets.load_pictures(a.data, a.size, a.split, None, crop)
     said = [i for i, caption in enumerate(pictures.captions) if caption.strip()]
     nats, tokens = 0.0, 0

@@ -71,7 +71,7 @@ class Painter:
         ):  # nothing of a batch: one call takes one generator
             pictures = [
                 lm.generate_images(
-                    caption, generator=g, decoder_guidance=a.decoder_guidance, **drawing
+                    caption, generator=g, decoder_guidance_scale=a.decoder_guidance, **drawing
                 )[0]
                 for (caption, _, _), g in zip(asked, noise, strict=True)
             ]

@@ -98,7 +98,7 @@ def spaces_of(lm: MultimodalLM, a: Namespace) -> dict[str, Any]:
     if not a.inception:
         return {
             "Frechet distance in the visual tokenizer's encoder space (not FID)": metrics.EncoderSpace(
-                lm.visual
+                lm.visual_tokenizer
             )
         }
     name = "FID, torchmetrics Inception-v3 2048-d, antialias="

@@ -35,7 +35,7 @@ def settings_of(lm: MultimodalLM, a: Namespace, *scripts: str) -> dict[str, Any]
     """What all that is said depends on, whatever is asked."""
     where = common.provenance("talking", *scripts, packages=(lavit_tok, lavit_lm))
     return {
-        "weights": digest(lm.model, lm.visual),
+        "weights": digest(lm.model, lm.visual_tokenizer),
         "batch size": a.batch_size,
         "device": a.device,
         "where": where,

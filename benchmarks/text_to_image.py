@@ -88,14 +88,14 @@ def main(a: Namespace) -> dict[str, Any]:
     lm = MultimodalLM.from_pretrained(
         a.model, visual_tokenizer=a.visual_tokenizer, decoder=a.decoder, device=a.device
     )
-    a.size = a.size or lm.visual.config.image_size
+    a.size = a.size or lm.visual_tokenizer.config.image_size
     spaces = spaces_of(lm, a)
     texts = {
         scorer.name: scorer.embed(captions) for scorer in scorers.values()
     }  # what is missing is said now
     by_name = {scorer.name: scorer for scorer in scorers.values()}
     settings = {
-        "weights": digest(lm.model, lm.visual, lm.decoder),
+        "weights": digest(lm.model, lm.visual_tokenizer, lm.decoder),
         "captions": digest(captions, ids),
         "sampling": [a.guidance, a.top_k, a.top_p, a.temperature],
         "drawing": [a.steps, a.decoder_guidance],

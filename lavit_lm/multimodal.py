@@ -238,9 +238,10 @@ class MultimodalLM:
             generator: of the noise; one for each image makes them independent of the batch.
             options: of the image decoder, such as num_inference_steps and guidance_scale.
         """
+        images: Any = outputs
         if isinstance(outputs, Tensor):  # guidance is relative to the vectors of an empty prompt
-            outputs = ImageVectors(outputs, self.generate_vectors_batch([""]))
-        return self.decoder.decode(outputs, generator, **options)
+            images = ImageVectors(outputs, self.generate_vectors_batch([""]))
+        return self.decoder.decode(images, generator, **options)
 
     # Text
 
@@ -358,9 +359,15 @@ class MultimodalLM:
         shared = self.model, self.processor
         outputs: list[Any] = []
         if self.objective.image_output.kind == "vectors":
-            limits = self._num_vectors, False, max_new_tokens, max_images
-            sequences = [self.prompts.sequence(prompt, "text")]
-            (parts,) = generate_interleaved(*shared, sequences, *limits, text_sampling, generator)
+            (parts,) = generate_interleaved(
+                *shared,
+                [self.prompts.sequence(prompt, "text")],
+                self._num_vectors,
+                max_new_tokens=max_new_tokens,
+                max_images=max_images,
+                sampling=text_sampling,
+                generator=generator,
+            )
             outputs = [
                 self.processor.decode(part) if isinstance(part, list) else part for part in parts
             ]

@@ -53,7 +53,8 @@ def generate(arguments: argparse.Namespace) -> int:
     from lavit_lm.generation.prompts import require_text
 
     lm = _model(arguments, arguments.decoder)
-    prompt, n = require_text(arguments.prompt), arguments.n
+    prompt, n = arguments.prompt, arguments.n
+    require_text(prompt)
     generator = torch.Generator().manual_seed(arguments.seed)
     kind = lm.objective.image_output.kind
     if kind == "codes":

@@ -100,7 +100,7 @@ class EmuDecoderTraining(AveragedTraining):
             )
         pixels, lm = self._pixels[0], self.lm
         c, width = pixels.conditioner.config, lm.model.causal.config.get_text_config().hidden_size
-        n = lm.objective.image_output.limits(lm.visual.config.num_patches)[1]
+        n = lm.objective.image_output.limits(lm.visual_tokenizer.config.num_patches)[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.reader = VectorReader(

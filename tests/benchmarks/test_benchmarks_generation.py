@@ -859,7 +859,7 @@ def test_text_to_image_runs(
     kept = [Picture.open(file).resize((32, 32), Picture.Resampling.BICUBIC) for file in files]
 
     def features(images: list[Picture.Image]) -> np.ndarray:
-        return lm.visual.features(lm.visual.preprocess(images)).mean(1).detach().double().numpy()
+        return lm.visual_tokenizer.features(lm.visual_tokenizer.preprocess(images)).mean(1).detach().double().numpy()
 
     expected = frechet(features(square), features(kept))
     assert found["per_seed"][0][distance] == pytest.approx(

@@ -278,7 +278,7 @@ def test_generate_speed_runs(scripts: Any, folder: Path, model: Path, tmp_path: 
     )
     lm = MultimodalLM.from_pretrained(model, decoder=None)
     greedy = script.arguments().parse_args(["--codes", "5", "--top-k", "1"])
-    rows, free = [lm.prompts.for_image(text) for text in TEXTS], lm.prompts.row([], "image")
+    rows, free = [lm.prompts.for_image(text) for text in TEXTS], lm.prompts.sequence([], "image")
     for guidance in (1.0, 3.0):  # the bare loop goes on from the same rows, under the same formula
         said = script.bare(lm, TEXTS, guidance, greedy)()
         given, other = (logits_after(lm, some) for some in (rows, [free] * len(TEXTS)))
@@ -367,7 +367,7 @@ def test_lm_quality_runs(
     similar = (vectors(again) * vectors(captions)).sum(1).mean()
     assert texts["similarity_to_true_caption"] == pytest.approx(float(similar))
 
-    everything = lm.visual.encode(pictures.pixels)
+    everything = lm.visual_tokenizer.encode(pictures.pixels)
     check_bits(found["bits"], lm, everything, pictures.captions)
     assert (
         sum(group["codes"] for group in found["bits"]["by_source"].values())

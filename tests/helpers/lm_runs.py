@@ -137,7 +137,7 @@ def train_together(folder: Path, strategy: str, stop: int | None, settings: dict
             world, 1, save_distributed_checkpoint=False
         ),
     }
-    callbacks = [seen, saving(folder), LogSamples(every=2, images=2, decoder=None, max_tokens=4)]
+    callbacks = [seen, saving(folder), LogSamples(every=2, images=2, decoder=None, max_new_tokens=4)]
     fitted = trainer(folder, 4, callbacks, devices=world, strategy=kinds[strategy](), **TOGETHER)
     images = str(folder / "pictures") if settings.get("continuous") else None
     ckpt = None if stop is not None else "last"

@@ -463,7 +463,7 @@ def test_davinci_06_the_tied_matrix_is_trained_once(family: str, whole: Path, ph
     texts.write_text("\n".join('{"text": "rain and rain"}' for _ in range(12)))
     objective = DaVinci(train_encoder=family == "bart")
     training = module(whole, lm=settings, objective=objective, out=str(whole / "made"))
-    fitted = trainer(whole, 3, [LogSamples(every=2, images=2, decoder=None, max_tokens=4)])
+    fitted = trainer(whole, 3, [LogSamples(every=2, images=2, decoder=None, max_new_tokens=4)])
     images = {"images": str(whole / "pictures"), "texts": str(texts), "num_workers": 2}
     fitted.fit(training, data(whole, **images))
     assert {"train/text", "train/image", "train/plain"} <= set(fitted.callback_metrics)
@@ -612,7 +612,7 @@ def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, pho
 def by_hand(lm: MultimodalLM, prompt: str, scale: float) -> list[int]:
     """Greedy codes under guidance, one full forward for each."""
     vocabulary, said = lm.processor.vocabulary, []
-    streams = [lm.prompts.row(text, "image") for text in (prompt, "")]
+    streams = [lm.prompts.sequence(text, "image") for text in (prompt, "")]
     while len(said) < PATCHES:
         logits = []
         for row in streams:
@@ -640,7 +640,7 @@ def by_hand(lm: MultimodalLM, prompt: str, scale: float) -> list[int]:
 def test_davinci_08_ranking_is_exhaustive_scoring(lm: MultimodalLM, photos: list[Path]):
     answers = ["Rain", "a red apple", "two dogs run"]
     found = lm.rank([photos[0], "What is it?"], answers)
-    row = lm.prompts.row([photos[0], "what is it?"], "text")
+    row = lm.prompts.sequence([photos[0], "what is it?"], "text")
     for text, nats in zip(answers, found.tolist(), strict=True):
         ids = torch.tensor([*lm.processor.text(text.lower()), lm.processor.stop])
         state = lm.model.start_decoding([row], lm.processor.pad, 60, use_cache=False)
@@ -675,12 +675,12 @@ def test_davinci_08_rerank_picks_the_scorer_s_best(lm: MultimodalLM):
 def test_what_a_user_asks_for(lm: MultimodalLM, photos: list[Path]):
     captions = lm.caption([str(photo) for photo in photos[:3]], 6)
     assert len(captions) == 3 and captions[1] == lm.caption(str(photos[1]), 6)
-    row = lm.prompts.row([photos[0], "a picture of"], "text")
+    row = lm.prompts.sequence([photos[0], "a picture of"], "text")
     start = [*lm.processor.start, *lm.processor.text("a picture of")]
     assert row.ids[~row.prefix].tolist() == start and int(row.is_embedding.sum()) == PATCHES
-    asked = lm.prompts.row([photos[0], "What IS it?"], "text")
+    asked = lm.prompts.sequence([photos[0], "What IS it?"], "text")
     assert asked.ids[~asked.prefix].tolist() == lm.processor.start, "a question is read, not said"
-    assert isinstance(lm.answer(str(photos[0]), "What is it?", max_tokens=4), str)
+    assert isinstance(lm.answer(str(photos[0]), "What is it?", max_new_tokens=4), str)
     said = lm.complete(["a red", photos[0]], 5, max_images=0)
     assert len(said) <= 1 and all(isinstance(part, str) for part in said)
     with pytest.raises(ValueError, match="davinci never says by itself that a picture comes"):
@@ -692,7 +692,7 @@ def test_what_a_user_asks_for(lm: MultimodalLM, photos: list[Path]):
 
 def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
     """Against all texts of up to two words of a small vocabulary; one beam is greedy."""
-    rows = [lm.prompts.row([photo, "a picture of"], "text") for photo in photos[:2]]
+    rows = [lm.prompts.sequence([photo, "a picture of"], "text") for photo in photos[:2]]
     rule = GenerationConstraint("text", 1, 5)
     greedy = generate_ids(lm.model, lm.processor, rows, rule, type(lm_sampling())(temperature=0.0))
     ended = [
@@ -724,9 +724,12 @@ def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
         assert found == best, score
     cached = beam_search(lm.model, lm.processor, rows, rule, 3)
     assert cached == beam_search(lm.model, lm.processor, rows, rule, 3, use_cache=False)
-    assert lm.caption(photos[0], 5, beams=3) == lm.caption([photos[0], photos[1]], 5, beams=3)[0]
+    assert (
+        lm.caption(photos[0], 5, num_beams=3)
+        == lm.caption([photos[0], photos[1]], 5, num_beams=3)[0]
+    )
     with pytest.raises(ValueError, match="beams: nothing is sampled there"):
-        lm.caption(photos[0], beams=2, temperature=1.0)
+        lm.caption(photos[0], num_beams=2, temperature=1.0)
 
 
 def lm_sampling() -> Any:

@@ -333,7 +333,11 @@ def test_emu_07_generation(lm: MultimodalLM, photos: list[Path]):
     assert empty.ids.tolist() == [*lm.processor.start, lm.processor.vocabulary.begin]
     null = slowly(lm.model, lm.processor, empty, room=2)
     torch.testing.assert_close(vectors[1], null, atol=1e-4, rtol=1e-4)
-    options = {"decoder_guidance": 1.0, "num_inference_steps": 2, "generator": torch.Generator()}
+    options = {
+        "decoder_guidance_scale": 1.0,
+        "num_inference_steps": 2,
+        "generator": torch.Generator(),
+    }
     assert len(lm.generate_images("a red apple", 2, **options)) == 2
     ((asked, against, more),) = lm.decoder.calls
     torch.testing.assert_close(asked, vectors[:1].expand(2, -1, -1), atol=1e-4, rtol=1e-4)
@@ -475,10 +479,10 @@ def test_emu_09_three_learning_rates(folder: Path):
 
 
 def test_pictures_to_text(lm: MultimodalLM, photos: list[Path]):
-    captions = lm.caption([str(photo) for photo in photos[:2]], max_tokens=5)
-    assert captions == [lm.caption(str(photo), max_tokens=5) for photo in photos[:2]]
-    assert isinstance(lm.answer(str(photos[0]), "What colour is it?", max_tokens=5), str)
-    shown = lm.prompts.row([photos[0], "rain", photos[1]], "text")
+    captions = lm.caption([str(photo) for photo in photos[:2]], max_new_tokens=5)
+    assert captions == [lm.caption(str(photo), max_new_tokens=5) for photo in photos[:2]]
+    assert isinstance(lm.answer(str(photos[0]), "What colour is it?", max_new_tokens=5), str)
+    shown = lm.prompts.sequence([photos[0], "rain", photos[1]], "text")
     assert len(shown.image_segments) == 2 and shown.is_embedding.sum() == 2 * N, (
         "few-shot prompts are one after another"
     )
@@ -524,7 +528,9 @@ def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path], tiny_tokenizer:
     with pytest.raises(ValueError, match="regression_weight: expected 0 or more"):
         Emu(regression_weight=-1.0)
     with pytest.raises(ValueError, match="no decoder of vectors is shipped"):
-        MultimodalLM(lm.model, lm.processor, lm.visual, "default", EMU).generate_images("rain")
+        MultimodalLM(lm.model, lm.processor, lm.visual_tokenizer, "default", EMU).generate_images(
+            "rain"
+        )
     assert by_name("emu") is Emu and isinstance(VisualCodes, type)
 
 

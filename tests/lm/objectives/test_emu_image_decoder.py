@@ -224,7 +224,9 @@ def test_what_is_trained(parts: dict[str, str], tmp_path: Path):
     processor, model = processor_and_model()
     lm = MultimodalLM.from_pretrained(parts["model"], decoder=None)
     out = tmp_path / "codes"
-    save_model(out, model, processor, LaVIT(), str(tmp_path / "visual"), lm.visual.fingerprint())
+    save_model(
+        out, model, processor, LaVIT(), str(tmp_path / "visual"), lm.visual_tokenizer.fingerprint()
+    )
     with pytest.raises(
         ValueError, match=r"expected one that says vectors, got .*codes, which says codes \(lavit\)"
     ):
@@ -390,7 +392,7 @@ def test_trained_and_used_by_command(parts: dict[str, str], folder: Path, capsys
         assert main(["fit-decoder", "-c", str(recipe), *words]) == 0
     assert len(RECIPES) == 2
     lm = MultimodalLM.from_pretrained(parts["model"], decoder=str(folder / "made"))
-    options: dict[str, Any] = {"num_inference_steps": 2, "decoder_guidance": 2.0}
+    options: dict[str, Any] = {"num_inference_steps": 2, "decoder_guidance_scale": 2.0}
     assert [p.size for p in lm.generate_images("rain", 2, generator=generator(), **options)] == [
         (16, 16)
     ] * 2

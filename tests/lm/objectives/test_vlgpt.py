@@ -344,7 +344,7 @@ def test_a_saved_model_needs_no_stage_1(folder: Path, tiny_decoder: Any):
         lm.processor,
         lm.objective,
         str(folder / "visual"),
-        lm.visual.fingerprint(),
+        lm.visual_tokenizer.fingerprint(),
     )
     assert (folder / "again" / "lavit_lm.json").read_text() == (
         folder / "made" / "lavit_lm.json"
@@ -577,7 +577,7 @@ def lm(made: Made, tiny_tokenizer: VisualTokenizer) -> MultimodalLM:
 def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
     captions = lm.caption([str(photo) for photo in photos[:2]], 5)
     assert len(captions) == 2 and lm.caption(str(photos[1]), 5) == captions[1]
-    asked = lm.prompts.row(
+    asked = lm.prompts.sequence(
         [photos[0], lm.objective.prompt_templates.answer.replace("{}", "what is it?")], "text"
     )
     v = lm.processor.vocabulary
@@ -589,7 +589,7 @@ def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
         v.end,
         *words,
     ]
-    assert isinstance(lm.answer(str(photos[0]), "what is it?", max_tokens=4), str)
+    assert isinstance(lm.answer(str(photos[0]), "what is it?", max_new_tokens=4), str)
     opened = lm.prompts.for_image("a red apple")
     assert opened.ids.tolist() == [
         *lm.processor.start,
@@ -597,7 +597,7 @@ def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
         v.begin,
     ]
     bare = replace(lm.objective, caption_prompt="", image_prompt="")  # type: ignore[type-var]
-    plain = MultimodalLM(lm.model, lm.processor, lm.visual, None, bare)
+    plain = MultimodalLM(lm.model, lm.processor, lm.visual_tokenizer, None, bare)
     assert plain.prompts.for_image("a red apple").ids.tolist() == [
         *lm.processor.start,
         *lm.processor.text("a red apple"),
@@ -618,7 +618,7 @@ def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
     )
     assert [p.size for p in drawn] == [(16, 16)] * 2
     ranked = lm.rank([photos[0]], ["a red apple", "rain"])
-    row = lm.prompts.row([photos[0], "rain"], "text")
+    row = lm.prompts.sequence([photos[0], "rain"], "text")
     with torch.no_grad():
         batch = pad([row], lm.processor.pad)
         log_p = lm.model.head(lm.model(batch).hidden_states[0]).float().log_softmax(-1)
@@ -636,7 +636,7 @@ def test_text_image_text_image(lm: MultimodalLM, photos: list[Path]):
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
         options: dict[str, Any] = {"generator": generator, "temperature": 2.0}
-        said = lm.complete(["a red apple", photos[0]], 6, 2, images=False, **options)
+        said = lm.complete(["a red apple", photos[0]], 6, 2, decode=False, **options)
         kinds.add("".join("t" if isinstance(part, str) else "i" for part in said))
         assert all(part.shape == (N, 16) for part in said if not isinstance(part, str))
     assert "titi" in {kind[:4] for kind in kinds}, kinds
@@ -683,7 +683,7 @@ def test_vlgpt_07_either_condition_left_out_changes_the_sample(
     assert whole == drawn() and whole != unseen and whole != unread and unseen != unread
     seeded = torch.Generator().manual_seed(0)
     (image,) = lm.generate_images(
-        "a red apple", 1, generator=seeded, num_inference_steps=2, decoder_guidance=3.0
+        "a red apple", 1, generator=seeded, num_inference_steps=2, decoder_guidance_scale=3.0
     )
     assert image.tobytes() == whole
 

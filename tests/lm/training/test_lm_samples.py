@@ -24,7 +24,9 @@ def log(
     pl.seed_everything(0, verbose=False)
     seen, at = Losses(), folder / name
     logger = TensorBoardLogger(at, name="", version="run")
-    samples = LogSamples(every=2, images=3, decoder=decoder, max_tokens=6, num_inference_steps=2)
+    samples = LogSamples(
+        every=2, images=3, decoder=decoder, max_new_tokens=6, num_inference_steps=2
+    )
     images = str(folder / "pictures") if settings.get("continuous") else None
     fitted = trainer(at, steps, [seen, samples], logger=logger, accumulate_grad_batches=2)
     fitted.fit(module(folder, **settings), data(folder, images=images))
@@ -74,7 +76,7 @@ def test_a_sample_that_cannot_be_made_does_not_end_the_run(folder: Path):
     from helpers.lm_runs import SMALL
 
     seen = Losses()
-    samples = LogSamples(every=1, decoder=None, max_tokens=400)
+    samples = LogSamples(every=1, decoder=None, max_new_tokens=400)
     with pytest.warns(
         UserWarning, match=r"step \d: no samples are logged: .* exceed the model's context"
     ):
