@@ -509,9 +509,9 @@ def test_ranking_by_mean_cross_entropy(lm: MultimodalLM, photos: list[Path]):
 
 def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path], tiny_tokenizer: VisualTokenizer):
     codes = tiny_tokenizer.encode(photos[0])
-    with pytest.raises(ValueError, match="emu says vectors for a picture, no codes"):
+    with pytest.raises(ValueError, match="emu generates vectors for images, no codes"):
         lm.generate_codes("rain")
-    with pytest.raises(ValueError, match="emu never says by itself that a picture comes"):
+    with pytest.raises(ValueError, match="emu is not trained to generate the token that begins"):
         lm.complete("rain")
     with pytest.raises(
         ValueError, match="Emu needs the pixels of images, and the prompt has only the codes of one"
@@ -549,5 +549,5 @@ def test_saved_and_loaded(
     loaded = MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
     prompt = ["a", photos[0]]
     assert torch.equal(loaded.generate_vectors_batch([prompt]), lm.generate_vectors_batch([prompt]))
-    with pytest.raises(ValueError, match="no pixel decoder"):
+    with pytest.raises(ValueError, match="no image decoder"):
         loaded.generate_images("rain")

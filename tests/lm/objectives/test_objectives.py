@@ -36,9 +36,7 @@ def test_a_fifth_objective_is_one_file(folder: Path, counting, tmp_path: Path):
         training, data(folder)
     )
     assert seen.values[-1] < 0.2 * seen.values[0]
-    with pytest.raises(
-        WeightsError, match="objective 'counting' is not one of this library's"
-    ):
+    with pytest.raises(WeightsError, match="objective 'counting' is not one of this library's"):
         MultimodalLM.from_pretrained(tmp_path / "made", decoder=None)
     lm = MultimodalLM.from_pretrained(tmp_path / "made", objective=counting(), decoder=None)
     image = folder / "pictures" / "train" / "0.png"

@@ -648,7 +648,7 @@ def test_text_image_text_image(lm: MultimodalLM, photos: list[Path]):
 
 
 def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path]):
-    with pytest.raises(ValueError, match="vlgpt says vectors for a picture, no codes"):
+    with pytest.raises(ValueError, match="vlgpt generates vectors for images, no codes"):
         lm.generate_codes("rain")
     with pytest.raises(
         ValueError,
