@@ -1,4 +1,7 @@
-"""lavit_tok: pictures <-> a dynamic number of discrete codes. Public names, in the order of the data path."""
+"""lavit_tok: images <-> a dynamic number of discrete codes.
+
+Public names in the order of the data path; each is imported when it is first used.
+"""
 
 from __future__ import annotations
 
@@ -39,26 +42,26 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Conditioning": "decode.conditioner",
-    "ImageError": "encode.image_processor",
     "ConfigError": "config",
     "TokenizerConfig": "config",
     "CodeError": "codes",
     "VisualCodes": "codes",
     "WeightsError": "checkpoints.weights",
-    "ContinuousPath": "encode.continuous",
+    "ImageError": "encode.image_processor",
     "VisualImageProcessor": "encode.image_processor",
-    "VisualTokenizer": "tokenizer",
+    "ContinuousPath": "encode.continuous",
+    "Conditioning": "decode.conditioner",
     "PixelDecoder": "decode.pipeline",
+    "VisualTokenizer": "tokenizer",
+    "load_released": "checkpoints.released.loader",
     "ShardError": "data.shard_manifest",
     "Shards": "data.shard_reader",
     "ImageDataModule": "training.data_module",
-    "load_released": "checkpoints.released.loader",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """A name is imported when first asked for: `lavit-tok --help` pays for no torch, encoding for no diffusers."""
+    """Import a name on first use: `lavit-tok --help` needs no torch, encoding no diffusers."""
     if name not in _MODULES:
         raise AttributeError(f"module 'lavit_tok' has no attribute {name!r}")
     value = getattr(import_module(f"lavit_tok.{_MODULES[name]}"), name)

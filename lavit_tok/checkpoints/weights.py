@@ -1,7 +1,7 @@
-"""Weights on disk: safetensors and JSON, written in shards when large, read strictly.
+"""Weights on disk: safetensors and JSON, sharded when large, loaded strictly.
 
-Nothing read here can run code or choose a class. Tensors that are missing, unexpected or of another shape are refused
-with a list, because a model that is silently half random still gives plausible pictures.
+Nothing read here can run code or choose a class. Missing, unexpected and mis-shaped tensors are
+errors that list them, because a partly random model still generates plausible images.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 DEFAULTS = Path(__file__).parents[1] / "default"
-HUB_ID = re.compile(
-    r"\w[\w.-]*/\w[\w.-]*"
-)  # so that a path that is not there is never asked for over the network
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAPPED = 16 << 20  # at least this many bytes of a weights file are mapped into memory at a time,
-MAPPED_SHARE = 64  # or this part of a large file, since each mapping costs some milliseconds
+# A Hub id; a path that does not exist is not looked up on the network.
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+SINGLE = "model.safetensors"
+# Bytes of a weights file mapped into memory at a time: at least MAPPED, and 1 / MAPPED_PARTS of a
+# large file, since each mapping takes some milliseconds.
+MAPPED, MAPPED_PARTS = 16 << 20, 64
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class WeightsError(ValueError):
-    """A weights directory that does not hold exactly what the model needs; the message lists every difference."""
+    """Weights that are not exactly what the model needs; the message lists every difference."""
 
 
 def find_directory(
@@ -43,7 +43,7 @@ def find_directory(
 
     Args:
         name: "default", the path of a directory, or a Hub id "owner/name".
-        default: what "default" stands for: a folder of lavit_tok/default, or an absolute path;
+        default: what "default" means: a folder of lavit_tok/default, or an absolute path;
             None if no model of this kind is shipped.
         patterns: files to download from the Hub; no other file is ever read.
         hub: passed to huggingface_hub.snapshot_download (revision, token, cache_dir, ...).
@@ -71,6 +71,7 @@ def check_replaceable(directory: str | os.PathLike[str], marker: str) -> None:
     """Check that a model can be written to `directory` without deleting other files.
 
     Args:
+        directory: to be written.
         marker: name of a file that every directory of this kind of model contains.
 
     Raises:
@@ -95,7 +96,11 @@ def save_weights(
     """Write a module's state as the file `single` (or as shards and an index).
 
     Args:
-        dtype: dtype of the floating-point tensors in the file; None for the module's own.
+        module: the module.
+        directory: an existing directory.
+        dtype: of the floating-point tensors in the file; None for the module's own.
+        max_shard_size: of one file, in bytes or as in "5GB".
+        single: name of the file.
 
     Raises:
         WeightsError: a tensor that is, or in `dtype` would become, NaN or infinite.
@@ -120,10 +125,16 @@ def save_weights(
 def load_weights(
     module: nn.Module, directory: str | os.PathLike[str], single: str = SINGLE
 ) -> None:
-    """Fill a module from a directory, tensor by tensor, converting to the module's dtype and device.
+    """Load a module's state, tensor by tensor, converted to the module's dtype and device.
+
+    Args:
+        module: the module; tensors on the meta device are replaced.
+        directory: with the file `single`, or shards and an index.
+        single: name of the weights file.
 
     Raises:
-        WeightsError: missing files; missing, unexpected or mis-shaped tensors (all listed); truncated files.
+        WeightsError: missing or truncated files; missing, unexpected or mis-shaped tensors, all
+            listed; NaN or infinity.
     """
     files = weight_files(Path(directory), single)
     target = module.state_dict()
@@ -146,72 +157,64 @@ def load_weights(
         with safe_open(file, framework="pt") as opened, torch.no_grad():
             for name in names:
                 value: Tensor = opened.get_tensor(name)
-                if (
-                    value.is_floating_point() != target[name].is_floating_point()
-                    or value.is_complex()
-                ):
-                    raise WeightsError(
-                        f"{file}: tensor {name}: expected {target[name].dtype}, got {value.dtype}"
-                    )
-                filled[name] = fill(target[name], value, f"{file}: tensor {name}")
-                del value  # or the mapping of this group would outlive it
+                label, expected = f"{file}: tensor {name}", target[name].dtype
+                if value.is_complex() or value.is_floating_point() != expected.is_floating_point:
+                    raise WeightsError(f"{label}: expected {expected}, got {value.dtype}")
+                filled[name] = fill(target[name], value, label)
+                del value  # a reference would keep the whole mapping alive
     if any(tensor.is_meta for tensor in target.values()):
         module.load_state_dict(filled, assign=True)
 
 
 def empty(build: Callable[[], Module], dtype: torch.dtype) -> Module:
-    """A module without memory for its weights (on the meta device), to be filled tensor by tensor as they are read.
+    """Build a module on the meta device, so that loading needs no more memory than the weights.
 
-    Loading then needs the weights' own size, not twice or three times it, and draws no random numbers. A module that
-    computes tensors which its files do not hold (tables of positions, say) is built as usual, since those would be
-    lost.
+    No random numbers are drawn either. A module with tensors that are not saved (e.g. computed
+    tables of positions) is built normally, since they would be lost.
     """
     with torch.device("meta"):
         module = build()
     saved = module.state_dict().keys()
     computed = any(name not in saved for name, _ in module.named_buffers())
-    computed |= any(
-        isinstance(value, Tensor) for part in module.modules() for value in vars(part).values()
-    )
+    attributes = (value for part in module.modules() for value in vars(part).values())
+    computed |= any(isinstance(value, Tensor) for value in attributes)
     return nn.Module.to(build() if computed else module, dtype)
 
 
 def fill(target: Tensor, value: Tensor, label: str, device: torch.device | str = "cpu") -> Tensor:
-    """`value` in the target's dtype: copied into it, or, if it is on the meta device, into new memory on `device`.
+    """Copy `value` into the target, or into new memory on `device` if the target is on meta.
 
-    Raises WeightsError for NaN or infinity, naming the tensor by `label`.
+    Raises:
+        WeightsError: NaN or infinity in the target's dtype; `label` names the tensor.
     """
     if target.is_meta:
         target = torch.empty(target.shape, dtype=target.dtype, device=device)
     target.copy_(value)
     if not is_finite(target):
-        raise WeightsError(
-            f"{label} holds NaN or infinity as {str(target.dtype).removeprefix('torch.')}"
-        )
+        dtype = str(target.dtype).removeprefix("torch.")
+        raise WeightsError(f"{label} holds NaN or infinity as {dtype}")
     return target
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity; without the temporary copies that isfinite makes, which show in the peak of loading."""
+    """Whether there is no NaN or infinity; without the temporary copies that isfinite makes."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _groups(files: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
-    """Tensor names of each file, so many at a time as may be mapped together.
+    """Names of the tensors of each file, in groups that may be mapped together.
 
-    An open file is mapped into memory and what was read of it counts as the process's until it is closed.
+    Pages read from a mapped file count as memory of the process until the file is closed.
     """
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            sizes = {
-                name: 4 * math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()
-            }  # noqa: SIM118
-        most = max(MAPPED, file.stat().st_size // MAPPED_SHARE)
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+        most = max(MAPPED, file.stat().st_size // MAPPED_PARTS)
         group: list[str] = []
-        for name, size in sizes.items():
-            if group and sum(sizes[n] for n in group) + size > most:
+        for name in shapes:
+            if group and sum(4 * math.prod(shapes[n]) for n in [*group, name]) > most:
                 yield file, group
                 group = []
             group.append(name)
@@ -219,7 +222,11 @@ def _groups(files: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
 
 
 def weight_files(directory: Path, single: str = SINGLE) -> list[Path]:
-    """The safetensors files of a directory: one file, or the shards its index names."""
+    """The safetensors files of a directory: one file, or the shards of an index.
+
+    Raises:
+        WeightsError: no such files, or an index of files that are not in the directory.
+    """
     index = directory / f"{single}.index.json"
     if (directory / single).is_file():
         return [directory / single]
@@ -231,35 +238,35 @@ def weight_files(directory: Path, single: str = SINGLE) -> list[Path]:
     shards = sorted(set(names.values()))
     bad = [s for s in shards if Path(s).name != s or not (directory / s).is_file()]
     if bad or not shards:
-        raise WeightsError(f"{index}: names shards that are not beside it: {bad or 'none at all'}")
+        raise WeightsError(f"{index}: expected shards in the same directory, got {bad or 'none'}")
     return [directory / s for s in shards]
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes from a safetensors header. Raises WeightsError for a damaged or truncated file."""
+    """Names and shapes in a safetensors header. Raises WeightsError for a damaged file."""
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file}: not a whole safetensors file: {error}") from None
+        raise WeightsError(f"{file}: not a complete safetensors file: {error}") from None
 
 
 def compare(expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]]) -> list[str]:
-    """Every difference between two sets of named shapes, a line each; empty when they agree."""
-    lines: Iterable[tuple[str, str]] = [
-        *((k, f"missing     {k} {list(expected[k])}") for k in expected.keys() - got.keys()),
-        *((k, f"unexpected  {k} {list(got[k])}") for k in got.keys() - expected.keys()),
-        *(
-            (k, f"mis-shaped  {k}: expected {list(expected[k])}, got {list(got[k])}")
-            for k in expected.keys() & got.keys()
-            if expected[k] != got[k]
-        ),
-    ]
-    return [line for _, line in sorted(lines)]
+    """Every difference between two sets of named shapes, one per line."""
+    lines = []
+    for name in sorted(expected.keys() | got.keys()):
+        if name not in got:
+            lines.append(f"missing     {name} {list(expected[name])}")
+        elif name not in expected:
+            lines.append(f"unexpected  {name} {list(got[name])}")
+        elif expected[name] != got[name]:
+            shapes = f"expected {list(expected[name])}, got {list(got[name])}"
+            lines.append(f"mis-shaped  {name}: {shapes}")
+    return lines
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises WeightsError naming the file."""
+    """Read a JSON object. Raises WeightsError naming the file."""
     try:
         values = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -273,6 +280,7 @@ def read_header(path: Path, kind: str, version: int, required: Iterable[str]) ->
     """Read a JSON object that names its format.
 
     Args:
+        path: the file.
         kind: the expected value of "format".
         version: the expected value of "version".
         required: other keys that must be present.

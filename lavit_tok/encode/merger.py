@@ -127,9 +127,9 @@ class Merger(nn.Module):
 
 
 def grid_positions(patches: int, width: int) -> Float[Tensor, "patches width"]:
-    """Sines and cosines of row and column, the initial value of learned positions.
+    """Sines and cosines of both coordinates, the initial value of learned positions.
 
-    A quarter of the width each: sin(row w), cos(row w), sin(column w), cos(column w), with
+    A quarter of the width each: sin(y w), cos(y w), sin(x w), cos(x w) of patch (y, x), with
     wavelengths from twice the side down to two patches.
 
     Raises:

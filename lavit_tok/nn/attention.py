@@ -1,6 +1,6 @@
 """Masked multi-head attention, and the block that merger and reconstructor are built of.
 
-A *policy* p in 0..1 for each (query, key) pair says whether the query may attend to the key. Two
+A *policy* p in 0..1 of each (query, key) pair is whether the query may attend to the key. Two
 formulas turn scores a and a policy into weights (LaVIT, public release; n is the number of keys):
 
     strict   w = exp(min(a - m, 30)) * p / sum(exp(min(a - m, 30)) * p)

@@ -1,8 +1,8 @@
-"""LaVIT's released files -> our tokenizer and pixel decoder (names and layout: released_names.py).
+"""LaVIT's released files -> our tokenizer and pixel decoder (their names and layout: names.py).
 
-Sizes are read off the tensors, except for the number of heads, which leaves no trace there (see head_count). Models are
-built without memory, compared with the files tensor by tensor, and filled as the files are read: loading needs the
-weights' own size and little more.
+Sizes are read from the shapes of the tensors, except for the number of heads (see head_count).
+Models are built on the meta device, compared with the files tensor by tensor, and filled as the
+files are read, so that loading needs hardly more memory than the weights.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 def head_count(width: int) -> int:
-    """Attention heads of a release of this width; tensors have the same shapes for any number of heads.
+    """Attention heads of a release of this width, which the shapes of the tensors do not show.
 
-    Heads are 88 wide, as published (16 heads at width 1408), wherever that divides the width. Smaller models have
-    heads of 16, or else 4 heads; load_released says so, and takes another number.
+    Heads have dimension 88, as published (16 heads at width 1408), if that divides the width.
+    For other widths dimension 16, or else 4 heads, is assumed; load_released warns of it.
     """
     if width % 88 == 0:
         return width // 88
@@ -55,24 +55,26 @@ def load_released(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[VisualTokenizer, PixelDecoder | None]:
-    """The released LaVIT weights in our classes. Only files that this needs are opened.
+    """Load the released LaVIT weights; only the files needed are opened.
 
     Args:
-        directory: laid out as released_names.py shows.
-        decoder: which pixel decoder to load too. The tokenizer's reconstructor is then that decoder's, and both share
-            its memory. Without a decoder it is the low-res one, else the high-res one, else none: such a tokenizer
-            only encodes.
-        attention: "compat" is the formula that these weights were trained with; "strict" see attention.py.
-        num_heads: attention heads of every part; head_count(width) if not given.
-        continuous: load what VisualTokenizer.embed needs; by default if its file is there.
-        dtype: of the weights, whatever the files hold; selector and codebook stay in float32.
-        device: where the weights go.
+        directory: with the layout of released/names.py.
+        decoder: pixel decoder to load. The tokenizer then shares its reconstructor. Without a
+            decoder the tokenizer gets the low-res reconstructor, else the high-res one, else none,
+            so that it only encodes.
+        attention: "compat" is the formula that these weights were trained with; for "strict" see
+            nn/attention.py.
+        num_heads: attention heads of every model; by default head_count(width).
+        continuous: load what VisualTokenizer.embed needs; by default if its file exists.
+        dtype: of the weights; selector and codebook stay in float32.
+        device: of the weights.
 
-    Returns: the tokenizer, and the decoder or None.
+    Returns:
+        The tokenizer, and the decoder or None.
 
     Raises:
-        WeightsError: absent files; missing, unexpected or mis-shaped tensors, all listed by file; a file that asks for
-            more than tensors, nothing of which is run.
+        WeightsError: absent files; missing, unexpected or mis-shaped tensors, all listed by file; a
+            file with more than tensors, of which no code is run.
         ValueError: an unknown decoder, or a number of heads that does not divide the width.
     """
     if decoder not in ("highres", "lowres", None):
@@ -84,41 +86,37 @@ def load_released(
     }
     config = _read_config(files, num_heads, attention)
     models = nn.ModuleDict({"tokenizer": empty(lambda: VisualTokenizer(config), dtype)})
-    parts = _tokenizer_parts(files, config)
+    mappings = _tokenizer_mappings(files, config)
     if decoder is not None:
-        from lavit_tok.checkpoints.released import (
-            pixel_decoder as drawing,  # here, so that only those who draw import diffusers
-        )
+        # Imported here, since encoding alone needs no diffusers.
+        from lavit_tok.checkpoints.released import pixel_decoder
 
-        models.update(drawing.build(root, decoder, files, config, dtype))
-        parts = drawing.add_parts(root, decoder, files, models, parts)
+        models.update(pixel_decoder.build(root, decoder, files, config, dtype))
+        mappings = pixel_decoder.add_mappings(root, decoder, files, models, mappings)
     ours = models.state_dict()
-    problems = [line for part in parts for line in part.problems(ours)]
+    problems = [line for mapping in mappings for line in mapping.problems(ours)]
     if problems:
         raise WeightsError(
             f"{root}: these files do not hold what the model needs:\n" + "\n".join(problems)
         )
     filled = _constants(ours, device)
-    for part in parts:
-        filled.update(part.read(ours, device))
+    for mapping in mappings:
+        filled.update(mapping.read(ours, device))
     if decoder is not None:
-        filled.update(drawing.shared(ours, filled))
+        filled.update(pixel_decoder.shared(ours, filled))
     models.load_state_dict(filled, assign=True)
     tokenizer = models["tokenizer"]
     assert isinstance(tokenizer, VisualTokenizer)
-    return tokenizer, None if decoder is None else drawing.pipeline(root, decoder, models)
+    return tokenizer, None if decoder is None else pixel_decoder.pipeline(root, decoder, models)
 
 
 def _find(
     root: Path, decoder: names.DecoderKind | None, continuous: bool | None
 ) -> dict[str, Path]:
-    """Paths of the files to read. Raises WeightsError listing those that are needed and absent."""
+    """Paths of the files to read. Raises WeightsError listing those that are missing."""
     wanted = ["encoder", "tokenizer"]
-    wanted += (
-        [decoder]
-        if decoder
-        else [kind for kind in ("lowres", "highres") if (root / names.FILES[kind]).is_file()][:1]
-    )
+    present = [kind for kind in ("lowres", "highres") if (root / names.FILES[kind]).is_file()]
+    wanted += [decoder] if decoder else present[:1]
     if decoder == "lowres":
         wanted.append("null")
     if continuous or (continuous is None and (root / names.FILES["continuous"]).is_file()):
@@ -126,14 +124,13 @@ def _find(
     paths = {part: root / names.FILES[part] for part in wanted}
     absent = [names.FILES[part] for part, path in paths.items() if not path.is_file()]
     if absent:
-        raise WeightsError(
-            f"{root}: expected the files of a LaVIT release, these are missing: {', '.join(absent)}"
-        )
+        expected = "expected the files of a LaVIT release"
+        raise WeightsError(f"{root}: {expected}, these are missing: {', '.join(absent)}")
     return paths
 
 
 class _Shapes:
-    """Shapes that say how large a model is; asked for all, then checked, so that one message lists all that miss."""
+    """Shapes that determine the sizes of a model; missing ones are collected for one message."""
 
     def __init__(self, files: dict[str, PickledTensors]) -> None:
         self.files = {part: (file.label, file.shapes) for part, file in files.items()}
@@ -144,9 +141,8 @@ class _Shapes:
         shape = shapes.get(name)
         if shape is None or len(shape) != ndim or 0 in shape:
             got = "missing    " if shape is None else "mis-shaped "
-            self.problems.append(
-                f"{label}: {got} {name}: expected {ndim} dimensions, got {shape and list(shape)}"
-            )
+            sizes = f"expected {ndim} dimensions, got {shape and list(shape)}"
+            self.problems.append(f"{label}: {got} {name}: {sizes}")
             return (1,) * ndim
         return shape
 
@@ -159,7 +155,7 @@ class _Shapes:
 def _read_config(
     files: dict[str, PickledTensors], num_heads: int | None, attention: Formula
 ) -> TokenizerConfig:
-    """Every size that the tensors show."""
+    """The config that the shapes of the tensors imply."""
     shapes = _Shapes(files)
     width, _, patch, _ = shapes.of("encoder", "patch_embed.proj.weight", 4)
     patches = shapes.of("encoder", "pos_embed", 3)[1] - 1
@@ -169,19 +165,20 @@ def _read_config(
     llm_width = shapes.of("continuous", "vit_proj.bias", 1)[0] if "continuous" in files else 0
     if shapes.problems:
         raise WeightsError(
-            "tensors that say how large the model is are missing:\n" + "\n".join(shapes.problems)
+            "tensors that determine the size of the model are missing:\n"
+            + "\n".join(shapes.problems)
         )
     side = math.isqrt(patches)
     if side * side != patches or side == 0:
-        raise WeightsError(
-            f"{files['encoder'].label}: pos_embed: expected 1 + a square number of rows, got 1 + {patches}"
-        )
+        expected = f"expected 1 + a square number of positions, got 1 + {patches}"
+        raise WeightsError(f"{files['encoder'].label}: pos_embed: {expected}")
     if num_heads is None:
         num_heads = head_count(width)
         if width % 88:
             warnings.warn(
-                f"the number of attention heads cannot be read off tensors; for width {width} it is taken to be "
-                f"{num_heads}: if that is wrong, so is every code; load_released(num_heads=...) sets it",
+                f"the number of attention heads is not in the weights; for width {width} it is "
+                f"assumed to be {num_heads}. With a wrong number every code would be wrong: set "
+                "load_released(num_heads=...)",
                 stacklevel=3,
             )
     published = TokenizerConfig.mlp_ratio
@@ -211,16 +208,17 @@ def _read_config(
             continuous_depth=shapes.depth("continuous", "causal_encoder.") if llm_width else 0,
         )
     except ConfigError as error:
-        raise WeightsError(f"the tensors of this release make no model: {error}") from None
+        raise WeightsError(f"the shapes of this release fit no model: {error}") from None
 
 
-def _tokenizer_parts(
+def _tokenizer_mappings(
     files: dict[str, PickledTensors], config: TokenizerConfig
 ) -> list[FileMapping]:
-    """What of the tokenizer each file fills."""
+    """The tensors of the tokenizer that each file fills."""
     merger, depth = "tokenizer.merger.", config.merger_depth
     layers = config.encoder["num_hidden_layers"]
-    sources: dict[str, dict[str, TensorRecipe]] = {
+    continuous, depth_c = "tokenizer.continuous.", config.continuous_depth
+    recipes: dict[str, dict[str, TensorRecipe]] = {
         "encoder": expand(names.ENCODER, layers, "tokenizer.encoder.model."),
         "tokenizer": {
             **expand(names.SELECTOR, 0, "tokenizer.selector.", "token_predictor."),
@@ -228,28 +226,22 @@ def _tokenizer_parts(
             **expand(names.QUANTIZER, 0, "tokenizer.quantizer."),
         },
         "continuous": {
-            **expand(
-                names.MERGER,
-                config.continuous_depth,
-                "tokenizer.continuous.merger.",
-                "causal_encoder.",
-            ),
-            **expand(names.CONTINUOUS, 0, "tokenizer.continuous."),
+            **expand(names.MERGER, depth_c, f"{continuous}merger.", "causal_encoder."),
+            **expand(names.CONTINUOUS, 0, continuous),
         },
     }
     for kind in ("lowres", "highres"):
-        sources[kind] = expand(
-            names.RECONSTRUCTOR, config.reconstructor_depth, "tokenizer.reconstructor."
-        )
+        depth = config.reconstructor_depth
+        recipes[kind] = expand(names.RECONSTRUCTOR, depth, "tokenizer.reconstructor.")
     return [
-        FileMapping(file, sources[part], names.DROPPED.get(part, ()))
-        for part, file in files.items()
-        if part in sources
+        FileMapping(file, recipes[key], names.DROPPED.get(key, ()))
+        for key, file in files.items()
+        if key in recipes
     ]
 
 
 def _constants(ours: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """The norm after the encoder's last block, which LaVIT does not apply but transformers has a place for."""
+    """The encoder's final norm, which transformers' class has and LaVIT does not apply."""
     norm = "tokenizer.encoder.model.post_layernorm."
     filled = {norm + "weight": torch.ones_like, norm + "bias": torch.zeros_like}
     return {name: make(ours[name], device=device) for name, make in filled.items()}

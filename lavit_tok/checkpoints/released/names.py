@@ -8,8 +8,9 @@
     pixel_decoding/{unet,vae,scheduler}, uncond_embeddings.bin
     highres_pixel_decoding/{unet,vae,scheduler}
 
-Every tensor of a file is used by one of these tables or dropped by DROPPED; anything else is refused (released.py).
-A row is `ours: theirs`; "#" is the number of a block, ".*" weight and bias; the right side is read by pickled.TensorRecipe.
+Every tensor of a file is used by one of these tables or dropped by DROPPED; others are errors.
+An entry is `ours: theirs`; "#" is the number of a block, ".*" weight and bias; the notation of the
+right side is that of pickled.TensorRecipe.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ENCODER = {
     "embeddings.patch_embedding.*": "patch_embed.proj.*",
     "encoder.layers.#.layer_norm1.*": "blocks.#.norm1.*",
     "encoder.layers.#.self_attn.qkv.weight": "blocks.#.attn.qkv.weight",
-    # The bias of the keys is zero by design; transformers has a place for it, and the frozen encoder never changes it.
+    # The bias of the keys is zero by design, but transformers' class has it.
     "encoder.layers.#.self_attn.qkv.bias": "blocks.#.attn.q_bias 0 blocks.#.attn.v_bias",
     "encoder.layers.#.self_attn.projection.*": "blocks.#.attn.proj.*",
     "encoder.layers.#.layer_norm2.*": "blocks.#.norm2.*",
@@ -46,7 +47,7 @@ QUANTIZER = {
 
 
 def _blocks(own: str, cross: str) -> dict[str, str]:
-    """The block that merger and reconstructor share; its two attentions are called differently in each."""
+    """The block of merger and reconstructor; `own` and `cross` are the names of its attentions."""
     return {
         "blocks.#.norm_self.*": "blocks.#.norm0.*",
         "blocks.#.self_attention.query.*": f"blocks.#.{own}.qkv.*[0]",
@@ -92,13 +93,9 @@ CONDITION = {
     },
 }
 DROPPED = {
-    "encoder": (
-        "norm.weight",
-        "norm.bias",
-        "head.weight",
-        "head.bias",
-    ),  # for classifying, after the last block
-    # What EMA training of the codebook leaves beside its rows.
+    # The classification head, after the last block.
+    "encoder": ("norm.weight", "norm.bias", "head.weight", "head.bias"),
+    # Statistics of the EMA training of the codebook.
     "tokenizer": (
         "quantize.*one_hot*",
         "quantize.cluster_size",
@@ -107,13 +104,14 @@ DROPPED = {
         "quantize.embedding.embed_avg",
         "quantize.embedding.initted",
     ),
-    "lowres": ("unet_proj.*",),  # where only the reconstructor is asked for
+    # If only the reconstructor is loaded.
+    "lowres": ("unet_proj.*",),
     "highres": ("unet_proj_1.*", "unet_proj_2.*", "unet_attnpool.*"),
 }
 """Patterns of tensors that may be in a file and are not used, by the file's key in FILES."""
 
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Attention of VAEs in diffusers before 0.18; the files of Stable Diffusion 1.5 still use these names."""
+"""Attention of VAEs in diffusers before 0.18, as in Stable Diffusion 1.5's files."""
 
 FILES = {
     "encoder": "visual_tokenizer/eva_vitg_psz14.bin",

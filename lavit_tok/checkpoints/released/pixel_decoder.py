@@ -1,4 +1,4 @@
-"""The pixel decoders of LaVIT's release: condition, U-Net, VAE and scheduler (names: released_names.py)."""
+"""The pixel decoders of LaVIT's release: conditioner, U-Net, VAE and scheduler."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ def build(
     config: TokenizerConfig,
     dtype: torch.dtype,
 ) -> dict[str, nn.Module]:
-    """Conditioner, U-Net and VAE of the sizes that tensors and configs show, without weights. Raises WeightsError."""
+    """Conditioner, U-Net and VAE without weights, sized by tensors and configs.
+
+    Raises:
+        WeightsError: a config or shapes that fit no model.
+    """
     folder = root / names.FOLDERS[kind]
     unet = build_empty(folder / "unet", UNet2DConditionModel, dtype)
     vae = build_empty(folder / "vae", AutoencoderKL, dtype)
-    settings = _condition_sizes(kind, files, config)
-    conditioner = empty(lambda: Conditioner.for_tokenizer(config, **settings), dtype)
+    sizes = _condition_sizes(kind, files, config)
+    conditioner = empty(lambda: Conditioner.for_tokenizer(config, **sizes), dtype)
     return {"conditioner": conditioner, "unet": unet.eval(), "vae": vae.eval()}
 
 
@@ -48,7 +52,7 @@ def _condition_sizes(
     absent = [name for name in biases if len(shapes.get(name, ())) != 1]
     if absent:
         raise WeightsError(
-            f"{label}: tensors that say how wide the condition is are missing or mis-shaped: {absent}"
+            f"{label}: tensors that determine sizes are missing or mis-shaped: {absent}"
         )
     widths = [shapes[name][0] for name in biases]
     if kind == "highres":
@@ -72,17 +76,17 @@ def _condition_sizes(
     return {"style": "sd", "cross_dims": widths, "null_length": null[1]}
 
 
-def add_parts(
+def add_mappings(
     root: Path,
     kind: names.DecoderKind,
     files: dict[str, PickledTensors],
     models: nn.ModuleDict,
-    parts: list[FileMapping],
+    mappings: list[FileMapping],
 ) -> list[FileMapping]:
-    """The tokenizer's parts and the decoder's; both draw on the file that holds reconstructor and projections."""
+    """Add the decoder's tensors to the tokenizer's; one file contains both models' tensors."""
     own = expand(names.CONDITION[kind], 0, "conditioner.")
     joined = [
-        FileMapping(p.file, {**p.sources, **own}) if p.file is files[kind] else p for p in parts
+        FileMapping(p.file, {**p.recipes, **own}) if p.file is files[kind] else p for p in mappings
     ]
     if kind == "lowres":
         joined.append(
@@ -107,7 +111,7 @@ def add_parts(
 
 
 def _modern(name: str) -> str:
-    """Today's name of a tensor of an old VAE."""
+    """The present name of a tensor of an old VAE."""
     match = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.weight|\.bias)", name)
     return (
         match[1] + names.OLD_VAE[match[2]] + match[3]
@@ -117,7 +121,7 @@ def _modern(name: str) -> str:
 
 
 def shared(ours: dict[str, Tensor], filled: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The condition's codebook and reconstructor: the tokenizer's own tensors, so that they take memory once."""
+    """The conditioner's codebook and reconstructor, sharing the memory of the tokenizer's."""
     absent = ours.keys() - filled.keys()
     tokenizer = {
         "conditioner.codebook.": "tokenizer.quantizer.codebook.",
@@ -132,7 +136,7 @@ def shared(ours: dict[str, Tensor], filled: dict[str, Tensor]) -> dict[str, Tens
 
 
 def pipeline(root: Path, kind: names.DecoderKind, models: nn.ModuleDict) -> PixelDecoder:
-    """The filled models as a PixelDecoder. Raises WeightsError for parts that do not fit each other."""
+    """The filled models as a PixelDecoder. Raises WeightsError for sizes that do not match."""
     folder = root / names.FOLDERS[kind]
     conditioner, unet, vae = (models[name] for name in ("conditioner", "unet", "vae"))
     try:
@@ -142,10 +146,12 @@ def pipeline(root: Path, kind: names.DecoderKind, models: nn.ModuleDict) -> Pixe
 
 
 def load_ddim(directory: Path) -> DDIMScheduler:
-    """The published sampler, DDIM, with the noise schedule of a scheduler's config, whichever class that names.
+    """DDIM, the published sampler, with the noise schedule of any scheduler's config.
 
-    Settings that only another scheduler has are left out: the files of Stable Diffusion 1.5 and XL hold some. Raises
-    WeightsError for settings that no scheduler has.
+    Entries of other schedulers are left out: the files of Stable Diffusion 1.5 and XL have some.
+
+    Raises:
+        WeightsError: entries that no scheduler has.
     """
     path = directory / "scheduler_config.json"
     values = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
@@ -155,7 +161,7 @@ def load_ddim(directory: Path) -> DDIMScheduler:
     unknown = sorted(values.keys() - known)
     if unknown:
         raise WeightsError(
-            f"{path}: unknown settings {unknown}: without them another noise schedule would be used"
+            f"{path}: unknown entries {unknown}: without them the noise schedule would differ"
         )
     accepted = inspect.signature(DDIMScheduler.__init__).parameters
     return DDIMScheduler(**{key: value for key, value in values.items() if key in accepted})
