@@ -389,7 +389,7 @@ def test_tampered_weights_are_refused(decoders: dict[str, PixelDecoder], tmp_pat
     )
     refused(
         lambda d: (d / unet).write_bytes((d / unet).read_bytes()[:-64]),
-        "not a whole safetensors file",
+        "not a complete safetensors file",
     )
     refused(lambda d: (d / unet).unlink(), "found neither")
     refused(lambda d: edit(d / "unet" / "config.json", color="red"), "unknown entries ['color']")
