@@ -1,4 +1,4 @@
-"""lavit_lm: language models over token sequences of text and images. Public names, in the order of the data path."""
+"""lavit_lm: language models of text and images. Names are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A name is imported when first asked for: `lavit-lm --help` pays for no torch, generation for no Lightning."""
+    """Import lazily: `lavit-lm --help` needs no torch, generation no Lightning."""
     if name not in _MODULES:
         raise AttributeError(f"module 'lavit_lm' has no attribute {name!r}")
     value = getattr(import_module(f"lavit_lm.{_MODULES[name]}"), name)

@@ -6,9 +6,9 @@
     chat_template.jinja, README.md             how images are written as tokens
 
 The tokenizer adds begin-of-text to a prompt. Image tokens are *not* special here, unlike during
-training: servers remove special tokens from answers, and with them the images. Whoever puts a
-user's text into a prompt has to remove the tokens' names first; VisualVocabulary.encode_text still
-encodes them as text.
+training: servers remove special tokens from answers, and with them the images. Remove the tokens'
+names from a user's text before it becomes a prompt; VisualVocabulary.encode_text still encodes them
+as text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the commands of `lavit-lm` do. Images that cannot be read are skipped and named on stderr."""
+"""The commands of `lavit-lm`. Images that cannot be read are skipped and named on stderr."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     every N steps    codes of held-out images -> captions              texts/captions-0000500.md
                      held-out captions -> codes -> image decoder       images/generated-0000500.png
-                     (first row: the codes of their images, decoded)   both also in TensorBoard
+                     (above: codes of their own images, decoded)       both also in TensorBoard
 
 The callback changes neither weights nor random generators: losses are equal with and without it.
 """

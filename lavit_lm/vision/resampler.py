@@ -21,7 +21,7 @@ from lavit_tok.nn.attention import Block
 
 
 class CausalResampler(EncoderConnector):
-    """A transformer decoder over learned queries (Emu, "Causal Transformer"; VL-GPT, "causal transformer").
+    """A transformer decoder over learned queries, the "causal transformer" of Emu and VL-GPT.
 
     Args:
         tokenizer: the visual tokenizer, frozen, whose encoder computes the features.
