@@ -32,10 +32,12 @@ import transformers  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 # Each file of the core, and the fast tests that are about it.
+SEQUENCES = ["tests/lm/sequences/test_sequences.py"]
+QUICK = ["-k", "not heart and not rates and not generation and not saved"]
 TARGETS = {
-    "lavit_lm/models/losses.py": ["tests/lm/sequences/test_sequences.py", "tests/lm/objectives"],
-    "lavit_lm/sequences/packing.py": ["tests/lm/sequences/test_sequences.py"],
-    "lavit_lm/sequences/masks.py": ["tests/lm/sequences/test_sequences.py"],
+    "lavit_lm/models/losses.py": [*SEQUENCES, "tests/lm/objectives/test_emu.py", *QUICK],
+    "lavit_lm/sequences/packing.py": SEQUENCES,
+    "lavit_lm/sequences/masks.py": SEQUENCES,
     "lavit_tok/encode/quantizer.py": ["tests/tok/encode/test_quantizer.py"],
     "lavit_tok/encode/merger.py": ["tests/tok/encode/test_merger.py"],
     "lavit_tok/encode/image_processor.py": ["tests/tok/encode/test_image_processor.py"],

@@ -1,1 +1,1 @@
-"""Small models, data sets and runs that several test files share."""
+"""Small models, data sets and training runs that several test files share."""

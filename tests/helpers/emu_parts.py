@@ -1,4 +1,4 @@
-"""A tiny Emu that the tests of its objective and of its pixel decoder share."""
+"""A small Emu for the tests of its objective and of its image decoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMU = Emu("given", queries=N, depth=2, heads=2)
 
 
 def image(seed: int) -> ImageSegment:
-    """Noise of one colour: pictures that a tiny encoder tells apart."""
+    """Noise around a color, so that features of different seeds differ clearly."""
     generator = torch.Generator().manual_seed(seed)
     ground = torch.randint(256, (3, 1, 1), generator=generator)
     noise = torch.randint(-60, 60, (3, 32, 32), generator=generator)

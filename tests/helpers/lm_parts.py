@@ -1,4 +1,4 @@
-"""Small lexicons, models and rows that the tests of lavit_lm share."""
+"""Small processors, models and sequences for the tests of lavit_lm."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def losses(model: SequenceModel, objective: Objective, batch: PackedBatch) -> di
 
 
 def plain_sequence(ids: list[int], prefix: int = 0, key: str = "") -> TokenSequence:
-    """Text ids, all but the first predicted, the first `prefix` of them seen by all."""
+    """Text ids, all but the first predicted; the first `prefix` of them form a prefix."""
     builder = SequenceBuilder()
     for i, one in enumerate(ids):
         builder.add([one], Role.TEXT, predict=True, prefix=i < prefix)

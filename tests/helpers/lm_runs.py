@@ -1,8 +1,11 @@
-"""Training runs in processes of their own: to be killed, or several together. Started from a server that has imported
-the packages once, so that each costs a fork and not fifteen seconds."""
+"""Training runs of small language models, in this process or in others, which can be killed.
+
+Processes are forked from a server that has imported the packages once; each starts in a second.
+"""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -13,36 +16,18 @@ from typing import Any
 
 from pytorch_lightning import Callback
 
-SMALL: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128,
-}
-SMALL_BART: dict[str, Any] = {
-    "model_type": "bart",
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "max_position_embeddings": 128,
-    "dropout": 0.0,
-}
+SMALL: dict[str, Any] = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64}
+SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+SMALL_BART: dict[str, Any] = {"model_type": "bart", "d_model": 32, "dropout": 0.0}
+for _part in ("encoder", "decoder"):
+    SMALL_BART |= {f"{_part}_layers": 2, f"{_part}_attention_heads": 2, f"{_part}_ffn_dim": 64}
+SMALL_BART |= {"max_position_embeddings": 128}
 CAPTIONS = ["a red apple", "two dogs run", "the old town hall", "rain at sunset"]
-TOGETHER: dict[str, Any] = {
-    "gradient_clip_val": 1.0,
-    "num_sanity_val_steps": 0,
-    "val_check_interval": 2,
-}
+TOGETHER = {"gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "val_check_interval": 2}
 
 
 class Losses(Callback):
-    """Every batch's loss as it was logged, and its rows; stops the run, as a crash would, after some steps."""
+    """Records each batch's logged loss and keys, and held-out losses; fails at step `stop`."""
 
     def __init__(
         self, stop: int | None = None, pause: float = 0.0, out: Path | None = None
@@ -94,19 +79,9 @@ def data(folder: Path, **more: Any) -> Any:
 def trainer(folder: Path, steps: int, callbacks: list[Any], **more: Any) -> Any:
     from pytorch_lightning import Trainer
 
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-    }
-    return Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        callbacks=callbacks,
-        default_root_dir=folder,
-        **{**quiet, **more},
-    )
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    options = {"max_steps": steps, "max_epochs": -1, "accelerator": "cpu", **quiet, **more}
+    return Trainer(callbacks=callbacks, default_root_dir=folder, **options)
 
 
 def saving(folder: Path) -> Any:
@@ -116,28 +91,28 @@ def saving(folder: Path) -> Any:
 
 
 def train_until_killed(folder: Path, losses: Path, steps: int, pause: float) -> None:
-    """Never gets to its end."""
+    """Slow enough not to finish."""
     trainer(folder, steps, [Losses(pause=pause, out=losses), saving(folder)]).fit(
         module(folder), data(folder)
     )
 
 
 def train_together(folder: Path, strategy: str, stop: int | None, settings: dict[str, Any]) -> Any:
-    """One of several processes, of 4 steps, cut off or resumed. Returns (losses, held-out losses, rows)."""
+    """4 steps in one of several processes, stopped or resumed: (losses, held-out losses, keys)."""
     from pytorch_lightning.strategies import ModelParallelStrategy
 
     from lavit_lm.training.log_samples import LogSamples
 
     world = int(os.environ["WORLD_SIZE"])
-    seen = Losses(stop)
+    losses = Losses(stop)
+    parallel = functools.partial(ModelParallelStrategy, world, 1)
     kinds: dict[str, Any] = {
         "ddp": lambda: "ddp",
-        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
-        "fsdp, one file": lambda: ModelParallelStrategy(
-            world, 1, save_distributed_checkpoint=False
-        ),
+        "fsdp": parallel,
+        "fsdp, one file": lambda: parallel(save_distributed_checkpoint=False),
     }
-    callbacks = [seen, saving(folder), LogSamples(every=2, images=2, decoder=None, max_new_tokens=4)]
+    samples = LogSamples(every=2, images=2, decoder=None, max_new_tokens=4)
+    callbacks = [losses, saving(folder), samples]
     fitted = trainer(folder, 4, callbacks, devices=world, strategy=kinds[strategy](), **TOGETHER)
     images = str(folder / "pictures") if settings.get("continuous") else None
     ckpt = None if stop is not None else "last"
@@ -148,20 +123,14 @@ def train_together(folder: Path, strategy: str, stop: int | None, settings: dict
     except RuntimeError as error:
         if str(error) != "power cut":
             raise
-    return seen.values, seen.held_out, seen.keys
+    return losses.values, losses.held_out, losses.keys
 
 
 def start(target: Callable[..., Any], *arguments: Any, **variables: str) -> Any:
-    """A process, and the end of a pipe that gives its result or the exception that ended it."""
+    """A process, and the end of a pipe that receives its result or its traceback."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "pytorch_lightning",
-            "lavit_lm.training.module",
-            "lavit_lm.training.data_module",
-            "torch.distributed.fsdp",
-        ]
-    )
+    modules = ("lavit_lm.training.module", "lavit_lm.training.data_module")
+    context.set_forkserver_preload(["pytorch_lightning", "torch.distributed.fsdp", *modules])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(target, arguments, variables, theirs), daemon=True)
     process.start()
@@ -170,25 +139,19 @@ def start(target: Callable[..., Any], *arguments: Any, **variables: str) -> Any:
 
 
 def together(world: int, target: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What each of `world` processes returns; they know of each other as those of torchrun do."""
+    """The results of `world` processes with the environment that torchrun sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GROUP_RANK": "0",
-    }
-    shared |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": str(world)}
+    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     started = [
         start(target, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in range(world)
     ]
     results = []
     for process, pipe in started:
-        answered = pipe.poll(180)
-        result = pipe.recv() if answered else "no answer for three minutes"
+        result = pipe.recv() if pipe.poll(180) else "no result in three minutes"
         if isinstance(result, str):
             for other, _ in started:
                 other.kill()

@@ -1,4 +1,4 @@
-"""A U-Net and a VAE of a few thousand weights, drawn from torch's generator."""
+"""A U-Net and a VAE of a few thousand random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Causal LMs of a few thousand weights, with tokenizers of their own families trained here: there is no hub."""
+"""Causal LMs of a few thousand weights, with tokenizers of their families that are trained here.
+
+Tests have no network, so nothing comes from the Hub.
+"""
 
 from __future__ import annotations
 
@@ -29,32 +32,24 @@ TEXTS = [
     "a photo of the old town hall in the rain",
     "an apple and a table in the old town",
 ]
-SHAPE: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 128,
-}
+SHAPE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+GPT2_SHAPE = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
 CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": lambda **more: LlamaConfig(**SHAPE, **more),
     "qwen2": lambda **more: Qwen2Config(**SHAPE, **more),
     "qwen3": lambda **more: Qwen3Config(**SHAPE, head_dim=8, **more),
     "gemma": lambda **more: GemmaConfig(**SHAPE, head_dim=8, **more),
     "mistral": lambda **more: MistralConfig(**SHAPE, **more),
-    "gpt2": lambda **more: GPT2Config(
-        **{"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, **more}
-    ),
-    "phi": lambda **more: PhiConfig(
-        **{**SHAPE, "num_key_value_heads": 2}, **more
-    ),  # its output layer has a bias
+    "gpt2": lambda **more: GPT2Config(**{**GPT2_SHAPE, **more}),
+    # Its output layer has a bias.
+    "phi": lambda **more: PhiConfig(**{**SHAPE, "num_key_value_heads": 2}, **more),
 }
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "mistral", "gpt2"]
 
 
 def small_tokenizer(family: str) -> Any:
-    """The family's own tokenizer class on a few merges learnt from TEXTS."""
+    """The tokenizer class of the family, with a few merges trained on TEXTS."""
     if family in ("llama", "mistral", "gemma"):
         byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
         specials = (
@@ -75,7 +70,7 @@ def small_tokenizer(family: str) -> Any:
 
 
 def small_lm(family: str, rows: int, tied: bool = False, seed: int = 0, **more: Any) -> Any:
-    """A random LM; each column of its embeddings has a mean and a deviation of its own, as a trained one's have."""
+    """A random LM whose embedding columns differ in mean and deviation, as trained ones do."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = CONFIGS[family](

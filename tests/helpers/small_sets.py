@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def crop(photos: Sequence[Path], i: int) -> Image.Image:
-    """150 x 120, another one for each i."""
+    """150 x 120 pixels, different for each i."""
     return Image.open(photos[i % 4]).convert("RGB").crop((7 * i, 5 * i, 7 * i + 150, 5 * i + 120))
 
 
