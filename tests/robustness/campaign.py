@@ -83,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             end = started + left * part.weight / weights
             if args.restart or name not in state:
                 state[name] = {"next": 0, "minutes": 0.0, "kinds": {}, "failures": {}}
-            known = state[name]
+            known = state[name] | {"date": str(date.today()), "commit": commit}
+            state[name] = known
             before = known["minutes"]
             while known["next"] < part.target and time.monotonic() < end:
                 run_some(part, known, work)
                 known["minutes"] = round(before + (time.monotonic() - started) / 60, 2)
-                known |= {"date": str(date.today()), "commit": commit}
                 STATE.write_text(json.dumps(state, indent=1) + "\n")
             REPORT.write_text(report(state))
             left, weights = left - (time.monotonic() - started), weights - part.weight

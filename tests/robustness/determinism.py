@@ -23,9 +23,9 @@ def trial(work: Workshop, number: int, block: int = BLOCK, variant: str = "") ->
     numbers = range(start := number // len(VARIANTS) * BLOCK, start + block)
     expected, path = work.folder / f"codes-{start}-{block}", work.folder / "codes-again"
     if not expected.exists():
-        done = fork(lambda: write(expected, encode(numbers)), limit_s=600)
+        done = fork(lambda: write(expected, encode(numbers)), limit_s=300)
         assert done.code == 0, done.err
-    done = fork(lambda: write(path, VARIANTS[variant](numbers)), limit_s=600)
+    done = fork(lambda: write(path, VARIANTS[variant](numbers)), limit_s=300)
     failure = done.complaint
     if failure is None:
         pairs = zip(*(p.read_text().splitlines() for p in (expected, path)), strict=True)
