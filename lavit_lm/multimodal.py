@@ -92,10 +92,10 @@ class MultimodalLM:
         if isinstance(self._decoder, str):
             self._decoder = self.objective.image_output.load_decoder(self._decoder, self.device)
             size = getattr(self._decoder, "codebook_size", None)
-            own = self.processor.vocabulary.codebook_size
-            if size not in (None, own):
+            expected = self.processor.vocabulary.codebook_size
+            if size not in (None, expected):
                 raise ValueError(
-                    f"the image decoder has a codebook of {size} entries, the model one of {own}"
+                    f"the image decoder has a codebook of {size} entries, the model of {expected}"
                 )
         elif not isinstance(self._decoder, ImageDecoder):
             self._decoder = CodesDecoder(self._decoder)  # a PixelDecoder
@@ -359,7 +359,7 @@ class MultimodalLM:
         shared = self.model, self.processor
         outputs: list[Any] = []
         if self.objective.image_output.kind == "vectors":
-            (parts,) = generate_interleaved(
+            (generated,) = generate_interleaved(
                 *shared,
                 [self.prompts.sequence(prompt, "text")],
                 self._num_vectors,
@@ -369,13 +369,14 @@ class MultimodalLM:
                 generator=generator,
             )
             outputs = [
-                self.processor.decode(part) if isinstance(part, list) else part for part in parts
+                self.processor.decode(part) if isinstance(part, list) else part
+                for part in generated
             ]
         else:
-            given = as_list(prompt)
+            parts = as_list(prompt)
             for number in range(max_images + 1):
                 kind: Literal["mixed", "text"] = "mixed" if number < max_images else "text"
-                sequences = [self.prompts.sequence(given + outputs, "text")]
+                sequences = [self.prompts.sequence(parts + outputs, "text")]
                 constraint = GenerationConstraint(kind, 0, max_new_tokens)
                 (ids,) = generate_ids(
                     *shared, sequences, constraint, text_sampling, None, generator
@@ -384,7 +385,7 @@ class MultimodalLM:
                 outputs += [text] if text else []
                 if not ids or ids[-1] != v.begin:
                     break
-                codes = self.generate_codes(given + outputs, 1, guidance_scale, generator)
+                codes = self.generate_codes(parts + outputs, 1, guidance_scale, generator)
                 outputs.append(codes)
         if not decode:
             return outputs

@@ -135,11 +135,13 @@ def serving_tokenizer(tokenizer: Any, vocabulary: VisualVocabulary) -> PreTraine
 
 def _plain_model(model: Any, dtype: torch.dtype | None) -> Any:
     """The LM itself, or a copy with adapters merged and floats converted."""
-    own = plain = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
+    original = plain = getattr(
+        model, "_orig_mod", model
+    )  # the module inside torch.compile's wrapper
     if hasattr(plain, "merge_and_unload"):
         plain = copy.deepcopy(plain).merge_and_unload(safe_merge=True)
     if dtype is not None and plain.dtype != dtype:
-        plain = (copy.deepcopy(plain) if plain is own else plain).to(dtype)
+        plain = (copy.deepcopy(plain) if plain is original else plain).to(dtype)
     left = [name for name, _ in plain.named_parameters() if any(a in name for a in ADAPTERS)]
     if left:
         raise ExportError(f"adapters were not merged, such as {left[0]}: they would be lost")
@@ -188,7 +190,7 @@ def _write(model: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: 
 
 @torch.no_grad()
 def _compare(
-    given: Any, plain: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path
+    exported: Any, plain: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path
 ) -> None:
     """Raise ExportError unless plain Auto classes load the same tokenizer and LM."""
     again = AutoTokenizer.from_pretrained(directory)
@@ -197,18 +199,18 @@ def _compare(
         raise ExportError(f"read back, the tokenizer has {loaded_vocabulary}, not {vocabulary}")
     first, last = tokenizer.convert_ids_to_tokens([vocabulary.first, vocabulary.stop - 1])
     probe = f"{BEGIN}{first}{last}{END} An image,  of Ünïcode 中文"
-    expected, found = tokenizer(probe).input_ids, again(probe).input_ids
-    if found != expected:
-        raise ExportError(f"read back, the ids of {probe!r} are {found}, not {expected}")
+    expected, probe_ids = tokenizer(probe).input_ids, again(probe).input_ids
+    if probe_ids != expected:
+        raise ExportError(f"read back, the ids of {probe!r} are {probe_ids}, not {expected}")
     context = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
-    ids = torch.tensor([found[:context]], device=plain.device)
+    ids = torch.tensor([probe_ids[:context]], device=plain.device)
     kind = lm_class(AutoConfig.from_pretrained(directory))
     loaded = kind.from_pretrained(directory, dtype=plain.dtype).to(plain.device)
     written = _logits(loaded, ids)
     # Compare with the given LM too, whose adapters are not merged, unless the floats were
     # converted.
-    same_dtype = {value.dtype for value in given.parameters()} == {plain.dtype}
-    for lm in [given, plain] if same_dtype else [plain]:
+    same_dtype = {value.dtype for value in exported.parameters()} == {plain.dtype}
+    for lm in [exported, plain] if same_dtype else [plain]:
         logits = _logits(lm, ids)
         difference = float((written - logits).abs().max() / logits.std())
         if not difference <= TOLERANCE.get(plain.dtype, 0.05):

@@ -94,7 +94,7 @@ class LogSamples(pl.Callback):
         if trainer.is_global_zero:
             lines = ["| caption | generated |", "| --- | --- |"]
             pairs = zip(captions, generated, strict=True)
-            lines += [f"| {_cell(true)} | {_cell(found)} |" for true, found in pairs]
+            lines += [f"| {_cell(true)} | {_cell(text)} |" for true, text in pairs]
             log_text(module, "captions", "\n".join(lines) + "\n")
         if self._decoder is None or module.objective.image_output.kind != "codes":
             return
@@ -104,27 +104,27 @@ class LogSamples(pl.Callback):
         if not trainer.is_global_zero:
             return
         self._decoder = lm.decoder
-        own = [codes for image, _ in examples for codes in _codes(image)]
-        both = VisualCodes.from_list(own + codes.to_list(), size)
+        originals = [codes for image, _ in examples for codes in _codes(image)]
+        both = VisualCodes.from_list(originals + codes.to_list(), size)
         steps = {"num_inference_steps": self.num_inference_steps}
         decoded = np.stack([np.asarray(i) for i in lm.decode_images(both, generator, **steps)])
-        rows = decoded[: len(own)], decoded[len(own) :]
+        rows = decoded[: len(originals)], decoded[len(originals) :]
         sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
         log_image(module, "generated", Image.fromarray(sheet))
 
     def _examples(self, held_out: Any) -> list[tuple[ImageSegment, str]]:
         """Held-out images with their captions, the same ones each time."""
-        found: dict[int, tuple[ImageSegment, str]] = {}
+        examples: dict[int, tuple[ImageSegment, str]] = {}
         spread = range(0, len(held_out), max(1, len(held_out) // self.images))
         for number in [*spread, *range(len(held_out))]:
             segments = held_out[number][0]
             if [type(segment) for segment in segments] == [ImageSegment, TextSegment]:
-                found[number] = (segments[0], segments[1].text)
-            if len(found) == self.images:
+                examples[number] = (segments[0], segments[1].text)
+            if len(examples) == self.images:
                 break
-        if not found:
+        if not examples:
             raise ValueError("the validation split has no image with a caption")
-        return list(found.values())
+        return list(examples.values())
 
 
 @contextlib.contextmanager
