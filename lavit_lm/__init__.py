@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lavit_lm.objectives.base import Objective
     from lavit_lm.objectives.records import Connectors, ImageOutput, PromptTemplates
     from lavit_lm.sequences.packing import PackedBatch
-    from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
+    from lavit_lm.sequences.segments import ImageSegment, SegmentLength, TextSegment
     from lavit_lm.sequences.token_sequence import Flags, Role, SequenceBuilder, TokenSequence
     from lavit_lm.vocabulary.processor import MultimodalProcessor
     from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
@@ -26,7 +26,6 @@ _MODULES = {
     "PromptTemplates": "objectives.records",
     "Connectors": "objectives.records",
     "ImageOutput": "objectives.records",
-    "Segment": "sequences.segments",
     "TextSegment": "sequences.segments",
     "ImageSegment": "sequences.segments",
     "SegmentLength": "sequences.segments",
@@ -53,7 +52,6 @@ __all__ = [
     "PackedBatch",
     "PromptTemplates",
     "Role",
-    "Segment",
     "SegmentLength",
     "SequenceBuilder",
     "TextSegment",

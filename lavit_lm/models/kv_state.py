@@ -75,7 +75,7 @@ class DecodingState:
         return self.append_embeddings(self.embed_ids(ids))
 
     def embed_ids(self, ids: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """Rows of the LM's embedding."""
+        """The input embeddings of ids."""
         return self.model.causal.get_input_embeddings()(ids)
 
     def append_embeddings(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:

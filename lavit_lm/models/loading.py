@@ -23,19 +23,19 @@ def load_lm(
     new_embeddings: bool,
     seed: int,
 ) -> Any:
-    """A causal LM, or an encoder-decoder, with embedding rows for the image tokens, float32.
+    """A causal LM, or an encoder-decoder, with embeddings of the image tokens, float32.
 
     Args:
         source: directory or Hub id, or the JSON of a `transformers` config for a new one.
         processor: its text tokenizer, extended by image tokens.
         text_ids: number of ids of the text tokenizer before that.
-        new_embeddings: whether to initialize the image tokens' rows; False if they were trained
-            already.
+        new_embeddings: whether to initialize the image tokens' embeddings; False if they were
+            trained already.
         seed: for them, and for the weights of a new LM.
 
     Raises:
         ValueError: a directory or config that is not an LM of `transformers`.
-        VocabularyError: an LM without rows for the image tokens of its tokenizer.
+        VocabularyError: an LM without embeddings of the image tokens of its tokenizer.
     """
     try:
         if isinstance(source, str):
@@ -83,7 +83,7 @@ def sequence_model(
     return (PrefixSeq2Seq if lm.config.is_encoder_decoder else SequenceModel)(lm, bridge, regressor)
 
 
-def with_lora(lm: Any, vocabulary: VisualVocabulary, settings: dict[str, Any]) -> Any:
+def with_lora(lm: Any, vocabulary: VisualVocabulary, lora: dict[str, Any]) -> Any:
     """The LM frozen, with peft's adapters; the embedding rows of image tokens are trained as well.
 
     Raises:
@@ -103,7 +103,7 @@ def with_lora(lm: Any, vocabulary: VisualVocabulary, settings: dict[str, Any]) -
         tables.append(lm.get_output_embeddings())
     rows = {names[id(table)].rsplit(".", 1)[-1]: image_ids for table in tables}
     return get_peft_model(
-        lm, LoraConfig(**{"task_type": "CAUSAL_LM", "trainable_token_indices": rows, **settings})
+        lm, LoraConfig(**{"task_type": "CAUSAL_LM", "trainable_token_indices": rows, **lora})
     )
 
 

@@ -48,7 +48,7 @@ class ModelOutput:
 
     Args:
         hidden_states: after the LM's last norm.
-        inputs_embeds: the LM's inputs: rows of its embedding, or the bridge's vectors.
+        inputs_embeds: the LM's inputs: embeddings of ids, or the bridge's vectors.
         head: hidden states -> logits over the vocabulary.
         regressor: hidden states -> vectors of the LM's hidden size; None for a model that predicts
             ids only.

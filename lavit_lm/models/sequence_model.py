@@ -71,7 +71,7 @@ class SequenceModel(nn.Module):
         images: UInt8[Tensor, "k 3 h w"],
         keep: Bool[Tensor, "j patches"],
     ) -> Float[Tensor, "b l d"]:
-        """The LM's inputs: rows of its embedding, and the bridge's vectors where `is_embedding`."""
+        """The LM's inputs: embeddings of ids, and the bridge's vectors where `is_embedding`."""
         embedded = self.causal.get_input_embeddings()(ids)
         if not bool(is_embedding.any()):
             if self.bridge is not None and torch.is_grad_enabled():

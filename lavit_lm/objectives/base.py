@@ -75,8 +75,7 @@ class Objective(ABC):
     ) -> int | None:
         """The length of the sequence that `layout` builds for segments of these lengths.
 
-        Returns: None where only building the sequence can tell; the sampler then does so to plan
-        blocks.
+        Returns: None if it cannot be computed; the sampler then builds the sequence to plan blocks.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""What attends to what: the one place where attention masks are built.
+"""Attention masks of packed sequences, built in this file only.
 
     documents 0 0 0 0 1 1, prefix P P . . P .      x: the line's position attends to the column's
 

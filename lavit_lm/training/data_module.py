@@ -33,7 +33,7 @@ from lavit_tok.data.shard_images import ShardImages
 
 
 class ResumingLoader(DataLoader):
-    """The two empty methods tell Lightning that a run can resume within an epoch."""
+    """The two empty methods let Lightning resume a run within an epoch."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

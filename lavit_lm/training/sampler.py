@@ -132,7 +132,7 @@ class ExampleLayout:
         return self.objective.layout(segments, self.processor, self._generator(index), key)
 
     def length(self, index: ExampleIndex) -> tuple[int, str]:
-        """(length of that sequence, key), without building it where the objective can tell."""
+        """(length of that sequence, key), built only if the objective cannot compute its length."""
         lengths, key = self.examples.lengths(index[1], self.processor)
         generator = self._generator(index)  # seeded as for the sequence: the same draws
         length = self.objective.sequence_length(lengths, self.processor, generator)

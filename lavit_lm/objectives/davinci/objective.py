@@ -3,19 +3,19 @@
 An image of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector (patch_bridge.py),
 0..8 a patch's code:
 
-    "text": the image and k = 1 word -> the other words
+    "text": the image and k = 1 term -> the other terms
     id       <s> <img> v v v v v v v v v </img> a | <s> red apple </s>
     predict  P   P     P P P P P P P P P P      P | .   x   x     x
 
-    "image": the upper r = 1 rows of patches and all words -> the codes of the rows below
+    "image": the upper r = 1 lines of patches and all terms -> codes of the lower lines
     id       <s> <img> v v v </img> a red apple | <img> 3 4 5 6 7 8
     predict  P   P     P P P P      P P   P     | .     x x x x x x
 
-    "image", r = 0: all words -> all codes
+    "image", r = 0: all terms -> all codes
     id       <s> a red apple | <img> 0 1 2 3 4 5 6 7 8
     predict  P   P P   P     | .     x x x x x x x x x
 
-    "plain": k = 2 words -> the other words
+    "plain": k = 2 terms -> the other terms
     id       <s> a red | <s> apple </s>
     predict  P   P P   | .   x     x
 
@@ -23,10 +23,10 @@ An image of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector
   the prefix and causally to itself (sequences/masks.py); in an encoder-decoder, one is the
   encoder's input and the other the decoder's (models/encoder_decoder.py).
 - A suffix begins with a token that is not predicted. In an image suffix, patch positions start
-  anew, since the codes of the lower rows are those of an image that begins with them. An image is
-  whole rows of patches and ends by their number.
-- k is drawn over words for each sequence, and r too: the paper draws one r for a batch, because its
-  batches are rectangular; packed sequences may be of any lengths.
+  anew, since the codes of the lower lines are those of an image that begins with them. An image is
+  whole lines of patches and ends by their number.
+- k is drawn over whitespace-separated terms for each sequence, and r too: the paper draws one r for
+  a batch, because its batches are rectangular; packed sequences may be of any lengths.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class Split(NamedTuple):
     task: str
     """One of "text", "image" or "plain"."""
     prefix: list[str]
-    """Words."""
+    """Its terms."""
     suffix: list[str]
-    """Words; none for "image", whose suffix is codes."""
+    """Its terms; none for "image", whose suffix is codes."""
     patches: int
-    """Patches of the image that are in the prefix, whole rows from the top."""
+    """Patches of the image that are in the prefix, whole lines from the top."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class DaVinci(Objective):
         text_ratio, image_ratio, plain_ratio: how often a pair is laid out for each; texts alone are
             always "plain". The paper uses each pair for the first two, and as many texts for the
             third.
-        image_prefix: draw r from 0 .. rows - 2 as in the paper; False generates whole images only
+        image_prefix: draw r from 0 .. lines - 2 as in the paper; False generates whole images only
             (r = 0), which is the public code's default.
-        prompt_drop: probability that an "image" sequence loses its words, which trains the
+        prompt_drop: probability that an "image" sequence loses its text, which trains the
             unconditional sequence of guidance; the paper has no guidance (0).
-        caption_words: words of a caption that are used.
+        caption_length: terms of a caption that are used.
         caption_prefix, text_prefix: the largest k with an image, and without one.
         lower_case: lower-case all text.
-        caption_prompt: first words of every generated caption; not part of the output.
+        caption_prompt: first terms of every generated caption; not part of the output.
         train_encoder: train a copy of the visual tokenizer's encoder for the vectors; the paper
             trains its ResNet.
 
@@ -106,7 +106,7 @@ class DaVinci(Objective):
     plain_ratio: float = 0.0
     image_prefix: bool = True
     prompt_drop: float = 0.1
-    caption_words: int = 30
+    caption_length: int = 30
     caption_prefix: int = 30
     text_prefix: int = 96
     lower_case: bool = True
@@ -128,7 +128,7 @@ class DaVinci(Objective):
 
     @property
     def connectors(self) -> Connectors:
-        """A vector for each patch; codes of lower rows are computed on the batch's device."""
+        """A vector for each patch; codes of lower lines are computed on the batch's device."""
         bridge = partial(PatchBridge, train_encoder=self.train_encoder)
         return Connectors(bridge, complete_batch=with_codes_below)
 
@@ -161,14 +161,14 @@ class DaVinci(Objective):
             return sequences.append_text(sequences.prefix(prefix), split.suffix).build(key)
         image = images[0]
         keep = torch.arange(require_all_patches(image, key)) < split.patches
-        if split.patches:  # read as vectors of its upper rows, without codes
+        if split.patches:  # read as vectors of its upper lines, without codes
             prefix = [replace(image, codes=None, keep=keep), *prefix]
         builder = sequences.prefix(prefix)
         if split.task == "text":
             return sequences.append_text(builder, split.suffix).build(key)
         ids = processor.codes(codes_of(image))
-        # Codes of lower rows are not those of the whole image: with_codes_below encodes these rows
-        # on their own.
+        # Codes of lower lines are not those of the whole image: with_codes_below encodes these
+        # lines on their own.
         ids = [LATER] * (len(ids) - split.patches) if split.patches else ids
         return sequences.append_image(builder, ids).build(key)
 
@@ -197,7 +197,7 @@ class DaVinci(Objective):
         generator: torch.Generator,
         key: str = "",
     ) -> Split:
-        """Draw the task, k, r, and whether the words are dropped."""
+        """Draw the task, k, r, and whether the text is dropped."""
         task, k, r, drop = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         if not (texts or patches) or len(patches) > 1 or len(texts) > 1:
             raise ValueError(
@@ -210,14 +210,14 @@ class DaVinci(Objective):
             ratios = [0, len(patches), len(texts)]
         ends = list(accumulate(ratios))
         chosen = ("text", "image", "plain")[bisect(ends[:-1], task * ends[-1])]
-        words = sequences.words(texts[0]) if texts else []
-        words = words[: self.caption_words] if patches else words
+        terms = sequences.split(texts[0]) if texts else []
+        terms = terms[: self.caption_length] if patches else terms
         if chosen == "image":
-            rows = isqrt(patches[0])
-            above = int(r * (rows - 1)) * rows if self.image_prefix else 0
-            return Split("image", words if drop >= self.prompt_drop else [], [], above)
-        k = min(int(k * len(words)), self.caption_prefix if chosen == "text" else self.text_prefix)
-        return Split(chosen, words[:k], words[k:], patches[0] if chosen == "text" else 0)
+            lines = isqrt(patches[0])
+            above = int(r * (lines - 1)) * lines if self.image_prefix else 0
+            return Split("image", terms if drop >= self.prompt_drop else [], [], above)
+        k = min(int(k * len(terms)), self.caption_prefix if chosen == "text" else self.text_prefix)
+        return Split(chosen, terms[:k], terms[k:], patches[0] if chosen == "text" else 0)
 
     def prompt(
         self,
@@ -225,7 +225,7 @@ class DaVinci(Objective):
         processor: MultimodalProcessor,
         output: Literal["text", "image"],
     ) -> TokenSequence:
-        """All of the prompt is prefix, except the words with which captions begin."""
+        """All of the prompt is prefix, except the terms with which captions begin."""
         if output == "text":
             return self._text_prompt(segments, processor).build()
         sequences = self._sequences(processor)
@@ -240,25 +240,25 @@ class DaVinci(Objective):
             builder = sequences.prefix(text_only(context))
             return sequences.append_image(builder, processor.codes(codes_of(answer))).build()
         builder = self._text_prompt(context, processor)
-        return sequences.append_words(builder, sequences.words(answer.text)).build()
+        return sequences.append_terms(builder, sequences.split(answer.text)).build()
 
     def _text_prompt(
         self, segments: Sequence[Segment], processor: MultimodalProcessor
     ) -> SequenceBuilder:
-        """Prefix and start of a text, for an image with the words with which its captions begin."""
+        """Prefix and start of a text, for an image with the terms with which its captions begin."""
         sequences, opening = self._sequences(processor), TextSegment(self.caption_prompt)
         for segment in segments:
             if isinstance(segment, ImageSegment):
                 require_all_patches(segment)
         is_caption = bool(opening.text) and list(segments[-1:]) == [opening]
         builder = sequences.prefix(segments[:-1] if is_caption else segments).text(sequences.start)
-        return builder.text(sequences.ids(sequences.words(opening.text))) if is_caption else builder
+        return builder.text(sequences.ids(sequences.split(opening.text))) if is_caption else builder
 
     def _sequences(self, processor: MultimodalProcessor) -> PrefixSequences:
         return PrefixSequences(processor, self.lower_case)
 
     def losses(self, output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
-        """Sums of "text" (words beside an image), "image" (codes) and "plain" (other words)."""
+        """Sums of "text" (text beside an image), "image" (codes) and "plain" (text alone)."""
         plain = batch.predict & (batch.roles == Role.TEXT) & ~has_images(batch)
         sums = cross_entropy(output, replace(batch, predict=batch.predict & ~plain))
         return {**sums, "plain": cross_entropy(output, replace(batch, predict=plain))["text"]}

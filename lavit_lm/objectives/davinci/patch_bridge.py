@@ -1,15 +1,15 @@
-"""DaVinci's image prefix, the upper rows as vectors, and image suffix, the lower rows as codes.
+"""DaVinci's image prefix, the upper lines as vectors, and image suffix, the lower lines as codes.
 
-    image    kept (2 rows)     input of the encoder        input of the tokenizer
+    image    kept (2 lines)     input of the encoder        input of the tokenizer
     a a a a  x x x x           a a a a                     c c c c
     b b b b  x x x x           b b b b                     d d d d
     c c c c  . . . .           . . . .                     . . . .
     d d d d  . . . .           . . . .                     . . . .
-                               vectors of rows a and b     codes of its first two rows: c and d
+                               vectors of lines a and b     codes of its first two lines: c and d
 
 Neither input contains what the other one encodes, so that the prefix has no information about the
-rows below it, and the codes of these rows do not depend on the rows above (DaVinci, "prefix image
-modeling"). Blank patches have the mean color.
+lines below it, and the codes of these lines do not depend on the lines above (DaVinci, "prefix
+image modeling"). Blank patches have the mean color.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer
 
 LATER = -1
-"""Placeholder of an id that with_codes_below computes; no embedding has this row, so that a
+"""Placeholder of an id that with_codes_below computes; it is outside every vocabulary, so that a
 forgotten one is an error.
 """
 
 
 class PatchBridge(EncoderConnector):
-    """Images -> a vector of the LM's hidden size for each patch of their upper rows.
+    """Images -> a vector of the LM's hidden size for each patch of their upper lines.
 
         images [k 3 s s], blank below -> encoder -> norm, linear, + learned positions -> [m width]
 
@@ -75,20 +75,20 @@ class PatchBridge(EncoderConnector):
 def codes_below(
     tokenizer: VisualTokenizer, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]
 ) -> Int64[Tensor, " total"]:
-    """Codes of every patch below the kept rows in raster order, images one after another.
+    """Codes of every patch below the kept lines in raster order, images one after another.
 
-    The rows below are moved to the top of a blank image and encoded there, so that their codes do
-    not depend on the upper rows. This works for tokenizers of a fixed image size.
+    The lines below are moved to the top of a blank image and encoded there, so that their codes do
+    not depend on the upper lines. This works for tokenizers of a fixed image size.
 
     Raises:
-        ValueError: kept patches that are not the whole upper rows of an image.
+        ValueError: kept patches that are not the whole upper lines of an image.
     """
     patches, side = keep.shape[1], isqrt(keep.shape[1])
     counts = keep.sum(1)
     upper = torch.arange(patches, device=keep.device) < counts[:, None]
     if bool((counts % side != 0).any()) or not torch.equal(upper, keep):
         raise ValueError(
-            f"expected masks of whole upper rows of {side} patches, got {counts.tolist()} patches"
+            f"expected masks of whole upper lines of {side} patches, got {counts.tolist()} patches"
         )
     pixels = tokenizer.preprocess(images)
     moved, height = torch.zeros_like(pixels), pixels.shape[2]

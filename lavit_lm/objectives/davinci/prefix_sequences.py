@@ -34,11 +34,11 @@ class PrefixSequences:
         """The first ids of a prefix and of a text suffix."""
         return self.processor.start or [self.processor.stop]
 
-    def words(self, text: str) -> list[str]:
+    def split(self, text: str) -> list[str]:
         return (text.lower() if self.lower_case else text).split()
 
-    def ids(self, words: Sequence[str]) -> list[int]:
-        return self.processor.text(" ".join(words))
+    def ids(self, terms: Sequence[str]) -> list[int]:
+        return self.processor.text(" ".join(terms))
 
     def prefix(self, segments: Sequence[Segment]) -> SequenceBuilder:
         """The prefix; it begins with the start ids, so that none is empty."""
@@ -47,20 +47,20 @@ class PrefixSequences:
         builder = SequenceBuilder().text(self.start, **flags)
         for segment in segments:
             if isinstance(segment, TextSegment):
-                builder.text(self.ids(self.words(segment.text)), **flags)
+                builder.text(self.ids(self.split(segment.text)), **flags)
                 continue
             assert segment.keep is not None
             ids, embed = [processor.pad] * int(segment.keep.sum()), replace(segment, codes=None)
             builder.image(delimiters, ids, flags, flags, flags, embed)
         return builder
 
-    def append_text(self, builder: SequenceBuilder, words: Sequence[str]) -> SequenceBuilder:
-        """Start, words and </s> as the suffix."""
-        return self.append_words(builder.text(self.start), words)
+    def append_text(self, builder: SequenceBuilder, terms: Sequence[str]) -> SequenceBuilder:
+        """Start, terms and </s> as the suffix."""
+        return self.append_terms(builder.text(self.start), terms)
 
-    def append_words(self, builder: SequenceBuilder, words: Sequence[str]) -> SequenceBuilder:
-        """Words and </s>, predicted."""
-        return builder.text([*self.ids(words), self.processor.stop], predict=True)
+    def append_terms(self, builder: SequenceBuilder, terms: Sequence[str]) -> SequenceBuilder:
+        """Terms and </s>, predicted."""
+        return builder.text([*self.ids(terms), self.processor.stop], predict=True)
 
     def append_image(self, builder: SequenceBuilder, ids: Sequence[int]) -> SequenceBuilder:
         """<img> and predicted code ids as the suffix."""

@@ -19,9 +19,9 @@ An image is exactly N vectors, which a causal transformer computes from all its 
   without a stop id. The unconditional vectors of guidance are those generated after the empty
   prompt `<s> <img>`, with which every image-first sequence begins.
 
-The paper's transformer reads the encoder's class token as well, and initializes the two new
-embedding rows as the mean of the old; here all patches of the encoder are read, and new rows are
-drawn like the old (vocabulary/embedding_rows.py).
+The paper's transformer reads the encoder's class token as well, and initializes the embeddings of
+the two delimiters with the mean of all others; here all patches of the encoder are read, and new
+embeddings are distributed like the others (vocabulary/embeddings.py).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class StableDiffusion:
 
     Args:
         model: directory or Hub id of a Stable Diffusion pipeline; it is loaded into the classes
-            named here, whatever its model_index.json says.
+            named here, whatever its model_index.json names.
         adapter: directory or Hub id of the adapter.
         folder: of the adapter's weights; contains a folder image_encoder.
         weights: the weights file, safetensors.

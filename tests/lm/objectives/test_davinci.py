@@ -143,7 +143,9 @@ def test_the_drawing(photos: list[Path]):
     row = a_generator_for(
         only("text"), pair, words, lambda row: int(row.prefix.sum()) == 12 + ids["a"]
     )
+    page = DaVinci.layout.__globals__["__doc__"]
     assert drawn(row, words) == "<s> <img> v v v v v v v v v </img> a | <s> red apple </s>"
+    assert f"id       {drawn(row, words)}\n" in page
     assert marks(row) == "P" * 13 + "." + "x" * (ids["red"] + ids["apple"] + 1)
     row = a_generator_for(only("image"), pair, words, lambda row: int(row.is_embedding.sum()) == 3)
     assert drawn(row, words) == "<s> <img> v v v </img> a red apple | <img>" + " later" * 6
@@ -325,7 +327,7 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
     told, many = [images[4], TextSegment("a a a a a")], [images[4], TextSegment("a " * 50)]
     even(counted(only("text"), told, k, 500), dict.fromkeys(range(5), 1 / 5), 500)
     even(counted(only("text"), many, k, 1000), dict.fromkeys(range(30), 1 / 30), 1000)
-    longer = only("text", caption_words=40)
+    longer = only("text", caption_length=40)
     even(counted(longer, many, k, 1000), {**dict.fromkeys(range(30), 1 / 40), 30: 10 / 40}, 1000)
     plain = counted(DaVinci(), [TextSegment("a " * 120)], k, 1500)
     even(plain, {**dict.fromkeys(range(96), 1 / 120), 96: 24 / 120}, 1500)
@@ -430,7 +432,7 @@ def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[
     assert vectors.shape == (16, 32) and torch.equal(vectors[:8], vectors[8:]), (
         "rows below are not told"
     )
-    with pytest.raises(ValueError, match="whole upper rows of 4 patches"):
+    with pytest.raises(ValueError, match="whole upper lines of 4 patches"):
         codes_below(tiny_tokenizer, images[2].image[None], torch.arange(PATCHES)[None] < 6)
     words, model = built("llama", tiny_tokenizer)
     with pytest.raises(IndexError):
@@ -557,7 +559,7 @@ def test_davinci_07_empty_prefixes_and_texts(
         (only("image", image_prefix=False), [image, TextSegment("")], PATCHES),
         (only("text", image_prefix=False), [image], PATCHES),  # a picture without words is painted
         (only("plain", text_prefix=0), [TextSegment("rain")], len(words.text("rain")) + 1),
-        (only("text", caption_words=0), [image, TextSegment("rain")], 1),
+        (only("text", caption_length=0), [image, TextSegment("rain")], 1),
     ]
     for objective, sample, targets in cases:
         (row,) = rows_of(objective, [sample], words)
@@ -574,7 +576,7 @@ def test_davinci_07_empty_prefixes_and_texts(
         ({"text_weight": -1.0}, "text_weight: expected 0 or more"),
         ({"text_ratio": 0.0, "image_ratio": 0.0}, "a ratio above 0"),
         ({"prompt_drop": 2.0}, "a probability"),
-        ({"caption_words": -1}, "expected 0 or more"),
+        ({"caption_length": -1}, "expected 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             DaVinci(**wrong)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.lm_parts import image, pairs
+from helpers.lm_parts import image, pairs, processor_and_model
 from helpers.lm_parts import losses as losses_of
 from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, Losses, data, module, saving, trainer
 from helpers.small_lms import small_tokenizer
@@ -18,7 +18,10 @@ from helpers.vlgpt_parts import stage_one_directory
 
 from lavit_lm import MultimodalLM
 from lavit_lm.cli import main
+from lavit_lm.objectives.davinci import DaVinci
+from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.objectives.vlgpt import VLGPT
 from lavit_lm.sequences.packing import pack, pad
 from lavit_lm.sequences.segments import ImageSegment, TextSegment
 from lavit_lm.training.sampler import BlockSampler, ExampleLayout, Examples
@@ -101,6 +104,34 @@ def test_the_order_of_blocks(folder: Path):
     assert short.too_long and all(length > 9 for length in short.too_long.values())
     with pytest.raises(ValueError, match="no sequence fits, the shortest has"):
         BlockSampler(layout, 2, 1, window=50)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        LaVIT(prompt_drop=0.5),
+        Emu(queries=3),
+        VLGPT(tokenizer_sizes={"width": 32, "queries": 4}),
+        DaVinci(plain_ratio=1.0, prompt_drop=0.5, caption_length=5),
+    ],
+    ids=lambda objective: objective.name,
+)
+def test_lengths_are_known_before_sequences_are_built(objective: Any, monkeypatch: Any):
+    """Stored lengths and the same draws give the length of the sequence; planning builds none."""
+    processor, _ = processor_and_model("llama")
+    captions = [*CAPTIONS, "", "A red apple on the table of the old town hall, in the rain"]
+    pairs = [
+        {"key": f"{i}", "caption": c, "codes": [i] * 9, "length": 9, "keep": list(range(9))}
+        for i, c in enumerate(captions)
+    ]
+    pixels = [torch.zeros(3, 24, 24, dtype=torch.uint8)] * len(pairs)
+    examples = Examples(pairs, [{"text": "rain and sunset"}], pixels, patches=9)
+    layout = ExampleLayout(examples, objective, processor, seed=5)
+    indices = [(epoch, i) for epoch in range(12) for i in range(len(examples))]
+    lengths = [len(layout.sequence(index)) for index in indices]
+    assert len(set(lengths)) > 4
+    monkeypatch.setattr(type(objective), "layout", None)
+    assert [layout.length(index)[0] for index in indices] == lengths
 
 
 def test_texts_are_mixed_in(folder: Path):
