@@ -1,255 +1,245 @@
-"""Captions of a whole set, in the official results format, scored by the field's scorers.
+"""Captions of a data set of your own, with the field's scores; for public sets see
+docs/benchmarks.md.
 
-    pictures  -greedily or by beams, after k examples or none->  captions  ->  NAME.results.json  [{image_id, caption}]
-    captions, true captions  -caption_scores.py->  BLEU, ROUGE-L, CIDEr, METEOR, SPICE, x 100
+    images -greedily or by beams-> captions -> NAME.results.json
+    captions, true captions -pycocoevalcap-> BLEU, ROUGE-L, CIDEr, METEOR, x 100
 
-The protocol of the published figures is Karpathy's test split of COCO (5,000 pictures, five captions each) under the
-official tokenization; whatever departs from it stands in the figures' label. Zero-shot, or --shots examples by plain
-concatenation before every picture. A run that was killed goes on where it was, with the same result. Writes
-captioning.md, .json, .results.json, and captioning.png: scores, and pictures with what was said of them.
+"ptb" is the official tokenization of the COCO evaluation and needs Java, as METEOR does. "words"
+needs
+nothing: its scores are not official ones and are labeled so. CIDEr is CIDEr-D (arXiv:1411.5726);
+    its document frequencies are those of the very captions that are scored against. Without
+    pycocoevalcap there is torchmetrics' BLEU. Writes captioning.md, .json and .results.json. A run
+    that was stopped continues where it was.
 """
 
 from __future__ import annotations
 
-import json
-from argparse import Namespace
-from collections.abc import Sequence
+import sys
 from pathlib import Path
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import json
+import re
+import shutil
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
-import caption_scores
-import caption_sets
-import common
-import talking
-from figures import SHOWN, figure
-from parts import Parts, digest, write_whole
-from PIL import Image
-
+from benchmarks.lm_quality import choose
+from benchmarks.shared import cli, datasets, plots, report
+from benchmarks.shared.cache import Stages
+from benchmarks.shared.image_text_similarity import Teacher, ranks, top
 from lavit_lm import MultimodalLM
 
-PUBLISHED = (
-    ("LaVIT (7B)", "134.0", "zero-shot"),
-    ("LaVIT-v2 (7B)", "133.3", "zero-shot"),
-    ("Emu", "112.4", "zero-shot"),
-    ("VL-GPT", "116.4", "zero-shot"),
-    ("VL-GPT", "133.7", "after instruction tuning"),
-)
-"""CIDEr on COCO, Karpathy's test split, as their authors give it."""
+CLASSES = {"BLEU": "bleu.Bleu", "ROUGE-L": "rouge.Rouge", "CIDEr": "cider.Cider"}
+CLASSES |= {"METEOR": "meteor.Meteor"}
+PACKAGE = "pycocoevalcap"
+INSTALL = f"needs {PACKAGE} (pip install --no-deps {PACKAGE}, 104 MB)"
+PTB = "the official PTB tokenization"
+WORDS = "words in lower case, not the official PTB tokenization, so these are no official scores"
 
 
-class Captioner:
-    """Says what pictures show.
+def score(
+    references: Sequence[Sequence[str]],
+    captions: Sequence[str],
+    scorers: Sequence[str] = tuple(CLASSES),
+    tokenization: str = "auto",
+) -> dict[str, Any]:
+    """Scores x 100 of one caption per image against the image's true ones.
 
     Args:
-        lm: the model.
-        shots: pictures and captions that stand before each picture.
-        a: prompt, max_tokens, temperature, top_p, seed.
+        references: at least one for each image.
+        captions: one for each image; an empty one scores 0.
+        tokenization: "ptb", "words", or "auto": ptb where it can run.
+
+    Returns:
+        "scores", "absent" (scorers that could not run, and why), "tokenization", "by" (package and
+        version), and "cider_of_each" if CIDEr is among them.
+
+    Raises:
+        ValueError: no images, one without true captions, or ptb where it cannot run.
     """
-
-    def __init__(
-        self, lm: MultimodalLM, shots: Sequence[tuple[Image.Image, str]], a: Namespace
-    ) -> None:
-        self.lm, self.a = lm, a
-        self.prompt_templates = (
-            lm.objective.prompt_templates.caption if a.prompt is None else a.prompt
+    if not captions or len(captions) != len(references) or not all(references):
+        raise ValueError("expected one caption per image, and true captions for every image")
+    installed, java = find_spec(PACKAGE) is not None, shutil.which("java") is not None
+    if tokenization == "ptb" and not (installed and java):
+        raise ValueError(f"--tokenization ptb: {'needs Java' if installed else INSTALL}")
+    ptb = installed and java and tokenization != "words"
+    split = _ptb if ptb else _words
+    true, generated = split(references), split([[caption] for caption in captions])
+    by = PACKAGE if installed else "torchmetrics"
+    result: dict[str, Any] = {"scores": {}, "absent": {}, "tokenization": PTB if ptb else WORDS}
+    result["by"] = f"{by} {importlib.metadata.version(by)}"
+    for name in scorers:
+        if not installed and name == "BLEU":
+            result["scores"] = _torchmetrics_bleu(true, generated)
+            continue
+        try:
+            total, each = _pycocoevalcap(name, true, generated)
+        except (OSError, ValueError, ImportError) as error:
+            result["absent"][name] = str(error) if installed else INSTALL
+            continue
+        values = (
+            {f"BLEU-{n}": v for n, v in enumerate(total, 1)} if name == "BLEU" else {name: total}
         )
-        self.before: list[Any] = []
-        for picture, caption in shots:
-            self.before += [picture, f"{self.wording} {caption}".strip()]
-
-    def __call__(self, pictures: Sequence[Image.Image], items: Sequence[int]) -> list[str]:
-        """One caption for each; its generator depends on the item's number alone."""
-        asked = [self.prompt_templates] if self.prompt_templates else []
-        prompts = [[*self.before, picture, *asked] for picture in pictures]
-        return talking.said(self.lm, prompts, items, self.a)
+        result["scores"] |= {key: 100 * float(value) for key, value in values.items()}
+        if name == "CIDEr":
+            result["cider_of_each"] = [100 * float(value) for value in each]
+    return result
 
 
-def main(a: Namespace) -> dict[str, Any]:
-    how = talking.decoding(a)
-    found = caption_sets.limited(caption_sets.captions_of(a), a.limit)
-    shots = examples(a)
-    lm = talking.load(a)
-    captioner = Captioner(lm, shots, a)
-    settings = talking.settings_of(lm, a, "captioning") | {
-        "pictures": digest(found.ids, found.name),
-        "examples": digest([text for _, text in shots], [p.tobytes().hex() for p, _ in shots]),
-        "prompt": captioner.prompt_templates,
-        "decoding": [how, a.seed],
+def _pycocoevalcap(name: str, true: list[list[str]], generated: list[list[str]]) -> Any:
+    module, _, cls = CLASSES[name].partition(".")
+    if name == "METEOR" and shutil.which("java") is None:
+        raise OSError("needs Java")
+    if find_spec(PACKAGE) is None:
+        raise ImportError(INSTALL)
+    scorer = getattr(importlib.import_module(f"{PACKAGE}.{module}.{module}"), cls)()
+    with contextlib.redirect_stdout(io.StringIO()):  # BLEU prints lengths
+        return scorer.compute_score(dict(enumerate(true)), dict(enumerate(generated)))
+
+
+def _ptb(captions: Sequence[Sequence[str]]) -> list[list[str]]:
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    # It reads one caption per line: any other line break would shift all that follow it.
+    lines = {
+        i: [{"caption": " ".join(c.split())} for c in texts] for i, texts in enumerate(captions)
     }
-    parts = Parts(a.out, a.name, settings)
-    lines = talking.lines_of(found, parts, a.batch_size, captioner)
-    good = [i for i, line in enumerate(lines) if "said" in line]
+    tokens = PTBTokenizer().tokenize(lines)
+    if [len(tokens.get(i, ())) for i in lines] != [len(texts) for texts in captions]:
+        raise ValueError("the PTB tokenizer returned another number of captions than it was given")
+    return [tokens[i] for i in lines]
+
+
+def _words(captions: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[" ".join(re.findall(r"[\w']+", c.lower())) for c in texts] for texts in captions]
+
+
+def _torchmetrics_bleu(
+    true: Sequence[Sequence[str]], generated: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    from torchmetrics.functional.text import bleu_score
+
+    texts = [one[0] for one in generated]
+    return {f"BLEU-{n}": 100 * float(bleu_score(texts, true, n_gram=n)) for n in range(1, 5)}
+
+
+def main(args: Namespace) -> dict[str, Any]:
+    options = {"visual_tokenizer": args.visual_tokenizer, "decoder": None, "device": args.device}
+    lm = MultimodalLM.from_pretrained(args.model, **options)
+    size, crop = (
+        lm.visual_tokenizer.config.image_size,
+        lm.visual_tokenizer.image_processor.resize_mode == "center_crop",
+    )
+    data = datasets.load_images(args.data, size, args.split, args.limit, crop)
+    stages = Stages(args, args.name, lm.model, lm.visual_tokenizer, data.pixels)
+
+    def caption(batch: list[int]) -> list[str]:
+        images = [plots.pil(data.pixels[i]) for i in batch]
+        options = {"min_new_tokens": args.min_tokens, "num_beams": args.beams}
+        texts = lm.caption(images, args.max_tokens, **options)
+        return [datasets.first_line(text) for text in texts]
+
+    parts = stages.batches("captions", range(len(data)), args.batch_size, caption)
+    captions = [text for part in parts for text in part]
+    chosen, known = data.with_caption(), datasets.training_captions(args.data)
+    references = [[data.captions[i]] for i in chosen]
+    found = score(references, [captions[i] for i in chosen], args.scorers, args.tokenization)
+    each = found.pop("cider_of_each", [])
+    unseen = [k for k, i in enumerate(chosen) if datasets.normalized(data.captions[i]) not in known]
+    if each and known and unseen:
+        mean = sum(each[k] for k in unseen) / len(unseen)
+        found["scores"]["CIDEr of captions not in train"] = mean
+    how = "greedy" if args.beams is None else f"{args.beams} beams"
     values: dict[str, Any] = {
-        "set": found.describe(),
-        "model": Path(a.model).name,
+        **data.record(),
+        "model": Path(args.model).name,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
-        "prompt": captioner.prompt_templates,
-        "shots": a.shots,
-        "examples": [text for _, text in shots],
-        "decoding": how,
-        "captions": len(good),
-        "rejects": [line["reject"] for line in lines if "reject" in line],
+        "decoding": f"{how}, {args.min_tokens} to {args.max_tokens} tokens",
+        "scored": len(chosen),
+        "seen_in_training": len(chosen) - len(unseen) if known else None,
+        **found,
     }
-    results = [{"image_id": found.ids[i], "caption": lines[i]["said"]} for i in good]
-    write_whole(a.out / f"{a.name}.results.json", json.dumps(results).encode())
-    scored = [i for i in good if found.captions[i]]
-    values |= scores(found, scored, [lines[i]["said"] for i in scored], a)
-    show(found, good, lines, values, a)
-    common.write(a.name, a.out, "Captions", text(values, a), values)
-    parts.done()
+    if args.scorer:
+        values["identified"] = identified(data, captions, args)
+    shown = datasets.evenly_spaced(12, len(data))
+    values["examples"] = [[data.keys[i], captions[i], data.captions[i]] for i in shown]
+    results = [{"image_id": k, "caption": c} for k, c in zip(data.keys, captions, strict=True)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{args.name}.results.json").write_text(json.dumps(results))
+    report.write(args.name, args, "Captions", text(values), values)
+    stages.done()
     return values
 
 
-def examples(a: Namespace) -> list[tuple[Image.Image, str]]:
-    """Pictures and captions that stand before each picture, of other pictures than those that are captioned.
-
-    Raises:
-        ValueError: asked for without a set to take them from.
-    """
-    if not a.shots:
-        return []
-    if a.data is not None:
-        source = caption_sets.caption_rows(a.data, a.shots_split)
-        own = caption_sets.captions_of(a)
-        if source.name == own.name:
-            raise ValueError(
-                f"--shots-split {a.shots_split}: the examples would be of the split that is captioned"
-            )
-    elif a.shots_annotations is not None:
-        images = a.shots_images or a.images
-        same = a.shots_annotations.resolve() == a.annotations.resolve()
-        source = caption_sets.read_captions(
-            a.shots_annotations, images, a.shots_split if same else None
-        )
-        if same and source.name == caption_sets.captions_of(a).name:
-            raise ValueError(
-                f"--shots-split {a.shots_split}: the examples would be of the split that is captioned"
-            )
-    else:
-        raise ValueError(
-            "--shots: expected --shots-annotations, and --shots-images if the pictures lie elsewhere"
-        )
-    chosen = caption_sets.examples(source, a.shots, a.seed)
-    return [
-        (picture, source.captions[place][0] if source.captions[place] else "")
-        for place, picture in chosen
-    ]
-
-
-def scores(
-    found: caption_sets.CaptionSet, places: list[int], captions: list[str], a: Namespace
-) -> dict[str, Any]:
-    """The scores, and what keeps them from standing beside published ones."""
-    if not places:
-        return {
-            "scores": None,
-            "label": f"no scores: {found.name} holds no captions; the results file can be sent in",
-        }
-    result = caption_scores.score(
-        [found.captions[i] for i in places], captions, a.scorers, a.tokenization
+def identified(data: datasets.ImageSet, texts: list[str], args: Namespace) -> dict[str, Any]:
+    """What captions identify among --among images whose true captions differ, in the teacher's
+    space."""
+    indices, teacher = (
+        choose(data.captions, args.among, args.seed),
+        Teacher(args.scorer, args.device),
     )
-    departures = [] if found.standard else ["not the whole Karpathy test split of COCO"]
-    if len(places) < len(found):
-        departures.append(
-            f"{len(found) - len(places)} of {len(found)} pictures left out, unreadable or without captions"
-        )
-    if not result.official:
-        departures.append(result.tokenization)
-    known = caption_sets.training_captions(a.data) if a.data else frozenset()
-    unseen = [
-        k
-        for k, i in enumerate(places)
-        if known.isdisjoint(map(caption_sets.spelling, found.captions[i]))
+    images, true = data.pixels[indices], [data.captions[i] for i in indices]
+    vectors, true_vectors = teacher.embed([texts[i] for i in indices]), teacher.embed(true)
+    described = teacher.describe(images)
+    pairs = [
+        (datasets.normalized(texts[i]), datasets.normalized(data.captions[i])) for i in indices
     ]
-    rest = [result.cider[k] for k in unseen] if result.cider else []
-    least = min(len(found.captions[i]) for i in places)
-    if least < 5:
-        departures.append(f"{least} true caption{'s' * (least > 1)} a picture at least, not five")
-    label = f"{result.by}, {result.tokenization}, over {len(places)} pictures of {found.standard or found.name}"
     return {
-        "label": label,
-        "departures": departures,
-        "comparable": not departures,
-        "scores": result.scores,
-        "absent": result.absent,
-        "cider_of_each": result.cider,
-        "cider_frequencies_over": len(places),
-        "seen_in_training": len(places) - len(unseen) if known else None,
-        "cider_of_unseen": sum(rest) / len(rest) if known and rest else None,
+        "the image": top(ranks(vectors, described)),
+        "the true caption": top(ranks(vectors, true_vectors)),
+        "ceiling: the image by its true caption": top(ranks(true_vectors, described)),
+        "chance": {"top1": 1 / len(indices), "top5": 5 / len(indices)},
+        "exact": sum(a == b for a, b in pairs) / len(pairs),
     }
 
 
-# What comes out
-
-
-def show(
-    found: caption_sets.CaptionSet,
-    good: Sequence[int],
-    lines: Any,
-    values: dict[str, Any],
-    a: Namespace,
-) -> None:
-    chosen = [good[i] for i in common.evenly(SHOWN, len(good))]
-    pictures = [picture for picture, _ in map(found.open, chosen) if picture is not None]
-    texts = []
-    for i in chosen:
-        true = found.captions[i][0] if found.captions[i] else "-"
-        texts.append(f"said: {lines[i]['said']}\ntrue: {true}")
-    figure(a.out / f"{a.name}.png", values["scores"] or {}, "score x 100", pictures, texts)
-    values["shown"] = [{"id": found.ids[i], "text": t} for i, t in zip(chosen, texts, strict=True)]
-
-
-def text(v: dict[str, Any], a: Namespace) -> str:
-    body = (
-        f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; {v['decoding']}; "
-    )
+def text(v: dict[str, Any]) -> str:
+    body = f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; "
+    body += f"{v['decoding']}. {v['by']}, {v['tokenization']}.\n\n"
+    rows = [*v["scores"].items(), *((n, f"not measured: {why}") for n, why in v["absent"].items())]
+    body += report.table(("score", "x 100"), rows)
     body += (
-        f"{v['shots']} examples before each picture; prompt {v['prompt']!r}.\n\n{v['label']}.\n\n"
+        f"\n\nCIDEr is CIDEr-D; its document frequencies are those of these {v['scored']} images."
     )
-    if v["scores"] is not None:
-        rows: list[tuple[Any, Any]] = [
-            (name, f"{value:.2f}") for name, value in v["scores"].items()
-        ]
-        if v["cider_of_unseen"] is not None:
-            rows.append(("CIDEr of captions not in train", f"{v['cider_of_unseen']:.2f}"))
-        rows += [(name, f"not measured: {why}") for name, why in v["absent"].items()]
-        body += common.table(("score", "x 100"), rows)
-        body += f"\n\nCIDEr is CIDEr-D, its document frequencies are those of these {v['cider_frequencies_over']} pictures."
-        if v["seen_in_training"] is not None:
-            body += f" The true captions of {v['seen_in_training']} of them stand in the train split too."
-        body += "\n\n## Published\n\nCIDEr on COCO by the authors' own account. "
-        if v["departures"]:
-            body += "Not comparable with the figures above: " + "; ".join(v["departures"]) + ".\n\n"
-        else:
-            body += "The same set and scorer.\n\n"
-        body += common.table(("model", "CIDEr", ""), PUBLISHED)
-    body += common.rejected(v["rejects"])
-    return (
-        body
-        + f"\n\nResults for the official server: `{a.name}.results.json`.\n\n![captions]({a.name}.png)"
-    )
+    if v["seen_in_training"] is not None:
+        body += f" The captions of {v['seen_in_training']} of them are in the train split, too."
+    if "identified" in v:
+        rows = [(k, *x.values()) for k, x in v["identified"].items() if isinstance(x, dict)]
+        body += "\n\n" + report.table(("identified by the caption", "top-1", "top-5"), rows)
+        body += f"\n\nExactly the true caption: {100 * v['identified']['exact']:.1f} %."
+    body += "\n\n" + report.table(("image", "generated caption", "true caption"), v["examples"])
+    return body + report.rejected(v["rejects"])
 
 
-def arguments() -> Any:
-    found = common.parser(__doc__, data=False, tokenizer=False, batch_size=32)
-    caption_sets.add_captions(found)
-    talking.add_model(found)
-    found.add_argument(
-        "--prompt", help="said after the picture; by default as the model's objective says it"
+def arguments() -> ArgumentParser:
+    return cli.parser(
+        __doc__,
+        model=("default", "'default', a directory or a Hub id"),
+        visual_tokenizer=(str, "by default the one that the model names"),
+        beams=(int, "beam search with so many beams, not greedy decoding"),
+        min_tokens=(1, "of a caption"),
+        max_tokens=(48, "of a caption"),
+        scorers=(list(CLASSES), "scores", list(CLASSES)),
+        tokenization=(
+            "auto",
+            "of the scorers; auto: ptb where it can run",
+            ["auto", "ptb", "words"],
+        ),
+        scorer=(Path, "folder that recipes/default/teacher.py wrote: what do captions identify?"),
+        among=(100, "images among which captions identify theirs"),
+        seed=(0, "of the choice of these images"),
+        name=("captioning", "of the result files"),
     )
-    found.add_argument("--max-tokens", type=common.positive, default=48, help="of a caption")
-    found.add_argument(
-        "--scorers", nargs="+", choices=caption_scores.SCORERS, default=list(caption_scores.SCORERS)
-    )
-    found.add_argument(
-        "--tokenization",
-        choices=["auto", "ptb", "words"],
-        default="auto",
-        help="see caption_scores.py",
-    )
-    found.add_argument("--name", default="captioning", help="of the result files")
-    return found
 
 
 if __name__ == "__main__":
-    raise SystemExit(common.run(main, arguments().parse_args()))
+    raise SystemExit(cli.run(main, arguments()))

@@ -1,76 +1,204 @@
-"""Does the language model draw what a caption says, and say what a picture shows? On pictures held out from training.
+"""Does the language model generate what a caption describes, and how well does it predict codes?
 
-    images    caption -> codes -> picture -> scorer: is its own caption among the nearest five of all? Several seeds
-    captions  picture -> caption -> is its own picture, and its own true caption, among the nearest five of all?
-    bits      -log2 p(code) with its caption before it, and without, against the unigram entropy of the same codes
+    images    caption -> codes or vectors -> image: is its own caption among the nearest of all, how
+    near
+              is it, and how far are the images from the set's own; several seeds
+    bits      -log2 p(code) after its caption, and without it, beside the codes' unigram entropy
 
-The captions are distinct, one picture each. Some of them may be captions of training pictures too ("a photo of a bag"):
-how many is said, and the rest are scored apart. Ceilings: what the true pictures score, and pictures drawn from their
-own codes, by the same decoder. caption_space.py says what scores. Writes lm_quality.md, .json and, of sixteen captions,
-true and generated pictures in lm_quality.png.
+By default each image has a caption that no other has; with --repeated any images that have
+captions, as in the COCO protocol (30,000 captions of val2014). Nearness is measured in the spaces
+of --scorer and --clip; distances are FID only with --inception. Baselines: the true images, images
+decoded from their own codes, and for distances as many other true images. Published FID on COCO:
+LaVIT 7.4, LaVIT-v2 7.1, Emu 11.66, VL-GPT 12.25 (authors' own). Writes lm_quality.md, .json, and
+true beside generated images as lm_quality.png. A run that was stopped continues where it was.
 """
 
 from __future__ import annotations
 
-import math
-from argparse import Namespace
-from collections.abc import Sequence
+import sys
 from pathlib import Path
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import json
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import common
 import numpy as np
-import painting
-import picture_sets
 import torch
-from caption_space import Scorer, embed, ranks, top
-from lm_quality_report import SHOWN, contact_sheet, text
-from PIL import Image as Picture
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.shared import cli, datasets, metrics, plots, protocol, report
+from benchmarks.shared.cache import Stages, concatenated, generator_for
+from benchmarks.shared.image_text_similarity import Teacher, ranks, top
 from lavit_lm import MultimodalLM
-from lavit_lm.models.losses import sources
+from lavit_lm.models.losses import shift_targets
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import pad
-from lavit_lm.sequences.segments import ImageSegment, Role, TextSegment
-from lavit_tok import VisualCodes
-from lavit_tok.data.image_sources import load_splits
+from lavit_lm.sequences.segments import ImageSegment, TextSegment
+from lavit_lm.sequences.token_sequence import Role
+from lavit_tok import VisualCodes, VisualImageProcessor
+from lavit_tok.training.codebook import usage
 
-PARTS = ("images", "captions", "bits")
-
-# What is asked
+PARTS = ["images", "bits"]
+COCO = 30_000
+AMONG = 100
+SHOWN = 16
+AIMS = {"top-5 over chance": 5, "bits below unigram entropy": 0.15}
 
 
 def choose(
-    captions: Sequence[str], count: int, seed: int, never: frozenset[str] = frozenset()
+    captions: Sequence[str], count: int, seed: int, exclude: frozenset[str] = frozenset()
 ) -> list[int]:
-    """Places of `count` different captions, and for each one of its pictures, by chance.
+    """Indices of `count` images by the seed, whose captions all differ.
 
     Raises:
-        ValueError: fewer captions than that.
+        ValueError: fewer different captions.
     """
-    places: dict[str, list[int]] = {}
-    for place, caption in enumerate(captions):
-        if caption.strip() and caption not in never:
-            places.setdefault(caption, []).append(place)
-    if len(places) < count:
-        raise ValueError(
-            f"--captions: expected at most the {len(places)} different captions there are, got {count}"
-        )
+    by_caption: dict[str, list[int]] = {}
+    for index, caption in enumerate(captions):
+        if caption.strip() and datasets.normalized(caption) not in exclude:
+            by_caption.setdefault(caption, []).append(index)
+    if len(by_caption) < count:
+        expected = f"expected at most the {len(by_caption)} different captions"
+        raise ValueError(f"--captions: {expected} there are, got {count}")
     rng = np.random.default_rng(seed)
-    chosen = rng.choice(sorted(places), size=count, replace=False).tolist()
-    return [int(rng.choice(places[caption])) for caption in chosen]
+    chosen = rng.choice(sorted(by_caption), size=count, replace=False).tolist()
+    return [int(rng.choice(by_caption[caption])) for caption in chosen]
 
 
-def training_captions(data: str) -> frozenset[str]:
-    """All captions of the train split; none if there is no such split."""
-    rows = load_splits(data).get("train")
-    return (
-        frozenset()
-        if rows is None or "caption" not in rows.column_names
-        else frozenset(rows["caption"])
+# Images
+
+
+class ImageGenerator:
+    """Generates images of captions; each depends on (seed, image key) alone."""
+
+    def __init__(self, lm: MultimodalLM, args: Namespace, size: int) -> None:
+        self.lm, self.args = lm, args
+        self.processor = VisualImageProcessor(size, "center_crop")
+        self.decoding = {"num_inference_steps": args.steps, "guidance_scale": args.decoder_guidance}
+
+    def __call__(
+        self, captions: Sequence[str], keys: Sequence[str], seed: int
+    ) -> dict[str, Tensor]:
+        """uint8 images [n 3 S S], and how many codes each has (0 for vectors)."""
+        args, lm = self.args, self.lm
+        if lm.objective.image_output.kind == "codes":
+            draws = [generator_for("codes", seed, key) for key in keys]
+            sampling = {n: getattr(args, n) for n in ("top_k", "top_p", "temperature")}
+            codes = lm.generate_codes_batch(captions, args.guidance, draws, **sampling)
+            return self.decode(codes, keys, seed)
+        return self.decode(lm.generate_vectors_batch(captions), keys, seed)
+
+    def decode(self, outputs: Any, keys: Sequence[str], seed: int) -> dict[str, Tensor]:
+        noise = [generator_for("noise", seed, key) for key in keys]
+        images = self.lm.decode_images(outputs.to(self.lm.device), noise, **self.decoding)
+        lengths = getattr(outputs, "lengths", torch.zeros(len(images), dtype=torch.int64))
+        return {"images": self.processor.to_uint8(images), "codes": lengths.cpu()}
+
+
+class Judge:
+    """Numbers of images with their captions: nearness in the scorers' spaces, distances to true
+    images."""
+
+    def __init__(
+        self, args: Namespace, lm: MultimodalLM, true: Tensor, captions: list[str]
+    ) -> None:
+        name = "Frechet distance in the visual tokenizer's encoder space (not FID)"
+        self.spaces = {name: metrics.encoder_space(lm.visual_tokenizer)}
+        if args.inception:
+            name, load = (
+                "FID, torchmetrics Inception-v3 2048-d, antialias=",
+                metrics.inception_space,
+            )
+            self.spaces = {
+                f"{name}{x}": load(args.inception, x, args.device) for x in (True, False)
+            }
+        self.teacher = Teacher(args.scorer, args.device) if args.scorer else None
+        self.text = self.teacher.embed(captions) if self.teacher else torch.zeros(0)
+        self.true = self.features(true)
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        parts = images.split(64)
+        return {name: torch.cat([s(part) for part in parts]) for name, s in self.spaces.items()}
+
+    def nearness(self, images: Tensor, chosen: Tensor | None = None) -> dict[str, float]:
+        """Of all images, or of those in the mask `chosen`, each among the first AMONG captions."""
+        if self.teacher is None:
+            return {}
+        vectors, text = self.teacher.describe(images), self.text
+        mask = torch.ones(len(text), dtype=torch.bool) if chosen is None else chosen
+        hits = top(ranks(vectors[:AMONG], text[:AMONG])[mask[:AMONG]])
+        numbers = {f"own caption among {min(AMONG, len(text))}, {k}": v for k, v in hits.items()}
+        cosine = float((vectors * text).sum(1)[mask].mean())
+        return numbers | {"100 x cosine with the own caption": 100 * cosine}
+
+    def distances(self, images: Tensor) -> dict[str, float]:
+        found = self.features(images)
+        return {name: metrics.frechet(self.true[name], found[name]) for name in found}
+
+
+def measure_images(
+    lm: MultimodalLM,
+    data: datasets.ImageSet,
+    indices: list[int],
+    unseen: Tensor,
+    stages: Stages,
+    args: Namespace,
+) -> tuple[dict[str, Any], Tensor]:
+    """Numbers of every seed with their baselines, and the first seed's images."""
+    captions, keys = [data.captions[i] for i in indices], [data.keys[i] for i in indices]
+    pixels, count = data.pixels[indices], len(indices)
+    if args.inception:
+        protocol.refuse_few(count, args.force)
+    judge, generator = Judge(args, lm, pixels, captions), ImageGenerator(lm, args, data.size)
+    codes = (
+        lm.visual_tokenizer.encode(pixels).to("cpu")
+        if lm.objective.image_output.kind == "codes"
+        else None
     )
+    runs: dict[str, list[Any]] = {"generated": [], "generated_unseen": [], "from_own_codes": []}
+    first: Any = None
+    for seed in range(args.seeds):
+
+        def generate(batch: list[int], seed: int = seed) -> dict[str, Tensor]:
+            return generator([captions[i] for i in batch], [keys[i] for i in batch], seed)
+
+        def from_own_codes(batch: list[int], seed: int = seed) -> dict[str, Tensor]:
+            return generator.decode(codes.take(batch), [keys[i] for i in batch], seed)  # type: ignore[union-attr]
+
+        made = concatenated(
+            stages.batches(f"images {seed}", range(count), args.batch_size, generate)
+        )
+        images, lengths = made["images"], made["codes"].double()
+        numbers = judge.nearness(images) | judge.distances(images)
+        runs["generated"].append(numbers | {"codes per image": float(lengths.mean())})
+        if bool(unseen.any()):
+            runs["generated_unseen"].append(judge.nearness(images, unseen))
+        first = images if first is None else first
+        if codes is not None:
+            stage, size = f"own codes {seed}", args.batch_size
+            images = concatenated(stages.batches(stage, range(count), size, from_own_codes))[
+                "images"
+            ]
+            runs["from_own_codes"].append(judge.nearness(images) | judge.distances(images))
+    true, others = judge.nearness(pixels), sorted(set(range(len(data))) - set(indices))[:count]
+    if len(others) == count:  # what no model can be expected to undercut by much
+        true |= judge.distances(data.pixels[others])
+    checks = {
+        "the images are not declared to be coco-val2014": args.set_name != "coco-val2014",
+        f"{count} captions, not {COCO}, and all different": True,
+        f"{len(data.rejects)} unreadable images left out": bool(data.rejects),
+        "another feature space than Inception's": not args.inception,
+    }
+    departures = [text for text, departs in checks.items() if departs]
+    values = {name: report.spreads(numbers) for name, numbers in runs.items()}
+    return {"captions": count, **values, "true": true, "departures": departures}, first
 
 
 # Bits
@@ -82,315 +210,168 @@ def code_nats(
 ) -> Tensor:
     """-log p in nats, float64 [images 2]: sums over each image's codes, and of the id that ends it.
 
-    `captions` stand before the images; None gives the stream without a prompt. Probabilities are over the whole
-    vocabulary, as in training.
+    Probabilities are over the whole vocabulary, as in training.
+
+    Args:
+        captions: prompts of the images; None for images without a prompt.
     """
     layout, generator = LaVIT("text_first", prompt_drop=0.0).layout, torch.Generator()
-    rows = []
+    sequences = []
     for i in range(len(codes)):
-        before = [] if captions is None else [TextSegment(captions[i])]
-        rows.append(
-            layout([*before, ImageSegment(codes[i].cpu())], lm.processor, generator, str(i))
-        )
-    order = sorted(
-        range(len(rows)), key=lambda i: len(rows[i])
-    )  # of like lengths together, so that little is padding
-    found = torch.zeros(len(rows), 2, dtype=torch.float64)
+        prompt = [] if captions is None else [TextSegment(captions[i])]
+        image = ImageSegment(codes[i].cpu())
+        sequences.append(layout([*prompt, image], lm.processor, generator, str(i)))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # little padding
+    nats = torch.zeros(len(sequences), 2, dtype=torch.float64)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = pad([rows[i] for i in chosen], lm.processor.pad).to(lm.device)
-        before, at = sources(batch, (batch.roles == Role.VISUAL) | (batch.roles == Role.END))
-        logits = lm.model.head(lm.model.see(batch).states.flatten(0, 1)[before]).float()
-        nats = F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none").double().cpu()
-        row = torch.tensor(chosen)[torch.div(at, batch.ids.shape[1], rounding_mode="floor").cpu()]
-        found.index_put_(
-            (row, (batch.roles.flatten()[at] == Role.END).long().cpu()), nats, accumulate=True
-        )
-    return found
+        batch = pad([sequences[i] for i in chosen], lm.processor.pad).to(lm.device)
+        targets = (batch.roles == Role.VISUAL) | (batch.roles == Role.END)
+        before, at = shift_targets(batch, targets)
+        logits = lm.model.head(lm.model(batch).hidden_states.flatten(0, 1)[before]).float()
+        losses = F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none").double().cpu()
+        element = torch.div(at, batch.ids.shape[1], rounding_mode="floor").cpu()
+        is_end = (batch.roles.flatten()[at] == Role.END).long().cpu()
+        nats.index_put_((torch.tensor(chosen)[element], is_end), losses, accumulate=True)
+    return nats
 
 
-def entropy(codes: VisualCodes) -> float:
-    """Of the codes' own shares, in bits: what a model that knows nothing but these shares would need for each code."""
-    counts = codes.values.bincount().double()
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * shares.log2()).sum())
-
-
-def bits(
-    lm: MultimodalLM, pictures: picture_sets.Pictures, codes: VisualCodes, a: Namespace
+def measure_bits(
+    lm: MultimodalLM, data: datasets.ImageSet, stages: Stages, args: Namespace
 ) -> dict[str, Any]:
-    """Bits a code of all pictures that have a caption, and of each source of a mixed set."""
-    said = [i for i, caption in enumerate(pictures.captions) if caption.strip()]
-    codes, captions = codes.take(said), [pictures.captions[i] for i in said]
-    count, total = len(said), int(codes.lengths.sum())
+    """Bits per code of all images that have a caption, and of each source of a mixed set."""
+    size, indices = lm.visual_tokenizer.config.codebook_size, data.with_caption()
+    pixels = data.pixels[indices].split(args.batch_size)
+    codes = VisualCodes.cat([lm.visual_tokenizer.encode(part).to("cpu") for part in pixels])
+    prompts = {"given the caption": [data.captions[i] for i in indices], "without it": None}
     nats = {
-        "given the caption": code_nats(lm, codes, captions, a.batch_size),
-        "without it": code_nats(lm, codes, None, a.batch_size),
+        name: stages(f"nats {name}", partial(code_nats, lm, codes, captions, args.batch_size))
+        for name, captions in prompts.items()
     }
-    unigram = entropy(codes)
-    values: dict[str, Any] = {"images": count, "codes": total, "unigram_entropy": unigram}
-    for name, found in nats.items():
-        per_code = float(found[:, 0].sum()) / total / math.log(2)
-        values[name] = {
-            "bits_per_code": per_code,
-            "below_unigram": 1 - per_code / unigram if unigram else float("nan"),
-            "bits_per_code_with_end": float(found.sum()) / total / math.log(2),
-            "bits_per_end": float(found[:, 1].mean()) / math.log(2),
-        }
-    if pictures.groups:
-        groups = [pictures.groups[i] for i in said]
-        values["by_source"] = {
-            group: {
-                "codes": int(codes.lengths[where].sum()),
-                "unigram_entropy": entropy(codes.take(where.nonzero().flatten().tolist())),
-                **{
-                    name: float(found[where, 0].sum())
-                    / int(codes.lengths[where].sum())
-                    / math.log(2)
-                    for name, found in nats.items()
-                },
+
+    def numbers(chosen: list[int]) -> dict[str, Any]:
+        some = codes.take(chosen)
+        total, unigram = int(some.lengths.sum()), usage(some.values, size).entropy_bits
+        found: dict[str, Any] = {"images": len(chosen), "codes": total, "unigram_entropy": unigram}
+        for name, values in nats.items():
+            per_code = float(values[chosen, 0].sum()) / total / math.log(2)
+            found[name] = {
+                "bits_per_code": per_code,
+                "below_unigram": 1 - per_code / unigram if unigram else float("nan"),
+                "bits_per_code_with_end": float(values[chosen].sum()) / total / math.log(2),
             }
-            for group in picture_sets.count_groups(groups)
-            for where in [torch.tensor([g == group for g in groups])]
-        }
-    return values
+        return found
 
-
-# Pictures and captions
-
-
-def generate(lm: MultimodalLM, captions: Sequence[str], seed: int, a: Namespace) -> VisualCodes:
-    """Codes of a picture for each caption, each from its own generator, whatever the batch size."""
-    parts = []
-    for start in range(0, len(captions), a.batch_size):
-        prompts = captions[start : start + a.batch_size]
-        generators = [
-            torch.Generator().manual_seed(seed * len(captions) + start + i)
-            for i in range(len(prompts))
-        ]
-        parts.append(
-            lm.generate_codes_batch(
-                prompts,
-                a.guidance,
-                generators,
-                top_k=a.top_k,
-                top_p=a.top_p,
-                temperature=a.temperature,
-            )
-        )
-        print(
-            f"seed {seed}: codes of {start + len(prompts)} of {len(captions)} captions", flush=True
-        )
-    return VisualCodes.cat([part.to("cpu") for part in parts])
-
-
-def drawn(lm: MultimodalLM, codes: VisualCodes, size: int, seed: int, a: Namespace) -> Tensor:
-    """Pictures of all codes, uint8 [n 3 S S]; each picture has its own noise, whatever the batch size."""
-    options = {
-        "num_inference_steps": a.steps,
-        "guidance_scale": a.decoder_guidance,
-        "output_type": "pt",
-    }
-    parts = []
-    for start in range(0, len(codes), a.batch_size):
-        places = range(start, min(start + a.batch_size, len(codes)))
-        noise = [torch.Generator().manual_seed(seed * len(codes) + i) for i in places]
-        images = (
-            lm.decoder(codes.take(places).to(a.device), generator=noise, **options)
-            .images.float()
-            .cpu()
-        )
-        if images.shape[-1] != size:
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-        parts.append(images.clamp(0, 1))
-    return (torch.cat(parts) * 255).round().to(torch.uint8)
-
-
-def images(
-    lm: MultimodalLM,
-    scorer: Scorer,
-    pictures: Tensor,
-    codes: VisualCodes,
-    captions: list[str],
-    seen: Tensor,
-    a: Any,
-) -> tuple[dict[str, Any], Tensor]:
-    """Is a picture's own caption among the nearest? Scores of every seed, ceilings, and the first seed's pictures."""
-    text, size, count = embed(captions), pictures.shape[-1], len(captions)
-    runs: list[dict[str, Any]] = []
-    own: list[dict[str, float]] = []
-    first = None
-    for seed in range(a.seeds):
-        made = generate(lm, captions, seed, a)
-        shown = drawn(lm, made, size, seed, a)
-        found = ranks(scorer.describe(shown), text)
-        runs.append(top(found) | {"codes_per_image": float(made.lengths.double().mean())})
-        runs[-1] |= {"unseen": top(found, ~seen), "ranks": found.tolist(), "codes": made.to_list()}
-        own.append(top(ranks(scorer.describe(drawn(lm, codes, size, seed, a)), text)))
-        first = shown if first is None else first
-        print(
-            f"seed {seed}: top-1 {runs[-1]['top1']:.3f}, top-5 {runs[-1]['top5']:.3f}", flush=True
-        )
-    assert first is not None
-
-    def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {name: common.spread([row[name] for row in rows]) for name in ("top1", "top5")}
-
-    values = {
-        "captions": count,
-        "chance": {"top1": 1 / count, "top5": min(5, count) / count},
-        "generated": over_seeds(runs),
-        "generated_unseen": over_seeds([r["unseen"] for r in runs])
-        if bool((~seen).any())
-        else None,
-        "from_own_codes": over_seeds(own),
-        "true": top(ranks(scorer.describe(pictures), text)),
-        "codes_per_image": {
-            "generated": common.spread([r["codes_per_image"] for r in runs]),
-            "true": float(codes.lengths.double().mean()),
-        },
-        "per_seed": runs,
-    }
-    values["times_chance"] = values["generated"]["top5"]["mean"] / values["chance"]["top5"]
-    return values, first
-
-
-def captions_of(
-    lm: MultimodalLM,
-    scorer: Scorer,
-    pictures: Tensor,
-    captions: list[str],
-    seen: Tensor,
-    a: Namespace,
-) -> tuple[dict[str, Any], list[str]]:
-    """Does a generated caption identify its picture, and its true caption? Greedy, so there is one run."""
-    said: list[str] = []
-    for part in pictures.split(a.batch_size):
-        said += lm.caption(
-            [Picture.fromarray(p.permute(1, 2, 0).numpy()) for p in part], a.max_tokens
-        )
-        print(f"captions of {len(said)} of {len(pictures)} pictures", flush=True)
-    vectors, true, shown = embed(said), embed(captions), scorer.describe(pictures)
-    by_text, by_image = ranks(vectors, true), ranks(vectors, shown)
-    exact = torch.tensor([same(a, b) for a, b in zip(said, captions, strict=True)])
-    count = len(captions)
-    values = {
-        "captions": count,
-        "chance": {"top1": 1 / count, "top5": min(5, count) / count},
-        "true_caption_by_sentence_similarity": top(by_text) | {"unseen": top(by_text, ~seen)},
-        "picture_by_scorer": top(by_image) | {"unseen": top(by_image, ~seen)},
-        "ceiling_picture_by_true_caption": top(ranks(true, shown)),
-        "similarity_to_true_caption": float((vectors * true).sum(1).mean()),
-        "exact": float(exact.double().mean()),
-        "exact_unseen": float(exact[~seen].double().mean()) if bool((~seen).any()) else None,
-        "different": len(set(said)),
-        "said": said,
-    }
-    values["times_chance"] = values["picture_by_scorer"]["top5"] / values["chance"]["top5"]
-    return values, said
-
-
-def same(a: str, b: str) -> bool:
-    return " ".join(a.lower().split()) == " ".join(b.lower().split())
+    result = numbers(list(range(len(indices))))
+    groups = data.groups(indices)
+    if groups:
+        result["by_source"] = {name: numbers(chosen) for name, chosen in groups.items()}
+    return result
 
 
 # The script
 
 
-def main(a: Namespace) -> dict[str, Any]:
-    parts = [part for part in PARTS if part in a.parts]
+def main(args: Namespace) -> dict[str, Any]:
     lm = MultimodalLM.from_pretrained(
-        a.model, visual_tokenizer=a.visual_tokenizer, decoder=a.decoder, device=a.device
+        args.model,
+        visual_tokenizer=args.visual_tokenizer,
+        decoder=args.decoder if "images" in args.parts else None,
+        device=args.device,
     )
-    asked = set(parts) & {"images", "captions"}
-    scorer = Scorer(a.scorer, a.device) if asked else None
-    config = lm.visual_tokenizer.config
     crop = lm.visual_tokenizer.image_processor.resize_mode == "center_crop"
-    pictures = picture_sets.load_pictures(a.data, config.image_size, a.split, a.limit, crop)
-    known = training_captions(a.data)
-    places = (
-        choose(pictures.captions, a.captions, a.seed, known if a.unseen else frozenset())
-        if asked
-        else []
+    data = datasets.load_images(
+        args.data, lm.visual_tokenizer.config.image_size, args.split, args.limit, crop
     )
-    chosen, captions = pictures.pixels[places], [pictures.captions[i] for i in places]
-    keys, seen = (
-        [pictures.keys[i] for i in places],
-        torch.tensor([c in known for c in captions], dtype=torch.bool),
-    )
-    if asked:  # what is missing is said now, not after a long run
-        embed(captions[:1])
-    if "images" in parts:
-        print(f"decoder: {type(lm.decoder).__name__}", flush=True)
-    used = range(len(pictures)) if "bits" in parts else places
-    codes = VisualCodes.cat(
-        [
-            lm.visual_tokenizer.encode(pictures.pixels[list(part)]).to("cpu")
-            for part in chunks(used, a)
-        ]
-    )
+    known = datasets.training_captions(args.data)
+    indices, unseen = [], torch.zeros(0, dtype=torch.bool)
+    if args.parts != ["bits"]:
+        exclude = known if args.unseen else frozenset()
+        indices = choose(data.captions, args.captions, args.seed, exclude)
+        normalized = [datasets.normalized(data.captions[i]) for i in indices]
+        unseen = torch.tensor([caption not in known for caption in normalized])
+    decoder = lm.decoder if "images" in args.parts else None
+    stages = Stages(args, args.name, lm.model, lm.visual_tokenizer, decoder, data.pixels)
+    sampling = ("guidance", "top_k", "top_p", "temperature", "steps", "decoder_guidance")
     values: dict[str, Any] = {
-        "set": pictures.describe(),
-        "model": Path(a.model).name,
+        **data.record(),
+        "model": Path(args.model).name,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
-        "seed": a.seed,
-        "seen_in_training": int(seen.sum()),
-        "keys": keys,
-        "true_captions": captions,
-        "sampling": {
-            k: getattr(a, k) for k in ("guidance", "top_k", "top_p", "temperature", "steps")
-        },
+        "sampling": {name: getattr(args, name) for name in sampling},
+        "seed": args.seed,
+        "seen_in_training": len(indices) - int(unseen.sum()),
     }
-    values["sampling"]["decoder_guidance"] = a.decoder_guidance
-    if "bits" in parts:
-        values["bits"] = bits(lm, pictures, codes, a)
-        print(
-            f"bits a code: {values['bits']['given the caption']['bits_per_code']:.3f}", flush=True
-        )
-        codes = codes.take(places) if asked else codes
-    a.out.mkdir(parents=True, exist_ok=True)
-    if scorer and "captions" in parts:
-        values["captions"], _ = captions_of(lm, scorer, chosen, captions, seen, a)
-    if scorer and "images" in parts:
-        values["images"], first = images(lm, scorer, chosen, codes, captions, seen, a)
-        contact_sheet(chosen[:SHOWN], first[:SHOWN], captions[:SHOWN]).save(a.out / f"{a.name}.png")
-    common.write(
-        a.name, a.out, "Language model: held-out captions and pictures", text(values, a), values
-    )
+    if "bits" in args.parts:
+        values["bits"] = measure_bits(lm, data, stages, args)
+    if "images" in args.parts:
+        values["images"], first = measure_images(lm, data, indices, unseen, stages, args)
+        shown, path = indices[:SHOWN], args.out / f"{args.name}.png"
+        labels = [data.captions[i] for i in shown]
+        plots.pairs(path, data.pixels[shown], first[:SHOWN], ("true", "generated"), labels)
+    report.write(args.name, args, "Language model quality", text(values, args), values)
+    stages.done()
     return values
 
 
-def chunks(places: Sequence[int], a: Namespace) -> list[Sequence[int]]:
-    return [places[i : i + a.batch_size] for i in range(0, len(places), a.batch_size)]
+def text(v: dict[str, Any], args: Namespace) -> str:
+    body = f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; "
+    body += (
+        f"{json.dumps(v['sampling'])}. Captions by seed {v['seed']}; {v['seen_in_training']} of "
+    )
+    body += f"them are in the train split, too. Aims: {json.dumps(AIMS)}."
+    if "images" in v:
+        found = v["images"]
+        columns = [found[k] for k in ("generated", "generated_unseen", "from_own_codes", "true")]
+        rows = [(name, *(column.get(name) for column in columns)) for name in columns[0]]
+        heads = "generated", "of captions not in train", "from the true codes", "true images"
+        body += f"\n\n## Images of {found['captions']} captions\n\nMean ± std over {args.seeds} "
+        body += "seeds; a distance of true images is that of as many others of the set.\n\n"
+        body += report.table(("measure", *heads), rows)
+        chance = 1 / min(AMONG, found["captions"])
+        body += f"\n\nChance: {chance:.3g} for top-1, five times that for top-5."
+        if found["departures"]:
+            body += " Not comparable with published FID: " + "; ".join(found["departures"]) + "."
+        body += f"\n\n![true and generated images]({args.name}.png)"
+    if "bits" in v:
+        found, names = v["bits"], ("given the caption", "without it")
+        groups = {"all": found, **found.get("by_source", {})}
+        rows = [
+            (g, x["codes"], *(x[n]["bits_per_code"] for n in names), x["unigram_entropy"])
+            for g, x in groups.items()
+        ]
+        body += "\n\n## Bits per code\n\n" + report.table(
+            ("source", "codes", *names, "unigram entropy of these codes"), rows
+        )
+        body += f"\n\nGiven the caption {100 * found[names[0]]['below_unigram']:.1f} % below the "
+        body += "unigram entropy, which comes out too low for few codes."
+    return body + report.rejected(v["rejects"])
 
 
-def arguments() -> Any:
-    found = common.parser(__doc__, tokenizer=False, batch_size=50)
-    painting.add_painter(found)
-    found.add_argument(
-        "--scorer",
-        default="runs/default/teacher",
-        help="folder that recipes/default/teacher.py wrote",
+def arguments() -> ArgumentParser:
+    return cli.parser(
+        __doc__,
+        batch_size=(50, "captions or images per batch"),
+        model=("default", "'default', a directory or a Hub id"),
+        visual_tokenizer=(str, "by default the one that the model names"),
+        decoder=("default", "'default', a directory or a Hub id"),
+        guidance=(3.0, "guidance scale of the language model, where it generates codes"),
+        top_k=(50, "of sampling codes"),
+        top_p=(float, "of sampling codes"),
+        temperature=(1.0, "of sampling codes"),
+        steps=(20, "decoding steps"),
+        decoder_guidance=(2.0, "guidance scale of the decoder"),
+        scorer=(Path, "folder that recipes/default/teacher.py wrote"),
+        parts=(PARTS, "what is measured", PARTS),
+        captions=(100, "captions that images are generated for"),
+        unseen=(False, "only captions that the train split does not have"),
+        seed=(0, "of the choice of captions"),
+        seeds=(3, "seeds of the images"),
+        inception=(Path, "Inception-v3 weights of torch-fidelity, for FID"),
+        set_name=(str, "what the images are", ["coco-val2014"]),
+        force=(False, f"FID even under {protocol.FID_MIN_IMAGES} images"),
+        name=("lm_quality", "of the result files"),
     )
-    found.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure"
-    )
-    found.add_argument(
-        "--captions", type=common.positive, default=100, help="different captions, one picture each"
-    )
-    found.add_argument(
-        "--unseen", action="store_true", help="only captions that the train split does not have"
-    )
-    found.add_argument("--seed", type=int, default=0, help="of the choice of captions")
-    found.add_argument(
-        "--seeds", type=common.positive, default=3, help="seeds of the generated pictures"
-    )
-    found.add_argument(
-        "--max-tokens", type=common.positive, default=48, help="of a generated caption"
-    )
-    found.add_argument("--name", default="lm_quality", help="of the result files")
-    return found
 
 
 if __name__ == "__main__":
-    raise SystemExit(common.run(main, arguments().parse_args()))
+    raise SystemExit(cli.run(main, arguments()))

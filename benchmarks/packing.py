@@ -1,340 +1,334 @@
-"""What packing is worth, what it must not change, and what Lightning with our code costs over a bare model.
+"""What is packing worth, what must it not change, and what does our training add to the bare
+model's time?
 
-    fill      share of the places of packed blocks that hold a document, over one epoch in the order of training
-    speed     useful tokens/s, forward and backward, of packed blocks against padded batches of the very same rows
-    loss      packed against each row alone, in float32
-    overhead  a step as `lavit-lm fit` runs it against the bare transformers model on the same ids, same optimizer step
+    fill      ratio of the positions of packed blocks that hold a token, over one epoch in training
+    order speed     useful tokens/s, forward and backward, of packed blocks beside padded batches
+    loss      packed beside each sequence alone, in float32 overhead  a step as `lavit-lm fit` runs
+    it beside the bare transformers model on the same batch
 
-Everything is timed in turns, so that a busy machine slows both sides, and ratios are medians of the pairs' ratios. The
-padded batches hold the very rows of the packed ones, as many batches, each padded to its longest row; in random order,
-since packing lets long rows meet in a block, which nothing does without it. Beside them stand padded batches of rows of
-like length, as many places each as a packed batch: the best that padding can do, at the price of the order.
-The bare model gets the packed batch's ids, positions and labels from memory: it neither lays out, packs, builds masks
-nor logs. Bare twice: with positions, which keep documents apart as ours does, and plain causal, which does not.
-Model-FLOPs utilisation is 6 N useful tokens a second over a measured matrix product. Writes packing.md and .json.
+Timed in turns; ratios are medians of the pairs' ratios. Padded batches hold the very sequences of
+the packed ones, in as many batches, in random order: packing lets long sequences meet in a block.
+Beside them padded batches of similar lengths, with as many positions as a packed batch: the best
+that padding can do, at the price of the order. The bare model gets ids, positions and labels from
+memory: it neither lays out, packs, builds masks nor logs; once with positions, which keep documents
+apart as ours does, and once plain causal. Utilization is 6 N useful tokens/s over a measured matrix
+product. Writes packing.md and .json.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import contextlib
+import copy
 import itertools
 import statistics
 import tempfile
-from argparse import Namespace
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import common
 import torch
-from language_models import (
-    SHAPES,
-    add_source,
-    autocast,
-    flops_per_place,
-    matmul_peak,
-    shape,
-    source,
-)
-from packing_overhead import overhead, useful
-from timing import interleaved, ratio
+import yaml
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
 
-from lavit_lm.sequences.packing import Packed, pack, pad
-from lavit_lm.sequences.segments import TokenSequence
+from benchmarks.shared import cli, report, timing
+from benchmarks.shared.training_steps import OURS, TimedSteps, fit
+from lavit_lm.sequences.packing import PADDING, PackedBatch, pack, pad
+from lavit_lm.sequences.token_sequence import TokenSequence
+from lavit_lm.training.data_module import ResumingLoader
 from lavit_lm.training.module import LanguageModeling
-from lavit_lm.training.sampler import BlockOrder, Blocks, RaggedLayout, Samples
-from lavit_tok import ShardError
+from lavit_lm.training.sampler import BlockDataset, BlockSampler, ExampleLayout, Examples
+from lavit_tok import ShardError, Shards
 
-FILL, SPEEDUP, LOSS, LIGHTNING, MFU = 0.98, 1.4, 1e-5, 0.9, 0.45
-"""The aims."""
-BLOCK = {"small": 512, "1b": 4096}
-
-# Fill
+AIMS = {"fill": 0.98, "speedup": 1.4, "overhead": 0.9, "utilization": 0.45}
 
 
-def fill(layout: RaggedLayout, block: int, window: int) -> dict[str, Any]:
+def fill(layout: ExampleLayout, block: int, window: int) -> dict[str, Any]:
     """One epoch of blocks in the order of training."""
-    order = BlockOrder(layout, block, 1, window)
-    epoch = list(itertools.takewhile(lambda places: places[0][0] == 0, order))
-    lengths = [len(layout.row(place)) for places in epoch for place in places]
+    order = BlockSampler(layout, block, 1, window)
+    epoch = list(itertools.takewhile(lambda indices: indices[0][0] == 0, order))
+    lengths = [layout.length(index)[0] for block in epoch for index in block]
     return {
         "block": block,
         "window": window,
-        "rows": len(lengths),
+        "sequences": len(lengths),
         "too_long": len(order.too_long),
         "blocks": len(epoch),
         "used": sum(lengths),
         "fill": sum(lengths) / (block * len(epoch)),
-        "row_length": {"mean": statistics.fmean(lengths), "max": max(lengths)},
+        "sequence_length": {"mean": statistics.fmean(lengths), "max": max(lengths)},
     }
 
 
-# Speed and loss
+def first_batches(layout: ExampleLayout, args: Namespace) -> list[list[list[TokenSequence]]]:
+    """Sequences of the first batches of training: for each batch its blocks, for each block its
+    sequences."""
+    order = iter(BlockSampler(layout, args.block, args.batch_size, args.window))
+    blocks = BlockDataset(layout, args.block)
+    return [[blocks[next(order)] for _ in range(args.batch_size)] for _ in range(args.batches)]
 
 
-def batches_of_rows(layout: RaggedLayout, a: Namespace) -> list[list[list[TokenSequence]]]:
-    """Rows of the first batches of training: for each batch its blocks, for each block its rows."""
-    order = iter(BlockOrder(layout, a.block, a.batch_size, a.window))
-    made = Blocks(layout, a.block)
-    return [[made[next(order)] for _ in range(a.batch_size)] for _ in range(a.batches)]
+def shuffled(sequences: Sequence[Any], batches: int, seed: int) -> list[list[Any]]:
+    """Sequences in random order, dealt into as many batches."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(sequences), generator=generator).tolist()
+    count = min(batches, len(sequences))
+    return [[sequences[i] for i in order[start::batches]] for start in range(count)]
 
 
-def shuffled(rows: Sequence[TokenSequence], batches: int, seed: int) -> list[list[TokenSequence]]:
-    """Rows in random order, dealt into as many batches."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [[rows[i] for i in order[start::batches]] for start in range(min(batches, len(rows)))]
-
-
-def like_lengths(rows: Sequence[TokenSequence], places: int) -> list[list[TokenSequence]]:
-    """Rows sorted by length, cut into padded batches of at most this many places."""
-    batches: list[list[TokenSequence]] = []
-    for row in sorted(rows, key=len, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > places:
+def similar_lengths(sequences: Sequence[Any], positions: int) -> list[list[Any]]:
+    """Sequences sorted by length, cut into padded batches of at most this many positions."""
+    batches: list[list[Any]] = []
+    for sequence in sorted(sequences, key=len, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > positions:
             batches.append([])
-        batches[-1].append(row)
+        batches[-1].append(sequence)
     return batches
 
 
-def speed(module: Any, groups: list[list[list[TokenSequence]]], a: Namespace) -> dict[str, Any]:
-    """Seconds of forward and backward over the same rows in three forms, in turns."""
-    model, objective, empty = module.model.train(), module.objective, module.processor.pad
-    rows = [row for blocks in groups for block in blocks for row in block]
+def useful(batches: Sequence[PackedBatch]) -> int:
+    """Positions that hold a token."""
+    return sum(int((batch.documents != PADDING).sum()) for batch in batches)
+
+
+def speed(module: Any, groups: list[list[list[TokenSequence]]], args: Namespace) -> dict[str, Any]:
+    """Seconds of forward and backward over the same sequences in three forms, in turns."""
+    model, objective, fill_id = module.model.train(), module.objective, module.processor.pad
+    sequences = [one for blocks in groups for block in blocks for one in block]
+    similar = similar_lengths(sequences, args.batch_size * args.block)
     forms = {
-        "packed": [pack(blocks, a.block, empty) for blocks in groups],
-        "padded": [pad(part, empty) for part in shuffled(rows, len(groups), a.seed)],
-        "padded, like lengths": [
-            pad(part, empty) for part in like_lengths(rows, a.batch_size * a.block)
-        ],
+        "packed": [pack(blocks, args.block, fill_id) for blocks in groups],
+        "padded": [pad(part, fill_id) for part in shuffled(sequences, len(groups), args.seed)],
+        "padded, similar lengths": [pad(part, fill_id) for part in similar],
     }
-    forms = {name: [batch.to(a.device) for batch in batches] for name, batches in forms.items()}
+    forms = {name: [b.to(args.device) for b in batches] for name, batches in forms.items()}
     tokens = useful(forms["packed"])
 
-    def descend(batches: list[Packed]) -> Callable[[], None]:
-        def call() -> None:
-            for batch in batches:
-                with autocast(a.device, a.dtype):
-                    loss = objective.total(model(batch, objective))
-                loss.backward()
-                model.zero_grad(set_to_none=True)
+    def forward_backward(batches: list[PackedBatch]) -> None:
+        for batch in batches:
+            with autocast(args.device, args.dtype):
+                loss = objective.total(objective.losses(model(batch), batch))
+            loss.backward()
+            model.zero_grad(set_to_none=True)
 
-        return call
+    calls = {name: partial(forward_backward, batches) for name, batches in forms.items()}
+    times = timing.in_turns(calls, args.repeats, args.seconds)
+    found = {}
+    for name, batches in forms.items():
+        positions = sum(batch.ids.numel() for batch in batches)
+        found[name] = {
+            "batches": len(batches),
+            "positions": positions,
+            "fill": useful(batches) / positions,
+            "seconds": times[name].median,
+            "useful_tokens_per_second": tokens / times[name].median,
+            "packed_is_faster_by": timing.ratio(times[name], times["packed"]),
+        }
+    counts = {"sequences": len(sequences), "repeats": len(times["packed"].raw_times)}
+    return {**counts, "useful_tokens": tokens, "forms": found}
 
-    times = interleaved(
-        [descend(batches) for batches in forms.values()], a.repeats, a.device, a.seconds
-    )
-    walls = {name: [wall for wall, _ in found] for name, found in zip(forms, times, strict=True)}
+
+class BareModel:
+    """The transformers model alone: ids, positions and labels in, one optimizer step."""
+
+    def __init__(self, module: Any, args: Namespace) -> None:
+        self.model = copy.deepcopy(module.model.causal).to(args.device).train()
+        self.args, self.losses = args, []
+        rate = module.settings.lr / module.settings.warmup_steps  # that of Lightning's first step
+        parameters, betas = self.model.parameters(), module.settings.betas
+        self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=betas)
+
+    def step(self, documents: bool, batch: PackedBatch) -> None:
+        """One step; with `documents`, restarted positions keep packed documents apart."""
+        labels = batch.ids.masked_fill(~batch.predict, -100)
+        inputs = {"position_ids": batch.positions} if documents else {}
+        with autocast(self.args.device, self.args.dtype):
+            # Without use_cache=False transformers would not see where documents begin.
+            loss = self.model(batch.ids, labels=labels, use_cache=False, **inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(float(loss.detach()))
+
+
+def overhead(module: Any, layout: ExampleLayout, folder: Path, args: Namespace) -> dict[str, Any]:
+    """Seconds of a whole step: Lightning with our code, as `fit` runs it, and the bare model."""
+    blocks = BlockDataset(layout, args.block)
+    order = BlockSampler(layout, args.block, args.batch_size, args.window)
+    options = {"sampler": order, "drop_last": True, "collate_fn": blocks.collate}
+    loader = ResumingLoader(blocks, args.batch_size, num_workers=args.num_workers, **options)
+    bare, losses, counts = BareModel(module, args), [], []
+
+    def after_step(module: Any, outputs: Any, batch: PackedBatch) -> None:
+        losses.append(float(outputs["loss"]))
+        counts.append(useful([batch]))
+
+    baselines = {"bare": partial(bare.step, True), "bare, plain causal": partial(bare.step, False)}
+    timed, steps = TimedSteps(baselines, after_step), args.warm + args.steps
+    loggers = [TensorBoardLogger(folder, name="tensorboard"), CSVLogger(folder, name="csv")]
+    precision = "32-true" if args.dtype == "float32" else "bf16-mixed"
+    fit(module, loader, steps, args.device, timed, logger=loggers, precision=precision)
+    times, tokens = timed.measurements(args.warm), statistics.fmean(counts[args.warm :])
     return {
-        "rows": len(rows),
-        "useful_tokens": tokens,
-        "repeats": len(walls["packed"]),
-        "forms": {
-            name: {
-                "batches": len(batches),
-                "places": sum(batch.ids.numel() for batch in batches),
-                "fill": useful(batches) / sum(batch.ids.numel() for batch in batches),
-                "seconds": statistics.median(walls[name]),
-                "useful_tokens_per_second": tokens / statistics.median(walls[name]),
-                "packed_is_faster_by": ratio(walls[name], walls["packed"]),
-            }
-            for name, batches in forms.items()
-        },
+        "steps": args.steps,
+        "num_workers": args.num_workers,
+        "useful_tokens_per_step": tokens,
+        "first_loss": {OURS: losses[0], "bare": bare.losses[0]},
+        "seconds": {name: found.median for name, found in times.items()},
+        "useful_tokens_per_second": {n: tokens / found.median for n, found in times.items()},
+        "speed_over_bare": timing.ratio(times["bare"], times[OURS]),
+        "speed_over_plain_causal": timing.ratio(times["bare, plain causal"], times[OURS]),
     }
 
 
-@torch.no_grad()
-def loss_difference(module: Any, blocks: list[list[TokenSequence]], a: Namespace) -> dict[str, Any]:
-    """Mean losses in nats of a packed batch and of its rows one at a time, all in float32."""
-    model, objective, empty = module.model.eval(), module.objective, module.processor.pad
-    packed = model(pack(blocks, a.block, empty).to(a.device), objective)
-    alone = [model(pad([row], empty).to(a.device), objective) for block in blocks for row in block]
-    found: dict[str, Any] = {"rows": len(alone)}
-    for name, losses in packed.items():
-        count = int(losses.count)
-        total = sum(float(one[name].total) for one in alone)
-        if count:
-            found[name] = {
-                "targets": count,
-                "packed": float(losses.total) / count,
-                "alone": total / count,
-            }
-    found["difference"] = max(
-        abs(v["packed"] - v["alone"]) for v in found.values() if isinstance(v, dict)
+def lm_config(name: str) -> dict[str, Any]:
+    """The `transformers` config of a JSON file, or of a recipe of lavit-lm (model.lm).
+
+    Raises:
+        ValueError: none of these.
+    """
+    try:
+        content = yaml.safe_load(Path(name).read_text())  # JSON is YAML, too
+        config = content["model"]["lm"] if "model" in content else content
+        return {"model_type": config["model_type"], **config}
+    except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+        expected = "a JSON config with its model_type, or a recipe"
+        raise ValueError(f"--model: expected {expected}, got {name!r}: {error!r}") from None
+
+
+def autocast(device: str, dtype: str) -> Any:
+    """What Lightning's "bf16-mixed" does, for models beside it; nothing for float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def flops_per_token(model: Any, length: int) -> tuple[int, int]:
+    """FLOPs of forward and backward for one position: (6 N, 6 N + attention).
+
+    N counts the weights of matrix products: the output layer, but no embedding that is only looked
+    up. Attention adds 12 x layers x width x length for a full matrix (PaLM, arXiv:2204.02311,
+    appendix B), of which a mask uses a part.
+    """
+    output = model.get_output_embeddings().weight
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings -= {id(output)}  # with tied weights it is the output layer's product that counts
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings]
+    config, weights = model.config.get_text_config(), sum(p.numel() for p in matrices)
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 6 * weights, 6 * weights + 12 * config.num_hidden_layers * width * length
+
+
+def matmul_peak(device: str, dtype: str, size: int | None = None, repeats: int = 10) -> float:
+    """FLOPs per second of one square matrix product, the best of some: what this device reaches."""
+    size = size or (8192 if device.startswith("cuda") else 1536)
+    kind = getattr(torch, dtype)
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    times = timing.in_turns({"product": lambda: a @ b}, repeats)["product"].raw_times
+    return 2 * size**3 / min(times)
+
+
+def main(args: Namespace) -> dict[str, Any]:
+    if not args.shards or not args.text_tokenizer:
+        raise ValueError("expected --shards and --text-tokenizer")
+    lm, shards = lm_config(args.model), Shards.open(args.shards, args.split)
+    module = LanguageModeling(lm, args.text_tokenizer, args.tokenizer, seed=args.seed)
+    if shards.fingerprint != module.fingerprint:
+        raise ShardError(f"{args.shards}: made by another tokenizer than {args.tokenizer!r}")
+    module.configure_model()
+    assert module.model is not None
+    causal = module.model.to(args.device).causal
+    pairs = Examples(shards.dataset())
+    layout = ExampleLayout(pairs, module.objective, module.processor, args.seed)
+    values: dict[str, Any] = {
+        "records": f"{len(pairs)} records of split {args.split!r}",
+        "model": Path(args.model).name,
+        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "fill": fill(layout, args.block, args.window),
+        "speed": speed(module, first_batches(layout, args), args),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        values["overhead"] = overhead(module, layout, Path(folder), args)
+    dtype = "float32" if args.dtype == "float32" else "bfloat16"
+    peak, (weights, attention) = (
+        matmul_peak(args.device, dtype),
+        flops_per_token(causal, args.block),
     )
-    return found
-
-
-# The script
-
-
-def main(a: Namespace) -> dict[str, Any]:
-    from lavit_tok import VisualTokenizer
-
-    lm = shape(a.model)
-    a.block = a.block or BLOCK.get(a.model, lm.get("max_position_embeddings", 512))
-    codebook_size = VisualTokenizer.from_pretrained(a.tokenizer).config.codebook_size
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = source(a, folder, codebook_size)
-        module = LanguageModeling(
-            lm,
-            rows.text_tokenizer,
-            a.tokenizer,
-            gradient_checkpointing=a.gradient_checkpointing,
-            compile=a.compile,
-            seed=a.seed,
-        )
-        if rows.fingerprint not in (None, module.fingerprint):
-            raise ShardError(
-                f"{a.shards}: made by another tokenizer than {a.tokenizer!r} (--tokenizer)"
-            )
-        module.configure_model()
-        assert module.model is not None
-        module.model.to(a.device)
-        layout = RaggedLayout(Samples(rows.pairs), module.objective, module.processor, a.seed)
-        per_place, with_attention = flops_per_place(module.model.causal, a.block)
-        values: dict[str, Any] = {
-            "rows": rows.described,
-            "model": Path(a.model).name,
-            "config": lm,
-            "parameters": sum(p.numel() for p in module.model.parameters()),
-            "vocabulary": module.model.causal.get_input_embeddings().num_embeddings,
-            "dtype": a.dtype,
-            "batch_size": a.batch_size,
-            "fill": fill(layout, a.block, a.window),
-        }
-        print(f"fill {values['fill']['fill']:.4f} of {values['fill']['blocks']} blocks", flush=True)
-        groups = batches_of_rows(layout, a)
-        values["loss"] = loss_difference(module, groups[0], a)
-        print(f"loss difference {values['loss']['difference']:.2e} nats", flush=True)
-        values["speed"] = speed(module, groups, a)
-        padded = values["speed"]["forms"]["padded"]["packed_is_faster_by"]
-        print(f"packed over padded: {padded:.3f} times the useful tokens/s", flush=True)
-        values["overhead"] = overhead(module, layout, a, folder)
-        print(
-            f"Lightning and our code over bare: {values['overhead']['share_of_bare']:.3f}",
-            flush=True,
-        )
-        peak = matmul_peak(a.device, "float32" if a.dtype == "float32" else "bfloat16", a.matmul)
-        rates = {
-            "packed, forward and backward": values["speed"]["forms"]["packed"][
-                "useful_tokens_per_second"
-            ],
-            "Lightning, whole step": values["overhead"]["useful_tokens_per_second"]["lightning"],
-        }
-        values["utilisation"] = {
-            "matmul_peak": peak,
-            "flops_per_place": per_place,
-            "flops_per_place_with_attention": with_attention,
-            "share": {name: rate * per_place / peak for name, rate in rates.items()},
-        }
-    common.write(a.name, a.out, "Packing", text(values), values)
+    rate = values["overhead"]["useful_tokens_per_second"][OURS]
+    values["utilization"] = {
+        "matmul_peak": peak,
+        "flops_per_token": weights,
+        "flops_per_token_with_attention": attention,
+        "whole_step": rate * weights / peak,
+    }
+    report.write(args.name, args, "Packing", text(values), values)
     return values
 
 
 def text(v: dict[str, Any]) -> str:
-    f, s, o, u = v["fill"], v["speed"], v["overhead"], v["utilisation"]
-    body = f"{v['rows']}. Model {v['model']}: {v['parameters'] / 1e6:.1f} M weights, vocabulary {v['vocabulary']}; "
-    body += f"{v['dtype']}; {v['batch_size']} blocks of {f['block']} places a batch.\n\n"
+    f, s, o, u = v["fill"], v["speed"], v["overhead"], v["utilization"]
+    body = f"{v['records']}. Model {v['model']}: {v['parameters'] / 1e6:.1f} M weights; "
+    body += f"{v['dtype']}; {v['batch_size']} blocks of {f['block']} positions "
+    body += "per batch.\n\n"
+    speedup = s["forms"]["padded"]["packed_is_faster_by"]
     rows = [
-        ("fill of one epoch's blocks", f"{f['fill']:.4f}", f"at least {FILL}"),
-        (
-            "useful tokens/s, packed over padded",
-            f"{s['forms']['padded']['packed_is_faster_by']:.3f}",
-            f"at least {SPEEDUP}",
-        ),
-        ("loss, packed against alone, nats", f"{v['loss']['difference']:.1e}", f"at most {LOSS:g}"),
-        (
-            "Lightning and our code, share of the bare model's speed",
-            f"{o['share_of_bare']:.3f}",
-            f"at least {LIGHTNING}",
-        ),
-        ("the same, bare model plain causal", f"{o['share_of_plain_causal']:.3f}", "-"),
-        (
-            "model-FLOPs utilisation, whole step",
-            f"{u['share']['Lightning, whole step']:.3f}",
-            f"{MFU} at 1b on an accelerator",
-        ),
+        ("fill of one epoch's blocks", f["fill"], f"at least {AIMS['fill']}"),
+        ("useful tokens/s, packed over padded", speedup, f"at least {AIMS['speedup']}"),
+        ("our speed over the bare model's", o["speed_over_bare"], f"at least {AIMS['overhead']}"),
+        ("the same, bare model plain causal", o["speed_over_plain_causal"], None),
+        ("utilization, whole step", u["whole_step"], f"{AIMS['utilization']} at 1b, accelerator"),
     ]
-    body += common.table(("measure", "value", "aim"), rows)
-    body += f"\n\n{f['rows']} rows, {f['row_length']['mean']:.1f} places on average, {f['row_length']['max']} at most, "
-    body += f"in {f['blocks']} blocks, planned {f['window']} at a time; {f['too_long']} too long for a block.\n\n"
-    head = (
-        "form",
-        "batches",
-        "places",
-        "fill",
-        "seconds",
-        "useful tokens/s",
-        "packed is faster by",
-    )
-    lines = [
-        (
-            name,
-            *(
-                form[k]
-                for k in ("batches", "places", "fill", "seconds", "useful_tokens_per_second")
-            ),
-            f"{form['packed_is_faster_by']:.3f}",
-        )
-        for name, form in s["forms"].items()
-    ]
-    body += common.table(head, lines)
-    body += f"\n\nForward and backward over the same {s['rows']} rows; medians of {s['repeats']} turns.\n\n"
-    lines = [(n, o["seconds"][n], o["useful_tokens_per_second"][n]) for n in o["seconds"]]
-    body += common.table(("whole step", "seconds", "useful tokens/s"), lines)
-    body += f"\n\nMedians of {o['steps']} steps, {o['num_workers']} loading processes; with optimizer step "
-    body += "and clipping.\n\n"
-    body += f"Utilisation: 6 N = {u['flops_per_place'] / 1e6:.1f} MFLOPs for a place; full attention would make it "
-    body += f"{u['flops_per_place_with_attention'] / 1e6:.1f}. Measured matrix product: {u['matmul_peak'] / 1e12:.3g} "
-    return body + "TFLOP/s."
+    body += report.table(("measure", "value", "aim"), rows)
+    length = f["sequence_length"]
+    body += f"\n\n{f['sequences']} sequences of {length['mean']:.1f} positions on average, "
+    body += f"{length['max']} at most, in {f['blocks']} blocks, planned {f['window']} at a time; "
+    body += f"{f['too_long']} too long for a block.\n\n"
+    names = list(s["forms"]["packed"])
+    body += report.table(("form", *names), [(n, *form.values()) for n, form in s["forms"].items()])
+    body += f"\n\nForward and backward over the same {s['sequences']} sequences; medians of "
+    body += f"{s['repeats']} turns.\n\n"
+    rows = [(n, o["seconds"][n], o["useful_tokens_per_second"][n]) for n in o["seconds"]]
+    body += report.table(("whole step", "seconds", "useful tokens/s"), rows)
+    body += f"\n\nMedians of {o['steps']} steps with optimizer and clipping, {o['num_workers']} "
+    body += f"loading processes. 6 N = {u['flops_per_token'] / 1e6:.1f} MFLOPs per position; full "
+    body += f"attention would make it {u['flops_per_token_with_attention'] / 1e6:.1f}. Measured "
+    return body + f"matrix product: {u['matmul_peak'] / 1e12:.3g} TFLOP/s."
 
 
-def arguments() -> Any:
-    found = common.parser(__doc__, data=False, batch_size=4)
-    add_source(found)
-    found.add_argument(
-        "--model", default="small", help=f"{', '.join(SHAPES)}, a JSON config, or a recipe (*.yaml)"
+def arguments() -> ArgumentParser:
+    return cli.parser(
+        __doc__,
+        data=False,
+        batch_size=(4, "blocks per batch"),
+        shards=(str, "folder that `lavit-tok shards` wrote"),
+        split=("train", "of the shards"),
+        text_tokenizer=(str, "directory or Hub id"),
+        model=("recipes/lm/lavit.yaml", "a recipe of lavit-lm, or the JSON config of an LM"),
+        dtype=("float32", "bf16: autocast over float32", ["float32", "bf16"]),
+        tokenizer=("default", "of the shards: 'default', a directory or a Hub id"),
+        block=(128, "positions of a block"),
+        window=(4096, "sequences planned together"),
+        batches=(4, "packed batches that are timed"),
+        repeats=(5, "turns of packed and padded"),
+        seconds=(0.0, "turns for at least this long"),
+        steps=(10, "steps of Lightning, and of the bare model"),
+        warm=(2, "steps before them that do not count"),
+        num_workers=(0, "loading processes"),
+        seed=(0, "of order, weights and synthetic records"),
+        name=("packing", "of the result files"),
     )
-    found.add_argument(
-        "--dtype",
-        choices=["float32", "bf16"],
-        default="float32",
-        help="bf16: autocast over float32",
-    )
-    found.add_argument(
-        "--block",
-        type=common.positive,
-        help=f"places of a block; {BLOCK}, else the model's context",
-    )
-    found.add_argument("--window", type=common.positive, default=4096, help="rows planned together")
-    found.add_argument(
-        "--batches", type=common.positive, default=4, help="packed batches that are timed"
-    )
-    found.add_argument(
-        "--repeats", type=common.positive, default=5, help="turns of packed and padded"
-    )
-    found.add_argument("--seconds", type=float, default=0.0, help="turns for at least this long")
-    found.add_argument(
-        "--steps",
-        type=common.positive,
-        default=10,
-        help="steps of Lightning, and of the bare model",
-    )
-    found.add_argument("--warm", type=int, default=2, help="steps before them that do not count")
-    found.add_argument("--clip", type=float, default=1.0, help="gradient norm, on both sides")
-    found.add_argument("--num-workers", type=int, default=0, help="loading processes")
-    found.add_argument(
-        "--checkpoint-blocks", action="store_true", help="recompute blocks in the backward pass"
-    )
-    found.add_argument(
-        "--compile", action="store_true", help="torch.compile our LM (the bare one stays as it is)"
-    )
-    found.add_argument(
-        "--matmul", type=common.positive, help="side of the matrices behind the peak"
-    )
-    found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--name", default="packing", help="of the result files")
-    return found
 
 
 if __name__ == "__main__":
-    raise SystemExit(common.run(main, arguments().parse_args()))
+    raise SystemExit(cli.run(main, arguments()))

@@ -1,146 +1,331 @@
-"""How much of a picture do its codes hold, as features and as pixels, and how does that grow with the codes spent?
+"""How much of an image do its codes hold, as features and as pixels, against the codes spent?
 
-    features: cosine of reconstruct(encode(x)) with the encoder's own features, plain and centred, beside two floors
-    pixels:   PSNR, SSIM, retrieval of the source, Frechet distances, LPIPS on request; several seeds of the decoder
-    curve:    both at several budgets, beside random and largest-norm selection of as many patches
+    features  cosine of reconstructed features with the encoder's, plain and centered, with floors
+    pixels    PSNR, SSIM, LPIPS, retrieval of the source, Frechet distances; several decoder seeds
+    curve     both at several budgets, beside other selections of as many patches
 
-Features and curve are of our tokenizer alone; pixels of any that decodes (see adapters.py). A plain cosine flatters,
-because all features share a large mean: predicting that mean alone already scores high. The centred cosine subtracts it
-from both sides. The name of each Frechet distance says what space it is in and how it departs from the protocol.
-
-Writes reconstruction.md, .json, a sheet of pairs reconstruction.png and reconstruction_curve.png. A run that was killed
-goes on where it was: codes, pictures' scores and features are kept batch by batch until the result is written.
+Features and curve are of our tokenizer alone, pixels of any that decodes (shared/tokenizers.py).
+The name of each Frechet distance names its space and how it departs from the protocol. Writes
+reconstruction.md, .json, pairs of images reconstruction.png, and reconstruction_curve.png. A run
+that was stopped continues where it was.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
+import sys
 from pathlib import Path
-from typing import Any
 
-import common
-import protocol
-from reconstruction_parts import LEARNED, NORM, OWN, RANDOM, as_codes
-from reconstruction_report import (
-    curve_text,
-    feature_text,
-    pairs_sheet,
-    pixel_text,
-    plot,
-    summarised,
-)
-from reconstruction_run import Run, curve_features
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.shared import cli, datasets, metrics, plots, protocol, report, tokenizers
+from benchmarks.shared.cache import Stages, concatenated, generator_for
+from lavit_tok import VisualCodes, VisualTokenizer
+from lavit_tok.encode.allocation import keep_by_budget, keep_scores, ordered_noise
+
+LEARNED, RANDOM, NORM, EVEN = "learned", "random", "top norm", "even pattern"
+ACROSS = "learned, across the batch"
+SELECTIONS = [LEARNED, RANDOM, NORM, EVEN, ACROSS]
+COSINES = ("plain", "centered")
 
 
-def main(arguments: Namespace) -> dict[str, Any]:
-    a, run = arguments, Run(arguments)
-    everything = list(range(len(run.images)))
-    points = (
-        [OWN, *((method, b) for method in (LEARNED, RANDOM, NORM) for b in run.budgets())]
-        if run.own
-        else []
-    )
-    mean = run.mean_feature() if run.own else None
-    found = run.codes(OWN, 0, everything, "own", mean)
-    codes = as_codes(found, run.tokenizer.codebook_size)
-    values: dict[str, Any] = run.images.record()
-    values |= {
-        "tokenizer": run.tokenizer.name,
-        "weights": run.tokenizer.weights,
-        "image_size": run.tokenizer.image_size,
-    }
-    values["codes_per_image"] = float(codes.lengths.double().mean())
-    body = f"{run.tokenizer.name} ({run.tokenizer.weights}). {values['set']}; "
-    body += f"{values['codes_per_image']:.1f} codes an image on average." + common.rejected(
-        run.images.rejects
-    )
-    a.out.mkdir(parents=True, exist_ok=True)
-    # The curve's pictures are some of the drawn ones, so that its first point needs no new drawing.
-    places, _ = run.places()
-    curve = [places[i] for i in common.evenly(a.curve_pictures, len(places))]
-    if mean is not None:
-        values |= {"mean_feature_over": run.reference, "features": summarised(found)}
-        values["curve"] = {
-            "pictures": len(curve),
-            "features": curve_features(run, points, curve, found, mean),
-        }
-        body += "\n\n" + feature_text(values)
-    if run.tokenizer.decodes:
-        values["pixels"] = run.pixels(codes, curve, points, mean)
-        if "curve" in values:
-            values["curve"]["pixels"] = values["pixels"].pop("curve")
-        assert run.shown is not None
-        pairs_sheet(run.sources, run.shown).save(a.out / "reconstruction.png")
-    if "curve" in values:
-        plot(values["curve"], a.out / "reconstruction_curve.png")
-        body += "\n\n" + curve_text(values["curve"])
-    if run.tokenizer.decodes:
-        body += "\n\n" + pixel_text(values["pixels"])
-    common.write("reconstruction", a.out, "Reconstruction", body, values)
-    run.parts.done()
+class Point(NamedTuple):
+    """How patches are selected, and how many; None: the selector decides."""
+
+    selection: str
+    budget: int | None
+
+
+OWN = Point(LEARNED, None)
+
+
+def keep_mask(
+    tokenizer: VisualTokenizer, features: Tensor, point: Point, seed: int, indices: Sequence[int]
+) -> Tensor:
+    """bool [b n]: the patches that are coded at this point of the curve."""
+    scores = keep_scores(tokenizer.score(features))
+    patches, budget = scores.shape[1], point.budget
+    if point.selection == NORM:
+        scores = features.float().norm(dim=-1)
+    if point.selection == RANDOM:  # the same for an image in any batch
+        draws = [torch.rand(patches, generator=generator_for(RANDOM, seed, i)) for i in indices]
+        scores = torch.stack(draws).to(scores.device)
+    if point.selection == EVEN:
+        scores = ordered_noise(patches).to(scores).expand_as(scores)
+    fraction = point.selection == ACROSS and budget is not None
+    return keep_by_budget(scores, budget / patches if fraction else budget)  # type: ignore[operator]
+
+
+class Run:
+    """One measurement: its images, its tokenizer and its finished stages."""
+
+    def __init__(self, args: Namespace) -> None:
+        options = (args.device, args.image_size, args.decoder, args.steps, args.guidance)
+        self.args, self.tokenizer = args, tokenizers.load(args.tokenizer, *options)
+        ours = isinstance(self.tokenizer, tokenizers.Lavit)
+        self.own: Any = self.tokenizer.tokenizer if ours else None  # type: ignore[attr-defined]
+        self.size, self.decodes = self.tokenizer.image_size, self.tokenizer.decodes
+        if not ours and not self.decodes:
+            reason = "it has neither our features nor a decoder, so nothing can be measured"
+            raise ValueError(f"{args.tokenizer}: {reason}")
+        split, crop = args.split, not args.squeeze
+        self.images = datasets.load_images(args.data, self.size, split, args.limit, crop)
+        count = min(args.decoded, len(self.images))
+        if self.decodes and args.inception:
+            protocol.refuse_few(count, args.force)
+        self.stages = Stages(args, "reconstruction", self.tokenizer.identity, self.images.pixels)
+        # Decoded images first, then the further ones among which a source is searched for.
+        candidates = datasets.evenly_spaced(max(count, args.sources), len(self.images))
+        self.decoded = [candidates[i] for i in datasets.evenly_spaced(count, len(candidates))]
+        self.searched = self.decoded + sorted(set(candidates) - set(self.decoded))
+        bad, random = len(self.images.rejects), self.tokenizer.weights == tokenizers.RANDOM
+        self.protocol = protocol.Protocol(count, self.size, crop, bad, args.set_name, random)
+        self.mean: Any = None
+        self.shown: Any = None
+
+    def points(self) -> list[Point]:
+        """The selector's own decision, then every selection at every budget."""
+        patches, chosen = self.tokenizer.max_codes, self.args.budgets
+        budgets = chosen or sorted({max(1, patches // k) for k in (8, 4, 3, 2)})
+        wrong = [b for b in budgets if not 1 <= b <= patches]
+        if wrong:
+            raise ValueError(f"--budgets: expected 1..{patches} codes per image, got {wrong}")
+        return [OWN, *(Point(s, b) for s in self.args.selections for b in budgets if self.own)]
+
+    def use_mean_feature(self) -> str:
+        """Compute the data set's mean feature; returns the images that it is of."""
+        args = self.args
+        images = datasets.reference_images(args.data, self.size, args.mean_images, self.images)
+        batches = images.pixels.split(args.batch_size)
+        self.mean = self.stages("mean", partial(metrics.feature_mean, self.own, batches))
+        return images.describe()
+
+    def codes(self, point: Point, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Codes of images and, of ours, their cosines; floors beside the selector's own
+        decision."""
+
+        @torch.no_grad()
+        def encode(batch: list[int]) -> dict[str, Tensor]:
+            images, tokenizer = self.images.pixels[batch], self.own
+            if tokenizer is None:
+                codes = self.tokenizer.encode(images)
+                return {"values": codes.values, "lengths": codes.lengths}
+            features = tokenizer.features(tokenizer.preprocess(images))
+            keep = keep_mask(tokenizer, features, point, seed, batch)
+            z = tokenizer.project(tokenizer.merge(features, keep))
+            codes = tokenizer.quantize(z, keep.sum(1))
+            reconstructed = tokenizer.reconstruct_features(codes)
+            found = metrics.cosines(features, reconstructed, self.mean)
+            found |= metrics.cosine_floors(features, self.mean) if point == OWN else {}
+            found |= {"values": codes.values, "lengths": codes.lengths}
+            return {name: value.cpu() for name, value in found.items()}
+
+        stage = f"encode {point} {seed}"
+        return concatenated(self.stages.batches(stage, indices, self.args.batch_size, encode))
+
+    def decode(self, point: Point, codes: VisualCodes, seed: int) -> dict[str, Tensor]:
+        """Scores, thumbnail and features in every space of each decoded image."""
+
+        def score(batch: list[int]) -> dict[str, Tensor]:
+            indices = [self.decoded[i] for i in batch]
+            noise = [generator_for("noise", seed, i) for i in indices]
+            images = self.tokenizer.decode(codes.take(batch), noise)
+            pixels, sources = images.float() / 255, self.images.pixels[indices].float() / 255
+            scores = metrics.psnr_ssim(pixels, sources)
+            if self.lpips is not None:
+                scores["lpips"] = self.lpips(pixels, sources)
+            scores["thumbnail"] = metrics.thumbnails(pixels)
+            shown = {"images": images} if point == OWN and seed == 0 and batch[0] == 0 else {}
+            return scores | {name: space(images) for name, space in self.spaces.items()} | shown
+
+        items, size = range(len(self.decoded)), self.args.batch_size
+        parts = self.stages.batches(f"decode {point} {seed}", items, size, score)
+        self.shown = parts[0].pop("images", self.shown)
+        return concatenated(parts)
+
+    def prepare_pixels(self) -> None:
+        """Feature spaces, LPIPS, and the sources' thumbnails and features."""
+        args, self.spaces = self.args, feature_spaces(self.args, self.own)
+        self.lpips = metrics.lpips_metric() if args.lpips else None
+        pixels = [self.images.pixels[[i]].float() / 255 for i in self.searched]
+        self.thumbnails = torch.cat([metrics.thumbnails(image) for image in pixels])
+
+        def features(batch: list[int]) -> dict[str, Tensor]:
+            return {name: space(self.images.pixels[batch]) for name, space in self.spaces.items()}
+
+        parts = self.stages.batches("sources", self.decoded, args.batch_size, features)
+        self.real = concatenated(parts)
+
+    def numbers(self, point: Point, found: dict[str, Tensor], seed: int) -> dict[str, float]:
+        """The numbers of one seed at one point, over the decoded images."""
+        means = {name: found[name] for name in ("lengths", *COSINES) if name in found}
+        if self.decodes:
+            size = self.tokenizer.codebook_size
+            codes = VisualCodes(found["values"], found["lengths"], codebook_size=size)
+            scores = self.decode(point, codes, seed)
+            hits = metrics.retrieved(scores["thumbnail"], self.thumbnails)
+            means |= {name: scores[name] for name in ("psnr", "ssim", "lpips") if name in scores}
+            means["retrieval"] = hits
+        numbers = {name: float(value.double().mean()) for name, value in means.items()}
+        for space in self.spaces if self.decodes else ():
+            name = self.protocol.distance_name(space, antialias_of(space))
+            numbers[name] = metrics.frechet(self.real[space], scores[space])
+        return numbers
+
+
+def feature_spaces(args: Namespace, own: VisualTokenizer | None) -> dict[str, metrics.Space]:
+    """The spaces of --spaces, and Inception's with both resizings where its weights are given."""
+    spaces: dict[str, metrics.Space] = {}
+    for name in args.spaces:
+        kind, _, weights = name.partition(":")
+        if name == "encoder":
+            label = "the tokenizer's encoder space" if own else "the shipped encoder's space"
+            encoder = own or VisualTokenizer.from_pretrained("default", device=args.device)
+            spaces[label] = metrics.encoder_space(encoder)
+        else:
+            label = f"{kind} space ({Path(weights).name})"
+            spaces[label] = metrics.vision_space(kind, weights, args.device)
+    for x in (True, False) if args.inception else ():
+        spaces[f"Inception {x}"] = metrics.inception_space(args.inception, x, args.device)
+    return spaces
+
+
+def antialias_of(space: str) -> bool | None:
+    """Of Inception's resizing; None for another space."""
+    return space.endswith("True") if space.startswith("Inception ") else None
+
+
+def main(args: Namespace) -> dict[str, Any]:
+    run = Run(args)
+    tokenizer, values = run.tokenizer, run.images.record()
+    values |= {name: getattr(tokenizer, name) for name in ("weights", "image_size")}
+    values |= {"tokenizer": tokenizer.name, "seeds": args.seeds}
+    points = run.points()
+    if run.own:
+        values["mean_feature_over"] = run.use_mean_feature()
+    everything = run.codes(OWN, 0, range(len(run.images)))
+    values["codes_per_image"] = float(everything["lengths"].double().mean())
+    cosines = {n: v for n, v in everything.items() if n.startswith(COSINES)}
+    stats = {n: (float(v.mean()), float(v.std(correction=0))) for n, v in cosines.items()}
+    values["features"] = {n: {"mean": mean, "std": std} for n, (mean, std) in stats.items()}
+    if run.decodes:
+        run.prepare_pixels()
+    curve = []
+    for point in points:
+        runs = []
+        for seed in range(args.seeds):  # only random selection has other codes with another seed
+            encoding = seed if point.selection == RANDOM else 0
+            runs.append(run.numbers(point, run.codes(point, encoding, run.decoded), seed))
+        curve.append({**point._asdict(), **report.spreads(runs)})
+    values["curve"] = {"images": len(run.decoded), "points": curve}
+    if run.decodes:
+        values["pixels"] = pixel_values(run, curve[0])
+        sources, shown = run.images.pixels[run.decoded[:32]], run.shown[:32]
+        path = args.out / "reconstruction.png"
+        plots.pairs(path, sources[: len(shown)], shown, ("source", "decoded"))
+    plot(curve, args.out / "reconstruction_curve.png")
+    report.write("reconstruction", args, "Reconstruction", text(values), values)
+    run.stages.done()
     return values
 
 
-def arguments() -> Any:
-    found = common.parser(__doc__)
-    found.add_argument(
-        "--decoder", help="of ours: 'default', a directory or a Hub id; without, only features"
+def pixel_values(run: Run, own: dict[str, Any]) -> dict[str, Any]:
+    """What compare.py reads: distances at the selector's own decision, and how they were made."""
+    names = {s: run.protocol.distance_name(s, antialias_of(s)) for s in run.spaces}
+    distances = [
+        {
+            "name": name,
+            "kind": "Frechet" if antialias_of(space) is None else "rFID",
+            "antialias": antialias_of(space),
+            "value": own[name],
+        }
+        for space, name in names.items()
+    ]
+    options = {"steps": run.args.steps, "guidance": run.args.guidance} if run.own else {}
+    return {
+        "images": len(run.decoded),
+        "sources": len(run.searched),
+        "codes_per_image": own["lengths"]["mean"],
+        **options,
+        "departures": run.protocol.departures(),
+        "against_published": run.protocol.against_published(),
+        "distances": distances,
+    }
+
+
+def text(values: dict[str, Any]) -> str:
+    curve, pixels = values["curve"], values.get("pixels", {})
+    body = f"{values['tokenizer']} ({values['weights']}). {values['set']}; "
+    body += f"{values['codes_per_image']:.1f} codes per image on average."
+    body += report.rejected(values["rejects"])
+    if values["features"]:
+        found = values["features"] | {"centered_floor_set_mean": 0.0}
+        lines = {"reconstruct(encode(x))": "", "floor: each image's own mean": "_floor_image_mean"}
+        lines |= {"floor: the data set's mean": "_floor_set_mean"}
+        rows = [(label, *(found[n + end] for n in COSINES)) for label, end in lines.items()]
+        body += "\n\n## Features\n\n" + report.table(("cosine with the features", *COSINES), rows)
+        body += "\n\nMean over patches, then mean ± std over images. Mean feature over: "
+        body += f"{values['mean_feature_over']}."
+    names = [name for name in curve["points"][0] if name not in Point._fields]
+    rows = [(p["budget"], p["selection"], *(p[n] for n in names)) for p in curve["points"]]
+    body += f"\n\n## Distortion against codes\n\n{curve['images']} images, the same in every line; "
+    body += f"± over {values['seeds']} seeds. The first line is the selector's own decision.\n\n"
+    body += report.table(("budget", "selection", "codes per image", *names[1:]), rows)
+    body += "\n\n![distortion against mean codes](reconstruction_curve.png)"
+    if pixels:
+        how = "{steps} steps, guidance {guidance:g}".format(**pixels) if "steps" in pixels else ""
+        body += f"\n\nPSNR and SSIM with data_range=1; retrieval: top-1 among {pixels['sources']} "
+        body += (
+            f"sources in 16x16 RGB. {how}. The reference is the same crops. LPIPS needs --lpips, "
+        )
+        body += "rFID --inception."
+        reasons = "; ".join(pixels["against_published"])
+        body += f" Not comparable with published numbers: {reasons}." if reasons else ""
+        body += " Published numbers: `compare.py`.\n\n![pairs](reconstruction.png)"
+    return body
+
+
+def plot(points: Sequence[dict[str, Any]], path: Path) -> None:
+    """Each measure against codes per image, a curve for each selection."""
+    names = {"centered": "centered cosine", "psnr": "PSNR, dB", "retrieval": "retrieval, top-1"}
+    panels: dict[str, Any] = {}
+    for name in (name for name in names if name in points[0]):
+        lines = panels.setdefault(names[name], {})
+        for point in points:
+            label = point["selection"] if point["budget"] else "own decision"
+            lines.setdefault(label, []).append((point["lengths"]["mean"], point[name]))
+    plots.curves(path, panels, "codes per image, mean")
+
+
+def arguments() -> ArgumentParser:
+    sets = sorted(protocol.SETS)
+    return cli.parser(
+        __doc__,
+        **tokenizers.OPTIONS,
+        decoder=(str, "of ours: 'default', a directory or a Hub id; without, only features"),
+        decoded=(200, "images of the curve, evenly spaced"),
+        sources=(500, "images among which a source is searched for"),
+        seeds=(3, "seeds of the decoder's noise and of random selection"),
+        steps=(25, "decoding steps"),
+        guidance=(3.0, "guidance scale of the decoder"),
+        budgets=([int], "codes per image on the curve; 1/8 to 1/2 of the patches by default"),
+        selections=([LEARNED, RANDOM, NORM], "selections on the curve", SELECTIONS),
+        mean_images=(1024, "of the train split, for the mean feature"),
+        inception=(Path, "Inception-v3 weights of torch-fidelity, for rFID"),
+        spaces=(["encoder"], "of Frechet distances: encoder, clip:DIR, dinov2:DIR, siglip:DIR"),
+        lpips=(False, "also LPIPS; needs torchvision and its AlexNet weights"),
+        set_name=(str, "what the images are; the count is checked", sets),
+        force=(False, f"FID even under {protocol.FID_MIN_IMAGES} images"),
     )
-    found.add_argument(
-        "--pictures", type=common.positive, default=200, help="how many are drawn, evenly spaced"
-    )
-    found.add_argument(
-        "--sources",
-        type=common.positive,
-        default=500,
-        help="pictures among which a source is sought",
-    )
-    found.add_argument(
-        "--seeds",
-        type=common.positive,
-        default=3,
-        help="of the decoder's noise and of random choice",
-    )
-    found.add_argument("--steps", type=common.positive, default=25)
-    found.add_argument("--guidance", type=float, default=3.0)
-    found.add_argument(
-        "--budgets",
-        type=int,
-        nargs="*",
-        help="codes an image on the curve; 1/8 to 1/2 of the patches",
-    )
-    found.add_argument(
-        "--curve-pictures", type=common.positive, default=100, help="some of the drawn ones"
-    )
-    found.add_argument(
-        "--mean-pictures",
-        type=common.positive,
-        default=1024,
-        help="of the train split, for the mean",
-    )
-    found.add_argument(
-        "--inception", type=Path, help="Inception-v3 weights of torch-fidelity, for rFID"
-    )
-    found.add_argument(
-        "--spaces",
-        nargs="*",
-        default=["encoder"],
-        help="of Frechet distances: encoder, clip:DIR, dinov2:DIR, siglip:DIR",
-    )
-    found.add_argument(
-        "--lpips", action="store_true", help="also LPIPS; needs torchvision and its AlexNet weights"
-    )
-    found.add_argument(
-        "--set-name",
-        choices=sorted(protocol.SETS),
-        help="what the pictures are; the count is checked",
-    )
-    found.add_argument(
-        "--force", action="store_true", help=f"rFID even under {protocol.FID_LEAST} pictures"
-    )
-    common.any_tokenizer(found)
-    return found
 
 
 if __name__ == "__main__":
-    raise SystemExit(common.run(main, arguments().parse_args()))
+    raise SystemExit(cli.run(main, arguments()))

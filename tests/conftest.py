@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import copy
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -111,15 +111,6 @@ def tiny_decoder(tiny_tokenizer: VisualTokenizer) -> Any:
         unet, vae = small_unet(16), small_vae()
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     return PixelDecoder(condition, unet.eval(), vae.eval(), scheduler)
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[Callable[[str], Any]]:
-    """Imports a benchmark by name: they are scripts beside each other, not a package."""
-    folder = str(Path(__file__).parent.parent / "benchmarks")
-    sys.path.insert(0, folder)
-    yield __import__
-    sys.path.remove(folder)
 
 
 @pytest.fixture

@@ -1,41 +1,20 @@
-"""Small visual tokenizers of others; a command names one by function: `small_tokenizers:emu3`."""
+"""Another tokenizer at laptop size, as factories that a command line can name."""
 
 from __future__ import annotations
 
 from typing import Any
 
-SIZE = 32
-_VQ = {"base_channels": 32, "num_res_blocks": 1, "latent_channels": 32, "num_embeddings": 64}
-SMALL: dict[str, dict[str, Any]] = {
-    "emu3": {"base_channels": 32, "num_res_blocks": 1, "hidden_size": 128, "codebook_size": 64},
-    "chameleon": {**_VQ, "embed_dim": 32},
-    "janus": _VQ,
-    "vqmodel": {"block_out_channels": (32,) * 3, "layers_per_block": 1, "latent_channels": 8},
-}
-SMALL["vqmodel"] |= {"num_vq_embeddings": 64}
-
-
-def emu3(device: str) -> Any:
-    return small("emu3")
-
-
-def chameleon(device: str) -> Any:
-    return small("chameleon")
-
-
-def janus(device: str) -> Any:
-    return small("janus")
-
 
 def vqmodel(device: str) -> Any:
-    return small("vqmodel")
+    return small()
 
 
 def no_tokenizer(device: str) -> Any:
     return object()
 
 
-def small(name: str) -> Any:
-    import adapters  # of the benchmarks, which are on the path while one runs
+def small() -> Any:
+    from benchmarks.shared.tokenizers import VQModelTokenizer
 
-    return adapters.KINDS[name](SIZE, **SMALL[name])
+    sizes = {"layers_per_block": 1, "latent_channels": 8, "num_vq_embeddings": 64}
+    return VQModelTokenizer(32, block_out_channels=(32, 32, 32), **sizes)

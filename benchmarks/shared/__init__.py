@@ -1,0 +1,2 @@
+"""What the scripts share: command lines, data, tokenizers, metrics, timing, resumable stages,
+reports."""

@@ -1,0 +1,92 @@
+"""A space that holds images and captions alike: that of the default recipe's teacher.
+
+    images uint8 [n 3 h w] -describe-> unit vectors [n d]
+    captions               -embed->    unit vectors [n d]
+
+The product of the two is the cosine. The teacher was trained on the training images with their
+captions, but on no decoded image and no code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPVisionModel
+
+from benchmarks.shared.provenance import ROOT
+from lavit_tok import VisualImageProcessor
+
+TIE = 1e-9  # products of equal vectors may differ by rounding
+
+
+class Teacher:
+    """The teacher's image-text space, as recipes/default/teacher.py trains and writes it.
+
+    Patch features -> LayerNorm without weights -> mean -> projection into the space of the
+    captions' sentence embeddings (all-MiniLM-L6-v2).
+
+    Raises:
+        ValueError: a file that is missing or does not fit the others.
+    """
+
+    FILES = ("config.json", "model.safetensors", "caption_projection.safetensors")
+
+    def __init__(self, directory: Path, device: str = "cpu") -> None:
+        missing = [name for name in self.FILES if not (directory / name).is_file()]
+        if missing:
+            expected = "the folder that recipes/default/teacher.py wrote"
+            raise ValueError(f"--scorer {directory}: expected {expected}; missing {missing}")
+        model: Any = CLIPVisionModel.from_pretrained(directory, use_safetensors=True)
+        self.model, self.device = model.eval().to(device), device
+        tensors, width = load_file(directory / self.FILES[2]), model.config.hidden_size
+        if {k: v.ndim for k, v in tensors.items()} != {"weight": 2, "bias": 1} or (
+            tensors["weight"].shape[1] != width
+        ):
+            expected = f"weight and bias of a layer of {width} inputs"
+            raise ValueError(f"{directory / self.FILES[2]}: expected {expected}")
+        self.projection = tensors["weight"].to(device), tensors["bias"].to(device)
+
+    @torch.no_grad()
+    def describe(self, images: Tensor) -> Tensor:
+        """uint8 [n 3 h w] -> [n d]; images of another size than the teacher's are resized."""
+        processor, vectors = VisualImageProcessor(self.model.config.image_size), []
+        for part in images.split(64):
+            pixels = processor(part)["pixel_values"].to(self.device)
+            hidden = self.model(pixel_values=pixels).last_hidden_state[:, 1:]
+            mean = F.layer_norm(hidden, hidden.shape[-1:]).mean(1)
+            vectors.append(F.normalize(F.linear(mean, *self.projection).float(), dim=1).cpu())
+        return torch.cat(vectors)
+
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        return sentence_embeddings(captions)
+
+
+def sentence_embeddings(captions: Sequence[str]) -> Tensor:
+    """Unit vectors [n 384]. Raises ModuleNotFoundError, which names the package to install."""
+    folder = str(ROOT / "recipes" / "default")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    import sentences
+
+    return sentences.embed(list(captions))
+
+
+def ranks(queries: Tensor, candidates: Tensor) -> Tensor:
+    """How many other candidates are at least as near to query i as its own, candidate i: int64 [n].
+
+    0 is a hit at top-1. A tie counts against it: an answer that fits everything identifies nothing.
+    """
+    near = queries.double() @ candidates.double().T
+    return (near >= near.diagonal()[:, None] - TIE).sum(1) - 1
+
+
+def top(found: Tensor) -> dict[str, float]:
+    """{"top1", "top5"}: ratios of ranks below 1 and below 5; empty without ranks."""
+    return {f"top{k}": float((found < k).double().mean()) for k in (1, 5)} if len(found) else {}

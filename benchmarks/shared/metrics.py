@@ -1,0 +1,191 @@
+"""Metrics of reconstructions: feature cosines with their floors, PSNR, SSIM, LPIPS, retrieval,
+Frechet distances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from lavit_tok import VisualImageProcessor, VisualTokenizer
+from lavit_tok.encode.image_processor import CLIP_MEAN, CLIP_STD
+
+# Features
+
+
+def feature_mean(tokenizer: VisualTokenizer, batches: Iterable[Tensor]) -> Tensor:
+    """The mean feature [d] over all patches of all images, in float64."""
+    total, count = torch.zeros(tokenizer.config.width, dtype=torch.float64), 0
+    for batch in batches:
+        patches = tokenizer.features(tokenizer.preprocess(batch)).flatten(0, 1).double().cpu()
+        total, count = total + patches.sum(0), count + len(patches)
+    return total / count
+
+
+def cosines(features: Tensor, reconstructed: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    """Plain and centered cosine of features [b n d], averaged over patches: [b] each.
+
+    Args:
+        mean: [d], the data set's mean feature, which the centered cosine subtracts from both sides.
+            All features have a large mean in common, so that a plain cosine flatters.
+    """
+    mean = mean.to(features)
+    return {
+        "plain": cosine(features, reconstructed),
+        "centered": cosine(features - mean, reconstructed - mean),
+    }
+
+
+def cosine_floors(features: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    """What predictions without any code score: the set's mean feature, and each image's own: [b]
+    each.
+
+    The centered cosine of the set's mean is 0 by definition (it is the zero vector then).
+    """
+    mean, own = mean.to(features), features.mean(1, keepdim=True)
+    return {
+        "plain_floor_set_mean": cosine(features, mean),
+        "plain_floor_image_mean": cosine(features, own),
+        "centered_floor_image_mean": cosine(features - mean, own - mean),
+    }
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over patches of the cosine of [b n d] with anything that broadcasts to it: [b],
+    float64."""
+    return F.cosine_similarity(a.float(), b.float(), dim=-1).double().mean(1)
+
+
+# Pixels
+
+THUMBNAIL = 16
+SSIM_BORDER = 5
+
+
+def thumbnails(images: Tensor, side: int = THUMBNAIL) -> Tensor:
+    """Images [n 3 h w] as vectors of side x side RGB [n 3 * side^2], which retrieval compares."""
+    return F.adaptive_avg_pool2d(images.float(), side).flatten(1)
+
+
+def retrieved(decoded: Tensor, sources: Tensor, chunk: int = 256) -> Tensor:
+    """Whether each vector of [n d] is nearest to its own source among [m d], m >= n: bool [n].
+
+    Vector i is of source i; further sources make it harder. A tie counts as found.
+    """
+    found, sources = [], sources.double()
+    for start in range(0, len(decoded), chunk):
+        part = decoded[start : start + chunk].double()
+        distances = torch.cdist(part, sources, compute_mode="donot_use_mm_for_euclid_dist")
+        found.append(distances.diagonal(start) <= distances.amin(1))
+    return torch.cat(found)
+
+
+def psnr_ssim(decoded: Tensor, sources: Tensor) -> dict[str, Tensor]:
+    """PSNR in dB and SSIM of each image, [n] each; float [n 3 h w] in 0..1, so data_range is 1.
+
+    SSIM as Wang et al. (2004) define it: Gaussian window of 11x11 pixels, sigma 1.5, over all
+    positions where it fits into the image. torchmetrics' own mean includes a reflected border of 5
+    pixels, which is 0.01 to 0.04 lower on images of 48 to 128 pixels, so the mean is taken here.
+    """
+    psnr = peak_signal_noise_ratio(
+        decoded, sources, data_range=1.0, reduction="none", dim=(1, 2, 3)
+    )
+    _, full = structural_similarity_index_measure(
+        decoded, sources, data_range=1.0, reduction="none", return_full_image=True
+    )
+    inside = full[..., SSIM_BORDER:-SSIM_BORDER, SSIM_BORDER:-SSIM_BORDER]
+    return {"psnr": psnr.reshape(-1), "ssim": inside.double().mean((1, 2, 3))}
+
+
+def lpips_metric() -> Any:
+    """LPIPS (AlexNet) of each pair of images. Raises ImportError without torchvision, which has the
+    weights."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    metric = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).eval()
+    return lambda a, b: torch.stack([metric(x[None], y[None]) for x, y in zip(a, b, strict=True)])
+
+
+# Feature spaces of Frechet distances: uint8 [b 3 h w] -> float [b d]
+
+Space = Callable[[Tensor], Tensor]
+
+
+def encoder_space(tokenizer: VisualTokenizer) -> Space:
+    """A tokenizer's own patch features, averaged over patches."""
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        return tokenizer.features(tokenizer.preprocess(images)).mean(1).float().cpu()
+
+    return features
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+VISION = {
+    "clip": ("CLIPVisionModel", CLIP_MEAN, CLIP_STD),
+    "dinov2": ("Dinov2Model", *IMAGENET),
+    "siglip": ("SiglipVisionModel", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def vision_space(kind: str, weights: str, device: str = "cpu") -> Space:
+    """The pooled output of a `transformers` vision model, of a kind that the command line names.
+
+    Images are resized to the model's square and normalized as that kind was trained.
+    """
+    if kind not in VISION:
+        expected = f"encoder, or one of {sorted(VISION)} with a folder"
+        raise ValueError(f"--spaces {kind}:{weights}: expected {expected}")
+    name, mean, std = VISION[kind]
+    model = getattr(transformers, name).from_pretrained(weights, use_safetensors=True)
+    model.eval().to(device)
+    processor = VisualImageProcessor(model.config.image_size, image_mean=mean, image_std=std)
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        pixels = processor(images)["pixel_values"].to(device)
+        return model(pixel_values=pixels).pooler_output.float().cpu()
+
+    return features
+
+
+def inception_space(weights: Any, antialias: bool, device: str) -> Space:
+    """torchmetrics' Inception-v3 2048-d with torch-fidelity's weights."""
+    network = FrechetInceptionDistance(
+        2048, feature_extractor_weights_path=weights, antialias=antialias
+    ).inception.to(device)
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        return network(images.to(device)).cpu()
+
+    return features
+
+
+class _Precomputed(nn.Module):
+    """For torchmetrics: features that are already computed."""
+
+    num_features: int
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet(sources: Tensor, decoded: Tensor) -> float:
+    """Frechet distance of two sets of features [n d] and [m d], in float64, by torchmetrics."""
+    features = _Precomputed()
+    features.num_features = sources.shape[1]
+    metric = FrechetInceptionDistance(features)
+    metric.update(sources.double(), real=True)
+    metric.update(decoded.double(), real=False)
+    return float(metric.compute())

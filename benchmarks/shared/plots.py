@@ -1,0 +1,75 @@
+"""Plots of results, and sheets of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from lavit_tok.visualize import sheet
+
+
+def pyplot() -> Any:
+    """matplotlib without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot().close(figure)
+
+
+def bars(path: Path, values: dict[str, float], xlabel: str) -> None:
+    """One horizontal bar for each name, on a logarithmic axis; ours in red."""
+    figure, axis = pyplot().subplots(figsize=(7.5, 0.9 + 0.34 * len(values)), layout="constrained")
+    colors = ["tab:red" if "lavit-tok" in name else "0.6" for name in values]
+    lines = axis.barh(list(values), list(values.values()), color=colors)
+    axis.bar_label(lines, [f"{v:.3g}" for v in values.values()], padding=3, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel=xlabel)
+    save(figure, path)
+
+
+def curves(path: Path, panels: dict[str, dict[str, Any]], xlabel: str) -> None:
+    """Curves with error bars: panel -> name -> [(x, {"mean", "std"}), ...]; single points are
+    stars."""
+    size = (4.2 * len(panels), 3.6)
+    figure, grid = pyplot().subplots(
+        1, len(panels), figsize=size, layout="constrained", squeeze=False
+    )
+    for axis, (ylabel, lines) in zip(grid[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            y, error = ([value[key] for _, value in points] for key in ("mean", "std"))
+            marker = "o" if len(points) > 1 else "*"
+            axis.errorbar([x for x, _ in points], y, error, label=name, marker=marker, markersize=8)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+    grid[0][0].legend(fontsize=8)
+    save(figure, path)
+
+
+def pil(pixels: Tensor, side: int | None = None) -> Image.Image:
+    """uint8 [3 h w] as an image, enlarged to `side` pixels if that is given."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return image if side is None else image.resize((side, side), Image.Resampling.NEAREST)
+
+
+def pairs(
+    path: Path, left: Tensor, right: Tensor, titles: tuple[str, str], labels: Sequence[str] = ()
+) -> None:
+    """Images side by side, four pairs per line, with a label under each pair."""
+    side = max(96, left.shape[-1])
+    flat = [pil(x, side) for pair in zip(left, right, strict=True) for x in pair]
+    texts = [text for label in labels for text in (label, "")]
+    starts = range(0, len(flat), 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [texts[i : i + 8] for i in starts] if texts else ()
+    sheet([flat[i : i + 8] for i in starts], titles * 4, lines).save(path)

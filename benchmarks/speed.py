@@ -1,0 +1,470 @@
+"""What do encoding, decoding, training and generating cost, beside the bare models in the same run?
+
+    encode    image -> codes, beside the bare encoder's features, and beside other tokenizers
+    decode    codes -> image, beside the bare U-Net called as often, and beside other decoders
+    train     Lightning's step of stage 1, beside the same modules' forward, backward and AdamW
+    generate  codes by the language model: guided or not, and by transformers' own loop
+
+Everything of one table is timed in turns, warm; ratios are medians of the pairs' ratios. FLOPs are
+torch's count for one image. Random weights, except of `shipped` sizes and named models: speed
+depends on how many patches are kept, so that ratio is fixed, and not on the numbers. Writes
+speed_CASE.md, .json and .png; finished parts are kept if the run is stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import copy
+import itertools
+import math
+import statistics
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.shared import cli, plots, report, timing, tokenizers
+from benchmarks.shared.cache import Stages, progress
+from benchmarks.shared.timing import Entry
+from benchmarks.shared.tokenizers import RANDOM, count_weights
+from lavit_tok import TokenizerConfig, VisualCodes, VisualTokenizer
+from lavit_tok.encode.allocation import keep_by_budget, keep_scores
+
+BATCHES = {"shipped": [1, 32], "small": [1, 32], "base": [8], "lavit": [1, 4, 16]}
+TRAIN_BATCH = {"shipped": 64, "small": 64, "base": 8, "lavit": 2}
+STRETCHES = ("sampled", "quantized")
+Records = list[dict[str, Any]]
+
+
+def base_config() -> TokenizerConfig:
+    """CLIP ViT-B/16 at 224 pixels, 196 patches, with 4 merger blocks: the size of the base
+    recipe."""
+    encoder = {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 16}
+    encoder |= {"hidden_size": 768, "intermediate_size": 3072}
+    encoder |= {"num_hidden_layers": 12, "num_attention_heads": 12}
+    sizes = {"codebook_size": 8192, "code_dim": 32, "merger_depth": 4, "reconstructor_depth": 4}
+    return TokenizerConfig(encoder=encoder, num_heads=12, **sizes)
+
+
+SIZES: dict[str, Callable[[], TokenizerConfig]]
+SIZES = {"small": TokenizerConfig, "base": base_config, "lavit": TokenizerConfig.lavit}
+
+
+def build(size: str, args: Namespace, dtype: str = "float32") -> VisualTokenizer:
+    """The shipped (or named) tokenizer, or one of a size of SIZES with random weights."""
+    kind = getattr(torch, dtype)
+    if size == "shipped":
+        return VisualTokenizer.from_pretrained(args.tokenizer, device=args.device).to(dtype=kind)
+    torch.manual_seed(0)
+    return VisualTokenizer(SIZES[size]()).to(args.device, kind)
+
+
+def entry(
+    name: str, make: Callable[[int], Callable[[], Any]], batch: int, *about: Any, **more: Any
+) -> Entry:
+    """The entry of make(batch) and, for the FLOPs, make(1).
+
+    Args:
+        about: weights, number of weights, codes per image, codebook size.
+    """
+    weights, parameters, count, codebook_size = about
+    info = {"weights": weights, "codes_per_image": count, "million_weights": parameters / 1e6}
+    info |= {"bits_per_image": None if count is None else count * math.log2(codebook_size)}
+    return Entry(name, make(batch), batch, make(1), info=info, **more)
+
+
+def random_codes(batch: int, count: int, codebook_size: int) -> VisualCodes:
+    """The same number of uniform codes for each image."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, codebook_size, (batch, count), generator=generator)
+    return VisualCodes.from_list(list(codes), codebook_size=codebook_size)
+
+
+def noise(batch: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(batch)]
+
+
+# Encode
+
+
+@torch.no_grad()
+def encode(args: Namespace, size: str, dtype: str, batch: int, others: list[str]) -> Records:
+    """The bare encoder, ours (at LaVIT's size under both attention formulas), other tokenizers."""
+    tokenizer, generator = build(size, args, dtype), torch.Generator().manual_seed(0)
+    config, device, side = tokenizer.config, args.device, tokenizer.config.image_size
+    shape = (batch, 3, side, side)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    pixels = tokenizer.preprocess(images)
+
+    def ours(formula: Any, count: int) -> VisualCodes:
+        tokenizer.merger.formula = formula
+        return tokenizer.encode_pixels(pixels[:count], budget=args.keep)
+
+    formulas = ["strict", "compat"] if size == "lavit" else [config.attention]
+    weights = Path(args.tokenizer).name if size == "shipped" else RANDOM
+    kept = float(ours(formulas[0], batch).lengths.double().mean())
+    encoder = count_weights(tokenizer.encoder)
+    whole = encoder + count_weights(tokenizer.selector, tokenizer.merger, tokenizer.quantizer)
+    bare = f"{size} {dtype}: bare encoder"
+    make: Any = lambda n: partial(tokenizer.features, pixels[:n])  # noqa: E731
+    entries = [entry(bare, make, batch, weights, encoder, None, 1)]
+    for formula in formulas:
+        name, about = f"{size} {dtype}: lavit-tok, {formula}", (weights, whole, kept)
+        make = partial(partial, ours, formula)
+        entries.append(entry(name, make, batch, *about, config.codebook_size, baseline=bare))
+    for name in others:
+        other = tokenizers.load(name, device, side)
+        if other.image_size != side:
+            expected = f"expected images of {side} pixels, as {size} has, got {other.image_size}"
+            raise ValueError(f"--beside {name}: {expected}")
+        make = lambda n, other=other: partial(other.encode, images[:n])  # noqa: E731
+        count = other.encode(images).lengths.double().mean()
+        about = (other.weights, other.parameters["encode"], float(count))
+        entries.append(entry(other.name, make, batch, *about, other.codebook_size))
+    return timing.compare(entries, args.repeats, args.seconds, args.warm)
+
+
+def encode_all(args: Namespace, stages: Stages) -> Records:
+    """All sizes, dtypes and batch sizes; other tokenizers at the smallest batch, in float32."""
+    records: Records = []
+    for dtype, size in itertools.product(args.dtypes, args.sizes):
+        batches = args.batch_sizes or BATCHES[size]
+        for batch in progress(batches, f"encode {size}"):
+            beside = args.beside if batch == min(batches) and dtype == "float32" else []
+            compute = partial(encode, args, size, dtype, batch, beside)
+            records += stages(f"encode {size} {dtype} {batch}", compute)
+    return records
+
+
+# Decode
+
+
+@torch.no_grad()
+def bare_unet(decoder: Any, codes: VisualCodes, steps: int, guided: bool) -> Callable[[], Any]:
+    """A function that calls the U-Net `steps` times; its inputs are computed here, once."""
+    device, side = decoder.unet.device, decoder.unet.config.sample_size
+    condition = decoder.conditioner(codes.to(device))
+    if guided:
+        condition = decoder.conditioner.unconditional(condition).cat(condition)
+    shape = (len(condition.tokens), decoder.vae.config.latent_channels, side, side)
+    times = torch.zeros(shape[0], 6, device=device)
+    inputs = condition.inputs(torch.randn(shape, device=device), times)
+    decoder.scheduler.set_timesteps(steps, device=device)
+    timesteps = list(decoder.scheduler.timesteps)
+
+    @torch.no_grad()
+    def loop() -> Any:
+        for t in timesteps:
+            output = decoder.unet(timestep=t, **inputs, return_dict=False)[0]
+        return output
+
+    return loop
+
+
+def decode(args: Namespace, steps: int, guidance: float) -> Records:
+    """The bare U-Net loop and the pipeline, at one number of steps and one guidance scale."""
+    ours: Any = tokenizers.load(args.tokenizer, args.device, 0, args.decoder, steps, guidance)
+    decoder, batch, size = ours.decoder, args.decode_batch_size, ours.codebook_size
+    for module in (decoder.conditioner, decoder.unet, decoder.vae):
+        module.requires_grad_(False)  # FlopCounterMode fails on views of weights with gradients
+    count = max(1, round(ours.max_codes * args.keep))
+    codes, label = random_codes(batch, count, size), f"{steps} steps, guidance {guidance:g}"
+    bare = f"bare U-Net, {label}"
+    loop = lambda n: bare_unet(decoder, codes.take(range(n)), steps, guidance != 1)  # noqa: E731
+    call = lambda n: partial(ours.decode, codes.take(range(n)), noise(n))  # noqa: E731
+    about = (args.decoder, ours.parameters["decode"], count, size)
+    entries = [
+        entry(bare, loop, batch, args.decoder, count_weights(decoder.unet), None, 1),
+        entry(f"lavit-tok, {label}", call, batch, *about, baseline=bare),
+    ]
+    return timing.compare(entries, args.repeats, args.seconds, args.warm)
+
+
+@torch.no_grad()
+def decode_others(args: Namespace) -> Records:
+    """The other tokenizers' decoders at the same resolution: a full grid of codes, decoded once."""
+    decoder: Any = tokenizers.load(args.tokenizer, "cpu", 0, args.decoder)
+    size, batch = decoder.decoder.unet.config.sample_size, args.decode_batch_size
+    size, entries = size * decoder.decoder.vae_scale_factor, []
+    for name in args.beside:
+        other = tokenizers.load(name, args.device, size)
+        if not other.decodes:
+            continue
+        codes = random_codes(batch, other.max_codes, other.codebook_size)
+        make = partial(_decode, other, codes)
+        about = (other.weights, other.parameters["decode"], other.max_codes, other.codebook_size)
+        entries.append(entry(other.name, make, batch, *about))
+    return timing.compare(entries, args.repeats, args.seconds, args.warm) if entries else []
+
+
+def _decode(tokenizer: Any, codes: VisualCodes, count: int) -> Callable[[], Any]:
+    return partial(tokenizer.decode, codes.take(range(count)), noise(count))
+
+
+def decode_all(args: Namespace, stages: Stages) -> Records:
+    """All numbers of steps and guidance scales, then the other decoders."""
+    records: Records = []
+    for steps, guidance in itertools.product(args.denoising, args.guidance):
+        compute = partial(decode, args, steps, guidance)
+        records += stages(f"decode {steps} {guidance}", compute)
+    return records + stages("decode others", partial(decode_others, args))
+
+
+# Train
+
+
+class BareTraining:
+    """The modules of a copy of the tokenizer, trained on one cosine loss with a fixed keep mask."""
+
+    def __init__(self, tokenizer: VisualTokenizer, stretch: str, args: Namespace) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer).to(args.device).train()
+        self.stretch, self.keep, frozen = stretch, args.keep, ("encoder.", "selector.")
+        named = self.tokenizer.named_parameters()
+        self.parameters = [p for name, p in named if not name.startswith(frozen)]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+
+    def step(self, batch: dict[str, Tensor]) -> float:
+        """Forward, backward, clipping, AdamW."""
+        tokenizer = self.tokenizer
+        with torch.no_grad():
+            features = tokenizer.features(tokenizer.image_processor.normalize(batch["images"]))
+            keep = keep_by_budget(keep_scores(tokenizer.score(features)), self.keep)
+        if self.stretch == "sampled":  # every patch is computed, under a mask
+            policy, index = keep.float(), keep.long().cumsum(1) - keep.long()
+            vectors = tokenizer.quantizer.project(tokenizer.merger.dense(features, policy))
+            reconstructed = tokenizer.reconstructor(vectors, index, policy)
+        else:
+            z = tokenizer.project(tokenizer.merge(features, keep))
+            codes = tokenizer.quantize(z.detach(), keep.sum(1))
+            straight_through = z + (tokenizer.lookup(codes) - z).detach()
+            reconstructed = tokenizer.reconstructor.ragged(straight_through, codes.layout)
+        loss = 1 - F.cosine_similarity(features, reconstructed, dim=-1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+
+def training_module(config: TokenizerConfig, stretch: str, args: Namespace) -> Any:
+    """The training module in one stretch from its first step on, keeping a fixed ratio of
+    patches."""
+    from lavit_tok.training.tokenizer_training import TokenizerTraining
+
+    step = 1_000_000 if stretch == "sampled" else 0
+    module = TokenizerTraining(
+        config,
+        rho=args.keep,
+        hold_ratio=True,
+        random_budget_ratio=0.0,
+        kmeans_samples=4096,
+        blend_steps=1,
+        log_images_every=0,
+        stop_sampling_step=step,
+        quantize_at=step,
+    )
+    if stretch == "quantized":
+        module.stage.fill_(2)  # without k-means: the codebook is as random as everything else
+    return module
+
+
+def random_batches(size: int, batch: int, count: int) -> list[dict[str, Tensor]]:
+    """Batches of smooth noise, so that patches differ."""
+    generator, side = torch.Generator().manual_seed(0), max(2, size // 8)
+    coarse = torch.rand(count * batch, 3, side, side, generator=generator)
+    images = F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255
+    return [{"images": part} for part in images.to(torch.uint8).split(batch)]
+
+
+def train(args: Namespace, size: str, stretch: str) -> dict[str, Any]:
+    """Lightning's steps in one stretch of training, and the bare modules' steps between them."""
+    from torch.utils.data import DataLoader
+
+    from benchmarks.shared.training_steps import OURS, TimedSteps, fit
+
+    config = build(size, args).config if size == "shipped" else SIZES[size]()
+    torch.manual_seed(0)
+    module, batch = (
+        training_module(config, stretch, args),
+        args.train_batch_size or TRAIN_BATCH[size],
+    )
+    batches = random_batches(config.image_size, batch, args.warm + args.steps)
+    with torch.no_grad():  # scores shifted so that the ratio of kept patches is as stated
+        first = batches[0]["images"].to(module.to(args.device).device)
+        scores = keep_scores(module.tokenizer.score(module.features(first)))
+        module.tokenizer.selector.shift(-float(scores.flatten().quantile(1 - args.keep)))
+    bare, kept = BareTraining(module.tokenizer, stretch, args), []
+
+    def after_step(module: Any, *_: Any) -> None:
+        kept.append(float(module.trainer.callback_metrics["train/keep_ratio"]))
+
+    flops = timing.flops(partial(bare.step, {"images": first}))
+    timed = TimedSteps({"bare": bare.step}, after_step)
+    fit(module, DataLoader(batches, batch_size=None), len(batches), args.device, timed)
+    times, count = timed.measurements(args.warm), statistics.fmean(kept) * config.num_patches
+    trained = [p for n, p in module.tokenizer.named_parameters() if not n.startswith("encoder.")]
+    return {
+        "name": f"{size}, {stretch}: lavit-tok",
+        "batch": batch,
+        "codes_per_image": count,
+        "bits_per_image": count * math.log2(config.codebook_size),
+        "million_weights": sum(p.numel() for p in trained) / 1e6,
+        "gflops_per_image": flops / batch / 1e9,
+        "images_per_second": batch / times[OURS].median,
+        "bare_images_per_second": batch / times["bare"].median,
+        "baseline": "bare modules",
+        "time_ratio": timing.ratio(times[OURS], times["bare"]),
+        "repeats": args.steps,
+    }
+
+
+def train_all(args: Namespace, stages: Stages) -> Records:
+    """All sizes in both stretches."""
+    todo = list(itertools.product(args.sizes, STRETCHES))
+    return [stages(f"train {x}", partial(train, args, *x)) for x in progress(todo, "train")]
+
+
+# Generate
+
+
+def generate(args: Namespace, batch: int) -> Records:
+    """Codes of `batch` images, each with exactly --codes codes, so that all forms take equal
+    steps."""
+    from lavit_lm import MultimodalLM
+
+    words = "a red apple and two dogs on the old wooden table in the rain".split()  # noqa: SIM905
+    prompts = [" ".join(words[: 2 + i % (len(words) - 1)]) for i in range(batch)]  # unequal lengths
+    visual = None if args.tokenizer == "default" else args.tokenizer
+    options = {"visual_tokenizer": visual, "decoder": None, "device": args.device}
+    lm = MultimodalLM.from_pretrained(args.model, **options)
+    if args.codes > lm.visual_tokenizer.config.num_patches:
+        limit = lm.visual_tokenizer.config.num_patches
+        raise ValueError(f"--codes: expected 1..{limit}, the patches of an image, got {args.codes}")
+
+    def ours(guidance: float) -> None:
+        sampling = {"min_codes": args.codes, "max_codes": args.codes, "top_k": args.top_k}
+        lm.generate_codes_batch(prompts, guidance, noise(batch), **sampling)
+
+    entries = []
+    for name, scale in {"unguided": 1.0, "guided": args.lm_guidance}.items():
+        baseline = None if name == "unguided" else "unguided"
+        entries.append(Entry(name, partial(ours, scale), batch, baseline=baseline))
+        plain = plain_generation(lm, prompts, scale, args)
+        entries.append(Entry(f"{name}, transformers", plain, batch, baseline=name))
+    records = timing.compare(entries, args.repeats, args.seconds, warm=1)
+    return [r | {"codes_per_second": args.codes * r["images_per_second"]} for r in records]
+
+
+def plain_generation(
+    lm: Any, prompts: list[str], guidance: float, args: Namespace
+) -> Callable[[], Tensor]:
+    """`transformers`' own sampling loop from the same prompts, as a user without this library has
+    it.
+
+    Any id may be drawn, and guidance runs the model twice a step.
+    """
+    from lavit_lm.models.kv_state import left_padded
+    from lavit_lm.sequences.packing import PADDING
+
+    sequences, free = [lm.prompts.for_image(p) for p in prompts], lm.prompts.sequence([], "image")
+    ids, _, _, documents = left_padded(sequences, lm.processor.pad)
+    inputs = {
+        "input_ids": ids.to(lm.device),
+        "attention_mask": (documents != PADDING).to(lm.device),
+    }
+    options: dict[str, Any] = {"min_new_tokens": args.codes, "max_new_tokens": args.codes}
+    options |= {"do_sample": True, "top_k": args.top_k, "pad_token_id": lm.processor.pad}
+    if guidance != 1:
+        negative = free.ids.expand(len(sequences), -1).to(lm.device)
+        options |= {"guidance_scale": guidance, "negative_prompt_ids": negative}
+
+    def call() -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return lm.model.causal.generate(**inputs, **options)[:, ids.shape[1] :]
+
+    return call
+
+
+def generate_all(args: Namespace, stages: Stages) -> Records:
+    """All batch sizes."""
+    records: Records = []
+    for batch in progress(args.batch_sizes or [1, 8, 32], "generate"):
+        records += stages(f"generate {batch}", partial(generate, args, batch))
+    return records
+
+
+# The script
+
+CASES = {"encode": encode_all, "decode": decode_all, "train": train_all, "generate": generate_all}
+NOTES = {
+    "encode": """Pixels in, codes out. Overhead: time ratio / FLOP ratio, aim at most 1.15;
+        selector,
+merger and codebook are work that the bare encoder does not have. The other tokenizers have random
+weights: speed, codes and FLOPs are their own.""",
+    "decode": """Codes in, pixels out, float32. The ratios with the bare U-Net are what conditioner,
+scheduler and VAE add. Ours is a diffusion model, which runs its U-Net at every step; the others run
+once, with random weights.""",
+    "train": """Whole steps, float32. Bare: the same modules on one cosine loss and AdamW, in turns
+with Lightning's steps; the FLOPs are those of its forward and backward.""",
+    "generate": """Each form makes as many codes from the same prompts. Guided beside unguided: aim
+        at
+most 1.3. `transformers` has no constraint and runs the model twice a step for guidance.""",
+}
+
+
+def main(args: Namespace) -> dict[str, Any]:
+    results = {}
+    for case in args.cases:
+        name = f"speed_{case}"
+        stages = Stages(args, name)
+        records = CASES[case](args, stages)
+        bars = {f"{r['name']}, batch {r['batch']}": r["images_per_second"] for r in records}
+        plots.bars(args.out / f"{name}.png", bars, "images/s")
+        rounds = min(record["repeats"] for record in records)
+        body = f"{timing.table(records)}\n\n{NOTES[case]} Medians of at least {rounds} rounds.\n\n"
+        results[case] = {"records": records}
+        body += f"![images/s]({name}.png)"
+        report.write(name, args, f"Speed: {case}", body, results[case])
+        stages.done()
+    return results
+
+
+def arguments() -> ArgumentParser:
+    return cli.parser(
+        __doc__,
+        data=False,
+        cases=(["encode"], "what is measured", list(CASES)),
+        tokenizer=("default", "of `shipped`: 'default', a directory or a Hub id"),
+        sizes=(["shipped"], "of encode and train; small: the shipped sizes", ["shipped", *SIZES]),
+        dtypes=(["float32"], "of encode", ["float32", "bfloat16"]),
+        batch_sizes=([int], f"of encode ({BATCHES} by default) and generate (1, 8 and 32)"),
+        keep=(1 / 3, "ratio of the patches kept, spent across the batch"),
+        beside=(["vqmodel"], "other tokenizers, or module:function"),
+        decoder=("default", "of decode: 'default', a directory or a Hub id"),
+        denoising=([10, 25], "numbers of decoding steps"),
+        guidance=([1.0, 3.0], "guidance scales of the decoder"),
+        decode_batch_size=(4, "of decode"),
+        train_batch_size=(int, f"of train; {TRAIN_BATCH} by default"),
+        steps=(8, "training steps"),
+        model=("default", "of generate: 'default', a directory or a Hub id"),
+        codes=(20, "codes per generated image"),
+        lm_guidance=(3.0, "guidance scale of the language model"),
+        top_k=(50, "of sampling"),
+        repeats=(5, "rounds"),
+        warm=(2, "rounds, or training steps, before those that count"),
+        seconds=(0.0, "repeat at least this long, 100 rounds at most"),
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main, arguments()))
