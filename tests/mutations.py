@@ -106,11 +106,14 @@ class Fault(ast.NodeTransformer):
             if node.value is not None:
                 node.value = self.visit(node.value)
             return node
+        text = ast.unparse(node)
+        if text == "-1" or (self.depth and isinstance(node, ast.expr) and "CHUNK" in text):
+            return node  # the last of two axes; the size of chunks, which changes no result
         for change in faults(node) if self.depth else ():
             self.left -= 1
             if self.left < 0 and not self.what:
                 after = change(copy.deepcopy(node))
-                self.what = f"{node.lineno}: {ast.unparse(node)}  ->  {ast.unparse(after)}"
+                self.what = f"{node.lineno}: {text}  ->  {ast.unparse(after)}"
                 return after
         return self.generic_visit(node)
 

@@ -315,6 +315,7 @@ def test_one_image_or_many(photos: list[Path]):
     with photos[0].open("rb") as stream:
         assert torch.equal(PROCESSOR.to_uint8(stream), one)
     batch = PROCESSOR.to_uint8(photos)
+    assert PROCESSOR.to_uint8(batch) is batch, "pixels of this size are not resized again"
     assert batch.shape == (4, 3, 32, 32)
     assert torch.equal(PROCESSOR.to_uint8(iter(photos)), batch)
     assert torch.equal(PROCESSOR.to_uint8(batch), batch)

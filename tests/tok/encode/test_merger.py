@@ -247,6 +247,10 @@ def test_a_grid_of_positions():
     near, far = (grid[0, 0] - grid[0, 1]).norm(), (grid[0, 0] - grid[3, 3]).norm()
     assert near < far
     assert torch.pdist(grid.flatten(0, 1)).min() > 0.1, "no two places are alike"
+    for side in (2, 4):  # wavelengths of twice the side and of two patches
+        waves = torch.pi * torch.tensor([1 / side, 1])
+        second = grid_positions(side**2, 8).unflatten(0, (side, side))[1, 0, :4]
+        torch.testing.assert_close(second, torch.cat([waves.sin(), waves.cos()]))
     assert grid_positions(1, 4).shape == (1, 4)
     with pytest.raises(ValueError, match="square number of patches"):
         grid_positions(12, 8)
