@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lavit_tok.cli.commands import lightning_command
-from lavit_tok.data.jobs import Rejects, chunks, device, list_images, opened, png_name, save_png
+from lavit_tok.cli.commands import train
+from lavit_tok.cli.items import (
+    chunks,
+    device,
+    list_images,
+    open_images,
+    png_name,
+    save_png,
+)
+from lavit_tok.data.rejects import Rejects
 
 if TYPE_CHECKING:
     from lavit_lm.multimodal import MultimodalLM
@@ -23,29 +31,29 @@ TRAINING = (
 
 def fit(args: list[str]) -> int:
     """Train a language model; the arguments are LightningCLI's."""
-    return lightning_command("lavit-lm", "fit", "fit", *TRAINING, args)
+    return train("lavit-lm", "fit", "fit", *TRAINING, args)
 
 
 def validate(args: list[str]) -> int:
     """Compute losses on the validation split; the arguments are LightningCLI's."""
-    return lightning_command("lavit-lm", "validate", "validate", *TRAINING, args)
+    return train("lavit-lm", "validate", "validate", *TRAINING, args)
 
 
 def test(args: list[str]) -> int:
     """Compute losses on the test split; the arguments are LightningCLI's."""
-    return lightning_command("lavit-lm", "test", "test", *TRAINING, args)
+    return train("lavit-lm", "test", "test", *TRAINING, args)
 
 
 def fit_tokenizer(args: list[str]) -> int:
     """Train VL-GPT's tokenizer and detokenizer; the arguments are LightningCLI's."""
     names = "lavit_lm.training.vlgpt_tokenizer:VLGPTTokenizerTraining", "lavit_tok:ImageDataModule"
-    return lightning_command("lavit-lm", "fit-tokenizer", "fit", *names, args)
+    return train("lavit-lm", "fit-tokenizer", "fit", *names, args)
 
 
 def fit_decoder(args: list[str]) -> int:
     """Train an image decoder for generated vectors; the arguments are LightningCLI's."""
     names = "lavit_lm.training.emu_decoder:EmuDecoderTraining", "lavit_tok:ImageDataModule"
-    return lightning_command("lavit-lm", "fit-decoder", "fit", *names, args)
+    return train("lavit-lm", "fit-decoder", "fit", *names, args)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -80,7 +88,7 @@ def caption(arguments: argparse.Namespace) -> int:
     rejects, count = Rejects(None, only=len(paths) == 1), 0
     with rejects:
         for chunk in chunks(enumerate(paths), arguments.batch_size):
-            images = opened(chunk, rejects, lm.visual_tokenizer.image_processor)
+            images = open_images(chunk, rejects, lm.visual_tokenizer.image_processor)
             if not images:
                 continue
             batch, limit = [image for _, _, image in images], arguments.max_new_tokens

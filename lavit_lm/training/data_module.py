@@ -30,16 +30,7 @@ from lavit_lm.training.sampler import (
 )
 from lavit_tok import Shards
 from lavit_tok.data.shard_images import ShardImages
-
-
-class ResumingLoader(DataLoader):
-    """The two empty methods let Lightning resume a run within an epoch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load: the sampler uses the number of batches."""
+from lavit_tok.training.data_module import ResumingLoader
 
 
 class LanguageDataModule(LightningDataModule):

@@ -1,18 +1,20 @@
-"""Training of a decoder of vectors: a U-Net learns to denoise a picture, given what a language model says of its words.
+"""Training of Emu's image decoder: a U-Net learns to denoise images, given vectors that an LM generates.
 
-    caption -frozen LM-> "caption <|img|>" -> vectors it says, those of "" at 0.1 -VectorDecoder-> condition -.
-    picture -frozen VAE-> z;  z_t = a_t z + s_t e  -----------------------------------------------------> U-Net -> e
+    caption -frozen LM-> "caption <img>" -> generated vectors, of "" at 0.1 -VectorDecoder-> condition -.
+    image   -frozen VAE-> z;  z_t = a_t z + s_t e  ----------------------------------------> U-Net -> e
 
-Emu (section 2.3) trains on vectors that the model *said*, not on those it reads of the picture, since it is these that
-will be drawn. Everything random is drawn from a generator seeded by (seed, step, rank), and the averaged weights are
-part of the checkpoint, so a resumed run repeats the uninterrupted one exactly.
+Emu (section 2.3) trains on vectors that the model generates, not on those of the image itself, since
+the decoder later gets generated ones. All random numbers come from a generator seeded by
+(seed, step, rank), and the averaged weights are part of the checkpoint, so a resumed run repeats the
+uninterrupted one exactly.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -23,186 +25,193 @@ from lavit_lm.multimodal import MultimodalLM
 from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, VectorReaderConfig
 from lavit_lm.objectives.records import ImageVectors
 from lavit_tok import PixelDecoder
-from lavit_tok.training.denoising import Noised, denoising_loss, vae_latents
-from lavit_tok.training.ema import AveragedTraining
-from lavit_tok.training.logging import log_image, step_generator
+from lavit_tok.training.decoder_training import DTYPES, WeightsDtype
+from lavit_tok.training.denoising import (
+    DenoisingConfig,
+    NoisyLatents,
+    denoising_loss,
+    vae_latents,
+)
+from lavit_tok.training.ema import EMATraining
+from lavit_tok.training.frozen import Frozen
+from lavit_tok.training.logging import SampleConfig, log_image, step_generator
+from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
 
-class EmuDecoderTraining(AveragedTraining):
-    """Trains a reader, a PixelDecoder's projection, and its U-Net; language model and VAE stay frozen.
+@dataclass(frozen=True)
+class ReaderConfig:
+    """The transformer that reads the generated vectors."""
+
+    depth: int = 2
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads."""
+    hidden_size: int = 192
+    """Width of the blocks."""
+
+
+@dataclass(frozen=True)
+class PromptSampleConfig(SampleConfig):
+    """Logged samples of the decoder in training; `count` limits the prompts."""
+
+    every: int = 0
+    """Steps between two sheets of samples; 0 for none."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of the samples."""
+
+
+class EmuDecoderTraining(EMATraining):
+    """Trains a reader, a PixelDecoder's projection and its U-Net; language model and VAE are frozen.
 
     Args:
-        model: directory or Hub id of a MultimodalLM that says vectors.
+        model: directory or Hub id of a MultimodalLM that generates vectors.
         pixel_decoder: "default", directory or Hub id of the PixelDecoder to start from.
-        out: where the finished decoder is saved; None keeps checkpoints only.
+        reader: the transformer that reads the generated vectors.
+        train_unet: train the U-Net too; else only the modules before it.
+        fresh_keys: reinitialize the U-Net's key and value projections of the condition, as in Emu.
+        cache_vectors: keep the generated vectors of each caption in memory as float16, instead of
+            generating them again in the next epoch.
+        loss: the loss.
+        optimizer: AdamW.
+        schedule: learning-rate schedule.
+        ema_decay: largest decay of the averaged weights, see EMATraining.
+        samples: logged samples.
+        out: where the trained decoder is saved; None keeps checkpoints only.
         out_dtype: number format of the saved weights.
-        depth, heads, hidden_size: blocks, heads and width of the reader.
-        train_unet: train the U-Net too; else only what stands before it.
-        fresh_keys: draw the U-Net's key and value projections of the condition anew, as Emu does.
-        drop: probability that a caption's vectors are replaced by those of an empty prompt.
-        min_snr: see lavit_tok.denoising_loss.
-        remember: keep what the model says of each caption in memory, as 16-bit numbers, instead of asking it anew.
-        lr: peak learning rate.
-        warmup_steps: linear warm-up, before a cosine to 0.
-        weight_decay: AdamW's, on matrices and kernels only.
-        betas: AdamW's.
-        ema_decay: greatest decay of the averaged weights, see AveragedTraining.
-        samples: prompts that are drawn every `sample_every` steps.
-        sample_every: 0 for never.
-        sample_steps, sample_guidance: of these drawings.
-        seed: of every random draw here.
+        seed: seed of all random numbers of the training.
 
     Raises:
-        ValueError: a language model that says codes, a probability outside 0..1, or new keys that nobody trains.
+        ValueError: a language model that generates codes, or new projections that are not trained.
     """
 
     def __init__(
         self,
         model: str,
         pixel_decoder: str = "default",
-        out: str | None = None,
-        out_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
-        depth: int = 2,
-        heads: int = 4,
-        hidden_size: int = 192,
+        reader: ReaderConfig = ReaderConfig(),
         train_unet: bool = True,
         fresh_keys: bool = True,
-        drop: float = 0.1,
-        min_snr: float = 0.0,
-        remember: bool = False,
-        lr: float = 1e-4,
-        warmup_steps: int = 100,
-        weight_decay: float = 0.01,
-        betas: tuple[float, float] = (0.9, 0.98),
+        cache_vectors: bool = False,
+        loss: DenoisingConfig = DenoisingConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4),
+        schedule: ScheduleConfig = ScheduleConfig(),
         ema_decay: float = 0.9999,
-        samples: Sequence[str] = (),
-        sample_every: int = 0,
-        sample_steps: int = 25,
-        sample_guidance: float = 3.0,
+        samples: PromptSampleConfig = PromptSampleConfig(),
+        out: str | None = None,
+        out_dtype: WeightsDtype = "float32",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("drop", drop), ("ema_decay", ema_decay)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a number in 0..1, got {value}")
         if fresh_keys and not train_unet:
             raise ValueError(
-                "fresh_keys: new key and value projections must be trained, and train_unet is false"
+                "fresh_keys: expected train_unet, as new key and value projections must be trained"
             )
-        self.save_hyperparameters()
-        self.settings: Any = self.hparams
-        # In lists: frozen, neither saved nor moved by Lightning.
-        self._lm = [MultimodalLM.from_pretrained(model, decoder=None)]
-        self._pixels = [PixelDecoder.from_pretrained(pixel_decoder)]
-        if self.lm.objective.image_output.kind != "vectors":
+        self.save_arguments()
+        self.loss, self.samples, self.cache_vectors = loss, samples, cache_vectors
+        self.optimizer_config, self.schedule_config = optimizer, schedule
+        self.out, self.out_dtype, self.seed = out, out_dtype, seed
+        self.frozen_lm = Frozen(MultimodalLM.from_pretrained(model, decoder=None))
+        pixels = PixelDecoder.from_pretrained(pixel_decoder)
+        lm = self.lm
+        if lm.objective.image_output.kind != "vectors":
             raise ValueError(
-                f"model: expected one that says vectors, got {model}, which says codes ({self._named})"
+                f"model: expected one that generates vectors, got {model}, which generates codes "
+                f"({lm.objective.name})"
             )
-        pixels, lm = self._pixels[0], self.lm
         c, width = pixels.conditioner.config, lm.model.causal.config.get_text_config().hidden_size
         n = lm.objective.image_output.limits(lm.visual_tokenizer.config.num_patches)[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.reader = VectorReader(
-                VectorReaderConfig(width, n, c.width, c.patches, depth, heads, hidden_size)
-            )
+            sizes = VectorReaderConfig(width, n, c.width, c.patches, **asdict(reader))
+            self.reader = VectorReader(sizes)
             if fresh_keys:
                 renew_keys(pixels.unet)
         self.projection = pixels.conditioner.projection.requires_grad_(True).train()
         if self.projection.null is not None:
-            self.projection.null.requires_grad_(
-                False
-            )  # in its place are the vectors of an empty prompt
+            # unused: the condition of an empty prompt takes its place
+            self.projection.null.requires_grad_(False)
         pixels.unet.requires_grad_(train_unet)
         pixels.vae.requires_grad_(False)
         if train_unet:
             self.unet = pixels.unet.train()
-        self.drawn = VectorDecoder(self.reader, pixels)
-        self.average_trained()
-        self.said: dict[str, Tensor] = {}
+        self.decoder = VectorDecoder(self.reader, pixels)  # no nn.Module: not registered twice
+        self.start_average(ema_decay)
+        self.cached: dict[str, Tensor] = {}
         self.null: Tensor | None = None
 
     @property
     def lm(self) -> MultimodalLM:
         """The frozen language model."""
-        return self._lm[0]
-
-    @property
-    def _named(self) -> str:
-        return self.lm.objective.name
-
-    @property
-    def _processes(self) -> int:
-        return 1 if self._trainer is None else self.trainer.world_size
+        return self.frozen_lm.module
 
     # The loss
 
     def vectors(self, captions: Sequence[str]) -> Float[Tensor, "b n d"]:
-        """What the language model says of captions."""
-        wanted = list(dict.fromkeys(text for text in captions if text not in self.said))
-        said = dict(self.said)
-        if wanted:
-            with torch.autocast(
-                self.device.type, enabled=False
-            ):  # as it will say them when they are drawn
-                new = self.lm.generate_vectors_batch(
-                    [text if text.strip() else [] for text in wanted]
-                )
-            said |= dict(zip(wanted, new.half() if self.settings.remember else new, strict=True))
-        if self.settings.remember:
-            self.said = said
-        return torch.stack(
-            [said[text].float() for text in captions]
-        )  # autocast cannot stack float16
+        """The vectors that the language model generates for captions."""
+        new = list(dict.fromkeys(text for text in captions if text not in self.cached))
+        vectors = dict(self.cached)
+        if new:
+            # Without autocast, as in generation after the training
+            with torch.autocast(self.device.type, enabled=False):
+                prompts = [text if text.strip() else [] for text in new]
+                generated = self.lm.generate_vectors_batch(prompts)
+            vectors |= dict(
+                zip(new, generated.half() if self.cache_vectors else generated, strict=True)
+            )
+        if self.cache_vectors:
+            self.cached = vectors
+        # float(): autocast cannot stack float16
+        return torch.stack([vectors[text].float() for text in captions])
 
     def measure(self, captions: Sequence[str]) -> None:
-        """Tell the reader how far apart lies what the model says of these captions, on all processes together."""
-        said: Any = self.vectors(captions)
-        self.reader.measure(said if self._processes == 1 else self.all_gather(said).flatten(0, 1))
+        """Set the reader's normalization from the vectors of these captions, of all processes."""
+        vectors: Any = self.vectors(captions)
+        if self.num_processes > 1:
+            vectors = self.all_gather(vectors).flatten(0, 1)
+        self.reader.measure(vectors)
 
     def diffusion_loss(
         self,
         images: UInt8[Tensor, "b 3 h w"],
         captions: Sequence[str],
         generator: torch.Generator,
-        drop: float,
+        condition_drop: float,
     ) -> Float[Tensor, ""]:
-        """Of one step for each picture; all chance is the generator's, which is on the CPU."""
-        pixels = self.drawn.pixels
-        noised = Noised.draw(vae_latents(pixels.vae, images), pixels.scheduler, generator)
-        dropped = (torch.rand(len(images), generator=generator) < drop).to(images.device)
+        """Weighted mean squared error of the prediction, at one step per image."""
+        pixels = self.decoder.pixels
+        noisy = NoisyLatents.draw(vae_latents(pixels.vae, images), pixels.scheduler, generator)
+        dropped = noisy.draw_dropped(condition_drop, generator)
         if self.null is None:
             self.null = self.vectors([""])
-        given = torch.where(dropped[:, None, None], self.null, self.vectors(captions))
-        condition, factor = self.drawn.conditioning(given), pixels.vae_scale_factor
+        vectors = torch.where(dropped[:, None, None], self.null, self.vectors(captions))
+        condition = self.decoder.conditioning(vectors)
         return denoising_loss(
-            pixels.unet, pixels.scheduler, noised, condition, factor, self.settings.min_snr
+            pixels.unet,
+            pixels.scheduler,
+            noisy,
+            condition,
+            pixels.vae_scale_factor,
+            self.loss.min_snr,
         )
 
-    # Lightning's hooks
+    # Lightning hooks
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        parts = int(self.trainer.accumulate_grad_batches)
-        step = self.global_step * parts + batch_idx % parts
-        generator, captions = (
-            step_generator(self.settings.seed, step, self.global_rank, "cpu"),
-            _captions(batch),
-        )
+        step, captions = self.micro_step(batch_idx), _captions(batch)
+        generator = step_generator(self.seed, step, self.global_rank, "cpu")
         if step == 0:
             self.measure(captions)
-        loss = self.diffusion_loss(batch["images"], captions, generator, self.settings.drop)
-        if not bool(loss.isfinite()):
-            raise ValueError(
-                f"step {self.global_step}: the loss is {float(loss)}; stopped before it spoils the weights"
-            )
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["images"]))
+        loss = self.diffusion_loss(batch["images"], captions, generator, self.loss.condition_drop)
+        self.require_finite(loss)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(captions))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """The same loss, without drops and with the same draws at every validation."""
-        generator = step_generator(self.settings.seed, batch_idx, 2**31 + self.global_rank, "cpu")
-        loss = self.diffusion_loss(batch["images"], _captions(batch), generator, 0.0)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
+        """The same loss with every condition, and with the same noise at every validation."""
+        captions = _captions(batch)
+        generator = step_generator(self.seed, batch_idx, 2**31 + self.global_rank, "cpu")
+        loss = self.diffusion_loss(batch["images"], captions, generator, 0.0)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(captions), sync_dist=True)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -213,69 +222,55 @@ class EmuDecoderTraining(AveragedTraining):
         super().on_validation_epoch_start()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        s, step = self.settings, self.global_step
-        last_part = (batch_idx + 1) % int(self.trainer.accumulate_grad_batches) == 0
-        if (
-            s.samples
-            and s.sample_every
-            and last_part
-            and step % s.sample_every == 0
-            and self.trainer.is_global_zero
-        ):
-            log_image(self, "samples", self.sample(list(s.samples)))
+        prompts = list(self.samples.prompts[: self.samples.count])
+        due = self.completes_step(batch_idx) and self.samples.due(self.global_step)
+        if prompts and due and self.trainer.is_global_zero:
+            log_image(self, "samples", self.sample(prompts))
 
     def on_fit_end(self) -> None:
-        if self.settings.out is not None and self.trainer.is_global_zero:
-            dtype = (
-                None
-                if self.settings.out_dtype == "float32"
-                else getattr(torch, self.settings.out_dtype)
-            )
+        if self.out is not None and self.trainer.is_global_zero:
             with self.averaged():
-                copy.deepcopy(self.drawn).to("cpu").save_pretrained(self.settings.out, dtype)
+                decoder = copy.deepcopy(self.decoder).to("cpu")
+                decoder.save_pretrained(self.out, DTYPES[self.out_dtype])
 
-    # What comes out
+    # The trained decoder
 
     @torch.no_grad()
     def sample(self, prompts: list[str]) -> Image.Image:
-        """Pictures of prompts side by side, by the averaged weights, with the same noise each time."""
-        s, unet = self.settings, self.drawn.pixels.unet
-        training, generators = (
-            unet.training,
-            [step_generator(s.seed, i, 2**32, "cpu") for i in range(len(prompts))],
-        )
+        """Images of prompts side by side, by the averaged weights, with the same noise each time."""
+        s, unet = self.samples, self.decoder.pixels.unet
+        training = unet.training
+        generators = [step_generator(self.seed, i, 2**32, "cpu") for i in range(len(prompts))]
         unet.eval()
         with self.averaged():
             outputs = ImageVectors(self.vectors(prompts), self.vectors([""]))
-            options = generators, s.sample_steps, s.sample_guidance
-            drawn = self.drawn.decode(outputs, *options, output_type="pt")
+            images = self.decoder.decode(outputs, generators, s.steps, s.guidance, output_type="pt")
         unet.train(training)
-        pixels = torch.cat(list(drawn.float().cpu()), 2).mul(255).round().byte()
+        pixels = torch.cat(list(images.float().cpu()), 2).mul(255).round().byte()
         return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
     def _to_device(self) -> None:
         self.lm.model.to(self.device)
-        self.drawn.to(self.device)
+        self.decoder.to(self.device)
 
 
 def renew_keys(unet: Any) -> int:
-    """Draw the key and value projections of a U-Net's cross-attentions anew, from torch's own generator; how many."""
-    renewed = [
+    """Reinitialize the key and value projections of a U-Net's cross-attentions; returns how many."""
+    projections = [
         projection
-        for name, part in unet.named_modules()
-        if name.endswith("attn2")
-        for projection in (part.to_k, part.to_v)
+        for name, layer in unet.named_modules()
+        if name.endswith("attn2")  # diffusers' name for cross-attention
+        for projection in (layer.to_k, layer.to_v)
     ]
-    for projection in renewed:
+    for projection in projections:
         projection.reset_parameters()
-    return len(renewed)
+    return len(projections)
 
 
 def _captions(batch: dict[str, Any]) -> list[str]:
-    """Raises ValueError for data without captions."""
     if "captions" not in batch:
         raise ValueError(
-            "the decoder is trained on what the model says of captions, and the data have none: give "
+            "the decoder is trained on vectors generated from captions, and the data have none: set "
             "data.caption_column"
         )
     return [text or "" for text in batch["captions"]]

@@ -1,51 +1,74 @@
-"""VL-GPT's stage 1: the tokenizer and the detokenizer learn a diffusion model's conditions, which never runs.
+"""VL-GPT's stage 1: tokenizer and detokenizer learn the conditions of a diffusion model.
 
-    picture, caption -+- tokenizer, detokenizer -> z_v, z_t
-                      +- the diffusion model's frozen encoders -> e_v, e_t
+    image, caption -+- tokenizer, detokenizer -> z_v, z_t
+                    +- the diffusion model's frozen encoders -> e_v, e_t
 
-    loss = l1 |z_v - e_v|2 + l2 |z_t - e_t|2        both squared errors are means over all numbers of a condition
+    loss = l1 |z_v - e_v|^2 + l2 |z_t - e_t|^2      (both are means over all elements of a condition)
 
-Frozen parts have no gradient, no optimizer state, and are in no checkpoint.
+The diffusion model itself is not run. Frozen weights have no gradient, no optimizer state, and are
+not saved in checkpoints.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import get_cosine_schedule_with_warmup
 
 from lavit_lm.objectives.vlgpt.diffusion import ConditionEmbeddings, load_diffusion
 from lavit_lm.objectives.vlgpt.tokenizer import VLGPTTokenizer, VLGPTTokenizerConfig
 from lavit_lm.objectives.vlgpt.tokenizer_files import check_out, save_tokenizer
 from lavit_tok import VisualTokenizer
+from lavit_tok.training.base import TrainingModule
+from lavit_tok.training.frozen import Frozen
+from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
 
-class VLGPTTokenizerTraining(pl.LightningModule):
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Tokenizer and detokenizer."""
+
+    queries: int = 32
+    """Vectors per image, N in the paper."""
+    depth: int = 12
+    """Blocks of each transformer."""
+    heads: int = 12
+    """Attention heads of each transformer."""
+    hidden_size: int | None = None
+    """Width of both transformers; None for that of the encoder."""
+
+
+@dataclass(frozen=True)
+class ConditionLossConfig:
+    """Weights of the loss; 1 as published."""
+
+    image_weight: float = 1.0
+    """l1; at 0 the image condition is not learned, and is not used for decoding."""
+    text_weight: float = 1.0
+    """l2; at 0 the text condition is not learned, and is not used for decoding."""
+
+
+class VLGPTTokenizerTraining(TrainingModule):
     """Trains VL-GPT's tokenizer and detokenizer.
 
     Args:
-        width: of the vectors; the language model's that is to read them.
+        width: width of the vectors; that of the language model.
         visual_tokenizer: "default", directory or Hub id: whose frozen encoder makes the features.
-        conditions: of the diffusion model, see lavit_lm.objectives.vlgpt.diffusion.load_diffusion: {"kind": "pixel_decoder",
+        conditions: of the diffusion model, see load_diffusion: {"kind": "pixel_decoder",
             "decoder": "default"}, or {"kind": "stable_diffusion", "model": ..., "adapter": ...}.
-        queries: N, vectors a picture.
-        depth, heads: of both transformers.
-        hidden_size: their width; the encoder's by default.
-        image_weight, text_weight: l1 and l2, 1 as published; at 0 a condition is not learnt, nor drawn from.
-        out: directory of what comes out; None keeps checkpoints only.
-        lr: peak learning rate, 2e-4 as published.
-        warmup_steps: linear warm-up, before a cosine to 0.
-        weight_decay: AdamW's, on matrices only.
-        betas: AdamW's.
-        seed: draws the weights.
+        transformer: tokenizer and detokenizer.
+        loss: weights of the loss.
+        optimizer: AdamW; 2e-4 as published.
+        schedule: learning-rate schedule.
+        out: where tokenizer and detokenizer are saved; None keeps checkpoints only.
+        seed: seed of the initial weights.
 
     Raises:
-        ValueError: weights of the losses below 0, or that leave nothing to learn.
+        ValueError: weights of the loss below 0, or all 0.
     """
 
     def __init__(
@@ -53,64 +76,52 @@ class VLGPTTokenizerTraining(pl.LightningModule):
         width: int,
         visual_tokenizer: str = "default",
         conditions: dict[str, Any] | None = None,
-        queries: int = 32,
-        depth: int = 12,
-        heads: int = 12,
-        hidden_size: int | None = None,
-        image_weight: float = 1.0,
-        text_weight: float = 1.0,
+        transformer: TransformerConfig = TransformerConfig(),
+        loss: ConditionLossConfig = ConditionLossConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(lr=2e-4, weight_decay=0.05),
+        schedule: ScheduleConfig = ScheduleConfig(),
         out: str | None = None,
-        lr: float = 2e-4,
-        warmup_steps: int = 100,
-        weight_decay: float = 0.05,
-        betas: tuple[float, float] = (0.9, 0.98),
         seed: int = 0,
     ) -> None:
         super().__init__()
         if out is not None:
             check_out(out)  # now, not when the training is done
-        self.save_hyperparameters()
-        self.settings: Any = self.hparams
+        self.save_arguments()
+        self.out, self.visual_tokenizer = out, visual_tokenizer
+        self.optimizer_config, self.schedule_config = optimizer, schedule
         visual = VisualTokenizer.from_pretrained(visual_tokenizer).requires_grad_(False)
         self.resize_mode = visual.image_processor.resize_mode
-        # In a list: frozen, neither saved nor moved by Lightning.
-        self._conditions = [
-            load_diffusion(conditions or {"kind": "pixel_decoder", "decoder": "default"}, visual)
-        ]
+        conditions = conditions or {"kind": "pixel_decoder", "decoder": "default"}
+        self.frozen_conditions: Frozen[Any] = Frozen(load_diffusion(conditions, visual))
         shapes = self.conditions.image_shape, self.conditions.text_shape
+        weights = loss.image_weight, loss.text_weight
         self.weights = {
             name: weight
-            for name, weight, shape in zip(
-                ("image", "text"), (image_weight, text_weight), shapes, strict=True
-            )
+            for name, weight, shape in zip(("image", "text"), weights, shapes, strict=True)
             if shape is not None
         }
-        if min(image_weight, text_weight) < 0 or not sum(self.weights.values()):
+        if min(weights) < 0 or not sum(self.weights.values()):
             raise ValueError(
-                f"image_weight, text_weight: expected 0 or more, and more than 0 for a condition that the diffusion "
-                f"model has ({', '.join(self.weights)}), got {image_weight}, {text_weight}"
+                "image_weight, text_weight: expected 0 or more, and more than 0 for a condition that "
+                f"the diffusion model has ({', '.join(self.weights)}), got {weights}"
             )
-        shape = VLGPTTokenizerConfig(
-            width,
-            queries,
-            depth,
-            heads,
-            visual.config.width if hidden_size is None else hidden_size,
-        )
+        sizes = asdict(transformer)
+        sizes["hidden_size"] = sizes["hidden_size"] or visual.config.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = VLGPTTokenizer(visual, shape, *shapes)
-        for name in self.weights.keys() - set(self.learnt):
+            config = VLGPTTokenizerConfig(width, **sizes)
+            self.model = VLGPTTokenizer(visual, config, *shapes)
+        for name in self.weights.keys() - set(self.learned):
             self.model.detokenizer.queries[name].requires_grad_(False)
             self.model.detokenizer.heads[name].requires_grad_(False)
 
     @property
     def conditions(self) -> Any:
-        """Of the diffusion model; frozen."""
-        return self._conditions[0]
+        """The frozen encoders of the diffusion model's conditions."""
+        return self.frozen_conditions.module
 
     @property
-    def learnt(self) -> list[str]:
+    def learned(self) -> list[str]:
         """Names of the conditions that the loss has a term for."""
         return [name for name, weight in self.weights.items() if weight > 0]
 
@@ -119,14 +130,14 @@ class VLGPTTokenizerTraining(pl.LightningModule):
     def targets(
         self, images: UInt8[Tensor, "b 3 h w"], captions: list[str] | None
     ) -> ConditionEmbeddings:
-        """e_v and e_t, as far as they are to be learnt. Raises ValueError for missing captions."""
+        """e_v and e_t, as far as they are learned. Raises ValueError if captions are missing."""
         if self.weights.get("text") and captions is None:
             raise ValueError(
-                "the text condition is made of captions, and the data have none: give data.caption_column"
+                "the text condition is computed from captions, and the data have none: set "
+                "data.caption_column"
             )
-        with torch.autocast(
-            self.device.type, enabled=False
-        ):  # as the diffusion model's own encoders made them
+        # Without autocast, as in the diffusion model
+        with torch.autocast(self.device.type, enabled=False):
             image = self.conditions.encode_images(images) if self.weights.get("image") else None
             text = self.conditions.encode_texts(captions) if self.weights.get("text") else None
         return ConditionEmbeddings(image, text)
@@ -134,72 +145,51 @@ class VLGPTTokenizerTraining(pl.LightningModule):
     def losses(
         self, estimated: ConditionEmbeddings, targets: ConditionEmbeddings
     ) -> dict[str, Float[Tensor, ""]]:
-        """Mean squared errors, "image" and "text", of what is learnt."""
+        """Mean squared errors of the learned conditions, "image" and "text"."""
         pairs = {name: (getattr(estimated, name), getattr(targets, name)) for name in self.weights}
         return {name: F.mse_loss(z.float(), e) for name, (z, e) in pairs.items() if e is not None}
 
     def total(self, losses: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
-        """l1 and l2 times theirs."""
+        """The weighted sum."""
         return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
 
-    # Lightning's hooks
+    # Lightning hooks
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         targets = self.targets(batch["images"], batch.get("captions"))
         losses = self.losses(self.model(batch["images"]), targets)
         loss = self.total(losses)
-        if not bool(loss.isfinite()):
-            raise ValueError(
-                f"step {self.global_step}: the loss is {float(loss)}; stopped before it spoils all"
-            )
-        shown = {"train/loss": loss, **{f"train/{name}": value for name, value in losses.items()}}
-        self.log_dict(shown, prog_bar=True, batch_size=len(batch["images"]))
+        self.require_finite(loss)
+        metrics = {"train/loss": loss, **{f"train/{name}": x for name, x in losses.items()}}
+        self.log_dict(metrics, prog_bar=True, batch_size=len(batch["images"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """The same losses, and the mean cosine of a token's estimate with what it is to be."""
+        """The same losses, and the mean cosine between estimated and target tokens."""
         targets = self.targets(batch["images"], batch.get("captions"))
         estimated = self.model(batch["images"])
         losses = self.losses(estimated, targets)
-        shown = {
-            "val/loss": self.total(losses),
-            **{f"val/{name}": value for name, value in losses.items()},
-        }
+        metrics = {"val/loss": self.total(losses), **{f"val/{n}": x for n, x in losses.items()}}
         for name in losses:
-            cosine = F.cosine_similarity(
-                getattr(estimated, name).float(), getattr(targets, name), dim=-1
-            ).mean()
-            shown[f"val/{name}_cosine"] = cosine
-        self.log_dict(shown, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
+            pair = getattr(estimated, name).float(), getattr(targets, name)
+            metrics[f"val/{name}_cosine"] = F.cosine_similarity(*pair, dim=-1).mean()
+        self.log_dict(metrics, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
 
     def on_fit_start(self) -> None:
-        """Raises ValueError for pictures that the data module cuts in another way than the visual tokenizer."""
-        self.conditions.to(self.device)
+        """Raises ValueError if the data module resizes otherwise than the visual tokenizer."""
+        self.frozen_conditions.to(self.device)
         augment = getattr(getattr(self.trainer, "datamodule", None), "augment", None)
         mode = self.resize_mode if augment is None else augment.image_processor.resize_mode
         if mode != self.resize_mode:
             raise ValueError(
-                f"data.resize_mode: expected the visual tokenizer's {self.resize_mode}, got {mode}: it would learn from pictures of "
-                "other proportions than those it is to read"
+                f"data.resize_mode: expected {self.resize_mode}, as the visual tokenizer has, got "
+                f"{mode}: images would have other proportions in training than in use"
             )
 
     on_validation_start = on_fit_start
 
-    def configure_optimizers(self) -> Any:
-        s = self.settings
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": s.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=tuple(s.betas))
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, s.warmup_steps, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
     def on_fit_end(self) -> None:
-        if self.settings.out is not None and self.trainer.is_global_zero:
-            s = self.settings
+        if self.out is not None and self.trainer.is_global_zero:
             save_tokenizer(
-                s.out, self.model, s.visual_tokenizer, self.conditions.config, self.learnt
+                self.out, self.model, self.visual_tokenizer, self.conditions.config, self.learned
             )

@@ -1,11 +1,11 @@
-"""Files of codes: one picture a row, as parquet or JSON lines, with a header that says which codebook they index.
+"""Code files: the codes of images as parquet or JSON lines, with a header that names the codebook.
 
     header     {"format": "lavit_tok.codes", "version": 1, "tokenizer": "default", "codebook_size": 2048, "patches": 64}
-    row        {"key": "cat.png", "codes": [17, 803, 4], "length": 3, "keep": [0, 9, 33]}
+    record     {"key": "cat.png", "codes": [17, 803, 4], "length": 3, "keep": [0, 9, 33]}
 
-`keep` lists the patches behind the codes (raster order), or is null. In JSON lines the header is the first line; in
-parquet it is the schema's metadata under "lavit_tok.codes", and the rows' columns are string, list<int32>, int32,
-list<int32>. A file is written beside its place and moved there when it is complete.
+`keep` lists the patches of the codes (raster order), or is null. In JSON lines the header is the first
+line; in parquet it is metadata of the schema under "lavit_tok.codes", and the columns are string,
+list<int32>, int32, list<int32>.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from lavit_tok.data.jobs import atomic
+from lavit_tok.data.files import atomic
 
 FORMAT, VERSION = "lavit_tok.codes", 1
 SUFFIXES = (".parquet", ".jsonl")
@@ -30,21 +30,23 @@ class CodeFileError(ValueError):
 
 
 @dataclass(frozen=True)
-class Header:
-    """What all rows of a file share."""
+class CodeFileHeader:
+    """What all records of a file have in common."""
 
     tokenizer: str
-    """Directory or Hub id of the tokenizer, or "default", as it was given."""
+    """"default", directory or Hub id of the tokenizer, as given."""
     codebook_size: int
-    """K: codes lie in 0..K-1."""
+    """K; codes are in 0..K-1."""
     patches: int
-    """n: kept patches lie in 0..n-1."""
+    """n; kept patches are in 0..n-1."""
 
     def to_json(self) -> str:
+        """JSON with format and version."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)})
 
     @classmethod
-    def from_json(cls, text: str | bytes, source: Path) -> Header:
+    def from_json(cls, text: str | bytes, path: Path) -> CodeFileHeader:
+        """Parse the header of a file. Raises CodeFileError."""
         try:
             values = json.loads(text)
             kind, version = values.pop("format"), values.pop("version")
@@ -54,14 +56,13 @@ class Header:
                 )
         except (ValueError, KeyError, TypeError, AttributeError):
             kind, version = "no such header", ""
-        raise CodeFileError(
-            f"{source}: expected a file of codes ({FORMAT} version {VERSION}), got {kind} {version}".strip()
-        )
+        expected = f"a code file ({FORMAT} version {VERSION})"
+        raise CodeFileError(f"{path}: expected {expected}, got {kind} {version}".strip())
 
 
 @dataclass(frozen=True)
 class CodeRecord:
-    """One picture's codes."""
+    """The codes of one image."""
 
     key: str
     codes: list[int]
@@ -70,58 +71,72 @@ class CodeRecord:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A row that cannot be read."""
+    """A record that cannot be read."""
 
     key: str
     reason: str
 
 
-class Writer(Protocol):
-    def add(self, rows: Sequence[CodeRecord]) -> None: ...
+class CodeWriter(Protocol):
+    """Writes records to a file."""
+
+    def add(self, records: Sequence[CodeRecord]) -> None:
+        """Append records."""
 
 
 @contextmanager
-def code_writer(path: Path | None, header: Header) -> Iterator[Writer]:
-    """A writer of rows to .parquet or .jsonl, or as JSON lines to stdout. Raises CodeFileError for other suffixes."""
+def code_writer(path: Path | None, header: CodeFileHeader) -> Iterator[CodeWriter]:
+    """Open a writer to .parquet or .jsonl, or, without a path, of JSON lines to stdout.
+
+    Raises:
+        CodeFileError: another suffix.
+    """
     if path is None:
         yield _JsonWriter(sys.stdout, header)
         return
     require_suffix(path)
-    with atomic(path) as part:
+    with atomic(path) as partial:
         if path.suffix == ".jsonl":
-            with open(part, "w", encoding="utf-8") as file:
+            with open(partial, "w", encoding="utf-8") as file:
                 yield _JsonWriter(file, header)
         else:
-            with _ParquetWriter(part, header) as writer:
+            with _ParquetWriter(partial, header) as writer:
                 yield writer
 
 
 def require_suffix(path: Path) -> None:
+    """Raise CodeFileError for a name that does not end in .parquet or .jsonl."""
     if path.suffix not in SUFFIXES:
         raise CodeFileError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
-def read_codes(path: Path) -> tuple[Header, Iterator[CodeRecord | BadRecord]]:
-    """Header and rows; a row that is no list of whole numbers comes as BadRecord. Raises CodeFileError, OSError."""
+def read_codes(path: Path) -> tuple[CodeFileHeader, Iterator[CodeRecord | BadRecord]]:
+    """Header and records; a record that is not a list of integers comes as BadRecord.
+
+    Raises:
+        CodeFileError: not a code file.
+        OSError: the file cannot be opened.
+    """
     require_suffix(path)
     if path.suffix == ".jsonl":
         with open(path, encoding="utf-8", errors="replace") as file:
-            header = Header.from_json(file.readline(), path)
-        return header, _json_rows(path)
+            header = CodeFileHeader.from_json(file.readline(), path)
+        return header, _json_records(path)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with open(path, "rb"):  # a missing file is an OSError here, whatever pyarrow makes of it
+    with open(path, "rb"):  # for the OSError of a missing file, which pyarrow raises otherwise
         pass
     try:
-        file = pq.ParquetFile(path)
+        parquet = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise CodeFileError(f"{path}: not a whole parquet file: {error}") from None
-    metadata = file.schema_arrow.metadata or {}
-    return Header.from_json(metadata.get(FORMAT.encode(), b""), path), _parquet_rows(file)
+        raise CodeFileError(f"{path}: not a complete parquet file: {error}") from None
+    metadata = parquet.schema_arrow.metadata or {}
+    header = CodeFileHeader.from_json(metadata.get(FORMAT.encode(), b""), path)
+    return header, _parquet_records(parquet)
 
 
-def _json_rows(path: Path) -> Iterator[CodeRecord | BadRecord]:
+def _json_records(path: Path) -> Iterator[CodeRecord | BadRecord]:
     with open(path, encoding="utf-8", errors="replace") as file:
         next(file)
         for number, line in enumerate(file, start=2):
@@ -129,57 +144,54 @@ def _json_rows(path: Path) -> Iterator[CodeRecord | BadRecord]:
                 values = json.loads(line)
             except ValueError:
                 values = None
-            yield _row(values, f"line {number}")
+            yield _record(values, f"line {number}")
 
 
-def _parquet_rows(file: Any) -> Iterator[CodeRecord | BadRecord]:
+def _parquet_records(file: Any) -> Iterator[CodeRecord | BadRecord]:
     number = 0
     for batch in file.iter_batches(batch_size=ROW_GROUP):
         for values in batch.to_pylist():
-            yield _row(values, f"row {number}")
+            yield _record(values, f"record {number}")
             number += 1
 
 
-def _row(values: Any, place: str) -> CodeRecord | BadRecord:
+def _record(values: Any, location: str) -> CodeRecord | BadRecord:
     if not isinstance(values, dict):
-        return BadRecord(place, "not a JSON object")
-    key, codes, keep = str(values.get("key", place)), values.get("codes"), values.get("keep")
-    if not _whole_numbers(codes):
-        return BadRecord(key, "codes: expected a list of whole numbers")
-    if keep is not None and not _whole_numbers(keep):
-        return BadRecord(key, "keep: expected a list of patches or nothing")
+        return BadRecord(location, "not a JSON object")
+    key, codes, keep = str(values.get("key", location)), values.get("codes"), values.get("keep")
+    if not _integers(codes):
+        return BadRecord(key, "codes: expected a list of integers")
+    if keep is not None and not _integers(keep):
+        return BadRecord(key, "keep: expected a list of patches or null")
     if values.get("length", len(codes)) != len(codes):
-        return BadRecord(key, f"length says {values['length']}, but there are {len(codes)} codes")
+        return BadRecord(key, f"length is {values['length']}, but there are {len(codes)} codes")
     return CodeRecord(key, codes, keep)
 
 
-def _whole_numbers(values: Any) -> TypeGuard[list[int]]:
+def _integers(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(
         type(v) is int and -(2**31) <= v < 2**31 for v in values
     )
 
 
+def _values(record: CodeRecord) -> dict[str, Any]:
+    codes = record.codes
+    return {"key": record.key, "codes": codes, "length": len(codes), "keep": record.keep}
+
+
 class _JsonWriter:
-    def __init__(self, file: Any, header: Header) -> None:
-        self.file = file
-        self.header: Header | None = header
+    def __init__(self, file: Any, header: CodeFileHeader) -> None:
+        self.file, self.header = file, header.to_json() + "\n"
 
-    def add(self, rows: Sequence[CodeRecord]) -> None:
-        if (
-            self.header is not None
-        ):  # not before there is a row, so that a job that fails prints nothing
-            print(self.header.to_json(), file=self.file)
-            self.header = None
-        for row in rows:
-            print(json.dumps(_values(row), ensure_ascii=False), file=self.file)
-
-
-def _values(row: CodeRecord) -> dict[str, Any]:
-    return {"key": row.key, "codes": row.codes, "length": len(row.codes), "keep": row.keep}
+    def add(self, records: Sequence[CodeRecord]) -> None:
+        # The header comes with the first records, so that a job that fails prints nothing.
+        lines = [json.dumps(_values(record), ensure_ascii=False) + "\n" for record in records]
+        self.file.write(self.header + "".join(lines))
+        self.header = ""
 
 
 class _ParquetWriter:
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: CodeFileHeader) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -190,16 +202,15 @@ class _ParquetWriter:
         self.file: Any = pq.ParquetWriter(path, self.schema, compression="zstd")
         self.waiting: list[CodeRecord] = []
 
-    def add(self, rows: Sequence[CodeRecord]) -> None:
-        self.waiting += rows
+    def add(self, records: Sequence[CodeRecord]) -> None:
+        self.waiting += records
         if len(self.waiting) >= ROW_GROUP:
             self.flush()
 
     def flush(self) -> None:
         if self.waiting:
-            self.file.write_table(
-                self.table.from_pylist(list(map(_values, self.waiting)), schema=self.schema)
-            )
+            values = list(map(_values, self.waiting))
+            self.file.write_table(self.table.from_pylist(values, schema=self.schema))
         self.waiting = []
 
     def __enter__(self) -> _ParquetWriter:

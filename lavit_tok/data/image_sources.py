@@ -1,9 +1,10 @@
-"""Where pictures come from: any data set that `datasets` can open -> torch data sets of uint8 squares.
+"""Images of any data set that `datasets` can open, as torch data sets of uint8 squares.
 
-    folder | parquet | webdataset | arrow | Hub name  ->  {split: rows}  ->  {"images": uint8 [3 s s], "index": int}
+    folder | parquet | webdataset | arrow | Hub name  ->  {split: data set}
+    split  ->  {"images": uint8 [3 s s], "index": int, "captions": str}
 
-Encoded bytes are fetched undecoded (`datasets.Image(decode=False)`) and opened by `lavit_tok.encode.image_processor`, so a corrupt
-picture costs one row, which is reported as a reject, and not the batch or the run.
+Images are read undecoded (`datasets.Image(decode=False)`) and opened by VisualImageProcessor, so a
+corrupt image costs one example, which is reported as a reject, and not the batch or the run.
 """
 
 from __future__ import annotations
@@ -30,90 +31,96 @@ BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 
 def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
-    """Open a data set: path of an image folder, parquet, webdataset tars or an arrow folder, or a Hub name.
+    """Open an image folder, parquet, webdataset tars, an arrow folder, or a Hub name.
 
     Returns: {split name: Dataset or IterableDataset}.
 
     Raises:
-        ValueError: nothing readable is there; the message names the path or name and the reason.
+        ValueError: the data set cannot be read; the message names it and the reason.
     """
     path = Path(data)
     try:
-        if path.is_dir() and (
-            (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-        ):
-            found = datasets.load_from_disk(data)
-            found = found if isinstance(found, dict) else {"train": found}
-            return {
-                name: rows.to_iterable_dataset() if streaming else rows
-                for name, rows in found.items()
-            }
-        suffix = path.suffix if not path.is_dir() else ".tar" if any(path.glob("*.tar")) else ""
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            loaded = datasets.load_from_disk(data)
+            splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+            if streaming:
+                splits = {name: split.to_iterable_dataset() for name, split in splits.items()}
+            return dict(splits)
+        suffix = path.suffix
+        if path.is_dir():
+            suffix = ".tar" if any(path.glob("*.tar")) else ""
         if suffix in BUILDERS:
             files = str(path / "*.tar") if path.is_dir() else data
             return dict(
                 datasets.load_dataset(BUILDERS[suffix], data_files=files, streaming=streaming)
             )
         return dict(datasets.load_dataset(data, streaming=streaming))
-    except Exception as error:  # the builders raise many kinds; the reader needs one line
+    except Exception as error:  # the builders raise many kinds
         raise ValueError(
-            f"{data}: expected an image folder, parquet, webdataset tars, an arrow folder or a Hub name: {error}"
+            f"{data}: expected an image folder, parquet, webdataset tars, an arrow folder or a Hub "
+            f"name: {error}"
         ) from error
 
 
-def undecoded(rows: Any, image_column: str) -> tuple[Any, str]:
-    """Cast the image column to encoded bytes; if `image_column` is absent, take the one column that holds pictures."""
-    if rows.features is None:
-        rows = rows._resolve_features()
-    names = list(rows.features)
+def undecoded(split: Any, image_column: str) -> tuple[Any, str]:
+    """Cast the image column to encoded bytes; returns the split and the column's name.
+
+    If `image_column` does not exist, the one column of images is used.
+    """
+    if split.features is None:
+        split = split._resolve_features()
+    names = list(split.features)
     if image_column not in names:
-        typed = [name for name in names if isinstance(rows.features[name], datasets.Image)]
-        found = typed or [name for name in IMAGE_COLUMNS if name in names]
-        if not found:
+        typed = [name for name in names if isinstance(split.features[name], datasets.Image)]
+        candidates = typed or [name for name in IMAGE_COLUMNS if name in names]
+        if not candidates:
             raise ValueError(
                 f"expected an image column {image_column!r}, got columns {', '.join(names)}"
             )
-        image_column = found[0]
-    return rows.cast_column(image_column, datasets.Image(decode=False)), image_column
+        image_column = candidates[0]
+    return split.cast_column(image_column, datasets.Image(decode=False)), image_column
 
 
-def row_key(
-    row: dict[str, Any], column: str, fallback: str, key_columns: Iterable[str] = KEY_COLUMNS
+def example_key(
+    example: dict[str, Any],
+    column: str,
+    fallback: str,
+    key_columns: Iterable[str] = KEY_COLUMNS,
 ) -> str:
-    """What to call a row: the first of the key columns that says something, or the picture's path, or the fallback."""
-    path = (row[column] or {}).get("path")
-    return next(
-        (str(row[name]) for name in key_columns if row.get(name) is not None), path or fallback
-    )
+    """The key of an example: the first key column with a value, the image's path, or `fallback`."""
+    path = (example[column] or {}).get("path")
+    keys = (str(example[name]) for name in key_columns if example.get(name) is not None)
+    return next(keys, path or fallback)
 
 
-def read_row(
-    row: dict[str, Any],
+def read_image(
+    example: dict[str, Any],
     column: str,
     fallback: str,
     key: str | None = None,
     opener: Callable[..., Image.Image] = open_image,
 ) -> tuple[Image.Image | None, dict[str, str] | None]:
-    """Open one row's picture: (picture, None), or (None, reject) with the row's key and the reason."""
-    value = row[column] or {}
-    key = key or row_key(row, column, fallback)
+    """Open an example's image: (image, None), or (None, {"key": ..., "reason": ...})."""
+    value = example[column] or {}
+    key = key or example_key(example, column, fallback)
     source = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     try:
         if source is None:
-            raise ImageError(f"{key}: no picture in this row")
+            raise ImageError(f"{key}: the example has no image")
         return opener(source, name=key), None
     except ImageError as error:
         return None, {"key": key, "reason": str(error)}
 
 
 class Augmentation:
-    """Random flip and mild random resized crop; a pure function of (seed, epoch, index), never of global state.
+    """Random horizontal flip and random resized crop, a pure function of (seed, epoch, index).
 
     Args:
         image_processor: resizes to the square; its resize mode applies to crops too.
-        flip: probability of a left-right flip.
-        crop_scale: least and greatest share of the picture's area that a crop keeps; (1, 1) crops nothing.
-        seed: first of the three numbers that seed each picture's generator.
+        flip: probability of a horizontal flip.
+        crop_scale: smallest and largest fraction of the image's area that a crop keeps; (1, 1) for
+            no crops. Crops keep the aspect ratio.
+        seed: seed of all random numbers.
     """
 
     def __init__(
@@ -125,92 +132,120 @@ class Augmentation:
     ):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(
-                f"crop_scale: expected 0 < least <= greatest <= 1, got {tuple(crop_scale)}"
+                f"crop_scale: expected 0 < smallest <= largest <= 1, got {tuple(crop_scale)}"
             )
         self.image_processor = image_processor
         self.flip, self.crop_scale, self.seed = flip, tuple(crop_scale), seed
 
     @property
     def cache_size(self) -> int:
-        """Side at which to keep decoded pictures, so that no crop has to be enlarged afterwards."""
+        """Side at which decoded images are cached, so that no crop has to be enlarged later."""
         return int(np.ceil(self.image_processor.size / self.crop_scale[0] ** 0.5))
 
     def resized(self, image: Image.Image) -> UInt8[Tensor, "3 size size"]:
-        """The picture without any draw."""
+        """The image without augmentation."""
         return self.image_processor.resize(image)
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> UInt8[Tensor, "3 size size"]:
-        word = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
-        draw = torch.rand(4, generator=torch.Generator().manual_seed(int(word))).tolist()
-        least, greatest = self.crop_scale
-        side = (
-            least + (greatest - least) * draw[0]
-        ) ** 0.5  # aspect ratio is kept: the same share of both sides
+        mixed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
+        random = torch.rand(4, generator=torch.Generator().manual_seed(int(mixed))).tolist()
+        smallest, largest = self.crop_scale
+        side = (smallest + (largest - smallest) * random[0]) ** 0.5  # fraction of both sides
         if side < 1:
             processor = self.image_processor
             if processor.resize_mode == "pad":
                 image = processor.pad(image)
             is_cropped = processor.resize_mode == "center_crop"
             width, height = (min(image.size),) * 2 if is_cropped else image.size
-            left = (image.width - width) / 2 + draw[1] * (1 - side) * width
-            top = (image.height - height) / 2 + draw[2] * (1 - side) * height
+            left = (image.width - width) / 2 + random[1] * (1 - side) * width
+            top = (image.height - height) / 2 + random[2] * (1 - side) * height
             box = (left, top, left + side * width, top + side * height)
             image = image.resize((processor.size,) * 2, Image.Resampling.BICUBIC, box=box)
         pixels = self.resized(image)
-        return pixels.flip(2) if draw[3] < self.flip else pixels
+        return pixels.flip(2) if random[3] < self.flip else pixels
 
 
-class MapImages(Dataset):
-    """Rows of one split by position; a key is an index or (epoch, index).
+class SplitReader:
+    """Reads the examples of one split: image, and caption if there is a caption column.
 
-    With `cache`, every picture is decoded once into uint8 [n 3 s s] held in memory and corrupt rows are left out.
-    Without, a corrupt row is replaced, when training, by the next readable one (batches keep their size and a resumed
-    run its order), and left out otherwise.
+    Args:
+        split: the split, its images undecoded.
+        column: the image column.
+        caption_column: the caption column, or None.
+        augment: resizes, and augments when training.
+        training: whether to augment.
     """
 
     def __init__(
         self,
-        rows: Any,
+        split: Any,
         column: str,
         caption_column: str | None,
         augment: Augmentation,
         training: bool,
-        cache: bool,
     ):
-        self.rows, self.column, self.caption_column = rows, column, caption_column
+        self.split, self.column, self.caption_column = split, column, caption_column
         self.augment, self.training = augment, training
+
+    def open(
+        self, example: dict[str, Any], index: int
+    ) -> tuple[Image.Image | None, dict[str, str] | None]:
+        """See `read_image`."""
+        opener = self.augment.image_processor.open
+        return read_image(example, self.column, f"example {index}", None, opener)
+
+    def sample(
+        self, image: Image.Image, epoch: int, index: int, example: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What a batch is collated from."""
+        augment = self.augment
+        pixels = augment(image, epoch, index) if self.training else augment.resized(image)
+        sample = {"images": pixels, "index": index}
+        if self.caption_column:
+            sample["captions"] = example[self.caption_column] or ""
+        return sample
+
+
+class MapImages(SplitReader, Dataset):
+    """The images of a split by position; a key is an index or (epoch, index).
+
+    With `cache`, every image is decoded once into uint8 [n 3 s s] in memory, and corrupt ones are left
+    out. Without, a corrupt image is replaced, in training, by the next readable one (so that batches
+    keep their size and a resumed run its order), and left out otherwise.
+    """
+
+    def __init__(self, *args: Any, cache: bool, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.rejects: list[dict[str, str]] = []
-        self.index = torch.arange(len(rows))
+        self.index = torch.arange(len(self.split))
         self.pixels: Tensor | None = None
         self.captions: list[str] | None = None
         if cache:
             self._decode_all()
 
     def _decode_all(self) -> None:
-        size = self.augment.cache_size if self.training else self.augment.image_processor.size
+        processor = self.augment.image_processor
+        size = self.augment.cache_size if self.training else processor.size
 
         def decode(index: int) -> tuple[Tensor | None, Any]:
-            processor = self.augment.image_processor
-            image, reject = read_row(
-                self.rows[index], self.column, f"row {index}", None, processor.open
-            )
+            image, reject = self.open(self.split[index], index)
             return (None, reject) if image is None else (processor.resize(image, size), None)
 
-        with ThreadPoolExecutor(
-            os.cpu_count()
-        ) as pool:  # Pillow decodes and resizes outside the interpreter lock
-            pixels = torch.empty(len(self.rows), 3, size, size, dtype=torch.uint8)
-            kept: list[int] = []
-            for index, (square, reject) in enumerate(pool.map(decode, range(len(self.rows)))):
+        # Threads suffice: Pillow releases the interpreter lock to decode and resize.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            pixels = torch.empty(len(self.split), 3, size, size, dtype=torch.uint8)
+            readable: list[int] = []
+            for index, (square, reject) in enumerate(pool.map(decode, range(len(self.split)))):
                 if square is None:
                     self.rejects.append(reject)
                 else:
-                    pixels[len(kept)] = square
-                    kept.append(index)
-        self.pixels, self.index = pixels[: len(kept)], torch.tensor(kept, dtype=torch.long)
+                    pixels[len(readable)] = square
+                    readable.append(index)
+        self.pixels = pixels[: len(readable)]
+        self.index = torch.tensor(readable, dtype=torch.long)
         if self.caption_column:
-            column = self.rows[self.caption_column]
-            self.captions = [column[index] or "" for index in kept]
+            column = self.split[self.caption_column]
+            self.captions = [column[index] or "" for index in readable]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -222,20 +257,10 @@ class MapImages(Dataset):
         rejects: list[dict[str, str]] = []
         for step in range(len(self) if self.training else 1):
             index = (position + step) % len(self)
-            row = self.rows[index]
-            image, reject = read_row(
-                row, self.column, f"row {index}", None, self.augment.image_processor.open
-            )
+            example = self.split[index]
+            image, reject = self.open(example, index)
             if image is not None:
-                pixels = (
-                    self.augment(image, epoch, index)
-                    if self.training
-                    else self.augment.resized(image)
-                )
-                sample = {"images": pixels, "index": index, "rejects": rejects}
-                return sample | (
-                    {"captions": row[self.caption_column] or ""} if self.caption_column else {}
-                )
+                return self.sample(image, epoch, index, example) | {"rejects": rejects}
             rejects.append(reject or {})
         return {"rejects": rejects}
 
@@ -245,59 +270,44 @@ class MapImages(Dataset):
         if self.training:
             image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
             pixels = self.augment(image, epoch, index)
-        return {"images": pixels, "index": index} | (
-            {"captions": self.captions[position]} if self.captions else {}
-        )
+        captions = {"captions": self.captions[position]} if self.captions else {}
+        return {"images": pixels, "index": index} | captions
 
 
-class StreamImages(IterableDataset):
-    """Rows of a streamed split, each rank and each worker its own shards. Not exactly resumable: a resumed run starts
-    the stream again. `index` counts within this reader."""
+class StreamImages(SplitReader, IterableDataset):
+    """The images of a streamed split, of this rank's and this worker's shards.
 
-    def __init__(
-        self,
-        rows: Any,
-        column: str,
-        caption_column: str | None,
-        augment: Augmentation,
-        training: bool,
-    ):
-        self.rows, self.column, self.caption_column = rows, column, caption_column
-        self.augment, self.training, self.epoch = augment, training, 0
+    Not exactly resumable: a resumed run restarts the stream. `index` counts within this reader.
+    """
+
+    epoch = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.rows.set_epoch(self.epoch)
-        worker = (
-            get_worker_info()
-        )  # `datasets` gives each worker its shards; the number only keeps the indices apart
-        for count, row in enumerate(self.rows):
-            index = count * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
-            image, reject = read_row(
-                row, self.column, f"row {index}", None, self.augment.image_processor.open
-            )
+        self.split.set_epoch(self.epoch)
+        # `datasets` gives each worker its shards; here the worker only makes indices distinct.
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        for count, example in enumerate(self.split):
+            index = count * workers + number
+            image, reject = self.open(example, index)
             if image is None:
                 yield {"rejects": [reject]}
-                continue
-            pixels = (
-                self.augment(image, self.epoch, index)
-                if self.training
-                else self.augment.resized(image)
-            )
-            yield {"images": pixels, "index": index} | (
-                {"captions": row[self.caption_column] or ""} if self.caption_column else {}
-            )
+            else:
+                yield self.sample(image, self.epoch, index, example)
 
 
 def collate(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> {"images": uint8 [b 3 s s], "index": int64 [b], "captions": list, "rejects": list}, corrupt ones only
-    among the rejects."""
+    """Collate samples to {"images": uint8 [b 3 s s], "index": int64 [b], "captions", "rejects"}.
+
+    Corrupt images are in "rejects" only; without any readable image there is no "images".
+    """
     samples = list(samples)
     rejects = [reject for sample in samples for reject in sample.get("rejects", ())]
-    good = [sample for sample in samples if "images" in sample]
+    readable = [sample for sample in samples if "images" in sample]
     batch: dict[str, Any] = {"rejects": rejects}
-    if good:
-        batch["images"] = torch.stack([sample["images"] for sample in good])
-        batch["index"] = torch.tensor([sample["index"] for sample in good], dtype=torch.long)
-        if "captions" in good[0]:
-            batch["captions"] = [sample["captions"] for sample in good]
+    if readable:
+        batch["images"] = torch.stack([sample["images"] for sample in readable])
+        batch["index"] = torch.tensor([sample["index"] for sample in readable], dtype=torch.long)
+        if "captions" in readable[0]:
+            batch["captions"] = [sample["captions"] for sample in readable]
     return batch

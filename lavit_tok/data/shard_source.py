@@ -1,6 +1,6 @@
-"""What shards are made from: pictures of a captioned data set, opened in any process, and their codes.
+"""The images of a captioned data set, opened in any process, and their codes as shard records.
 
-rows of the data set  -Pictures->  OpenedImages: keys, captions, uint8 [m 3 s s], reasons  -encode->  rows of a shard
+split  -SplitImages->  OpenedImages: keys, captions, uint8 [m 3 s s], reasons  -encode->  ShardRecords
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lavit_tok.data.image_sources import KEY_COLUMNS, read_row, row_key, undecoded
-from lavit_tok.data.shard_manifest import Settings, ShardRecord
+from lavit_tok.data.image_sources import KEY_COLUMNS, example_key, read_image, undecoded
+from lavit_tok.data.shard_manifest import ShardConfig, ShardRecord
 from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.tokenizer import VisualTokenizer
 
@@ -29,155 +29,150 @@ CAPTION_COLUMNS = ("caption", "text", "txt")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What one row of the data set says besides its pixels."""
+class ExampleInfo:
+    """An example of the data set without its pixels."""
 
-    row: int
+    index: int
     key: str
     caption: str
     reason: str | None
-    """Why its picture cannot be read; None if it can."""
+    """Why its image cannot be read; None if it can."""
 
 
 @dataclass(frozen=True)
 class OpenedImages:
-    """Consecutive rows of the data set."""
+    """Consecutive examples of the data set."""
 
-    entries: list[Entry]
+    examples: list[ExampleInfo]
     pixels: UInt8[Tensor, "m 3 size size"]
-    """The m pictures that can be read. One tensor: each costs a file descriptor on its way between processes."""
+    """The m readable images. One tensor, since each needs a file descriptor between processes."""
 
 
 class SplitImages(Dataset):
-    """The pictures of one split: pictures[range(5, 8)] opens three of them.
+    """The images of one split: `images[range(5, 8)]` opens three of them.
 
     Args:
-        rows: the split, a map-style `datasets.Dataset`.
-        data: where it is from; a file's key is its path relative to it.
+        split: a map-style `datasets.Dataset`.
+        data: the path of the data set; keys that are file paths are relative to it.
         image_processor: the tokenizer's.
         image_column, caption_column, key_column: see `lavit-tok shards --help`.
 
     Raises:
-        ValueError: naming a column that is not there, or that holds no text.
+        ValueError: naming a column that does not exist, or that is not text.
     """
 
     def __init__(
         self,
-        rows: Any,
+        split: Any,
         data: str,
         image_processor: VisualImageProcessor,
         image_column: str = "image",
         caption_column: str | None = None,
         key_column: str | None = None,
     ) -> None:
-        rows, self.image_column = undecoded(rows, image_column)
-        self.caption_column = _caption_column(rows.features, caption_column, data)
+        split, self.image_column = undecoded(split, image_column)
+        columns = split.features
+        self.caption_column = _caption_column(columns, caption_column, data)
         self.key_column = key_column
-        if key_column is not None and not isinstance(rows.features.get(key_column), datasets.Value):
+        if key_column is not None and not isinstance(columns.get(key_column), datasets.Value):
             raise ValueError(
-                f"{data}: expected a key column {key_column!r}, got columns {', '.join(rows.features)}"
+                f"{data}: expected a key column {key_column!r}, got columns {', '.join(columns)}"
             )
-        self.key_columns = [
-            name for name in KEY_COLUMNS if isinstance(rows.features.get(name), datasets.Value)
-        ]
-        self.key_columns = self.key_columns if key_column is None else [key_column]
+        default = [name for name in KEY_COLUMNS if isinstance(columns.get(name), datasets.Value)]
+        self.key_columns = default if key_column is None else [key_column]
         used = [self.image_column, self.caption_column, *self.key_columns]
-        self.rows = rows.select_columns(list(dict.fromkeys(name for name in used if name)))
+        self.split = split.select_columns(list(dict.fromkeys(name for name in used if name)))
         self.root, self.image_processor = f"{Path(data).absolute()}/", image_processor
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.split)
 
-    def __getitem__(self, numbers: range) -> OpenedImages:
-        size = self.image_processor.size
-        entries, pixels = [], [torch.empty(0, 3, size, size, dtype=torch.uint8)]
-        for number in numbers:
-            row = self.rows[number]
-            key = self._key(row, number)
-            image, reject = read_row(row, self.image_column, key, key, self.image_processor.open)
+    def __getitem__(self, indices: range) -> OpenedImages:
+        processor = self.image_processor
+        examples = []
+        pixels = [torch.empty(0, 3, processor.size, processor.size, dtype=torch.uint8)]
+        for index in indices:
+            example = self.split[index]
+            key = self._key(example, index)
+            image, reject = read_image(example, self.image_column, key, key, processor.open)
             reason = reject["reason"].removeprefix(f"{key}: ") if reject else None
-            entries.append(Entry(number, key, self._caption(row), reason))
+            examples.append(ExampleInfo(index, key, self._caption(example), reason))
             if image is not None:
-                pixels.append(self.image_processor.resize(image)[None])
-        return OpenedImages(entries, torch.cat(pixels))
+                pixels.append(processor.resize(image)[None])
+        return OpenedImages(examples, torch.cat(pixels))
 
     def digest(self) -> str:
-        """16 hexadecimal digits of every row's key, caption and encoded size: equal for the same data set elsewhere."""
+        """16 hexadecimal digits of every key, caption and encoded size; independent of the path."""
         sha = hashlib.sha256()
-        for number, row, size in self._rows_without_pictures():
-            sha.update(json.dumps([self._key(row, number), self._caption(row), size]).encode())
+        for index, example, size in self._without_images():
+            content = [self._key(example, index), self._caption(example), size]
+            sha.update(json.dumps(content).encode())
         return sha.hexdigest()[:16]
 
-    def _rows_without_pictures(self) -> Iterator[tuple[int, dict[str, Any], int | None]]:
-        """(number, row, encoded size): the bytes of a picture stay where they are, on disk mapped to memory."""
-        number = 0
-        for table in self.rows.with_format("arrow").iter(1000):
+    def _without_images(self) -> Iterator[tuple[int, dict[str, Any], int | None]]:
+        """(index, example, encoded size), without reading the bytes of the memory-mapped images."""
+        index = 0
+        for table in self.split.with_format("arrow").iter(1000):
             image = table[self.image_column]
             sizes = pc.binary_length(pc.struct_field(image, "bytes")).to_pylist()
             paths = pc.struct_field(image, "path").to_pylist()
-            for row, path, size in zip(
-                table.drop_columns([self.image_column]).to_pylist(), paths, sizes, strict=True
-            ):
-                size = (
-                    os.path.getsize(path)
-                    if size is None and path and os.path.isfile(path)
-                    else size
-                )
-                yield number, {**row, self.image_column: {"path": path}}, size
-                number += 1
+            examples = table.drop_columns([self.image_column]).to_pylist()
+            for example, path, size in zip(examples, paths, sizes, strict=True):
+                if size is None and path and os.path.isfile(path):
+                    size = os.path.getsize(path)
+                yield index, {**example, self.image_column: {"path": path}}, size
+                index += 1
 
-    def _key(self, row: dict[str, Any], number: int) -> str:
-        return row_key(row, self.image_column, f"row {number}", self.key_columns).removeprefix(
-            self.root
-        )
+    def _key(self, example: dict[str, Any], index: int) -> str:
+        key = example_key(example, self.image_column, f"example {index}", self.key_columns)
+        return key.removeprefix(self.root)
 
-    def _caption(self, row: dict[str, Any]) -> str:
-        return row[self.caption_column] or "" if self.caption_column else ""
+    def _caption(self, example: dict[str, Any]) -> str:
+        return example[self.caption_column] or "" if self.caption_column else ""
 
 
 def weights_digest(tokenizer: VisualTokenizer) -> str:
-    """16 hexadecimal digits of the preprocessing, the config and the weights that codes follow from."""
-    settings = [tokenizer.image_processor.to_dict(), tokenizer.config.to_dict()]
-    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for room in (tokenizer.encoder, tokenizer.selector, tokenizer.merger, tokenizer.quantizer):
-        for name, tensor in room.state_dict().items():
+    """16 hexadecimal digits of the preprocessing, config and weights that codes depend on."""
+    configs = [tokenizer.image_processor.to_dict(), tokenizer.config.to_dict()]
+    sha = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
+    for stage in (tokenizer.encoder, tokenizer.selector, tokenizer.merger, tokenizer.quantizer):
+        for name, tensor in stage.state_dict().items():
             sha.update(name.encode())
             sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
 
 
 def encode(
-    tokenizer: VisualTokenizer, opened: OpenedImages, settings: Settings
+    tokenizer: VisualTokenizer, images: OpenedImages, config: ShardConfig
 ) -> list[ShardRecord]:
-    """Rows of the pictures that can be read; with mirror, each is followed by its mirror image's."""
-    good = [entry for entry in opened.entries if entry.reason is None]
-    if not good:
+    """Records of the readable images; with flip, each is followed by that of its flip."""
+    readable = [example for example in images.examples if example.reason is None]
+    if not readable:
         return []
-    views = [opened.pixels, opened.pixels.flip(3)] if settings.flip else [opened.pixels]
+    views = [images.pixels, images.pixels.flip(3)] if config.flip else [images.pixels]
     columns: list[list[ShardRecord]] = []
     for flipped, pixels in enumerate(views):
-        codes = tokenizer.encode(pixels, settings.budget).to("cpu")
-        assert codes.keep is not None  # codes of pictures always know their patches
-        kept = [mask.nonzero().flatten().tolist() for mask in codes.keep]
-        rows = zip(good, codes.to_list(), kept, strict=True)
+        codes = tokenizer.encode(pixels, config.budget).to("cpu")
+        assert codes.keep is not None  # codes of images always have a keep mask
+        keep = [mask.nonzero().flatten().tolist() for mask in codes.keep]
         columns.append(
             [
-                ShardRecord(e.key, e.caption, values, patches, bool(flipped))
-                for e, values, patches in rows
+                ShardRecord(example.key, example.caption, values, patches, bool(flipped))
+                for example, values, patches in zip(readable, codes.to_list(), keep, strict=True)
             ]
         )
-    return [row for pair in zip(*columns, strict=True) for row in pair]
+    return [record for pair in zip(*columns, strict=True) for record in pair]
 
 
-def _caption_column(features: Any, name: str | None, data: str) -> str | None:
-    """The column of captions; None if name is "". Raises ValueError."""
+def _caption_column(columns: Any, name: str | None, data: str) -> str | None:
+    """The caption column; None if name is "". Raises ValueError."""
     if name == "":
         return None
-    wanted = CAPTION_COLUMNS if name is None else (name,)
-    found = next((column for column in wanted if column in features), None)
-    if found is None or getattr(features[found], "dtype", None) not in ("string", "large_string"):
+    names = CAPTION_COLUMNS if name is None else (name,)
+    column = next((n for n in names if n in columns), None)
+    if column is None or getattr(columns[column], "dtype", None) not in ("string", "large_string"):
         raise ValueError(
-            f"{data}: expected a caption column {' or '.join(map(repr, wanted))} of text, got columns "
-            f"{', '.join(features)}: name it by --caption-column; '' there means pictures without captions"
+            f"{data}: expected a caption column {' or '.join(map(repr, names))} of text, got columns "
+            f"{', '.join(columns)}: name it with --caption-column; '' for images without captions"
         )
-    return found
+    return column

@@ -1,32 +1,34 @@
-"""`lavit-tok shards`: tokenize a captioned data set once. It can be stopped at any moment, and goes on from there.
+"""Writing shards: tokenize a captioned data set once, in a job that can be stopped and resumed.
 
-A shard depends on its own pictures and the settings alone, and is written whole: first the parquet file, then the list
-of rejects, then the manifest, each beside its place and moved there. What the manifest does not list is done again.
+A shard depends only on its own images and the config, and each file is written as a whole: the parquet
+file, the rejects, then the manifest. Shards that the manifest does not list are made again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+from lavit_tok.data.files import atomic, exclusive_folder
 from lavit_tok.data.image_sources import load_splits
-from lavit_tok.data.jobs import alone, atomic, device, progress
+from lavit_tok.data.rejects import write_rejects
 from lavit_tok.data.shard_manifest import (
     MANIFEST,
     Manifest,
-    Settings,
     Shard,
+    ShardConfig,
+    ShardedSplit,
     ShardError,
     ShardRecord,
-    Source,
-    Split,
+    SplitSource,
     sha256,
     shard_names,
     write_shard,
@@ -34,86 +36,104 @@ from lavit_tok.data.shard_manifest import (
 from lavit_tok.data.shard_source import SplitImages, encode, weights_digest
 from lavit_tok.tokenizer import VisualTokenizer
 
-Skipped = dict[int, dict[str, Any]]
-"""Row of the data set -> {"key", "reason", "row"}."""
+RejectsByIndex = dict[int, dict[str, Any]]
+"""Index in the data set -> {"key", "reason", "index"}."""
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """The command; see cli.py for its arguments."""
-    target = device(arguments.device)
-    found = load_splits(arguments.data)
-    names = list(found) if arguments.split is None else [arguments.split]
-    if missing := set(names) - set(found):
-        raise ValueError(
-            f"{arguments.data}: expected a split {missing.pop()!r}, got {', '.join(found)}"
-        )
-    if bad := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
-        raise ValueError(f"{arguments.data}: split {bad[0]!r} cannot be part of a file's name")
-    tokenizer = VisualTokenizer.from_pretrained(arguments.tokenizer, device=target)
-    config = tokenizer.config
-    settings = Settings(
-        tokenizer=str(arguments.tokenizer),
+def write_shards(
+    data: str,
+    out: Path,
+    tokenizer_name: str,
+    tokenizer: VisualTokenizer,
+    split: str | None = None,
+    columns: Sequence[str | None] = ("image", None, None),
+    budget: int | float | None = None,
+    flip: bool = False,
+    shard_size: int = 4096,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> list[str]:
+    """Tokenize splits of a data set; see `lavit-tok shards --help`.
+
+    Args:
+        columns: of images, captions and keys.
+
+    Returns: a summary of each split.
+
+    Raises:
+        ShardError: the folder has shards of another config or data set.
+        ValueError: a data set, split or column that cannot be read.
+        OSError: a file that cannot be written.
+    """
+    splits = load_splits(data)
+    names = list(splits) if split is None else [split]
+    if missing := set(names) - set(splits):
+        raise ValueError(f"{data}: expected a split {missing.pop()!r}, got {', '.join(splits)}")
+    if invalid := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise ValueError(f"{data}: split {invalid[0]!r} cannot be part of a file name")
+    config = ShardConfig(
+        tokenizer=tokenizer_name,
         fingerprint=tokenizer.fingerprint(),
         weights=weights_digest(tokenizer),
-        codebook_size=config.codebook_size,
-        patches=config.num_patches,
-        budget=arguments.budget,
-        batch_size=arguments.batch_size if isinstance(arguments.budget, float) else None,
-        flip=arguments.flip,
-        shard_size=arguments.shard_size,
+        codebook_size=tokenizer.config.codebook_size,
+        patches=tokenizer.config.num_patches,
+        budget=budget,
+        batch_size=batch_size if isinstance(budget, float) else None,
+        flip=flip,
+        shard_size=shard_size,
     )
-    columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
-    with alone(arguments.out):
+    summaries = []
+    with exclusive_folder(out):
         for name in names:
-            images = SplitImages(found[name], arguments.data, tokenizer.image_processor, *columns)
-            job = ShardJob(arguments.out, name, images, settings, arguments.data)
-            job.run(tokenizer, arguments.batch_size, arguments.num_workers)
-            print(job.summary(), file=sys.stderr)
-    return 0
+            images = SplitImages(splits[name], data, tokenizer.image_processor, *columns)  # type: ignore[arg-type]
+            job = ShardJob(out, name, images, config, data)
+            job.run(tokenizer, batch_size, num_workers)
+            summaries.append(job.summary())
+    return summaries
 
 
 class ShardJob:
-    """One split.
+    """The shards of one split.
 
     Raises:
-        ShardError: the folder holds shards of other settings, or of another data set.
+        ShardError: the folder has shards of another config or data set.
     """
 
     def __init__(
-        self, out: Path, name: str, images: SplitImages, settings: Settings, data: str
+        self, out: Path, name: str, images: SplitImages, config: ShardConfig, data: str
     ) -> None:
         if not len(images):
-            raise ValueError(f"{data}: split {name!r} has no rows")
-        self.out, self.name, self.images, self.size = out, name, images, settings.shard_size
+            raise ValueError(f"{data}: split {name!r} is empty")
+        self.out, self.name, self.images, self.size = out, name, images, config.shard_size
         columns = (images.image_column, images.caption_column, images.key_column)
-        source = Source(data, len(images), images.digest(), *columns)
-        self.manifest = Manifest(settings, {})
+        source = SplitSource(data, len(images), images.digest(), *columns)
+        self.manifest = Manifest(config, {})
         if (out / MANIFEST).exists():
             self.manifest = Manifest.read(out)
-        begun = self.manifest.splits.get(name, Split(source, ()))
+        previous = self.manifest.splits.get(name, ShardedSplit(source, ()))
         _require_same(
             out,
-            asdict(self.manifest.settings) | asdict(begun.source),
-            asdict(settings) | asdict(source),
+            asdict(self.manifest.config) | asdict(previous.source),
+            asdict(config) | asdict(source),
         )
-        self.source, self.settings = (
-            begun.source,
-            self.manifest.settings,
-        )  # names as they were first given
+        # From the manifest: it keeps the names of tokenizer and data set as first given.
+        self.source, self.config = previous.source, self.manifest.config
         self.names = shard_names(name, len(images), self.size)
-        self.rejects = self._known_rejects()
-        self.done = {shard.file: shard for shard in begun.shards if self._is_complete(shard)}
-        self.found = len(self.done)
-        kept = {
-            row: self.rejects[row]
-            for row in self.rejects
-            if self.names[row // self.size] in self.done
-        }
-        self.stale, self.rejects = kept != self.rejects, kept
+        self.rejects = self._read_rejects()
+        self.done = {shard.file: shard for shard in previous.shards if self._is_complete(shard)}
+        self.resumed = len(self.done)
+        known = {i: r for i, r in self.rejects.items() if self._name(i) in self.done}
+        # Rejects of incomplete shards are found again; the file is rewritten without them.
+        self.stale, self.rejects = known != self.rejects, known
 
     def run(self, tokenizer: VisualTokenizer, batch_size: int, num_workers: int) -> None:
-        """Raises OSError where a file cannot be written, ValueError if no picture at all can be read."""
-        batches: list[Any] = []  # of row numbers, none of them across two shards
+        """Make the missing shards.
+
+        Raises:
+            OSError: a file cannot be written.
+            ValueError: no image can be read.
+        """
+        batches: list[Any] = []  # of indices; no batch spans two shards
         for number, name in enumerate(self.names):
             end = min((number + 1) * self.size, len(self.images))
             starts = range(number * self.size, end, batch_size) if name not in self.done else ()
@@ -121,99 +141,105 @@ class ShardJob:
         loader: Any = DataLoader(
             self.images, batch_size=None, sampler=batches, num_workers=num_workers
         )
-        rows: list[ShardRecord] = []
-        rejects: Skipped = {}
-        for opened in progress(loader, f"shards {self.name}"):
-            rows += encode(tokenizer, opened, self.settings)
-            bad = (entry for entry in opened.entries if entry.reason is not None)
-            rejects |= {e.row: {"key": e.key, "reason": e.reason, "row": e.row} for e in bad}
-            last = opened.entries[-1].row
+        records: list[ShardRecord] = []
+        rejects: RejectsByIndex = {}
+        for opened in tqdm(loader, f"shards {self.name}", file=sys.stderr, disable=None):
+            records += encode(tokenizer, opened, self.config)
+            for e in opened.examples:
+                if e.reason is not None:
+                    rejects[e.index] = {"key": e.key, "reason": e.reason, "index": e.index}
+            last = opened.examples[-1].index
             if (last + 1) % self.size == 0 or last + 1 == len(self.images):
-                self._save(self.names[last // self.size], rows, rejects)
-                rows, rejects = [], {}
-        if not sum(shard.rows for shard in self.done.values()):
+                self._save(self._name(last), records, rejects)
+                records, rejects = [], {}
+        if not sum(shard.records for shard in self.done.values()):
             first = next(iter(self.rejects.values()))
             raise ValueError(
-                f"none of {len(self.rejects)} pictures of split {self.name!r} could be used; the first is "
-                f"{first['key']}: {first['reason']}"
+                f"none of {len(self.rejects)} images of split {self.name!r} could be used; the first "
+                f"is {first['key']}: {first['reason']}"
             )
 
     def summary(self) -> str:
+        """One line."""
         shards = self.done.values()
-        rows, codes = sum(shard.rows for shard in shards), sum(shard.codes for shard in shards)
-        mean = f"{codes / rows:.1f} codes each ({self.settings.patches} patches)"
+        records, codes = sum(s.records for s in shards), sum(s.codes for s in shards)
         text = (
-            f"{self.name}: {rows} rows of {len(self.images)} pictures, {mean}, {len(shards)} shards"
+            f"{self.name}: {records} records of {len(self.images)} images, {codes / records:.1f} "
+            f"codes per image ({self.config.patches} patches), {len(shards)} shards"
         )
-        text += f", {self.found} of them there before" if self.found else ""
-        return text + (
-            f"; {len(self.rejects)} skipped, listed in {self._rejects_file}" if self.rejects else ""
-        )
+        text += f", {self.resumed} of them from earlier runs" if self.resumed else ""
+        if self.rejects:
+            text += f"; {len(self.rejects)} skipped, listed in {self._rejects_file}"
+        return text
 
-    def _save(self, file: str, rows: list[ShardRecord], rejects: Skipped) -> None:
+    def _save(self, file: str, records: list[ShardRecord], rejects: RejectsByIndex) -> None:
+        rejects = self.rejects | rejects
         try:
-            with atomic(self.out / file) as part:
-                write_shard(part, rows, self.settings)
-                codes = sum(len(row.codes) for row in rows)
-                shard = Shard(file, len(rows), codes, len(rejects), sha256(part))
-            if rejects or self.stale:
-                self._write_rejects(self.rejects | rejects)
+            with atomic(self.out / file) as partial:
+                write_shard(partial, records, self.config)
+                codes = sum(len(record.codes) for record in records)
+                count = len(rejects) - len(self.rejects)
+                shard = Shard(file, len(records), codes, count, sha256(partial))
+            if count or self.stale:
+                write_rejects(self._rejects_file, [rejects[index] for index in sorted(rejects)])
             done = self.done | {file: shard}
-            split = Split(self.source, tuple(done[name] for name in self.names if name in done))
-            replace(self.manifest, splits=self.manifest.splits | {self.name: split}).write(self.out)
+            shards = tuple(done[name] for name in self.names if name in done)
+            splits = self.manifest.splits | {self.name: ShardedSplit(self.source, shards)}
+            replace(self.manifest, splits=splits).write(self.out)
         except OSError as error:
             raise OSError(
                 f"{self.out / file} cannot be written: {error.strerror or error}. {len(self.done)} of "
-                f"{len(self.names)} shards are complete and kept; the same command goes on from there"
+                f"{len(self.names)} shards are complete; the same command resumes after them"
             ) from error
-        self.done, self.rejects, self.stale = done, self.rejects | rejects, False
+        self.done, self.rejects, self.stale = done, rejects, False
+
+    def _name(self, index: int) -> str:
+        return self.names[index // self.size]
 
     @property
     def _rejects_file(self) -> Path:
         return self.out / f"{self.name}.rejects.jsonl"
 
-    def _write_rejects(self, rejects: Skipped) -> None:
-        if not rejects:
-            self._rejects_file.unlink(missing_ok=True)
-            return
-        with atomic(self._rejects_file) as part:
-            lines = [json.dumps(rejects[row], ensure_ascii=False) + "\n" for row in sorted(rejects)]
-            part.write_text("".join(lines), encoding="utf-8")
-
-    def _known_rejects(self) -> Skipped:
-        """Those of an earlier run. A line that cannot be read is missed when its shard's are counted."""
-        known: Skipped = {}
+    def _read_rejects(self) -> RejectsByIndex:
+        """Those of an earlier run; a line that cannot be read makes its shard incomplete."""
+        rejects: RejectsByIndex = {}
         text = self._rejects_file.read_text(encoding="utf-8") if self._rejects_file.exists() else ""
         for line in text.split("\n"):
             try:
                 values = json.loads(line)
-                known |= {values["row"]: {name: values[name] for name in ("key", "reason", "row")}}
+                reject = {name: values[name] for name in ("key", "reason", "index")}
+                if reject["index"] in range(len(self.images)):
+                    rejects[reject["index"]] = reject
             except (ValueError, KeyError, TypeError):
                 continue
-        return {row: values for row, values in known.items() if row in range(len(self.images))}
+        return rejects
 
     def _is_complete(self, shard: Shard) -> bool:
         path = self.out / shard.file
         if shard.file not in self.names or not path.is_file() or sha256(path) != shard.sha256:
             return False
-        return shard.rejects == sum(
-            self.names[row // self.size] == shard.file for row in self.rejects
-        )
+        return shard.rejects == sum(self._name(index) == shard.file for index in self.rejects)
 
 
-def _require_same(out: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ShardError that names every setting that differs. As JSON: a budget of 1 is not one of 1.0."""
-    names = [
-        name for name in was if name not in ("tokenizer", "data")
-    ]  # their content is compared, not their name
-    changed = [name for name in names if json.dumps(was[name]) != json.dumps(now[name])]
-    if changed:
-        if {"fingerprint", "weights"} & {*changed}:
-            changed.insert(0, "tokenizer")
-        if {"images", "digest"} & {*changed}:
-            changed.insert(0, "data")
-        listed = ", ".join(f"{name} {was[name]!r} then, {now[name]!r} now" for name in changed)
-        raise ShardError(
-            f"{out}: begun with other settings: {listed}. Rows of both would lie side by side unnoticed: give the same "
-            "settings, or another --out"
-        )
+def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ShardError naming every value that differs.
+
+    Values are compared as JSON: a budget of 1 code is not one of 1.0, all patches. Of tokenizer and
+    data set the content is compared, not the name.
+    """
+    changed = [
+        name
+        for name in before
+        if name not in ("tokenizer", "data") and json.dumps(before[name]) != json.dumps(now[name])
+    ]
+    if not changed:
+        return
+    if {"fingerprint", "weights"} & {*changed}:
+        changed.insert(0, "tokenizer")
+    if {"images", "digest"} & {*changed}:
+        changed.insert(0, "data")
+    listed = ", ".join(f"{name} {before[name]!r}, now {now[name]!r}" for name in changed)
+    raise ShardError(
+        f"{out}: has shards with other values of {listed}: use the same values, or another --out, as "
+        "shards of both would be mixed"
+    )

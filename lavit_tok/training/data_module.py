@@ -1,14 +1,13 @@
-"""ImageDataModule: pictures, and captions if asked, as batches that a resumed run continues exactly.
+"""ImageDataModule: batches of images, and captions if requested, in an order that resumes exactly.
 
-    batch = {"images": uint8 [b 3 s s], "index": int64 [b], "captions": list[str] if asked}
+    batch = {"images": uint8 [b 3 s s], "index": int64 [b], "captions": list[str] if requested}
 
-Order and augmentation are pure functions of (seed, epoch, position); the only state is the number of batches trained
-on, which Lightning's own counters keep. Pixels are not normalised here: the model does that.
+Order and augmentation are pure functions of (seed, epoch, position); the only state is the number of
+batches trained on, which Lightning counts. Pixels are not normalized here, but by the model.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,42 +25,46 @@ from lavit_tok.data.image_sources import (
     load_splits,
     undecoded,
 )
+from lavit_tok.data.rejects import write_rejects
 from lavit_tok.encode.image_processor import ResizeMode, VisualImageProcessor
 
-HOLDOUT_EVERY = 20  # without a validation split, every 20th row of the training split validates
+HOLDOUT_EVERY = 20  # without a validation split, every 20th training example validates
 
 
 class EpochOrder(DistributedSampler):
-    """The training order: of each epoch one permutation, this rank's stride of it, from the first batch not yet seen.
+    """The order of training: one permutation per epoch, of which each rank takes every world-th index.
 
-    It is a DistributedSampler so that Lightning leaves it in place; `consumed` tells how many batches are already
-    trained on, so that iterating yields (epoch, index) pairs from there to the end of that epoch. `len` is a full
-    epoch's.
+    Iterating yields (epoch, index) pairs from the first batch that is not trained on yet to the end of
+    its epoch; `len` is that of a full epoch. A DistributedSampler, because Lightning replaces any
+    other sampler.
+
+    Args:
+        size: examples of the data set.
+        batch_size: examples per batch and rank.
+        seed: seed of the permutations.
+        rank: this process.
+        world: number of processes.
+        consumed: called with the batches of a full epoch; returns the batches trained on so far, and
+            the batches per epoch.
     """
 
     def __init__(
         self,
-        rows: int,
+        size: int,
         batch_size: int,
         seed: int,
         rank: int,
         world: int,
         consumed: Callable[[int], tuple[int, int]],
     ):
-        self.rows, self.batch_size, self.seed, self.rank, self.world = (
-            rows,
-            batch_size,
-            seed,
-            rank,
-            world,
-        )
-        self.consumed = consumed
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world, self.consumed = rank, world, consumed
 
     def __len__(self) -> int:
-        return self.rows // self.world
+        return self.size // self.world
 
     def set_epoch(self, epoch: int) -> None:
-        """Ignored: the epoch follows from the number of consumed batches."""
+        """Do nothing: the epoch follows from the number of consumed batches."""
 
     @property
     def batches(self) -> int:
@@ -69,9 +72,9 @@ class EpochOrder(DistributedSampler):
         return max(1, len(self) // self.batch_size)
 
     def indices(self, epoch: int) -> list[int]:
-        """This rank's row numbers of one epoch."""
+        """The indices of this rank in one epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.rows, generator=generator)
+        order = torch.randperm(self.size, generator=generator)
         return order[self.rank :: self.world][: len(self)].tolist()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -81,52 +84,63 @@ class EpochOrder(DistributedSampler):
             yield epoch, index
 
 
+class ResumingLoader(DataLoader):
+    """A loader whose sampler resumes by itself.
+
+    The two methods tell Lightning that a run resumed within an epoch continues correctly; the state
+    is Lightning's own count of batches, which the sampler reads.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 class RejectingLoader(DataLoader):
-    """A DataLoader that hands each batch's rejects to `report` and passes over batches without any good picture."""
+    """Reports the rejects of each batch, and skips batches without any readable image."""
 
     def __init__(self, *args: Any, report: Callable[[list[dict[str, str]]], None], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.report = report
-        self.passes = 0
+        self.epoch = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch promises its own iterator class
         if isinstance(self.dataset, StreamImages):
-            self.dataset.epoch, self.passes = self.passes, self.passes + 1
+            self.dataset.epoch, self.epoch = self.epoch, self.epoch + 1
         for batch in super().__iter__():
             self.report(batch.pop("rejects"))
             if "images" in batch:
                 yield batch
 
 
-class ResumingLoader(RejectingLoader):
-    """Map-style training loader. The two empty methods tell Lightning, truthfully, that a run resumed in mid-epoch goes
-    on where it was: the count lives in Lightning's own progress, which `EpochOrder` reads."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
+class TrainingLoader(RejectingLoader, ResumingLoader):
+    """The map-style loader of the training split."""
 
 
 class ImageDataModule(LightningDataModule):
-    """Image data of any kind that `datasets` opens.
+    """Images, and captions if requested, of any data set that `datasets` opens.
 
     Args:
         data: image folder, parquet file or folder, webdataset tars, arrow folder, or a Hub name.
-        image_size: side of the square that pictures are resized to (bicubic), in pixels.
-        batch_size: pictures per batch and device.
+        image_size: side of the square that images are resized to (bicubic), in pixels.
+        batch_size: images per batch and device.
         num_workers: loading processes per device; 0 is fastest with `cache`.
-        seed: fixes order, flips and crops.
-        image_column: name of the picture column; if absent, the column of pictures is found (webdataset: jpg, png).
-        caption_column: name of the caption column, or None for pictures alone.
-        splits: names of the training, validation and test split; without a validation split, every 20th row of the
-            training split is held out, and without a test split the validation rows are tested.
-        streaming: read without indexing or downloading first; sharded by rank and worker, not exactly resumable.
-        flip: probability of a left-right flip in training.
-        crop_scale: least and greatest share of the area kept by training crops; (1, 1) for none.
-        cache: decode once to uint8 in memory (12 kB a picture at 64 px), by far the fastest for small data.
-        resize_mode: "square" resizes both sides, as LaVIT does; "center_crop" and "pad" keep the aspect ratio.
+        seed: seed of order, flips and crops.
+        image_column: name of the image column; if it does not exist, the column of images is used
+            (webdataset: jpg, png).
+        caption_column: name of the caption column, or None for images only.
+        splits: names of the training, validation and test split; without a validation split, every
+            20th training example is held out, and without a test split the validation split is used.
+        streaming: read without indexing or downloading first; sharded by rank and worker, not exactly
+            resumable.
+        flip: probability of a horizontal flip in training.
+        crop_scale: smallest and largest fraction of the area kept by training crops; (1, 1) for none.
+        cache: decode once to uint8 in memory (12 kB per image at 64 px), the fastest for small data.
+        resize_mode: "square" resizes both sides, as LaVIT does; "center_crop" and "pad" keep the
+            aspect ratio.
     """
 
     def __init__(
@@ -146,100 +160,77 @@ class ImageDataModule(LightningDataModule):
         resize_mode: ResizeMode = "square",
     ):
         super().__init__()
-        for name, value, least in (
-            ("image_size", image_size, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name, value, smallest in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < smallest:
+                raise ValueError(f"{name}: expected at least {smallest}, got {value}")
         if streaming and cache:
             raise ValueError(
-                "cache=True keeps every decoded picture in memory and cannot be combined with streaming"
+                "cache: expected False with streaming, as it decodes all images at first"
             )
-        self.data, self.image_size, self.batch_size, self.num_workers = (
-            str(data),
-            image_size,
-            batch_size,
-            num_workers,
-        )
-        self.seed, self.image_column, self.caption_column, self.splits = (
-            seed,
-            image_column,
-            caption_column,
-            splits,
-        )
-        self.streaming, self.cache = streaming, cache
-        self.augment = Augmentation(
-            VisualImageProcessor(image_size, resize_mode), flip, crop_scale, seed
-        )
+        self.data, self.batch_size, self.num_workers = str(data), batch_size, num_workers
+        self.seed, self.image_column, self.caption_column = seed, image_column, caption_column
+        self.splits, self.streaming, self.cache = splits, streaming, cache
+        processor = VisualImageProcessor(image_size, resize_mode)
+        self.augment = Augmentation(processor, flip, crop_scale, seed)
         self.rejects: list[dict[str, str]] = []
         self.sets: dict[str, MapImages | StreamImages] = {}
 
     def prepare_data(self) -> None:
+        """Download and convert in one process, before the others."""
         if not self.streaming:
-            load_splits(self.data)  # one process downloads and converts; the others find it done
+            load_splits(self.data)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits that the stage ("fit", "validate", "test" or None for all) needs."""
-        found = self._named_splits()
-        wanted = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-        for name in wanted.get(stage or "", ("train", "validation", "test")):
-            if name not in found or name in self.sets:
+        """Open the splits of a stage: "fit", "validate", "test", or None for all."""
+        splits = self._named_splits()
+        required = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+        for name in required.get(stage or "", ("train", "validation", "test")):
+            if name not in splits or name in self.sets:
                 continue
-            rows, column = undecoded(found[name], self.image_column)
-            if self.caption_column and self.caption_column not in rows.features:
-                names = ", ".join(rows.features)
+            split, column = undecoded(splits[name], self.image_column)
+            if self.caption_column and self.caption_column not in split.features:
                 raise ValueError(
-                    f"{self.data}: expected a caption column {self.caption_column!r}, got columns {names}"
+                    f"{self.data}: expected a caption column {self.caption_column!r}, got columns "
+                    f"{', '.join(split.features)}"
                 )
             training = name == "train"
+            options = column, self.caption_column, self.augment, training
             if self.streaming:
-                rows = rows.shuffle(seed=self.seed, buffer_size=1000) if training else rows
-                rows = _split_by_rank(rows, *self._ranks())
-                self.sets[name] = StreamImages(
-                    rows, column, self.caption_column, self.augment, training
-                )
+                if training:
+                    split = split.shuffle(seed=self.seed, buffer_size=1000)
+                self.sets[name] = StreamImages(self._of_rank(split), *options)
                 continue
-            images = MapImages(
-                rows, column, self.caption_column, self.augment, training, self.cache
-            )
-            self.sets[name] = images
+            images = self.sets[name] = MapImages(split, *options, cache=self.cache)
             self._report(images.rejects)
             if not len(images):
                 raise ValueError(
-                    f"{self.data}: no readable picture in the {name} split, e.g. {self.rejects[:1]}"
+                    f"{self.data}: no readable image in the {name} split, e.g. {self.rejects[:1]}"
                 )
 
     def _named_splits(self) -> dict[str, Any]:
         loaded = load_splits(self.data, self.streaming)
         roles = zip(("train", "validation", "test"), self.splits, strict=True)
-        found = {role: loaded[name] for role, name in roles if name in loaded}
-        if not found:
+        splits = {role: loaded[name] for role, name in roles if name in loaded}
+        if not splits:
             raise ValueError(
                 f"{self.data}: expected one of the splits {self.splits}, got {', '.join(loaded)}"
             )
-        if (
-            "validation" not in found
-            and "train" in found
-            and not self.streaming
-            and len(found["train"]) > 1
-        ):
-            rows = range(len(found["train"]))
-            found["validation"] = found["train"].select([i for i in rows if i % HOLDOUT_EVERY == 0])
-            found["train"] = found["train"].select([i for i in rows if i % HOLDOUT_EVERY])
-        if "test" not in found and "validation" in found:
-            found["test"] = found["validation"]
-        return found
+        train = splits.get("train")
+        if "validation" not in splits and train and not self.streaming and len(train) > 1:
+            held_out = [i % HOLDOUT_EVERY == 0 for i in range(len(train))]
+            splits["validation"] = train.select([i for i, held in enumerate(held_out) if held])
+            splits["train"] = train.select([i for i, held in enumerate(held_out) if not held])
+        if "test" not in splits and "validation" in splits:
+            splits["test"] = splits["validation"]
+        return splits
 
     def train_dataloader(self) -> DataLoader:
         images = self.sets["train"]
         if isinstance(images, StreamImages):
             return self._loader(images, drop_last=True)
         order = EpochOrder(len(images), self.batch_size, self.seed, *self._ranks(), self._consumed)
-        return self._loader(
-            images, ResumingLoader, sampler=order, drop_last=len(order) >= self.batch_size
-        )
+        options = {"sampler": order, "drop_last": len(order) >= self.batch_size}
+        return self._loader(images, TrainingLoader, **options)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader(self.sets["validation"]) if "validation" in self.sets else []
@@ -248,57 +239,50 @@ class ImageDataModule(LightningDataModule):
         return self._loader(self.sets["test"]) if "test" in self.sets else []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must share with this one for its order to continue; the count itself is Lightning's."""
+        """What the order depends on; the count of batches is Lightning's."""
         return {"seed": self.seed, "batch_size": self.batch_size, "world": self._ranks()[1]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        changed = {name: (value, self.state_dict()[name]) for name, value in state.items()}
-        changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+        """Warn if the order of the resumed run differs."""
+        now = self.state_dict()
+        changed = {name: (state[name], now[name]) for name in state if state[name] != now[name]}
         if changed:
-            message = f"resumed with other settings {changed}: pictures of this epoch will repeat or be missed"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(
+                f"resumed with other values of {changed}: images of this epoch will repeat or be "
+                "missed",
+                stacklevel=2,
+            )
 
     def teardown(self, stage: str | None = None) -> None:
-        """Write the rejected pictures, if any, as JSON lines beside the run's other files."""
+        """Write the rejected images, if any, as JSON lines to the folder of the run."""
         if self.rejects and self.trainer is not None and self.trainer.is_global_zero:
-            path = Path(self.trainer.default_root_dir) / "rejects.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(reject) + "\n" for reject in self.rejects))
+            write_rejects(Path(self.trainer.default_root_dir) / "rejects.jsonl", self.rejects)
 
     def _loader(
         self, images: Any, kind: type[RejectingLoader] = RejectingLoader, **options: Any
     ) -> DataLoader:
-        return kind(
-            images,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            report=self._report,
-            **options,
-        )
+        options |= {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        return kind(images, collate_fn=collate, report=self._report, **options)
 
     def _report(self, rejects: list[dict[str, str]]) -> None:
         known = {reject["key"] for reject in self.rejects}
         self.rejects += [reject for reject in rejects if reject["key"] not in known]
 
     def _ranks(self) -> tuple[int, int]:
-        return (
-            (self.trainer.global_rank, self.trainer.world_size)
-            if self.trainer is not None
-            else (0, 1)
-        )
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def _of_rank(self, split: Any) -> Any:
+        from datasets.distributed import split_dataset_by_node
+
+        rank, world = self._ranks()
+        return split_dataset_by_node(split, rank=rank, world_size=world) if world > 1 else split
 
     def _consumed(self, batches: int) -> tuple[int, int]:
-        """(batches trained on so far, batches an epoch has under this trainer); without a trainer, a first epoch."""
+        """(batches trained on, batches per epoch); without a trainer, the start of an epoch."""
         if self.trainer is None:
             return 0, batches
         limit = self.trainer.limit_train_batches
         limit = limit if isinstance(limit, int) else int(batches * limit)
-        done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return done.processed, max(1, min(batches, limit))
-
-
-def _split_by_rank(rows: Any, rank: int, world: int) -> Any:
-    from datasets.distributed import split_dataset_by_node
-
-    return split_dataset_by_node(rows, rank=rank, world_size=world) if world > 1 else rows
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return progress.processed, max(1, min(batches, limit))

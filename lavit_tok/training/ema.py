@@ -1,8 +1,8 @@
-"""What trainings of pixel decoders share: AdamW under a cosine, and moving averages of what is trained.
+"""EMATraining: a trainer whose result is the moving average of the trained parameters.
 
     step t:  average <- d average + (1 - d) parameters,   d = min(ema_decay, (1 + t) / (10 + t))
 
-The averages are part of the checkpoint, validation sees them in the parameters' places, and they are what is saved.
+The averages are part of the checkpoint, are used for validation, and are what is exported.
 """
 
 from __future__ import annotations
@@ -11,77 +11,59 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytorch_lightning as pl
-import torch
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 
-from lavit_tok.training.logging import warmup_cosine
+from lavit_tok.training.base import TrainingModule
 
 
-class AveragedTraining(pl.LightningModule):
-    """A training of which the averaged weights come out.
+class EMATraining(TrainingModule):
+    """A subclass creates its trained parameters, then calls `start_average`."""
 
-    A subclass sets `settings` (lr, warmup_steps, weight_decay, betas, ema_decay) and its trained parts, then calls
-    `average_trained`.
-    """
-
-    settings: Any
     ema: EMAModel
 
-    def average_trained(self) -> None:
-        """Begin the averages of all parameters that are trained."""
-        self.ema = EMAModel(self.trained, decay=self.settings.ema_decay, foreach=True)
+    def start_average(self, decay: float) -> None:
+        """Start the averages of all trained parameters.
 
-    @property
-    def trained(self) -> list[Tensor]:
-        return [p for p in self.parameters() if p.requires_grad]
+        Args:
+            decay: largest decay of the averages; the first steps use smaller ones.
+        """
+        if not 0 <= decay <= 1:
+            raise ValueError(f"ema_decay: expected a number in 0..1, got {decay}")
+        self.ema = EMAModel(self.trained, decay=decay, foreach=True)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the parameters hold their moving averages."""
-        self._swap_in()
+        """Inside, the parameters hold their averages."""
+        self._use_average()
         try:
             yield
         finally:
             self.ema.restore(self.trained)
 
-    def _swap_in(self) -> None:
+    def _use_average(self) -> None:
         self.ema.to(self.device)
         self.ema.store(self.trained)
         self.ema.copy_to(self.trained)
 
-    # Lightning's hooks
+    # Lightning hooks
 
     def on_fit_start(self) -> None:
         self.ema.to(self.device)
 
     def on_validation_epoch_start(self) -> None:
-        self._swap_in()
+        self._use_average()
 
     def on_validation_epoch_end(self) -> None:
         self.ema.restore(self.trained)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.ema.step(self.trained)
-
-    def configure_optimizers(self) -> Any:
-        """AdamW, decay on matrices and kernels only; linear warm-up, then a cosine to 0."""
-        s = self.settings
-        groups = [
-            {"params": [p for p in self.trained if p.ndim >= 2], "weight_decay": s.weight_decay},
-            {"params": [p for p in self.trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=tuple(s.betas))
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, total, s.warmup_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self.ema.step(self.trained)  # after the step of AdamW, not after every batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.ema.load_state_dict(checkpoint["ema"])

@@ -1,38 +1,45 @@
-"""What the trainings share: learning-rate shape, repeatable chance, logged numbers and pictures."""
+"""What trainers log: images, texts and printed numbers; and generators that repeat on resume."""
 
 from __future__ import annotations
 
-import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Shaped
 from PIL import Image
-from torch import Tensor, nn
 
 
-def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
-    """Factor on the peak rate: linear from 0 over `warmup` steps, then a half cosine down to `floor` at `total`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+@dataclass(frozen=True)
+class SampleConfig:
+    """Logged samples of the decoder in training."""
+
+    every: int = 1000
+    """Steps between two sheets of samples; 0 for none."""
+    count: int = 8
+    """Images on a sheet."""
+    steps: int = 25
+    """Denoising steps per sample."""
+    guidance: float = 3.0
+    """Guidance scale of the samples."""
+
+    def due(self, step: int) -> bool:
+        """Whether samples are logged after this step."""
+        return self.every > 0 and step % self.every == 0
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device | str) -> torch.Generator:
-    """A generator that depends on nothing but its arguments, so a resumed step draws what it would have drawn."""
+    """A generator that is a pure function of its arguments, so a resumed step repeats its draws."""
     mixed = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]
     return torch.Generator(device=device).manual_seed(int(mixed >> np.uint64(1)))
 
 
-def log_image(module: pl.LightningModule, name: str, image: Image.Image) -> Path | None:
-    """Save a picture under the run's log directory and hand it to a TensorBoard logger where there is one."""
-    path = _log_directory(module.trainer) / "images" / f"{name}-{module.global_step:07d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def log_image(module: pl.LightningModule, name: str, image: Image.Image) -> Path:
+    """Save an image under `images` in the log directory, and log it to TensorBoard if in use."""
+    path = _log_path(module, f"images/{name}", ".png")
     image.save(path)
     for logger in module.loggers:
         writer: Any = getattr(logger, "experiment", None)
@@ -42,9 +49,8 @@ def log_image(module: pl.LightningModule, name: str, image: Image.Image) -> Path
 
 
 def log_text(module: pl.LightningModule, name: str, text: str) -> Path:
-    """Save a text of Markdown, as log_image does a picture, under `texts`."""
-    path = _log_directory(module.trainer) / "texts" / f"{name}-{module.global_step:07d}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Save Markdown under `texts` in the log directory, and log it to TensorBoard if in use."""
+    path = _log_path(module, f"texts/{name}", ".md")
     path.write_text(text, encoding="utf-8")
     for logger in module.loggers:
         writer: Any = getattr(logger, "experiment", None)
@@ -53,49 +59,18 @@ def log_text(module: pl.LightningModule, name: str, text: str) -> Path:
     return path
 
 
-def _log_directory(trainer: Any) -> Path:
-    """Trainer.log_dir, which waits for all processes to ask for it, without that: often one process alone logs."""
+def _log_path(module: pl.LightningModule, name: str, suffix: str) -> Path:
+    # Not Trainer.log_dir: it broadcasts between processes, and often only one of them logs.
+    trainer: Any = module.trainer
     first = trainer.loggers[0] if trainer.loggers else None
-    return Path(
-        getattr(first, "log_dir", None)
-        or getattr(first, "save_dir", None)
-        or trainer.default_root_dir
-    )
-
-
-class Recent(nn.Module):
-    """The latest rows of a stream, in a buffer, so that a checkpoint holds them.
-
-        size 4, after rows 1 2 3 and then 4 5:    5 2 3 4    latest() is all of them, oldest overwritten first
-
-    Args:
-        size: how many rows are held.
-        shape: of one row; () for numbers.
-    """
-
-    rows: Tensor
-    seen: Tensor
-
-    def __init__(self, size: int, *shape: int) -> None:
-        super().__init__()
-        self.register_buffer("rows", torch.zeros(size, *shape))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def add(self, rows: Shaped[Tensor, "n *shape"]) -> None:
-        """Overwrite the oldest rows by these."""
-        size = len(self.rows)
-        rows = rows[-size:].to(self.rows.dtype)
-        self.rows[(self.seen + torch.arange(len(rows), device=self.rows.device)) % size] = rows
-        self.seen += len(rows)
-
-    def latest(self) -> Shaped[Tensor, "n *shape"]:
-        """The rows held, in no particular order."""
-        return self.rows[: min(len(self.rows), int(self.seen))]
+    folder = getattr(first, "log_dir", None) or getattr(first, "save_dir", None)
+    path = Path(folder or trainer.default_root_dir) / f"{name}-{module.global_step:07d}{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 class PrintMetrics(pl.Callback):
-    """One plain line of the latest numbers now and then: what a log file wants instead of a progress bar.
+    """Prints the latest metrics on one line, in place of a progress bar.
 
     Args:
         every: training steps between two lines.
@@ -106,11 +81,11 @@ class PrintMetrics(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step % self.every == 0 and trainer.is_global_zero:
-            values = " ".join(
+            metrics = " ".join(
                 f"{name} {float(value):.4f}" for name, value in trainer.callback_metrics.items()
             )
             seconds = time.monotonic() - self.started
             print(
-                f"step {trainer.global_step} of {trainer.max_steps} after {seconds:.0f} s: {values}",
+                f"step {trainer.global_step} of {trainer.max_steps} after {seconds:.0f} s: {metrics}",
                 flush=True,
             )

@@ -1,28 +1,30 @@
-"""Stage 1: train selector, merger, codebook and reconstructor against a frozen encoder (LaVIT, ICLR 2024, section 3.1).
+"""Stage 1: train selector, merger, codebook and reconstructor against a frozen encoder.
 
-    loss = mean_i (1 - cos(x_i, x_rec_i)) + ratio_weight * (rho - mean_i M_i)^2  [+ commitment, once there are codes]
+LaVIT (ICLR 2024), section 3.1:
 
-The authors report that starting with quantisation stalls; so a run has three stretches:
+    loss = mean_i (1 - cos(x_i, x_rec_i)) + ratio_weight * (rho - mean_i M_i)^2  [+ commitment]
 
-    step 0 ........ stop_sampling_step ............ quantize_at ............................ max_steps
-    A  sampled keep decisions   A' decisions settled    B  quantised: k-means rows over many batches, then EMA;
-       (straight-through),         (no sampling, budget     z is blended into its row over blend_steps
-       no quantisation             calibrated to rho)
+The authors report that training with quantization from the start stalls, so a run has three stages:
 
-Everything random is drawn from a generator seeded by (seed, step, rank), and all state lives in buffers, so a resumed
-run repeats the uninterrupted one exactly.
+    step 0 ......... stop_sampling_step .......... start_step ............................ max_steps
+    A  sampled keep decisions   A' deterministic      B  quantized: k-means codebook of many batches,
+       (straight-through),         decisions (ratio      then EMA; z is blended into its codebook
+       no quantization             calibrated to rho)    entry over blend_steps
+
+All random numbers come from a generator seeded by (seed, step, rank), and all state is in buffers,
+so a resumed run repeats the uninterrupted one exactly.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
-from jaxtyping import Bool, Float, UInt8
-from torch import Tensor
+from jaxtyping import Bool, Float, Shaped, UInt8
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavit_tok.codes import RaggedLayout
@@ -32,44 +34,87 @@ from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.encode.selector import keep_scores
 from lavit_tok.encode.vision_encoder import VisionEncoder
 from lavit_tok.tokenizer import VisualTokenizer
+from lavit_tok.training.base import TrainingModule
 from lavit_tok.training.codebook import TrainingCodebook, Usage, spherical_kmeans, usage
-from lavit_tok.training.logging import Recent, log_image, step_generator, warmup_cosine
+from lavit_tok.training.logging import log_image, step_generator
+from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 from lavit_tok.visualize import kept_overlay, sheet
 
+RANDOM_BUDGETS = 0.08, 0.8  # smallest and largest fraction of a batch's patches
 
-class TokenizerTraining(pl.LightningModule):
-    """One training step of stage 1, for any encoder and any size.
+
+@dataclass(frozen=True)
+class FeatureLossConfig:
+    """Weights of the loss."""
+
+    ratio_weight: float = 2.0
+    """Weight of (rho - mean keep)^2, as published."""
+    centered_weight: float = 0.0
+    """Weight of a second cosine loss on features minus their running mean; 0 as published."""
+    commitment_weight: float = 0.25
+    """Weight of the squared distance of z to its codebook entry."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which patches are kept, and how that is learned."""
+
+    rho: float = 1 / 3
+    """Target ratio of kept patches."""
+    hold_ratio: bool = False
+    """Shift each batch's scores so that rho is kept while sampling; False as published."""
+    temperature: float = 1.0
+    """Temperature of the Gumbel-softmax decision."""
+    stop_sampling_step: int = 1000
+    """Step from which decisions are deterministic and the keep ratio is calibrated to rho."""
+    selector_after: Literal["frozen", "live"] = "frozen"
+    """Whether the selector still learns after stop_sampling_step."""
+    random_budget_ratio: float = 0.25
+    """Fraction of the later batches with a random budget, so that any budget works when encoding."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rho < 1:
+            raise ValueError(f"rho: expected a ratio between 0 and 1, got {self.rho}")
+
+
+@dataclass(frozen=True)
+class CodebookConfig:
+    """Quantization."""
+
+    start_step: int = 1200
+    """Step at which the codebook is initialized and quantization begins."""
+    lr: float = 5e-4
+    """Peak learning rate from start_step on; the warm-up is repeated."""
+    kmeans_samples: int = 65536
+    """Latest vectors before start_step that k-means clusters."""
+    kmeans_iterations: int = 20
+    """Iterations of k-means."""
+    blend_steps: int = 200
+    """Steps over which z is replaced by its codebook entry."""
+    decay: float = 0.99
+    """EMA decay of the codebook."""
+    dead_ratio: float = 0.05
+    """Entries used less than this fraction of the mean are replaced."""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """How gradients pass the quantization."""
+
+
+class TokenizerTraining(TrainingModule):
+    """Trains a tokenizer, for any encoder and any size.
 
     Args:
-        config: sizes of the tokenizer; its `encoder` is replaced by the config of `encoder` where that is given.
-        encoder: directory or Hub id of the frozen vision transformer; None trains against a random one (tests only).
-        image_processor: settings of VisualImageProcessor besides its size; None for those of LaVIT.
-        out: where the finished tokenizer is saved; None keeps checkpoints only.
-        rho: target share of kept patches.
-        ratio_weight: weight of (rho - mean keep)^2.
-        hold_ratio: shift the scores of each batch so that rho is kept while decisions are sampled; the loss above then
-            has little to do. False as published, where the loss alone holds the ratio.
-        centered_weight: weight of a second cosine loss, with the running mean feature subtracted from both sides; 0 as
-            published. Plain cosine alone leaves the length of a reconstructed feature free.
-        temperature: of the Gumbel-softmax decision.
-        lr: peak learning rate before quantisation.
-        quantized_lr: peak learning rate after the switch.
-        min_lr_ratio: the cosine of each stretch ends at this share of its peak.
-        warmup_steps: linear warm-up at the start and again at the switch.
-        weight_decay: AdamW's, on matrices only.
-        stop_sampling_step: step at which decisions stop being sampled and the keep ratio is calibrated to rho.
-        quantize_at: step at which the codebook is initialised and quantisation begins.
-        selector_after: whether the selector goes on learning after stop_sampling_step.
-        random_budget_ratio: share of the batches after stop_sampling_step that are trained at a random budget, so users may set one.
-        kmeans_samples: how many of the latest vectors before the switch k-means sees.
-        kmeans_iterations: its iterations.
-        blend_steps: steps over which z is replaced by its codebook row.
-        commitment_weight: pull of z towards its row.
-        decay: EMA decay of the codebook.
-        dead_ratio: rows used less than this share of the mean are replaced.
-        gradient: how gradients pass the rounding.
-        log_images_every: a picture of kept patches every so many steps; 0 for none.
-        seed: seed of every random draw here.
+        config: sizes of the tokenizer; its `encoder` is replaced by the config of `encoder`.
+        encoder: directory or Hub id of the frozen vision transformer; None for random weights
+            (tests only).
+        image_processor: arguments of VisualImageProcessor besides its size; None for LaVIT's.
+        out: where the trained tokenizer is saved; None keeps checkpoints only.
+        loss: weights of the loss.
+        selection: which patches are kept, and how that is learned.
+        codebook: quantization.
+        optimizer: AdamW; its learning rate is that before quantization.
+        schedule: learning-rate schedule of the time before quantization and of that after it.
+        log_images_every: steps between two logged images of kept patches; 0 for none.
+        seed: seed of all random numbers of the training.
     """
 
     def __init__(
@@ -78,39 +123,24 @@ class TokenizerTraining(pl.LightningModule):
         encoder: str | None = None,
         image_processor: dict[str, Any] | None = None,
         out: str | None = None,
-        rho: float = 1 / 3,
-        ratio_weight: float = 2.0,
-        hold_ratio: bool = False,
-        centered_weight: float = 0.0,
-        temperature: float = 1.0,
-        lr: float = 1e-3,
-        quantized_lr: float = 5e-4,
-        min_lr_ratio: float = 0.1,
-        warmup_steps: int = 100,
-        weight_decay: float = 0.01,
-        stop_sampling_step: int = 1000,
-        quantize_at: int = 1200,
-        selector_after: Literal["frozen", "live"] = "frozen",
-        random_budget_ratio: float = 0.25,
-        kmeans_samples: int = 65536,
-        kmeans_iterations: int = 20,
-        blend_steps: int = 200,
-        commitment_weight: float = 0.25,
-        decay: float = 0.99,
-        dead_ratio: float = 0.05,
-        gradient: Literal["straight_through", "rotation"] = "straight_through",
+        loss: FeatureLossConfig = FeatureLossConfig(),
+        selection: SelectionConfig = SelectionConfig(),
+        codebook: CodebookConfig = CodebookConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: ScheduleConfig = ScheduleConfig(min_lr_ratio=0.1),
         log_images_every: int = 500,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < rho < 1:
-            raise ValueError(f"rho: expected a share between 0 and 1, got {rho}")
-        if not 0 <= stop_sampling_step <= quantize_at:
+        if not 0 <= selection.stop_sampling_step <= codebook.start_step:
             raise ValueError(
-                f"stop_sampling_step: expected 0 <= stop_sampling_step <= quantize_at, got {stop_sampling_step} and {quantize_at}"
+                "stop_sampling_step: expected 0 <= selection.stop_sampling_step <= "
+                f"codebook.start_step, got {selection.stop_sampling_step} and {codebook.start_step}"
             )
-        self.save_hyperparameters(ignore=["config"])
-        self.settings: Any = self.hparams
+        self.save_arguments("config")
+        self.out, self.seed, self.log_images_every = out, seed, log_images_every
+        self.loss, self.selection, self.quantization = loss, selection, codebook
+        self.optimizer_config, self.schedule_config = optimizer, schedule
         config = config or TokenizerConfig()
         vision = None
         if encoder is not None:
@@ -126,152 +156,153 @@ class TokenizerTraining(pl.LightningModule):
         self.tokenizer = VisualTokenizer(config, vision, processor)
         self.codebook: TrainingCodebook | None = None
         self.register_buffer("mean_feature", torch.zeros(config.width))
-        self.recent_scores = Recent(kmeans_samples)
-        self.recent_z = Recent(kmeans_samples, config.code_dim)
+        self.recent_scores = RecentValues(codebook.kmeans_samples)
+        self.recent_z = RecentValues(codebook.kmeans_samples, config.code_dim)
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # 0: A, 1: A', 2: B
         self.validation_codes: list[Tensor] = []
 
-    # Lightning's hooks
+    # Lightning hooks
 
     def configure_model(self) -> None:
+        # Here and not in __init__: whether the codebook synchronizes between processes is decided
+        # at its construction, which has to follow the start of the process group.
         if self.codebook is None:
-            s = self.settings
+            q = self.quantization
             self.codebook = TrainingCodebook(
-                self.tokenizer.quantizer.codebook, s.decay, s.dead_ratio, s.gradient
+                self.tokenizer.quantizer.codebook, q.decay, q.dead_ratio, q.gradient
             )
 
-    def configure_optimizers(self) -> Any:
-        s = self.settings
-        trained = [p for n, p in self.tokenizer.named_parameters() if not n.startswith("encoder.")]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": s.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.98))
-        total = int(self.trainer.estimated_stepping_batches)
+    @property
+    def trained(self) -> list[Tensor]:
+        """All parameters but the encoder's; a selector that is frozen later is among them."""
+        named = self.tokenizer.named_parameters()
+        return [p for name, p in named if not name.startswith("encoder.")]
 
-        def factor(step: int) -> float:
-            if step < s.quantize_at:
-                return warmup_cosine(
-                    step, min(s.quantize_at, total), s.warmup_steps, s.min_lr_ratio
-                )
-            share = warmup_cosine(
-                step - s.quantize_at, total - s.quantize_at, s.warmup_steps, s.min_lr_ratio
-            )
-            return share * s.quantized_lr / s.lr
+    def learning_rate_factor(self, step: int, total: int) -> float:
+        """One warm-up and cosine until `start_step`, another one after it."""
+        start, schedule = self.quantization.start_step, self.schedule_config
+        if step < start:
+            return schedule.factor(step, min(start, total))
+        factor = schedule.factor(step - start, total - start)
+        return factor * self.quantization.lr / self.optimizer_config.lr
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The frozen encoder is not saved twice."""
-        for name in [n for n in checkpoint["state_dict"] if n.startswith("tokenizer.encoder.")]:
-            del checkpoint["state_dict"][name]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        frozen = {n: v for n, v in self.state_dict().items() if n.startswith("tokenizer.encoder.")}
-        checkpoint["state_dict"].update(frozen)
+    def frozen_names(self) -> list[str]:
+        """The encoder's weights."""
+        return [name for name in self.state_dict() if name.startswith("tokenizer.encoder.")]
 
     def on_fit_start(self) -> None:
         assert self.codebook is not None
-        self.codebook.set_vectors_per_step(self._rows_per_step())
+        self.codebook.set_vectors_per_step(self._vectors_per_step())
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        s, step = self.settings, self.global_step
+        s, step = self.selection, self.global_step
         if int(self.stage) == 0 and step >= s.stop_sampling_step:
-            self.recent_scores.seen.zero_()  # scores of a selector that still moved
+            self.recent_scores.clear()  # those of a selector that still changed
             self.stage.fill_(1)
-        if int(self.stage) == 1 and step >= s.quantize_at:
+        if int(self.stage) == 1 and step >= self.quantization.start_step:
             self._start_codebook()
             self.stage.fill_(2)
-        self.tokenizer.selector.requires_grad_(int(self.stage) == 0 or s.selector_after == "live")
+        self.tokenizer.selector.requires_grad_(self._selector_learns())
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        s = self.settings
-        generator = step_generator(s.seed, self.global_step, self.global_rank, self.device)
+        s = self.selection
+        generator = step_generator(self.seed, self.global_step, self.global_rank, self.device)
         features = self.features(batch["images"])
         log_probs = self.tokenizer.score(features)
         if int(self.stage) < 2:
             self.recent_scores.add(keep_scores(log_probs).flatten())
-        learning = int(self.stage) == 0 or s.selector_after == "live"
-        if learning:
+        if self._selector_learns():
             sampled = int(self.stage) == 0
-            share = s.rho if s.hold_ratio and sampled else None
-            raw = dithered(log_probs, -1) if self.tokenizer.config.dither and sampled else log_probs
-            policy = straight_through(raw, generator, sampled, s.temperature, share)
+            ratio = s.rho if s.hold_ratio and sampled else None
+            dither = self.tokenizer.config.dither and sampled
+            raw = dithered(log_probs, -1) if dither else log_probs
+            policy = straight_through(raw, generator, sampled, s.temperature, ratio)
             keep = policy.detach() > 0.5
             reconstructed, codes, commitment = self._dense(features, policy, keep)
             ratio_loss = (s.rho - policy.mean()).square()
         else:
-            budget = None
-            if torch.rand((), generator=generator, device=self.device) < s.random_budget_ratio:
-                budget = 0.08 + 0.72 * float(
-                    torch.rand((), generator=generator, device=self.device)
-                )
-            keep = keep_by_budget(keep_scores(log_probs) + self._calibrate(), budget)
+            keep = keep_by_budget(
+                keep_scores(log_probs) + self._calibrate(), self._draw_budget(generator)
+            )
             reconstructed, codes, commitment = self._ragged(features, keep)
             ratio_loss = torch.zeros((), device=self.device)
         with torch.no_grad():
             mean = features.mean((0, 1))
             self.mean_feature.lerp_(mean, 1.0 if self.global_step == 0 else 0.02)
-        plain, centred = self.cosines(features, reconstructed)
-        loss = (1 - plain) + s.centered_weight * (1 - centred) + s.ratio_weight * ratio_loss
-        loss = loss + s.commitment_weight * commitment
-        values = {
+        plain, centered = self.cosines(features, reconstructed)
+        w = self.loss
+        loss = (1 - plain) + w.centered_weight * (1 - centered) + w.ratio_weight * ratio_loss
+        loss = loss + w.commitment_weight * commitment
+        metrics = {
             "loss": loss,
             "feature_loss": 1 - plain,
-            "centered_cosine": centred,
+            "centered_cosine": centered,
             "keep_ratio": keep.float().mean(),
         }
         if codes is not None:
             self._log_usage("train", usage(codes, self.tokenizer.config.codebook_size))
-            values["commitment"] = commitment
-        self.log_dict({f"train/{k}": v for k, v in values.items()}, prog_bar=True)
-        if s.log_images_every and self.global_step % s.log_images_every == 0:
-            self._picture(batch["images"], keep)
+            metrics["commitment"] = commitment
+        self.log_dict({f"train/{k}": v for k, v in metrics.items()}, prog_bar=True)
+        if self.log_images_every and self.global_step % self.log_images_every == 0:
+            self._log_kept_patches(batch["images"], keep)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """What a user gets: deterministic keep masks, exact codes (the unquantised vectors before quantize_at)."""
-        tok = self.tokenizer
+        """As in encoding: deterministic keep masks and, from `start_step` on, exact codes."""
         features = self.features(batch["images"])
-        keep = tok.select(tok.score(features))
+        keep = self.tokenizer.select(self.tokenizer.score(features))
         reconstructed, codes, _ = self._ragged(features, keep)
-        plain, centred = self.cosines(features, reconstructed)
-        values = {"cosine": plain, "centered_cosine": centred, "keep_ratio": keep.float().mean()}
+        plain, centered = self.cosines(features, reconstructed)
+        metrics = {"cosine": plain, "centered_cosine": centered, "keep_ratio": keep.float().mean()}
         self.log_dict(
-            {f"val/{k}": v for k, v in values.items()}, batch_size=len(keep), sync_dist=True
+            {f"val/{k}": v for k, v in metrics.items()}, batch_size=len(keep), sync_dist=True
         )
         if codes is not None:
             self.validation_codes.append(codes)
 
     def on_validation_epoch_end(self) -> None:
         if self.validation_codes:
-            self._log_usage(
-                "val", usage(torch.cat(self.validation_codes), self.tokenizer.config.codebook_size)
-            )
+            codes = torch.cat(self.validation_codes)
+            self._log_usage("val", usage(codes, self.tokenizer.config.codebook_size))
         self.validation_codes.clear()
 
     def on_fit_end(self) -> None:
-        if self.settings.out and self.trainer.is_global_zero and int(self.stage) == 2:
-            self.export(self.settings.out)
+        if self.out and self.trainer.is_global_zero and int(self.stage) == 2:
+            self.export(self.out)
 
-    # The parts
+    # The steps of a training step
 
     def features(
         self, images: UInt8[Tensor, "batch 3 h w"]
     ) -> Float[Tensor, "batch patches width"]:
+        """The frozen encoder's features."""
         pixels = self.tokenizer.image_processor.normalize(images)
         return self.tokenizer.features(pixels.to(self.tokenizer.dtype)).float()
 
     def cosines(
         self, x: Float[Tensor, "b n d"], y: Float[Tensor, "b n d"]
     ) -> tuple[Tensor, Tensor]:
-        """Mean cosine over patches, plain and with the running mean feature subtracted from both."""
+        """Mean cosine over patches, plain and with the running mean feature subtracted from both.
+
+        The plain cosine alone leaves the norm of a reconstructed feature undetermined.
+        """
         y, mean = y.float(), self.mean_feature
-        return F.cosine_similarity(x, y, dim=-1).mean(), F.cosine_similarity(
-            x - mean, y - mean, dim=-1
-        ).mean()
+        plain = F.cosine_similarity(x, y, dim=-1).mean()
+        return plain, F.cosine_similarity(x - mean, y - mean, dim=-1).mean()
+
+    def _selector_learns(self) -> bool:
+        return int(self.stage) == 0 or self.selection.selector_after == "live"
+
+    def _draw_budget(self, generator: torch.Generator) -> float | None:
+        """A random fraction of the batch's patches for some batches, None for the others."""
+
+        def draw() -> Tensor:
+            return torch.rand((), generator=generator, device=self.device)
+
+        if draw() >= self.selection.random_budget_ratio:
+            return None
+        smallest, largest = RANDOM_BUDGETS
+        return smallest + (largest - smallest) * float(draw())
 
     def _dense(
         self,
@@ -279,85 +310,126 @@ class TokenizerTraining(pl.LightningModule):
         policy: Float[Tensor, "b n"],
         keep: Bool[Tensor, "b n"],
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Every row computed, masks as a policy: the selector's gradient flows through merger and reconstructor."""
+        """(reconstructed, codes, commitment loss), with all patches computed and masked by `policy`.
+
+        The selector's gradient passes through the masks of merger and reconstructor.
+        """
         z = self.tokenizer.quantizer.project(self.tokenizer.merger.dense(features, policy))
         vectors, codes, commitment = self._quantize(z[keep])
         vectors = z.masked_scatter(keep[..., None], vectors.to(z.dtype))
-        index = (
-            keep.long().cumsum(1) - keep.long()
-        )  # the place each row has, or would have, in the code sequence
+        # The position each patch has, or would have, in the code sequence
+        index = keep.long().cumsum(1) - keep.long()
         return self.tokenizer.reconstructor(vectors, index, policy), codes, commitment
 
     def _ragged(
         self, features: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"]
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The way of encode(): only kept rows are computed."""
+        """(reconstructed, codes, commitment loss), with only kept patches computed, as in encode()."""
+        z = self.tokenizer.project(self.tokenizer.merge(features, keep))
+        vectors, codes, commitment = self._quantize(z)
         layout = RaggedLayout.of(keep)
-        vectors, codes, commitment = self._quantize(
-            self.tokenizer.project(self.tokenizer.merge(features, keep))
-        )
         return self.tokenizer.reconstructor.ragged(vectors, layout), codes, commitment
 
     def _quantize(self, z: Float[Tensor, "total c"]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z as it is before the switch; after it, blended towards its row."""
+        """z itself before `start_step`; after it, blended towards its codebook entry."""
         zero = torch.zeros((), device=z.device)
         if int(self.stage) < 2 or self.codebook is None:
             if self.training:
                 self.recent_z.add(z)
             return z, None, zero
-        quantized, codes, commitment = self.codebook(z, seed=self.settings.seed + self.global_step)
+        quantized, codes, commitment = self.codebook(z, seed=self.seed + self.global_step)
         if not self.training:
             return quantized, codes, zero
-        share = min(
-            1.0,
-            (self.global_step - self.settings.quantize_at + 1) / max(1, self.settings.blend_steps),
-        )
-        return z + share * (quantized - z), codes, commitment
+        q = self.quantization
+        ratio = min(1.0, (self.global_step - q.start_step + 1) / max(1, q.blend_steps))
+        return z + ratio * (quantized - z), codes, commitment
 
     @torch.no_grad()
     def _calibrate(self) -> float:
-        """Shift the selector so that the deterministic rule keeps rho of the recent patches; returns by how much.
+        """Shift the selector's bias so that the deterministic decision keeps rho of recent patches.
 
-        Under Gumbel noise a share rho is kept when scores lie anywhere near rho's own; without it, only when a share
-        rho of them lies above 0. Nothing after quantize_at, so that codes then mean the same until the end.
+        Sampled decisions keep rho when the scores are near rho's own logit; deterministic ones only
+        when a fraction rho of the scores is above 0. Zero after `start_step`, so that codes keep
+        their meaning. Returns the shift.
         """
         scores = self.recent_scores.latest()
         if int(self.stage) == 2 or not len(scores):
             return 0.0
-        rank = min(len(scores) - 1, math.ceil((1 - self.settings.rho) * len(scores)))
-        amount = -float(self.trainer.strategy.broadcast(scores.kthvalue(rank + 1).values))
-        self.tokenizer.selector.shift(amount)
-        self.recent_scores.rows += amount
-        return amount
+        rank = min(len(scores) - 1, math.ceil((1 - self.selection.rho) * len(scores)))
+        shift = -float(self.trainer.strategy.broadcast(scores.kthvalue(rank + 1).values))
+        self.tokenizer.selector.shift(shift)
+        self.recent_scores.values += shift
+        return shift
 
     def _start_codebook(self) -> None:
-        """k-means over the recent vectors; every rank takes the first one's rows."""
+        """Initialize by k-means over the recent vectors; all ranks take those of rank 0."""
         assert self.codebook is not None
-        generator = torch.Generator().manual_seed(self.settings.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         size = self.tokenizer.config.codebook_size
-        rows, counts = spherical_kmeans(
-            self.recent_z.latest(), size, self.settings.kmeans_iterations, generator
+        embeddings, counts = spherical_kmeans(
+            self.recent_z.latest(), size, self.quantization.kmeans_iterations, generator
         )
-        rows, counts = self.trainer.strategy.broadcast((rows, counts))
-        self.codebook.load_embeddings(rows, counts * self._rows_per_step() / counts.sum())
+        embeddings, counts = self.trainer.strategy.broadcast((embeddings, counts))
+        counts = counts * self._vectors_per_step() / counts.sum()
+        self.codebook.load_embeddings(embeddings, counts)
 
-    def _rows_per_step(self) -> float:
+    def _vectors_per_step(self) -> float:
         batch_size = getattr(self.trainer.datamodule, "batch_size", 1)
-        return batch_size * self.tokenizer.config.num_patches * self.settings.rho
+        return batch_size * self.tokenizer.config.num_patches * self.selection.rho
 
     def export(self, directory: str | Path) -> None:
-        """The trained tokenizer, with the learned rows, as VisualTokenizer.from_pretrained reads it."""
+        """Save the tokenizer with the trained codebook, for VisualTokenizer.from_pretrained."""
         assert self.codebook is not None
         self.tokenizer.quantizer.codebook.embeddings.copy_(self.codebook.embeddings)
         self.tokenizer.save_pretrained(directory)
 
-    def _log_usage(self, part: str, used: Usage) -> None:
-        self.log_dict({f"{part}/codebook_usage": used.used, f"{part}/perplexity": used.perplexity})
+    def _log_usage(self, split: str, used: Usage) -> None:
+        self.log_dict(
+            {f"{split}/codebook_usage": used.used, f"{split}/perplexity": used.perplexity}
+        )
 
-    def _picture(self, images: UInt8[Tensor, "batch 3 h w"], keep: Bool[Tensor, "batch n"]) -> None:
+    def _log_kept_patches(
+        self, images: UInt8[Tensor, "batch 3 h w"], keep: Bool[Tensor, "batch n"]
+    ) -> None:
         if self.trainer.is_global_zero:
             side = self.tokenizer.config.image_size // self.tokenizer.config.patch_size
-            shown = [
-                kept_overlay(images[i], keep[i], (side, side)) for i in range(min(16, len(images)))
-            ]
-            log_image(self, "kept_patches", sheet([shown[:8], shown[8:]]))
+            count = min(16, len(images))
+            panels = [kept_overlay(images[i], keep[i], (side, side)) for i in range(count)]
+            log_image(self, "kept_patches", sheet([panels[:8], panels[8:]]))
+
+
+class RecentValues(nn.Module):
+    """The latest values of a stream, in a buffer, so that a checkpoint holds them.
+
+        size 4, after adding 1 2 3 and then 4 5:    5 2 3 4    (the oldest are overwritten first)
+
+    Args:
+        size: how many values are held.
+        shape: shape of one value; () for numbers.
+    """
+
+    values: Tensor
+    total: Tensor
+
+    def __init__(self, size: int, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.zeros(size, *shape))
+        self.register_buffer("total", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def add(self, values: Shaped[Tensor, "n *shape"]) -> None:
+        """Overwrite the oldest values by these."""
+        size = len(self.values)
+        values = values[-size:].to(self.values.dtype)
+        self.values[(self.total + torch.arange(len(values), device=self.values.device)) % size] = (
+            values
+        )
+        self.total += len(values)
+
+    def latest(self) -> Shaped[Tensor, "n *shape"]:
+        """The values held, in no particular order."""
+        return self.values[: min(len(self.values), int(self.total))]
+
+    def clear(self) -> None:
+        """Forget all values."""
+        self.total.zero_()

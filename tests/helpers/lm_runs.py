@@ -56,6 +56,8 @@ class Losses(Callback):
 
 
 def module(folder: Path, continuous: bool = False, **more: Any) -> Any:
+    from helpers.trainers import trainer_of
+
     from lavit_lm.objectives.lavit import LaVIT
     from lavit_lm.training.module import LanguageModeling
 
@@ -65,7 +67,7 @@ def module(folder: Path, continuous: bool = False, **more: Any) -> Any:
         "text_tokenizer": str(folder / "text"),
         "visual_tokenizer": str(folder / "visual"),
     }
-    return LanguageModeling(**{**settings, "warmup_steps": 2, "lr": 3e-3, **more})
+    return trainer_of(LanguageModeling, **{**settings, "warmup_steps": 2, "lr": 3e-3, **more})
 
 
 def data(folder: Path, **more: Any) -> Any:

@@ -100,11 +100,14 @@ def stage_one(
     folder: Path, width: int, conditions: dict[str, Any] | None = None, **more: Any
 ) -> Any:
     """Its training on folder/visual, by default for the pixel decoder in folder/decoder."""
+    from helpers.trainers import trainer_of
+
     from lavit_lm.training.vlgpt_tokenizer import VLGPTTokenizerTraining
 
     conditions = conditions or {"kind": "pixel_decoder", "decoder": str(folder / "decoder")}
     sizes = {"queries": 4, "depth": 2, "heads": 2}
-    return VLGPTTokenizerTraining(width, str(folder / "visual"), conditions, **{**sizes, **more})
+    names = {"width": width, "visual_tokenizer": str(folder / "visual"), "conditions": conditions}
+    return trainer_of(VLGPTTokenizerTraining, **{**names, **sizes, **more})
 
 
 def stage_one_directory(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lavit_lm import MultimodalLM, VisualVocabulary
 from lavit_lm.checkpoints.native import DEFAULT
 from lavit_tok import VisualCodes
-from lavit_tok.data.jobs import photographs
+from lavit_tok.cli.items import photographs
 
 CAPTIONS = ["a photo of a bag", "a photo of an ankle boot", "photograph: mountain lake"]
 

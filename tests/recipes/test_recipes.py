@@ -54,11 +54,11 @@ def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> li
     words += ["--model.encoder=null", f"--model.config.encoder={json.dumps(encoder)}"]
     words += [f"--model.config.{name}={value}" for name, value in CONFIG.items()]
     steps = {
-        "stop_sampling_step": 0,
-        "quantize_at": 1,
-        "warmup_steps": 1,
-        "blend_steps": 1,
-        "kmeans_samples": 64,
+        "selection.stop_sampling_step": 0,
+        "codebook.start_step": 1,
+        "schedule.warmup_steps": 1,
+        "codebook.blend_steps": 1,
+        "codebook.kmeans_samples": 64,
     }
     return [
         *words,
@@ -79,8 +79,8 @@ def test_tokenizer_recipe_trains(recipe: Path, tmp_path: Path, tiny_config: Any)
     settings = yaml.safe_load(recipe.read_text())
     assert (
         0
-        < settings["model"]["stop_sampling_step"]
-        < settings["model"]["quantize_at"]
+        < settings["model"]["selection"]["stop_sampling_step"]
+        < settings["model"]["codebook"]["start_step"]
         < settings["trainer"]["max_steps"]
     )
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
 from lavit_tok.cli import main
-from lavit_tok.data.jobs import photographs
+from lavit_tok.cli.items import photographs
 
 
 @pytest.fixture(scope="module")

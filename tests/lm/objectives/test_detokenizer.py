@@ -196,8 +196,8 @@ def test_vlgpt_02_the_loss_is_the_sum(where: Path):
         stage_one(where, 24, settings, image_weight=0.0, text_weight=0.0)
     half = stage_one(where, 24, settings, text_weight=0.0)
     still = {name for name, p in half.model.named_parameters() if not p.requires_grad}
-    assert half.learnt == ["image"] and len(still) == 3 and all("text" in name for name in still)
-    with pytest.raises(ValueError, match=r"model has \(image\), got 0.0, 1.0"):
+    assert half.learned == ["image"] and len(still) == 3 and all("text" in name for name in still)
+    with pytest.raises(ValueError, match=r"model has \(image\), got \(0.0, 1.0\)"):
         stage_one(where, 24, image_weight=0.0)
     with pytest.raises(ValueError, match="the data have none: give data"):
         stage_one(where, 24, settings).targets(images(), None)
@@ -225,7 +225,7 @@ def test_vlgpt_02_the_diffusion_model_never_runs(
 seed_everything: 0
 trainer: {{accelerator: cpu, max_steps: 3, logger: false, enable_progress_bar: false, num_sanity_val_steps: 0,
   enable_checkpointing: false, default_root_dir: {out}-run}}
-model: {{width: 24, visual_tokenizer: {folder}/visual, queries: 4, depth: 1, heads: 2, warmup_steps: 1, out: {out},
+model: {{width: 24, visual_tokenizer: {folder}/visual, transformer: {{queries: 4, depth: 1, heads: 2}}, out: {out},
   conditions: {json.dumps(conditions)}}}
 data: {{data: {folder}/pictures, image_size: 32, batch_size: 4, caption_column: caption}}
 """)
@@ -266,14 +266,14 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
     words += [
         f"--model.visual_tokenizer={folder}/visual",
         f"--model.out={folder}/made",
-        "--model.warmup_steps=1",
+        "--model.schedule.warmup_steps=1",
     ]
     words += [
         f"--model.conditions={json.dumps(conditions)}",
         "--model.width=24",
-        "--model.hidden_size=32",
+        "--model.transformer.hidden_size=32",
     ]
-    words += ["--model.depth=1", "--model.heads=2"]
+    words += ["--model.transformer.depth=1", "--model.transformer.heads=2"]
     words += [
         f"--data.data={folder}/pictures",
         "--data.image_size=32",
@@ -281,7 +281,10 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
         "--data.num_workers=0",
     ]
     assert main(["fit-tokenizer", "-c", str(recipe), *words]) == 0
-    assert read_config(folder / "made")["sizes"].queries == yaml.safe_load(head)["model"]["queries"]
+    assert (
+        read_config(folder / "made")["sizes"].queries
+        == yaml.safe_load(head)["model"]["transformer"]["queries"]
+    )
 
 
 def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):

@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler
 from helpers.emu_parts import EMU, N, built
 from helpers.lm_parts import processor_and_model
 from helpers.lm_runs import CAPTIONS
+from helpers.trainers import trainer_of
 from safetensors.torch import load_file, save_file
 
 from lavit_lm import MultimodalLM
@@ -75,7 +76,7 @@ def training(parts: dict[str, str], **settings: Any) -> EmuDecoderTraining:
         "warmup_steps": 1,
         "ema_decay": 0.6,
     }
-    return EmuDecoderTraining(**parts, **{**small, **settings})
+    return trainer_of(EmuDecoderTraining, **parts, **{**small, **settings})
 
 
 def said(seed: int, count: int = 2) -> torch.Tensor:
@@ -175,19 +176,21 @@ def test_it_is_trained_on_what_the_model_says(parts: dict[str, str]):
     torch.testing.assert_close(
         module.vectors(captions), lm.generate_vectors_batch(captions), atol=1e-5, rtol=1e-4
     )
-    assert module.said == {}
-    keeps = training(parts, remember=True)
+    assert module.cached == {}
+    keeps = training(parts, cache_vectors=True)
     first = keeps.vectors(captions)
-    assert set(keeps.said) == set(CAPTIONS[:2]) and keeps.said[CAPTIONS[0]].dtype == torch.float16
+    assert (
+        set(keeps.cached) == set(CAPTIONS[:2]) and keeps.cached[CAPTIONS[0]].dtype == torch.float16
+    )
     assert (
         torch.equal(keeps.vectors(captions[:1])[0], first[0])
         and (first - module.vectors(captions)).abs().max() < 1e-2
     )
     images = torch.randint(256, (3, 3, 16, 16), generator=generator(), dtype=torch.uint8)
     with torch.no_grad():
-        dropped = module.diffusion_loss(images, captions, generator(), drop=1.0)
-        of_nothing = module.diffusion_loss(images, [""] * 3, generator(), drop=0.0)
-        whole = module.diffusion_loss(images, captions, generator(), drop=0.0)
+        dropped = module.diffusion_loss(images, captions, generator(), condition_drop=1.0)
+        of_nothing = module.diffusion_loss(images, [""] * 3, generator(), condition_drop=0.0)
+        whole = module.diffusion_loss(images, captions, generator(), condition_drop=0.0)
     torch.testing.assert_close(dropped, of_nothing)
     assert abs(float(whole - dropped)) > 1e-7
 
@@ -195,7 +198,7 @@ def test_it_is_trained_on_what_the_model_says(parts: dict[str, str]):
 def test_two_processes_measure_together(parts: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     one, two = training(parts), training(parts)
     one.measure(CAPTIONS)
-    monkeypatch.setattr(EmuDecoderTraining, "_processes", 2)
+    monkeypatch.setattr(EmuDecoderTraining, "num_processes", 2)
     two.all_gather = lambda own: torch.stack([own, two.vectors(CAPTIONS[2:])])  # type: ignore[method-assign]
     two.measure(CAPTIONS[:2])
     torch.testing.assert_close(two.reader.mean, one.reader.mean)
@@ -210,16 +213,16 @@ def test_what_is_trained(parts: dict[str, str], tmp_path: Path):
     names = {name.split(".")[0] for name, p in whole.named_parameters() if p.requires_grad}
     assert names == {"reader", "projection", "unet"}
     assert {name.split(".")[0] for name in before.state_dict()} == {"reader", "projection"}
-    unet = before.drawn.pixels.unet
+    unet = before.decoder.pixels.unet
     old = {name: p.clone() for name, p in unet.named_parameters()}
     renewed = {n for n, p in whole.unet.named_parameters() if not torch.equal(p, old[n])}
     assert renewed == {n for n in old if "attn2.to_k" in n or "attn2.to_v" in n} and renewed
     assert renew_keys(unet) == len(renewed)
     with pytest.raises(ValueError, match="new key and value projections must be trained"):
         training(parts, train_unet=False)
-    with pytest.raises(ValueError, match=r"drop: expected a number in 0\.\.1"):
-        training(parts, drop=1.5)
-    with pytest.raises(ValueError, match=r"the data have none: give data\.caption_column"):
+    with pytest.raises(ValueError, match=r"condition_drop: expected a number in 0\.\.1"):
+        training(parts, condition_drop=1.5)
+    with pytest.raises(ValueError, match=r"the data have none: set data\.caption_column"):
         whole.validation_step({"images": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, 0)
     processor, model = processor_and_model()
     lm = MultimodalLM.from_pretrained(parts["model"], decoder=None)
@@ -236,7 +239,7 @@ def test_what_is_trained(parts: dict[str, str], tmp_path: Path):
 def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
     """The loss falls, by what the words tell and not only by what pictures have in common."""
     module = training(parts, lr=3e-3)
-    pixels, vae = module.drawn.pixels, module.drawn.pixels.vae
+    pixels, vae = module.decoder.pixels, module.decoder.pixels.vae
     pixels.scheduler = DDIMScheduler(
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
@@ -286,7 +289,7 @@ def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
         "output_type": "latent",
     }
     outputs = ImageVectors(module.vectors(CAPTIONS), module.vectors([""]))
-    drawn = module.drawn.decode(outputs, latents=noise, **options)
+    drawn = module.decoder.decode(outputs, latents=noise, **options)
     distance = torch.cdist(drawn.flatten(1), drawn.flatten(1)) + torch.eye(4)
     assert distance.min() > 0.1, "from the same noise"
 
@@ -323,7 +326,7 @@ class Losses(pl.Callback):
 def test_a_stopped_run_goes_on_exactly(parts: dict[str, str], folder: Path):
     whole, rest = (
         training(parts),
-        training(parts, out=str(folder / "out"), samples=["rain", ""], sample_every=2),
+        training(parts, out=str(folder / "out"), prompts=("rain", ""), every=2),
     )
     every = fit(whole, folder / "pictures", folder / "whole", 4).values
     assert len(set(every)) == 4
@@ -377,10 +380,10 @@ def test_trained_and_used_by_command(parts: dict[str, str], folder: Path, capsys
         words += [f"--trainer.default_root_dir={folder}/run", f"--model.model={parts['model']}"]
         words += [f"--model.pixel_decoder={parts['pixel_decoder']}", f"--model.out={folder}/made"]
         words += [
-            "--model.warmup_steps=1",
-            "--model.hidden_size=32",
-            "--model.depth=1",
-            "--model.heads=2",
+            "--model.schedule.warmup_steps=1",
+            "--model.reader.hidden_size=32",
+            "--model.reader.depth=1",
+            "--model.reader.heads=2",
         ]
         words += [
             f"--data.data={folder}/pictures",

@@ -121,10 +121,12 @@ def test_held_out_blocks_are_dealt():
 
 
 def test_counts_of_two_processes(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """The picture in LanguageModeling._shared."""
+    """The picture in LanguageModeling._across_processes."""
     training: Any = module(folder)
-    monkeypatch.setattr(type(training), "_processes", 2)
+    monkeypatch.setattr(type(training), "num_processes", 2)
     other = torch.tensor([[1.0, 1.0]])
     training.all_gather = lambda own: torch.stack([own, other])
-    descend, shown = training._shared({"text": LossSum(torch.tensor(6.0), torch.tensor(3))})
+    descend, shown = training._across_processes(
+        {"text": LossSum(torch.tensor(6.0), torch.tensor(3))}
+    )
     assert descend["text"].mean == 3 and shown["text"].mean == 7 / 4

@@ -17,9 +17,9 @@ import yaml
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
+from lavit_tok.cli.items import photographs
 from lavit_tok.cli.parser import COMMANDS, main
-from lavit_tok.data.code_files import CodeRecord, Header, code_writer, read_codes
-from lavit_tok.data.jobs import photographs
+from lavit_tok.data.code_files import CodeFileHeader, CodeRecord, code_writer, read_codes
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_encode_folder_then_decode(
         == 0
     )
     rejects = Path(f"{out}.rejects.jsonl")
-    assert "encoded 4 of 5 pictures" in (message := capsys.readouterr().err)
+    assert "encoded 4 of 5 images" in (message := capsys.readouterr().err)
     assert f"1 skipped, listed in {rejects}" in message
     (reject,) = json_lines(rejects.read_text())
     assert reject["key"] == str(folder / "broken.png")
@@ -113,7 +113,7 @@ def test_encode_folder_then_decode(
 
     header, rows = read_codes(out)
     good = list(rows)
-    assert header == Header(str(weights / "tokenizer"), 16, 16)
+    assert header == CodeFileHeader(str(weights / "tokenizer"), 16, 16)
     assert {Path(row.key).name for row in good} == {photo.name for photo in photos}
     if suffix == ".parquet":
         assert pq.read_table(out).column_names == ["key", "codes", "length", "keep"]
@@ -198,14 +198,14 @@ def test_rejects_without_a_file_go_to_stderr(
     captured = capsys.readouterr()
     assert len(json_lines(captured.out)) == 2
     assert f"skipped {broken}: not an image" in captured.err
-    assert "encoded 1 of 2 pictures" in captured.err
+    assert "encoded 1 of 2 images" in captured.err
 
 
 def test_bad_rows_are_skipped_and_listed(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "codes.jsonl", tmp_path / "out"
-    with code_writer(path, Header("t", 16, 16)) as writer:
+    with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
         writer.add(
             [
                 CodeRecord("good", [1, 2, 3]),
@@ -223,7 +223,7 @@ def test_bad_rows_are_skipped_and_listed(
         main(words("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out))
         == 0
     )
-    assert "decoded 2 of 8 rows" in (message := capsys.readouterr().err)
+    assert "decoded 2 of 8 records" in (message := capsys.readouterr().err)
     assert f"6 skipped, listed in {out / 'rejects.jsonl'}" in message
     assert sorted(p.name for p in out.iterdir()) == [
         "000000-good.png",
@@ -234,23 +234,23 @@ def test_bad_rows_are_skipped_and_listed(
     assert reasons["large"] == "expected codes in 0..15, got 16..16"
     assert reasons["empty"] == "expected 1..16 codes, got 0"
     assert reasons["long"] == "expected 1..16 codes, got 17"
-    assert reasons["text"] == "codes: expected a list of whole numbers"
+    assert reasons["text"] == "codes: expected a list of integers"
     assert reasons["line 7"] == "not a JSON object"
-    assert reasons["short"] == "length says 2, but there are 1 codes"
+    assert reasons["short"] == "length is 2, but there are 1 codes"
 
 
 def test_codes_of_another_codebook(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "codes.parquet"
-    with code_writer(path, Header("t", 1024, 16)) as writer:
+    with code_writer(path, CodeFileHeader("t", 1024, 16)) as writer:
         writer.add([CodeRecord("a", [1, 2, 3])])
     assert (
         main(words("decode", path, "--decoder", weights / "decoder", "--out", tmp_path / "out"))
         == 2
     )
     message = capsys.readouterr().err
-    assert f"{path}: its codes index a codebook of 1024 rows, the decoder's has 16" in message
+    assert f"{path}: expected codes of a codebook of 16 entries, as the decoder has, got 1024" in message
     assert message.count("\n") == 1
 
 
@@ -273,17 +273,17 @@ def test_parquet_keeps_everything(tmp_path: Path) -> None:
         CodeRecord(f"picture {i}", list(range(i % 5)), None if i % 3 else [0, i % 7])
         for i in range(20_000)
     ]
-    with code_writer(path, Header("owner/name", 16384, 256)) as writer:
+    with code_writer(path, CodeFileHeader("owner/name", 16384, 256)) as writer:
         for start in range(0, len(rows), 700):
             writer.add(rows[start : start + 700])
     header, read = read_codes(path)
-    assert header == Header("owner/name", 16384, 256)
+    assert header == CodeFileHeader("owner/name", 16384, 256)
     assert list(read) == rows
 
 
 def test_a_job_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
     def die(path: Path) -> None:
-        with code_writer(path, Header("t", 16, 16)) as writer:
+        with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
             writer.add([CodeRecord("a", [1])])
             raise KeyboardInterrupt
 
@@ -318,8 +318,8 @@ def test_reconstruct(
     length = int(
         VisualTokenizer.from_pretrained(weights / "tokenizer").encode(photos[0]).lengths[0]
     )
-    assert text.count(f"{length} of 16 tokens  {photos[0]}") == 2
-    assert f"{length:.1f} tokens an image on average, 2 images; 1 skipped" in text
+    assert text.count(f"{length} of 16 codes  {photos[0]}") == 2
+    assert f"{length:.1f} codes per image on average, 2 images; 1 skipped" in text
     assert f"sheet: {out / 'sheet.png'}" in text
     names = ["000000-astronaut.png", "000002-astronaut.png", "rejects.jsonl", "sheet.png"]
     assert sorted(p.name for p in out.iterdir()) == names
@@ -355,7 +355,6 @@ def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> 
             image.crop((i * 10, 0, i * 10 + 150, 150)).resize((32, 32)).save(
                 folder / f"{i:02d}.png"
             )
-    checkpoint = {"dirpath": str(tmp_path / "run"), "every_n_train_steps": 1, "save_last": True}
     values = {
         "seed_everything": 0,
         "trainer": {
@@ -364,21 +363,15 @@ def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> 
             "logger": False,
             "enable_progress_bar": False,
             "default_root_dir": str(tmp_path / "run"),
-            "callbacks": [
-                {
-                    "class_path": "pytorch_lightning.callbacks.ModelCheckpoint",
-                    "init_args": checkpoint,
-                }
-            ],
         },
+        "checkpoint": {"every": 1},
         "model": {
             "config": {
                 k: v for k, v in tiny_config.to_dict().items() if not k.startswith("format")
             },
             "out": str(tmp_path / "tokenizer"),
-            "stop_sampling_step": 1,
-            "quantize_at": 1,
-            "kmeans_samples": 64,
+            "selection": {"stop_sampling_step": 1},
+            "codebook": {"start_step": 1, "kmeans_samples": 64},
             "log_images_every": 0,
         },
         "data": {"data": str(tmp_path / "pictures"), "image_size": 32, "batch_size": 4},
@@ -417,10 +410,12 @@ def test_fit_decoder_then_reconstruct(
     values["model"] = {
         "tokenizer": str(weights / "tokenizer"),
         "vae": str(weights / "decoder/vae"),
-        "unet": {name: unet[name] for name in (*shape, "sample_size", "attention_head_dim")},
-        "cross_dims": [16],
+        "unet": {
+            "config": {name: unet[name] for name in (*shape, "sample_size", "attention_head_dim")}
+        },
+        "condition": {"cross_dims": [16]},
         "out": str(tmp_path / "decoder"),
-        "sample_every": 0,
+        "samples": {"every": 0},
     }
     recipe.write_text(yaml.safe_dump(values))
     assert main(words("fit-decoder", "-c", recipe)) == 0
@@ -441,7 +436,10 @@ def test_fit_decoder_then_reconstruct(
     [
         ("fit -c missing.yaml", "missing.yaml"),
         ("fit -c RECIPE --model.rhoo 1", "--model.rhoo"),
-        ("fit -c RECIPE --model.rho 3.0", "rho: expected a share between 0 and 1, got 3.0"),
+        (
+            "fit -c RECIPE --model.selection.rho 3.0",
+            "rho: expected a ratio between 0 and 1, got 3.0",
+        ),
     ],
 )
 def test_bad_recipes(line: str, reason: str, recipe: Path, capsys: Any) -> None:
@@ -462,7 +460,7 @@ def test_bad_recipes(line: str, reason: str, recipe: Path, capsys: Any) -> None:
         ("encode", "required: IMAGE"),
         ("encode a.png --budget 0", "fraction in (0, 1], got 0"),
         ("encode a.png --budget 1.5", "fraction in (0, 1], got 1.5"),
-        ("encode a.png --seed -1", "expected 0 or more"),
+        ("encode a.png --seed -1", "expected at least 0"),
         ("encode a.png --batch-size 0", "expected at least 1"),
         ("decode a.parquet", "required: --out"),
     ],
@@ -491,7 +489,7 @@ def test_bad_words(line: str, reason: str, capsys: pytest.CaptureFixture[str]) -
             "encode PHOTO --device toaster --tokenizer TOKENIZER",
             "device 'toaster' cannot be used here",
         ),
-        ("encode FOLDER", "no pictures found"),
+        ("encode FOLDER", "no images found"),
         ("decode missing.parquet --out DIR", "missing.parquet"),
         ("decode codes.csv --out DIR", "codes.csv: expected a name that ends in"),
     ],

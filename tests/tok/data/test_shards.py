@@ -20,7 +20,7 @@ import pytest
 import lavit_tok
 from lavit_tok import ShardError, Shards, VisualTokenizer
 from lavit_tok.cli import main
-from lavit_tok.data.code_files import CodeRecord, Header, read_codes
+from lavit_tok.data.code_files import CodeFileHeader, CodeRecord, read_codes
 from lavit_tok.data.shard_manifest import Manifest, sha256
 from lavit_tok.encode.image_processor import open_image
 
@@ -115,7 +115,7 @@ def test_the_drawing(shards: Callable[..., Path], album: Path, weights: Path, ca
     out = shards()
     message = capsys.readouterr().err
     assert (
-        "train: 9 rows of 10 pictures" in message
+        "train: 9 records of 10 images" in message
         and f"1 skipped, listed in {out}/train.rejects.jsonl" in message
     )
     names = [f"train-{i:05d}.parquet" for i in range(3)]
@@ -182,12 +182,12 @@ def test_manifest_and_rejects(shards: Callable[..., Path], weights: Path, album:
     assert (split["data"], split["images"], split["caption_column"]) == (str(album), 10, "caption")
     for shard in listed:
         table = pq.ParquetFile(out / shard["file"]).read()
-        assert (shard["rows"], shard["codes"]) == (len(table), sum(table["length"].to_pylist()))
+        assert (shard["records"], shard["codes"]) == (len(table), sum(table["length"].to_pylist()))
         assert shard["sha256"] == sha256(out / shard["file"])
     assert [shard["rejects"] for shard in listed] == [1, 0, 0]
     (line,) = (out / "train.rejects.jsonl").read_text().splitlines()
     reason = "not an image in a format that Pillow supports"
-    assert json.loads(line) == {"key": "train/02.png", "reason": reason, "row": CORRUPT}
+    assert json.loads(line) == {"key": "train/02.png", "reason": reason, "index": CORRUPT}
 
 
 def test_neither_processes_nor_the_place_of_the_data_matter(
@@ -222,9 +222,9 @@ def test_splits_share_a_manifest(shards: Callable[..., Path]) -> None:
     shards("apart", split="train")
     together = shards("together", split=None)
     first, second = (Manifest.read(out) for out in (apart, together))
-    assert (first.settings, first.splits) == (second.settings, second.splits)
+    assert (first.config, first.splits) == (second.config, second.splits)
     assert list(first.splits) == ["validation", "train"]
-    assert (Shards.open(together, "train").rows, Shards.open(together, "validation").rows) == (9, 2)
+    assert (Shards.open(together, "train").records, Shards.open(together, "validation").records) == (9, 2)
     assert not (together / "validation.rejects.jsonl").exists()
 
 
@@ -392,29 +392,29 @@ def test_damage_is_mended(shards: Callable[..., Path], capsys: Any) -> None:
         assert expected in capsys.readouterr().err
 
     stamps = {name: (out / name).stat().st_mtime_ns for name in whole}
-    again("3 of them there before")
+    again("3 of them from earlier runs")
     assert {
         name: (out / name).stat().st_mtime_ns for name in whole
     } == stamps  # nothing is written twice
     (out / "train-00001.parquet").unlink()
-    again("2 of them there before")
+    again("2 of them from earlier runs")
     (out / "train-00000.parquet").write_bytes(whole["train-00000.parquet"][:-9])
-    again("2 of them there before")
+    again("2 of them from earlier runs")
     (out / "train.rejects.jsonl").unlink()
-    again("2 of them there before")
+    again("2 of them from earlier runs")
     (out / "train.rejects.jsonl").write_text('{"key": "train/02.png", "rea')
-    again("2 of them there before")
+    again("2 of them from earlier runs")
     with open(
         out / "train.rejects.jsonl", "a"
     ) as lines:  # what could not be read for a moment, and now can
-        lines.write('{"key": "train/05.png", "reason": "away", "row": 5}\n')
-    again("2 of them there before")
+        lines.write('{"key": "train/05.png", "reason": "away", "index": 5}\n')
+    again("2 of them from earlier runs")
     (out / ".train-00002.parquet.1.part").write_text("half")
-    again("3 of them there before")
+    again("3 of them from earlier runs")
     edit(
         out, lambda values: values["splits"]["train"]["shards"].pop()
     )  # killed before the manifest was moved
-    again("2 of them there before")
+    again("2 of them from earlier runs")
     (out / "manifest.json").unlink()
     again("3 shards;")
 
@@ -425,7 +425,7 @@ def test_rejects_are_never_lost(shards: Callable[..., Path], album: Path, tmp_pa
     out = shards(data=path)
     whole = files(out)
     lines = [json.loads(line) for line in (out / "train.rejects.jsonl").read_text().splitlines()]
-    assert [(line["row"], line["key"]) for line in lines] == [(i, f"{i}.png") for i in (0, 2, 7, 9)]
+    assert [(line["index"], line["key"]) for line in lines] == [(i, f"{i}.png") for i in (0, 2, 7, 9)]
     for lost in range(3):
         (out / f"train-{lost:05d}.parquet").unlink()
         assert files(shards(data=path)) == whole
@@ -448,13 +448,13 @@ def test_other_settings_are_refused(
     tiny_tokenizer.save_pretrained(tmp_path / "other codebook")
     other = parquet(tmp_path / "other.parquet", album, caption=[f"caption {i}" for i in range(10)])
     for words, names in (
-        (["--budget", 2], ["budget 1 then, 2 now"]),
-        (["--budget", "1.0"], ["budget 1 then, 1.0 now", "batch_size None then, 3 now"]),
+        (["--budget", 2], ["budget 1, now 2"]),
+        (["--budget", "1.0"], ["budget 1, now 1.0", "batch_size None, now 3"]),
         (
             ["--budget", 1, "--flip", "--shard-size", 5],
-            ["flip False then, True now", "shard_size 4 then, 5 now"],
+            ["flip False, now True", "shard_size 4, now 5"],
         ),
-        (["--budget", 1, "--caption-column", ""], ["caption_column 'caption' then, None now"]),
+        (["--budget", 1, "--caption-column", ""], ["caption_column 'caption', now None"]),
         (["--budget", 1, "--tokenizer", tmp_path / "other selector"], ["tokenizer '", "weights '"]),
         (
             ["--budget", 1, "--tokenizer", tmp_path / "other codebook"],
@@ -465,13 +465,13 @@ def test_other_settings_are_refused(
         shards("out", *words, code=2)
         message = capsys.readouterr().err
         assert (
-            message.startswith(f"lavit-tok: error: {out}: begun with other settings: ")
+            message.startswith(f"lavit-tok: error: {out}: has shards with other values of ")
             and message.count("\n") == 1
         )
         assert all(name in message for name in names)
     shards("out", "--budget", 1, data=other, code=2)
     message = capsys.readouterr().err
-    assert f"data '{album}' then, '{other}' now" in message and "digest '" in message
+    assert f"data '{album}', now '{other}'" in message and "digest '" in message
     assert files(out) == whole
     assert keys(
         shards("out", "--budget", 1, "--batch-size", 2) / "train-00000.parquet"
@@ -495,12 +495,12 @@ def test_a_full_disk_keeps_what_is_complete(
     assert message.startswith(
         f"lavit-tok: error: {out / 'train-00001.parquet'} cannot be written: "
     )
-    assert "1 of 3 shards are complete and kept" in message and message.count("\n") == 1
+    assert "1 of 3 shards are complete" in message and message.count("\n") == 1
     assert sorted(files(out)) == ["manifest.json", "train-00000.parquet", "train.rejects.jsonl"]
     with pytest.raises(ShardError, match="1 of 3 shards of split 'train' are done"):
         Shards.open(out)
     assert files(shards("full")) == whole
-    assert "1 of them there before" in capsys.readouterr().err
+    assert "1 of them from earlier runs" in capsys.readouterr().err
 
 
 def test_two_jobs_in_one_folder(shards: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
@@ -510,9 +510,9 @@ def test_two_jobs_in_one_folder(shards: Callable[..., Path], tmp_path: Path, cap
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
         shards(code=2)
-        assert "another job is writing there" in capsys.readouterr().err
+        assert "another job is writing to it" in capsys.readouterr().err
         other.kill()
-    assert Shards.open(shards()).rows == 9
+    assert Shards.open(shards()).records == 9
 
 
 def test_pictures_that_cannot_be_used(
@@ -525,11 +525,11 @@ def test_pictures_that_cannot_be_used(
     out = shards("bad out", "--caption-column", "", data=folder.parent, code=2)
     message = capsys.readouterr().err
     assert (
-        "none of 3 pictures of split 'train' could be used; the first is train/0.png: not an image"
+        "none of 3 images of split 'train' could be used; the first is train/0.png: not an image"
         in message
     )
     assert len((out / "train.rejects.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(ShardError, match="no rows: none of its pictures could be read"):
+    with pytest.raises(ShardError, match="is empty: none of its images could be read"):
         Shards.open(out)
     shards(data=tmp_path / "nowhere", code=2)
     assert f"{tmp_path / 'nowhere'}: expected an image folder" in capsys.readouterr().err
@@ -544,7 +544,7 @@ def test_pictures_that_cannot_be_used(
 def test_words_that_are_refused(capsys: Any) -> None:
     for words, reason in (
         ("a --shard-size 0", "at least 1"),
-        ("a --num-workers -1", "0 or more"),
+        ("a --num-workers -1", "at least 0"),
         ("a", "--out"),
     ):
         with pytest.raises(SystemExit) as caught:
@@ -562,7 +562,7 @@ def test_reading_for_training(
     tokenizer = VisualTokenizer.from_pretrained(weights)
     opened.require(fingerprint=tokenizer.fingerprint(), codebook_size=16)
     assert (opened.split, opened.tokenizer, opened.data) == ("train", str(weights), str(album))
-    assert (opened.rows, opened.rejects, len(opened.files)) == (18, 1, 9)
+    assert (opened.records, opened.rejects, len(opened.files)) == (18, 1, 9)
     assert (opened.codebook_size, opened.patches, opened.budget, opened.flip) == (
         16,
         16,
@@ -578,7 +578,7 @@ def test_reading_for_training(
     assert sum(map(len, rows["codes"])) == opened.codes == sum(rows["length"])
     assert Shards.open(out, "train", verify=False) == opened
     header, codes = read_codes(out / "train-00000.parquet")  # so `lavit-tok decode` draws it
-    assert header == Header(str(weights), 16, 16)
+    assert header == CodeFileHeader(str(weights), 16, 16)
     assert list(codes)[1] == CodeRecord(rows[1]["key"], rows[1]["codes"], rows[1]["keep"])
 
 
@@ -590,7 +590,7 @@ def test_shards_of_another_tokenizer(shards: Callable[..., Path], weights: Path)
     message = str(caught.value)
     assert message == (
         f"{out}: expected codebook fingerprint 0123456789abcdef, got {opened.fingerprint} of tokenizer '{weights}': "
-        "these codes index another codebook: the language model would learn unrelated pictures"
+        "the codes index another codebook, so the language model would learn unrelated images"
     )
     with pytest.raises(ShardError, match="expected codebook size 1024, got 16"):
         opened.require(fingerprint=opened.fingerprint, codebook_size=1024)
@@ -621,7 +621,7 @@ def test_files_that_are_not_what_the_manifest_says(shards: Callable[..., Path]) 
     path.write_bytes(whole[path.name][:-20])
     refused("truncated or altered", verify=False)
     path.write_bytes(whole["train-00000.parquet"])
-    refused("has 3 rows, manifest.json says 4", verify=False)
+    refused("has 3 records, 4 are listed in manifest.json", verify=False)
     restored()
 
     table = pq.ParquetFile(path).read()
@@ -642,35 +642,35 @@ def test_files_that_are_not_what_the_manifest_says(shards: Callable[..., Path]) 
 
     ones = pa.array([1, 1, 1, 1], pa.int32())
     forged(
-        "a row without codes",
+        "a record without codes",
         codes=lists([]),
         keep=lists([]),
         length=pa.array([0, 1, 1, 1], pa.int32()),
     )
-    forged("a row without codes", length=pa.array([None, 1, 1, 1], pa.int32()))
+    forged("a record without codes", length=pa.array([None, 1, 1, 1], pa.int32()))
     forged("codes: expected 0..15, got 1..16", codes=lists([16]), keep=lists([0]), length=ones)
     forged("codes: expected 0..15, got -1..3", codes=lists([None]), keep=lists([0]), length=ones)
     forged("keep: expected 0..15, got 1..99", codes=lists([0]), keep=lists([99]), length=ones)
     forged(
-        "codes: their number is not the row's length",
+        "codes: their number differs from the record's length",
         codes=lists([0, 1]),
         keep=lists([0]),
         length=ones,
     )
     forged(
-        "keep: their number is not the row's length",
+        "keep: their number differs from the record's length",
         codes=lists([0]),
         keep=lists([0, 1]),
         length=ones,
     )
     forged("expected columns", length=pa.array([1, 1, 1, 1], pa.int64()))
-    assert Shards.open(out).rows == 9
+    assert Shards.open(out).records == 9
 
 
 def test_manifests_that_cannot_be_read(
     shards: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
-    with pytest.raises(ShardError, match="no folder of shards: No such file"):
+    with pytest.raises(ShardError, match="not a folder of shards: No such file"):
         Shards.open(tmp_path / "nowhere")
     out = shards()
     with pytest.raises(ShardError, match="expected a split 'test', got train"):

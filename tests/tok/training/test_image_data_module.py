@@ -273,5 +273,5 @@ def test_bad_settings_are_refused(settings):
 
 def test_a_split_without_any_readable_picture_is_an_error(tmp_path):
     path = parquet(tmp_path / "data", count=3, corrupt=(0, 1, 2))
-    with pytest.raises(ValueError, match="no readable picture"):
+    with pytest.raises(ValueError, match="no readable image"):
         ImageDataModule(str(path), cache=True).setup("fit")

@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers.small_diffusion import small_vae
+from helpers.trainers import trainer_of
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -19,7 +20,7 @@ from lavit_tok import PixelDecoder, VisualTokenizer
 from lavit_tok.cli import main
 from lavit_tok.training.data_module import ImageDataModule
 from lavit_tok.training.decoder_training import PixelDecoderTraining
-from lavit_tok.training.encoded_images import EncodedSet, FrozenParts
+from lavit_tok.training.encoded_images import EncodedSet, FrozenEncoders
 from lavit_tok.training.logging import step_generator
 
 UNET: dict[str, Any] = {
@@ -62,14 +63,14 @@ def training(parts: dict[str, str], **settings: Any) -> PixelDecoderTraining:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         chosen = {
-            "unet": UNET,
-            "cross_dims": [16],
-            "sample_every": 0,
+            "config": UNET,
+            "cross_dims": (16,),
+            "every": 0,
             "warmup_steps": 1,
             "lr": 1e-2,
             "flip": 0.5,
         }
-        return PixelDecoderTraining(**parts, **{**chosen, "ema_decay": 0.6, **settings})
+        return trainer_of(PixelDecoderTraining, **parts, **{**chosen, "ema_decay": 0.6, **settings})
 
 
 def fit(
@@ -117,9 +118,9 @@ def test_loss_by_hand(prediction: str, min_snr: float, parts: dict[str, str]) ->
     images = torch.randint(
         256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
     )
-    encoded = module.parts(images)
+    encoded = module.encoders(images)
     with torch.no_grad():
-        loss = module.diffusion_loss(encoded, torch.Generator().manual_seed(2), drop=0.5)
+        loss = module.diffusion_loss(encoded, torch.Generator().manual_seed(2), condition_drop=0.5)
         g = torch.Generator().manual_seed(2)
         t = ((torch.randperm(4, generator=g) + torch.rand(4, generator=g)) * 250).long()
         noise, dropped = torch.randn(4, 4, 16, 16, generator=g), torch.rand(4, generator=g) < 0.5
@@ -144,7 +145,7 @@ def test_loss_by_hand(prediction: str, min_snr: float, parts: dict[str, str]) ->
 
 
 def test_features_and_latents_are_the_frozen_parts_own(parts: dict[str, str]) -> None:
-    frozen, tokenizer = FrozenParts(**parts), VisualTokenizer.from_pretrained(parts["tokenizer"])
+    frozen, tokenizer = FrozenEncoders(**parts), VisualTokenizer.from_pretrained(parts["tokenizer"])
     images = torch.randint(
         256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
     )
@@ -166,7 +167,7 @@ def test_features_and_latents_are_the_frozen_parts_own(parts: dict[str, str]) ->
 
 
 def test_encoded_once(parts: dict[str, str], tmp_path: Path) -> None:
-    frozen = FrozenParts(**parts)
+    frozen = FrozenEncoders(**parts)
     pixels = torch.randint(
         256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
     )
@@ -178,21 +179,21 @@ def test_encoded_once(parts: dict[str, str], tmp_path: Path) -> None:
         torch.testing.assert_close(
             getattr(got, name), getattr(expected, name), rtol=2e-3, atol=2e-3
         )
-    with pytest.raises(ValueError, match=r"pictures \[1\] were not encoded"):
+    with pytest.raises(ValueError, match=r"images \[1\] were not encoded"):
         made(torch.tensor([1]), torch.tensor([False]), "cpu")
     frozen.tokenizer.reconstructor = None  # the stored file is enough; nothing is encoded again
-    again = EncodedSet(pixels, index, FrozenParts(**parts), True, tmp_path / "cache")
+    again = EncodedSet(pixels, index, FrozenEncoders(**parts), True, tmp_path / "cache")
     assert (
         torch.equal(again.features, made.features)
         and len(list((tmp_path / "cache").iterdir())) == 1
     )
-    EncodedSet(255 - pixels, index, FrozenParts(**parts), True, tmp_path / "cache")
+    EncodedSet(255 - pixels, index, FrozenEncoders(**parts), True, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2  # other pictures, another file
-    plain = EncodedSet(pixels, index, FrozenParts(**parts), flipped=False)
+    plain = EncodedSet(pixels, index, FrozenEncoders(**parts), flipped=False)
     assert len(plain.latents) == 5
     sides = [m(index, torch.zeros(5, dtype=torch.bool), "cpu") for m in (made, plain)]
     torch.testing.assert_close(sides[0].latents, sides[1].latents, rtol=2e-3, atol=2e-3)
-    with pytest.raises(ValueError, match="mirror images were not encoded"):
+    with pytest.raises(ValueError, match="flipped images were not encoded"):
         plain(index, torch.ones(5, dtype=torch.bool), "cpu")
 
 
@@ -250,12 +251,12 @@ def test_average_is_the_formula(parts: dict[str, str], folder: Path, tmp_path: P
 def test_frozen_parts_are_absent(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
     module = training(parts)
     frozen = [
-        *module.parts.tokenizer.state_dict().values(),
-        *module.parts.vae.state_dict().values(),
+        *module.encoders.tokenizer.state_dict().values(),
+        *module.encoders.vae.state_dict().values(),
     ]
     frozen += [
-        *module.conditioner[0].codebook.buffers(),
-        *module.conditioner[0].reconstructor.parameters(),
+        *module.conditioner.module.codebook.buffers(),
+        *module.conditioner.module.reconstructor.parameters(),
     ]
     before = [t.clone() for t in frozen]
     keep = ModelCheckpoint(tmp_path / "kept", save_last=True)
@@ -293,13 +294,15 @@ def test_it_learns_and_exports_the_average(
     def loss() -> float:
         with torch.no_grad(), module.averaged():
             return float(
-                module.diffusion_loss(module.parts(images), torch.Generator().manual_seed(9), 0.0)
+                module.diffusion_loss(
+                    module.encoders(images), torch.Generator().manual_seed(9), 0.0
+                )
             )
 
     before = loss()
     fit(module, folder, tmp_path, 40)
     assert loss() < 0.75 * before
-    codes = module.parts.codes(images[:2])
+    codes = module.encoders.codes(images[:2])
     decoder = PixelDecoder.from_pretrained(tmp_path / "out")
     decoder.set_progress_bar_config(disable=True)
     generators = [step_generator(0, i, 2**32, "cpu") for i in range(2)]
@@ -317,7 +320,7 @@ def test_it_learns_and_exports_the_average(
 
 def test_sheets_and_validation(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
     """Every 2 steps a sheet of 3 originals above 3 samples; validating uses the averages and puts the weights back."""
-    module = training(parts, sample_every=2, sample_count=3, sample_steps=2)
+    module = training(parts, every=2, count=3, steps=2)
     steps = Steps()
     trainer = fit(
         module,
@@ -328,7 +331,7 @@ def test_sheets_and_validation(parts: dict[str, str], folder: Path, tmp_path: Pa
         check_val_every_n_epoch=None,
         val_check_interval=1,
     )
-    sheets = sorted((tmp_path / "pictures").glob("samples-*.png"))
+    sheets = sorted((tmp_path / "images").glob("samples-*.png"))
     assert [s.name for s in sheets] == ["samples-0000002.png", "samples-0000004.png"]
     sheet = np.asarray(Image.open(sheets[0]))
     assert sheet.shape == (64, 96, 3)
@@ -339,7 +342,7 @@ def test_sheets_and_validation(parts: dict[str, str], folder: Path, tmp_path: Pa
         next(iter(trainer.datamodule.val_dataloader())),
     )
     with torch.no_grad(), module.averaged():
-        expected = module.diffusion_loss(module.parts(batch["images"]), generator, 0.0)
+        expected = module.diffusion_loss(module.encoders(batch["images"]), generator, 0.0)
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(float(expected), rel=1e-4)
     assert math.isfinite(float(trainer.callback_metrics["sample/psnr"]))
     plain = training(parts)
@@ -356,10 +359,10 @@ def test_sdxl_and_accumulated_steps(parts: dict[str, str], folder: Path, tmp_pat
     unet = {**UNET, **extra, "projection_class_embeddings_input_dim": 8 + 6 * 4}
     settings = {
         "style": "sdxl",
-        "cross_dims": [8, 8],
+        "cross_dims": (8, 8),
         "pooled_dim": 8,
         "pool_heads": 2,
-        "unet": unet,
+        "config": unet,
     }
     module = training(parts, out=str(tmp_path / "out"), **settings)
     losses: list[float] = []
@@ -374,7 +377,7 @@ def test_starts_from_a_pretrained_unet(parts: dict[str, str], tmp_path: Path) ->
     first = training(parts)
     first.unet.save_pretrained(tmp_path / "unet")
     second = training(
-        parts, unet=None, unet_from=str(tmp_path / "unet"), spatial_channels=2, sample_size=8
+        parts, config=None, pretrained=str(tmp_path / "unet"), spatial_channels=2, sample_size=8
     )
     latents, tokens = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 16)
     with torch.no_grad():
@@ -388,12 +391,12 @@ def test_bad_settings_are_refused(parts: dict[str, str], folder: Path, tmp_path:
         ValueError, match="zero_terminal_snr: expected prediction_type v_prediction"
     ):
         training(parts, zero_terminal_snr=True)
-    with pytest.raises(ValueError, match=r"drop: expected a number in 0\.\.1, got 10.0"):
-        training(parts, drop=10.0)
-    with pytest.raises(ValueError, match=r"either unet .* or unet_from"):
-        training(parts, unet=None)
-    with pytest.raises(ValueError, match=r"settings do not fit .*'in_channels': \(5, 4\)"):
-        training(parts, unet={**UNET, "in_channels": 5})
+    with pytest.raises(ValueError, match=r"condition_drop: expected a number in 0\.\.1, got 10.0"):
+        training(parts, condition_drop=10.0)
+    with pytest.raises(ValueError, match=r"either unet.config or unet.pretrained"):
+        training(parts, config=None)
+    with pytest.raises(ValueError, match=r"values do not fit .*'in_channels': \(5, 4\)"):
+        training(parts, config={**UNET, "in_channels": 5})
     with pytest.raises(ValueError, match="expected an existing directory, or a Hub id"):
         training({**parts, "vae": "nowhere"})
     trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -440,14 +443,18 @@ def test_recipe_trains(recipe: Path, parts: dict[str, str], folder: Path, tmp_pa
     words += [
         f"--model.tokenizer={parts['tokenizer']}",
         f"--model.vae={parts['vae']}",
-        "--model.unet_from=null",
+        "--model.unet.pretrained=null",
     ]
     words += [
-        f"--model.unet={json.dumps(UNET)}",
-        "--model.cross_dims=[16]",
-        "--model.null_length=16",
+        f"--model.unet.config={json.dumps(UNET)}",
+        "--model.condition.cross_dims=[16]",
+        "--model.condition.null_length=16",
     ]
-    words += ["--model.sample_every=2", "--model.sample_steps=2", f"--model.out={tmp_path / 'out'}"]
+    words += [
+        "--model.samples.every=2",
+        "--model.samples.steps=2",
+        f"--model.out={tmp_path / 'out'}",
+    ]
     assert main(["fit-decoder", *words]) == 0
     assert PixelDecoder.from_pretrained(tmp_path / "out").unet.config.block_out_channels == [16, 16]
     assert (tmp_path / "run" / "images" / "samples-0000002.png").is_file()

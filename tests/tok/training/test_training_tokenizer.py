@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from helpers.trainers import trainer_of
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.encode.allocation import straight_through
 from lavit_tok.encode.selector import keep_scores
 from lavit_tok.training.data_module import ImageDataModule
-from lavit_tok.training.logging import Recent, step_generator, warmup_cosine
-from lavit_tok.training.tokenizer_training import TokenizerTraining
+from lavit_tok.training.logging import step_generator
+from lavit_tok.training.optimizers import ScheduleConfig
+from lavit_tok.training.tokenizer_training import RecentValues, TokenizerTraining
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +57,15 @@ def fit(
     pl.seed_everything(0, verbose=False)
     chosen = {
         "stop_sampling_step": 3,
-        "quantize_at": 4,
+        "start_step": 4,
         "blend_steps": 2,
         "kmeans_samples": 256,
         "warmup_steps": 1,
         "lr": 3e-3,
     }
-    module = TokenizerTraining(config, log_images_every=0, **{**chosen, **settings})
+    module = trainer_of(
+        TokenizerTraining, config=config, log_images_every=0, **{**chosen, **settings}
+    )
     losses = Losses()
     trainer = pl.Trainer(
         max_steps=steps,
@@ -134,7 +138,7 @@ def test_settled_selector_keeps_rho_and_freezes(
 
     (At least: every image keeps one patch, even where all of its scores lie below the batch's upper quarter.)
     """
-    settings = {"random_budget_ratio": 0.0, "rho": 0.25, "stop_sampling_step": 3, "quantize_at": 7}
+    settings = {"random_budget_ratio": 0.0, "rho": 0.25, "stop_sampling_step": 3, "start_step": 7}
     module, _, values = fit(tiny_config, folder, tmp_path, 7, **settings)
     ratios = [v["train/keep_ratio"] for v in values[3:]]
     assert 0.25 - 1 / 128 <= ratios[0] <= 0.25 + 8 / 128, "but for the patch at the border itself"
@@ -198,7 +202,7 @@ def test_chain_train_save_load_encode_reconstruct(
 
 def test_recent_rows_overwrite_the_oldest() -> None:
     """The drawing of the docstring, then nothing at all, then more rows at once than are held."""
-    recent = Recent(4)
+    recent = RecentValues(4)
     assert recent.latest().tolist() == []
     recent.add(torch.tensor([1.0, 2.0, 3.0]))
     assert recent.latest().tolist() == [1, 2, 3]
@@ -207,7 +211,7 @@ def test_recent_rows_overwrite_the_oldest() -> None:
     recent.add(torch.zeros(0))
     recent.add(torch.arange(10, 16).float())
     assert sorted(recent.latest().tolist()) == [12, 13, 14, 15]
-    pairs = Recent(2, 3)
+    pairs = RecentValues(2, 3)
     pairs.add(torch.ones(1, 3))
     assert pairs.latest().shape == (1, 3)
 
@@ -218,7 +222,7 @@ def test_learning_rate_shape() -> None:
       |  /   \\_
     0 | /       \\__ floor
     """
-    factors = [warmup_cosine(s, 100, 10, 0.1) for s in range(101)]
+    factors = [ScheduleConfig(10, 0.1).factor(s, 100) for s in range(101)]
     assert factors[0] == pytest.approx(1 / 11) and max(factors) == factors[10] == 1.0
     assert factors[100] == pytest.approx(0.1) and factors[55] == pytest.approx(0.55, abs=0.01)
     assert factors[:11] == sorted(factors[:11]) and factors[10:] == sorted(
@@ -233,11 +237,11 @@ def test_step_generator_depends_on_its_arguments_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rho": 0.0}, {"rho": 1.5}, {"stop_sampling_step": 9, "quantize_at": 3}]
+    "bad", [{"rho": 0.0}, {"rho": 1.5}, {"stop_sampling_step": 9, "start_step": 3}]
 )
 def test_impossible_settings_are_refused(tiny_config: TokenizerConfig, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
-        TokenizerTraining(tiny_config, **bad)
+        trainer_of(TokenizerTraining, config=tiny_config, **bad)
 
 
 def test_a_tokenizer_that_only_encodes_cannot_be_trained(tiny_config: TokenizerConfig) -> None:

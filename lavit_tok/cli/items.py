@@ -1,0 +1,104 @@
+"""The items of a command: images by name, chunks of them, progress, and PNG files."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from lavit_tok.data.files import atomic
+from lavit_tok.data.rejects import Rejects
+from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor, find_images
+
+PHOTOGRAPHS = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "rocket.jpg",
+    "motorcycle_left.png",
+    "hubble_deep_field.jpg",
+    "camera.png",
+    "coins.png",
+)
+"""Photographs in the package scikit-image: six in color, two gray."""
+Item = TypeVar("Item")
+
+
+def list_images(names: Sequence[str]) -> list[Path]:
+    """Files, and the images of folders; "-" reads further names from stdin, one a line.
+
+    Raises:
+        ImageError: there are none.
+    """
+    lines = [line.rstrip("\n") for line in sys.stdin] if "-" in names else []
+    paths = find_images([*(n for n in names if n != "-"), *(line for line in lines if line)])
+    if not paths:
+        raise ImageError(f"{', '.join(names)}: no images found")
+    return paths
+
+
+def photographs() -> list[Path]:
+    """The photographs in the package scikit-image. Raises ImageError if it is not installed."""
+    spec = find_spec("skimage")
+    folder = Path(spec.origin).parent / "data" if spec and spec.origin else None
+    paths = [folder / name for name in PHOTOGRAPHS if (folder / name).is_file()] if folder else []
+    if not paths:
+        raise ImageError(
+            "no images given, and scikit-image, whose photographs are the default, is not "
+            "installed: pip install scikit-image"
+        )
+    return paths
+
+
+def open_images(
+    paths: Iterable[tuple[int, Path]], rejects: Rejects, image_processor: VisualImageProcessor
+) -> list[tuple[int, Path, Image.Image]]:
+    """The numbered images that can be opened; the others are rejected."""
+    images = []
+    for number, path in paths:
+        try:
+            images.append((number, path, image_processor.open(path)))
+        except ImageError as error:
+            rejects.add(str(path), error)
+    return images
+
+
+def device(name: str) -> torch.device:
+    """The device. Raises ValueError if it cannot be used."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Save an image; the file appears when it is complete."""
+    with atomic(path) as partial:
+        image.save(partial, "PNG")
+
+
+def png_name(number: int, key: str) -> str:
+    """Item 7 with key "a/cat 1.jpg" -> "000007-cat_1.png"."""
+    return f"{number:06d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', Path(key).stem)[:80]}.png"
+
+
+def progress(items: Iterable[Item], title: str) -> Iterable[Item]:
+    """A progress bar on stderr if that is a terminal."""
+    return tqdm(items, title, file=sys.stderr, disable=None)
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

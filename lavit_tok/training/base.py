@@ -1,0 +1,96 @@
+"""TrainingModule: what the trainers of both packages have in common."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from lavit_tok.training.frozen import drop_frozen, restore_frozen
+from lavit_tok.training.optimizers import (
+    OptimizerConfig,
+    ScheduleConfig,
+    adamw,
+    parameter_groups,
+)
+
+
+class TrainingModule(pl.LightningModule):
+    """A LightningModule that is trained by AdamW and leaves frozen weights out of checkpoints.
+
+    A subclass sets `optimizer_config` and `schedule_config`, and overrides `parameter_groups`,
+    `learning_rate_factor` or `frozen_names` where they differ.
+    """
+
+    optimizer_config: OptimizerConfig
+    schedule_config: ScheduleConfig
+
+    def save_arguments(self, *ignore: str) -> None:
+        """Save the arguments of `__init__` as hyperparameters, config records as plain dicts.
+
+        Plain dicts because a checkpoint that holds other classes is refused by
+        `torch.load(weights_only=True)`.
+        """
+        frame: Any = inspect.currentframe()
+        self.save_hyperparameters(ignore=list(ignore), frame=frame.f_back)
+        for name, value in list(self.hparams.items()):
+            if is_dataclass(value) and not isinstance(value, type):
+                self.hparams[name] = asdict(value)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that are trained."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that train together; 1 without a trainer."""
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    def micro_step(self, batch_idx: int) -> int:
+        """Number of the batch since the start of training; accumulated steps have several."""
+        accumulated = int(self.trainer.accumulate_grad_batches)
+        return self.global_step * accumulated + batch_idx % accumulated
+
+    def completes_step(self, batch_idx: int) -> bool:
+        """Whether this batch is the last of its accumulated step."""
+        return (batch_idx + 1) % int(self.trainer.accumulate_grad_batches) == 0
+
+    def require_finite(self, loss: Tensor) -> None:
+        """Raise ValueError for a loss that would spoil the weights."""
+        if not bool(loss.isfinite()):
+            raise ValueError(
+                f"step {self.global_step}: expected a finite loss, got {float(loss)}; stopped "
+                "before the weights are updated"
+            )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The groups of AdamW."""
+        return parameter_groups(self.trained, self.optimizer_config.weight_decay)
+
+    def learning_rate_factor(self, step: int, total: int) -> float:
+        """Factor on the peak learning rates at a step of a run of `total` steps."""
+        return self.schedule_config.factor(step, total)
+
+    def frozen_names(self) -> Iterable[str]:
+        """Names in `state_dict()` that checkpoints leave out."""
+        return ()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with one factor on all learning rates, updated every step."""
+        total = int(self.trainer.estimated_stepping_batches)
+        return adamw(
+            self.parameter_groups(),
+            self.optimizer_config,
+            lambda step: self.learning_rate_factor(step, total),
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        drop_frozen(checkpoint, self.frozen_names())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_frozen(checkpoint, self, self.frozen_names())
