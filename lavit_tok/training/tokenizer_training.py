@@ -331,7 +331,7 @@ class TokenizerTraining(TrainingModule):
         return self.tokenizer.reconstructor.ragged(vectors, layout), codes, commitment
 
     def _quantize(self, z: Float[Tensor, "total c"]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z itself before `start_step`; after it, blended towards its codebook entry."""
+        """Z itself before `start_step`; after it, blended towards its codebook entry."""
         zero = torch.zeros((), device=z.device)
         if int(self.stage) < 2 or self.codebook is None:
             if self.training:

@@ -250,7 +250,10 @@ def test_codes_of_another_codebook(
         == 2
     )
     message = capsys.readouterr().err
-    assert f"{path}: expected codes of a codebook of 16 entries, as the decoder has, got 1024" in message
+    assert (
+        f"{path}: expected codes of a codebook of 16 entries, as the decoder has, got 1024"
+        in message
+    )
     assert message.count("\n") == 1
 
 

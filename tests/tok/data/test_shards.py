@@ -224,7 +224,10 @@ def test_splits_share_a_manifest(shards: Callable[..., Path]) -> None:
     first, second = (Manifest.read(out) for out in (apart, together))
     assert (first.config, first.splits) == (second.config, second.splits)
     assert list(first.splits) == ["validation", "train"]
-    assert (Shards.open(together, "train").records, Shards.open(together, "validation").records) == (9, 2)
+    assert (
+        Shards.open(together, "train").records,
+        Shards.open(together, "validation").records,
+    ) == (9, 2)
     assert not (together / "validation.rejects.jsonl").exists()
 
 
@@ -425,7 +428,9 @@ def test_rejects_are_never_lost(shards: Callable[..., Path], album: Path, tmp_pa
     out = shards(data=path)
     whole = files(out)
     lines = [json.loads(line) for line in (out / "train.rejects.jsonl").read_text().splitlines()]
-    assert [(line["index"], line["key"]) for line in lines] == [(i, f"{i}.png") for i in (0, 2, 7, 9)]
+    assert [(line["index"], line["key"]) for line in lines] == [
+        (i, f"{i}.png") for i in (0, 2, 7, 9)
+    ]
     for lost in range(3):
         (out / f"train-{lost:05d}.parquet").unlink()
         assert files(shards(data=path)) == whole
