@@ -140,7 +140,8 @@ class BareModel:
 
     def __init__(self, module: Any, args: Namespace) -> None:
         self.model = copy.deepcopy(module.model.causal).to(args.device).train()
-        self.args, self.losses = args, []
+        self.args = args
+        self.losses: list[float] = []
         rate = module.settings.lr / module.settings.warmup_steps  # that of Lightning's first step
         parameters, betas = self.model.parameters(), module.settings.betas
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=betas)

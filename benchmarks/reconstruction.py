@@ -29,7 +29,8 @@ from torch import Tensor
 from benchmarks.shared import cli, datasets, metrics, plots, protocol, report, tokenizers
 from benchmarks.shared.cache import Stages, concatenated, generator_for
 from lavit_tok import VisualCodes, VisualTokenizer
-from lavit_tok.encode.allocation import keep_by_budget, keep_scores, ordered_noise
+from lavit_tok.encode.allocation import keep_by_budget, ordered_noise
+from lavit_tok.encode.selector import keep_scores
 
 LEARNED, RANDOM, NORM, EVEN = "learned", "random", "top norm", "even pattern"
 ACROSS = "learned, across the batch"

@@ -37,7 +37,8 @@ from benchmarks.shared.cache import Stages, progress
 from benchmarks.shared.timing import Entry
 from benchmarks.shared.tokenizers import RANDOM, count_weights
 from lavit_tok import TokenizerConfig, VisualCodes, VisualTokenizer
-from lavit_tok.encode.allocation import keep_by_budget, keep_scores
+from lavit_tok.encode.allocation import keep_by_budget
+from lavit_tok.encode.selector import keep_scores
 
 BATCHES = {"shipped": [1, 32], "small": [1, 32], "base": [8], "lavit": [1, 4, 16]}
 TRAIN_BATCH = {"shipped": 64, "small": 64, "base": 8, "lavit": 2}

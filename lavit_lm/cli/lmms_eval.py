@@ -42,11 +42,9 @@ class LavitLM(lmms):
         **_: Any,
     ) -> None:
         super().__init__()
-        options = {"visual_tokenizer": visual_tokenizer, "decoder": None, "device": device}
-        self.lm, self.batch_size = (
-            MultimodalLM.from_pretrained(pretrained, **options),
-            int(batch_size),
-        )
+        options: dict[str, Any] = {"visual_tokenizer": visual_tokenizer, "device": device}
+        self.lm = MultimodalLM.from_pretrained(pretrained, decoder=None, **options)
+        self.batch_size = int(batch_size)
 
     def prompt(
         self, context: str, doc_to_visual: Any, doc_id: Any, task: str, split: str
@@ -65,7 +63,7 @@ class LavitLM(lmms):
             key = int(options.get("max_new_tokens", 64)), int(options.get("num_beams") or 1)
             groups.setdefault(key, []).append(i)
         for (max_tokens, beams), members in groups.items():
-            how = {"num_beams": beams} if beams > 1 else {}
+            how: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
             for start in range(0, len(members), self.batch_size):
                 batch = members[start : start + self.batch_size]
                 args = [requests[i].args for i in batch]
