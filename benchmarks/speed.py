@@ -259,19 +259,20 @@ class BareTraining:
 def training_module(config: TokenizerConfig, stretch: str, args: Namespace) -> Any:
     """The training module in one stretch from its first step on, keeping a fixed ratio of
     patches."""
-    from lavit_tok.training.tokenizer_training import TokenizerTraining
+    from lavit_tok.training.tokenizer_training import (
+        CodebookConfig,
+        SelectionConfig,
+        TokenizerTraining,
+    )
 
     step = 1_000_000 if stretch == "sampled" else 0
     module = TokenizerTraining(
         config,
-        rho=args.keep,
-        hold_ratio=True,
-        random_budget_ratio=0.0,
-        kmeans_samples=4096,
-        blend_steps=1,
+        selection=SelectionConfig(
+            rho=args.keep, hold_ratio=True, random_budget_ratio=0.0, stop_sampling_step=step
+        ),
+        codebook=CodebookConfig(start_step=step, kmeans_samples=4096, blend_steps=1),
         log_images_every=0,
-        stop_sampling_step=step,
-        quantize_at=step,
     )
     if stretch == "quantized":
         module.stage.fill_(2)  # without k-means: the codebook is as random as everything else

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.shared.cache import progress
 from lavit_tok import VisualImageProcessor
-from lavit_tok.data.image_sources import load_splits, read_row, row_key, undecoded
+from lavit_tok.data.image_sources import load_splits, read_image, example_key, undecoded
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def load_images(
 
     def read(index: int) -> tuple[Tensor | None, dict[str, str], dict[str, Any]]:
         record = records[index]
-        key = row_key(record, column, f"record {index}")
-        image, reject = read_row(record, column, f"record {index}", key)
+        key = example_key(record, column, f"record {index}")
+        image, reject = read_image(record, column, f"record {index}", key)
         if image is None:
             reason = (reject or {})["reason"].replace(key, _relative(key, data))
             return None, {"key": _relative(key, data), "reason": reason}, record

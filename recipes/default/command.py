@@ -1,4 +1,4 @@
-"""What the default model's training recipes share: their command line and their learning-rate schedule."""
+"""What the training recipes of the default model share: command line and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from torch.optim.lr_scheduler import LambdaLR
 
-from lavit_tok.training import logging
 from lavit_tok.training.logging import PrintMetrics
+from lavit_tok.training.optimizers import ScheduleConfig
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI with `--out`, the folder of results, checkpoints and logs, and `--threads` for laptops.
+    """LightningCLI with `--out`, the folder of results, checkpoints and logs, and `--threads` for few cores.
 
     `--ckpt_path last` continues from `OUT/checkpoints/last.ckpt`, or starts afresh where there is none.
     """
@@ -24,7 +24,7 @@ class RecipeCLI(LightningCLI):
             "--out", type=str, required=True, help="folder of results, checkpoints and logs"
         )
         parser.add_argument(
-            "--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice"
+            "--threads", type=int, default=0, help="torch threads; 0 for torch's default"
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PrintMetrics, "print")
@@ -43,15 +43,11 @@ class RecipeCLI(LightningCLI):
             torch.set_num_threads(threads)
 
 
-def warmup_cosine(
-    optimizer: torch.optim.Optimizer, warmup: int, total: int, floor: float = 0.01
-) -> dict:
-    """Lightning's record of a per-step schedule: linear up for `warmup` steps, then a cosine to `floor` at `total`."""
-
-    def factor(step: int) -> float:
-        return logging.warmup_cosine(step, total, warmup, floor)
-
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> dict:
+    """Lightning's record of a per-step schedule: linear warm-up, then a cosine to 1 % of the peak."""
+    schedule = ScheduleConfig(warmup, min_lr_ratio=0.01)
+    scheduler = LambdaLR(optimizer, lambda step: schedule.factor(step, total))
     return {
         "optimizer": optimizer,
-        "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
     }
