@@ -36,7 +36,9 @@ def fit(recipe: str, seed: int, steps: int, out: Path, **options: Any) -> float:
     if out.exists():
         return float("nan")
     options = {"model.out": out, "trainer.max_steps": steps, "model.seed": seed, **options}
-    command = [sys.executable, "-m", "lavit_lm.cli", "fit", "-c", ROOT / "recipes" / "lm" / recipe]
+    commands = {"vlgpt-tokenizer.yaml": "fit-tokenizer", "emu-decoder.yaml": "fit-decoder"}
+    program = [sys.executable, "-m", "lavit_lm.cli", commands.get(recipe, "fit")]
+    command = [*program, "-c", ROOT / "recipes" / "lm" / recipe]
     flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
     start = time.monotonic()
     subprocess.run([*map(str, command), f"--seed_everything={seed}", *flags], check=True)
