@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.shared.cache import progress
 from lavit_tok import VisualImageProcessor
-from lavit_tok.data.image_sources import load_splits, read_image, example_key, undecoded
+from lavit_tok.data.image_sources import example_key, load_splits, read_image, undecoded
 
 
 @dataclass(frozen=True)
