@@ -1,8 +1,9 @@
-"""DaVinci: prefixes of pictures and words, by a causal LM and by an encoder-decoder."""
+"""DaVinci: prefixes of images and words, by a causal LM and by an encoder-decoder."""
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def only(task: str, **more: Any) -> DaVinci:
     return DaVinci(**{"prompt_drop": 0.0, **shares, **more})
 
 
-def drawn(row: TokenSequence, words: MultimodalProcessor) -> str:
+def drawn(sequence: TokenSequence, words: MultimodalProcessor) -> str:
     """As in davinci.py's docstring."""
     v, names = (
         words.vocabulary,
@@ -98,9 +99,9 @@ def drawn(row: TokenSequence, words: MultimodalProcessor) -> str:
     names |= {v.end: "</img>", LATER: "later"}
     shown: list[str] = []
     for i, (token, prefix, is_embedding) in enumerate(
-        zip(row.ids.tolist(), row.prefix, row.is_embedding, strict=True)
+        zip(sequence.ids.tolist(), sequence.prefix, sequence.is_embedding, strict=True)
     ):
-        shown += ["|"] if not prefix and row.prefix[i - 1] else []
+        shown += ["|"] if not prefix and sequence.prefix[i - 1] else []
         code = v.first <= token < v.stop
         name = names.get(token) or (
             str(token - v.first) if code else words.text_tokenizer.decode([token]).strip()
@@ -114,25 +115,25 @@ def drawn(row: TokenSequence, words: MultimodalProcessor) -> str:
     return text
 
 
-def marks(row: TokenSequence) -> str:
+def marks(sequence: TokenSequence) -> str:
     return "".join(
-        "P" if prefix else ("x" if said else ".")
-        for prefix, said in zip(row.prefix, row.predict, strict=True)
+        "P" if prefix else ("x" if generated else ".")
+        for prefix, generated in zip(sequence.prefix, sequence.predict, strict=True)
     )
 
 
 def a_generator_for(
     objective: DaVinci, sample: list[Segment], words: MultimodalProcessor, wanted: Any
 ) -> TokenSequence:
-    rows = (
+    sequences = (
         objective.layout(sample, words, torch.Generator().manual_seed(seed))
         for seed in itertools.count()
     )
-    return next(row for row in rows if wanted(row))
+    return next(sequence for sequence in sequences if wanted(sequence))
 
 
 def test_the_drawing(photos: list[Path]):
-    """Of the module's docstring: a picture of 3 x 3 patches, whose codes are 0 to 8."""
+    """Of the module's docstring: a image of 3 x 3 patches, whose codes are 0 to 8."""
     words = processor()
     image = ImageSegment(
         torch.arange(9), torch.zeros(3, 24, 24, dtype=torch.uint8), torch.ones(9, dtype=torch.bool)
@@ -140,36 +141,40 @@ def test_the_drawing(photos: list[Path]):
     pair: list[Segment] = [image, TextSegment("A red apple")]
     ids = {n: len(words.text(n)) for n in ("a", "red", "apple", "a red")}
 
-    row = a_generator_for(
-        only("text"), pair, words, lambda row: int(row.prefix.sum()) == 12 + ids["a"]
+    sequence = a_generator_for(
+        only("text"), pair, words, lambda sequence: int(sequence.prefix.sum()) == 12 + ids["a"]
     )
-    page = DaVinci.layout.__globals__["__doc__"]
-    assert drawn(row, words) == "<s> <img> v v v v v v v v v </img> a | <s> red apple </s>"
-    assert f"id       {drawn(row, words)}\n" in page
-    assert marks(row) == "P" * 13 + "." + "x" * (ids["red"] + ids["apple"] + 1)
-    row = a_generator_for(only("image"), pair, words, lambda row: int(row.is_embedding.sum()) == 3)
-    assert drawn(row, words) == "<s> <img> v v v </img> a red apple | <img>" + " later" * 6
-    assert marks(row).lstrip("P") == ".xxxxxx"
-    assert row.roles[-7:].tolist() == [Role.BEGIN] + [Role.VISUAL] * 6
-    row = a_generator_for(only("image", image_prefix=False), pair, words, lambda row: True)
-    assert drawn(row, words) == "<s> a red apple | <img> 0 1 2 3 4 5 6 7 8"
-    assert marks(row).lstrip("P") == "." + "x" * 9 and not row.image_segments
-    row = a_generator_for(
-        only("plain"), pair, words, lambda row: int(row.prefix.sum()) == 1 + ids["a red"]
+    page = sys.modules[DaVinci.__module__].__doc__ or ""
+    assert drawn(sequence, words) == "<s> <img> v v v v v v v v v </img> a | <s> red apple </s>"
+    assert f"id       {drawn(sequence, words)}\n" in page
+    assert marks(sequence) == "P" * 13 + "." + "x" * (ids["red"] + ids["apple"] + 1)
+    sequence = a_generator_for(
+        only("image"), pair, words, lambda sequence: int(sequence.is_embedding.sum()) == 3
     )
-    assert drawn(row, words) == "<s> a red | <s> apple </s>" and not row.image_segments
+    assert drawn(sequence, words) == "<s> <img> v v v </img> a red apple | <img>" + " later" * 6
+    assert marks(sequence).lstrip("P") == ".xxxxxx"
+    assert sequence.roles[-7:].tolist() == [Role.BEGIN] + [Role.VISUAL] * 6
+    sequence = a_generator_for(
+        only("image", image_prefix=False), pair, words, lambda sequence: True
+    )
+    assert drawn(sequence, words) == "<s> a red apple | <img> 0 1 2 3 4 5 6 7 8"
+    assert marks(sequence).lstrip("P") == "." + "x" * 9 and not sequence.image_segments
+    sequence = a_generator_for(
+        only("plain"), pair, words, lambda sequence: int(sequence.prefix.sum()) == 1 + ids["a red"]
+    )
+    assert drawn(sequence, words) == "<s> a red | <s> apple </s>" and not sequence.image_segments
 
 
 @EACH
-def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
-    """Every pair of places of two documents in one block, by gradients."""
+def test_davinci_01_attention(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+    """Every pair of positions of two documents in one block, by gradients."""
     words, model = built(family, tiny_tokenizer)
     samples: list[list[Segment]] = [
         [shown(tiny_tokenizer, photos[0]), TextSegment("a red apple")],
         [TextSegment("two dogs run")],
     ]
-    rows = rows_of(only("text"), samples, words, 5)
-    batch = pack([rows], sum(map(len, rows)) + 2, words.pad)
+    sequences = rows_of(only("text"), samples, words, 5)
+    batch = pack([sequences], sum(map(len, sequences)) + 2, words.pad)
     inputs = (
         model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
         .detach()
@@ -177,7 +182,9 @@ def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, 
     )
 
     def depends(states: torch.Tensor) -> torch.Tensor:
-        """True where a state's gradient reaches an input; a sum over the width, since a norm hides a uniform one."""
+        """True where a state's gradient reaches an input; a sum over the width, since a norm hides
+        a uniform one.
+        """
         weights = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0))
         found = [
             torch.autograd.grad(s @ weights, inputs, retain_graph=True)[0][0].abs().sum(1)
@@ -187,14 +194,17 @@ def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, 
 
     expected = attention_mask(batch.documents, batch.prefix)[0]
     prefix, there = batch.prefix[0], batch.documents[0] >= 0
-    seen = depends(model.hidden_states(inputs, batch))
+    output = depends(model.hidden_states(inputs, batch))
     if family == "llama":
-        assert torch.equal(seen[there], expected[there])
+        assert torch.equal(output[there], expected[there])
     else:
         suffix = there & ~prefix
-        assert torch.equal(seen[suffix], expected[suffix]), "nothing is lost, nothing leaks"
-        assert not seen[prefix].any(), "the decoder says nothing at prefixes"
-        for document in (0, 1):  # a row of the encoder each, without the suffix that it cannot see
+        assert torch.equal(output[suffix], expected[suffix]), "nothing is lost, nothing leaks"
+        assert not output[prefix].any(), "the decoder says nothing at prefixes"
+        for document in (
+            0,
+            1,
+        ):  # a sequence of the encoder each, without the suffix that it cannot see
             own = prefix & (batch.documents[0] == document)
             read = depends(
                 model.encode(inputs[:, own], torch.ones(1, int(own.sum()), dtype=torch.bool))
@@ -211,7 +221,9 @@ def test_davinci_01_who_sees_whom(family: str, tiny_tokenizer: VisualTokenizer, 
 def test_davinci_02_one_objective_for_both(
     family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]
 ):
-    """The same rows; packed as alone; and an encoder-decoder's losses are those of its own forward."""
+    """The same sequences; packed as alone; and an encoder-decoder's losses are those of its own
+    forward.
+    """
     objective = DaVinci(plain_ratio=1.0, train_encoder=family == "bart")
     words, model = built(family, tiny_tokenizer, objective)
     samples: list[list[Segment]] = [
@@ -220,31 +232,34 @@ def test_davinci_02_one_objective_for_both(
         else [TextSegment(CAPTIONS[i % 3])]
         for i in range(16)
     ]
-    rows = rows_of(objective, samples, words)
+    sequences = rows_of(objective, samples, words)
     batch = objective.connectors.complete_batch(
-        pack([rows[:7], rows[7:]], 256, words.pad), tiny_tokenizer, words
+        pack([sequences[:7], sequences[7:]], 256, words.pad), tiny_tokenizer, words
     )
     together = losses_of(model, objective, batch)
     assert {name: int(loss.count) for name, loss in together.items()} == {
         "text": sum(
-            int(row.predict.sum())
-            for row in rows
-            if row.is_embedding.any() and row.roles[row.predict][0] == Role.TEXT
+            int(sequence.predict.sum())
+            for sequence in sequences
+            if sequence.is_embedding.any() and sequence.roles[sequence.predict][0] == Role.TEXT
         ),
-        "image": sum(int((row.predict & (row.roles == Role.VISUAL)).sum()) for row in rows),
+        "image": sum(
+            int((sequence.predict & (sequence.roles == Role.VISUAL)).sum())
+            for sequence in sequences
+        ),
         "plain": sum(
-            int(row.predict.sum())
-            for row in rows
-            if row.roles[row.predict][0] == Role.TEXT and not row.is_embedding.any()
+            int(sequence.predict.sum())
+            for sequence in sequences
+            if sequence.roles[sequence.predict][0] == Role.TEXT and not sequence.is_embedding.any()
         ),
     }
     alone = [
         losses_of(
             model,
             objective,
-            objective.connectors.complete_batch(pad([row], words.pad), tiny_tokenizer, words),
+            objective.connectors.complete_batch(pad([sequence], words.pad), tiny_tokenizer, words),
         )
-        for row in rows
+        for sequence in sequences
     ]
     for name, loss in together.items():
         torch.testing.assert_close(
@@ -258,8 +273,10 @@ def test_davinci_02_one_objective_for_both(
     torch.testing.assert_close(total, sum(loss.mean for loss in together.values()))
     if family != "llama":
         assert isinstance(model, PrefixSeq2Seq)
-        for row in rows[:4]:
-            one = objective.connectors.complete_batch(pad([row], words.pad), tiny_tokenizer, words)
+        for sequence in sequences[:4]:
+            one = objective.connectors.complete_batch(
+                pad([sequence], words.pad), tiny_tokenizer, words
+            )
             inputs, prefix = (
                 model.embed(one.ids, one.is_embedding, one.images, one.keep),
                 one.prefix[0],
@@ -279,13 +296,18 @@ def test_davinci_02_what_an_encoder_decoder_cannot_split(
     without = LaVIT().layout([TextSegment("rain")], words, torch.Generator())
     with pytest.raises(ValueError, match="which objectives without prefixes do not lay out"):
         losses_of(model, LaVIT(), pad([without], words.pad))
-    row = rows_of(only("plain"), [[TextSegment("rain")]], words)[0]
-    early = replace(row, predict=~row.prefix)
+    sequence = rows_of(only("plain"), [[TextSegment("rain")]], words)[0]
+    early = replace(sequence, predict=~sequence.prefix)
     with pytest.raises(ValueError, match="lay out a start"):
         losses_of(model, DaVinci(), pad([early], words.pad))
     with pytest.raises(ValueError, match="suffixes of one length"):
         model.start_decoding(
-            [row, replace(row, prefix=row.prefix & False | (torch.arange(len(row)) < 2))],
+            [
+                sequence,
+                replace(
+                    sequence, prefix=sequence.prefix & False | (torch.arange(len(sequence)) < 2)
+                ),
+            ],
             words.pad,
             4,
         )
@@ -297,7 +319,9 @@ def test_davinci_02_what_an_encoder_decoder_cannot_split(
 
 
 def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
-    """Support and evenness of k and r; draws of one cell differ from even by less than 5 deviations."""
+    """Support and evenness of k and r; draws of one cell differ from even by less than 5
+    deviations.
+    """
     words = processor()
     assert len(words.text("a a a")) == 3, "a word is an id here"
     sides = {4: PATCHES, 16: 256}
@@ -321,8 +345,8 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
                 abs(found[cell] - draws * share) < 5 * (draws * share * (1 - share)) ** 0.5 + 1e-9
             ), cell
 
-    def k(row: TokenSequence) -> int:
-        return int((row.prefix & (row.roles == Role.TEXT)).sum()) - 1
+    def k(sequence: TokenSequence) -> int:
+        return int((sequence.prefix & (sequence.roles == Role.TEXT)).sum()) - 1
 
     told, many = [images[4], TextSegment("a a a a a")], [images[4], TextSegment("a " * 50)]
     even(counted(only("text"), told, k, 500), dict.fromkeys(range(5), 1 / 5), 500)
@@ -336,23 +360,25 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
         found = counted(
             only("image"),
             [images[side], TextSegment("a")],
-            lambda row, side=side: row.is_embedding.sum() / side,
+            lambda sequence, side=side: sequence.is_embedding.sum() / side,
             1000,
         )
         even(found, dict.fromkeys(range(side - 1), 1 / (side - 1)), 1000)
-        row = only("image", image_prefix=False).layout(
+        sequence = only("image", image_prefix=False).layout(
             [images[side], TextSegment("a")], words, torch.Generator()
         )
-        assert int(row.predict.sum()) == n and not row.is_embedding.any(), (
+        assert int(sequence.predict.sum()) == n and not sequence.is_embedding.any(), (
             "r = 0: the whole picture"
         )
     dropped = only("image", image_prefix=False, prompt_drop=0.25)
-    even(counted(dropped, told, lambda row: k(row) == 0, 500), {0: 0.75, 1: 0.25}, 500)
+    even(counted(dropped, told, lambda sequence: k(sequence) == 0, 500), {0: 0.75, 1: 0.25}, 500)
     shares = DaVinci(text_ratio=1.0, image_ratio=2.0, plain_ratio=1.0, image_prefix=False)
     tasks = counted(
         shares,
         told,
-        lambda row: 2 * bool(row.is_embedding.any()) + (row.roles == Role.VISUAL).any(),
+        lambda sequence: (
+            2 * bool(sequence.is_embedding.any()) + (sequence.roles == Role.VISUAL).any()
+        ),
         500,
     )
     even(tasks, {0: 1 / 4, 1: 1 / 2, 3: 1 / 4}, 500)
@@ -362,54 +388,58 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
 def test_davinci_04_text_loss(family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     objective = only("text")
     words, model = built(family, tiny_tokenizer, objective)
-    (row,) = rows_of(
+    (sequence,) = rows_of(
         objective,
         [[shown(tiny_tokenizer, photos[0]), TextSegment("A red apple on a wooden table")]],
         words,
         3,
     )
-    batch = pad([row], words.pad)
-    seen = model(batch)
-    seen.inputs_embeds.retain_grad()
-    losses = objective.losses(seen, batch)
+    batch = pad([sequence], words.pad)
+    output = model(batch)
+    output.inputs_embeds.retain_grad()
+    losses = objective.losses(output, batch)
     losses["text"].mean.backward()
-    assert (seen.inputs_embeds.grad[batch.is_embedding].abs().sum(1) > 0).all(), (
+    assert (output.inputs_embeds.grad[batch.is_embedding].abs().sum(1) > 0).all(), (
         "every cell of the grid matters"
     )
     assert int(batch.is_embedding.sum()) == PATCHES
     assert (model.bridge.positions.grad.abs().sum(1) > 0).all()
-    suffix = int((~row.prefix).sum())
-    assert int(losses["text"].count) == suffix - 1 and not (row.predict & row.prefix).any()
-    said = row.ids[row.predict].tolist()
+    suffix = int((~sequence.prefix).sum())
     assert (
-        said[-1] == words.stop
-        and words.text_tokenizer.decode(said[:-1]).strip() in "a red apple on a wooden table"
+        int(losses["text"].count) == suffix - 1 and not (sequence.predict & sequence.prefix).any()
+    )
+    generated = sequence.ids[sequence.predict].tolist()
+    assert (
+        generated[-1] == words.stop
+        and words.text_tokenizer.decode(generated[:-1]).strip() in "a red apple on a wooden table"
     )
 
 
 def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     words, objective = processor(), only("image")
     images = [shown(tiny_tokenizer, photo) for photo in photos]
-    rows = [
+    sequences = [
         a_generator_for(
             objective,
             [image, TextSegment("rain")],
             words,
-            lambda row, r=r: int(row.is_embedding.sum()) == 4 * r,
+            lambda sequence, r=r: int(sequence.is_embedding.sum()) == 4 * r,
         )
         for image, r in zip(images, (0, 1, 2, 2), strict=True)
     ]
-    assert (rows[1].ids[rows[1].predict] == LATER).all() and not (rows[0].ids == LATER).any()
+    assert (sequences[1].ids[sequences[1].predict] == LATER).all() and not (
+        sequences[0].ids == LATER
+    ).any()
     batch = objective.connectors.complete_batch(
-        pack([rows[:3], rows[3:]], 80, words.pad), tiny_tokenizer, words
+        pack([sequences[:3], sequences[3:]], 80, words.pad), tiny_tokenizer, words
     )
-    places = batch.predict & (batch.roles == Role.VISUAL)
-    said = [batch.ids[0][places[0] & (batch.documents[0] == d)] for d in range(3)] + [
-        batch.ids[1][places[1]]
+    positions = batch.predict & (batch.roles == Role.VISUAL)
+    generated = [batch.ids[0][positions[0] & (batch.documents[0] == d)] for d in range(3)] + [
+        batch.ids[1][positions[1]]
     ]
-    assert [len(ids) for ids in said] == [(4 - r) * 4 for r in (0, 1, 2, 2)]
-    assert words.vocabulary.is_code(torch.cat(said)).all()
-    codes = [words.vocabulary.to_codes(ids) for ids in said]
+    assert [len(ids) for ids in generated] == [(4 - r) * 4 for r in (0, 1, 2, 2)]
+    assert words.vocabulary.is_code(torch.cat(generated)).all()
+    codes = [words.vocabulary.to_codes(ids) for ids in generated]
     assert torch.equal(codes[0], images[0].codes)
     differ = 0
     for image, own, r in zip(images[1:], codes[1:], (1, 2, 2), strict=True):
@@ -437,7 +467,7 @@ def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[
     words, model = built("llama", tiny_tokenizer)
     with pytest.raises(IndexError):
         model(
-            pack([rows[1:3]], 80, words.pad)
+            pack([sequences[1:3]], 80, words.pad)
         )  # an unfinished batch cannot be trained on by mistake
 
 
@@ -489,14 +519,14 @@ def test_davinci_06_shards_with_fewer_codes_are_refused(folder: Path):
     training = module(folder, objective=DaVinci())
     with pytest.raises(
         ValueError,
-        match=r"has codes of \d+ of 16 patches: create the shards with `lavit-tok shards --budget 16`",
+        match=r"has codes of \d+ of 16 patches: create the shards with .* --budget 16`",
     ):
         trainer(folder, 1, []).fit(training, data(folder, images=str(folder / "pictures")))
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 @pytest.mark.parametrize("task", ["text", "image", "whole image", "plain"])
-def test_davinci_07_eight_samples_are_learnt_by_heart(
+def test_davinci_07_eight_samples_are_overfitted(
     family: str, task: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]
 ):
     objective = only(task.split()[-1], image_prefix=task == "image")
@@ -522,18 +552,18 @@ def test_davinci_07_eight_samples_are_learnt_by_heart(
     samples: list[list[Segment]] = [
         [image, text] for image, text in zip(images, texts, strict=True)
     ]
-    rows = rows_of(objective, samples, words)
-    if task == "plain":  # what nothing foretells cannot be learnt: one word in, another out
-        rows = [
+    sequences = rows_of(objective, samples, words)
+    if task == "plain":  # what nothing foretells cannot be learned: one word in, another out
+        sequences = [
             a_generator_for(
                 objective,
                 [TextSegment(f"{t.text} {t.text}")],
                 words,
-                lambda row: int(row.prefix.sum()) > 1,
+                lambda sequence: int(sequence.prefix.sum()) > 1,
             )
             for t in texts
         ]
-    batch = objective.connectors.complete_batch(pad(rows, words.pad), tiny_tokenizer, words)
+    batch = objective.connectors.complete_batch(pad(sequences, words.pad), tiny_tokenizer, words)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if family == "llama" else 5e-3)
     for _ in range(500):
         losses = losses_of(model, objective, batch)
@@ -557,14 +587,14 @@ def test_davinci_07_empty_prefixes_and_texts(
         (only("plain"), [TextSegment("")], 1),
         (only("text"), [image, TextSegment("")], 1),
         (only("image", image_prefix=False), [image, TextSegment("")], PATCHES),
-        (only("text", image_prefix=False), [image], PATCHES),  # a picture without words is painted
+        (only("text", image_prefix=False), [image], PATCHES),  # a image without words is generated
         (only("plain", text_prefix=0), [TextSegment("rain")], len(words.text("rain")) + 1),
         (only("text", caption_length=0), [image, TextSegment("rain")], 1),
     ]
     for objective, sample, targets in cases:
-        (row,) = rows_of(objective, [sample], words)
-        assert row.prefix.any() and int(row.predict.sum()) == targets
-        loss = objective.total(losses_of(model, objective, pad([row], words.pad)))
+        (sequence,) = rows_of(objective, [sample], words)
+        assert sequence.prefix.any() and int(sequence.predict.sum()) == targets
+        loss = objective.total(losses_of(model, objective, pad([sequence], words.pad)))
         assert bool(loss.isfinite())
         loss.backward()
     for sample in ([], [image, image], [TextSegment("a"), TextSegment("b")]):
@@ -589,16 +619,16 @@ def lm(request: Any, tiny_tokenizer: VisualTokenizer, tiny_decoder: Any) -> Mult
     return MultimodalLM(model, words, tiny_tokenizer, tiny_decoder, DaVinci())
 
 
-def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, photos: list[Path]):
-    """Also of a model that would rather say words, or end the picture."""
+def test_davinci_08_an_image_is_a_fixed_number_of_codes(lm: MultimodalLM, photos: list[Path]):
+    """Also of a model that would rather say words, or end the image."""
     with torch.no_grad():
         lm.model.causal.get_output_embeddings().weight[: lm.processor.vocabulary.first] *= 20
     drawn = lm.generate_codes(
         "A red apple", 3, generator=torch.Generator().manual_seed(0), temperature=3.0
     )
     assert drawn.lengths.tolist() == [PATCHES] * 3 and drawn.codebook_size == 16
-    row = lm.prompts.for_image("A red apple")
-    assert row.ids.tolist() == [
+    sequence = lm.prompts.for_image("A red apple")
+    assert sequence.ids.tolist() == [
         *lm.processor.start,
         *lm.processor.text("a red apple"),
         lm.processor.vocabulary.begin,
@@ -613,39 +643,41 @@ def test_davinci_08_a_picture_is_so_many_codes_and_no_word(lm: MultimodalLM, pho
 @torch.no_grad()
 def by_hand(lm: MultimodalLM, prompt: str, scale: float) -> list[int]:
     """Greedy codes under guidance, one full forward for each."""
-    vocabulary, said = lm.processor.vocabulary, []
+    vocabulary, generated = lm.processor.vocabulary, []
     streams = [lm.prompts.sequence(text, "image") for text in (prompt, "")]
-    while len(said) < PATCHES:
+    while len(generated) < PATCHES:
         logits = []
-        for row in streams:
-            places = torch.tensor(said, dtype=torch.int64)
+        for sequence in streams:
+            positions = torch.tensor(generated, dtype=torch.int64)
             flags = {
-                name: torch.cat([getattr(row, name), torch.zeros(len(said)) > 0])
+                name: torch.cat([getattr(sequence, name), torch.zeros(len(generated)) > 0])
                 for name in ("prefix", "is_embedding")
             }
-            more = len(row) + len(said)
+            more = len(sequence) + len(generated)
             flags |= {name: torch.zeros(more) > 0 for name in ("predict", "regress")}
             longer = replace(
-                row,
-                ids=torch.cat([row.ids, places]),
+                sequence,
+                ids=torch.cat([sequence.ids, positions]),
                 roles=torch.zeros(more, dtype=torch.int8),
                 **flags,
             )
             batch = pad([longer], lm.processor.pad)
             logits.append(lm.model.head(lm.model(batch).hidden_states[0, -1:])[0])
         guided = logits[1] + scale * (logits[0] - logits[1])
-        said.append(vocabulary.first + int(guided[vocabulary.first : vocabulary.stop].argmax()))
-    return [token - vocabulary.first for token in said]
+        generated.append(
+            vocabulary.first + int(guided[vocabulary.first : vocabulary.stop].argmax())
+        )
+    return [token - vocabulary.first for token in generated]
 
 
 @torch.no_grad()
 def test_davinci_08_ranking_is_exhaustive_scoring(lm: MultimodalLM, photos: list[Path]):
     answers = ["Rain", "a red apple", "two dogs run"]
     found = lm.rank([photos[0], "What is it?"], answers)
-    row = lm.prompts.sequence([photos[0], "what is it?"], "text")
+    sequence = lm.prompts.sequence([photos[0], "what is it?"], "text")
     for text, nats in zip(answers, found.tolist(), strict=True):
         ids = torch.tensor([*lm.processor.text(text.lower()), lm.processor.stop])
-        state = lm.model.start_decoding([row], lm.processor.pad, 60, use_cache=False)
+        state = lm.model.start_decoding([sequence], lm.processor.pad, 60, use_cache=False)
         log_p, hidden = 0.0, state.prefill()
         for token in ids:
             log_p += float(lm.model.head(hidden).float().log_softmax(-1)[0, token])
@@ -674,17 +706,20 @@ def test_davinci_08_rerank_picks_the_scorer_s_best(lm: MultimodalLM):
         rerank(images, lambda given: [1.0], best=0)
 
 
-def test_what_a_user_asks_for(lm: MultimodalLM, photos: list[Path]):
+def test_captions_answers_and_completion(lm: MultimodalLM, photos: list[Path]):
     captions = lm.caption([str(photo) for photo in photos[:3]], 6)
     assert len(captions) == 3 and captions[1] == lm.caption(str(photos[1]), 6)
-    row = lm.prompts.sequence([photos[0], "a picture of"], "text")
+    sequence = lm.prompts.sequence([photos[0], "a picture of"], "text")
     start = [*lm.processor.start, *lm.processor.text("a picture of")]
-    assert row.ids[~row.prefix].tolist() == start and int(row.is_embedding.sum()) == PATCHES
+    assert (
+        sequence.ids[~sequence.prefix].tolist() == start
+        and int(sequence.is_embedding.sum()) == PATCHES
+    )
     asked = lm.prompts.sequence([photos[0], "What IS it?"], "text")
     assert asked.ids[~asked.prefix].tolist() == lm.processor.start, "a question is read, not said"
     assert isinstance(lm.answer(str(photos[0]), "What is it?", max_new_tokens=4), str)
-    said = lm.complete(["a red", photos[0]], 5, max_images=0)
-    assert len(said) <= 1 and all(isinstance(part, str) for part in said)
+    generated = lm.complete(["a red", photos[0]], 5, max_images=0)
+    assert len(generated) <= 1 and all(isinstance(part, str) for part in generated)
     with pytest.raises(
         ValueError, match="davinci is not trained to generate the token that begins"
     ):
@@ -694,28 +729,34 @@ def test_what_a_user_asks_for(lm: MultimodalLM, photos: list[Path]):
     assert len(lm.generate_images("a red apple", 1, num_inference_steps=1)) == 1
 
 
-def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
+def test_beams_find_the_most_probable(lm: MultimodalLM, photos: list[Path]):
     """Against all texts of up to two words of a small vocabulary; one beam is greedy."""
-    rows = [lm.prompts.sequence([photo, "a picture of"], "text") for photo in photos[:2]]
+    sequences = [lm.prompts.sequence([photo, "a picture of"], "text") for photo in photos[:2]]
     rule = GenerationConstraint("text", 1, 5)
-    greedy = generate_ids(lm.model, lm.processor, rows, rule, type(lm_sampling())(temperature=0.0))
+    greedy = generate_ids(
+        lm.model, lm.processor, sequences, rule, type(lm_sampling())(temperature=0.0)
+    )
     ended = [
         ids[: ids.index(lm.processor.stop) + 1] if lm.processor.stop in ids else ids
         for ids in greedy
     ]
-    assert beam_search(lm.model, lm.processor, rows, rule, 1) == ended
-    wide = beam_search(lm.model, lm.processor, rows, GenerationConstraint("text", 1, 2), 400, 0.0)
+    assert beam_search(lm.model, lm.processor, sequences, rule, 1) == ended
+    wide = beam_search(
+        lm.model, lm.processor, sequences, GenerationConstraint("text", 1, 2), 400, 0.0
+    )
     allowed = GenerationConstraint("text").content_mask(
         lm.processor, lm.model.head(torch.zeros(1, 32)).shape[1], lm.device
     )
     stop = lm.processor.stop
-    for row, found in zip(rows, wide, strict=True):
+    for sequence, found in zip(sequences, wide, strict=True):
         best, score = None, -torch.inf
         with torch.no_grad():
-            first = lm.model.head(lm.model.start_decoding([row], lm.processor.pad, 4).prefill())[0]
+            first = lm.model.head(
+                lm.model.start_decoding([sequence], lm.processor.pad, 4).prefill()
+            )[0]
             first = first.masked_fill(~allowed, -torch.inf).log_softmax(0)
             ids = allowed.nonzero().flatten()
-            state = lm.model.start_decoding([row] * len(ids), lm.processor.pad, 4)
+            state = lm.model.start_decoding([sequence] * len(ids), lm.processor.pad, 4)
             state.prefill()
             may = allowed.clone()
             may[stop] = True
@@ -723,11 +764,11 @@ def test_beams_find_the_likeliest(lm: MultimodalLM, photos: list[Path]):
                 lm.model.head(state.append_ids(ids)).masked_fill(~may, -torch.inf).log_softmax(1)
             )
             both = first[ids][:, None] + second
-            score, place = both.flatten().max(0)
-            best = [int(ids[int(place) // both.shape[1]]), int(place) % both.shape[1]]
+            score, position = both.flatten().max(0)
+            best = [int(ids[int(position) // both.shape[1]]), int(position) % both.shape[1]]
         assert found == best, score
-    cached = beam_search(lm.model, lm.processor, rows, rule, 3)
-    assert cached == beam_search(lm.model, lm.processor, rows, rule, 3, use_cache=False)
+    cached = beam_search(lm.model, lm.processor, sequences, rule, 3)
+    assert cached == beam_search(lm.model, lm.processor, sequences, rule, 3, use_cache=False)
     assert (
         lm.caption(photos[0], 5, num_beams=3)
         == lm.caption([photos[0], photos[1]], 5, num_beams=3)[0]
@@ -764,17 +805,20 @@ def test_an_encoder_is_trained_with_the_rest(tiny_tokenizer: VisualTokenizer, ph
     assert not tiny_tokenizer.features(tiny_tokenizer.preprocess(images)).requires_grad
 
 
-def test_positions_of_a_suffix_start_anew_in_the_decoder(tiny_tokenizer: VisualTokenizer):
+def test_positions_of_a_suffix_restart_in_the_decoder(tiny_tokenizer: VisualTokenizer):
     """An encoder-decoder's state does not depend on where in a block its document stands."""
     words, model = built("bart", tiny_tokenizer)
-    rows = rows_of(
+    sequences = rows_of(
         only("plain"),
         [[TextSegment("two dogs run")], [TextSegment("a red apple on a table")]],
         words,
     )
-    batch: PackedBatch = pack([rows], 64, words.pad)
+    batch: PackedBatch = pack([sequences], 64, words.pad)
     states = model(batch).hidden_states[0]
-    alone = model(pad([rows[1]], words.pad)).hidden_states[0]
+    alone = model(pad([sequences[1]], words.pad)).hidden_states[0]
     torch.testing.assert_close(
-        states[len(rows[0]) : len(rows[0]) + len(rows[1])], alone, atol=1e-5, rtol=1e-5
+        states[len(sequences[0]) : len(sequences[0]) + len(sequences[1])],
+        alone,
+        atol=1e-5,
+        rtol=1e-5,
     )

@@ -1,4 +1,6 @@
-"""VL-GPT's stage 1: a diffusion model's conditions are learnt, each apart from the other, and it is never run."""
+"""VL-GPT's stage 1: a diffusion model's conditions are learned, each apart from the other, and it
+is never run.
+"""
 
 from __future__ import annotations
 
@@ -60,19 +62,19 @@ def where(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) ->
     return tmp_path
 
 
-def test_the_drawing_of_who_sees_whom():
+def test_the_drawing_of_the_mask():
     from lavit_lm.objectives.vlgpt import tokenizer as page
 
     assert page.__doc__ is not None
-    rows = [
+    sequences = [
         line.split()[1:5]
         for line in page.__doc__.splitlines()
         if line[:2] in ("v1", "v2", "t1", "t2")
     ]
     made = Detokenizer(SHAPE, (2, 6), (2, 8)).mask()
-    assert [["x" if seen else "." for seen in row] for row in made.tolist()] == rows and len(
-        rows
-    ) == 4
+    assert [
+        ["x" if output else "." for output in sequence] for sequence in made.tolist()
+    ] == sequences and len(sequences) == 4
     assert Detokenizer(SHAPE, (3, 6), None).mask().all() and Detokenizer(
         SHAPE, None, (1, 8)
     ).mask().shape == (1, 1)
@@ -100,11 +102,11 @@ def test_stable_diffusion_s_own_encoders(grid: bool, tmp_path: Path):
         "training reads neither U-Net nor VAE"
     )
     assert (c.image_shape, c.text_shape) == ((5, WIDTH) if grid else (1, 8), (TEXT, WIDTH))
-    seen, read = c.encode_images(images()), c.encode_texts(CAPTIONS)
-    assert seen.shape == (4, *c.image_shape) and read.shape == (4, *c.text_shape)
+    output, read = c.encode_images(images()), c.encode_texts(CAPTIONS)
+    assert output.shape == (4, *c.image_shape) and read.shape == (4, *c.text_shape)
     opened = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images()]
     own, without = c.pipeline.encode_image(opened, "cpu", 1, grid)
-    torch.testing.assert_close(seen, own if grid else own[:, None])
+    torch.testing.assert_close(output, own if grid else own[:, None])
     torch.testing.assert_close(
         c.null_embeddings().image, (without if grid else without[:, None])[:1]
     )
@@ -112,31 +114,31 @@ def test_stable_diffusion_s_own_encoders(grid: bool, tmp_path: Path):
     torch.testing.assert_close(read, text)
     torch.testing.assert_close(c.null_embeddings().text, negative[:1])
     options = {"num_inference_steps": 2, "guidance_scale": 3.0}
-    ours = c.generate(ConditionEmbeddings(seen[:1], read[:1]), **options, generator=generator())
+    ours = c.generate(ConditionEmbeddings(output[:1], read[:1]), **options, generator=generator())
     theirs = c.pipeline(
         CAPTIONS[0], ip_adapter_image=opened[0], **options, generator=generator()
     ).images
     assert ours[0].tobytes() == theirs[0].tobytes(), (
         "the pipeline draws the same by its own ways in"
     )
-    unguided = c.generate(ConditionEmbeddings(seen[:1], read[:1]), 2, 1.0, generator())
+    unguided = c.generate(ConditionEmbeddings(output[:1], read[:1]), 2, 1.0, generator())
     assert unguided[0].tobytes() != ours[0].tobytes()
     with pytest.raises(ValueError, match="to generate from"):
         c.generate(ConditionEmbeddings(None, None))
 
 
 def test_a_pixel_decoder_s_condition(where: Path):
-    """X_rec, which its projection reads: drawn from it, a picture is the one that its codes draw."""
+    """X_rec, which its projection reads: drawn from it, a image is the one that its codes draw."""
     visual = VisualTokenizer.from_pretrained(where / "visual")
     c = load_diffusion({"kind": "pixel_decoder", "decoder": str(where / "decoder")}, visual)
-    seen = c.encode_images(images(2))
-    torch.testing.assert_close(seen, visual.reconstruct_features(visual.encode(images(2))))
+    output = c.encode_images(images(2))
+    torch.testing.assert_close(output, visual.reconstruct_features(visual.encode(images(2))))
     assert (
-        seen.shape == (2, *c.image_shape)
+        output.shape == (2, *c.image_shape)
         and c.text_shape is None
         and c.null_embeddings() == (None, None)
     )
-    ours = c.generate(ConditionEmbeddings(seen, None), 2, 2.0, generator())
+    ours = c.generate(ConditionEmbeddings(output, None), 2, 2.0, generator())
     theirs = c.decoder(visual.encode(images(2)), 2, 2.0, generator()).images
     assert [p.tobytes() for p in ours] == [p.tobytes() for p in theirs]
     with pytest.raises(ValueError, match="no text condition: it was trained without captions"):
@@ -206,7 +208,9 @@ def test_vlgpt_02_the_loss_is_the_sum(where: Path):
 def test_vlgpt_02_the_diffusion_model_never_runs(
     folder: Path, tiny_decoder: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """Both kinds of conditions, trained by the command; frozen parts stay as they were, byte by byte."""
+    """Both kinds of conditions, trained by the command; frozen parts stay as they were, byte by
+    byte.
+    """
     import diffusers
 
     from lavit_tok.encode.vision_encoder import VisionEncoder
@@ -215,17 +219,19 @@ def test_vlgpt_02_the_diffusion_model_never_runs(
     for kind in (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DDIMScheduler):
         for name in {"forward", "decode", "encode", "step"} & set(dir(kind)):
             monkeypatch.setattr(kind, name, raises)
-    seen: list[Any] = []
-    monkeypatch.setattr(VisionEncoder, "train", lambda self, mode=True: seen.append(mode) or self)
+    output: list[Any] = []
+    monkeypatch.setattr(VisionEncoder, "train", lambda self, mode=True: output.append(mode) or self)
     settings = {"kind": "pixel_decoder", "decoder": str(folder / "decoder")}
     for conditions in (settings, tiny_diffusion(folder)):
         out = folder / conditions["kind"]
         config = folder / "recipe.yaml"
         config.write_text(f"""
 seed_everything: 0
-trainer: {{accelerator: cpu, max_steps: 3, logger: false, enable_progress_bar: false, num_sanity_val_steps: 0,
+trainer: {{accelerator: cpu, max_steps: 3, logger: false, enable_progress_bar: false,
+  num_sanity_val_steps: 0,
   enable_checkpointing: false, default_root_dir: {out}-run}}
-model: {{width: 24, visual_tokenizer: {folder}/visual, transformer: {{queries: 4, depth: 1, heads: 2}}, out: {out},
+model: {{width: 24, visual_tokenizer: {folder}/visual, out: {out},
+  transformer: {{queries: 4, depth: 1, heads: 2}},
   conditions: {json.dumps(conditions)}}}
 data: {{data: {folder}/pictures, image_size: 32, batch_size: 4, caption_column: caption}}
 """)
@@ -241,15 +247,15 @@ data: {{data: {folder}/pictures, image_size: 32, batch_size: 4, caption_column: 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
-    """Two steps at reduced width, everything else as the recipe says."""
+    """Two steps at reduced width, everything else as the recipe predicts."""
     head = recipe.read_text()
     for word in ("command:", "hardware:", "time:", "expected:"):
         assert word in head
     tiny_decoder.save_pretrained(folder / "decoder")
-    said = yaml.safe_load(head)["model"]["conditions"]
+    generated = yaml.safe_load(head)["model"]["conditions"]
     own = {"pixel_decoder": lambda: {"kind": "pixel_decoder", "decoder": str(folder / "decoder")}}
-    conditions = {**own, "stable_diffusion": lambda: tiny_diffusion(folder)}[said["kind"]]()
-    assert set(conditions) == set(said)
+    conditions = {**own, "stable_diffusion": lambda: tiny_diffusion(folder)}[generated["kind"]]()
+    assert set(conditions) == set(generated)
     words = [
         "--trainer.accelerator=cpu",
         "--trainer.devices=1",
@@ -317,7 +323,8 @@ def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):
         "the two transformers alone are trained"
     )
     fitted = pl.Trainer(
-        max_steps=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        max_steps=3, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_checkpointing=False,
         enable_model_summary=False, default_root_dir=where,
     )  # fmt: skip
     batch = {"images": images(), "captions": CAPTIONS}
@@ -377,8 +384,10 @@ def test_saved_and_read_strictly(where: Path):
         read_config(where / "nowhere")
 
 
-def test_vlgpt_07_what_is_learnt_by_heart(where: Path):
-    """32 pictures; then each condition's estimate is near what it is to be, and either left out changes the sample."""
+def test_vlgpt_07_what_is_overfitted(where: Path):
+    """32 images; then each condition's estimate is near what it is to be, and either left out
+    changes the sample.
+    """
     stage = stage_one(where, 32, tiny_diffusion(where), queries=8, hidden_size=64)
     colours = torch.randint(256, (32, 3, 2, 2), generator=generator(), dtype=torch.uint8)
     shown = colours.repeat_interleave(16, 2).repeat_interleave(16, 3)
@@ -395,7 +404,7 @@ def test_vlgpt_07_what_is_learnt_by_heart(where: Path):
         optimizer.step()
         schedule.step()
     for z, e in zip(estimated, targets, strict=True):
-        # Around the mean of all pictures, which a detokenizer that does not look at all would say.
+        # Around the mean of all images, which a detokenizer that does not look at all would say.
         about = [one - e.mean(0) for one in (z, e)]
         assert F.cosine_similarity(z, e, dim=-1).mean() > 0.9
         assert F.cosine_similarity(*[one.flatten(1) for one in about], dim=-1).mean() > 0.5

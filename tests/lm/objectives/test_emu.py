@@ -1,4 +1,6 @@
-"""Emu: what is laid out and predicted, that nothing leaks, exactly N vectors, and what a user can ask for."""
+"""Emu: what is laid out and predicted, that nothing leaks, exactly N vectors, and what a user can
+ask for.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,14 @@ from lavit_tok import VisualCodes, VisualTokenizer
 FAMILIES = ["llama", "qwen2", "gpt2"]
 
 
-def row(
+def sequence(
     processor: MultimodalProcessor, sample: Sequence[Segment], objective: Emu = EMU, key: str = ""
 ) -> TokenSequence:
     return objective.layout(sample, processor, torch.Generator().manual_seed(0), key)
 
 
 def mixed() -> list[list[Segment]]:
-    """Rows with 0, 1 and 2 pictures, of different lengths."""
+    """Rows with 0, 1 and 2 images, of different lengths."""
     return [
         [TextSegment("rain")],
         [image(0), TextSegment("two dogs run along the beach")],
@@ -53,7 +55,7 @@ def mixed() -> list[list[Segment]]:
 
 def test_the_drawing(tiny_tokenizer: VisualTokenizer):
     processor, _ = built(tiny_tokenizer)
-    made = row(processor, [image(0), TextSegment("a table")], replace(EMU, queries=2))
+    made = sequence(processor, [image(0), TextSegment("a table")], replace(EMU, queries=2))
     v, words = processor.vocabulary, processor.text("a table")
     assert made.ids.tolist() == [
         *processor.start,
@@ -102,7 +104,7 @@ def test_pairs_come_in_both_orders(tiny_tokenizer: VisualTokenizer):
         "image_first": {int(Role.BEGIN)},
         "text_first": {int(Role.TEXT)},
     }
-    question = row(
+    question = sequence(
         processor,
         [
             replace(image(0), is_target=False),
@@ -110,8 +112,8 @@ def test_pairs_come_in_both_orders(tiny_tokenizer: VisualTokenizer):
             TextSegment("rain"),
         ],
     )
-    said = question.ids[question.predict].tolist()
-    assert said == [*processor.text("rain"), processor.stop] and not question.regress.any()
+    generated = question.ids[question.predict].tolist()
+    assert generated == [*processor.text("rain"), processor.stop] and not question.regress.any()
 
 
 def test_emu_01_vectors_are_causal(tiny_tokenizer: VisualTokenizer):
@@ -141,10 +143,12 @@ def test_emu_01_vectors_are_causal(tiny_tokenizer: VisualTokenizer):
 
 
 def test_emu_02_regression_terms(tiny_tokenizer: VisualTokenizer):
-    """(N + 1) a picture, in packed rows."""
+    """(N + 1) a image, in packed sequences."""
     processor, model = built(tiny_tokenizer)
     batch = pack(
-        [[row(processor, s) for s in mixed()], [row(processor, mixed()[2])]], 64, processor.pad
+        [[sequence(processor, s) for s in mixed()], [sequence(processor, mixed()[2])]],
+        64,
+        processor.pad,
     )
     before, at = shift_targets(batch, batch.regress)
     roles = batch.roles.flatten()
@@ -156,38 +160,43 @@ def test_emu_02_regression_terms(tiny_tokenizer: VisualTokenizer):
 
 
 def test_emu_03_target_is_next_input(tiny_tokenizer: VisualTokenizer):
-    """To the bit, and without a gradient: the loss, remade by a plain loop, moves the model by its sources alone."""
+    """To the bit, and without a gradient: the loss, remade by a plain loop, moves the model by its
+    sources alone.
+    """
     processor, model = built(tiny_tokenizer)
-    batch = pad([row(processor, s) for s in mixed()], processor.pad)
-    seen = model(batch)
+    batch = pad([sequence(processor, s) for s in mixed()], processor.pad)
+    output = model(batch)
     vectors = model.bridge(batch.images, batch.keep)  # type: ignore[misc]
-    assert torch.equal(seen.inputs_embeds[batch.is_embedding], vectors)
+    assert torch.equal(output.inputs_embeds[batch.is_embedding], vectors)
     end = model.causal.get_input_embeddings().weight[processor.vocabulary.end]
-    assert torch.equal(seen.inputs_embeds[batch.roles == Role.END], end.expand(3, -1))
-    assert seen.regressor is not None
+    assert torch.equal(output.inputs_embeds[batch.roles == Role.END], end.expand(3, -1))
+    assert output.regressor is not None
     total = torch.zeros(())
     for b, i in batch.regress.nonzero().tolist():
         total = (
             total
-            + (seen.regressor(seen.hidden_states[b, i - 1]) - seen.inputs_embeds[b, i].detach())
+            + (
+                output.regressor(output.hidden_states[b, i - 1])
+                - output.inputs_embeds[b, i].detach()
+            )
             .square()
             .mean()
         )
-    found = regression(seen, batch)["vectors"]
+    found = regression(output, batch)["vectors"]
     torch.testing.assert_close(found.total, total, atol=1e-5, rtol=1e-5)
-    wanted = torch.autograd.grad(total, seen.inputs_embeds, retain_graph=True)[0]
-    got = torch.autograd.grad(found.total, seen.inputs_embeds, retain_graph=True)[0]
+    wanted = torch.autograd.grad(total, output.inputs_embeds, retain_graph=True)[0]
+    got = torch.autograd.grad(found.total, output.inputs_embeds, retain_graph=True)[0]
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
-    states = seen.hidden_states.detach()
-    only_targets = regression(replace(seen, hidden_states=states, regressor=lambda x: x), batch)[
+    states = output.hidden_states.detach()
+    only_targets = regression(replace(output, hidden_states=states, regressor=lambda x: x), batch)[
         "vectors"
     ].total
     assert not only_targets.requires_grad, "a target needs no gradient"
 
 
-def test_emu_04_who_has_cross_entropy(tiny_tokenizer: VisualTokenizer):
+def test_emu_04_what_has_cross_entropy(tiny_tokenizer: VisualTokenizer):
     processor, model = built(tiny_tokenizer)
-    batch = pack([[row(processor, s) for s in mixed()]], 64, processor.pad)
+    batch = pack([[sequence(processor, s) for s in mixed()]], 64, processor.pad)
     before, at = shift_targets(batch, batch.predict)
     assert (batch.documents.flatten()[at] != PADDING).all()
     assert (batch.roles.flatten()[at] == Role.TEXT).all()
@@ -196,23 +205,23 @@ def test_emu_04_who_has_cross_entropy(tiny_tokenizer: VisualTokenizer):
     after_pictures = (batch.roles.flatten()[before] == Role.END).sum()
     assert after_pictures == 3, "the first id after each picture is predicted from its end"
     texts = sum(
-        len(row(processor, s)) - 1 - (N + 2) * sum(isinstance(p, ImageSegment) for p in s)
+        len(sequence(processor, s)) - 1 - (N + 2) * sum(isinstance(p, ImageSegment) for p in s)
         for s in mixed()
     )
     assert len(at) == texts == EMU.losses(model(batch), batch)["text"].count
     assert cross_entropy(model(batch), batch)["image"].count == 0
 
 
-def test_emu_05_no_gradient_from_what_is_to_be_said(tiny_tokenizer: VisualTokenizer):
-    """Of each single term, words and vectors, with respect to what the LM is fed."""
+def test_emu_05_no_gradient_from_targets(tiny_tokenizer: VisualTokenizer):
+    """Of each single term, words and vectors, with respect to what the LM is embedded."""
     processor, model = built(tiny_tokenizer)
-    batch = pack([[row(processor, s) for s in mixed()[1:]]], 64, processor.pad)
+    batch = pack([[sequence(processor, s) for s in mixed()[1:]]], 64, processor.pad)
     inputs = model(batch).inputs_embeds.detach().requires_grad_(True)
     for flag, losses in ((batch.predict, cross_entropy), (batch.regress, regression)):
         name = "predict" if flag is batch.predict else "regress"
-        for place in flag[0].nonzero().flatten().tolist():
+        for position in flag[0].nonzero().flatten().tolist():
             one = torch.zeros_like(flag)
-            one[0, place] = True
+            one[0, position] = True
             single = replace(batch, **{name: one})
             found = losses(
                 replace(
@@ -224,13 +233,13 @@ def test_emu_05_no_gradient_from_what_is_to_be_said(tiny_tokenizer: VisualTokeni
             )
             total = found["text"].total if name == "predict" else found["vectors"].total
             (gradient,) = torch.autograd.grad(total, inputs)
-            document = batch.documents[0] == batch.documents[0, place]
-            assert (gradient[0, place:] == 0).all() and (gradient[0, ~document] == 0).all()
-            assert gradient[0, place - 1].abs().max() > 0
+            document = batch.documents[0] == batch.documents[0, position]
+            assert (gradient[0, position:] == 0).all() and (gradient[0, ~document] == 0).all()
+            assert gradient[0, position - 1].abs().max() > 0
 
 
 def left(batch: PackedBatch) -> PackedBatch:
-    """The same rows, with their free places before them."""
+    """The same sequences, with their free positions before them."""
     moved = {}
     for name in (
         "ids",
@@ -242,10 +251,10 @@ def left(batch: PackedBatch) -> PackedBatch:
         "documents",
         "positions",
     ):
-        rows = getattr(batch, name)
+        sequences = getattr(batch, name)
         shifts = (batch.documents == PADDING).sum(1).tolist()
         moved[name] = torch.stack(
-            [row.roll(shift) for row, shift in zip(rows, shifts, strict=True)]
+            [sequence.roll(shift) for sequence, shift in zip(sequences, shifts, strict=True)]
         )
     return replace(batch, **moved)
 
@@ -253,7 +262,7 @@ def left(batch: PackedBatch) -> PackedBatch:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_emu_06_padding_and_caching(family: str, tiny_tokenizer: VisualTokenizer):
     processor, model = built(tiny_tokenizer, family)
-    batch = pad([row(processor, s) for s in mixed()], processor.pad)
+    batch = pad([sequence(processor, s) for s in mixed()], processor.pad)
     assert (left(batch).documents[0] == PADDING).nonzero().flatten().tolist() == list(
         range((batch.documents[0] == PADDING).sum())
     )
@@ -277,32 +286,34 @@ def test_emu_06_padding_and_caching(family: str, tiny_tokenizer: VisualTokenizer
         ]
         for number, prompt in enumerate(prompts):
             slow = slowly(model, processor, prompt, room=len(prompts[2]))
-            for said in (cached, plain, alone):
-                assert isinstance(said[number][0], torch.Tensor)
-                torch.testing.assert_close(said[number][0], slow, atol=1e-4, rtol=1e-4)
-                assert said[number][1:] == cached[number][1:], "the words after the picture"
+            for generated in (cached, plain, alone):
+                assert isinstance(generated[number][0], torch.Tensor)
+                torch.testing.assert_close(generated[number][0], slow, atol=1e-4, rtol=1e-4)
+                assert generated[number][1:] == cached[number][1:], "the words after the picture"
 
 
 def slowly(
     model: SequenceModel, processor: MultimodalProcessor, prompt: TokenSequence, room: int
 ) -> torch.Tensor:
-    """N vectors by whole forwards over a right-padded row, where vectors said are put in by hand."""
-    said: list[torch.Tensor] = []
+    """N vectors by whole forwards over a right-padded sequence, where vectors said are put in by
+    hand.
+    """
+    generated: list[torch.Tensor] = []
     for _ in range(N):
-        length = len(prompt) + len(said)
+        length = len(prompt) + len(generated)
         batch = pad([prompt], processor.pad)
         inputs = model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
         free = model.causal.get_input_embeddings()(torch.tensor([processor.pad]))
         inputs = torch.cat(
-            [inputs, *(v[None, None] for v in said), free[None].expand(1, room, -1)], 1
+            [inputs, *(v[None, None] for v in generated), free[None].expand(1, room, -1)], 1
         )
         documents = torch.where(torch.arange(length + room) < length, 0, PADDING)[None]
         wide = pack([[]], length + room, processor.pad)
         states = model.hidden_states(
             inputs, replace(wide, documents=documents, positions=torch.arange(length + room)[None])
         )
-        said.append(model.regressor(states[0, length - 1]))  # type: ignore[misc]
-    return torch.stack(said)
+        generated.append(model.regressor(states[0, length - 1]))  # type: ignore[misc]
+    return torch.stack(generated)
 
 
 class RecordingDecoder:
@@ -323,7 +334,9 @@ def lm(tiny_tokenizer: VisualTokenizer) -> MultimodalLM:
 
 
 def test_emu_07_generation(lm: MultimodalLM, photos: list[Path]):
-    """Exactly N; null is what is said after an empty prompt. (Guidance of 1: test_vector_decoder.py.)"""
+    """Exactly N; null is what is generated after an empty prompt. (Guidance of 1:
+    test_vector_decoder.py.)
+    """
     prompts = ["a red apple", [], ["a", photos[0], "rain"], [photos[0], photos[1]]]
     vectors = lm.generate_vectors_batch(prompts)
     assert vectors.shape == (4, N, 16)
@@ -345,9 +358,9 @@ def test_emu_07_generation(lm: MultimodalLM, photos: list[Path]):
     assert more == {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 
-def test_emu_08_eight_samples_are_learnt_by_heart(tiny_tokenizer: VisualTokenizer):
-    """A number names each picture and the picture its words, so that both losses can reach 0. Were the targets not
-    detached, the second one would, by vectors that are all the same."""
+def test_emu_08_eight_samples_are_overfitted(tiny_tokenizer: VisualTokenizer):
+    """A number names each image and the image its words, so that both losses can reach 0. Were the
+    targets not detached, the second one would, by vectors that are all the same."""
     losses, before, after = learnt(tiny_tokenizer, EMU)
     assert losses["text"].mean < 0.1
     assert losses["vectors"].mean < 0.1 * after**2
@@ -357,20 +370,20 @@ def test_emu_08_eight_samples_are_learnt_by_heart(tiny_tokenizer: VisualTokenize
 
 
 class Undetached(Emu):
-    def losses(self, seen: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
+    def losses(self, output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
         before, at = shift_targets(batch, batch.regress)
         error = (
-            seen.regressor(seen.hidden_states.flatten(0, 1)[before])
-            - seen.inputs_embeds.flatten(0, 1)[at]
+            output.regressor(output.hidden_states.flatten(0, 1)[before])
+            - output.inputs_embeds.flatten(0, 1)[at]
         )  # type: ignore[misc]
         return {
-            **super().losses(seen, batch),
+            **super().losses(output, batch),
             "vectors": LossSum(error.square().mean(1).sum(), torch.tensor(len(at))),
         }
 
 
 def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, LossSum], float, float]:
-    """(losses, std of the pictures' vectors before and after training)."""
+    """(losses, std of the images' vectors before and after training)."""
     processor, _ = processor_and_model()
     words = [
         "a red apple",
@@ -392,7 +405,7 @@ def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, LossSum],
             AutoConfig.for_model(**SMALL, vocab_size=processor.vocabulary.stop)
         )
         model = SequenceModel(lm, *objective.connectors.build(visual, 32))
-    batch = pad([row(processor, s, objective) for s in samples], processor.pad)
+    batch = pad([sequence(processor, s, objective) for s in samples], processor.pad)
 
     def deviation() -> float:
         with torch.no_grad():
@@ -415,7 +428,7 @@ def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, LossSum],
     )
 
 
-def test_emu_09_any_number_of_pictures(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
+def test_emu_09_any_number_of_images(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     processor, model = built(tiny_tokenizer)
     frames = as_segments(clip([photos[i % 4] for i in range(30)]), tiny_tokenizer.image_processor)
     five: list[Segment] = [part for i in range(5) for part in (image(i), TextSegment("rain"))]
@@ -426,8 +439,8 @@ def test_emu_09_any_number_of_pictures(tiny_tokenizer: VisualTokenizer, photos: 
         five,
         [*frames, TextSegment("two dogs run")],
     ]
-    rows = [row(processor, sample, key=str(i)) for i, sample in enumerate(samples)]
-    batch = pack([rows], sum(map(len, rows)), processor.pad)
+    sequences = [sequence(processor, sample, key=str(i)) for i, sample in enumerate(samples)]
+    batch = pack([sequences], sum(map(len, sequences)), processor.pad)
     assert (
         batch.fill == 1
         and len(batch.images) == 1 + 1 + 5 + 8
@@ -435,7 +448,7 @@ def test_emu_09_any_number_of_pictures(tiny_tokenizer: VisualTokenizer, photos: 
     )
     with torch.no_grad():
         packed = EMU.losses(model(batch), batch)
-        apart = [EMU.losses(model(b), b) for b in (pad([r], processor.pad) for r in rows)]
+        apart = [EMU.losses(model(b), b) for b in (pad([r], processor.pad) for r in sequences)]
     for name in ("text", "vectors"):
         whole = sum(float(losses[name].total) for losses in apart)
         assert math.isclose(float(packed[name].total), whole, rel_tol=1e-4)
@@ -447,7 +460,7 @@ def test_emu_09_three_learning_rates(folder: Path):
     objective = Emu(queries=N, depth=1, heads=2)
     rates = {"lr": 3e-3, "visual_lr": 2e-3, "encoder_lr": 1e-3}
     training = module(folder, objective=objective, **rates, out=str(folder / "out"))
-    fitted, seen = trainer(folder, 2, [Losses()]), Losses()
+    fitted, output = trainer(folder, 2, [Losses()]), Losses()
     fitted.fit(training, data(folder, images=str(folder / "pictures")))
     model: Any = training.model
     named = {id(p): name for name, p in model.named_parameters()}
@@ -466,7 +479,7 @@ def test_emu_09_three_learning_rates(folder: Path):
             "encoder_lr" if name.startswith("bridge.encoder.") else "visual_lr" if own else "lr"
         )
         assert rate == rates[wanted], name
-    assert "regressor.weight" in found and "bridge.queries" in found and seen.values == []
+    assert "regressor.weight" in found and "bridge.queries" in found and output.values == []
     loaded = MultimodalLM.from_pretrained(folder / "out", decoder=None)
     assert loaded.objective == objective
     for name, tensor in model.state_dict().items():
@@ -478,7 +491,7 @@ def test_emu_09_three_learning_rates(folder: Path):
     )
 
 
-def test_pictures_to_text(lm: MultimodalLM, photos: list[Path]):
+def test_images_to_text(lm: MultimodalLM, photos: list[Path]):
     captions = lm.caption([str(photo) for photo in photos[:2]], max_new_tokens=5)
     assert captions == [lm.caption(str(photo), max_new_tokens=5) for photo in photos[:2]]
     assert isinstance(lm.answer(str(photos[0]), "What colour is it?", max_new_tokens=5), str)
@@ -486,17 +499,17 @@ def test_pictures_to_text(lm: MultimodalLM, photos: list[Path]):
     assert len(shown.image_segments) == 2 and shown.is_embedding.sum() == 2 * N, (
         "few-shot prompts are one after another"
     )
-    said = lm.complete(
+    generated = lm.complete(
         ["a red apple", photos[0]], 6, max_images=0, temperature=3.0, generator=torch.Generator()
     )
-    assert all(isinstance(part, str) for part in said)
+    assert all(isinstance(part, str) for part in generated)
 
 
 def test_ranking_by_mean_cross_entropy(lm: MultimodalLM, photos: list[Path]):
     texts = ["a red apple", "rain", "two dogs run"]
     found = lm.rank([photos[0]], texts, per_token=True)
     for text, nats in zip(texts, found.tolist(), strict=True):
-        sample = row(
+        sample = sequence(
             lm.processor,
             [replace(lm.prompts.segment(photos[0]), is_target=False), TextSegment(text)],
         )
@@ -507,7 +520,7 @@ def test_ranking_by_mean_cross_entropy(lm: MultimodalLM, photos: list[Path]):
             )
 
 
-def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path], tiny_tokenizer: VisualTokenizer):
+def test_what_is_refused(lm: MultimodalLM, photos: list[Path], tiny_tokenizer: VisualTokenizer):
     codes = tiny_tokenizer.encode(photos[0])
     with pytest.raises(ValueError, match="emu generates vectors for images, no codes"):
         lm.generate_codes("rain")
@@ -520,9 +533,9 @@ def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path], tiny_tokenizer:
     with pytest.raises(ValueError, match="the likelihood of image segments is not defined"):
         lm.rank("rain", [photos[0]])
     with pytest.raises(ValueError, match="example 'x' has only the codes of one"):
-        row(lm.processor, [ImageSegment(torch.tensor([1, 2])), TextSegment("rain")], key="x")
+        sequence(lm.processor, [ImageSegment(torch.tensor([1, 2])), TextSegment("rain")], key="x")
     with pytest.raises(ValueError, match="example 'x' has no segments"):
-        row(lm.processor, [], key="x")
+        sequence(lm.processor, [], key="x")
     with pytest.raises(ValueError, match="at least one vector per image, got 0"):
         Emu(queries=0)
     with pytest.raises(ValueError, match="regression_weight: expected 0 or more"):

@@ -41,7 +41,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture
 def decoder(tiny_decoder: Any) -> VectorDecoder:
-    """For N vectors of width 16; 16 features of width 32, pictures of 16 pixels."""
+    """For N vectors of width 16; 16 features of width 32, images of 16 pixels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         return VectorDecoder(
@@ -52,7 +52,7 @@ def decoder(tiny_decoder: Any) -> VectorDecoder:
 
 @pytest.fixture
 def parts(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) -> dict[str, str]:
-    """Directories of a language model that says vectors, and of a pixel decoder."""
+    """Directories of a language model that predicts vectors, and of a pixel decoder."""
     processor, model = built(tiny_tokenizer)
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     save_model(
@@ -79,12 +79,12 @@ def training(parts: dict[str, str], **settings: Any) -> EmuDecoderTraining:
     return trainer_of(EmuDecoderTraining, **parts, **{**small, **settings})
 
 
-def said(seed: int, count: int = 2) -> torch.Tensor:
+def generated(seed: int, count: int = 2) -> torch.Tensor:
     return torch.randn(count, N, 16, generator=generator(seed))
 
 
-def test_vectors_take_the_place_of_features(decoder: VectorDecoder):
-    vectors = said(0)
+def test_vectors_replace_features(decoder: VectorDecoder):
+    vectors = generated(0)
     condition = decoder.conditioning(vectors)
     of_codes = decoder.pixels.conditioner(VisualCodes.from_list([[1, 2], [3]], 16))
     assert condition.tokens.shape == of_codes.tokens.shape
@@ -100,9 +100,11 @@ def test_vectors_take_the_place_of_features(decoder: VectorDecoder):
 
 
 def test_guidance(decoder: VectorDecoder):
-    """At a scale of 1 the conditional prediction alone; at others what was said of nothing is subtracted."""
+    """At a scale of 1 the conditional prediction alone; at others what was said of nothing is
+    subtracted.
+    """
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
-    vectors, null = said(0), said(1, 1)
+    vectors, null = generated(0), generated(1, 1)
 
     def drawn(null: torch.Tensor, scale: float) -> torch.Tensor:
         return decoder.decode(
@@ -111,8 +113,8 @@ def test_guidance(decoder: VectorDecoder):
 
     given = decoder.conditioning(vectors)
     alone = decoder.pixels.decode_condition(given, given, 2, 1.0, generator(), output_type="pt")
-    assert torch.equal(drawn(null, 1.0), alone) and torch.equal(drawn(said(2, 1), 1.0), alone)
-    assert not torch.equal(drawn(null, 3.0), drawn(said(2, 1), 3.0))
+    assert torch.equal(drawn(null, 1.0), alone) and torch.equal(drawn(generated(2, 1), 1.0), alone)
+    assert not torch.equal(drawn(null, 3.0), drawn(generated(2, 1), 3.0))
     assert not torch.equal(drawn(null, 3.0), drawn(torch.zeros(1, N, 16), 3.0))
     outputs = ImageVectors(vectors, null)
     images = decoder.decode(outputs, [generator(1), generator(2)], num_inference_steps=2)
@@ -136,7 +138,7 @@ def test_saved_and_loaded(decoder: VectorDecoder, tmp_path: Path):
     decoder.save_pretrained(tmp_path / "decoder")
     loaded = VectorDecoder.from_pretrained(tmp_path / "decoder")
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
-    outputs = ImageVectors(said(0), said(1, 1))
+    outputs = ImageVectors(generated(0), generated(1, 1))
     images = [d.decode(outputs, generator(), **options) for d in (decoder, loaded)]
     assert torch.equal(*images)
     half = tmp_path / "half"
@@ -169,7 +171,7 @@ def test_saved_and_loaded(decoder: VectorDecoder, tmp_path: Path):
         decoder.save_pretrained(tmp_path / "broken")
 
 
-def test_it_is_trained_on_what_the_model_says(parts: dict[str, str]):
+def test_trained_on_generated_vectors(parts: dict[str, str]):
     module = training(parts)
     lm = MultimodalLM.from_pretrained(parts["model"], decoder=None)
     captions = [CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]]
@@ -236,8 +238,8 @@ def test_what_is_trained(parts: dict[str, str], tmp_path: Path):
         training({**parts, "model": str(out)})
 
 
-def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
-    """The loss falls, by what the words tell and not only by what pictures have in common."""
+def test_four_images_are_overfitted(parts: dict[str, str]):
+    """The loss falls, by what the words tell and not only by what images have in common."""
     module = training(parts, lr=3e-3)
     pixels, vae = module.decoder.pixels, module.decoder.pixels.vae
     pixels.scheduler = DDIMScheduler(
@@ -245,14 +247,14 @@ def test_four_pictures_are_learnt_by_heart(parts: dict[str, str]):
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
-    )  # under which the noisiest steps, where nothing but words tells the colour, weigh most
+    )  # under which the noisiest steps, where nothing but words tells the color, weigh most
     colours = torch.tensor(
         [[250, 10, 10], [10, 250, 10], [10, 10, 250], [240, 240, 240]], dtype=torch.uint8
     )
     images = colours[:, :, None, None].expand(-1, -1, 16, 16).repeat(4, 1, 1, 1)
     latents = vae_latents(
         vae, images[:4]
-    )  # a random VAE's tell colours apart by little: make that unit variance
+    )  # a random VAE's tell colors apart by little: make that unit variance
     vae.register_to_config(scaling_factor=vae.config.scaling_factor / float(latents.std(0).mean()))
     vae.register_to_config(shift_factor=float(latents.mean()) / 0.18215)
     captions = CAPTIONS * 4
@@ -300,19 +302,19 @@ def fit(
     saved = pl.callbacks.ModelCheckpoint(
         root / "ckpt", every_n_train_steps=1, save_last=True, save_top_k=-1
     )
-    seen = Losses()
+    output = Losses()
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     options |= {"num_sanity_val_steps": 0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     trainer = pl.Trainer(
         max_steps=steps,
         default_root_dir=root,
-        callbacks=[seen, saved],
+        callbacks=[output, saved],
         enable_model_summary=False,
         **options,
     )
     data = ImageDataModule(str(images), 16, 8, caption_column="caption", cache=True)
     trainer.fit(module, data, ckpt_path=ckpt, weights_only=False)
-    return seen
+    return output
 
 
 class Losses(pl.Callback):

@@ -1,4 +1,6 @@
-"""docs/objectives.md: the fifth objective it writes out is trained, saved, read and asked, by its one file alone."""
+"""docs/objectives.md: the fifth objective it writes out is trained, saved, read and asked, by its
+one file alone.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,11 @@ def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_fifth_objective_is_one_file(folder: Path, counting, tmp_path: Path):
     wide = {**SMALL, "hidden_size": 64}
     training = module(folder, objective=counting(), out=str(tmp_path / "made"), lr=1e-2, lm=wide)
-    seen = Losses()
-    trainer(tmp_path, 40, [seen], num_sanity_val_steps=0, limit_val_batches=0).fit(
+    output = Losses()
+    trainer(tmp_path, 40, [output], num_sanity_val_steps=0, limit_val_batches=0).fit(
         training, data(folder)
     )
-    assert seen.values[-1] < 0.2 * seen.values[0]
+    assert output.values[-1] < 0.2 * output.values[0]
     with pytest.raises(WeightsError, match="objective 'counting' is not one of this library's"):
         MultimodalLM.from_pretrained(tmp_path / "made", decoder=None)
     lm = MultimodalLM.from_pretrained(tmp_path / "made", objective=counting(), decoder=None)

@@ -1,4 +1,6 @@
-"""VL-GPT's stage 2: what is laid out, which head reads what, what is trained, and words and pictures in turn."""
+"""VL-GPT's stage 2: what is laid out, which head reads what, what is trained, and words and images
+in turn.
+"""
 
 from __future__ import annotations
 
@@ -74,12 +76,14 @@ def built(objective: VLGPT, visual: VisualTokenizer, family: str = "llama") -> M
         )
 
 
-def row(made: Made, sample: Sequence[Segment], key: str = "") -> TokenSequence:
+def sequence(made: Made, sample: Sequence[Segment], key: str = "") -> TokenSequence:
     return made.objective.layout(sample, made.processor, torch.Generator().manual_seed(0), key)
 
 
 def test_the_drawing(tiny_tokenizer: VisualTokenizer):
-    """The page's drawing, place by place, with the words that this tokenizer makes of "a cat"."""
+    """The page's drawing, position by position, with the words that this tokenizer makes of "a
+    cat".
+    """
     import lavit_lm.objectives.vlgpt.objective as page
 
     objective = VLGPT(
@@ -105,10 +109,14 @@ def test_the_drawing(tiny_tokenizer: VisualTokenizer):
         if line.startswith(" " * 26)
     }
     names = {"TEXT": Role.TEXT, "BEGIN": Role.BEGIN, "VIS": Role.VISUAL, "END": Role.END}
-    places = [0, *[1] * len(words), *range(3, 8)]  # of the drawing, in which "a cat" has two words
-    assert made.roles.tolist() == [int(names[drawn["role"][p]]) for p in places]
+    positions = [
+        0,
+        *[1] * len(words),
+        *range(3, 8),
+    ]  # of the drawing, in which "a cat" has two words
+    assert made.roles.tolist() == [int(names[drawn["role"][p]]) for p in positions]
     for name in ("is_embedding", "predict", "regress"):
-        assert getattr(made, name).tolist() == [drawn[name][p] != "." for p in places], name
+        assert getattr(made, name).tolist() == [drawn[name][p] != "." for p in positions], name
     assert not made.prefix.any() and len(made.image_segments) == 1 and len(made.keep) == 0
 
 
@@ -122,7 +130,7 @@ def test_order_and_learning(made: Made):
     first = sum(role == Role.BEGIN for role in orders)
     assert 15 < first < 45, "image before its text, or after it, at random"
     # Instruction tuning: the loss is on answers only.
-    asked = row(
+    asked = sequence(
         made,
         [
             image(0, is_target=False),
@@ -135,7 +143,7 @@ def test_order_and_learning(made: Made):
         asked.predict.tolist() == [False] * (len(asked) - answer) + [True] * answer
         and not asked.regress.any()
     )
-    painted = row(made, [TextSegment("An image of rain.", is_target=False), image(0)])
+    painted = sequence(made, [TextSegment("An image of rain.", is_target=False), image(0)])
     where = painted.roles != Role.TEXT
     assert (
         painted.predict[where].tolist() == [True] + [False] * (N + 1)
@@ -143,46 +151,46 @@ def test_order_and_learning(made: Made):
     )
     assert painted.regress[where].tolist() == [False, *[True] * N, False]
     with pytest.raises(ValueError, match="example 'x' has no segments"):
-        row(made, [], "x")
+        sequence(made, [], "x")
     with pytest.raises(
         ValueError, match="VL-GPT needs the pixels of images, and example 'x' has only the codes"
     ):
-        row(made, [ImageSegment(torch.tensor([1, 2]))], "x")
+        sequence(made, [ImageSegment(torch.tensor([1, 2]))], "x")
     with pytest.raises(ValueError, match="give the directory of lavit-lm fit-tokenizer"):
         VLGPT()
     with pytest.raises(ValueError, match="regression_weight: expected 0 or more"):
         VLGPT("x", regression_weight=-1.0)
     with pytest.raises(WeightsError, match="as written by lavit-lm fit-tokenizer"):
-        VLGPT("nowhere").image_output
+        VLGPT("nowhere").to_dict()
     with pytest.raises(ValueError, match="vectors of width 16, the LM's hidden size is 32"):
         made.objective.connectors.build(made.model.bridge._tokenizer[0], 32)  # type: ignore[union-attr,index]
 
 
 def test_losses_by_hand(made: Made):
-    """Every target from its own place, slowly; packed with others it is the same."""
-    rows = [
-        row(made, s)
+    """Every target from its own position, slowly; packed with others it is the same."""
+    sequences = [
+        sequence(made, s)
         for s in (
             [TextSegment("a red apple"), image(1), TextSegment("rain")],
             [image(2)],
             [TextSegment("two dogs")],
         )
     ]
-    batch = pad(rows, made.processor.pad)
+    batch = pad(sequences, made.processor.pad)
     with torch.no_grad():
-        seen = made.model(batch)
-        losses = made.objective.losses(seen, batch)
+        output = made.model(batch)
+        losses = made.objective.losses(output, batch)
         nats, squares = [], []
-        for b, one in enumerate(rows):
+        for b, one in enumerate(sequences):
             vectors = (
                 iter(made.model.bridge(one.images, one.keep)) if one.image_segments else iter(())
             )
-            for place, role in enumerate(one.roles.tolist()):
-                state = seen.hidden_states[b, place - 1]
+            for position, role in enumerate(one.roles.tolist()):
+                state = output.hidden_states[b, position - 1]
                 if role == Role.VISUAL:
                     squares.append(((made.model.regressor(state) - next(vectors)) ** 2).mean())  # type: ignore[misc]
-                elif role != Role.END and place:
-                    nats.append(-made.model.head(state[None]).log_softmax(-1)[0, one.ids[place]])
+                elif role != Role.END and position:
+                    nats.append(-made.model.head(state[None]).log_softmax(-1)[0, one.ids[position]])
         by_hand = torch.stack(nats).mean() + 0.5 * torch.stack(squares).mean()
         weighed = replace(made.objective, regression_weight=0.5)
         torch.testing.assert_close(weighed.total(losses), by_hand)
@@ -190,15 +198,15 @@ def test_losses_by_hand(made: Made):
             int(losses["vectors"].count) == len(squares) == 2 * N
             and int(losses["image"].count) == 2
         )
-        together = pack([rows], sum(map(len, rows)), made.processor.pad)
+        together = pack([sequences], sum(map(len, sequences)), made.processor.pad)
         packed = weighed.total(weighed.losses(made.model(together), together))
         torch.testing.assert_close(packed, by_hand, atol=1e-5, rtol=1e-5)
 
 
 def test_vlgpt_03_the_head_follows_the_target(made: Made):
     """NaN in one head is never met by targets of the other kind, forwards or backwards."""
-    texts = pad([row(made, [TextSegment("a red apple")])], made.processor.pad)
-    painted = pad([row(made, [TextSegment("rain"), image(1)])], made.processor.pad)
+    texts = pad([sequence(made, [TextSegment("a red apple")])], made.processor.pad)
+    painted = pad([sequence(made, [TextSegment("rain"), image(1)])], made.processor.pad)
     vectors_only = replace(painted, predict=torch.zeros_like(painted.predict))
 
     def total_and_gradient(batch: Any) -> tuple[Tensor, Tensor]:
@@ -222,13 +230,13 @@ def test_vlgpt_03_the_head_follows_the_target(made: Made):
     assert total_and_gradient(painted)[0].isnan()
 
 
-def test_vlgpt_04_the_opening_is_a_target_here_and_not_in_emu(made: Made):
+def test_vlgpt_04_img_is_a_target_here_and_not_in_emu(made: Made):
     emu = Emu("given", queries=N)
     for sample in (
         [TextSegment("rain"), image(0), TextSegment("a red apple"), image(1)],
         [image(2), TextSegment("rain")],
     ):
-        ours, theirs = row(made, sample), emu.layout(sample, made.processor, torch.Generator())
+        ours, theirs = sequence(made, sample), emu.layout(sample, made.processor, torch.Generator())
         assert torch.equal(ours.ids, theirs.ids) and torch.equal(
             ours.is_embedding, theirs.is_embedding
         )
@@ -266,17 +274,21 @@ def test_vlgpt_05_what_is_trained(folder: Path, tiny_decoder: Any):
     }
     wanted |= {"regressor.weight", "regressor.bias"}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    rows = trained - wanted
-    assert wanted < trained and rows and all("trainable_tokens" in name for name in rows), (
-        rows ^ wanted
-    )
+    sequences = trained - wanted
+    assert (
+        wanted < trained and sequences and all("trainable_tokens" in name for name in sequences)
+    ), sequences ^ wanted
     new = training.processor.vocabulary.stop - training.processor.vocabulary.begin
-    assert {tuple(p.shape) for n, p in model.named_parameters() if n in rows} == {
+    assert {tuple(p.shape) for n, p in model.named_parameters() if n in sequences} == {
         (new, SMALL["hidden_size"])
     }
     assert all(p.shape[0] == 32 for n, p in model.named_parameters() if "lora_A" in n)
     batch = pad(
-        [row(Made(training.processor, model, training.objective), [image(0), TextSegment("rain")])],
+        [
+            sequence(
+                Made(training.processor, model, training.objective), [image(0), TextSegment("rain")]
+            )
+        ],
         0,
     )
     with torch.no_grad():
@@ -287,8 +299,8 @@ def test_vlgpt_05_what_is_trained(folder: Path, tiny_decoder: Any):
             )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     visual = {name: t.clone() for name, t in training.visual.state_dict().items()}
-    seen = Losses()
-    fitted = trainer(folder, 4, [seen, saving(folder)])
+    output = Losses()
+    fitted = trainer(folder, 4, [output, saving(folder)])
     fitted.fit(training, data(folder, images=str(folder / "pictures")))
     for name, p in training.model.named_parameters():
         assert torch.equal(p, before[name]) != (name in trained), name
@@ -305,7 +317,7 @@ def test_vlgpt_05_what_is_trained(folder: Path, tiny_decoder: Any):
     trainer(folder, 4, [resumed]).fit(
         trained_module(folder), data(folder, images=str(folder / "pictures")), ckpt_path=last
     )
-    assert resumed.values == seen.values[-len(resumed.values) :] and 0 < len(resumed.values) < 4
+    assert resumed.values == output.values[-len(resumed.values) :] and 0 < len(resumed.values) < 4
 
 
 def test_a_saved_model_needs_no_stage_1(folder: Path, tiny_decoder: Any):
@@ -320,7 +332,7 @@ def test_a_saved_model_needs_no_stage_1(folder: Path, tiny_decoder: Any):
     lm = MultimodalLM.from_pretrained(folder / "made")
     assert isinstance(lm.objective, VLGPT) and lm.objective.sizes.queries == N
     batch = pad(
-        [row(Made(lm.processor, lm.model, lm.objective), [image(0), TextSegment("rain")])],
+        [sequence(Made(lm.processor, lm.model, lm.objective), [image(0), TextSegment("rain")])],
         lm.processor.pad,
     )
     with torch.no_grad():
@@ -350,14 +362,14 @@ def test_a_saved_model_needs_no_stage_1(folder: Path, tiny_decoder: Any):
         folder / "made" / "lavit_lm.json"
     ).read_text()
     # Sizes without weights: nothing random can pass for a tokenizer.
-    said = json.loads((folder / "made" / "lavit_lm.json").read_text())["objective"]
-    unread = VLGPT(**{name: value for name, value in said.items() if name != "name"})
+    generated = json.loads((folder / "made" / "lavit_lm.json").read_text())["objective"]
+    unread = VLGPT(**{name: value for name, value in generated.items() if name != "name"})
     hollow = module(folder, objective=unread, lora=LORA, lm=SMALL)
     with pytest.raises(ValueError, match="the loss is nan; stopped before it spoils"):
         trainer(folder, 1, []).fit(hollow, data(folder, images=str(folder / "pictures")))
 
 
-# Words and pictures in turn
+# Words and images in turn
 
 
 def slowly(
@@ -369,7 +381,9 @@ def slowly(
     sampling: Sampling,
     seed: int,
 ) -> list[Any]:
-    """What generate_interleaved does, for one row, in the plainest words; every step reads the whole row anew."""
+    """What generate_interleaved does, for one sequence, in the plainest words; every step reads the
+    whole sequence anew.
+    """
     processor, model = made.processor, made.model
     v, table = processor.vocabulary, model.causal.get_input_embeddings()
     generator = torch.Generator().manual_seed(seed)
@@ -379,7 +393,7 @@ def slowly(
     def state() -> Tensor:
         return model.causal.base_model(inputs_embeds=inputs[None]).last_hidden_state[0, -1]
 
-    said: list[Any] = []
+    generated: list[Any] = []
     painting = opened
     while painting or max_new_tokens:
         if painting:
@@ -387,7 +401,7 @@ def slowly(
             for _ in range(N):
                 vectors.append(model.regressor(state()))  # type: ignore[misc]
                 inputs = torch.cat([inputs, vectors[-1][None]])
-            said.append(torch.stack(vectors))
+            generated.append(torch.stack(vectors))
             if not max_new_tokens:
                 break
             inputs = torch.cat([inputs, table(torch.tensor([v.end]))])
@@ -417,10 +431,10 @@ def slowly(
                 break
             words.append(drawn)
         if words:
-            said.append(words)
+            generated.append(words)
         if not painting:
             break
-    return said
+    return generated
 
 
 def opens_often(made: Made) -> None:
@@ -435,10 +449,12 @@ def opens_often(made: Made) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_vlgpt_06_n_vectors_then_words_again(
+def test_vlgpt_06_n_vectors_then_text_again(
     where: Path, tiny_tokenizer: VisualTokenizer, family: str
 ):
-    """Rows of one batch in different states, against one row at a time, with and without a cache."""
+    """Rows of one batch in different states, against one sequence at a time, with and without a
+    cache.
+    """
     made = built(VLGPT(str(where / "stage"), order="given"), tiny_tokenizer, family)
     opens_often(made)
     prompts = [
@@ -490,7 +506,7 @@ def test_vlgpt_06_n_vectors_then_words_again(
 
 
 def test_vlgpt_06_text_image_text_image_in_one_call(made: Made):
-    """A model that is made to say a word, a picture, a word, a picture and its end."""
+    """A model that is made to say a word, a image, a word, a image and its end."""
     v, processor = made.processor.vocabulary, made.processor
     word = processor.text("rain")[-1]
     order = iter([word, v.begin, word, v.begin, processor.stop])
@@ -511,22 +527,22 @@ def test_vlgpt_06_text_image_text_image_in_one_call(made: Made):
         is_embedding.append(k["inputs_embeds"][0, -1]) or reads(**k)
     )
     prompt = made.objective.prompt([TextSegment("a")], processor, "text")
-    (said,) = generate_interleaved(
+    (generated,) = generate_interleaved(
         made.model, processor, [prompt], N, max_new_tokens=4, max_images=2
     )
-    assert [type(part) for part in said] == [list, Tensor, list, Tensor] and said[0] == said[2] == [
-        word
-    ]
+    assert [type(part) for part in generated] == [list, Tensor, list, Tensor] and generated[
+        0
+    ] == generated[2] == [word]
     turn = ["head", "head", *["regressor"] * N]
     assert asked == [*turn, *turn, "head"], "N regressions, no more, and then the LM's head again"
-    known = [table.weight[word], table.weight[v.begin], *said[1], table.weight[v.end]]
-    known += [table.weight[word], table.weight[v.begin], *said[3], table.weight[v.end]]
+    known = [table.weight[word], table.weight[v.begin], *generated[1], table.weight[v.end]]
+    known += [table.weight[word], table.weight[v.begin], *generated[3], table.weight[v.end]]
     assert len(is_embedding) == len(known) + 1
-    for place, (ours, theirs) in enumerate(zip(is_embedding[1:], known, strict=True)):
-        torch.testing.assert_close(ours, theirs, msg=f"place {place}")
+    for position, (ours, theirs) in enumerate(zip(is_embedding[1:], known, strict=True)):
+        torch.testing.assert_close(ours, theirs, msg=f"place {position}")
 
 
-def test_a_picture_that_is_asked_for(made: Made):
+def test_prompts_for_an_image(made: Made):
     """It is opened by the prompt; with words after it, and without any."""
     prompts = [
         made.objective.prompt([TextSegment(text)], made.processor, "image")
@@ -574,7 +590,7 @@ def lm(made: Made, tiny_tokenizer: VisualTokenizer) -> MultimodalLM:
     return MultimodalLM(made.model, made.processor, tiny_tokenizer, "default", made.objective)
 
 
-def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
+def test_prompt_templates(lm: MultimodalLM, photos: list[Path]):
     captions = lm.caption([str(photo) for photo in photos[:2]], 5)
     assert len(captions) == 2 and lm.caption(str(photos[1]), 5) == captions[1]
     asked = lm.prompts.sequence(
@@ -618,11 +634,11 @@ def test_a_user_s_wishes(lm: MultimodalLM, photos: list[Path]):
     )
     assert [p.size for p in drawn] == [(16, 16)] * 2
     ranked = lm.rank([photos[0]], ["a red apple", "rain"])
-    row = lm.prompts.sequence([photos[0], "rain"], "text")
+    sequence = lm.prompts.sequence([photos[0], "rain"], "text")
     with torch.no_grad():
-        batch = pad([row], lm.processor.pad)
+        batch = pad([sequence], lm.processor.pad)
         log_p = lm.model.head(lm.model(batch).hidden_states[0]).float().log_softmax(-1)
-    ids = [*row.ids.tolist(), lm.processor.stop]
+    ids = [*sequence.ids.tolist(), lm.processor.stop]
     start = len(ids) - len(lm.processor.text("rain")) - 1
     assert (
         abs(float(ranked[1]) - sum(float(log_p[i - 1, ids[i]]) for i in range(start, len(ids))))
@@ -636,9 +652,9 @@ def test_text_image_text_image(lm: MultimodalLM, photos: list[Path]):
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
         options: dict[str, Any] = {"generator": generator, "temperature": 2.0}
-        said = lm.complete(["a red apple", photos[0]], 6, 2, decode=False, **options)
-        kinds.add("".join("t" if isinstance(part, str) else "i" for part in said))
-        assert all(part.shape == (N, 16) for part in said if not isinstance(part, str))
+        generated = lm.complete(["a red apple", photos[0]], 6, 2, decode=False, **options)
+        kinds.add("".join("t" if isinstance(part, str) else "i" for part in generated))
+        assert all(part.shape == (N, 16) for part in generated if not isinstance(part, str))
     assert "titi" in {kind[:4] for kind in kinds}, kinds
     drawn = lm.complete("a", 6, 2, generator=torch.Generator().manual_seed(3), temperature=2.0)
     assert any(isinstance(part, Image.Image) for part in drawn)
@@ -647,7 +663,7 @@ def test_text_image_text_image(lm: MultimodalLM, photos: list[Path]):
     )
 
 
-def test_what_it_cannot_do(lm: MultimodalLM, photos: list[Path]):
+def test_what_is_refused(lm: MultimodalLM, photos: list[Path]):
     with pytest.raises(ValueError, match="vlgpt generates vectors for images, no codes"):
         lm.generate_codes("rain")
     with pytest.raises(
@@ -688,13 +704,15 @@ def test_vlgpt_07_either_condition_left_out_changes_the_sample(
     assert image.tobytes() == whole
 
 
-def test_one_batch_is_learnt_by_heart(made: Made):
-    """Words, the opening and the vectors of a text-first pair, each by its own head, with what stage 2 trains."""
-    rows = [
-        row(made, [TextSegment(text, is_target=False), image(i)])
+def test_one_batch_is_overfitted(made: Made):
+    """Words, the opening and the vectors of a text-first pair, each by its own head, with what
+    stage 2 trains.
+    """
+    sequences = [
+        sequence(made, [TextSegment(text, is_target=False), image(i)])
         for i, text in enumerate(["rain", "a red apple"])
     ]
-    batch = pad(rows, made.processor.pad)
+    batch = pad(sequences, made.processor.pad)
     optimizer = torch.optim.AdamW([p for p in made.model.parameters() if p.requires_grad], 5e-3)
     assert made.model.bridge is not None and not any(
         p.requires_grad for p in made.model.bridge.parameters()
@@ -717,5 +735,5 @@ def test_one_batch_is_learnt_by_heart(made: Made):
     for i, (vectors,) in enumerate(
         generate_interleaved(made.model, made.processor, prompts, N, starts_with_image=True)
     ):
-        wanted = made.model.bridge(rows[i].images, rows[i].keep)
+        wanted = made.model.bridge(sequences[i].images, sequences[i].keep)
         assert (vectors - wanted).abs().mean() < 0.3 * wanted.std(), "what was learnt is said"

@@ -1,4 +1,4 @@
-"""Texts and pictures in turn: clips, storyboards, files of documents, and training on them."""
+"""Texts and images in turn: clips, storyboards, files of documents, and training on them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGES = VisualImageProcessor(32)
 
 @pytest.fixture
 def album(tmp_path: Path, photos: list[Path]) -> Path:
-    """Six documents beside four pictures; a line between them is empty."""
+    """Six documents beside four images; a line between them is empty."""
     (tmp_path / "album" / "walk").mkdir(parents=True)
     for i, photo in enumerate(photos):
         Image.open(photo).convert("RGB").resize((40, 40)).save(
@@ -40,7 +40,7 @@ def album(tmp_path: Path, photos: list[Path]) -> Path:
 
 
 def test_frames_of_a_clip():
-    """The picture in clip."""
+    """The image in clip."""
     assert clip(list(range(10)), 3) == [1, 5, 8]
     assert clip(list(range(300))) == [18, 56, 93, 131, 168, 206, 243, 281] and clip([4, 5]) == [
         4,
@@ -52,13 +52,13 @@ def test_frames_of_a_clip():
             clip(images, frames)
 
 
-def test_subtitles_stand_before_the_next_frame():
-    """The picture at the head of documents.py."""
-    frames, said = (
+def test_subtitles_come_before_the_next_frame():
+    """The image at the head of documents.py."""
+    frames, generated = (
         [(0.0, "f0"), (4.0, "f4"), (8.0, "f8")],
         [(1.0, "one"), (2.0, " two "), (9.0, "nine")],
     )
-    assert storyboard(frames, said) == ["f0", "one two", "f4", "f8", "nine"]
+    assert storyboard(frames, generated) == ["f0", "one two", "f4", "f8", "nine"]
     assert storyboard(frames[:1], []) == ["f0"] and storyboard(frames[:1], [(0.0, "at once")]) == [
         "f0",
         "at once",
@@ -69,9 +69,9 @@ def test_subtitles_stand_before_the_next_frame():
     ):
         storyboard(frames[1::-1], [])
     with pytest.raises(ValueError, match="subtitles: expected times"):
-        storyboard(frames, said[::-1])
+        storyboard(frames, generated[::-1])
     with pytest.raises(ValueError, match="at least one frame"):
-        storyboard([], said)
+        storyboard([], generated)
 
 
 def test_parts_become_segments(photos: list[Path]):
@@ -85,7 +85,7 @@ def test_parts_become_segments(photos: list[Path]):
     assert callable(made[1].image) and torch.equal(made[1].image(), IMAGES.to_uint8(photos[0])[0])
 
 
-def test_documents_of_pictures_alone(album: Path):
+def test_documents_with_pixels_only(album: Path):
     documents = Documents(album, IMAGES)
     assert len(documents) == 6
     segments, key = documents[4]
@@ -103,7 +103,7 @@ def test_documents_of_pictures_alone(album: Path):
     )
 
 
-def test_documents_are_tokenised(album: Path, tiny_tokenizer: VisualTokenizer):
+def test_documents_are_encoded(album: Path, tiny_tokenizer: VisualTokenizer):
     documents = Documents(album, IMAGES, encode=tiny_tokenizer.encode, pixels=False, batch=1)
     shown: Any = documents[2][0][1]
     wanted = tiny_tokenizer.encode(album.parent / "walk" / "0.png")
@@ -122,11 +122,12 @@ BAD = {
     "[]": 'line 2: expected {"key": text, "segments"',
     '{"key": "x", "segments": []}': "line 2: expected",
     '{"key": 3, "segments": [{"text": "a"}]}': "line 2: expected",
-    '{"segments": [{"words": "a"}]}': 'line 2: expected segments {"text": ...} or {"image": ...}, got {"words": "a"}',
+    '{"segments": [{"words": "a"}]}': "line 2: expected segments "
+    '{"text": ...} or {"image": ...}, got {"words": "a"}',
     '{"segments": [{"text": "a", "image": "b.png"}]}': "line 2: expected segments",
     '{"segments": [{"text": ""}]}': "line 2: expected a string that is not empty",
     '{"segments": [{"image": 4}]}': "line 2: expected a string that is not empty",
-    '{"segments": [{"image": "/etc/hostname"}]}': "line 2: expected an image in the file's folder or below",
+    '{"segments": [{"image": "/etc/hostname"}]}': "line 2: expected an image in the file's folder",
     '{"segments": [{"image": "../a.png"}]}': "line 2: expected an image in the file's folder",
     '{"segments": [{"image": "none.png"}]}': "line 2: no such image beside pages.jsonl",
 }
@@ -182,14 +183,14 @@ def test_a_stopped_run_on_documents_goes_on(objective: Any, folder: Path, album:
     )
 
 
-def test_documents_and_pairs_share_a_block(folder: Path, album: Path):
-    """Pictures of shards have masks of patches and those of documents none: Emu asks for neither."""
+def test_documents_and_pairs_in_one_block(folder: Path, album: Path):
+    """Images of shards have masks of patches and those of documents none: Emu asks for neither."""
     training = module(folder, objective=replace(EMU, order="given"))
     chosen = data(folder, images=str(folder / "pictures"), documents=str(album), block=96)
     trainer(folder, 1, []).fit(training, chosen)
     assert chosen.sampler is not None
-    blocks = [chosen.blocks[places] for places in list(chosen.sampler._plan(0))]
-    keys = [{row.key.split(" ")[0].split("/")[0] for row in block} for block in blocks]
+    blocks = [chosen.blocks[positions] for positions in list(chosen.sampler._plan(0))]
+    keys = [{sequence.key.split(" ")[0].split("/")[0] for sequence in block} for block in blocks]
     assert {"document", "train"} in keys
     batch = chosen.blocks.collate(blocks)
     assert (

@@ -1,4 +1,6 @@
-"""Segments, packing and masks of lavit_lm: the drawings, and that packing changes nothing and leaks nothing."""
+"""Segments, packing and masks of lavit_lm: the drawings, and that packing changes nothing and leaks
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,23 +32,23 @@ def generator(seed: int = 0) -> torch.Generator:
 # Segments and LaVIT's layout
 
 
-def test_the_row_that_is_drawn():
+def test_the_drawing_of_a_sequence():
     processor, _ = processor_and_model("llama")
     v = processor.vocabulary
     sample = [TextSegment("a cat"), ImageSegment(torch.tensor([7, 3, 9]))]
-    row = LaVIT(order="given").layout(sample, processor, generator())
+    sequence = LaVIT(order="given").layout(sample, processor, generator())
     words = processor.text("a cat")
     codes = [v.first + c for c in (7, 3, 9)]
     bos, eos = processor.text_tokenizer.bos_token_id, processor.text_tokenizer.eos_token_id
-    assert row.ids.tolist() == [bos, *words, v.begin, *codes, v.end, eos]
-    names = [Role(int(r)).name for r in row.roles]
+    assert sequence.ids.tolist() == [bos, *words, v.begin, *codes, v.end, eos]
+    names = [Role(int(r)).name for r in sequence.roles]
     assert names == ["TEXT"] * (1 + len(words)) + ["BEGIN", *["VISUAL"] * 3, "END", "TEXT"]
-    assert row.predict.tolist() == [False] + [True] * (len(row) - 1)
+    assert sequence.predict.tolist() == [False] + [True] * (len(sequence) - 1)
     assert (
-        not row.regress.any()
-        and not row.prefix.any()
-        and not row.is_embedding.any()
-        and len(row.images) == 0
+        not sequence.regress.any()
+        and not sequence.prefix.any()
+        and not sequence.is_embedding.any()
+        and len(sequence.images) == 0
     )
 
 
@@ -56,16 +58,16 @@ def test_both_orders_and_dropped_prompts():
     kinds = {"image_first": 0, "text_first": 0, "dropped": 0}
     text = processor.text("rain")
     for seed in range(400):
-        row = LaVIT(prompt_drop=0.25).layout(sample, processor, generator(seed))
-        first = int(row.roles[1])
+        sequence = LaVIT(prompt_drop=0.25).layout(sample, processor, generator(seed))
+        first = int(sequence.roles[1])
         kind = (
             "text_first"
             if first == Role.TEXT
-            else ("image_first" if text[0] in row.ids.tolist() else "dropped")
+            else ("image_first" if text[0] in sequence.ids.tolist() else "dropped")
         )
         kinds[kind] += 1
-        assert len(row) == 4 + len(sample[0].codes) + (0 if kind == "dropped" else len(text))
-        assert bool(row.predict[-1]) == (kind != "dropped"), (
+        assert len(sequence) == 4 + len(sample[0].codes) + (0 if kind == "dropped" else len(text))
+        assert bool(sequence.predict[-1]) == (kind != "dropped"), (
             "that a picture has no caption is not learnt"
         )
     assert abs(kinds["image_first"] - 200) < 40 and abs(kinds["dropped"] - 50) < 25, kinds
@@ -92,17 +94,17 @@ def test_both_orders_and_dropped_prompts():
     ]
 
 
-def test_what_is_not_to_be_learnt_is_no_target():
+def test_questions_are_no_targets():
     processor, _ = processor_and_model("llama")
     question, answer = TextSegment("a dog?", is_target=False), TextSegment("two dogs")
-    row = LaVIT(order="given").layout(
+    sequence = LaVIT(order="given").layout(
         [image(1, 3, is_target=False), question, answer], processor, generator()
     )
-    targets = row.ids[row.predict].tolist()
+    targets = sequence.ids[sequence.predict].tolist()
     assert targets == [*processor.text("two dogs"), processor.stop]
 
 
-def test_pictures_are_fed_only_before_text():
+def test_images_are_embedded_only_before_text():
     processor, _ = processor_and_model("llama")
     keep = torch.tensor([True, False, True, False])
     shown = ImageSegment(torch.tensor([3, 4]), torch.zeros(3, 8, 8, dtype=torch.uint8), keep)
@@ -126,7 +128,7 @@ def test_pictures_are_fed_only_before_text():
     )
 
 
-def test_samples_that_cannot_be_rows():
+def test_examples_that_are_refused():
     processor, _ = processor_and_model("llama")
     with pytest.raises(ValueError, match="'k' has no segments"):
         LaVIT().layout([], processor, generator(), "k")
@@ -151,14 +153,14 @@ def test_samples_that_cannot_be_rows():
 # Packing
 
 
-def test_the_blocks_that_are_drawn():
-    rows = [
+def test_the_drawing_of_blocks():
+    sequences = [
         plain_sequence([1, 1, 1], key="a"),
         plain_sequence([2, 2], key="c"),
         plain_sequence([3, 3, 3, 3], key="b"),
     ]
     assert plan_blocks([3, 2, 4], 8) == [[2, 0], [1]]
-    batch = pack([[rows[2], rows[0]], [rows[1]]], 8, 0)
+    batch = pack([[sequences[2], sequences[0]], [sequences[1]]], 8, 0)
     drawing = lavit_lm.sequences.packing.__doc__ or ""
     for name, values in (("documents", batch.documents), ("positions", batch.positions)):
         drawn = next(
@@ -176,9 +178,9 @@ def test_plans_against_the_slow_version(block: int):
     lengths = [chance.randrange(1, block + 1) for _ in range(300)]
     left, slow = list(range(300)), []
     while left:
-        rows: list[int] = []
+        sequences: list[int] = []
         while True:
-            room = block - sum(lengths[i] for i in rows)
+            room = block - sum(lengths[i] for i in sequences)
             pairs = [(i, j) for i in left for j in left if i != j and lengths[i] >= lengths[j]]
             closing = [(i,) for i in left if lengths[i] == room]
             closing = closing or [
@@ -187,15 +189,15 @@ def test_plans_against_the_slow_version(block: int):
             fitting = closing or [(i,) for i in left if lengths[i] <= room]
             if not fitting:
                 break
-            chosen = min(fitting, key=lambda rows: (-lengths[rows[0]], rows))
-            rows += chosen
+            chosen = min(fitting, key=lambda sequences: (-lengths[sequences[0]], sequences))
+            sequences += chosen
             left = [i for i in left if i not in chosen]
-        slow.append(rows)
+        slow.append(sequences)
     made = plan_blocks(lengths, block)
     assert made == slow and sorted(i for b in made for i in b) == list(range(300))
 
 
-def test_short_rows_fill_blocks():
+def test_short_sequences_fill_blocks():
     chance = random.Random(0)
     lengths = [chance.randrange(10, 80) for _ in range(2000)]
     blocks = plan_blocks(lengths, 512)
@@ -207,7 +209,7 @@ def test_the_smallest_plans(count: int):
     assert plan_blocks([5] * count, 5) == [[0]][:count]
 
 
-def test_rows_that_do_not_fit():
+def test_sequences_that_do_not_fit():
     with pytest.raises(
         ValueError, match="sequence 1: expected 1 to 4 tokens, the length of a block, got 5"
     ):
@@ -225,17 +227,17 @@ def test_rows_that_do_not_fit():
 # Masks
 
 
-def test_the_mask_that_is_drawn():
-    rows = [plain_sequence([1, 2, 3, 4], prefix=2), plain_sequence([5, 6], prefix=1)]
-    batch = pack([rows], 6, 0)
-    seen = attention_mask(batch.documents, batch.prefix)[0]
+def test_the_drawing_of_the_mask():
+    sequences = [plain_sequence([1, 2, 3, 4], prefix=2), plain_sequence([5, 6], prefix=1)]
+    batch = pack([sequences], 6, 0)
+    output = attention_mask(batch.documents, batch.prefix)[0]
     drawn = [
         line.split()[2:8]
         for line in (lavit_lm.sequences.masks.__doc__ or "").splitlines()
         if line.split()[:2] in (["0", "P"], ["0", "."], ["1", "P"], ["1", "."])
     ]
     assert len(drawn) == 6
-    assert [["x" if s else "." for s in line] for line in seen.tolist()] == drawn
+    assert [["x" if s else "." for s in line] for line in output.tolist()] == drawn
 
 
 @pytest.mark.parametrize("length", [0, 1])
@@ -294,27 +296,29 @@ def sums_of(model: Any, batch: PackedBatch) -> dict[str, tuple[float, int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_loss_equals_unpacked(family: str, kernel: str):
     processor, model = processor_and_model(family, kernel)
-    rows = [LaVIT().layout(s, processor, generator(i), str(i)) for i, s in enumerate(pairs(12))]
-    blocks = plan_blocks([len(r) for r in rows], 64)
-    assert len(blocks) < len(rows) / 2
-    packed = sums_of(model, pack([[rows[i] for i in b] for b in blocks], 64, processor.pad))
-    alone = [sums_of(model, pad([row], processor.pad)) for row in rows]
+    sequences = [
+        LaVIT().layout(s, processor, generator(i), str(i)) for i, s in enumerate(pairs(12))
+    ]
+    blocks = plan_blocks([len(r) for r in sequences], 64)
+    assert len(blocks) < len(sequences) / 2
+    packed = sums_of(model, pack([[sequences[i] for i in b] for b in blocks], 64, processor.pad))
+    alone = [sums_of(model, pad([sequence], processor.pad)) for sequence in sequences]
     for name, (total, count) in packed.items():
         assert count == sum(one[name][1] for one in alone) > 0
         assert abs(total - sum(one[name][0] for one in alone)) / count < 1e-5, name
-    # what the library says of one row, without any mask or position of ours
-    row = rows[0]
+    # what the library predicts of one sequence, without any mask or position of ours
+    sequence = sequences[0]
     with torch.no_grad():
-        logits = model.causal(row.ids[None]).logits[0, :-1].float()
-    want = torch.nn.functional.cross_entropy(logits, row.ids[1:], reduction="sum")
+        logits = model.causal(sequence.ids[None]).logits[0, :-1].float()
+    want = torch.nn.functional.cross_entropy(logits, sequence.ids[1:], reduction="sum")
     assert abs(float(want) - sum(total for total, _ in alone[0].values())) < 1e-3
 
 
-def test_without_the_mask_documents_see_each_other(monkeypatch: pytest.MonkeyPatch):
+def test_without_the_mask_documents_leak(monkeypatch: pytest.MonkeyPatch):
     """The test above can fail: a causal mask over the whole block gives another loss."""
     processor, model = processor_and_model("llama")
-    rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(4))]
-    batch = pack([rows], sum(map(len, rows)), processor.pad)
+    sequences = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(4))]
+    batch = pack([sequences], sum(map(len, sequences)), processor.pad)
     right = sums_of(model, batch)
     monkeypatch.setattr(
         "lavit_lm.sequences.masks.attention_mask",
@@ -325,10 +329,10 @@ def test_without_the_mask_documents_see_each_other(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_no_gradient_from_later_places_or_other_documents(family: str):
+def test_no_gradient_from_later_positions_or_other_documents(family: str):
     processor, model = processor_and_model(family)
-    rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
-    batch = pack([rows], sum(map(len, rows)) + 2, processor.pad)
+    sequences = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
+    batch = pack([sequences], sum(map(len, sequences)) + 2, processor.pad)
     inputs: list[torch.Tensor] = []
     model.causal.get_input_embeddings().register_forward_hook(
         lambda module, args, out: inputs.append(out.detach().requires_grad_()) or inputs[-1]  # type: ignore[func-returns-value]
@@ -348,7 +352,7 @@ def test_no_gradient_from_later_places_or_other_documents(family: str):
         assert not (reached & ~document).any() and reached[source]
 
 
-def test_a_first_place_is_never_a_target():
+def test_a_first_position_is_never_a_target():
     batch = pack([[plain_sequence([1, 2]), plain_sequence([3, 4])]], 4, 0)
     assert shift_targets(batch, batch.predict)[1].tolist() == [1, 3]
     wrong = batch.predict.clone()
@@ -357,22 +361,22 @@ def test_a_first_place_is_never_a_target():
         shift_targets(batch, wrong)
 
 
-def test_log_likelihood_of_each_row():
+def test_log_likelihood_of_each_sequence():
     processor, model = processor_and_model("llama")
-    rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
+    sequences = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
     with torch.no_grad():
-        together = pad(rows, processor.pad)
+        together = pad(sequences, processor.pad)
         found = log_likelihood(model(together), together)
-        for row, value in zip(rows, found.tolist(), strict=True):
-            log_p = model.causal(row.ids[None]).logits[0].float().log_softmax(-1)
-            want = sum(float(log_p[i - 1, row.ids[i]]) for i in range(1, len(row)))
+        for sequence, value in zip(sequences, found.tolist(), strict=True):
+            log_p = model.causal(sequence.ids[None]).logits[0].float().log_softmax(-1)
+            want = sum(float(log_p[i - 1, sequence.ids[i]]) for i in range(1, len(sequence)))
             assert abs(value - want) < 1e-3
 
 
 def test_weights_of_modalities():
     processor, model = processor_and_model("llama")
-    rows = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
-    losses = losses_of(model, LaVIT(), pad(rows, processor.pad))
+    sequences = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
+    losses = losses_of(model, LaVIT(), pad(sequences, processor.pad))
     text, image_sum = losses["text"], losses["image"]
     every = LaVIT().total(losses)
     assert torch.isclose(every, (text.total + image_sum.total) / (text.count + image_sum.count))

@@ -48,10 +48,10 @@ def test_killed_in_mid_run(folder: Path):
     whole = Losses()
     trainer(folder, steps, [whole]).fit(module(folder), data(folder))
     process, _ = start(train_until_killed, folder, folder / "losses.txt", steps, 0.1)
-    seen, waited = 0, time.monotonic()
-    while seen < 4 and time.monotonic() - waited < 120:
+    output, waited = 0, time.monotonic()
+    while output < 4 and time.monotonic() - waited < 120:
         time.sleep(0.05)
-        seen = (
+        output = (
             len((folder / "losses.txt").read_text().splitlines())
             if (folder / "losses.txt").exists()
             else 0
@@ -104,8 +104,8 @@ def test_two_processes_are_one(strategy: str, settings: dict[str, Any], folder: 
     )
 
 
-def test_held_out_blocks_are_dealt():
-    """The picture in HeldOutSampler."""
+def test_held_out_blocks_are_assigned_in_turn():
+    """The image in HeldOutSampler."""
     blocks = [[(0, i)] for i in range(5)]
     first, second = HeldOutSampler(blocks, 0, 2), HeldOutSampler(blocks, 1, 2)
     assert list(first) == [blocks[0], blocks[2], blocks[4]] and list(second) == [
@@ -121,7 +121,7 @@ def test_held_out_blocks_are_dealt():
 
 
 def test_counts_of_two_processes(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """The picture in LanguageModeling._across_processes."""
+    """The drawing in LanguageModeling._across_processes."""
     training: Any = module(folder)
     monkeypatch.setattr(type(training), "num_processes", 2)
     other = torch.tensor([[1.0, 1.0]])

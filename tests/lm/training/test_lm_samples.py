@@ -22,15 +22,15 @@ def log(
 ) -> tuple[Losses, Path]:
     """A run with samples at every second step; returns its losses and where they lie."""
     pl.seed_everything(0, verbose=False)
-    seen, at = Losses(), folder / name
+    output, at = Losses(), folder / name
     logger = TensorBoardLogger(at, name="", version="run")
     samples = LogSamples(
         every=2, images=3, decoder=decoder, max_new_tokens=6, num_inference_steps=2
     )
     images = str(folder / "pictures") if settings.get("continuous") else None
-    fitted = trainer(at, steps, [seen, samples], logger=logger, accumulate_grad_batches=2)
+    fitted = trainer(at, steps, [output, samples], logger=logger, accumulate_grad_batches=2)
     fitted.fit(module(folder, **settings), data(folder, images=images))
-    return seen, at / "run"
+    return output, at / "run"
 
 
 def test_samples_change_nothing(folder: Path, tiny_decoder: PixelDecoder):
@@ -67,7 +67,7 @@ def test_samples_change_nothing(folder: Path, tiny_decoder: PixelDecoder):
 
 
 def test_captions_of_vectors(folder: Path):
-    """A model that reads pictures as vectors is asked with the pictures."""
+    """A model that reads images as vectors is asked with the images."""
     _, at = log(folder, "a", None, continuous=True)
     assert (at / "texts" / "captions-0000004.md").exists() and not (at / "images").exists()
 
@@ -75,13 +75,13 @@ def test_captions_of_vectors(folder: Path):
 def test_a_sample_that_cannot_be_made_does_not_end_the_run(folder: Path):
     from helpers.lm_runs import SMALL
 
-    seen = Losses()
+    output = Losses()
     samples = LogSamples(every=1, decoder=None, max_new_tokens=400)
     with pytest.warns(
         UserWarning, match=r"step \d: no samples are logged: .* exceed the model's context"
     ):
-        trainer(folder, 2, [seen, samples]).fit(module(folder, lm=SMALL), data(folder))
-    assert len(seen.values) == 2
+        trainer(folder, 2, [output, samples]).fit(module(folder, lm=SMALL), data(folder))
+    assert len(output.values) == 2
     with pytest.raises(ValueError, match="every: expected at least 1, got 0"):
         LogSamples(every=0)
 
