@@ -142,8 +142,10 @@ class BareModel:
         self.model = copy.deepcopy(module.model.causal).to(args.device).train()
         self.args = args
         self.losses: list[float] = []
-        rate = module.settings.lr / module.settings.warmup_steps  # that of Lightning's first step
-        parameters, betas = self.model.parameters(), module.settings.betas
+        rate = module.optimizer_config.lr / (
+            module.schedule_config.warmup_steps + 1
+        )  # that of Lightning's first step
+        parameters, betas = self.model.parameters(), module.optimizer_config.betas
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=betas)
 
     def step(self, documents: bool, batch: PackedBatch) -> None:
