@@ -1,6 +1,6 @@
-"""Slow, obvious versions of the rooms: one image, one row, one head at a time, in float64.
+"""Slow, obvious versions of the stages: one image, one patch, one head at a time, in float64.
 
-They share nothing with the library but its weights: no padding, no ragged rows, no fused kernels, no batches. What is
+They share nothing with the library but its weights: no padding, no ragged batches, no fused kernels, no batches. What is
 written here is what LaVIT (ICLR 2024) and the formulas in lavit_tok/attention.py say, read aloud.
 """
 
@@ -23,8 +23,8 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def layer_norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
     x = x.double()
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + layer.eps).sqrt()
+    centerd = x - x.mean(-1, keepdim=True)
+    scaled = centerd / (centerd.pow(2).mean(-1, keepdim=True) + layer.eps).sqrt()
     return scaled * layer.weight.double() + layer.bias.double()
 
 
@@ -36,7 +36,7 @@ def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
     return linear(layers[2], gelu(linear(layers[0], x)))
 
 
-def weights_of_a_row(scores: list[float], policy: list[float], formula: str) -> list[float]:
+def weights_of_a_query(scores: list[float], policy: list[float], formula: str) -> list[float]:
     """The attention weights of one query over its keys, straight from the formula."""
     n = len(scores)
     if formula == "compat":
@@ -52,28 +52,30 @@ def weights_of_a_row(scores: list[float], policy: list[float], formula: str) -> 
 
 
 @torch.no_grad()
-def attention(room: Any, x: Tensor, context: Tensor, policy: Tensor, formula: str) -> Tensor:
+def attention(module: Any, x: Tensor, context: Tensor, policy: Tensor, formula: str) -> Tensor:
     """[q d], [k d], 0/1 policy [q k] -> [q d]; a query, a head, a key at a time."""
-    q, k, v = linear(room.query, x), linear(room.key, context), linear(room.value, context)
-    dim = q.shape[1] // room.heads
+    q, k, v = linear(module.query, x), linear(module.key, context), linear(module.value, context)
+    dim = q.shape[1] // module.heads
     out = torch.zeros(len(x), q.shape[1], dtype=torch.float64)
     for i in range(len(x)):
-        for h in range(room.heads):
+        for h in range(module.heads):
             part = slice(h * dim, (h + 1) * dim)
             scores = [float(q[i, part] @ k[j, part]) / dim**0.5 for j in range(len(context))]
-            weights = weights_of_a_row(scores, policy[i].tolist(), formula) if scores else []
+            weights = weights_of_a_query(scores, policy[i].tolist(), formula) if scores else []
             for j, w in enumerate(weights):
                 out[i, part] += w * v[j, part]
-    return linear(room.out, out)
+    return linear(module.out, out)
 
 
 def block(
-    room: Any, x: Tensor, context: Tensor, own: Tensor, other: Tensor, formula: str
+    module: Any, x: Tensor, context: Tensor, own: Tensor, other: Tensor, formula: str
 ) -> Tensor:
-    normed = layer_norm(room.norm_self, x)
-    x = x + attention(room.self_attention, normed, normed, own, formula)
-    x = x + attention(room.cross_attention, layer_norm(room.norm_cross, x), context, other, formula)
-    return x + mlp(room.mlp, layer_norm(room.norm_mlp, x))
+    normed = layer_norm(module.norm_self, x)
+    x = x + attention(module.self_attention, normed, normed, own, formula)
+    x = x + attention(
+        module.cross_attention, layer_norm(module.norm_cross, x), context, other, formula
+    )
+    return x + mlp(module.mlp, layer_norm(module.norm_mlp, x))
 
 
 def score(selector: Any, features: Tensor) -> Tensor:
@@ -81,15 +83,17 @@ def score(selector: Any, features: Tensor) -> Tensor:
     norm, first, _ = selector.local
     x = gelu(linear(first, layer_norm(norm, features)))
     half = x.shape[1] // 2
-    x = torch.stack([torch.cat([row[:half], x[:, half:].mean(0)]) for row in x])
+    x = torch.stack([torch.cat([patch[:half], x[:, half:].mean(0)]) for patch in x])
     x = linear(
         selector.judge[4], gelu(linear(selector.judge[2], gelu(linear(selector.judge[0], x))))
     )
-    return torch.stack([row - (row - row.max()).exp().sum().log() - row.max() for row in x])
+    return torch.stack(
+        [patch - (patch - patch.max()).exp().sum().log() - patch.max() for patch in x]
+    )
 
 
 def bayer(row: int, column: int, side: int) -> int:
-    """The rank of a place in the Bayer matrix of a side that is a power of two: its bits, interleaved and reversed."""
+    """Rank in the Bayer matrix (side a power of 2): the bits, interleaved and reversed."""
     rank, weight = 0, 1
     for bit in reversed(range(side.bit_length() - 1)):
         r, c = row >> bit & 1, column >> bit & 1
@@ -98,7 +102,7 @@ def bayer(row: int, column: int, side: int) -> int:
 
 
 def select(log_probs: Tensor, dither: bool = False) -> list[bool]:
-    """Keep where keep is the more probable, by even noise if dithered; if that is nowhere, the best patch."""
+    """Keep where keep is more probable, with ordered noise if dithered; at least the best patch."""
     difference = [float(p[0] - p[1]) for p in log_probs]
     if dither:
         side = math.isqrt(len(difference))
@@ -120,18 +124,20 @@ def merge(merger: Any, features: Tensor, keep: list[bool]) -> Tensor:
     entering = features
     if merger.position is not None:
         entering = context = context + merger.position.double()
-    # in compat all rows are computed: they leak into each other
-    rows = [i for i in range(n) if keep[i] or merger.formula == "compat"]
-    x = entering[rows]
-    for room in merger.blocks:
+    # in compat all patches are computed: they leak into each other
+    indices = [i for i in range(n) if keep[i] or merger.formula == "compat"]
+    x = entering[indices]
+    for module in merger.blocks:
         if merger.formula == "compat":
-            own = torch.tensor([[float((j < i and keep[j]) or i == j) for j in rows] for i in rows])
-            other = torch.tensor([[float(not keep[j]) for j in range(n)] for _ in rows])
-            x = block(room, x, context, own, other, "compat")
+            own = torch.tensor(
+                [[float((j < i and keep[j]) or i == j) for j in indices] for i in indices]
+            )
+            other = torch.tensor([[float(not keep[j]) for j in range(n)] for _ in indices])
+            x = block(module, x, context, own, other, "compat")
         else:
-            own = torch.tensor([[float(j <= i) for j in rows] for i in rows])
+            own = torch.tensor([[float(j <= i) for j in indices] for i in indices])
             dropped = context[~torch.tensor(keep)]
-            x = block(room, x, dropped, own, torch.ones(len(rows), len(dropped)), "strict")
+            x = block(module, x, dropped, own, torch.ones(len(indices), len(dropped)), "strict")
     x = layer_norm(merger.norm_out, x)
     return x[torch.tensor(keep)] if merger.formula == "compat" else x
 
@@ -141,24 +147,24 @@ def project(quantizer: Any, merged: Tensor) -> Tensor:
     return z / z.norm(dim=1, keepdim=True)
 
 
-def nearest(z: Tensor, rows: Tensor) -> list[int]:
-    """The row of least squared distance for each vector, every difference written out in float64."""
+def nearest(z: Tensor, entries: Tensor) -> list[int]:
+    """The entry of least squared distance for each vector, in float64."""
     found = []
     for vector in z.double():
-        distances = [float(((vector - row) ** 2).sum()) for row in rows.double()]
+        distances = [float(((vector - entry) ** 2).sum()) for entry in entries.double()]
         found.append(distances.index(min(distances)))
     return found
 
 
-def reconstruct(room: Any, vectors: Tensor) -> Tensor:
-    """The codebook rows of one image [m c] -> [n d]."""
-    codes = linear(room.project_in, vectors) + room.position[: len(vectors)].double()
-    x = room.queries.double()
-    for part in room.blocks:
+def reconstruct(module: Any, vectors: Tensor) -> Tensor:
+    """The codebook entries of one image [m c] -> [n d]."""
+    codes = linear(module.project_in, vectors) + module.position[: len(vectors)].double()
+    x = module.queries.double()
+    for part in module.blocks:
         all_queries, all_codes = torch.ones(len(x), len(x)), torch.ones(len(x), len(codes))
         x = block(part, x, codes, all_queries, all_codes, "strict")
-    x = layer_norm(room.norm_out, x)
-    return linear(room.project_out[2], linear(room.project_out[0], x).tanh())
+    x = layer_norm(module.norm_out, x)
+    return linear(module.project_out[2], linear(module.project_out[0], x).tanh())
 
 
 def pixels(image: Image.Image, processor: Any) -> Tensor:
@@ -171,7 +177,7 @@ def pixels(image: Image.Image, processor: Any) -> Tensor:
 
 @torch.no_grad()
 def encode(tokenizer: Any, image: Image.Image) -> list[int]:
-    """The codes of one picture."""
+    """The codes of one image."""
     features = tokenizer.encoder(pixels(image, tokenizer.image_processor))[0]
     keep = select(score(tokenizer.selector, features), tokenizer.config.dither)
     z = project(tokenizer.quantizer, merge(tokenizer.merger, features, keep))
@@ -179,18 +185,18 @@ def encode(tokenizer: Any, image: Image.Image) -> list[int]:
 
 
 def ema_step(
-    rows: Tensor, counts: Tensor, sums: Tensor, z: Tensor, decay: float, eps: float = 1e-5
+    entries: Tensor, counts: Tensor, sums: Tensor, z: Tensor, decay: float, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """One step of EMA k-means on the unit sphere (van den Oord 2017, appendix A), a vector at a time.
+    """One step of EMA k-means on the unit sphere (van den Oord 2017, appendix A), by vector.
 
     N_k = decay N_k + (1 - decay) n_k;  m_k = decay m_k + (1 - decay) sum of the vectors of k;
-    row_k = m_k / N_k brought to unit length (N_k smoothed by eps, which the length then takes out again).
+    e_k = m_k / N_k brought to unit length (N_k smoothed by eps, which normalization removes again).
     """
-    codes = [int((rows.double() @ vector.double()).argmax()) for vector in z]
+    codes = [int((entries.double() @ vector.double()).argmax()) for vector in z]
     new_counts, new_sums = decay * counts.double(), decay * sums.double()
     for vector, code in zip(z.double(), codes, strict=True):
         new_counts[code] += 1 - decay
         new_sums[code] += (1 - decay) * vector
-    smoothed = (new_counts + eps) / (new_counts.sum() + len(rows) * eps) * new_counts.sum()
+    smoothed = (new_counts + eps) / (new_counts.sum() + len(entries) * eps) * new_counts.sum()
     moved = new_sums / smoothed[:, None]
     return moved / moved.norm(dim=1, keepdim=True), new_counts, new_sums, codes

@@ -1,7 +1,7 @@
-"""LaVIT's released model, slow and obvious: plain functions over the released tensors, one image at a time, float64.
+"""LaVIT's released model as plain functions of its tensors, one image at a time, in float64.
 
 It shares nothing with the library: no classes, no renaming, no batches. `weights` is a file of the release as
-torch.load gives it; `heads` is the number of attention heads. TensorRecipe: LaVIT (ICLR 2024) and its public release.
+torch.load gives it; `heads` is the number of attention heads. Source: LaVIT (ICLR 2024) and its public release.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def linear(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def norm(w: Weights, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
+    centerd = x - x.mean(-1, keepdim=True)
     return (
-        centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w[name + ".weight"]
+        centerd / (centerd.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w[name + ".weight"]
         + w[name + ".bias"]
     )
 
@@ -42,7 +42,7 @@ def mlp(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, policy: Tensor | None = None) -> Tensor:
-    """[q d], [k d], [k d] -> [q d]. With a 0/1 policy [q k]: the released softmax, its maximum over all keys."""
+    """[q d], [k d], [k d] -> [q d]; a 0/1 policy [q k] as released, maximum over all keys."""
     outs = []
     for a, b, c in zip(q.chunk(heads, 1), k.chunk(heads, 1), v.chunk(heads, 1), strict=True):
         scores = a @ b.T / a.shape[1] ** 0.5
@@ -126,7 +126,7 @@ def nearest(w: Weights, z: Tensor) -> list[int]:
 
 
 def decode_features(w: Weights, vectors: Tensor, heads: int) -> Tensor:
-    """Codebook rows of one image [m c] -> [n d]."""
+    """Codebook entries of one image [m c] -> [n d]."""
     codes = linear(w, "in_proj", vectors) + w["pos_embed"][0, : len(vectors)]
     x, number = w["query_embed"][0], 0
     while f"blocks.{number}.norm0.weight" in w:
@@ -155,7 +155,7 @@ def pool(w: Weights, x: Tensor, heads: int) -> Tensor:
     return linear(w, p + "c_proj", attend(*parts, heads))[0]
 
 
-# A release of any size, drawn at random
+# A random release of any size
 
 
 def block(
@@ -189,7 +189,7 @@ def layer_norm(g: torch.Generator, name: str, width: int) -> Weights:
 
 
 def write(root: Path, seed: int, skipped: Sequence[str] = (), **s: Any) -> None:
-    """visual_tokenizer/, language_model/visual_weight.bin and the null embedding, of the sizes s; a file at a time."""
+    """The files of visual_tokenizer/ and language_model/ and the null embedding, of sizes s."""
     g = torch.Generator().manual_seed(seed)
     d, n = s["width"], (s["image"] // s["patch"]) ** 2
 

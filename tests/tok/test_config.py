@@ -1,4 +1,4 @@
-"""TokenizerConfig: JSON in and out, and every wrong setting refused by name."""
+"""TokenizerConfig: JSON in and out, and every wrong entry refused by name."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_wrong_setting_is_named(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("hidden_size", None, "encoder.hidden_size"),
         ("hidden_size", 34, "multiple of 4"),
@@ -109,9 +109,9 @@ def test_a_wrong_setting_is_named(
     ],
 )
 def test_a_wrong_size_of_the_encoder_is_named(
-    tiny_config: TokenizerConfig, name: str, value: Any, said: str
+    tiny_config: TokenizerConfig, name: str, value: Any, message: str
 ):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         dataclasses.replace(tiny_config, encoder={**tiny_config.encoder, name: value})
 
 
@@ -125,9 +125,7 @@ def test_square_pairs_and_counted_patches_are_understood(tiny_config: TokenizerC
 
 def test_unknown_settings_and_other_formats_are_refused(tiny_config: TokenizerConfig):
     values = tiny_config.to_dict()
-    with pytest.raises(
-        ConfigError, match=re.escape("unknown entries ['merger_dept', 'selector']")
-    ):
+    with pytest.raises(ConfigError, match=re.escape("unknown entries ['merger_dept', 'selector']")):
         TokenizerConfig.from_dict({**values, "merger_dept": 3, "selector": {}})
     with pytest.raises(ConfigError, match="version 1, got lavit_tok"):
         TokenizerConfig.from_dict({**values, "format_version": 2})

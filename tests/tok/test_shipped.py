@@ -1,4 +1,4 @@
-"""The model inside the package: it loads, its codes are few and tell pictures apart, it draws what it encoded."""
+"""The shipped model: few codes, which identify images and decode to similar ones."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def test_a_flat_picture_needs_fewer_codes(tokenizer: VisualTokenizer, codes: Vis
 
 
 def test_codes_tell_the_features(tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
-    """Reconstructed features fit their own picture better than any other, patch by patch on average."""
+    """Reconstructed features are most similar to those of their own image."""
     features = tokenizer.features(tokenizer.preprocess(photographs()))
     drawn = tokenizer.reconstruct_features(codes)
-    centre = features.mean((0, 1))
+    center = features.mean((0, 1))
     similar = F.cosine_similarity(
-        (drawn - centre)[:, None], (features - centre)[None], dim=-1
+        (drawn - center)[:, None], (features - center)[None], dim=-1
     ).mean(-1)
     assert torch.equal(similar.argmax(1), torch.arange(len(codes)))
 
 
 def test_pixels_resemble_the_picture(tokenizer: VisualTokenizer, codes: VisualCodes) -> None:
-    """At 8 x 8 pixels, a drawn picture correlates with its original, and far more than with the others."""
+    """At 8 x 8 pixels, a decoded image correlates with its original, far more than with others."""
     decoder = PixelDecoder.from_pretrained("default")
     decoder.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(len(codes))]

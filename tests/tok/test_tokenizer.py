@@ -1,4 +1,4 @@
-"""VisualTokenizer: the rooms wired. Against a per-image loop, itself in other batches, and bad input."""
+"""VisualTokenizer against a per-image loop, itself in other batches, and bad input."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def crops(photos: list[Path], count: int = 12) -> list[Image.Image]:
-    """Cut-outs of photographs at random places and shapes."""
-    chance = random.Random(0)
+    """Random crops of photographs."""
+    rng = random.Random(0)
     found = []
     for i in range(count):
         photo = Image.open(photos[i % len(photos)]).convert("RGB")
-        width, height = chance.randrange(30, photo.width), chance.randrange(30, photo.height)
+        width, height = rng.randrange(30, photo.width), rng.randrange(30, photo.height)
         left, top = (
-            chance.randrange(photo.width - width + 1),
-            chance.randrange(photo.height - height + 1),
+            rng.randrange(photo.width - width + 1),
+            rng.randrange(photo.height - height + 1),
         )
         found.append(photo.crop((left, top, left + width, top + height)))
     return found
@@ -59,14 +59,14 @@ def test_codes_equal_the_loop_over_images(
 
 def test_encode_is_the_rooms_one_after_another(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
     for options in ({}, {"budget": 3}, {"budget": 0.5}, {"sample": True}):
-        chance = [{"generator": generator()} if "sample" in options else {} for _ in range(2)]
+        rng = [{"generator": generator()} if "sample" in options else {} for _ in range(2)]
         with torch.no_grad():
             x = tiny_tokenizer.preprocess(photos)
             f = tiny_tokenizer.features(x)
-            k = tiny_tokenizer.select(tiny_tokenizer.score(f), **options, **chance[0])  # type: ignore[arg-type]
+            k = tiny_tokenizer.select(tiny_tokenizer.score(f), **options, **rng[0])  # type: ignore[arg-type]
             z = tiny_tokenizer.project(tiny_tokenizer.merge(f, k))
             by_hand = tiny_tokenizer.quantize(z, k.sum(1))
-        codes = tiny_tokenizer.encode(photos, **options, **chance[1])  # type: ignore[arg-type]
+        codes = tiny_tokenizer.encode(photos, **options, **rng[1])  # type: ignore[arg-type]
         assert (x.shape, f.shape, k.shape) == ((4, 3, 32, 32), (4, 16, 32), (4, 16))
         assert z.shape == (int(k.sum()), 4)
         assert codes.to_list() == by_hand.to_list() and torch.equal(codes.lengths, by_hand.lengths)
@@ -85,9 +85,9 @@ def test_alone_or_together_in_any_order(tiny_tokenizer: VisualTokenizer, photos:
     images = crops(photos)
     alone = [tiny_tokenizer.encode(image).to_list()[0] for image in images]
     features = [tiny_tokenizer.reconstruct_features(VisualCodes.from_list([row])) for row in alone]
-    chance = random.Random(1)
+    rng = random.Random(1)
     for _ in range(6):
-        order = chance.sample(range(len(images)), chance.randrange(1, len(images)))
+        order = rng.sample(range(len(images)), rng.randrange(1, len(images)))
         codes = tiny_tokenizer.encode([images[i] for i in order])
         assert codes.to_list() == [alone[i] for i in order]
         together = tiny_tokenizer.reconstruct_features(codes)
@@ -194,14 +194,14 @@ def test_codes_that_do_not_fit(tiny_tokenizer: VisualTokenizer):
     assert torch.equal(
         tiny_tokenizer.lookup(good), tiny_tokenizer.quantizer.codebook.embeddings[[0, 15, 3]]
     )
-    for codes, said in (
+    for codes, message in (
         (VisualCodes.from_list([[16]]), r"0\.\.15, got 16\.\.16"),
         (VisualCodes.from_list([[3]], 32), "a codebook of 32 entries, this one has 16"),
         (VisualCodes.from_list([]), "no images"),
         (VisualCodes.from_list([[1], []]), r"lengths 0\.\.1"),
         (VisualCodes.from_list([[1], [2] * 17]), r"lengths 1\.\.17"),
     ):
-        with pytest.raises(CodeError, match=said):
+        with pytest.raises(CodeError, match=message):
             tiny_tokenizer.reconstruct_features(codes)
 
 
@@ -294,7 +294,7 @@ def test_autocast_around_it(tiny_tokenizer: VisualTokenizer, photos: list[Path])
 
 
 def test_frozen_encoder_and_gradients(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
-    """Everything but encoder and codebook can learn through the rooms called by hand."""
+    """Everything but encoder and codebook gets gradients through the separate stages."""
     t = tiny_tokenizer.train()
     features = t.features(t.preprocess(photos))
     log_probs = t.score(features)
@@ -331,7 +331,7 @@ def test_other_settings_work_end_to_end(tiny_config: TokenizerConfig, photos: li
 
 
 def test_sharing_on_the_hub():
-    """The usual calls of huggingface_hub are there; what they write, from_pretrained reads (test_save_and_load)."""
+    """huggingface_hub's methods exist; test_save_and_load reads what they write."""
     parameters = inspect.signature(VisualTokenizer.push_to_hub).parameters
     assert {"repo_id", "commit_message", "private", "token", "branch"} <= set(parameters)
     assert {"save_directory", "dtype"} <= set(

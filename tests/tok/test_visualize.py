@@ -1,4 +1,4 @@
-"""visualize.py: the pictures are what its docstring draws, pixel for pixel."""
+"""visualize.py: the figures are those of its docstring, pixel for pixel."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_label_never_reaches_into_the_next_column() -> None:
 
 
 def test_nothing_to_lay_out() -> None:
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         sheet([[], []])
 
 

@@ -1,4 +1,4 @@
-"""Released LaVIT weights: golden outputs, another size against a slow reference, strictness, memory, conversion."""
+"""Released LaVIT weights: golden outputs, a slow reference, strictness, memory, conversion."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def loaded() -> dict[str, tuple[VisualTokenizer, Any]]:
 
 
 def error(got: Tensor, reference: Tensor) -> float:
-    """What golden/README.md asks for: the largest difference over the reference's standard deviation."""
+    """The measure of golden/README.md: largest difference / the reference's standard deviation."""
     assert got.shape == reference.shape
     return float((got - reference).abs().max() / reference.std())
 
@@ -109,15 +109,14 @@ def test_golden_continuous_path(golden: dict[str, Tensor], loaded: dict[str, Any
 def test_golden_conditions(golden: dict[str, Tensor], loaded: dict[str, Any], kind: str, mask: str):
     tokenizer, decoder = loaded[kind]
     codes = VisualCodes(golden[f"{mask}.ids"], golden[f"{mask}.lengths"])
-    for place in (slice(0, 3), slice(1, 2)):  # together, and one alone
-        condition = decoder.conditioner(codes.take(range(3)[place]))
+    for part in (slice(0, 3), slice(1, 2)):  # together, and one alone
+        condition = decoder.conditioner(codes.take(range(3)[part]))
         if kind == "lowres":
-            assert error(condition.tokens, golden[f"{mask}.lowres.condition"][place]) < 1e-4
+            assert error(condition.tokens, golden[f"{mask}.lowres.condition"][part]) < 1e-4
         else:
-            assert error(condition.tokens, golden[f"{mask}.highres.prompt_embeds"][place]) < 1e-4
+            assert error(condition.tokens, golden[f"{mask}.highres.prompt_embeds"][part]) < 1e-4
             assert (
-                error(condition.pooled, golden[f"{mask}.highres.pooled_prompt_embeds"][place])
-                < 1e-4
+                error(condition.pooled, golden[f"{mask}.highres.pooled_prompt_embeds"][part]) < 1e-4
             )
     assert torch.equal(
         tokenizer.reconstruct_features(codes), decoder.conditioner.features(codes)
@@ -163,7 +162,7 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of other sizes with random weights and small U-Nets and VAEs of today's diffusers."""
+    """A random release of other sizes with small U-Nets and VAEs of present diffusers."""
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 
     root = tmp_path_factory.mktemp("release")
@@ -342,7 +341,7 @@ def test_tensors_that_tell_the_size(copy: Path):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         (torch.full((8,), float("nan")), "holds NaN or infinity as float32"),
         (torch.zeros(1).expand(8), "32 bytes by its shape, 4 stored"),
@@ -353,9 +352,9 @@ def test_tensors_that_tell_the_size(copy: Path):
         ("text", "'encode_task_layer.2.bias': got str"),
     ],
 )
-def test_values_that_cannot_be_weights(copy: Path, value: Any, said: str):
+def test_values_that_cannot_be_weights(copy: Path, value: Any, message: str):
     change(copy / TOKENIZER, lambda tensors: tensors.update({"encode_task_layer.2.bias": value}))
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         load_released(copy)
 
 
@@ -544,7 +543,7 @@ def test_memory_options_leave_the_picture(
             turn_on[option.split()[-1]]()
         elif option == "offload of models":
             decoder.enable_model_cpu_offload(device="cpu")
-        else:  # also fails there for pipelines of diffusers: its second pass finds plain tensors for parameters
+        else:  # fails for diffusers' pipelines, too: the second pass finds tensors, not parameters
             pytest.skip("accelerate offloads layers from accelerators only")
     got = draw(decoder, codes, golden["lowres.latents"], num_inference_steps=2)
     assert error(got, expected) < 1e-3
@@ -562,7 +561,7 @@ def test_vae_tiling(golden: dict[str, Tensor]):
     decoder.vae.decoder.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[2]))
     decoder.vae.enable_tiling()
     tiled = draw(decoder, codes, noise, **size)
-    assert len(calls) > 1 and max(calls) < 12  # latent rows of a tile
+    assert len(calls) > 1 and max(calls) < 12  # latent height of a tile
     assert tiled.shape == whole.shape and float((tiled - whole).abs().mean()) < 0.2
 
 

@@ -1,4 +1,4 @@
-"""Weights on disk: what is not exactly the model is refused with a list; nothing in a directory is ever executed."""
+"""Weights on disk: differences from the model are listed; nothing in a directory is executed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lavit_tok.checkpoints.weights import (
 
 
 class Malicious:
-    """A real pickle attack: whoever unpickles it writes a file."""
+    """A pickle attack: unpickling it writes a file."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -119,7 +119,7 @@ def test_every_difference_is_listed(saved: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("linear.bias", torch.tensor([0.0, float("nan")]), "holds NaN or infinity"),
         ("linear.bias", torch.tensor([0.0, float("inf")]), "holds NaN or infinity"),
@@ -129,9 +129,9 @@ def test_every_difference_is_listed(saved: Path):
         ("count", torch.tensor([0.5, 1.0]), "expected torch.int64, got torch.float32"),
     ],
 )
-def test_values_that_cannot_be_weights(saved: Path, name: str, value: Tensor, said: str):
+def test_values_that_cannot_be_weights(saved: Path, name: str, value: Tensor, message: str):
     rewrite(saved, lambda state: state.update({name: value}))
-    with pytest.raises(WeightsError, match=f"{re.escape(name)}.*{said}"):
+    with pytest.raises(WeightsError, match=f"{re.escape(name)}.*{message}"):
         load_weights(Net(), saved)
 
 
@@ -206,7 +206,7 @@ def test_a_tensor_in_two_shards(saved: Path):
 
 
 def test_a_pickle_is_never_run(tiny_tokenizer: VisualTokenizer, tmp_path: Path):
-    """The same attack under every name that other loaders would open; first the proof that it works."""
+    """The same attack under every name that other loaders open; first, that it works."""
     proof = tmp_path / "proof"
     attack = pickle.dumps({"selector.judge.0.weight": Malicious(proof)})
     pickle.loads(attack)
@@ -235,7 +235,9 @@ def test_a_pickle_is_never_run(tiny_tokenizer: VisualTokenizer, tmp_path: Path):
         (folder / "pytorch_model.bin").write_bytes(content)
         index = {"weight_map": {"selector.judge.0.weight": "pytorch_model.bin"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(WeightsError, match=r"pytorch_model\.bin: not a complete safetensors file"):
+        with pytest.raises(
+            WeightsError, match=r"pytorch_model\.bin: not a complete safetensors file"
+        ):
             VisualTokenizer.from_pretrained(folder)
         (folder / "model.safetensors.index.json").unlink()
         (folder / "pytorch_model.bin").unlink()

@@ -1,4 +1,4 @@
-"""Room 8: the guided loop, its chance, its schedulers, and decoders on disk."""
+"""The guided loop, its random numbers, its schedulers, and decoders on disk."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_guidance_by_hand(kind: str, decoders: dict[str, PixelDecoder], codes: V
         )
         expected = scheduler.step(u + 3 * (c - u), scheduler.timesteps[0], noise()).prev_sample
     drawn = draw(decoder, codes, steps=1, latents=noise(), output_type="latent")
-    # A single step from nearly pure noise divides by a small alpha, and rounding with it: 1.4e-4 seen on two threads.
+    # A step from nearly pure noise divides by a small alpha, rounding errors too: up to 1.4e-4.
     torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3)
     assert (c - u).abs().max() > 1e-4  # else guidance would change nothing
 
@@ -138,7 +138,7 @@ def test_guidance_one_is_the_condition_alone(
 def test_alone_or_together(
     kind: str, decoders: dict[str, PixelDecoder], codes: VisualCodes
 ) -> None:
-    """With a generator each, a picture does not depend on its batch, its place there or the others' lengths."""
+    """With its own generator, an image does not depend on the rest of its batch."""
     together = draw(decoders[kind], codes, generator=generators([5, 6, 7]))
     for i, seed in enumerate((5, 6, 7)):
         alone = draw(decoders[kind], codes.take([i]), generator=generators([seed]))
@@ -322,7 +322,7 @@ def edit(path: Path, **changes: Any) -> None:
 def test_classes_are_not_chosen_by_files(
     decoders: dict[str, PixelDecoder], codes: VisualCodes, tmp_path: Path
 ) -> None:
-    """model_index.json naming other classes changes nothing; a config naming another one is refused."""
+    """Classes in model_index.json are ignored; a config of another class is refused."""
     decoders["sd"].save_pretrained(tmp_path)
     edit(
         tmp_path / "model_index.json",

@@ -1,4 +1,4 @@
-"""Room 6: codes -> features of every patch, whatever stands beside them in the batch."""
+"""Codes -> features of every patch, independently of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH, PATCHES, DIM = 16, 9, 4
 
 
 @pytest.fixture(scope="module")
-def room() -> Reconstructor:
+def reconstructor() -> Reconstructor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = Reconstructor(WIDTH, PATCHES, DIM, 2, 2, 40)
@@ -30,73 +30,81 @@ def vectors(lengths: list[int]) -> Tensor:
 
 
 def run(
-    room: Reconstructor, rows: Tensor, lengths: list[int], fill: float = 0, spare: int = 0
+    reconstructor: Reconstructor,
+    entries: Tensor,
+    lengths: list[int],
+    fill: float = 0,
+    spare: int = 0,
 ) -> Tensor:
     layout = RaggedLayout(torch.tensor(lengths))
-    padded, mask = layout.pad(rows, fill), layout.mask
+    padded, mask = layout.pad(entries, fill), layout.mask
     if spare:  # wider than the longest needs
         padded = torch.cat([padded, padded.new_full((len(lengths), spare, DIM), fill)], 1)
         mask = torch.cat([mask, torch.zeros(len(lengths), spare, dtype=torch.bool)], 1)
-    return room(padded, torch.arange(padded.shape[1])[None], mask)
+    return reconstructor(padded, torch.arange(padded.shape[1])[None], mask)
 
 
-def test_equals_the_slow_version(room: Reconstructor):
+def test_equals_the_slow_version(reconstructor: Reconstructor):
     lengths = [3, 1, PATCHES, 2]
-    rows = vectors(lengths)
-    output = run(room, rows, lengths)
+    entries = vectors(lengths)
+    output = run(reconstructor, entries, lengths)
     assert output.shape == (4, PATCHES, WIDTH)
-    for one, own in zip(output, rows.split(lengths), strict=True):
+    for one, own in zip(output, entries.split(lengths), strict=True):
         torch.testing.assert_close(
-            one.double(), reference.reconstruct(room, own), rtol=0, atol=2e-5
+            one.double(), reference.reconstruct(reconstructor, own), rtol=0, atol=2e-5
         )
 
 
-def test_what_fills_the_padding_does_not_matter(room: Reconstructor):
+def test_padding_values_do_not_matter(reconstructor: Reconstructor):
     lengths = [3, 1, 5]
-    expected = run(room, vectors(lengths), lengths)
+    expected = run(reconstructor, vectors(lengths), lengths)
     for fill, spare in ((7.0, 0), (-1e4, 0), (1e4, 3), (0.0, 4)):
         torch.testing.assert_close(
-            run(room, vectors(lengths), lengths, fill, spare), expected, rtol=0, atol=1e-5
+            run(reconstructor, vectors(lengths), lengths, fill, spare), expected, rtol=0, atol=1e-5
         )
 
 
-def test_alone_or_together_in_any_order(room: Reconstructor):
+def test_alone_or_together_in_any_order(reconstructor: Reconstructor):
     lengths = [3, 1, PATCHES, 2, 3, 7]
     parts = vectors(lengths).split(lengths)
-    alone = [run(room, part, [len(part)])[0] for part in parts]
-    chance = random.Random(0)
+    alone = [run(reconstructor, part, [len(part)])[0] for part in parts]
+    rng = random.Random(0)
     for _ in range(10):
-        order = chance.sample(range(6), chance.randrange(1, 7))
-        together = run(room, torch.cat([parts[i] for i in order]), [lengths[i] for i in order])
+        order = rng.sample(range(6), rng.randrange(1, 7))
+        together = run(
+            reconstructor, torch.cat([parts[i] for i in order]), [lengths[i] for i in order]
+        )
         for i, one in zip(order, together, strict=True):
             torch.testing.assert_close(one, alone[i], rtol=0, atol=1e-5)
 
 
-def test_the_place_in_the_sequence_is_read(room: Reconstructor):
-    rows = vectors([4])
-    turned = run(room, rows.flip(0), [4])
-    assert (turned - run(room, rows, [4])).abs().max() > 1e-3
+def test_the_position_in_the_sequence_matters(reconstructor: Reconstructor):
+    entries = vectors([4])
+    reordered = run(reconstructor, entries.flip(0), [4])
+    assert (reordered - run(reconstructor, entries, [4])).abs().max() > 1e-3
     index = torch.arange(4).flip(0)[
         None
-    ]  # the same rows at their old places, only stored in another order
-    same = room(rows.flip(0)[None], index, torch.ones(1, 4, dtype=torch.bool))
-    torch.testing.assert_close(same, run(room, rows, [4]), rtol=0, atol=1e-5)
+    ]  # the same entries at their positions, stored in another order
+    same = reconstructor(entries.flip(0)[None], index, torch.ones(1, 4, dtype=torch.bool))
+    torch.testing.assert_close(same, run(reconstructor, entries, [4]), rtol=0, atol=1e-5)
 
 
-def test_a_float_policy_gives_the_same_and_passes_a_gradient(room: Reconstructor):
+def test_a_float_policy_gives_the_same_and_passes_a_gradient(reconstructor: Reconstructor):
     lengths = [3, 1, 5]
-    layout, rows = RaggedLayout(torch.tensor(lengths)), vectors(lengths)
+    layout, entries = RaggedLayout(torch.tensor(lengths)), vectors(lengths)
     policy = layout.mask.float().requires_grad_()
     index = torch.arange(5)[None]
-    output = room(layout.pad(rows), index, policy)
-    torch.testing.assert_close(output.detach(), run(room, rows, lengths), rtol=0, atol=1e-5)
+    output = reconstructor(layout.pad(entries), index, policy)
+    torch.testing.assert_close(
+        output.detach(), run(reconstructor, entries, lengths), rtol=0, atol=1e-5
+    )
     output.square().mean().backward()
     assert (
         policy.grad is not None and policy.grad.isfinite().all() and (policy.grad[0, 3:] != 0).any()
     )
 
 
-def test_codes_of_all_patches_and_no_more(room: Reconstructor):
-    assert run(room, vectors([PATCHES]), [PATCHES]).shape == (1, PATCHES, WIDTH)
+def test_codes_of_all_patches_and_no_more(reconstructor: Reconstructor):
+    assert run(reconstructor, vectors([PATCHES]), [PATCHES]).shape == (1, PATCHES, WIDTH)
     with pytest.raises(IndexError):
-        run(room, vectors([PATCHES + 1]), [PATCHES + 1])
+        run(reconstructor, vectors([PATCHES + 1]), [PATCHES + 1])

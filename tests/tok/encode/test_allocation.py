@@ -55,8 +55,8 @@ def test_an_int_budget_is_exact():
     for budget in range(1, 14):
         keep = select(p, budget)
         assert keep.sum(1).tolist() == [min(budget, 10)] * 3
-        for row, scores in zip(keep, keep_scores(p), strict=True):
-            assert not (~row).any() or scores[row].min() >= scores[~row].max()
+        for mask, scores in zip(keep, keep_scores(p), strict=True):
+            assert not (~mask).any() or scores[mask].min() >= scores[~mask].max()
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -67,11 +67,11 @@ def test_numpy_numbers_are_numbers():
 
 
 def test_a_fraction_is_spent_across_the_batch():
-    chance = random.Random(0)
+    rng = random.Random(0)
     for trial in range(100):
-        batch, patches = chance.randrange(1, 6), chance.randrange(1, 12)
-        p = log_probs(batch, patches, seed=trial, shift=chance.uniform(-3, 3))
-        fraction = chance.uniform(0.01, 1.0)
+        batch, patches = rng.randrange(1, 6), rng.randrange(1, 12)
+        p = log_probs(batch, patches, seed=trial, shift=rng.uniform(-3, 3))
+        fraction = rng.uniform(0.01, 1.0)
         keep, scores = select(p, fraction), keep_scores(p)
         assert int(keep.sum()) == max(batch, round(fraction * batch * patches))
         assert keep.any(1).all()
@@ -84,7 +84,7 @@ def test_a_fraction_is_spent_across_the_batch():
     assert select(log_probs(3, 4), 1.0).all()
 
 
-def test_a_busy_picture_gets_more_of_a_shared_budget():
+def test_a_detailed_image_gets_more_of_a_common_budget():
     scores = torch.tensor([[5.0, 5.0, 5.0, 5.0], [-5.0, -5.0, -5.0, -4.0]])
     assert keep_by_budget(scores, 0.5).tolist() == [
         [True, True, True, False],
@@ -101,7 +101,7 @@ def test_equal_scores_go_to_the_earlier_patch():
     ]
 
 
-def test_infinite_scores_do_not_starve_a_picture():
+def test_infinite_scores_leave_each_image_one_patch():
     scores = torch.tensor([[float("inf")] * 4, [0.0, 1.0, -float("inf"), 0.0]])
     assert keep_by_budget(scores, 0.25).sum(1).tolist() == [1, 1]
     assert keep_by_budget(scores, 0.5).tolist() == [
@@ -142,7 +142,7 @@ def test_nan_scores_are_refused():
             select(p, budget)
 
 
-def test_deterministic_without_chance_and_repeatable_with():
+def test_deterministic_without_sampling_and_repeatable_with():
     p = log_probs(8, 64)
     assert torch.equal(select(p), select(p))
     drawn = select(p, sample=True, generator=generator(1))
@@ -152,7 +152,7 @@ def test_deterministic_without_chance_and_repeatable_with():
     state = torch.random.get_rng_state()
     select(p, sample=True, generator=generator(1))
     assert torch.equal(state, torch.random.get_rng_state()), (
-        "with a generator the global one is left alone"
+        "with a generator the global one is not used"
     )
     for budget in (5, 0.3):
         drawn = select(p, budget, sample=True, generator=generator(1))
@@ -173,7 +173,7 @@ def test_noise_is_finite():
 
 
 def test_the_training_decision_is_exactly_zero_or_one():
-    """(hard + soft) - soft would be 1 + 1e-7 here and there: a kept patch with a dropped one's weight of -1e-7."""
+    """(hard + soft) - soft would sometimes be 1 + 1e-7: a kept patch of weight -1e-7."""
     for seed in range(20):
         policy = straight_through(log_probs(8, 64, seed=seed), generator(seed))
         assert set(policy.unique().tolist()) == {0.0, 1.0}
@@ -193,20 +193,20 @@ def test_the_training_decision_is_the_sampled_one_with_a_soft_gradient():
     assert torch.equal(quiet.bool(), select(p))
 
 
-def test_a_share_is_held_and_no_gradient_moves_it():
+def test_a_ratio_is_held_and_no_gradient_moves_it():
     scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 3 + 2
     scores.requires_grad_()
-    for share in (0.1, 1 / 3, 0.9):
-        shift = shift_to_ratio(scores, share)
-        chance = (scores + shift).sigmoid()
-        assert abs(float(chance.mean().detach()) - share) < 1e-5
-        (slope,) = torch.autograd.grad(chance.mean(), scores, retain_graph=True)
+    for ratio in (0.1, 1 / 3, 0.9):
+        shift = shift_to_ratio(scores, ratio)
+        probability = (scores + shift).sigmoid()
+        assert abs(float(probability.mean().detach()) - ratio) < 1e-5
+        (slope,) = torch.autograd.grad(probability.mean(), scores, retain_graph=True)
         assert slope.abs().max() < 1e-6, "the mean cannot be moved"
-        (slope,) = torch.autograd.grad(chance[0, 0], scores)
+        (slope,) = torch.autograd.grad(probability[0, 0], scores)
         moved = scores.detach().clone()
         moved[1, 1] += 0.05
         with torch.no_grad():  # against a finite difference, through the shift
-            found = (moved + shift_to_ratio(moved, share)).sigmoid()[0, 0] - chance[0, 0]
+            found = (moved + shift_to_ratio(moved, ratio)).sigmoid()[0, 0] - probability[0, 0]
         assert abs(float(found) / 0.05 - float(slope[1, 1])) < 1e-4
     log_probs = torch.stack([scores.detach(), torch.zeros_like(scores)], -1).log_softmax(-1)
     draws = [
@@ -245,15 +245,15 @@ def test_the_pattern_that_is_drawn():
 
 
 def test_alike_patches_are_kept_evenly():
-    """Scores of a plain wall: the threshold keeps nothing, the pattern its share, in every corner as many."""
-    share = 0.3
-    log_probs = torch.tensor([share, 1 - share]).log().expand(1, 64, 2)
+    """Uniform scores: the threshold keeps nothing, the pattern the ratio, in each quarter."""
+    ratio = 0.3
+    log_probs = torch.tensor([ratio, 1 - ratio]).log().expand(1, 64, 2)
     assert select(log_probs).sum() == 1
     even = dithered(log_probs)
     assert torch.allclose(even.exp().sum(-1), torch.ones(1, 64))
     assert torch.allclose(dithered(even, -1), log_probs, atol=1e-5)
     keep = select(even).view(8, 8)
-    assert abs(float(keep.float().mean()) - share) <= 1 / 64
+    assert abs(float(keep.float().mean()) - ratio) <= 1 / 64
     quarters = [int(keep[r : r + 4, c : c + 4].sum()) for r in (0, 4) for c in (0, 4)]
     assert max(quarters) - min(quarters) <= 1
     best = keep_scores(even)[0].topk(16).indices.sort().values
@@ -263,5 +263,5 @@ def test_alike_patches_are_kept_evenly():
     first, second = (torch.Generator().manual_seed(0) for _ in range(2))
     drawn = select(even, sample=True, generator=first, dither=True)
     assert torch.equal(drawn, select(log_probs, sample=True, generator=second)), (
-        "noise that is drawn takes its place"
+        "sampled noise replaces it"
     )

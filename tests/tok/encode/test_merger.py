@@ -1,4 +1,4 @@
-"""Room 4: who may look at whom, what it costs, and that neighbours in a batch do not matter."""
+"""Which patches attend to which, at what cost, independently of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WIDTH, PATCHES = 16, 9
 def merger(formula: Formula = "strict", depth: int = 2, patches: int | None = None) -> Merger:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        room = Merger(WIDTH, depth, 2, 40, 1e-5, formula, patches)
-        for parameter in room.parameters():
+        module = Merger(WIDTH, depth, 2, 40, 1e-5, formula, patches)
+        for parameter in module.parameters():
             parameter.data += 0.1 * torch.randn_like(
                 parameter
             )  # no bias or norm at its neutral start
-    return room
+    return module
 
 
 def features(batch: int, patches: int = PATCHES, seed: int = 0) -> Tensor:
@@ -52,9 +52,9 @@ DRAWING = """
 
 @pytest.mark.parametrize("as_type", [torch.bool, torch.float32])
 def test_the_drawing(as_type: torch.dtype):
-    import lavit_tok.encode.merger as room
+    import lavit_tok.encode.merger as module
 
-    assert room.__doc__ is not None and DRAWING.strip() in room.__doc__
+    assert module.__doc__ is not None and DRAWING.strip() in module.__doc__
     keep = torch.tensor([[True, False, True, True, False]])
     own, other = self_policy(keep.to(as_type)), cross_policy(keep.to(as_type))
     assert (
@@ -85,65 +85,65 @@ def test_the_smallest_pictures(n: int):
 @pytest.mark.parametrize("patches", [None, PATCHES])
 @pytest.mark.parametrize("formula", ["strict", "compat"])
 def test_equals_the_slow_version(formula: Formula, patches: int | None):
-    room, x, keep = merger(formula, patches=patches), features(4), masks(4)
+    module, x, keep = merger(formula, patches=patches), features(4), masks(4)
     with torch.no_grad():
-        merged = room(x, keep)
-        slow = torch.cat([reference.merge(room, x[i], keep[i].tolist()) for i in range(4)])
+        merged = module(x, keep)
+        slow = torch.cat([reference.merge(module, x[i], keep[i].tolist()) for i in range(4)])
     assert merged.shape == (int(keep.sum()), WIDTH)
     torch.testing.assert_close(merged.double(), slow, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("formula", ["strict", "compat"])
 def test_bool_and_float_policies_agree_with_the_kept_rows(formula: Formula):
-    room, x, keep = merger(formula), features(5), masks(5)
+    module, x, keep = merger(formula), features(5), masks(5)
     with torch.no_grad():
-        merged = room(x, keep)
+        merged = module(x, keep)
         for policy in (keep, keep.float()):
-            torch.testing.assert_close(room.dense(x, policy)[keep], merged, rtol=0, atol=2e-5)
+            torch.testing.assert_close(module.dense(x, policy)[keep], merged, rtol=0, atol=2e-5)
 
 
 def test_alone_or_together_in_any_order():
-    room, x, keep = merger(), features(6), masks(6)
-    chance = random.Random(0)
+    module, x, keep = merger(), features(6), masks(6)
+    rng = random.Random(0)
     with torch.no_grad():
-        alone = [room(x[i : i + 1], keep[i : i + 1]) for i in range(6)]
+        alone = [module(x[i : i + 1], keep[i : i + 1]) for i in range(6)]
         for _ in range(10):
-            order = chance.sample(range(6), chance.randrange(1, 7))
-            together = room(x[order], keep[order])
+            order = rng.sample(range(6), rng.randrange(1, 7))
+            together = module(x[order], keep[order])
             torch.testing.assert_close(
                 together, torch.cat([alone[i] for i in order]), rtol=0, atol=1e-5
             )
 
 
 def test_keep_all_and_keep_one():
-    room, x = merger(), features(2)
+    module, x = merger(), features(2)
     everything = torch.ones(2, PATCHES, dtype=torch.bool)
     with torch.no_grad():
         torch.testing.assert_close(
-            room(x, everything), room.dense(x, everything).flatten(0, 1), rtol=0, atol=2e-5
+            module(x, everything), module.dense(x, everything).flatten(0, 1), rtol=0, atol=2e-5
         )
         for i in range(PATCHES):
             one = torch.zeros(2, PATCHES, dtype=torch.bool)
             one[:, i] = True
-            slow = torch.cat([reference.merge(room, x[b], one[b].tolist()) for b in range(2)])
-            torch.testing.assert_close(room(x, one).double(), slow, rtol=0, atol=2e-5)
+            slow = torch.cat([reference.merge(module, x[b], one[b].tolist()) for b in range(2)])
+            torch.testing.assert_close(module(x, one).double(), slow, rtol=0, atol=2e-5)
         tiny = features(1, patches=1)
-        assert room(tiny, torch.ones(1, 1, dtype=torch.bool)).shape == (1, WIDTH)
-        assert room(x[:0], everything[:0]).shape == (0, WIDTH)
+        assert module(tiny, torch.ones(1, 1, dtype=torch.bool)).shape == (1, WIDTH)
+        assert module(x[:0], everything[:0]).shape == (0, WIDTH)
 
 
 def test_without_blocks_only_the_norm_is_left():
-    room, x, keep = merger(depth=0), features(3), masks(3)
-    torch.testing.assert_close(room(x, keep), room.norm_out(x[keep]))
+    module, x, keep = merger(depth=0), features(3), masks(3)
+    torch.testing.assert_close(module(x, keep), module.norm_out(x[keep]))
 
 
 @pytest.mark.parametrize("path", ["ragged", "dense bool", "dense float"])
 def test_strict_sees_nothing_it_should_not(path: str):
-    """Exactly zero gradient: from later kept tokens, and from other images; not zero: earlier kept, all dropped."""
-    room, keep = merger(), masks(3, seed=1)
+    """Zero gradient from later kept patches and other images; not from earlier and dropped ones."""
+    module, keep = merger(), masks(3, seed=1)
     x = features(3).requires_grad_()
     policy = {"ragged": keep, "dense bool": keep, "dense float": keep.float()}[path]
-    merged = room(x, keep) if path == "ragged" else room.dense(x, policy)[keep]
+    merged = module(x, keep) if path == "ragged" else module.dense(x, policy)[keep]
     rows = [(int(b), int(i)) for b, i in keep.nonzero()]
     for (b, i), row in zip(rows, merged, strict=True):
         (gradient,) = torch.autograd.grad(row.square().sum(), x, retain_graph=True)
@@ -155,29 +155,29 @@ def test_strict_sees_nothing_it_should_not(path: str):
 
 @pytest.mark.parametrize("as_float", [False, True])
 def test_cross_attention_sees_dropped_keys_only(as_float: bool):
-    """Through one block's cross-attention alone, kept patches of the context have exactly zero gradient."""
-    room, keep = merger(depth=1), masks(3, seed=2)
+    """Through cross-attention alone, kept patches have exactly zero gradient."""
+    module, keep = merger(depth=1), masks(3, seed=2)
     x, context = features(3), features(3, seed=5).requires_grad_()
     policy = cross_policy(keep.float() if as_float else keep)
-    room.blocks[0].cross_attention(x, context, policy).square().sum().backward()  # type: ignore[operator, union-attr]
+    module.blocks[0].cross_attention(x, context, policy).square().sum().backward()  # type: ignore[operator, union-attr]
     assert context.grad is not None
     assert torch.equal(context.grad.abs().sum(-1) > 0, ~keep)
 
 
 def test_compat_leaks_as_the_release_does():
-    """In compat a later kept token does move an earlier one: the known defect that strict does away with."""
-    room, keep = merger("compat"), masks(3, seed=1)
+    """In compat a later kept patch changes an earlier one, a defect that strict does not have."""
+    module, keep = merger("compat"), masks(3, seed=1)
     x = features(3).requires_grad_()
-    room(x, keep)[0].square().sum().backward()
+    module(x, keep)[0].square().sum().backward()
     assert x.grad is not None and (x.grad[0].abs().sum(-1) > 0).all() and (x.grad[1:] == 0).all()
 
 
 @pytest.mark.parametrize("formula", ["strict", "compat"])
 def test_the_selector_learns_through_the_policy(formula: Formula):
-    room, x = merger(formula), features(4)
+    module, x = merger(formula), features(4)
     scores = torch.zeros(4, PATCHES, 2, requires_grad=True)
     policy = straight_through(scores.log_softmax(-1), torch.Generator().manual_seed(0))
-    merged = room.dense(x, policy)[policy.detach().bool()]
+    merged = module.dense(x, policy)[policy.detach().bool()]
     merged.square().mean().backward()
     assert scores.grad is not None and scores.grad.isfinite().all()
     assert (scores.grad.abs().sum(-1) > 0).float().mean() > 0.9, (
@@ -186,25 +186,27 @@ def test_the_selector_learns_through_the_policy(formula: Formula):
 
 
 def test_a_hard_mask_would_teach_the_selector_nothing():
-    room, x = merger(), features(4)
+    module, x = merger(), features(4)
     scores = torch.zeros(4, PATCHES, 2, requires_grad=True)
     policy = straight_through(scores.log_softmax(-1), torch.Generator().manual_seed(0))
-    (gradient,) = torch.autograd.grad(room.dense(x, policy > 0.5).mean(), scores, allow_unused=True)
+    (gradient,) = torch.autograd.grad(
+        module.dense(x, policy > 0.5).mean(), scores, allow_unused=True
+    )
     assert gradient is None
 
 
 def test_large_features_stay_finite_in_both_paths():
-    room, keep = merger(), masks(4)
+    module, keep = merger(), masks(4)
     x = (features(4) * 1e4).requires_grad_()
     policy = keep.float().requires_grad_()
-    (room.dense(x, policy).square().mean() + room(x, keep).square().mean()).backward()
+    (module.dense(x, policy).square().mean() + module(x, keep).square().mean()).backward()
     assert x.grad is not None and x.grad.isfinite().all()
     assert policy.grad is not None and policy.grad.isfinite().all()
 
 
-def flops(room: Merger, x: Tensor, keep: Tensor) -> int:
+def flops(module: Merger, x: Tensor, keep: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        room(x, keep)
+        module(x, keep)
     return sum(
         f
         for op, f in counter.get_flop_counts()["Global"].items()
@@ -213,20 +215,20 @@ def flops(room: Merger, x: Tensor, keep: Tensor) -> int:
 
 
 def test_strict_computes_kept_rows_only():
-    """Linear layers: kept rows for queries, self keys and values, MLP; dropped rows for cross keys and values."""
-    room, x = merger(), features(4, 64)
+    """Linear layers compute kept patches, and dropped ones for cross keys and values."""
+    module, x = merger(), features(4, 64)
     keep = masks(4, 64, seed=3)
     kept, dropped, mlp = int(keep.sum()), int((~keep).sum()), 40
     self_attention, cross = 4 * kept * WIDTH**2, (2 * kept + 2 * dropped) * WIDTH**2
-    expected = 2 * len(room.blocks) * (self_attention + cross + 2 * kept * WIDTH * mlp)
-    assert flops(room, x, keep) == expected
+    expected = 2 * len(module.blocks) * (self_attention + cross + 2 * kept * WIDTH * mlp)
+    assert flops(module, x, keep) == expected
     few = torch.zeros_like(keep)
     few[:, ::16] = True
-    assert flops(room, x, few) < 0.3 * flops(merger("compat"), x, few)
+    assert flops(module, x, few) < 0.3 * flops(merger("compat"), x, few)
 
 
 def test_positions_tell_places_apart():
-    """Equal features at every patch: without positions all kept rows of an image but their order are alike."""
+    """Equal features at every patch: without positions all kept patches are equal."""
     x, keep = (
         features(1, 1).expand(1, PATCHES, WIDTH).contiguous(),
         torch.ones(1, PATCHES, dtype=torch.bool),

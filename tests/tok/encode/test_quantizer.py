@@ -1,4 +1,4 @@
-"""Room 5: exact nearest rows, honest usage numbers, and a codebook that learns by the formula."""
+"""Exact nearest entries, and the projection to the code space."""
 
 from __future__ import annotations
 
@@ -18,40 +18,42 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def codebook(rows: Tensor) -> Codebook:
-    book = Codebook(*rows.shape)
-    book.embeddings.copy_(rows)
+def codebook(entries: Tensor) -> Codebook:
+    book = Codebook(*entries.shape)
+    book.embeddings.copy_(entries)
     return book
 
 
 @pytest.mark.parametrize("normed", [True, False])
 def test_nearest_is_exact(normed: bool):
-    """Against every difference squared and summed in float64; rows of different lengths make it no cosine."""
+    """Against squared differences in float64; with other norms it is not the cosine."""
     for seed in range(5):
-        rows, z = unit(64, 8, seed=seed), unit(100, 8, seed=seed + 50)
+        entries, z = unit(64, 8, seed=seed), unit(100, 8, seed=seed + 50)
         if not normed:
-            rows = rows * torch.linspace(0.2, 3, 64)[:, None]
-        assert codebook(rows).nearest(z).tolist() == reference.nearest(z, rows)
+            entries = entries * torch.linspace(0.2, 3, 64)[:, None]
+        assert codebook(entries).nearest(z).tolist() == reference.nearest(z, entries)
     if not normed:
-        assert (codebook(rows).nearest(z) != (z @ F.normalize(rows, dim=-1).T).argmax(1)).any()
+        assert (
+            codebook(entries).nearest(z) != (z @ F.normalize(entries, dim=-1).T).argmax(1)
+        ).any()
 
 
-def test_of_equal_rows_the_first():
-    rows = unit(6, 4)
-    rows[4] = rows[1]
-    rows[5] = rows[1]
-    assert codebook(rows).nearest(rows).tolist() == [0, 1, 2, 3, 1, 1]
+def test_of_equal_entries_the_first():
+    entries = unit(6, 4)
+    entries[4] = entries[1]
+    entries[5] = entries[1]
+    assert codebook(entries).nearest(entries).tolist() == [0, 1, 2, 3, 1, 1]
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     assert codebook(opposite).nearest(torch.tensor([[0.0, 1.0], [0.0, 0.0]])).tolist() == [0, 0]
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
-    rows, z = unit(32, 8), unit(101, 8, seed=1)
-    whole = codebook(rows).nearest(z)
+    entries, z = unit(32, 8), unit(101, 8, seed=1)
+    whole = codebook(entries).nearest(z)
     for chunk in (1, 32, 96, 32 * 101, 10**9):
         monkeypatch.setattr(quantizer, "CHUNK", chunk)
-        assert torch.equal(codebook(rows).nearest(z), whole)
-    assert codebook(rows).nearest(z[:0]).tolist() == []
+        assert torch.equal(codebook(entries).nearest(z), whole)
+    assert codebook(entries).nearest(z[:0]).tolist() == []
 
 
 @pytest.fixture
@@ -63,18 +65,18 @@ def matmul_precision() -> Iterator[None]:
 
 @pytest.mark.usefixtures("matmul_precision")
 def test_low_precision_around_it_changes_no_code():
-    rows, z = unit(512, 16), unit(400, 16, seed=1)
-    book = codebook(rows)
+    entries, z = unit(512, 16), unit(400, 16, seed=1)
+    book = codebook(entries)
     expected = book.nearest(z)
     book.to(torch.bfloat16)
-    assert book.embeddings.dtype == torch.float32 and torch.equal(book.embeddings, rows)
+    assert book.embeddings.dtype == torch.float32 and torch.equal(book.embeddings, entries)
     assert torch.equal(book.nearest(z), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(book.nearest(z), expected)
     for precision in ("high", "medium"):
         torch.set_float32_matmul_precision(precision)
         assert torch.equal(book.nearest(z), expected)
-    rounded = (z.bfloat16() @ rows.bfloat16().T).argmax(1)
+    rounded = (z.bfloat16() @ entries.bfloat16().T).argmax(1)
     assert (rounded != expected).any(), "which bfloat16 would have changed"
 
 
@@ -88,11 +90,13 @@ def test_nan_and_infinity_are_refused(bad: float):
 
 def test_projection_equals_the_slow_version_and_has_unit_length():
     torch.manual_seed(0)
-    room = Quantizer(16, 32, 4)
+    module = Quantizer(16, 32, 4)
     merged = torch.randn(7, 16)
-    z = room.project(merged)
-    torch.testing.assert_close(z.double(), reference.project(room, merged), rtol=0, atol=1e-6)
+    z = module.project(merged)
+    torch.testing.assert_close(z.double(), reference.project(module, merged), rtol=0, atol=1e-6)
     torch.testing.assert_close(z.norm(dim=1), torch.ones(7))
-    assert room.to(torch.bfloat16).project(merged.bfloat16()).dtype == torch.float32
-    torch.testing.assert_close(room.codebook.embeddings.norm(dim=1), torch.ones(32))
-    assert torch.equal(room.codebook.lookup(torch.tensor([3, 3])), room.codebook.embeddings[[3, 3]])
+    assert module.to(torch.bfloat16).project(merged.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(module.codebook.embeddings.norm(dim=1), torch.ones(32))
+    assert torch.equal(
+        module.codebook.lookup(torch.tensor([3, 3])), module.codebook.embeddings[[3, 3]]
+    )

@@ -1,4 +1,4 @@
-"""Room 2: any vision transformer, read before its final norm, frozen."""
+"""Any vision transformer, frozen, read before its final norm."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def made(config: dict[str, Any], norm: bool = False) -> VisionEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = VisionEncoder.from_config(config, norm)
-        for parameter in (
-            encoder.parameters()
-        ):  # BLIP-2's initial weights are 1e-10: nothing could be told apart
+        for parameter in encoder.parameters():  # BLIP-2's initial weights are 1e-10
             parameter.data.normal_(std=0.3)
     return encoder
 
@@ -85,7 +83,7 @@ def test_the_config_survives_json(kind: str):
     ],
 )
 def test_features_are_the_stream_before_the_final_norm(kind: str, special: int):
-    """transformers' own record of hidden states; class and register tokens stand first and are dropped."""
+    """transformers' own hidden states, without class and register tokens."""
     encoder = made(tiny(kind, **({"num_register_tokens": 3} if kind == "dinov3_vit" else {})))
     with torch.no_grad():
         output = encoder.model(pixel_values=noise(), output_hidden_states=True)
@@ -163,7 +161,7 @@ def test_hooks_are_removed_even_after_an_error():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model_type": "llama"}, "expected one of .*got 'llama'"),
         ({"model_type": None}, "got None"),
@@ -171,7 +169,10 @@ def test_hooks_are_removed_even_after_an_error():
         ({"hiden_layers": 3}, r"no config entries \['hiden_layers'\]"),
         # These two would make transformers fetch and run code from the Hub.
         ({"attn_implementation": "someone/kernel"}, r"no config entries \['attn_implementation'\]"),
-        ({"_attn_implementation": "someone/kernel"}, r"no config entries \['_attn_implementation'\]"),
+        (
+            {"_attn_implementation": "someone/kernel"},
+            r"no config entries \['_attn_implementation'\]",
+        ),
         ({"auto_map": {"AutoModel": "code.Model"}}, r"no config entries \['auto_map'\]"),
         ({"num_hidden_layers": "2"}, "cannot build"),
         ({"num_attention_heads": 0}, "cannot build"),
@@ -179,8 +180,8 @@ def test_hooks_are_removed_even_after_an_error():
         ({"hidden_act": "import os"}, "cannot build"),
     ],
 )
-def test_a_config_that_names_anything_else_is_refused(changes: dict[str, Any], said: str):
-    with pytest.raises(ConfigError, match=said):
+def test_a_config_that_names_anything_else_is_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
         VisionEncoder.from_config({**tiny("clip_vision_model"), **changes})
 
 

@@ -1,4 +1,4 @@
-"""The two formulas of attention: equal to the text of attention.py, exact about forbidden keys, safe at the edges."""
+"""The two formulas of attention.py: exact about forbidden keys, and without NaN at the limits."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_weights_equal_the_formula_read_aloud(formula: Formula, scale: float):
     for b in range(2):
         for h in range(3):
             for i in range(4):
-                row = reference.weights_of_a_row(
+                expected = reference.weights_of_a_query(
                     scores[b, h, i].tolist(), policy[b, 0, i].tolist(), formula
                 )
-                assert weights[b, h, i].tolist() == pytest.approx(row, abs=1e-6)
+                assert weights[b, h, i].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_compat_leaks_and_strict_does_not():
-    """A forbidden key of a large score takes most of compat's weight (spec: up to 99.6 % of a row)."""
+    """A forbidden key of a large score takes most of compat's weight (up to 99.6 % of the sum)."""
     scores = torch.tensor([[[[0.0, 1.0, 20.0]]]])
     policy = torch.tensor([[[[1.0, 1.0, 0.0]]]])
     strict, compat = (masked_softmax(scores, policy, f)[0, 0, 0] for f in ("strict", "compat"))
@@ -48,7 +48,7 @@ def test_compat_leaks_and_strict_does_not():
 def test_the_fused_path_gives_the_same_numbers(scale: float):
     q, k, v = (noise(2, 3, n, 8, seed=i, scale=scale) for i, n in enumerate((5, 9, 9)))
     policy = random_policy(2, 1, 5, 9)
-    policy[1, 0, 2] = False  # a query that may see nothing
+    policy[1, 0, 2] = False  # a query without allowed keys
     fused, written_out = attend(q, k, v, policy), attend(q, k, v, policy.float())
     torch.testing.assert_close(fused, written_out, rtol=1e-4, atol=1e-5)
     assert (fused[1, :, 2] == 0).all() and (written_out[1, :, 2] == 0).all()
@@ -102,7 +102,7 @@ def test_gradient_to_the_policy_is_the_derivative():
 
 
 def test_masking_with_minus_infinity_would_cut_that_gradient():
-    """Why strict multiplies by p: a key that is masked by -inf cannot ask to be allowed."""
+    """Why strict multiplies by p: a key masked by -inf gets no gradient."""
     scores = noise(1, 1, 2, 3)
     policy = torch.tensor([1.0, 0.0, 1.0]).requires_grad_()
     scores.masked_fill(policy < 0.5, float("-inf")).softmax(-1).square().sum()
@@ -114,28 +114,28 @@ def test_masking_with_minus_infinity_would_cut_that_gradient():
 @pytest.mark.parametrize("formula", ["strict", "compat"])
 def test_the_module_equals_its_loops(formula: Formula):
     torch.manual_seed(0)
-    room = Attention(12, 3)
+    module = Attention(12, 3)
     x, context = noise(2, 4, 12), noise(2, 6, 12, seed=1)
     policy = random_policy(2, 1, 4, 6).float()
-    output = room(x, context, policy, formula)
+    output = module(x, context, policy, formula)
     for i in range(2):
-        slow = reference.attention(room, x[i], context[i], policy[i, 0], formula)
+        slow = reference.attention(module, x[i], context[i], policy[i, 0], formula)
         torch.testing.assert_close(output[i].double(), slow, rtol=0, atol=1e-5)
-    alone = room(x)
-    slow = reference.attention(room, x[0], x[0], torch.ones(4, 4), "strict")
+    alone = module(x)
+    slow = reference.attention(module, x[0], x[0], torch.ones(4, 4), "strict")
     torch.testing.assert_close(alone[0].double(), slow, rtol=0, atol=1e-5)
 
 
 def test_a_block_equals_its_loops():
     torch.manual_seed(0)
-    room = Block(12, 3, 20, 1e-5)
+    module = Block(12, 3, 20, 1e-5)
     x, context = noise(2, 4, 12), noise(2, 5, 12, seed=1)
     own = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
     other = random_policy(2, 1, 1, 5, seed=4)
-    output = room(x, context, own, other)
+    output = module(x, context, own, other)
     for i in range(2):
         slow = reference.block(
-            room,
+            module,
             x[i].double(),
             context[i].double(),
             own[0, 0].double(),

@@ -18,9 +18,9 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def codebook(rows: Tensor) -> Codebook:
-    book = Codebook(*rows.shape)
-    book.embeddings.copy_(rows)
+def codebook(entries: Tensor) -> Codebook:
+    book = Codebook(*entries.shape)
+    book.embeddings.copy_(entries)
     return book
 
 
@@ -49,130 +49,132 @@ def test_usage_of_counts_made_by_hand():
             usage(wrong, 4)
 
 
-def trained(rows: Tensor, counts: Tensor | None = None, **options: float) -> TrainingCodebook:
-    room = TrainingCodebook(codebook(rows), **options).train()  # type: ignore[arg-type]
+def trained(entries: Tensor, counts: Tensor | None = None, **options: float) -> TrainingCodebook:
+    module = TrainingCodebook(codebook(entries), **options).train()  # type: ignore[arg-type]
     if counts is not None:
-        room.load_embeddings(rows, counts)
-    return room
+        module.load_embeddings(entries, counts)
+    return module
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])
 def test_ema_equals_the_formula(decay: float):
     """One step and several, from even and from uneven counts."""
     for counts in (torch.ones(6), torch.tensor([9.0, 1, 4, 2, 30, 0.5])):
-        rows = unit(6, 4)
-        room = trained(rows, counts, decay=decay, dead_ratio=0.0)
-        room.set_vectors_per_step(50)
-        sums = rows * counts[:, None]
+        entries = unit(6, 4)
+        module = trained(entries, counts, decay=decay, dead_ratio=0.0)
+        module.set_vectors_per_step(50)
+        sums = entries * counts[:, None]
         for step in range(5):
             z = unit(50, 4, seed=step + 1)
-            quantized, codes, _ = room(z)
-            before = rows
-            rows, counts, sums, expected = reference.ema_step(rows, counts, sums, z, decay)
+            quantized, codes, _ = module(z)
+            before = entries
+            entries, counts, sums, expected = reference.ema_step(entries, counts, sums, z, decay)
             assert codes.tolist() == expected
             torch.testing.assert_close(
                 quantized.double(), before[codes].double(), rtol=0, atol=1e-6
             )
-            torch.testing.assert_close(room.embeddings.double(), rows, rtol=0, atol=1e-5)
+            torch.testing.assert_close(module.embeddings.double(), entries, rtol=0, atol=1e-5)
             torch.testing.assert_close(
-                room.vq._codebook.cluster_size[0].double(), counts, rtol=1e-5, atol=1e-6
+                module.vq._codebook.cluster_size[0].double(), counts, rtol=1e-5, atol=1e-6
             )
             torch.testing.assert_close(
-                room.vq._codebook.embed_avg[0].double(), sums, rtol=1e-5, atol=1e-5
+                module.vq._codebook.embed_avg[0].double(), sums, rtol=1e-5, atol=1e-5
             )
 
 
-def test_loaded_rows_survive_a_step():
-    """Setting the package's rows alone is undone by the first step; load_embeddings sets all it keeps."""
+def test_loaded_entries_survive_a_step():
+    """`embed` alone is undone by the first step; load_embeddings sets all buffers."""
     loaded, z = unit(6, 4, seed=9), unit(12, 4, seed=1)
-    room = trained(unit(6, 4), decay=0.99)
-    room.load_embeddings(loaded, torch.full((6,), 100.0))
-    assert torch.equal(room.embeddings, loaded)
-    room(z)
-    assert (F.cosine_similarity(room.embeddings, loaded, dim=1) > 0.999).all() and not torch.equal(
-        room.embeddings, loaded
-    )
+    module = trained(unit(6, 4), decay=0.99)
+    module.load_embeddings(loaded, torch.full((6,), 100.0))
+    assert torch.equal(module.embeddings, loaded)
+    module(z)
+    assert (
+        F.cosine_similarity(module.embeddings, loaded, dim=1) > 0.999
+    ).all() and not torch.equal(module.embeddings, loaded)
     careless = trained(unit(6, 4), decay=0.99)
     careless.vq._codebook.embed.copy_(loaded[None])
     careless(z)
     assert (F.cosine_similarity(careless.embeddings, loaded, dim=1) < 0.999).any()
 
 
-def test_dead_rows_are_replaced_relative_to_the_mean_count():
-    """n = 64 vectors a step, K = 8: the mean count is 8, dead is below 0.05 * 8 = 0.4. One row is never chosen."""
-    rows = torch.cat(
+def test_dead_entries_are_replaced_relative_to_the_mean_count():
+    """64 vectors a step, K = 8: mean count 8, dead below 0.05 * 8 = 0.4. One is never used."""
+    entries = torch.cat(
         [F.normalize(torch.eye(7, 8) + 0.01, dim=-1), -F.normalize(torch.ones(1, 8), dim=-1)]
     )
-    room = trained(rows, torch.full((8,), 8.0), decay=0.5, dead_ratio=0.05)
-    room.set_vectors_per_step(64)
-    z = F.normalize(rows[:7].repeat(10, 1)[:64] + 0.05 * unit(64, 8), dim=-1)
+    module = trained(entries, torch.full((8,), 8.0), decay=0.5, dead_ratio=0.05)
+    module.set_vectors_per_step(64)
+    z = F.normalize(entries[:7].repeat(10, 1)[:64] + 0.05 * unit(64, 8), dim=-1)
     for count in (4, 2, 1, 0.5):
-        _, codes, _ = room(z)
+        _, codes, _ = module(z)
         assert 7 not in codes.tolist()
-        torch.testing.assert_close(room.embeddings[7], rows[7], rtol=0, atol=1e-6)  # still alive
-        assert float(room.vq._codebook.cluster_size[0, 7]) == pytest.approx(count)
-    others = room.embeddings[:7].clone()
-    room(z)  # 0.25 < 0.4
-    assert ((z - room.embeddings[7]).abs().amax(1) < 1e-5).any(), "an input took its place"
-    assert (F.cosine_similarity(room.embeddings[:7], others, dim=1) > 0.999).all(), (
-        "and no other row was touched"
+        torch.testing.assert_close(
+            module.embeddings[7], entries[7], rtol=0, atol=1e-6
+        )  # still alive
+        assert float(module.vq._codebook.cluster_size[0, 7]) == pytest.approx(count)
+    others = module.embeddings[:7].clone()
+    module(z)  # 0.25 < 0.4
+    assert ((z - module.embeddings[7]).abs().amax(1) < 1e-5).any(), "replaced by an input"
+    assert (F.cosine_similarity(module.embeddings[:7], others, dim=1) > 0.999).all(), (
+        "no other entry changed"
     )
-    fresh = room.embeddings[7].clone()
-    _, codes, _ = room(z)
+    fresh = module.embeddings[7].clone()
+    _, codes, _ = module(z)
     assert 7 in codes.tolist()
-    assert F.cosine_similarity(room.embeddings[7], fresh, dim=0) > 0.9, (
-        "a replaced row that inputs choose lives on"
+    assert F.cosine_similarity(module.embeddings[7], fresh, dim=0) > 0.9, (
+        "a replaced entry that is used is kept"
     )
 
 
 def test_what_is_not_dead_is_not_replaced():
-    """A threshold that is absolute would count every row of a small batch as dead; and 0 never replaces."""
-    rows = unit(32, 8)
-    small = trained(rows, torch.full((32,), 0.25), decay=0.99, dead_ratio=0.05)
+    """An absolute threshold would make every entry dead in small batches; 0 never replaces."""
+    entries = unit(32, 8)
+    small = trained(entries, torch.full((32,), 0.25), decay=0.99, dead_ratio=0.05)
     small.set_vectors_per_step(8)
     small(unit(8, 8, seed=1))
-    assert (F.cosine_similarity(small.embeddings, rows, dim=1) > 0.95).all()
-    never = trained(rows, torch.full((32,), 1e-3), decay=0.5, dead_ratio=0.0)
+    assert (F.cosine_similarity(small.embeddings, entries, dim=1) > 0.95).all()
+    never = trained(entries, torch.full((32,), 1e-3), decay=0.5, dead_ratio=0.0)
     never.set_vectors_per_step(8)
     for _ in range(20):
-        never(rows[:8])
-    torch.testing.assert_close(never.embeddings, rows, rtol=0, atol=1e-4)
+        never(entries[:8])
+    torch.testing.assert_close(never.embeddings, entries, rtol=0, atol=1e-4)
 
 
-def test_replacement_takes_its_chance_from_the_seed():
+def test_replacement_follows_the_seed():
     def run(seed: int) -> Tensor:
-        room = trained(unit(32, 8), torch.full((32,), 1e-3), decay=0.5, dead_ratio=0.5)
-        room.set_vectors_per_step(64)
-        room(unit(64, 8, seed=1)[:40], seed)
-        return room.embeddings.clone()
+        module = trained(unit(32, 8), torch.full((32,), 1e-3), decay=0.5, dead_ratio=0.5)
+        module.set_vectors_per_step(64)
+        module(unit(64, 8, seed=1)[:40], seed)
+        return module.embeddings.clone()
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
-    room = trained(unit(32, 8), dead_ratio=0.5)
-    room.set_vectors_per_step(64)
+    module = trained(unit(32, 8), dead_ratio=0.5)
+    module.set_vectors_per_step(64)
     before = torch.random.get_rng_state()
-    room(unit(64, 8, seed=1), 5)
-    assert torch.equal(before, torch.random.get_rng_state()), "the global chance is left alone"
+    module(unit(64, 8, seed=1), 5)
+    assert torch.equal(before, torch.random.get_rng_state()), "the global generator is not used"
 
 
 def test_eval_mode_changes_nothing():
-    rows, z = unit(16, 4), unit(40, 4, seed=1)
-    room = trained(rows, dead_ratio=0.9)
-    room.set_vectors_per_step(1000)  # nearly every row would count as dead
-    room.eval()
-    before = {k: v.clone() for k, v in room.state_dict().items()}
-    quantized, codes, _ = room(z)
-    assert torch.equal(codes, codebook(rows).nearest(z))
-    torch.testing.assert_close(quantized, rows[codes])
-    for name, value in room.state_dict().items():
+    entries, z = unit(16, 4), unit(40, 4, seed=1)
+    module = trained(entries, dead_ratio=0.9)
+    module.set_vectors_per_step(1000)  # nearly every entry would count as dead
+    module.eval()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    quantized, codes, _ = module(z)
+    assert torch.equal(codes, codebook(entries).nearest(z))
+    torch.testing.assert_close(quantized, entries[codes])
+    for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 def test_the_gradient_passes_the_rounding(gradient: str):
-    rows, z = unit(8, 4), unit(20, 4, seed=1).requires_grad_()
-    room = TrainingCodebook(codebook(rows), gradient=gradient).train()  # type: ignore[arg-type]
-    quantized, codes, loss = room(z)
-    torch.testing.assert_close(quantized, rows[codes], rtol=0, atol=1e-5)
+    entries, z = unit(8, 4), unit(20, 4, seed=1).requires_grad_()
+    module = TrainingCodebook(codebook(entries), gradient=gradient).train()  # type: ignore[arg-type]
+    quantized, codes, loss = module(z)
+    torch.testing.assert_close(quantized, entries[codes], rtol=0, atol=1e-5)
 
     def along_the_sphere(slope: Tensor) -> Tensor:  # the package brings z to unit length first
         return slope - (slope * z).sum(1, keepdim=True).detach() * z.detach()
@@ -182,36 +184,36 @@ def test_the_gradient_passes_the_rounding(gradient: str):
     assert received.isfinite().all()
     straight = torch.allclose(received, along_the_sphere(upstream), atol=1e-6)
     assert straight == (gradient == "straight_through")
-    expected = F.mse_loss(z.detach(), rows[codes])
+    expected = F.mse_loss(z.detach(), entries[codes])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     (pull,) = torch.autograd.grad(loss, z)
     torch.testing.assert_close(
-        pull, along_the_sphere(2 * (z.detach() - rows[codes]) / z.numel()), rtol=1e-4, atol=1e-6
+        pull, along_the_sphere(2 * (z.detach() - entries[codes]) / z.numel()), rtol=1e-4, atol=1e-6
     )
 
 
 def test_autocast_does_not_reach_the_codebook():
-    rows, z = unit(512, 16), unit(400, 16, seed=1)
-    expected = codebook(rows).nearest(z)
-    room = trained(rows).eval()
+    entries, z = unit(512, 16), unit(400, 16, seed=1)
+    expected = codebook(entries).nearest(z)
+    module = trained(entries).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(room(z)[1], expected)
+        assert torch.equal(module(z)[1], expected)
 
 
 def planted(clusters: int, each: int, spread: float = 0.05) -> tuple[Tensor, Tensor]:
-    centres = unit(clusters, 16, seed=3)
-    samples = centres.repeat_interleave(each, 0) + spread * unit(clusters * each, 16, seed=4)
-    return centres, F.normalize(samples, dim=-1)
+    centers = unit(clusters, 16, seed=3)
+    samples = centers.repeat_interleave(each, 0) + spread * unit(clusters * each, 16, seed=4)
+    return centers, F.normalize(samples, dim=-1)
 
 
 def test_kmeans_recovers_planted_clusters():
-    """With some rows to spare for unlucky starts every centre is found, and every row lies at a centre."""
-    centres, samples = planted(10, 60)
-    rows, counts = spherical_kmeans(samples, 40, 15, torch.Generator().manual_seed(0))
-    similarity = centres @ rows.T
-    assert (similarity.amax(1) > 0.99).all(), "each centre has a row"
-    assert (similarity.amax(0) > 0.98).all(), "each row has a centre"
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(40))
+    """With more entries than clusters every center is found, and every entry is near a center."""
+    centers, samples = planted(10, 60)
+    entries, counts = spherical_kmeans(samples, 40, 15, torch.Generator().manual_seed(0))
+    similarity = centers @ entries.T
+    assert (similarity.amax(1) > 0.99).all(), "each center has an entry"
+    assert (similarity.amax(0) > 0.98).all(), "each entry has a center"
+    torch.testing.assert_close(entries.norm(dim=1), torch.ones(40))
     owner = similarity.argmax(0)
     for cluster in range(10):
         assert counts[owner == cluster].sum() == 60
@@ -221,9 +223,11 @@ def test_kmeans_improves_and_is_repeatable():
     samples = unit(500, 8)
 
     def quality(iterations: int) -> float:
-        rows, counts = spherical_kmeans(samples, 20, iterations, torch.Generator().manual_seed(1))
+        entries, counts = spherical_kmeans(
+            samples, 20, iterations, torch.Generator().manual_seed(1)
+        )
         assert iterations == 0 or int(counts.sum()) == 500
-        return float((samples @ rows.T).amax(1).mean())
+        return float((samples @ entries.T).amax(1).mean())
 
     scores = [quality(n) for n in (0, 1, 3, 10)]
     assert scores == sorted(scores) and scores[-1] > scores[0] + 0.02 and quality(10) == scores[-1]
@@ -231,12 +235,12 @@ def test_kmeans_improves_and_is_repeatable():
 
 def test_kmeans_of_few_samples():
     samples = unit(8, 4)
-    rows, counts = spherical_kmeans(samples, 8, 5, torch.Generator().manual_seed(0))
+    entries, counts = spherical_kmeans(samples, 8, 5, torch.Generator().manual_seed(0))
     assert counts.tolist() == [1] * 8 and math.isclose(
-        float((samples @ rows.T).amax(1).min()), 1, abs_tol=1e-5
+        float((samples @ entries.T).amax(1).min()), 1, abs_tol=1e-5
     )
     with pytest.raises(ValueError, match="at least 9 samples, got 8"):
         spherical_kmeans(samples, 9, 5, torch.Generator().manual_seed(0))
     same = unit(1, 4).repeat(20, 1)  # every cluster but one is empty and restarts
-    rows, _ = spherical_kmeans(same, 5, 3, torch.Generator().manual_seed(0))
-    assert rows.isfinite().all() and torch.allclose(rows, same[:5], atol=1e-5)
+    entries, _ = spherical_kmeans(same, 5, 3, torch.Generator().manual_seed(0))
+    assert entries.isfinite().all() and torch.allclose(entries, same[:5], atol=1e-5)
