@@ -1,7 +1,7 @@
 """Slow, obvious versions of the stages: one image, one patch, one head at a time, in float64.
 
-They share nothing with the library but its weights: no padding, no ragged batches, no fused kernels, no batches. What is
-written here is what LaVIT (ICLR 2024) and the formulas in lavit_tok/attention.py say, read aloud.
+They share only the weights with the library: no padding, no ragged batches, no fused kernels. They
+follow LaVIT (ICLR 2024) and the formulas of lavit_tok/nn/attention.py literally.
 """
 
 from __future__ import annotations

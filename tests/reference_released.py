@@ -1,7 +1,8 @@
 """LaVIT's released model as plain functions of its tensors, one image at a time, in float64.
 
-It shares nothing with the library: no classes, no renaming, no batches. `weights` is a file of the release as
-torch.load gives it; `heads` is the number of attention heads. Source: LaVIT (ICLR 2024) and its public release.
+It shares nothing with the library: no classes, no renaming, no batches. `weights` is a file of the
+release as loaded by torch.load; `heads` is the number of attention heads. Source: LaVIT (ICLR 2024)
+and its public release.
 """
 
 from __future__ import annotations
