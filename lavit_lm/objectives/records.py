@@ -113,6 +113,7 @@ class CodesDecoder:
 
     @property
     def codebook_size(self) -> int:
+        """K, of the codes that can be decoded."""
         return self.pipeline.conditioner.config.codebook_size
 
     @classmethod

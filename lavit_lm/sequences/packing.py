@@ -59,6 +59,7 @@ class PackedBatch:
         return (self.documents != PADDING).float().mean().item()
 
     def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keys"}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 

@@ -85,4 +85,5 @@ class SegmentLength:
 
     @property
     def is_image(self) -> bool:
+        """Whether this is an image."""
         return self.text is None

@@ -168,6 +168,7 @@ class BlockDataset(Dataset):
         return [self.layout.sequence(index) for index in block]
 
     def collate(self, blocks: list[list[TokenSequence]]) -> PackedBatch:
+        """Pack the blocks of a batch."""
         return pack(blocks, self.length, self.layout.processor.pad)
 
 

@@ -35,9 +35,11 @@ class PrefixSequences:
         return self.processor.start or [self.processor.stop]
 
     def split(self, text: str) -> list[str]:
+        """The whitespace-separated terms of a text."""
         return (text.lower() if self.lower_case else text).split()
 
     def ids(self, terms: Sequence[str]) -> list[int]:
+        """Ids of terms."""
         return self.processor.text(" ".join(terms))
 
     def prefix(self, segments: Sequence[Segment]) -> SequenceBuilder:

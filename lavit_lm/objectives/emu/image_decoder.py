@@ -172,6 +172,7 @@ class VectorDecoder:
         )
 
     def to(self, device: torch.device | str) -> VectorDecoder:
+        """Move reader and pixel decoder."""
         self.reader.to(device)
         self.pixels.to(device)
         return self

@@ -41,7 +41,9 @@ class FrozenDiffusion(Protocol):
     text_shape: Shape | None
     """(m, e); None if the model has no text condition."""
 
-    def to(self, device: torch.device | str) -> FrozenDiffusion: ...
+    def to(self, device: torch.device | str) -> FrozenDiffusion:
+        """Move the model."""
+        ...
 
     def encode_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b n c"]:
         """e_v, by the model's own frozen image encoder."""
@@ -133,6 +135,7 @@ class PixelDecoderDiffusion:
         return cls(PixelDecoder.from_pretrained(decoder), visual, decoder)
 
     def to(self, device: torch.device | str) -> PixelDecoderDiffusion:
+        """Move the model."""
         self.decoder.to(device)
         return self
 
@@ -145,6 +148,7 @@ class PixelDecoderDiffusion:
         return self.decoder.conditioner.features(codes).float()
 
     def encode_texts(self, captions: Sequence[str]) -> Float[Tensor, "b m e"]:
+        """Raises ValueError: there is no text condition."""
         raise ValueError("a PixelDecoder has no text condition: it was trained without captions")
 
     def null_embeddings(self) -> ConditionEmbeddings:
@@ -158,6 +162,7 @@ class PixelDecoderDiffusion:
         guidance_scale: float = 3.0,
         generator: Any = None,
     ) -> list[Image.Image]:
+        """See FrozenDiffusion."""
         if embeddings.image is None:
             raise ValueError(
                 "a PixelDecoder has no condition but the image: nothing to generate from"

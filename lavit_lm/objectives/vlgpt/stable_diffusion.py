@@ -99,6 +99,7 @@ class StableDiffusion:
         return cls(**arguments)
 
     def to(self, device: torch.device | str) -> StableDiffusion:
+        """Move the model."""
         self.device = torch.device(device)
         for part in (self.text_encoder, self.image_encoder, self._pipeline):
             if part is not None:
@@ -172,6 +173,7 @@ class StableDiffusion:
         guidance_scale: float = 3.0,
         generator: Any = None,
     ) -> list[Image.Image]:
+        """See FrozenDiffusion."""
         batch = next((len(condition) for condition in embeddings if condition is not None), 0)
         if not batch:
             raise ValueError("both conditions are left out: nothing to generate from")
