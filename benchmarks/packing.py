@@ -42,10 +42,10 @@ from benchmarks.shared import cli, report, timing
 from benchmarks.shared.training_steps import OURS, TimedSteps, fit
 from lavit_lm.sequences.packing import PADDING, PackedBatch, pack, pad
 from lavit_lm.sequences.token_sequence import TokenSequence
-from lavit_lm.training.data_module import ResumingLoader
 from lavit_lm.training.module import LanguageModeling
 from lavit_lm.training.sampler import BlockDataset, BlockSampler, ExampleLayout, Examples
 from lavit_tok import ShardError, Shards
+from lavit_tok.training.data_module import ResumingLoader
 
 AIMS = {"fill": 0.98, "speedup": 1.4, "overhead": 0.9, "utilization": 0.45}
 

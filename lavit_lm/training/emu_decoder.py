@@ -1,12 +1,12 @@
-"""Training of Emu's image decoder: a U-Net learns to denoise images, given vectors that an LM generates.
+"""Training of Emu's image decoder: a U-Net learns to denoise images, given an LM's vectors.
 
-    caption -frozen LM-> "caption <img>" -> generated vectors, of "" at 0.1 -VectorDecoder-> condition -.
-    image   -frozen VAE-> z;  z_t = a_t z + s_t e  ----------------------------------------> U-Net -> e
+    caption -frozen LM-> "caption <img>" -> generated vectors, of "" at 0.1 -VectorDecoder-> c -.
+    image   -frozen VAE-> z;  z_t = a_t z + s_t e  ------------------------------------> U-Net -> e
 
-Emu (section 2.3) trains on vectors that the model generates, not on those of the image itself, since
-the decoder later gets generated ones. All random numbers come from a generator seeded by
-(seed, step, rank), and the averaged weights are part of the checkpoint, so a resumed run repeats the
-uninterrupted one exactly.
+Emu (section 2.3) trains on vectors that the model generates, not on those of the image itself,
+since the decoder later gets generated ones. All random numbers come from a generator seeded by
+(seed, step, rank), and the averaged weights are part of the checkpoint, so a resumed run repeats
+the uninterrupted one exactly.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PromptSampleConfig(SampleConfig):
 
 
 class EmuDecoderTraining(EMATraining):
-    """Trains a reader, a PixelDecoder's projection and its U-Net; language model and VAE are frozen.
+    """Trains a reader, a PixelDecoder's projection and its U-Net; LM and VAE are frozen.
 
     Args:
         model: directory or Hub id of a MultimodalLM that generates vectors.
@@ -237,7 +237,7 @@ class EmuDecoderTraining(EMATraining):
 
     @torch.no_grad()
     def sample(self, prompts: list[str]) -> Image.Image:
-        """Images of prompts side by side, by the averaged weights, with the same noise each time."""
+        """Images of prompts side by side, by the averaged weights, always with the same noise."""
         s, unet = self.samples, self.decoder.pixels.unet
         training = unet.training
         generators = [step_generator(self.seed, i, 2**32, "cpu") for i in range(len(prompts))]
@@ -255,7 +255,7 @@ class EmuDecoderTraining(EMATraining):
 
 
 def renew_keys(unet: Any) -> int:
-    """Reinitialize the key and value projections of a U-Net's cross-attentions; returns how many."""
+    """Reinitialize key and value projections of a U-Net's cross-attentions; returns how many."""
     projections = [
         projection
         for name, layer in unet.named_modules()
@@ -270,7 +270,7 @@ def renew_keys(unet: Any) -> int:
 def _captions(batch: dict[str, Any]) -> list[str]:
     if "captions" not in batch:
         raise ValueError(
-            "the decoder is trained on vectors generated from captions, and the data have none: set "
-            "data.caption_column"
+            "the decoder is trained on vectors generated from captions, and the data have none: "
+            "set data.caption_column"
         )
     return [text or "" for text in batch["captions"]]

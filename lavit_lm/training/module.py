@@ -1,4 +1,4 @@
-"""Train any causal LM of `transformers`, with any objective, on packed sequences of text and images.
+"""Train any causal LM of `transformers` with any objective, on packed text and images.
 
     batch -> SequenceModel -> the objective's losses -> their weighted sum; the loop is Lightning's
 
@@ -117,8 +117,9 @@ class LanguageModeling(TrainingModule):
             self.new_embeddings = True
         if self.processor.vocabulary.codebook_size != self.codebook_size:
             raise VocabularyError(
-                f"the text tokenizer has {self.processor.vocabulary.codebook_size} codes, the visual "
-                f"tokenizer {visual_tokenizer!r} {self.codebook_size}: ids would map to other codes"
+                f"the text tokenizer has {self.processor.vocabulary.codebook_size} codes, the "
+                f"visual tokenizer {visual_tokenizer!r} {self.codebook_size}: ids would map to "
+                "other codes"
             )
         self.model: SequenceModel | None = None
         self.held_out: dict[str, list[LossSum]] = {}
@@ -232,7 +233,7 @@ class LanguageModeling(TrainingModule):
 
     @property
     def _mesh(self) -> Any | None:
-        """The processes that FSDP2 shards over, if any. Raises ValueError for tensor parallelism."""
+        """The processes that FSDP2 shards over, if any; ValueError for tensor parallelism."""
         mesh = getattr(self, "_device_mesh", None)
         if mesh is None:
             return None

@@ -3,7 +3,7 @@
     image, caption -+- tokenizer, detokenizer -> z_v, z_t
                     +- the diffusion model's frozen encoders -> e_v, e_t
 
-    loss = l1 |z_v - e_v|^2 + l2 |z_t - e_t|^2      (both are means over all elements of a condition)
+    loss = l1 |z_v - e_v|^2 + l2 |z_t - e_t|^2    (both are means over a condition's elements)
 
 The diffusion model itself is not run. Frozen weights have no gradient, no optimizer state, and are
 not saved in checkpoints.
@@ -102,8 +102,8 @@ class VLGPTTokenizerTraining(TrainingModule):
         }
         if min(weights) < 0 or not sum(self.weights.values()):
             raise ValueError(
-                "image_weight, text_weight: expected 0 or more, and more than 0 for a condition that "
-                f"the diffusion model has ({', '.join(self.weights)}), got {weights}"
+                "image_weight, text_weight: expected 0 or more, and more than 0 for a condition "
+                f"that the diffusion model has ({', '.join(self.weights)}), got {weights}"
             )
         sizes = asdict(transformer)
         sizes["hidden_size"] = sizes["hidden_size"] or visual.config.width

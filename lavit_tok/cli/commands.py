@@ -83,8 +83,8 @@ def decode(arguments: argparse.Namespace) -> int:
     size, patches = decoder.conditioner.config.codebook_size, decoder.conditioner.config.patches
     if header.codebook_size != size:
         raise CodeError(
-            f"{arguments.codes}: expected codes of a codebook of {size} entries, as the decoder has, "
-            f"got {header.codebook_size}: they would decode to unrelated images"
+            f"{arguments.codes}: expected codes of a codebook of {size} entries, as the decoder "
+            f"has, got {header.codebook_size}: they would decode to unrelated images"
         )
     rejects, count = Rejects(arguments.out / "rejects.jsonl"), 0
     with rejects:

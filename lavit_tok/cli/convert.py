@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Load strictly, write both parts, say what was written. Refuses to write into a folder that holds something."""
+    """Load a release strictly and write both models. Raises WeightsError if `out` is not empty."""
     release, out = arguments.release, arguments.out
     if not release.is_dir():
         raise WeightsError(

@@ -7,8 +7,8 @@
     fit, fit-decoder          training, by LightningCLI
     convert RELEASE OUT       LaVIT's released files -> safetensors and JSON
 
-Bad input is one line on stderr and exit code 2. Heavy packages are imported by the command that needs
-them, so `lavit-tok --help` needs no torch.
+Bad input is one line on stderr and exit code 2. Heavy packages are imported by the command that
+needs them, so `lavit-tok --help` needs no torch.
 """
 
 from __future__ import annotations

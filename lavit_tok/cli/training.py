@@ -90,7 +90,8 @@ def run_training(
     """Run an action of TrainingCLI ("fit", "validate", "test").
 
     Args:
-        program, command: how the user started it, for help and messages.
+        program: name of the program, for help and messages.
+        command: name of its subcommand.
         action: the method of the Trainer.
         model: "module:class" of the LightningModule.
         data: "module:class" of the data module.

@@ -1,11 +1,12 @@
 """Code files: the codes of images as parquet or JSON lines, with a header that names the codebook.
 
-    header     {"format": "lavit_tok.codes", "version": 1, "tokenizer": "default", "codebook_size": 2048, "patches": 64}
+    header     {"format": "lavit_tok.codes", "version": 1, "tokenizer": "default",
+                "codebook_size": 2048, "patches": 64}
     record     {"key": "cat.png", "codes": [17, 803, 4], "length": 3, "keep": [0, 9, 33]}
 
-`keep` lists the patches of the codes (raster order), or is null. In JSON lines the header is the first
-line; in parquet it is metadata of the schema under "lavit_tok.codes", and the columns are string,
-list<int32>, int32, list<int32>.
+`keep` lists the patches of the codes (raster order), or is null. In JSON lines the header is the
+first line; in parquet it is metadata of the schema under "lavit_tok.codes", and the columns are
+string, list<int32>, int32, list<int32>.
 """
 
 from __future__ import annotations

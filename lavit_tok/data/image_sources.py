@@ -209,9 +209,9 @@ class SplitReader:
 class MapImages(SplitReader, Dataset):
     """The images of a split by position; a key is an index or (epoch, index).
 
-    With `cache`, every image is decoded once into uint8 [n 3 s s] in memory, and corrupt ones are left
-    out. Without, a corrupt image is replaced, in training, by the next readable one (so that batches
-    keep their size and a resumed run its order), and left out otherwise.
+    With `cache`, every image is decoded once into uint8 [n 3 s s] in memory, and corrupt ones are
+    left out. Without, a corrupt image is replaced, in training, by the next readable one (so that
+    batches keep their size and a resumed run its order), and left out otherwise.
     """
 
     def __init__(self, *args: Any, cache: bool, **kwargs: Any):

@@ -21,8 +21,9 @@ from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
 class ShardImages:
     """Map-style: `images[i]` is the image of record i, opened when it is accessed.
 
-        three images, number 1 corrupt, with flip      record of the shards   0    1    2    3
-                                                       image                  0    0'   2    2'     ' flipped
+        three images, number 1 corrupt, with flip   record of the shards   0    1    2    3
+                                                    image                  0    0'   2    2'
+                                                                           (' flipped)
 
     The data set is compared with the manifest once: all keys, captions and encoded sizes, but no
     pixels.
@@ -51,8 +52,8 @@ class ShardImages:
         if (len(self.images), self.images.digest()) != (source.images, source.digest):
             raise ShardError(
                 f"{data}: expected the {source.images} images of split {shards.split!r} that "
-                f"{shards.directory} was made from, got {len(self.images)}, with another key, caption "
-                "or file size: images and codes would not match"
+                f"{shards.directory} was made from, got {len(self.images)}, with another key, "
+                "caption or file size: images and codes would not match"
             )
         rejects = shards.directory / f"{shards.split}.rejects.jsonl"
         lines = rejects.read_text(encoding="utf-8").split("\n") if rejects.exists() else []
@@ -75,7 +76,7 @@ class ShardImages:
         (example,) = opened.examples
         if example.reason is not None:
             raise ImageError(
-                f"{self.data}: {example.key}: {example.reason}; it could be read when the shards were "
-                "made"
+                f"{self.data}: {example.key}: {example.reason}; it could be read when the shards "
+                "were made"
             )
         return opened.pixels[0].flip(2) if flipped else opened.pixels[0]

@@ -6,11 +6,12 @@
                               absent if there are none
 
 Shard i of a split holds its images i*S .. (i+1)*S-1 (S = shard_size) in the order of the data set,
-without corrupt ones. With flip, each image is followed by its horizontal flip, and a column `flipped`
-distinguishes them:
+without corrupt ones. With flip, each image is followed by its horizontal flip, and a column
+`flipped` distinguishes them:
 
-    S = 4, ten images, number 2 corrupt       00000 |0 1 3|             00001 |4 5 6 7|          00002 |8 9|
-    and with flip                             00000 |0 0' 1 1' 3 3'|    00001 |4 4' ... 7'|      00002 |8 8' 9 9'|
+    S = 4, ten images, number 2 corrupt
+              00000 |0 1 3|            00001 |4 5 6 7|        00002 |8 9|
+    flip      00000 |0 0' 1 1' 3 3'|   00001 |4 4' ... 7'|    00002 |8 8' 9 9'|
 
 Every shard is a code file as well (code_files.py), so `lavit-tok decode` reads it.
 """
@@ -45,7 +46,7 @@ class ShardConfig:
     fingerprint: str
     """`VisualTokenizer.fingerprint()`, of the codebook that the codes index."""
     weights: str
-    """Digest of all that codes depend on, since tokenizers of one codebook may choose other codes."""
+    """Digest of all that codes depend on; tokenizers of one codebook may choose other codes."""
     codebook_size: int
     patches: int
     budget: int | float | None

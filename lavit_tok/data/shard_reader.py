@@ -76,8 +76,8 @@ class Shards:
         expected = shard_names(split, source.images, config.shard_size)
         if [shard.file for shard in shards] != expected:
             raise ShardError(
-                f"{directory}: {len(shards)} of {len(expected)} shards of split {split!r} are done; "
-                "the same `lavit-tok shards` command adds the others"
+                f"{directory}: {len(shards)} of {len(expected)} shards of split {split!r} are "
+                "done; the same `lavit-tok shards` command adds the others"
             )
         for shard in shards:
             check_shard(directory / shard.file, shard, config, verify)
@@ -117,8 +117,8 @@ class Shards:
     def dataset(self, cache_dir: str | Path | None = None) -> Any:
         """All records in order, as a memory-mapped `datasets.Dataset`.
 
-        Columns: key, caption (str); codes, keep (lists of int32); length (int32); flipped (bool), if
-        `flip`.
+        Columns: key, caption (str); codes, keep (lists of int32); length (int32); flipped (bool),
+        if `flip`.
         """
         import datasets
 

@@ -1,6 +1,6 @@
 """The images of a captioned data set, opened in any process, and their codes as shard records.
 
-split  -SplitImages->  OpenedImages: keys, captions, uint8 [m 3 s s], reasons  -encode->  ShardRecords
+split -SplitImages-> OpenedImages: keys, captions, uint8 [m 3 s s], reasons -encode-> ShardRecords
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _caption_column(columns: Any, name: str | None, data: str) -> str | None:
     column = next((n for n in names if n in columns), None)
     if column is None or getattr(columns[column], "dtype", None) not in ("string", "large_string"):
         raise ValueError(
-            f"{data}: expected a caption column {' or '.join(map(repr, names))} of text, got columns "
-            f"{', '.join(columns)}: name it with --caption-column; '' for images without captions"
+            f"{data}: expected a caption column {' or '.join(map(repr, names))} of text, "
+            f"got columns {', '.join(columns)}: name it with --caption-column; '' for images without captions"
         )
     return column

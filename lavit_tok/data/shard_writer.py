@@ -1,7 +1,7 @@
 """Writing shards: tokenize a captioned data set once, in a job that can be stopped and resumed.
 
-A shard depends only on its own images and the config, and each file is written as a whole: the parquet
-file, the rejects, then the manifest. Shards that the manifest does not list are made again.
+A shard depends only on its own images and the config, and each file is written as a whole: the
+parquet file, the rejects, then the manifest. Shards that the manifest does not list are made again.
 """
 
 from __future__ import annotations
@@ -56,9 +56,20 @@ def write_shards(
     """Tokenize splits of a data set; see `lavit-tok shards --help`.
 
     Args:
+        data: directory, file or Hub id of the data set.
+        out: directory of the shards; a run that was stopped is resumed.
+        tokenizer_name: "default", directory or Hub id of the tokenizer, for the manifest.
+        tokenizer: encodes the images.
+        split: the only split to tokenize; None for all.
         columns: of images, captions and keys.
+        budget: codes per image, or their ratio of the patches; None leaves it to the selector.
+        flip: add the horizontal flip of each image.
+        shard_size: images per shard.
+        batch_size: images per batch.
+        num_workers: processes that read images; 0 for none.
 
-    Returns: a summary of each split.
+    Returns:
+        A summary of each split.
 
     Raises:
         ShardError: the folder has shards of another config or data set.
@@ -155,8 +166,8 @@ class ShardJob:
         if not sum(shard.records for shard in self.done.values()):
             first = next(iter(self.rejects.values()))
             raise ValueError(
-                f"none of {len(self.rejects)} images of split {self.name!r} could be used; the first "
-                f"is {first['key']}: {first['reason']}"
+                f"none of {len(self.rejects)} images of split {self.name!r} could be used; the "
+                f"first is {first['key']}: {first['reason']}"
             )
 
     def summary(self) -> str:
@@ -188,8 +199,8 @@ class ShardJob:
             replace(self.manifest, splits=splits).write(self.out)
         except OSError as error:
             raise OSError(
-                f"{self.out / file} cannot be written: {error.strerror or error}. {len(self.done)} of "
-                f"{len(self.names)} shards are complete; the same command resumes after them"
+                f"{self.out / file} cannot be written: {error.strerror or error}. {len(self.done)} "
+                f"of {len(self.names)} shards are complete; the same command resumes after them"
             ) from error
         self.done, self.rejects, self.stale = done, rejects, False
 
@@ -240,6 +251,6 @@ def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
         changed.insert(0, "data")
     listed = ", ".join(f"{name} {before[name]!r}, now {now[name]!r}" for name in changed)
     raise ShardError(
-        f"{out}: has shards with other values of {listed}: use the same values, or another --out, as "
-        "shards of both would be mixed"
+        f"{out}: has shards with other values of {listed}: use the same values, or another --out, "
+        "as shards of both would be mixed"
     )

@@ -2,8 +2,8 @@
 
     batch = {"images": uint8 [b 3 s s], "index": int64 [b], "captions": list[str] if requested}
 
-Order and augmentation are pure functions of (seed, epoch, position); the only state is the number of
-batches trained on, which Lightning counts. Pixels are not normalized here, but by the model.
+Order and augmentation are pure functions of (seed, epoch, position); the only state is the number
+of batches trained on, which Lightning counts. Pixels are not normalized here, but by the model.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ HOLDOUT_EVERY = 20  # without a validation split, every 20th training example va
 
 
 class EpochOrder(DistributedSampler):
-    """The order of training: one permutation per epoch, of which each rank takes every world-th index.
+    """Training order: one permutation per epoch, of which each rank takes every world-th index.
 
-    Iterating yields (epoch, index) pairs from the first batch that is not trained on yet to the end of
-    its epoch; `len` is that of a full epoch. A DistributedSampler, because Lightning replaces any
-    other sampler.
+    Iterating yields (epoch, index) pairs from the first batch that is not trained on yet to the end
+    of its epoch; `len` is that of a full epoch. A DistributedSampler, because Lightning replaces
+    any other sampler.
 
     Args:
         size: examples of the data set.
@@ -44,8 +44,8 @@ class EpochOrder(DistributedSampler):
         seed: seed of the permutations.
         rank: this process.
         world: number of processes.
-        consumed: called with the batches of a full epoch; returns the batches trained on so far, and
-            the batches per epoch.
+        consumed: called with the batches of a full epoch; returns the batches trained on so far,
+            and the batches per epoch.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class EpochOrder(DistributedSampler):
 class ResumingLoader(DataLoader):
     """A loader whose sampler resumes by itself.
 
-    The two methods tell Lightning that a run resumed within an epoch continues correctly; the state
-    is Lightning's own count of batches, which the sampler reads.
+    Lightning finds the two methods and allows a run to resume within an epoch; the state is
+    Lightning's own count of batches, which the sampler reads.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,12 +133,15 @@ class ImageDataModule(LightningDataModule):
             (webdataset: jpg, png).
         caption_column: name of the caption column, or None for images only.
         splits: names of the training, validation and test split; without a validation split, every
-            20th training example is held out, and without a test split the validation split is used.
-        streaming: read without indexing or downloading first; sharded by rank and worker, not exactly
-            resumable.
+            20th training example is held out, and without a test split the validation split is
+            used.
+        streaming: read without indexing or downloading first; sharded by rank and worker, not
+            exactly resumable.
         flip: probability of a horizontal flip in training.
-        crop_scale: smallest and largest fraction of the area kept by training crops; (1, 1) for none.
-        cache: decode once to uint8 in memory (12 kB per image at 64 px), the fastest for small data.
+        crop_scale: smallest and largest fraction of the area kept by training crops; (1, 1) for
+            none.
+        cache: decode once to uint8 in memory (12 kB per image at 64 px), the fastest for small
+            data.
         resize_mode: "square" resizes both sides, as LaVIT does; "center_crop" and "pad" keep the
             aspect ratio.
     """

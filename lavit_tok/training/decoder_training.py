@@ -1,7 +1,7 @@
 """Training of a pixel decoder: a U-Net learns to denoise latents, conditioned on an image's codes.
 
-    x -frozen tokenizer-> X_rec -projection, dropped at 0.1-> condition -.
-    x -frozen VAE-> z;  z_t = a_t z + s_t e  --------------------------> U-Net -> e (or v = a_t e - s_t z)
+    x -frozen tokenizer-> X_rec -projection, dropped at 0.1-> cond. -.
+    x -frozen VAE-> z;  z_t = a_t z + s_t e  ----------------------> U-Net -> e or v = a_t e - s_t z
 
 LaVIT (ICLR 2024) trains its U-Net in this way for 20k steps, on the tokenizer's images and without
 captions. All random numbers come from a generator seeded by (seed, step, rank), and the averaged
@@ -39,11 +39,11 @@ class UNetConfig:
     """The U-Net."""
 
     config: dict[str, Any] | None = None
-    """UNet2DConditionModel config; channels and cross_attention_dim follow from VAE and condition."""
+    """UNet2DConditionModel config; channels and cross_attention_dim follow from the inputs."""
     pretrained: str | None = None
     """Directory or Hub id (owner/name/subfolder) of a U-Net to start from, in place of `config`."""
     sample_size: int | None = None
-    """Side of the latents that the exported decoder generates by default; None for the U-Net's own."""
+    """Side of the exported decoder's latents by default; None for the U-Net's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, for large U-Nets."""
     channels_last: bool = True
@@ -59,7 +59,7 @@ class ConditionConfig:
     cross_dims: tuple[int, ...] = (192,)
     """Widths of the projections of the features: one for sd, two for sdxl."""
     null_length: int = 1
-    """Tokens of the learned null condition (sd); the number of patches needs no mask, and is fastest."""
+    """Tokens of the learned null condition (sd); as many as patches need no mask, the fastest."""
     pooled_dim: int = 0
     """Width of the pooled vector (sdxl)."""
     pool_heads: int = 1

@@ -21,9 +21,9 @@ class DenoisingConfig:
     """The loss."""
 
     condition_drop: float = 0.1
-    """Probability that an image is trained with the null condition, for classifier-free guidance."""
+    """Probability of the null condition in training, for classifier-free guidance."""
     min_snr: float = 0.0
-    """Cap on the signal-to-noise ratio in a step's weight (Hang et al. 2023); 0 for equal weights."""
+    """Cap on the signal-to-noise ratio in a step's weight (Hang et al. 2023); 0 for none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.condition_drop <= 1:

@@ -173,7 +173,7 @@ class EncodedSet:
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """An AutoencoderKL from a directory, read strictly, or from the Hub by diffusers (safetensors only)."""
+    """An AutoencoderKL from a directory, read strictly, or from the Hub (safetensors only)."""
     if Path(name).is_dir():
         return load_model(Path(name), AutoencoderKL)
     return AutoencoderKL.from_pretrained(**_hub_path(name), use_safetensors=True)
@@ -182,7 +182,7 @@ def load_vae(name: str) -> AutoencoderKL:
 def load_unet(
     config: dict[str, Any] | None, pretrained: str | None, sizes: dict[str, int]
 ) -> UNet2DConditionModel:
-    """A U-Net of these sizes, with random weights (config) or pretrained ones (directory or Hub id).
+    """A U-Net of these sizes, with random weights (config) or pretrained (directory, Hub id).
 
     Pretrained weights may lack input channels: the kernel of the new ones is zero, so that they do
     not change the prediction at first (as in InstructPix2Pix).
@@ -231,7 +231,8 @@ def _hub_path(name: str) -> dict[str, Any]:
     names = name.split("/")
     if len(names) not in (2, 3):
         raise ValueError(
-            f"{name}: expected an existing directory, or a Hub id owner/name or owner/name/subfolder"
+            f"{name}: expected an existing directory, or a Hub id owner/name or "
+            "owner/name/subfolder"
         )
     return {
         "pretrained_model_name_or_path": "/".join(names[:2]),

@@ -86,6 +86,7 @@ class PrintMetrics(pl.Callback):
             )
             seconds = time.monotonic() - self.started
             print(
-                f"step {trainer.global_step} of {trainer.max_steps} after {seconds:.0f} s: {metrics}",
+                f"step {trainer.global_step} of {trainer.max_steps} after {seconds:.0f} s: "
+                f"{metrics}",
                 flush=True,
             )

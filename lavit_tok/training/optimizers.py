@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups and the learning-rate schedule, for every trainer of both packages."""
+"""AdamW, its parameter groups and the learning-rate schedule, for all trainers."""
 
 from __future__ import annotations
 

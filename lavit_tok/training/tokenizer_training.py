@@ -6,8 +6,8 @@ LaVIT (ICLR 2024), section 3.1:
 
 The authors report that training with quantization from the start stalls, so a run has three stages:
 
-    step 0 ......... stop_sampling_step .......... start_step ............................ max_steps
-    A  sampled keep decisions   A' deterministic      B  quantized: k-means codebook of many batches,
+    step 0 ......... stop_sampling_step .......... start_step .......................... max_steps
+    A  sampled keep decisions   A' deterministic      B  quantized: k-means codebook of batches,
        (straight-through),         decisions (ratio      then EMA; z is blended into its codebook
        no quantization             calibrated to rho)    entry over blend_steps
 
@@ -70,7 +70,7 @@ class SelectionConfig:
     selector_after: Literal["frozen", "live"] = "frozen"
     """Whether the selector still learns after stop_sampling_step."""
     random_budget_ratio: float = 0.25
-    """Fraction of the later batches with a random budget, so that any budget works when encoding."""
+    """Ratio of later batches with a random budget, so that any budget works in encoding."""
 
     def __post_init__(self) -> None:
         if not 0 < self.rho < 1:
@@ -310,7 +310,7 @@ class TokenizerTraining(TrainingModule):
         policy: Float[Tensor, "b n"],
         keep: Bool[Tensor, "b n"],
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(reconstructed, codes, commitment loss), with all patches computed and masked by `policy`.
+        """(reconstructed, codes, commitment loss); all patches computed, masked by `policy`.
 
         The selector's gradient passes through the masks of merger and reconstructor.
         """
@@ -324,7 +324,7 @@ class TokenizerTraining(TrainingModule):
     def _ragged(
         self, features: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"]
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(reconstructed, codes, commitment loss), with only kept patches computed, as in encode()."""
+        """(reconstructed, codes, commitment loss); only kept patches computed, as in encode()."""
         z = self.tokenizer.project(self.tokenizer.merge(features, keep))
         vectors, codes, commitment = self._quantize(z)
         layout = RaggedLayout.of(keep)

@@ -57,7 +57,6 @@ class Losses(Callback):
 
 def module(folder: Path, continuous: bool = False, **more: Any) -> Any:
     from helpers.trainers import trainer_of
-
     from lavit_lm.objectives.lavit import LaVIT
     from lavit_lm.training.module import LanguageModeling
 

@@ -101,7 +101,6 @@ def stage_one(
 ) -> Any:
     """Its training on folder/visual, by default for the pixel decoder in folder/decoder."""
     from helpers.trainers import trainer_of
-
     from lavit_lm.training.vlgpt_tokenizer import VLGPTTokenizerTraining
 
     conditions = conditions or {"kind": "pixel_decoder", "decoder": str(folder / "decoder")}

@@ -1,4 +1,4 @@
-"""Every training recipe of the library parses, and trains two steps at reduced width with its own settings."""
+"""Every training recipe of the library parses, and trains two steps at reduced width."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = {
 
 
 def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> list[str]:
-    """The recipe's settings but for width, devices, data and the steps at which something happens."""
+    """The recipe's arguments except width, devices, data and the steps of events."""
     words = [
         "-c",
         str(recipe),

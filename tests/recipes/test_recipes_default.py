@@ -1,4 +1,4 @@
-"""The default recipes: teacher and autoencoder parse, train a step, are saved and load as plain models."""
+"""Default recipes: teacher and autoencoder parse, train a step, are saved and load again."""
 
 from __future__ import annotations
 

@@ -216,7 +216,8 @@ def test_bad_rows_are_skipped_and_listed(
         )
     with open(path, "a") as file:
         file.write(
-            '{"key": "text", "codes": ["1"]}\nnot json\n{"key": "short", "codes": [1], "length": 2}\n'
+            '{"key": "text", "codes": ["1"]}\nnot json\n'
+            '{"key": "short", "codes": [1], "length": 2}\n'
         )
         file.write('{"key": "../../up/../good", "codes": [15]}\n')
     assert (

@@ -1,4 +1,4 @@
-"""`lavit-tok shards` and the reader of what it writes: the drawing, resuming after any kill, and every refusal."""
+"""`lavit-tok shards` and its reader: the drawing, resuming after any kill, and every error."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def album(photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder with captions: ten training pictures, number 2 corrupt, number 5 with a long caption; two to
-    validate; 40 x 32 pixels."""
+    """An image folder with captions: ten training images, number 2 corrupt, number 5 with a long
+    caption; two validation images; 40 x 32 pixels."""
     folder = tmp_path_factory.mktemp("album")
     images = [open_image(photo) for photo in photos]
     noise = (
@@ -72,7 +72,7 @@ def weights(tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shards(album: Path, weights: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Runs the command in process with pictures of the album, four a shard, and returns the folder."""
+    """Runs the command in this process on the album, four images per shard; returns the folder."""
 
     def run(
         out: str = "out", *more: Any, data: Path = album, split: str | None = "train", code: int = 0
@@ -111,7 +111,7 @@ def edit(folder: Path, change: Callable[[Any], None]) -> None:
 
 
 def test_the_drawing(shards: Callable[..., Path], album: Path, weights: Path, capsys: Any) -> None:
-    """That of shard_files.py, and that every row holds what the tokenizer says about its picture."""
+    """That of shard_manifest.py, and every record holds the tokenizer's output for its image."""
     out = shards()
     message = capsys.readouterr().err
     assert (
@@ -305,13 +305,16 @@ KILLS = """
 import os, signal, sys, time
 from pathlib import Path
 from lavit_tok import Shards
-assert not {"datasets", "pytorch_lightning", "diffusers"} & {*sys.modules}  # the reader alone is light
+# The reader alone imports nothing heavy
+assert not {"datasets", "pytorch_lightning", "diffusers"} & {*sys.modules}
 from lavit_tok import VisualTokenizer
 from lavit_tok.cli import main
 from lavit_tok.data.image_sources import load_splits
 
-out, data, weights, words, replace = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:], os.replace
-VisualTokenizer.from_pretrained(weights), load_splits(data)  # what they import is imported once, for all children
+out, data, weights, replace = Path(sys.argv[1]), sys.argv[2], sys.argv[3], os.replace
+options = sys.argv[4:]
+# Their imports are done once, for all child processes
+VisualTokenizer.from_pretrained(weights), load_splits(data)
 
 def child(at, pause=0):
     'Kills itself just before the file number `at` is moved to its place.'
@@ -327,7 +330,7 @@ def child(at, pause=0):
         time.sleep(pause)
         replace(*names)
     os.replace = counted
-    os._exit(main(words))
+    os._exit(main(options))
 
 def end(pid):
     status = os.waitpid(pid, 0)[1]
@@ -341,7 +344,8 @@ os.kill(pid, signal.SIGKILL)
 print("killed", end(pid), len([*out.glob("*.parquet")]))
 for turn in range(50):
     code = end(child(1 + turn % 4))
-    print("killed" if code == -9 else "ended", code, len([*out.glob("*.parquet")]), len([*out.glob(".*.part")]))
+    counts = len([*out.glob("*.parquet")]), len([*out.glob(".*.part")])
+    print("killed" if code == -9 else "ended", code, *counts)
     if code != -9:
         break
 """
@@ -350,7 +354,7 @@ for turn in range(50):
 def test_killed_at_any_moment_it_gives_the_same_bytes(
     shards: Callable[..., Path], album: Path, weights: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """kill -9 from outside, then just before each kind of file appears, again and again until a run gets through."""
+    """kill -9 from outside, then before each kind of file appears, until a run completes."""
     options = ["--shard-size", "2"]
     whole, out = shards("whole", *options), tmp_path / "killed"
     words = [
@@ -423,7 +427,7 @@ def test_damage_is_mended(shards: Callable[..., Path], capsys: Any) -> None:
 
 
 def test_rejects_are_never_lost(shards: Callable[..., Path], album: Path, tmp_path: Path) -> None:
-    """Corrupt pictures in every shard; whichever of them is made again, the list stays whole and in order."""
+    """Corrupt images in every shard: whichever is made again, the list stays complete and sorted."""
     path = parquet(tmp_path / "data.parquet", album, (0, 2, 7, 9), caption=["a"] * 10)
     out = shards(data=path)
     whole = files(out)
@@ -486,7 +490,7 @@ def test_other_settings_are_refused(
 def test_a_full_disk_keeps_what_is_complete(
     shards: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
-    """The system refuses to write more than 8 kB into one file, which the second shard with its long caption needs."""
+    """At most 8 kB can be written to a file; the second shard with its long caption needs more."""
     whole = files(shards("whole"))
     assert len(whole["train-00001.parquet"]) > 9000 > 8192 > len(whole["train-00000.parquet"])
     capsys.readouterr()
@@ -510,9 +514,12 @@ def test_a_full_disk_keeps_what_is_complete(
 
 def test_two_jobs_in_one_folder(shards: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "out").mkdir()
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); "
-    words = [sys.executable, "-c", code + "sys.stdin.read()", str(tmp_path / "out/.lock")]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    args = [sys.executable, "-c", code, str(tmp_path / "out/.lock")]
+    with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
         shards(code=2)
         assert "another job is writing to it" in capsys.readouterr().err
@@ -594,8 +601,8 @@ def test_shards_of_another_tokenizer(shards: Callable[..., Path], weights: Path)
         opened.require(fingerprint="0123456789abcdef")
     message = str(caught.value)
     assert message == (
-        f"{out}: expected codebook fingerprint 0123456789abcdef, got {opened.fingerprint} of tokenizer '{weights}': "
-        "the codes index another codebook, so the language model would learn unrelated images"
+        f"{out}: expected codebook fingerprint 0123456789abcdef, got {opened.fingerprint} of "
+        f"tokenizer '{weights}': the codes index another codebook, so the language model would learn unrelated images"
     )
     with pytest.raises(ShardError, match="expected codebook size 1024, got 16"):
         opened.require(fingerprint=opened.fingerprint, codebook_size=1024)
@@ -633,7 +640,7 @@ def test_files_that_are_not_what_the_manifest_says(shards: Callable[..., Path]) 
     numbers = pa.list_(pa.int32())
 
     def forged(reason: str, **columns: Any) -> None:
-        """A shard whose sha256 and rows are as the manifest says, though what it holds cannot be."""
+        """A shard with the sha256 and records of the manifest, but with invalid content."""
         new = table
         for name, values in columns.items():
             new = new.set_column(new.schema.get_field_index(name), name, values)

@@ -1,4 +1,4 @@
-"""Pictures in, batches out: every kind of source, corrupt pictures, and resumed runs that see what they would have."""
+"""Images in, batches out: every kind of source, corrupt images, and runs that resume exactly."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
 
 
 def test_crops_keep_their_proportions():
-    """Columns of a wide picture, by number: only those of its central square are seen, augmented or not."""
+    """Numbered columns of a wide image: only those of its central square are kept, augmented or not."""
     columns = np.repeat(np.arange(40, dtype=np.uint8)[None, :, None] * 6, 20, 0).repeat(3, 2)
     wide = Image.fromarray(columns)
     center = VisualImageProcessor(10, "center_crop")
@@ -180,7 +180,7 @@ def test_crops_keep_their_proportions():
 
 
 class Recorder(LightningModule):
-    """Learns nothing and remembers the pixels of every batch; stops itself at `stop`, as a killed run would."""
+    """Records the pixels of every batch without training; stops at `stop`, as a killed run would."""
 
     def __init__(self, stop: int = -1):
         super().__init__()

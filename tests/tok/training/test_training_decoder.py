@@ -1,4 +1,4 @@
-"""Training of the pixel decoder: its loss by hand, exact resuming, averages, what is frozen, and what comes out."""
+"""Training of the pixel decoder: its loss by hand, exact resuming, averages, export."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ UNET: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 pictures of 32 pixels to train on, 4 to validate: a rectangle on a ground, never its own mirror image."""
+    """20 training and 4 validation images of 32 pixels: an asymmetric rectangle on a background."""
     root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for split, count in (("train", 20), ("validation", 4)):
         (root / split).mkdir()
@@ -113,7 +113,7 @@ class Steps(pl.Callback):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("min_snr", [0.0, 5.0])
 def test_loss_by_hand(prediction: str, min_snr: float, parts: dict[str, str]) -> None:
-    """Against the formulas, one picture at a time, with the steps, noise and drops drawn as documented."""
+    """Equal to the formulas, image by image, with steps, noise and drops drawn as documented."""
     module = training(parts, prediction_type=prediction, min_snr=min_snr).eval()
     images = torch.randint(
         256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
@@ -201,7 +201,7 @@ def test_encoded_once(parts: dict[str, str], tmp_path: Path) -> None:
 def test_resuming_is_exact(
     cache: bool, parts: dict[str, str], folder: Path, tmp_path: Path
 ) -> None:
-    """Stopped after 2 of 5 steps (an epoch has 2) and resumed, every parameter, average and moment is bit-equal."""
+    """Resumed after 2 of 5 steps (2 per epoch), parameters, averages and moments are bit-equal."""
     keep = ModelCheckpoint(
         tmp_path / "kept", every_n_train_steps=1, save_top_k=-1, filename="{step}"
     )
@@ -230,7 +230,7 @@ def test_another_seed_is_another_run(parts: dict[str, str], folder: Path, tmp_pa
 
 
 def test_average_is_the_formula(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
-    """a_1 = w_1; then a_t = d a_{t-1} + (1 - d) w_t with d = min(0.6, (1 + k) / (10 + k)), k = t - 1."""
+    """a_1 = w_1; a_t = d a_{t-1} + (1 - d) w_t with d = min(0.6, (1 + k) / (10 + k)), k = t - 1."""
     steps, module = Steps(), training(parts)
     fit(module, folder, tmp_path, 6, callbacks=[steps])
     expected = steps.seen[0]
@@ -278,7 +278,7 @@ def test_frozen_parts_are_absent(parts: dict[str, str], folder: Path, tmp_path: 
 def test_it_learns_and_exports_the_average(
     parts: dict[str, str], folder: Path, tmp_path: Path
 ) -> None:
-    """The loss falls; the exported decoder is the averaged one, and draws codes without tokenizer or Lightning."""
+    """The loss falls; the averaged decoder is exported, and decodes without tokenizer or Lightning."""
     settings = {
         "spatial_channels": 4,
         "spatial_scale": 2,
@@ -319,7 +319,7 @@ def test_it_learns_and_exports_the_average(
 
 
 def test_sheets_and_validation(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
-    """Every 2 steps a sheet of 3 originals above 3 samples; validating uses the averages and puts the weights back."""
+    """Every 2 steps a grid of 3 originals above 3 samples; validation restores the weights."""
     module = training(parts, every=2, count=3, steps=2)
     steps = Steps()
     trainer = fit(
@@ -413,7 +413,7 @@ RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*/decoder.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
 def test_recipe_trains(recipe: Path, parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
-    """The recipe's own settings but for width, devices, data and pretrained parts; two steps and an export."""
+    """The recipe with other width, devices, data and pretrained models: two steps and an export."""
     header = "".join(line for line in recipe.read_text().splitlines(True) if line.startswith("#"))
     assert all(word in header for word in ("command:", "hardware:", "time:", "expected:"))
     words = [

@@ -1,4 +1,4 @@
-"""Stage 1: what it trains, what it leaves alone, that it resumes exactly, and the chain train -> save -> encode."""
+"""Stage 1: what it trains and does not, exact resuming, and the chain train -> save -> encode."""
 
 from __future__ import annotations
 
@@ -134,9 +134,10 @@ def test_every_trained_part_moves(
 def test_settled_selector_keeps_rho_and_freezes(
     tiny_config: TokenizerConfig, folder: Path, tmp_path: Path
 ) -> None:
-    """From stop_sampling_step on each batch's own scores count: at least the first settled batch keeps rho of its patches.
+    """From stop_sampling_step on, each batch keeps rho of its patches by its own scores.
 
-    (At least: every image keeps one patch, even where all of its scores lie below the batch's upper quarter.)
+    (At least: every image keeps one patch, even where all of its scores lie below the batch's upper
+    quarter.)
     """
     settings = {"random_budget_ratio": 0.0, "rho": 0.25, "stop_sampling_step": 3, "start_step": 7}
     module, _, values = fit(tiny_config, folder, tmp_path, 7, **settings)
@@ -156,7 +157,7 @@ def test_live_selector_goes_on_learning(
 
 
 def test_selector_gets_a_gradient_from_the_features_alone(tiny_config: TokenizerConfig) -> None:
-    """With the ratio loss left out, the straight-through policy still carries the feature loss to the selector."""
+    """Without the ratio loss, the straight-through policy passes a gradient to the selector."""
     torch.manual_seed(0)
     module = TokenizerTraining(tiny_config)
     module.configure_model()
@@ -169,7 +170,7 @@ def test_selector_gets_a_gradient_from_the_features_alone(tiny_config: Tokenizer
 
 
 def test_training_and_encoding_agree(tiny_tokenizer: VisualTokenizer, photos: list[Path]) -> None:
-    """The dense training path at a settled decision, the ragged one, and encode() give the same features."""
+    """The dense path with final decisions, the ragged path and encode() give equal features."""
     module = TokenizerTraining(tiny_tokenizer.config)
     module.tokenizer = tiny_tokenizer
     features = tiny_tokenizer.features(tiny_tokenizer.preprocess(photos))
