@@ -1,18 +1,13 @@
-"""What is packing worth, what must it not change, and what does our training add to the bare
-model's time?
+"""What is packing worth, and what does our training add to the bare model's time?
 
-    fill      ratio of the positions of packed blocks that hold a token, over one epoch in training
-    order speed     useful tokens/s, forward and backward, of packed blocks beside padded batches
-    loss      packed beside each sequence alone, in float32 overhead  a step as `lavit-lm fit` runs
-    it beside the bare transformers model on the same batch
+    fill      ratio of the positions of packed blocks that hold a token, over one epoch
+    speed     useful tokens/s of forward and backward: packed blocks beside padded batches
+    overhead  a step as `lavit-lm fit` runs it, beside the bare transformers model's
 
-Timed in turns; ratios are medians of the pairs' ratios. Padded batches hold the very sequences of
-the packed ones, in as many batches, in random order: packing lets long sequences meet in a block.
-Beside them padded batches of similar lengths, with as many positions as a packed batch: the best
-that padding can do, at the price of the order. The bare model gets ids, positions and labels from
-memory: it neither lays out, packs, builds masks nor logs; once with positions, which keep documents
-apart as ours does, and once plain causal. Utilization is 6 N useful tokens/s over a measured matrix
-product. Writes packing.md and .json.
+Padded batches hold the sequences of the packed ones, in as many batches and in random order, or
+sorted by length with as many positions as a packed batch: the best that padding can do. The bare
+model gets ids, positions and labels from memory, once with positions that keep documents apart as
+ours does, and once plain causal. Timed in turns. Writes packing.md and .json.
 """
 
 from __future__ import annotations
@@ -36,7 +31,6 @@ from typing import Any
 import torch
 import yaml
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from torch import nn
 
 from benchmarks.shared import cli, report, timing
 from benchmarks.shared.training_steps import OURS, TimedSteps, fit
@@ -47,7 +41,7 @@ from lavit_lm.training.sampler import BlockDataset, BlockSampler, ExampleLayout,
 from lavit_tok import ShardError, Shards
 from lavit_tok.training.data_module import ResumingLoader
 
-AIMS = {"fill": 0.98, "speedup": 1.4, "overhead": 0.9, "utilization": 0.45}
+AIMS = {"fill": 0.98, "speedup": 1.4, "overhead": 0.9}
 
 
 def fill(layout: ExampleLayout, block: int, window: int) -> dict[str, Any]:
@@ -142,9 +136,8 @@ class BareModel:
         self.model = copy.deepcopy(module.model.causal).to(args.device).train()
         self.args = args
         self.losses: list[float] = []
-        rate = module.optimizer_config.lr / (
-            module.schedule_config.warmup_steps + 1
-        )  # that of Lightning's first step
+        # The learning rate of Lightning's first step.
+        rate = module.optimizer_config.lr / (module.schedule_config.warmup_steps + 1)
         parameters, betas = self.model.parameters(), module.optimizer_config.betas
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=betas)
 
@@ -214,32 +207,6 @@ def autocast(device: str, dtype: str) -> Any:
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def flops_per_token(model: Any, length: int) -> tuple[int, int]:
-    """FLOPs of forward and backward for one position: (6 N, 6 N + attention).
-
-    N counts the weights of matrix products: the output layer, but no embedding that is only looked
-    up. Attention adds 12 x layers x width x length for a full matrix (PaLM, arXiv:2204.02311,
-    appendix B), of which a mask uses a part.
-    """
-    output = model.get_output_embeddings().weight
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    embeddings -= {id(output)}  # with tied weights it is the output layer's product that counts
-    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings]
-    config, weights = model.config.get_text_config(), sum(p.numel() for p in matrices)
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 6 * weights, 6 * weights + 12 * config.num_hidden_layers * width * length
-
-
-def matmul_peak(device: str, dtype: str, size: int | None = None, repeats: int = 10) -> float:
-    """FLOPs per second of one square matrix product, the best of some: what this device reaches."""
-    size = size or (8192 if device.startswith("cuda") else 1536)
-    kind = getattr(torch, dtype)
-    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
-    times = timing.in_turns({"product": lambda: a @ b}, repeats)["product"].raw_times
-    return 2 * size**3 / min(times)
-
-
 def main(args: Namespace) -> dict[str, Any]:
     if not args.shards or not args.text_tokenizer:
         raise ValueError("expected --shards and --text-tokenizer")
@@ -249,7 +216,7 @@ def main(args: Namespace) -> dict[str, Any]:
         raise ShardError(f"{args.shards}: made by another tokenizer than {args.tokenizer!r}")
     module.configure_model()
     assert module.model is not None
-    causal = module.model.to(args.device).causal
+    module.model.to(args.device)
     pairs = Examples(shards.dataset())
     layout = ExampleLayout(pairs, module.objective, module.processor, args.seed)
     values: dict[str, Any] = {
@@ -263,24 +230,12 @@ def main(args: Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         values["overhead"] = overhead(module, layout, Path(folder), args)
-    dtype = "float32" if args.dtype == "float32" else "bfloat16"
-    peak, (weights, attention) = (
-        matmul_peak(args.device, dtype),
-        flops_per_token(causal, args.block),
-    )
-    rate = values["overhead"]["useful_tokens_per_second"][OURS]
-    values["utilization"] = {
-        "matmul_peak": peak,
-        "flops_per_token": weights,
-        "flops_per_token_with_attention": attention,
-        "whole_step": rate * weights / peak,
-    }
     report.write(args.name, args, "Packing", text(values), values)
     return values
 
 
 def text(v: dict[str, Any]) -> str:
-    f, s, o, u = v["fill"], v["speed"], v["overhead"], v["utilization"]
+    f, s, o = v["fill"], v["speed"], v["overhead"]
     body = f"{v['records']}. Model {v['model']}: {v['parameters'] / 1e6:.1f} M weights; "
     body += f"{v['dtype']}; {v['batch_size']} blocks of {f['block']} positions "
     body += "per batch.\n\n"
@@ -290,7 +245,6 @@ def text(v: dict[str, Any]) -> str:
         ("useful tokens/s, packed over padded", speedup, f"at least {AIMS['speedup']}"),
         ("our speed over the bare model's", o["speed_over_bare"], f"at least {AIMS['overhead']}"),
         ("the same, bare model plain causal", o["speed_over_plain_causal"], None),
-        ("utilization, whole step", u["whole_step"], f"{AIMS['utilization']} at 1b, accelerator"),
     ]
     body += report.table(("measure", "value", "aim"), rows)
     length = f["sequence_length"]
@@ -304,9 +258,7 @@ def text(v: dict[str, Any]) -> str:
     rows = [(n, o["seconds"][n], o["useful_tokens_per_second"][n]) for n in o["seconds"]]
     body += report.table(("whole step", "seconds", "useful tokens/s"), rows)
     body += f"\n\nMedians of {o['steps']} steps with optimizer and clipping, {o['num_workers']} "
-    body += f"loading processes. 6 N = {u['flops_per_token'] / 1e6:.1f} MFLOPs per position; full "
-    body += f"attention would make it {u['flops_per_token_with_attention'] / 1e6:.1f}. Measured "
-    return body + f"matrix product: {u['matmul_peak'] / 1e12:.3g} TFLOP/s."
+    return body + "loading processes."
 
 
 def arguments() -> ArgumentParser:

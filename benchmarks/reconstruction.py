@@ -133,7 +133,7 @@ class Run:
         return concatenated(self.stages.batches(stage, indices, self.args.batch_size, encode))
 
     def decode(self, point: Point, codes: VisualCodes, seed: int) -> dict[str, Tensor]:
-        """Scores, thumbnail and features in every space of each decoded image."""
+        """Scores, thumbnail and features of each decoded image."""
 
         def score(batch: list[int]) -> dict[str, Tensor]:
             indices = [self.decoded[i] for i in batch]
@@ -183,17 +183,10 @@ class Run:
 
 
 def feature_spaces(args: Namespace, own: VisualTokenizer | None) -> dict[str, metrics.Space]:
-    """The spaces of --spaces, and Inception's with both resizings where its weights are given."""
-    spaces: dict[str, metrics.Space] = {}
-    for name in args.spaces:
-        kind, _, weights = name.partition(":")
-        if name == "encoder":
-            label = "the tokenizer's encoder space" if own else "the shipped encoder's space"
-            encoder = own or VisualTokenizer.from_pretrained("default", device=args.device)
-            spaces[label] = metrics.encoder_space(encoder)
-        else:
-            label = f"{kind} space ({Path(weights).name})"
-            spaces[label] = metrics.vision_space(kind, weights, args.device)
+    """The encoder's space, and Inception's with both resizings where its weights are given."""
+    label = "the tokenizer's encoder space" if own else "the shipped encoder's space"
+    encoder = own or VisualTokenizer.from_pretrained("default", device=args.device)
+    spaces = {label: metrics.encoder_space(encoder)}
     for x in (True, False) if args.inception else ():
         spaces[f"Inception {x}"] = metrics.inception_space(args.inception, x, args.device)
     return spaces
@@ -321,7 +314,6 @@ def arguments() -> ArgumentParser:
         selections=([LEARNED, RANDOM, NORM], "selections on the curve", SELECTIONS),
         mean_images=(1024, "of the train split, for the mean feature"),
         inception=(Path, "Inception-v3 weights of torch-fidelity, for rFID"),
-        spaces=(["encoder"], "of Frechet distances: encoder, clip:DIR, dinov2:DIR, siglip:DIR"),
         lpips=(False, "also LPIPS; needs torchvision and its AlexNet weights"),
         set_name=(str, "what the images are; the count is checked", sets),
         force=(False, f"FID even under {protocol.FID_MIN_IMAGES} images"),

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import (
@@ -16,8 +15,7 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from lavit_tok import VisualImageProcessor, VisualTokenizer
-from lavit_tok.encode.image_processor import CLIP_MEAN, CLIP_STD
+from lavit_tok import VisualTokenizer
 
 # Features
 
@@ -126,35 +124,6 @@ def encoder_space(tokenizer: VisualTokenizer) -> Space:
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
         return tokenizer.features(tokenizer.preprocess(images)).mean(1).float().cpu()
-
-    return features
-
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-VISION = {
-    "clip": ("CLIPVisionModel", CLIP_MEAN, CLIP_STD),
-    "dinov2": ("Dinov2Model", *IMAGENET),
-    "siglip": ("SiglipVisionModel", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-
-
-def vision_space(kind: str, weights: str, device: str = "cpu") -> Space:
-    """The pooled output of a `transformers` vision model, of a kind that the command line names.
-
-    Images are resized to the model's square and normalized as that kind was trained.
-    """
-    if kind not in VISION:
-        expected = f"encoder, or one of {sorted(VISION)} with a folder"
-        raise ValueError(f"--spaces {kind}:{weights}: expected {expected}")
-    name, mean, std = VISION[kind]
-    model = getattr(transformers, name).from_pretrained(weights, use_safetensors=True)
-    model.eval().to(device)
-    processor = VisualImageProcessor(model.config.image_size, image_mean=mean, image_std=std)
-
-    @torch.no_grad()
-    def features(images: Tensor) -> Tensor:
-        pixels = processor(images)["pixel_values"].to(device)
-        return model(pixel_values=pixels).pooler_output.float().cpu()
 
     return features
 

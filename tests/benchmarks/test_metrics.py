@@ -18,7 +18,7 @@ from PIL import Image
 
 from lavit_tok import VisualCodes, VisualTokenizer
 
-from benchmarks import captioning, packing, tokens_per_image  # isort: skip
+from benchmarks import captioning, tokens_per_image  # isort: skip
 from benchmarks.shared import datasets, image_text_similarity, metrics, protocol, timing  # isort: skip
 
 needs_coco = pytest.mark.skipif(find_spec("pycocoevalcap") is None, reason="needs pycocoevalcap")
@@ -101,24 +101,6 @@ def test_mean_feature_is_over_all_patches(data: Path, tiny_tokenizer: VisualToke
     found = metrics.feature_mean(tiny_tokenizer, pixels.split(3))
     features = tiny_tokenizer.features(tiny_tokenizer.preprocess(pixels))
     torch.testing.assert_close(found, features.double().mean((0, 1)), rtol=1e-5, atol=1e-6)
-
-
-def test_feature_space_of_transformers(photos: list[Path], tmp_path: Path) -> None:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    config = CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=48, patch_size=16)
-    model = CLIPVisionModel(config).eval()
-    model.save_pretrained(tmp_path / "clip")
-    sources, _ = pairs(photos)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (metrics.CLIP_MEAN, metrics.CLIP_STD))
-    with torch.no_grad():
-        expected = model(pixel_values=(sources / 255 - mean) / std).pooler_output
-    found = metrics.vision_space("clip", str(tmp_path / "clip"))(sources)
-    torch.testing.assert_close(found, expected)
-    with pytest.raises(ValueError, match="expected encoder, or one of"):
-        metrics.vision_space("anything", "x")
 
 
 def test_images_are_evenly_spaced_and_cropped(data: Path) -> None:
@@ -331,20 +313,6 @@ def test_flops_of_a_product_and_of_attention() -> None:
     q, k = torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 10, 8)
     attention = torch.nn.functional.scaled_dot_product_attention
     assert timing.flops(lambda: attention(q, k, k)) == 2 * (2 * 2 * 4 * 6 * 10 * 8)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_flops_of_a_token_are_those_of_the_counter(tied: bool) -> None:
-    from helpers.small_lms import small_lm
-
-    model, length = small_lm("llama", 96, tied), 24
-    ids = torch.randint(96, (2, length), generator=torch.Generator().manual_seed(0))
-
-    def step() -> None:
-        model(input_ids=ids, use_cache=False).logits.sum().backward()
-
-    weights, everything = packing.flops_per_token(model, length)
-    assert weights < everything == pytest.approx(timing.flops(step) / ids.numel(), rel=0.01)
 
 
 def test_calls_take_turns_beside_their_baseline() -> None:

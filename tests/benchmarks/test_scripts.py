@@ -356,9 +356,6 @@ def test_packing(run: Any, refused: Any, folder: Path, tmp_path: Path) -> None:
     # Before the first step both have the same weights, and so the same loss.
     first = overhead["first_loss"]
     assert first["lavit-tok"] == pytest.approx(first["bare"], abs=1e-4)
-    utilization, rate = found["utilization"], overhead["useful_tokens_per_second"]["lavit-tok"]
-    expected = rate * utilization["flops_per_token"] / utilization["matmul_peak"]
-    assert utilization["whole_step"] == pytest.approx(expected)
     assert "expected --shards" in refused(packing, "--out", tmp_path)
     line = refused(packing, *args, "--model", "nowhere", "--out", tmp_path)
     assert "--model: expected a JSON config" in line
