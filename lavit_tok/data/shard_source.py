@@ -172,7 +172,8 @@ def _caption_column(columns: Any, name: str | None, data: str) -> str | None:
     column = next((n for n in names if n in columns), None)
     if column is None or getattr(columns[column], "dtype", None) not in ("string", "large_string"):
         raise ValueError(
-            f"{data}: expected a caption column {' or '.join(map(repr, names))} of text, "
-            f"got columns {', '.join(columns)}: name it with --caption-column; '' for images without captions"
+            f"{data}: expected a caption column {' or '.join(map(repr, names))} of text, got "
+            f"columns {', '.join(columns)}: name it with --caption-column; '' for images without "
+            "captions"
         )
     return column

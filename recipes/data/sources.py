@@ -1,4 +1,4 @@
-"""What each package holds: one task for every picture file that goes into the data set."""
+"""The images of each package: one task for every image file that is used."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from captions import FASHION_LABELS, emoji_caption, openclipart_caption, tuxpaint_caption
 
-CROPS = {"photograph": 100, "digital painting": 45}  # cut from every wallpaper
+CROPS = {"photograph": 100, "digital painting": 45}  # per wallpaper
 FASHION_COUNT = 4000
-STAR_SHARE = 7  # of the many hundred near-identical star polygons, one in this many stays
+STARS_PER_KEPT = 7  # one in 7 of the 1,378 nearly identical star polygons is kept
 CLIPART = "openclipart-png/usr/share/openclipart/png"
 STAMPS = "tuxpaint-stamps-default/usr/share/tuxpaint/stamps"
 FASHION = "dataset-fashion-mnist/usr/share/datasets/fashion-mnist"
@@ -24,13 +24,13 @@ EMOJI = "emoji-datasource-google/package"
 
 
 class Task(NamedTuple):
-    """A picture file to read: whole for `crops` = 0, or that many crops of it."""
+    """An image file to read: that many crops of it, or the whole image if `crops` is 0."""
 
     path: Path
     key: str
     source: str
     caption: str
-    licence: str
+    license: str
     crops: int = 0
 
 
@@ -41,14 +41,14 @@ def clipart_tasks(raw: Path) -> Iterator[Task]:
         if path.is_symlink() or not path.is_file():
             continue
         name_hash = hashlib.sha256(inner.as_posix().encode()).digest()
-        if inner.parts[:2] == ("shapes", "stars") and name_hash[0] % STAR_SHARE:
+        if inner.parts[:2] == ("shapes", "stars") and name_hash[0] % STARS_PER_KEPT:
             continue
         key = path.relative_to(raw).as_posix()
         yield Task(path, key, "openclipart", openclipart_caption(inner.as_posix()), "public-domain")
 
 
 def stamp_tasks(raw: Path) -> Iterator[Task]:
-    """Stamps that have a caption file beside them."""
+    """Stamps that have a caption file."""
     for path in sorted((raw / STAMPS).rglob("*.png")):
         text = path.with_suffix(".txt")
         if path.is_file() and not path.is_symlink() and text.is_file():
@@ -77,13 +77,13 @@ def wallpaper_tasks(raw: Path) -> Iterator[Task]:
             if (raw / row["package"]).is_dir():
                 caption = f"{row['kind']}: {row['title']}"
                 key = path.relative_to(raw).as_posix()
-                yield Task(path, key, "wallpapers", caption, row["licence"], CROPS[row["kind"]])
+                yield Task(path, key, "wallpapers", caption, row["license"], CROPS[row["kind"]])
 
 
-def fashion_pictures(
+def fashion_images(
     raw: Path, count: int = FASHION_COUNT
 ) -> Iterator[tuple[Task, bytes, np.ndarray]]:
-    """The `count` pictures of Fashion-MNIST whose content hashes come first."""
+    """The `count` images of Fashion-MNIST with the smallest content hashes."""
     found: list[tuple[bytes, str, int, np.ndarray]] = []
     for part in ("train", "t10k"):
         path = raw / FASHION / f"{part}-images-idx3-ubyte.gz"
@@ -102,6 +102,6 @@ def fashion_pictures(
 
 
 def file_tasks(raw: Path) -> list[Task]:
-    """The tasks of all packages that `raw` holds."""
+    """The tasks of all packages in `raw`."""
     sources = (clipart_tasks, stamp_tasks, emoji_tasks, wallpaper_tasks)
     return [task for source in sources for task in source(raw)]

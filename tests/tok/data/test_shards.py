@@ -427,7 +427,7 @@ def test_damage_is_mended(shards: Callable[..., Path], capsys: Any) -> None:
 
 
 def test_rejects_are_never_lost(shards: Callable[..., Path], album: Path, tmp_path: Path) -> None:
-    """Corrupt images in every shard: whichever is made again, the list stays complete and sorted."""
+    """Corrupt images in every shard: if any is made again, the list stays complete and sorted."""
     path = parquet(tmp_path / "data.parquet", album, (0, 2, 7, 9), caption=["a"] * 10)
     out = shards(data=path)
     whole = files(out)
@@ -602,7 +602,8 @@ def test_shards_of_another_tokenizer(shards: Callable[..., Path], weights: Path)
     message = str(caught.value)
     assert message == (
         f"{out}: expected codebook fingerprint 0123456789abcdef, got {opened.fingerprint} of "
-        f"tokenizer '{weights}': the codes index another codebook, so the language model would learn unrelated images"
+        f"tokenizer '{weights}': the codes index another codebook, so the language model "
+        "would learn unrelated images"
     )
     with pytest.raises(ShardError, match="expected codebook size 1024, got 16"):
         opened.require(fingerprint=opened.fingerprint, codebook_size=1024)

@@ -161,7 +161,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
 
 
 def test_crops_keep_their_proportions():
-    """Numbered columns of a wide image: only those of its central square are kept, augmented or not."""
+    """Of a wide image only the columns of its central square are kept, augmented or not."""
     columns = np.repeat(np.arange(40, dtype=np.uint8)[None, :, None] * 6, 20, 0).repeat(3, 2)
     wide = Image.fromarray(columns)
     center = VisualImageProcessor(10, "center_crop")
@@ -180,7 +180,7 @@ def test_crops_keep_their_proportions():
 
 
 class Recorder(LightningModule):
-    """Records the pixels of every batch without training; stops at `stop`, as a killed run would."""
+    """Records the pixels of every batch, trains nothing; stops at `stop`, as if killed."""
 
     def __init__(self, stop: int = -1):
         super().__init__()

@@ -278,7 +278,7 @@ def test_frozen_parts_are_absent(parts: dict[str, str], folder: Path, tmp_path: 
 def test_it_learns_and_exports_the_average(
     parts: dict[str, str], folder: Path, tmp_path: Path
 ) -> None:
-    """The loss falls; the averaged decoder is exported, and decodes without tokenizer or Lightning."""
+    """The loss falls; the averaged decoder is exported, and needs no tokenizer or Lightning."""
     settings = {
         "spatial_channels": 4,
         "spatial_scale": 2,
