@@ -49,7 +49,7 @@ class LavitLM(lmms):
     def prompt(
         self, context: str, doc_to_visual: Any, doc_id: Any, task: str, split: str
     ) -> list[Any]:
-        """The images of a document and the text; of text without words nothing."""
+        """The images of a document and the text; no text segment for blank text."""
         images = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else []
         text = context.replace("<image>", "").strip()
         return [*images, *([text] if text else [])]
