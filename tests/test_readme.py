@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lavit_lm.cli import parser as lm_cli
-from lavit_tok.cli.parser import COMMANDS, Command, parser
+from lavit_tok.cli.parser import COMMANDS, Command, _parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -82,7 +82,7 @@ def test_every_command_is_in_the_readme(program: str, commands: dict[str, Comman
         arguments = line.split()
         assert arguments[0] in commands
         if commands[arguments[0]].arguments is not None:
-            parser(program, "", commands).parse_args(shlex.split(line))
+            _parser(program, "", commands).parse_args(shlex.split(line))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
