@@ -29,7 +29,7 @@ from lavit_tok.data.code_files import FORMAT as CODES
 from lavit_tok.data.code_files import CodeFileHeader
 from lavit_tok.data.files import atomic
 
-FORMAT, VERSION, MANIFEST = "lavit_tok.shards", 1, "manifest.json"
+FORMAT, VERSION, MANIFEST = "lavit_tok.shards", 2, "manifest.json"
 Record = TypeVar("Record")
 
 
@@ -116,7 +116,10 @@ class Manifest:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if (values["format"], values["version"]) != (FORMAT, VERSION):
-                raise ShardError(f"it is {values['format']} version {values['version']}")
+                raise ShardError(
+                    f"it is {values['format']} version {values['version']}; make the shards again "
+                    "with `lavit-tok shards`, in another directory"
+                )
             splits = {
                 name: ShardedSplit(
                     _record(SplitSource, split),

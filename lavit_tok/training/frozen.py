@@ -40,5 +40,8 @@ def drop_frozen(checkpoint: dict[str, Any], names: Iterable[str]) -> None:
 
 def restore_frozen(checkpoint: dict[str, Any], module: nn.Module, names: Iterable[str]) -> None:
     """Fill frozen weights into a loaded checkpoint, from the module as it was constructed."""
+    names = list(names)
+    if not names:
+        return  # a sharded checkpoint of FSDP2 has no "state_dict": torch reads it into the modules
     weights = module.state_dict()
     checkpoint["state_dict"].update({name: weights[name] for name in names})

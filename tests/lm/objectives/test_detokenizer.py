@@ -201,7 +201,7 @@ def test_vlgpt_02_the_loss_is_the_sum(where: Path):
     assert half.learned == ["image"] and len(still) == 3 and all("text" in name for name in still)
     with pytest.raises(ValueError, match=r"model has \(image\), got \(0.0, 1.0\)"):
         stage_one(where, 24, image_weight=0.0)
-    with pytest.raises(ValueError, match="the data have none: give data"):
+    with pytest.raises(ValueError, match=r"the data have none: set data\.caption_column"):
         stage_one(where, 24, settings).targets(images(), None)
 
 

@@ -233,7 +233,8 @@ def test_what_is_trained(parts: dict[str, str], tmp_path: Path):
         out, model, processor, LaVIT(), str(tmp_path / "visual"), lm.visual_tokenizer.fingerprint()
     )
     with pytest.raises(
-        ValueError, match=r"expected one that says vectors, got .*codes, which says codes \(lavit\)"
+        ValueError,
+        match=r"expected one that generates vectors, got .*codes, which generates codes \(lavit\)",
     ):
         training({**parts, "model": str(out)})
 

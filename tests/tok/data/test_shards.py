@@ -171,7 +171,7 @@ def test_manifest_and_rejects(shards: Callable[..., Path], weights: Path, album:
     (split,) = values["splits"].values()
     listed = split.pop("shards")
     tokenizer = VisualTokenizer.from_pretrained(weights)
-    assert (values["format"], values["version"]) == ("lavit_tok.shards", 1)
+    assert (values["format"], values["version"]) == ("lavit_tok.shards", 2)
     assert (values["tokenizer"], values["fingerprint"]) == (str(weights), tokenizer.fingerprint())
     assert (values["codebook_size"], values["patches"], values["budget"], values["flip"]) == (
         16,
@@ -690,7 +690,10 @@ def test_manifests_that_cannot_be_read(
         Shards.open(out, "test")
     text = (out / "manifest.json").read_text()
     for change, reason in (
-        (lambda v: v.update(version=2), "it is lavit_tok.shards version 2"),
+        (
+            lambda v: v.update(version=1),
+            "version 2: it is lavit_tok.shards version 1; make the shards again",
+        ),
         (lambda v: v.pop("format"), "KeyError: 'format'"),
         (lambda v: v.update(codebook_size="16"), "codebook_size should be int, got '16'"),
         (lambda v: v.update(flip=0), "flip should be bool, got 0"),
