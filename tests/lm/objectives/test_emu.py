@@ -413,7 +413,7 @@ def learnt(visual: VisualTokenizer, objective: Emu) -> tuple[dict[str, LossSum],
 
     before, rates = deviation(), {"lm": 5e-3, "visual": 1e-3, "encoder": 1e-4}
     optimizer = torch.optim.AdamW(
-        [{"params": p, "lr": rates[name]} for name, p in model.trained().items()]
+        [{"params": p, "lr": rates[name]} for name, p in model.trained_parameters().items()]
     )
     for _ in range(120):
         losses = losses_of(model, objective, batch)

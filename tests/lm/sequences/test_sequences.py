@@ -263,13 +263,16 @@ def test_masks_of_kernels():
         False,
         True,
     ]
+    prefixed = pack([[plain_sequence([1, 2, 3], prefix=2)]], 4, 0)
+    seen = mask_of(model, prefixed)
+    assert seen is not None and seen[0, 0, 0].tolist() == [True, True, False, False]
     model.causal.set_attn_implementation("eager")
     added = mask_of(model, batch)
     assert added is not None and torch.equal(added == 0, as_bool)
     model.causal.config._attn_implementation = "flash_attention_2"
     assert mask_of(model, batch) is None
     with pytest.raises(ValueError, match="causal only"):
-        mask_of(model, pack([[plain_sequence([1, 2, 3], prefix=2)]], 4, 0))
+        mask_of(model, prefixed)
     model.causal.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="expected 'sdpa', 'eager' or a flash kernel"):
         mask_of(model, batch)
@@ -281,6 +284,8 @@ def test_a_sliding_window_is_not_switched_off_silently():
     model.causal.config.sliding_window = 4
     with pytest.raises(ValueError, match="sliding window of 4"):
         mask_of(model, batch)
+    model.causal.config.sliding_window = 8
+    assert mask_of(model, batch) is not None, "a window as long as the block hides nothing"
 
 
 # PackedBatch equals unpacked, in every family
