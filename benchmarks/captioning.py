@@ -1,15 +1,12 @@
-"""Captions of a data set of your own, with the field's scores; for public sets see
+"""Captions of a data set of your own, with the usual scores; for public sets see
 docs/benchmarks.md.
 
-    images -greedily or by beams-> captions -> NAME.results.json
-    captions, true captions -pycocoevalcap-> BLEU, ROUGE-L, CIDEr, METEOR, x 100
+    images                  -> MultimodalLM.caption -> captions, NAME.results.json
+    captions, true captions -> pycocoevalcap        -> BLEU, ROUGE-L, CIDEr-D, METEOR, x 100
 
-"ptb" is the official tokenization of the COCO evaluation and needs Java, as METEOR does. "words"
-needs
-nothing: its scores are not official ones and are labeled so. CIDEr is CIDEr-D (arXiv:1411.5726);
-    its document frequencies are those of the very captions that are scored against. Without
-    pycocoevalcap there is torchmetrics' BLEU. Writes captioning.md, .json and .results.json. A run
-    that was stopped continues where it was.
+The official "ptb" tokenization and METEOR need Java; scores with "words" are labeled as not
+official. Document frequencies of CIDEr-D (arXiv:1411.5726) are those of the true captions that are
+scored against. Writes captioning.md, .json and .results.json. A stopped run continues where it was.
 """
 
 from __future__ import annotations
@@ -32,11 +29,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.lm_quality import choose
-from benchmarks.shared import cli, datasets, plots, report
+from benchmarks.lm_quality import MODEL, choose, load
+from benchmarks.shared import cli, datasets, report
 from benchmarks.shared.cache import Stages
 from benchmarks.shared.image_text_similarity import Teacher, ranks, top
-from lavit_lm import MultimodalLM
 
 CLASSES = {"BLEU": "bleu.Bleu", "ROUGE-L": "rouge.Rouge", "CIDEr": "cider.Cider"}
 CLASSES |= {"METEOR": "meteor.Meteor"}
@@ -86,10 +82,9 @@ def score(
         except (OSError, ValueError, ImportError) as error:
             result["absent"][name] = str(error) if installed else INSTALL
             continue
-        values = (
-            {f"BLEU-{n}": v for n, v in enumerate(total, 1)} if name == "BLEU" else {name: total}
-        )
-        result["scores"] |= {key: 100 * float(value) for key, value in values.items()}
+        keys = [f"BLEU-{n}" for n in range(1, 5)] if name == "BLEU" else [name]
+        values = total if name == "BLEU" else [total]
+        result["scores"] |= {k: 100 * float(v) for k, v in zip(keys, values, strict=True)}
         if name == "CIDEr":
             result["cider_of_each"] = [100 * float(value) for value in each]
     return result
@@ -110,13 +105,11 @@ def _ptb(captions: Sequence[Sequence[str]]) -> list[list[str]]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     # It reads one caption per line: any other line break would shift all that follow it.
-    lines = {
-        i: [{"caption": " ".join(c.split())} for c in texts] for i, texts in enumerate(captions)
-    }
-    tokens = PTBTokenizer().tokenize(lines)
-    if [len(tokens.get(i, ())) for i in lines] != [len(texts) for texts in captions]:
+    lines = [[{"caption": " ".join(c.split())} for c in texts] for texts in captions]
+    tokens = PTBTokenizer().tokenize(dict(enumerate(lines)))
+    if [len(tokens.get(i, ())) for i in range(len(lines))] != list(map(len, lines)):
         raise ValueError("the PTB tokenizer returned another number of captions than it was given")
-    return [tokens[i] for i in lines]
+    return [tokens[i] for i in range(len(lines))]
 
 
 def _words(captions: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -133,19 +126,12 @@ def _torchmetrics_bleu(
 
 
 def main(args: Namespace) -> dict[str, Any]:
-    options = {"visual_tokenizer": args.visual_tokenizer, "decoder": None, "device": args.device}
-    lm = MultimodalLM.from_pretrained(args.model, **options)
-    size, crop = (
-        lm.visual_tokenizer.config.image_size,
-        lm.visual_tokenizer.image_processor.resize_mode == "center_crop",
-    )
-    data = datasets.load_images(args.data, size, args.split, args.limit, crop)
+    lm, data, about = load(args, decoder=None)
     stages = Stages(args, args.name, lm.model, lm.visual_tokenizer, data.pixels)
 
     def caption(batch: list[int]) -> list[str]:
-        images = [plots.pil(data.pixels[i]) for i in batch]
         options = {"min_new_tokens": args.min_tokens, "num_beams": args.beams}
-        texts = lm.caption(images, args.max_tokens, **options)
+        texts = lm.caption(list(data.pixels[batch]), args.max_tokens, **options)
         return [datasets.first_line(text) for text in texts]
 
     parts = stages.batches("captions", range(len(data)), args.batch_size, caption)
@@ -160,9 +146,7 @@ def main(args: Namespace) -> dict[str, Any]:
         found["scores"]["CIDEr of captions not in train"] = mean
     how = "greedy" if args.beams is None else f"{args.beams} beams"
     values: dict[str, Any] = {
-        **data.record(),
-        "model": Path(args.model).name,
-        "parameters": sum(p.numel() for p in lm.model.parameters()),
+        **about,
         "decoding": f"{how}, {args.min_tokens} to {args.max_tokens} tokens",
         "scored": len(chosen),
         "seen_in_training": len(chosen) - len(unseen) if known else None,
@@ -181,24 +165,22 @@ def main(args: Namespace) -> dict[str, Any]:
 
 
 def identified(data: datasets.ImageSet, texts: list[str], args: Namespace) -> dict[str, Any]:
-    """What captions identify among --among images whose true captions differ, in the teacher's
-    space."""
-    indices, teacher = (
-        choose(data.captions, args.among, args.seed),
-        Teacher(args.scorer, args.device),
-    )
-    images, true = data.pixels[indices], [data.captions[i] for i in indices]
-    vectors, true_vectors = teacher.embed([texts[i] for i in indices]), teacher.embed(true)
-    described = teacher.describe(images)
-    pairs = [
-        (datasets.normalized(texts[i]), datasets.normalized(data.captions[i])) for i in indices
+    """What captions identify among images whose true captions differ, in the teacher's space."""
+    indices = choose(data.captions, args.among, args.seed)
+    teacher = Teacher(args.scorer, args.device)
+    generated, true = ([source[i] for i in indices] for source in (texts, data.captions))
+    vectors, true_vectors = teacher.embed(generated), teacher.embed(true)
+    described = teacher.describe(data.pixels[indices])
+    equal = [
+        datasets.normalized(a) == datasets.normalized(b)
+        for a, b in zip(generated, true, strict=True)
     ]
     return {
         "the image": top(ranks(vectors, described)),
         "the true caption": top(ranks(vectors, true_vectors)),
         "ceiling: the image by its true caption": top(ranks(true_vectors, described)),
         "chance": {"top1": 1 / len(indices), "top5": 5 / len(indices)},
-        "exact": sum(a == b for a, b in pairs) / len(pairs),
+        "exact": sum(equal) / len(equal),
     }
 
 
@@ -207,9 +189,7 @@ def text(v: dict[str, Any]) -> str:
     body += f"{v['decoding']}. {v['by']}, {v['tokenization']}.\n\n"
     rows = [*v["scores"].items(), *((n, f"not measured: {why}") for n, why in v["absent"].items())]
     body += report.table(("score", "x 100"), rows)
-    body += (
-        f"\n\nCIDEr is CIDEr-D; its document frequencies are those of these {v['scored']} images."
-    )
+    body += f"\n\nCIDEr is CIDEr-D; document frequencies are those of these {v['scored']} images."
     if v["seen_in_training"] is not None:
         body += f" The captions of {v['seen_in_training']} of them are in the train split, too."
     if "identified" in v:
@@ -223,18 +203,12 @@ def text(v: dict[str, Any]) -> str:
 def arguments() -> ArgumentParser:
     return cli.parser(
         __doc__,
-        model=("default", "'default', a directory or a Hub id"),
-        visual_tokenizer=(str, "by default the one that the model names"),
+        **MODEL,
         beams=(int, "beam search with so many beams, not greedy decoding"),
         min_tokens=(1, "of a caption"),
         max_tokens=(48, "of a caption"),
         scorers=(list(CLASSES), "scores", list(CLASSES)),
-        tokenization=(
-            "auto",
-            "of the scorers; auto: ptb where it can run",
-            ["auto", "ptb", "words"],
-        ),
-        scorer=(Path, "folder that recipes/default/teacher.py wrote: what do captions identify?"),
+        tokenization=("auto", "auto: ptb where it can run", ["auto", "ptb", "words"]),
         among=(100, "images among which captions identify theirs"),
         seed=(0, "of the choice of these images"),
         name=("captioning", "of the result files"),

@@ -1,16 +1,13 @@
 """Does the language model generate what a caption describes, and how well does it predict codes?
 
-    images    caption -> codes or vectors -> image: is its own caption among the nearest of all, how
-    near
-              is it, and how far are the images from the set's own; several seeds
-    bits      -log2 p(code) after its caption, and without it, beside the codes' unigram entropy
+    images  caption -> codes or vectors -> image: is its own caption the nearest one, how near is
+            it, and how far are the images from the true ones; several seeds
+    bits    -log2 p(code) after its caption, and without it, beside the codes' unigram entropy
 
-By default each image has a caption that no other has; with --repeated any images that have
-captions, as in the COCO protocol (30,000 captions of val2014). Nearness is measured in the spaces
-of --scorer and --clip; distances are FID only with --inception. Baselines: the true images, images
-decoded from their own codes, and for distances as many other true images. Published FID on COCO:
-LaVIT 7.4, LaVIT-v2 7.1, Emu 11.66, VL-GPT 12.25 (authors' own). Writes lm_quality.md, .json, and
-true beside generated images as lm_quality.png. A run that was stopped continues where it was.
+Every image has a caption that no other has. Nearness is measured in the space of --scorer;
+distances are FID only with --inception. Baselines: the true images, images decoded from their own
+codes, and for distances as many other true images. Writes lm_quality.md, .json, and true beside
+generated images as lm_quality.png. A stopped run continues where it was.
 """
 
 from __future__ import annotations
@@ -49,6 +46,11 @@ PARTS = ["images", "bits"]
 COCO = 30_000
 AMONG = 100
 SHOWN = 16
+MODEL: dict[str, tuple[Any, ...]] = {
+    "model": ("default", "'default', a directory or a Hub id"),
+    "visual_tokenizer": (str, "by default the one that the model names"),
+    "scorer": (Path, "folder that recipes/default/teacher.py wrote: what do captions identify?"),
+}
 AIMS = {"top-5 over chance": 5, "bits below unigram entropy": 0.15}
 
 
@@ -103,22 +105,14 @@ class ImageGenerator:
 
 
 class Judge:
-    """Numbers of images with their captions: nearness in the scorers' spaces, distances to true
-    images."""
+    """Numbers of images with their captions: nearness to them, and distances to true images."""
 
     def __init__(
         self, args: Namespace, lm: MultimodalLM, true: Tensor, captions: list[str]
     ) -> None:
-        name = "Frechet distance in the visual tokenizer's encoder space (not FID)"
-        self.spaces = {name: metrics.encoder_space(lm.visual_tokenizer)}
-        if args.inception:
-            name, load = (
-                "FID, torchmetrics Inception-v3 2048-d, antialias=",
-                metrics.inception_space,
-            )
-            self.spaces = {
-                f"{name}{x}": load(args.inception, x, args.device) for x in (True, False)
-            }
+        spaces = metrics.feature_spaces(lm.visual_tokenizer, args.inception, args.device)
+        space = "the visual tokenizer's encoder space"
+        self.spaces = {protocol.distance_name(k, "FID", space): s for k, s in spaces.items()}
         self.teacher = Teacher(args.scorer, args.device) if args.scorer else None
         self.text = self.teacher.embed(captions) if self.teacher else torch.zeros(0)
         self.true = self.features(true)
@@ -142,6 +136,9 @@ class Judge:
         found = self.features(images)
         return {name: metrics.frechet(self.true[name], found[name]) for name in found}
 
+    def __call__(self, images: Tensor) -> dict[str, float]:
+        return self.nearness(images) | self.distances(images)
+
 
 def measure_images(
     lm: MultimodalLM,
@@ -157,38 +154,33 @@ def measure_images(
     if args.inception:
         protocol.refuse_few(count, args.force)
     judge, generator = Judge(args, lm, pixels, captions), ImageGenerator(lm, args, data.size)
-    codes = (
-        lm.visual_tokenizer.encode(pixels).to("cpu")
-        if lm.objective.image_output.kind == "codes"
-        else None
-    )
+    coded = lm.objective.image_output.kind == "codes"
+    codes: Any = lm.visual_tokenizer.encode(pixels).to("cpu") if coded else None
     runs: dict[str, list[Any]] = {"generated": [], "generated_unseen": [], "from_own_codes": []}
     first: Any = None
+
+    def generate(seed: int, batch: list[int]) -> dict[str, Tensor]:
+        return generator([captions[i] for i in batch], [keys[i] for i in batch], seed)
+
+    def from_own_codes(seed: int, batch: list[int]) -> dict[str, Tensor]:
+        return generator.decode(codes.take(batch), [keys[i] for i in batch], seed)
+
+    def images_of(call: Any, seed: int) -> dict[str, Tensor]:
+        stage, size = f"{call.__name__} {seed}", args.batch_size
+        return concatenated(stages.batches(stage, range(count), size, partial(call, seed)))
+
     for seed in range(args.seeds):
-
-        def generate(batch: list[int], seed: int = seed) -> dict[str, Tensor]:
-            return generator([captions[i] for i in batch], [keys[i] for i in batch], seed)
-
-        def from_own_codes(batch: list[int], seed: int = seed) -> dict[str, Tensor]:
-            return generator.decode(codes.take(batch), [keys[i] for i in batch], seed)  # type: ignore[union-attr]
-
-        made = concatenated(
-            stages.batches(f"images {seed}", range(count), args.batch_size, generate)
-        )
+        made = images_of(generate, seed)
         images, lengths = made["images"], made["codes"].double()
-        numbers = judge.nearness(images) | judge.distances(images)
-        runs["generated"].append(numbers | {"codes per image": float(lengths.mean())})
+        runs["generated"].append(judge(images) | {"codes per image": float(lengths.mean())})
         if bool(unseen.any()):
             runs["generated_unseen"].append(judge.nearness(images, unseen))
         first = images if first is None else first
-        if codes is not None:
-            stage, size = f"own codes {seed}", args.batch_size
-            images = concatenated(stages.batches(stage, range(count), size, from_own_codes))[
-                "images"
-            ]
-            runs["from_own_codes"].append(judge.nearness(images) | judge.distances(images))
-    true, others = judge.nearness(pixels), sorted(set(range(len(data))) - set(indices))[:count]
-    if len(others) == count:  # what no model can be expected to undercut by much
+        if coded:
+            runs["from_own_codes"].append(judge(images_of(from_own_codes, seed)["images"]))
+    others = sorted(set(range(len(data))) - set(indices))[:count]
+    true = judge.nearness(pixels)
+    if len(others) == count:  # a distance that no model is expected to be far below
         true |= judge.distances(data.pixels[others])
     checks = {
         "the images are not declared to be coco-val2014": args.set_name != "coco-val2014",
@@ -244,10 +236,10 @@ def measure_bits(
     pixels = data.pixels[indices].split(args.batch_size)
     codes = VisualCodes.cat([lm.visual_tokenizer.encode(part).to("cpu") for part in pixels])
     prompts = {"given the caption": [data.captions[i] for i in indices], "without it": None}
-    nats = {
-        name: stages(f"nats {name}", partial(code_nats, lm, codes, captions, args.batch_size))
-        for name, captions in prompts.items()
-    }
+    nats = {}
+    for name, captions in prompts.items():
+        compute = partial(code_nats, lm, codes, captions, args.batch_size)
+        nats[name] = stages(f"nats {name}", compute)
 
     def numbers(chosen: list[int]) -> dict[str, Any]:
         some = codes.take(chosen)
@@ -272,17 +264,21 @@ def measure_bits(
 # The script
 
 
-def main(args: Namespace) -> dict[str, Any]:
-    lm = MultimodalLM.from_pretrained(
-        args.model,
-        visual_tokenizer=args.visual_tokenizer,
-        decoder=args.decoder if "images" in args.parts else None,
-        device=args.device,
-    )
+def load(
+    args: Namespace, decoder: str | None
+) -> tuple[MultimodalLM, datasets.ImageSet, dict[str, Any]]:
+    """The model, the images at the size of its tokenizer, and what a result states of both."""
+    options = {"visual_tokenizer": args.visual_tokenizer, "decoder": decoder}
+    lm = MultimodalLM.from_pretrained(args.model, device=args.device, **options)
     crop = lm.visual_tokenizer.image_processor.resize_mode == "center_crop"
-    data = datasets.load_images(
-        args.data, lm.visual_tokenizer.config.image_size, args.split, args.limit, crop
-    )
+    size = lm.visual_tokenizer.config.image_size
+    data = datasets.load_images(args.data, size, args.split, args.limit, crop)
+    about = {**data.record(), "model": Path(args.model).name}
+    return lm, data, about | {"parameters": sum(p.numel() for p in lm.model.parameters())}
+
+
+def main(args: Namespace) -> dict[str, Any]:
+    lm, data, about = load(args, args.decoder if "images" in args.parts else None)
     known = datasets.training_captions(args.data)
     indices, unseen = [], torch.zeros(0, dtype=torch.bool)
     if args.parts != ["bits"]:
@@ -294,9 +290,7 @@ def main(args: Namespace) -> dict[str, Any]:
     stages = Stages(args, args.name, lm.model, lm.visual_tokenizer, decoder, data.pixels)
     sampling = ("guidance", "top_k", "top_p", "temperature", "steps", "decoder_guidance")
     values: dict[str, Any] = {
-        **data.record(),
-        "model": Path(args.model).name,
-        "parameters": sum(p.numel() for p in lm.model.parameters()),
+        **about,
         "sampling": {name: getattr(args, name) for name in sampling},
         "seed": args.seed,
         "seen_in_training": len(indices) - int(unseen.sum()),
@@ -323,10 +317,10 @@ def text(v: dict[str, Any], args: Namespace) -> str:
         found = v["images"]
         columns = [found[k] for k in ("generated", "generated_unseen", "from_own_codes", "true")]
         rows = [(name, *(column.get(name) for column in columns)) for name in columns[0]]
-        heads = "generated", "of captions not in train", "from the true codes", "true images"
+        labels = "generated", "of captions not in train", "from the true codes", "true images"
         body += f"\n\n## Images of {found['captions']} captions\n\nMean ± std over {args.seeds} "
         body += "seeds; a distance of true images is that of as many others of the set.\n\n"
-        body += report.table(("measure", *heads), rows)
+        body += report.table(("measure", *labels), rows)
         chance = 1 / min(AMONG, found["captions"])
         body += f"\n\nChance: {chance:.3g} for top-1, five times that for top-5."
         if found["departures"]:
@@ -335,13 +329,10 @@ def text(v: dict[str, Any], args: Namespace) -> str:
     if "bits" in v:
         found, names = v["bits"], ("given the caption", "without it")
         groups = {"all": found, **found.get("by_source", {})}
-        rows = [
-            (g, x["codes"], *(x[n]["bits_per_code"] for n in names), x["unigram_entropy"])
-            for g, x in groups.items()
-        ]
-        body += "\n\n## Bits per code\n\n" + report.table(
-            ("source", "codes", *names, "unigram entropy of these codes"), rows
-        )
+        bits = {g: [x[n]["bits_per_code"] for n in names] for g, x in groups.items()}
+        rows = [(g, x["codes"], *bits[g], x["unigram_entropy"]) for g, x in groups.items()]
+        heads = ("source", "codes", *names, "unigram entropy of these codes")
+        body += "\n\n## Bits per code\n\n" + report.table(heads, rows)
         body += f"\n\nGiven the caption {100 * found[names[0]]['below_unigram']:.1f} % below the "
         body += "unigram entropy, which comes out too low for few codes."
     return body + report.rejected(v["rejects"])
@@ -351,8 +342,7 @@ def arguments() -> ArgumentParser:
     return cli.parser(
         __doc__,
         batch_size=(50, "captions or images per batch"),
-        model=("default", "'default', a directory or a Hub id"),
-        visual_tokenizer=(str, "by default the one that the model names"),
+        **MODEL,
         decoder=("default", "'default', a directory or a Hub id"),
         guidance=(3.0, "guidance scale of the language model, where it generates codes"),
         top_k=(50, "of sampling codes"),
@@ -360,7 +350,6 @@ def arguments() -> ArgumentParser:
         temperature=(1.0, "of sampling codes"),
         steps=(20, "decoding steps"),
         decoder_guidance=(2.0, "guidance scale of the decoder"),
-        scorer=(Path, "folder that recipes/default/teacher.py wrote"),
         parts=(PARTS, "what is measured", PARTS),
         captions=(100, "captions that images are generated for"),
         unseen=(False, "only captions that the train split does not have"),

@@ -110,8 +110,7 @@ class Run:
         return images.describe()
 
     def codes(self, point: Point, seed: int, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Codes of images and, of ours, their cosines; floors beside the selector's own
-        decision."""
+        """Codes of images and, of ours, cosines, with floors at the selector's own decision."""
 
         @torch.no_grad()
         def encode(batch: list[int]) -> dict[str, Tensor]:
@@ -154,7 +153,13 @@ class Run:
 
     def prepare_pixels(self) -> None:
         """Feature spaces, LPIPS, and the sources' thumbnails and features."""
-        args, self.spaces = self.args, feature_spaces(self.args, self.own)
+        args, default = self.args, VisualTokenizer.from_pretrained
+        encoder = self.own or default("default", device=args.device)
+        space = "the tokenizer's encoder space" if self.own else "the shipped encoder's space"
+        spaces = metrics.feature_spaces(encoder, args.inception, args.device)
+        names = {x: self.protocol.distance_name(space, x) for x in spaces}
+        self.spaces = {names[x]: spaces[x] for x in spaces}
+        self.antialias = {names[x]: x for x in spaces}
         self.lpips = metrics.lpips_metric() if args.lpips else None
         pixels = [self.images.pixels[[i]].float() / 255 for i in self.searched]
         self.thumbnails = torch.cat([metrics.thumbnails(image) for image in pixels])
@@ -176,25 +181,9 @@ class Run:
             means |= {name: scores[name] for name in ("psnr", "ssim", "lpips") if name in scores}
             means["retrieval"] = hits
         numbers = {name: float(value.double().mean()) for name, value in means.items()}
-        for space in self.spaces if self.decodes else ():
-            name = self.protocol.distance_name(space, antialias_of(space))
-            numbers[name] = metrics.frechet(self.real[space], scores[space])
+        for name in self.spaces if self.decodes else ():
+            numbers[name] = metrics.frechet(self.real[name], scores[name])
         return numbers
-
-
-def feature_spaces(args: Namespace, own: VisualTokenizer | None) -> dict[str, metrics.Space]:
-    """The encoder's space, and Inception's with both resizings where its weights are given."""
-    label = "the tokenizer's encoder space" if own else "the shipped encoder's space"
-    encoder = own or VisualTokenizer.from_pretrained("default", device=args.device)
-    spaces = {label: metrics.encoder_space(encoder)}
-    for x in (True, False) if args.inception else ():
-        spaces[f"Inception {x}"] = metrics.inception_space(args.inception, x, args.device)
-    return spaces
-
-
-def antialias_of(space: str) -> bool | None:
-    """Of Inception's resizing; None for another space."""
-    return space.endswith("True") if space.startswith("Inception ") else None
 
 
 def main(args: Namespace) -> dict[str, Any]:
@@ -233,16 +222,11 @@ def main(args: Namespace) -> dict[str, Any]:
 
 def pixel_values(run: Run, own: dict[str, Any]) -> dict[str, Any]:
     """What compare.py reads: distances at the selector's own decision, and how they were made."""
-    names = {s: run.protocol.distance_name(s, antialias_of(s)) for s in run.spaces}
     distances = [
-        {
-            "name": name,
-            "kind": "Frechet" if antialias_of(space) is None else "rFID",
-            "antialias": antialias_of(space),
-            "value": own[name],
-        }
-        for space, name in names.items()
+        {"name": name, "kind": "Frechet" if x is None else "rFID", "antialias": x}
+        for name, x in run.antialias.items()
     ]
+    distances = [{**distance, "value": own[distance["name"]]} for distance in distances]
     options = {"steps": run.args.steps, "guidance": run.args.guidance} if run.own else {}
     return {
         "images": len(run.decoded),

@@ -5,10 +5,9 @@
     train     Lightning's step of stage 1, beside the same modules' forward, backward and AdamW
     generate  codes by the language model: guided or not, and by transformers' own loop
 
-Everything of one table is timed in turns, warm; ratios are medians of the pairs' ratios. FLOPs are
-torch's count for one image. Random weights, except of `shipped` sizes and named models: speed
-depends on how many patches are kept, so that ratio is fixed, and not on the numbers. Writes
-speed_CASE.md, .json and .png; finished parts are kept if the run is stopped.
+Calls are timed in turns; ratios are medians of the pairs' ratios; FLOPs are of one image. Other
+sizes than `shipped` have random weights: speed depends on the ratio of patches kept, which is
+fixed. Writes speed_CASE.md, .json and .png. A stopped run continues where it was.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ Records = list[dict[str, Any]]
 
 
 def base_config() -> TokenizerConfig:
-    """CLIP ViT-B/16 at 224 pixels, 196 patches, with 4 merger blocks: the size of the base
-    recipe."""
+    """CLIP ViT-B/16 at 224 pixels with 4 merger blocks: the size of the base recipe."""
     encoder = {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 16}
     encoder |= {"hidden_size": 768, "intermediate_size": 3072}
     encoder |= {"num_hidden_layers": 12, "num_attention_heads": 12}
@@ -70,14 +68,16 @@ def build(size: str, args: Namespace, dtype: str = "float32") -> VisualTokenizer
 
 
 def entry(
-    name: str, make: Callable[[int], Callable[[], Any]], batch: int, *about: Any, **more: Any
+    name: str,
+    make: Callable[[int], Callable[[], Any]],
+    batch: int,
+    weights: str,
+    parameters: int,
+    count: float | None,
+    codebook_size: int,
+    **more: Any,
 ) -> Entry:
-    """The entry of make(batch) and, for the FLOPs, make(1).
-
-    Args:
-        about: weights, number of weights, codes per image, codebook size.
-    """
-    weights, parameters, count, codebook_size = about
+    """The entry of make(batch), with the FLOPs of make(1) and `count` codes per image."""
     info = {"weights": weights, "codes_per_image": count, "million_weights": parameters / 1e6}
     info |= {"bits_per_image": None if count is None else count * math.log2(codebook_size)}
     return Entry(name, make(batch), batch, make(1), info=info, **more)
@@ -101,9 +101,8 @@ def noise(batch: int) -> list[torch.Generator]:
 def encode(args: Namespace, size: str, dtype: str, batch: int, others: list[str]) -> Records:
     """The bare encoder, ours (at LaVIT's size under both attention formulas), other tokenizers."""
     tokenizer, generator = build(size, args, dtype), torch.Generator().manual_seed(0)
-    config, device, side = tokenizer.config, args.device, tokenizer.config.image_size
-    shape = (batch, 3, side, side)
-    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    config, side = tokenizer.config, tokenizer.config.image_size
+    images = torch.randint(256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
     pixels = tokenizer.preprocess(images)
 
     def ours(formula: Any, count: int) -> VisualCodes:
@@ -123,10 +122,9 @@ def encode(args: Namespace, size: str, dtype: str, batch: int, others: list[str]
         make = partial(partial, ours, formula)
         entries.append(entry(name, make, batch, *about, config.codebook_size, baseline=bare))
     for name in others:
-        other = tokenizers.load(name, device, side)
+        other = tokenizers.load(name, args.device, side)
         if other.image_size != side:
-            expected = f"expected images of {side} pixels, as {size} has, got {other.image_size}"
-            raise ValueError(f"--beside {name}: {expected}")
+            raise ValueError(f"--beside {name}: expected {side} pixels, got {other.image_size}")
         make = lambda n, other=other: partial(other.encode, images[:n])  # noqa: E731
         count = other.encode(images).lengths.double().mean()
         about = (other.weights, other.parameters["encode"], float(count))
@@ -135,7 +133,7 @@ def encode(args: Namespace, size: str, dtype: str, batch: int, others: list[str]
 
 
 def encode_all(args: Namespace, stages: Stages) -> Records:
-    """All sizes, dtypes and batch sizes; other tokenizers at the smallest batch, in float32."""
+    """Other tokenizers only at the smallest batch, in float32."""
     records: Records = []
     for dtype, size in itertools.product(args.dtypes, args.sizes):
         batches = args.batch_sizes or BATCHES[size]
@@ -201,14 +199,13 @@ def decode_others(args: Namespace) -> Records:
         if not other.decodes:
             continue
         codes = random_codes(batch, other.max_codes, other.codebook_size)
-        make = partial(_decode, other, codes)
+
+        def make(n: int, other: Any = other, codes: VisualCodes = codes) -> Callable[[], Any]:
+            return partial(other.decode, codes.take(range(n)), noise(n))
+
         about = (other.weights, other.parameters["decode"], other.max_codes, other.codebook_size)
         entries.append(entry(other.name, make, batch, *about))
     return timing.compare(entries, args.repeats, args.seconds, args.warm) if entries else []
-
-
-def _decode(tokenizer: Any, codes: VisualCodes, count: int) -> Callable[[], Any]:
-    return partial(tokenizer.decode, codes.take(range(count)), noise(count))
 
 
 def decode_all(args: Namespace, stages: Stages) -> Records:
@@ -257,22 +254,15 @@ class BareTraining:
 
 
 def training_module(config: TokenizerConfig, stretch: str, args: Namespace) -> Any:
-    """The training module in one stretch from its first step on, keeping a fixed ratio of
-    patches."""
-    from lavit_tok.training.tokenizer_training import (
-        CodebookConfig,
-        SelectionConfig,
-        TokenizerTraining,
-    )
+    """The training module from the first step of one stretch on, with a fixed keep ratio."""
+    from lavit_tok.training import tokenizer_training as training
 
     step = 1_000_000 if stretch == "sampled" else 0
-    module = TokenizerTraining(
-        config,
-        selection=SelectionConfig(
-            rho=args.keep, hold_ratio=True, random_budget_ratio=0.0, stop_sampling_step=step
-        ),
-        codebook=CodebookConfig(start_step=step, kmeans_samples=4096, blend_steps=1),
-        log_images_every=0,
+    options = {"hold_ratio": True, "random_budget_ratio": 0.0, "stop_sampling_step": step}
+    selection = training.SelectionConfig(rho=args.keep, **options)
+    codebook = training.CodebookConfig(start_step=step, kmeans_samples=4096, blend_steps=1)
+    module = training.TokenizerTraining(
+        config, selection=selection, codebook=codebook, log_images_every=0
     )
     if stretch == "quantized":
         module.stage.fill_(2)  # without k-means: the codebook is as random as everything else
@@ -295,10 +285,8 @@ def train(args: Namespace, size: str, stretch: str) -> dict[str, Any]:
 
     config = build(size, args).config if size == "shipped" else SIZES[size]()
     torch.manual_seed(0)
-    module, batch = (
-        training_module(config, stretch, args),
-        args.train_batch_size or TRAIN_BATCH[size],
-    )
+    module = training_module(config, stretch, args)
+    batch = args.train_batch_size or TRAIN_BATCH[size]
     batches = random_batches(config.image_size, batch, args.warm + args.steps)
     with torch.no_grad():  # scores shifted so that the ratio of kept patches is as stated
         first = batches[0]["images"].to(module.to(args.device).device)
@@ -339,8 +327,7 @@ def train_all(args: Namespace, stages: Stages) -> Records:
 
 
 def generate(args: Namespace, batch: int) -> Records:
-    """Codes of `batch` images, each with exactly --codes codes, so that all forms take equal
-    steps."""
+    """Codes of `batch` images, each with exactly --codes codes, so that all take equal steps."""
     from lavit_lm import MultimodalLM
 
     words = "a red apple and two dogs on the old wooden table in the rain".split()  # noqa: SIM905
@@ -348,8 +335,8 @@ def generate(args: Namespace, batch: int) -> Records:
     visual = None if args.tokenizer == "default" else args.tokenizer
     options = {"visual_tokenizer": visual, "decoder": None, "device": args.device}
     lm = MultimodalLM.from_pretrained(args.model, **options)
-    if args.codes > lm.visual_tokenizer.config.num_patches:
-        limit = lm.visual_tokenizer.config.num_patches
+    limit = lm.visual_tokenizer.config.num_patches
+    if args.codes > limit:
         raise ValueError(f"--codes: expected 1..{limit}, the patches of an image, got {args.codes}")
 
     def ours(guidance: float) -> None:
@@ -369,20 +356,14 @@ def generate(args: Namespace, batch: int) -> Records:
 def plain_generation(
     lm: Any, prompts: list[str], guidance: float, args: Namespace
 ) -> Callable[[], Tensor]:
-    """`transformers`' own sampling loop from the same prompts, as a user without this library has
-    it.
-
-    Any id may be drawn, and guidance runs the model twice a step.
-    """
+    """`transformers`' own sampling loop from the same prompts: any id, two forwards if guided."""
     from lavit_lm.models.kv_state import left_padded
     from lavit_lm.sequences.packing import PADDING
 
     sequences, free = [lm.prompts.for_image(p) for p in prompts], lm.prompts.sequence([], "image")
     ids, _, _, documents = left_padded(sequences, lm.processor.pad)
-    inputs = {
-        "input_ids": ids.to(lm.device),
-        "attention_mask": (documents != PADDING).to(lm.device),
-    }
+    mask = (documents != PADDING).to(lm.device)
+    inputs = {"input_ids": ids.to(lm.device), "attention_mask": mask}
     options: dict[str, Any] = {"min_new_tokens": args.codes, "max_new_tokens": args.codes}
     options |= {"do_sample": True, "top_k": args.top_k, "pad_token_id": lm.processor.pad}
     if guidance != 1:
@@ -409,18 +390,14 @@ def generate_all(args: Namespace, stages: Stages) -> Records:
 
 CASES = {"encode": encode_all, "decode": decode_all, "train": train_all, "generate": generate_all}
 NOTES = {
-    "encode": """Pixels in, codes out. Overhead: time ratio / FLOP ratio, aim at most 1.15;
-        selector,
-merger and codebook are work that the bare encoder does not have. The other tokenizers have random
-weights: speed, codes and FLOPs are their own.""",
-    "decode": """Codes in, pixels out, float32. The ratios with the bare U-Net are what conditioner,
-scheduler and VAE add. Ours is a diffusion model, which runs its U-Net at every step; the others run
-once, with random weights.""",
-    "train": """Whole steps, float32. Bare: the same modules on one cosine loss and AdamW, in turns
-with Lightning's steps; the FLOPs are those of its forward and backward.""",
-    "generate": """Each form makes as many codes from the same prompts. Guided beside unguided: aim
-        at
-most 1.3. `transformers` has no constraint and runs the model twice a step for guidance.""",
+    "encode": "Overhead: time ratio / FLOP ratio, aim at most 1.15; selector, merger and codebook "
+    "are work that the bare encoder does not have. Other tokenizers have random weights.",
+    "decode": "float32. The ratios are what conditioner, scheduler and VAE add to the bare U-Net. "
+    "The other decoders run once per image, with random weights.",
+    "train": "Whole steps, float32. Bare: the same modules on one cosine loss and AdamW, whose "
+    "forward and backward the FLOPs are of.",
+    "generate": "As many codes from the same prompts. Guided beside unguided: aim at most 1.3. "
+    "`transformers` has no constraint and runs the model twice a step for guidance.",
 }
 
 

@@ -1,8 +1,8 @@
 """How many codes does an image have, what do they cost in bits, and how is the codebook used?
 
 For any tokenizer (shared/tokenizers.py); of ours, the selector alone decides. Writes
-tokens_per_image.md and .json, a histogram .png, and ..._extremes.png: the images with the fewest
-and with the most codes, each with its kept patches. A run that was stopped continues where it was.
+tokens_per_image.md, .json, a histogram .png, and ..._extremes.png: the images with the fewest and
+with the most codes. A stopped run continues where it was.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from torch import Tensor
 from benchmarks.shared import cli, datasets, plots, report, tokenizers
 from benchmarks.shared.cache import Stages, concatenated
 from lavit_tok import VisualCodes
+from lavit_tok.encode.image_processor import open_image
 from lavit_tok.training.codebook import usage
-from lavit_tok.visualize import kept_overlay, sheet
+from lavit_tok.visualize import kept_overlay
 
 PERCENTILES = (5, 25, 50, 75, 95)
 
@@ -69,9 +70,12 @@ def main(args: Namespace) -> dict[str, Any]:
     plot(values, args.out / "tokens_per_image.png")
     side = round(tokenizer.max_codes**0.5)
     if keep is not None and side**2 == tokenizer.max_codes:
-        contact_sheet(images.pixels, codes, extremes, side, args.out)
-        body += "\n\n![the images with the fewest and with the most codes, and their kept patches]"
-        body += "(tokens_per_image_extremes.png)"
+        shown = [i for indices in extremes.values() for i in indices]
+        kept = [kept_overlay(images.pixels[i], keep[i], (side, side)) for i in shown]
+        labels = [f"{codes.lengths[i]} codes" for i in shown]
+        path = args.out / "tokens_per_image_extremes.png"
+        plots.pairs(path, images.pixels[shown], kept, ("image", "kept patches"), labels)
+        body += "\n\n![images with the fewest and the most codes](tokens_per_image_extremes.png)"
     report.write("tokens_per_image", args, "Codes per image", body, values)
     stages.done()
     return values
@@ -80,7 +84,7 @@ def main(args: Namespace) -> dict[str, Any]:
 def jpeg_size(pixels: Tensor, quality: int) -> int:
     """Bytes of a uint8 [3 h w] image as JPEG (4:2:0, as Pillow writes by default)."""
     target = io.BytesIO()
-    plots.pil(pixels).save(target, "JPEG", quality=quality)
+    open_image(pixels).save(target, "JPEG", quality=quality)
     return target.tell()
 
 
@@ -134,9 +138,7 @@ def text(values: dict[str, Any]) -> str:
         ("bits per image, mean", f"{bits:.1f} (codes x log2 {book['size']})"),
     ]
     if keep["rho"] is not None:
-        ratio = (
-            f"{keep['measured']:.4f}, rho {keep['rho']:.4f}, difference {keep['difference']:+.4f}"
-        )
+        ratio = "{measured:.4f}, rho {rho:.4f}, difference {difference:+.4f}".format(**keep)
         rows.append(("keep ratio", ratio))
     used = f"{book['used_percent']:.1f} % of {book['size']}, by {book['codes']} codes"
     perplexity = f"{book['perplexity']:.1f} ({book['perplexity_percent']:.1f} % of K)"
@@ -149,9 +151,7 @@ def text(values: dict[str, Any]) -> str:
     ]
     head = f"{values['tokenizer']} ({values['weights']}). {values['set']}."
     if values["weights"] == tokenizers.RANDOM:
-        head += (
-            " **Random weights**: counts and bits are the model's own, codebook use means nothing."
-        )
+        head += " **Random weights**: codebook use means nothing."
     return head + "\n\n" + report.table(("measure", "value"), rows)
 
 
@@ -165,30 +165,13 @@ def plot(values: dict[str, Any], path: Path) -> None:
     plots.save(figure, path)
 
 
-def contact_sheet(
-    pixels: Tensor, codes: VisualCodes, extremes: dict[str, list[int]], side: int, out: Path
-) -> None:
-    """The images with the fewest and the most codes, each above its kept patches."""
-    assert codes.keep is not None
-    rows, labels = [], []
-    for name, indices in extremes.items():
-        shown = [plots.pil(pixels[i], max(64, pixels.shape[-1])) for i in indices]
-        kept = [
-            kept_overlay(image, codes.keep[i], (side, side))
-            for image, i in zip(shown, indices, strict=True)
-        ]
-        rows += [shown, kept]
-        labels += [[f"{name}: {int(codes.lengths[i])}" for i in indices], [""] * len(indices)]
-    sheet(rows, labels=labels).save(out / "tokens_per_image_extremes.png")
-
-
 def arguments() -> ArgumentParser:
     return cli.parser(
         __doc__,
         **tokenizers.OPTIONS,
         rho=(1 / 3, "the keep ratio that training aimed at"),
         jpeg_quality=(90, "of the JPEG files whose size is compared"),
-        extremes=(12, "images per line of the contact sheet"),
+        extremes=(12, "images with the fewest, and with the most codes, that are shown"),
     )
 
 

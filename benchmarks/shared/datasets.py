@@ -1,10 +1,9 @@
 """Images of a data set under the protocol's crop.
 
-    data set -datasets-> records, evenly spaced -> shorter side to S, bicubic, center crop -> uint8
-    [n 3 S S]
+    data set -> records, evenly spaced -> shorter side to S, bicubic, center crop -> uint8 [n 3 S S]
 
 The reference of every measurement is these same crops, never the raw files: other crops are the
-first reason why two people's numbers for one model differ.
+first reason why numbers for one model differ.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from lavit_tok.data.image_sources import example_key, load_splits, read_image, u
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one split, cropped to the protocol's square, and what the data set has beside
-    them."""
+    """Images of one split, cropped to the protocol's square, with their columns."""
 
     pixels: Tensor
     """uint8 [n 3 S S]."""
@@ -55,14 +53,14 @@ class ImageSet:
     def describe(self) -> str:
         """One line for a report."""
         form = "center crop" if self.cropped else "resized to"
-        text = f"{len(self)} images, evenly spaced over the {self.total} of split {self.split!r}"
-        text += f", {form} {self.size}x{self.size}"
+        text = f"{len(self)} images, evenly spaced over the {self.total} of split {self.split!r}, "
+        text += f"{form} {self.size}x{self.size}"
         return text + (f"; {len(self.rejects)} bad records skipped" if self.rejects else "")
 
     def record(self) -> dict[str, Any]:
         """For a result file: which images, how many, and every unusable record by name."""
-        bad = {"bad_records": len(self.rejects), "rejects": self.rejects}
-        return {"set": self.describe(), "images": len(self), **bad}
+        counts = {"images": len(self), "bad_records": len(self.rejects)}
+        return {"set": self.describe(), **counts, "rejects": self.rejects}
 
     def groups(self, indices: list[int]) -> dict[str, list[int]]:
         """Source -> positions in `indices` of its images, for a mixed set."""
@@ -85,8 +83,7 @@ def load_images(
         data: image folder, parquet, webdataset or arrow path, or Hub name.
         size: S, the side of the crop in pixels.
         split: test, else validation, else the first by default.
-        limit: at most this many records, evenly spaced, so that no part of a sorted set is left
-            out.
+        limit: at most this many records, evenly spaced over a set that may be sorted.
         crop: False resizes the whole image to a square, as published LaVIT does.
 
     Raises:
@@ -110,11 +107,9 @@ def load_images(
 
     indices = evenly_spaced(limit or len(records), len(records))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter lock
-        read_all = list(progress(pool.map(read, indices), "images"))
-    good = [
-        (pixels, note["key"], record) for pixels, note, record in read_all if pixels is not None
-    ]
-    rejects = [note for pixels, note, _ in read_all if pixels is None]
+        results = list(progress(pool.map(read, indices), "images"))
+    good = [(pixels, note["key"], record) for pixels, note, record in results if pixels is not None]
+    rejects = [note for pixels, note, _ in results if pixels is None]
     if not good:
         raise ValueError(f"{data}: no usable image in split {name!r} ({len(rejects)} bad records)")
     sources = [record["source"] for _, _, record in good if record.get("source") is not None]

@@ -130,15 +130,18 @@ def encoder_space(tokenizer: VisualTokenizer) -> Space:
 
 def inception_space(weights: Any, antialias: bool, device: str) -> Space:
     """torchmetrics' Inception-v3 2048-d with torch-fidelity's weights."""
-    network = FrechetInceptionDistance(
-        2048, feature_extractor_weights_path=weights, antialias=antialias
-    ).inception.to(device)
+    options = {"feature_extractor_weights_path": weights, "antialias": antialias}
+    network = FrechetInceptionDistance(2048, **options).inception.to(device)
+    return torch.no_grad()(lambda images: network(images.to(device)).cpu())
 
-    @torch.no_grad()
-    def features(images: Tensor) -> Tensor:
-        return network(images.to(device)).cpu()
 
-    return features
+def feature_spaces(
+    tokenizer: VisualTokenizer, inception: Any, device: str
+) -> dict[bool | None, Space]:
+    """The tokenizer's space as None, and Inception's by antialias if its weights are given."""
+    found: dict[bool | None, Space] = {None: encoder_space(tokenizer)}
+    antialias = (True, False) if inception else ()
+    return found | {x: inception_space(inception, x, device) for x in antialias}
 
 
 class _Precomputed(nn.Module):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
+from lavit_tok.encode.image_processor import open_image
 from lavit_tok.visualize import sheet
 
 
@@ -40,12 +40,9 @@ def bars(path: Path, values: dict[str, float], xlabel: str) -> None:
 
 
 def curves(path: Path, panels: dict[str, dict[str, Any]], xlabel: str) -> None:
-    """Curves with error bars: panel -> name -> [(x, {"mean", "std"}), ...]; single points are
-    stars."""
-    size = (4.2 * len(panels), 3.6)
-    figure, grid = pyplot().subplots(
-        1, len(panels), figsize=size, layout="constrained", squeeze=False
-    )
+    """Curves with error bars: panel -> name -> [(x, {"mean", "std"}), ...]."""
+    options = {"figsize": (4.2 * len(panels), 3.6), "layout": "constrained", "squeeze": False}
+    figure, grid = pyplot().subplots(1, len(panels), **options)
     for axis, (ylabel, lines) in zip(grid[0], panels.items(), strict=True):
         for name, points in lines.items():
             y, error = ([value[key] for _, value in points] for key in ("mean", "std"))
@@ -56,18 +53,17 @@ def curves(path: Path, panels: dict[str, dict[str, Any]], xlabel: str) -> None:
     save(figure, path)
 
 
-def pil(pixels: Tensor, side: int | None = None) -> Image.Image:
-    """uint8 [3 h w] as an image, enlarged to `side` pixels if that is given."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    return image if side is None else image.resize((side, side), Image.Resampling.NEAREST)
-
-
 def pairs(
-    path: Path, left: Tensor, right: Tensor, titles: tuple[str, str], labels: Sequence[str] = ()
+    path: Path,
+    left: Iterable[Any],
+    right: Iterable[Any],
+    titles: tuple[str, str],
+    labels: Sequence[str] = (),
 ) -> None:
     """Images side by side, four pairs per line, with a label under each pair."""
-    side = max(96, left.shape[-1])
-    flat = [pil(x, side) for pair in zip(left, right, strict=True) for x in pair]
+    flat = [open_image(x) for pair in zip(left, right, strict=True) for x in pair]
+    side = max(96, flat[0].width)
+    flat = [image.resize((side, side), Image.Resampling.NEAREST) for image in flat]
     texts = [text for label in labels for text in (label, "")]
     starts = range(0, len(flat), 8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,12 +60,17 @@ class Protocol:
         Args:
             antialias: of Inception's resizing; None for another space.
         """
-        name = f"Frechet distance in {space} (not FID)"
-        if antialias is not None:
-            version = importlib.metadata.version("torchmetrics")
-            name = f"rFID, torchmetrics {version} Inception-v3 2048-d, antialias={antialias}"
         departures = "; ".join(self.departures())
+        name = distance_name(antialias, "rFID", space)
         return name + (f" [{departures}]" if departures else "")
+
+
+def distance_name(antialias: bool | None, kind: str, space: str) -> str:
+    """The name of a distance, of `kind` only in Inception's space."""
+    if antialias is None:
+        return f"Frechet distance in {space} (not FID)"
+    version = importlib.metadata.version("torchmetrics")
+    return f"{kind}, torchmetrics {version} Inception-v3 2048-d, antialias={antialias}"
 
 
 def refuse_few(images: int, force: bool) -> None:

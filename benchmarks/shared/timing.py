@@ -85,17 +85,15 @@ def compare(
     times = in_turns({e.name: e.call for e in entries}, repeats, seconds, warm)
     records = []
     for entry in entries:
-        median = times[entry.name].median
-        record = {"name": entry.name, "batch": entry.batch, **entry.info, "seconds": median}
-        record |= {
-            "images_per_second": entry.batch / median,
-            "repeats": len(times[entry.name].raw_times),
-        }
+        time = times[entry.name]
+        record = {"name": entry.name, "batch": entry.batch, **entry.info, "seconds": time.median}
+        record["images_per_second"] = entry.batch / time.median
+        record["repeats"] = len(time.raw_times)
         if entry.name in counts:
             record["gflops_per_image"] = counts[entry.name] / 1e9
         if entry.baseline is not None:
-            record |= {"baseline": entry.baseline}
-            record["time_ratio"] = ratio(times[entry.name], times[entry.baseline])
+            record["baseline"] = entry.baseline
+            record["time_ratio"] = ratio(time, times[entry.baseline])
             if entry.name in counts and entry.baseline in counts:
                 record["flop_ratio"] = counts[entry.name] / counts[entry.baseline]
                 record["overhead"] = record["time_ratio"] / record["flop_ratio"]
