@@ -9,8 +9,6 @@ official. Document frequencies of CIDEr-D (arXiv:1411.5726) are those of the tru
 scored against. Writes captioning.md, .json and .results.json. A stopped run continues where it was.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -7,8 +7,6 @@ without antialiasing (as the usual implementations resize), trained weights. Eve
 listed with its own label and the reasons. Writes compare.md, .json and .png.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -41,10 +39,8 @@ def read_results(paths: list[Path]) -> list[dict[str, Any]]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             expected = "a result of reconstruction.py"
             raise ValueError(f"{path}: expected {expected}: {error!r}") from error
-        name = (
-            f"{values.get('tokenizer', 'lavit-tok')} ({values.get('weights', 'unnamed weights')})"
-        )
-        record = {"tokenizer": name, "codes": codes, "source": source}
+        tokenizer, weights = values.get("tokenizer", "lavit-tok"), values.get("weights", "unnamed")
+        record = {"tokenizer": f"{tokenizer} ({weights})", "codes": codes, "source": source}
         known = pixels.get("against_published", ["its protocol was not recorded"])
         for distance in pixels.get("distances", ()):
             reasons = ["no rFID"] * (distance["kind"] != "rFID")

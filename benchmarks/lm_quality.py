@@ -10,8 +10,6 @@ codes, and for distances as many other true images. Writes lm_quality.md, .json,
 generated images as lm_quality.png. A stopped run continues where it was.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -121,15 +119,14 @@ class Judge:
         parts = images.split(64)
         return {name: torch.cat([s(part) for part in parts]) for name, s in self.spaces.items()}
 
-    def nearness(self, images: Tensor, chosen: Tensor | None = None) -> dict[str, float]:
-        """Of all images, or of those in the mask `chosen`, each among the first AMONG captions."""
+    def nearness(self, images: Tensor) -> dict[str, float]:
+        """Is the own caption the nearest of the first AMONG, and how near is it?"""
         if self.teacher is None:
             return {}
         vectors, text = self.teacher.describe(images), self.text
-        mask = torch.ones(len(text), dtype=torch.bool) if chosen is None else chosen
-        hits = top(ranks(vectors[:AMONG], text[:AMONG])[mask[:AMONG]])
+        hits = top(ranks(vectors[:AMONG], text[:AMONG]))
         numbers = {f"own caption among {min(AMONG, len(text))}, {k}": v for k, v in hits.items()}
-        cosine = float((vectors * text).sum(1)[mask].mean())
+        cosine = float((vectors * text).sum(1).mean())
         return numbers | {"100 x cosine with the own caption": 100 * cosine}
 
     def distances(self, images: Tensor) -> dict[str, float]:
@@ -144,7 +141,6 @@ def measure_images(
     lm: MultimodalLM,
     data: datasets.ImageSet,
     indices: list[int],
-    unseen: Tensor,
     stages: Stages,
     args: Namespace,
 ) -> tuple[dict[str, Any], Tensor]:
@@ -153,10 +149,10 @@ def measure_images(
     pixels, count = data.pixels[indices], len(indices)
     if args.inception:
         protocol.refuse_few(count, args.force)
-    judge, generator = Judge(args, lm, pixels, captions), ImageGenerator(lm, args, data.size)
+    judge, generator = Judge(args, lm, pixels, captions), ImageGenerator(lm, args, pixels.shape[-1])
     coded = lm.objective.image_output.kind == "codes"
     codes: Any = lm.visual_tokenizer.encode(pixels).to("cpu") if coded else None
-    runs: dict[str, list[Any]] = {"generated": [], "generated_unseen": [], "from_own_codes": []}
+    runs: dict[str, list[Any]] = {"generated": [], "from_own_codes": []}
     first: Any = None
 
     def generate(seed: int, batch: list[int]) -> dict[str, Tensor]:
@@ -173,8 +169,6 @@ def measure_images(
         made = images_of(generate, seed)
         images, lengths = made["images"], made["codes"].double()
         runs["generated"].append(judge(images) | {"codes per image": float(lengths.mean())})
-        if bool(unseen.any()):
-            runs["generated_unseen"].append(judge.nearness(images, unseen))
         first = images if first is None else first
         if coded:
             runs["from_own_codes"].append(judge(images_of(from_own_codes, seed)["images"]))
@@ -280,12 +274,10 @@ def load(
 def main(args: Namespace) -> dict[str, Any]:
     lm, data, about = load(args, args.decoder if "images" in args.parts else None)
     known = datasets.training_captions(args.data)
-    indices, unseen = [], torch.zeros(0, dtype=torch.bool)
+    indices = []
     if args.parts != ["bits"]:
         exclude = known if args.unseen else frozenset()
         indices = choose(data.captions, args.captions, args.seed, exclude)
-        normalized = [datasets.normalized(data.captions[i]) for i in indices]
-        unseen = torch.tensor([caption not in known for caption in normalized])
     decoder = lm.decoder if "images" in args.parts else None
     stages = Stages(args, args.name, lm.model, lm.visual_tokenizer, decoder, data.pixels)
     sampling = ("guidance", "top_k", "top_p", "temperature", "steps", "decoder_guidance")
@@ -293,12 +285,12 @@ def main(args: Namespace) -> dict[str, Any]:
         **about,
         "sampling": {name: getattr(args, name) for name in sampling},
         "seed": args.seed,
-        "seen_in_training": len(indices) - int(unseen.sum()),
+        "seen_in_training": sum(datasets.normalized(data.captions[i]) in known for i in indices),
     }
     if "bits" in args.parts:
         values["bits"] = measure_bits(lm, data, stages, args)
     if "images" in args.parts:
-        values["images"], first = measure_images(lm, data, indices, unseen, stages, args)
+        values["images"], first = measure_images(lm, data, indices, stages, args)
         shown, path = indices[:SHOWN], args.out / f"{args.name}.png"
         labels = [data.captions[i] for i in shown]
         plots.pairs(path, data.pixels[shown], first[:SHOWN], ("true", "generated"), labels)
@@ -315,9 +307,9 @@ def text(v: dict[str, Any], args: Namespace) -> str:
     body += f"them are in the train split, too. Aims: {json.dumps(AIMS)}."
     if "images" in v:
         found = v["images"]
-        columns = [found[k] for k in ("generated", "generated_unseen", "from_own_codes", "true")]
+        columns = [found[k] for k in ("generated", "from_own_codes", "true")]
         rows = [(name, *(column.get(name) for column in columns)) for name in columns[0]]
-        labels = "generated", "of captions not in train", "from the true codes", "true images"
+        labels = "generated", "from the true codes", "true images"
         body += f"\n\n## Images of {found['captions']} captions\n\nMean ± std over {args.seeds} "
         body += "seeds; a distance of true images is that of as many others of the set.\n\n"
         body += report.table(("measure", *labels), rows)

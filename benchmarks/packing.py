@@ -10,15 +10,12 @@ model gets ids, positions and labels from memory, once with positions that keep 
 ours does, and once plain causal. Timed in turns. Writes packing.md and .json.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import contextlib
 import copy
 import itertools
 import statistics
@@ -62,8 +59,7 @@ def fill(layout: ExampleLayout, block: int, window: int) -> dict[str, Any]:
 
 
 def first_batches(layout: ExampleLayout, args: Namespace) -> list[list[list[TokenSequence]]]:
-    """Sequences of the first batches of training: for each batch its blocks, for each block its
-    sequences."""
+    """Sequences of each block of the first batches of training."""
     order = iter(BlockSampler(layout, args.block, args.batch_size, args.window))
     blocks = BlockDataset(layout, args.block)
     return [[blocks[next(order)] for _ in range(args.batch_size)] for _ in range(args.batches)]
@@ -113,7 +109,7 @@ def speed(module: Any, groups: list[list[list[TokenSequence]]], args: Namespace)
             model.zero_grad(set_to_none=True)
 
     calls = {name: partial(forward_backward, batches) for name, batches in forms.items()}
-    times = timing.in_turns(calls, args.repeats, args.seconds)
+    times = timing.in_turns(calls, args.repeats)
     found = {}
     for name, batches in forms.items():
         positions = sum(batch.ids.numel() for batch in batches)
@@ -202,9 +198,7 @@ def lm_config(name: str) -> dict[str, Any]:
 
 def autocast(device: str, dtype: str) -> Any:
     """What Lightning's "bf16-mixed" does, for models beside it; nothing for float32."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bf16")
 
 
 def main(args: Namespace) -> dict[str, Any]:
@@ -237,8 +231,7 @@ def main(args: Namespace) -> dict[str, Any]:
 def text(v: dict[str, Any]) -> str:
     f, s, o = v["fill"], v["speed"], v["overhead"]
     body = f"{v['records']}. Model {v['model']}: {v['parameters'] / 1e6:.1f} M weights; "
-    body += f"{v['dtype']}; {v['batch_size']} blocks of {f['block']} positions "
-    body += "per batch.\n\n"
+    body += f"{v['dtype']}; {v['batch_size']} blocks per batch.\n\n"
     speedup = s["forms"]["padded"]["packed_is_faster_by"]
     rows = [
         ("fill of one epoch's blocks", f["fill"], f"at least {AIMS['fill']}"),
@@ -247,10 +240,7 @@ def text(v: dict[str, Any]) -> str:
         ("the same, bare model plain causal", o["speed_over_plain_causal"], None),
     ]
     body += report.table(("measure", "value", "aim"), rows)
-    length = f["sequence_length"]
-    body += f"\n\n{f['sequences']} sequences of {length['mean']:.1f} positions on average, "
-    body += f"{length['max']} at most, in {f['blocks']} blocks, planned {f['window']} at a time; "
-    body += f"{f['too_long']} too long for a block.\n\n"
+    body += "\n\n" + report.table(("blocks of one epoch", "value"), report.flat(f)) + "\n\n"
     names = list(s["forms"]["packed"])
     body += report.table(("form", *names), [(n, *form.values()) for n, form in s["forms"].items()])
     body += f"\n\nForward and backward over the same {s['sequences']} sequences; medians of "
@@ -276,7 +266,6 @@ def arguments() -> ArgumentParser:
         window=(4096, "sequences planned together"),
         batches=(4, "packed batches that are timed"),
         repeats=(5, "turns of packed and padded"),
-        seconds=(0.0, "turns for at least this long"),
         steps=(10, "steps of Lightning, and of the bare model"),
         warm=(2, "steps before them that do not count"),
         num_workers=(0, "loading processes"),

@@ -5,12 +5,9 @@
     curve     both at several budgets, beside other selections of as many patches
 
 Features and curve are of our tokenizer alone, pixels of any that decodes (shared/tokenizers.py).
-The name of each Frechet distance names its space and how it departs from the protocol. Writes
-reconstruction.md, .json, pairs of images reconstruction.png, and reconstruction_curve.png. A run
-that was stopped continues where it was.
+Writes reconstruction.md, .json, pairs of images reconstruction.png, and reconstruction_curve.png. A
+stopped run continues where it was.
 """
-
-from __future__ import annotations
 
 import sys
 from pathlib import Path
@@ -29,6 +26,7 @@ from torch import Tensor
 from benchmarks.shared import cli, datasets, metrics, plots, protocol, report, tokenizers
 from benchmarks.shared.cache import Stages, concatenated, generator_for
 from lavit_tok import VisualCodes, VisualTokenizer
+from lavit_tok.data.image_sources import load_splits
 from lavit_tok.encode.allocation import keep_by_budget, ordered_noise
 from lavit_tok.encode.selector import keep_scores
 
@@ -102,9 +100,11 @@ class Run:
         return [OWN, *(Point(s, b) for s in self.args.selections for b in budgets if self.own)]
 
     def use_mean_feature(self) -> str:
-        """Compute the data set's mean feature; returns the images that it is of."""
-        args = self.args
-        images = datasets.reference_images(args.data, self.size, args.mean_images, self.images)
+        """Compute the mean feature of the train split, if there is one; returns its images."""
+        args, images = self.args, self.images
+        if "train" in load_splits(args.data):
+            size, limit = self.size, args.mean_images
+            images = datasets.load_images(args.data, size, "train", limit, images.cropped)
         batches = images.pixels.split(args.batch_size)
         self.mean = self.stages("mean", partial(metrics.feature_mean, self.own, batches))
         return images.describe()
@@ -177,9 +177,8 @@ class Run:
             size = self.tokenizer.codebook_size
             codes = VisualCodes(found["values"], found["lengths"], codebook_size=size)
             scores = self.decode(point, codes, seed)
-            hits = metrics.retrieved(scores["thumbnail"], self.thumbnails)
             means |= {name: scores[name] for name in ("psnr", "ssim", "lpips") if name in scores}
-            means["retrieval"] = hits
+            means["retrieval"] = metrics.retrieved(scores["thumbnail"], self.thumbnails)
         numbers = {name: float(value.double().mean()) for name, value in means.items()}
         for name in self.spaces if self.decodes else ():
             numbers[name] = metrics.frechet(self.real[name], scores[name])
@@ -196,9 +195,11 @@ def main(args: Namespace) -> dict[str, Any]:
         values["mean_feature_over"] = run.use_mean_feature()
     everything = run.codes(OWN, 0, range(len(run.images)))
     values["codes_per_image"] = float(everything["lengths"].double().mean())
-    cosines = {n: v for n, v in everything.items() if n.startswith(COSINES)}
-    stats = {n: (float(v.mean()), float(v.std(correction=0))) for n, v in cosines.items()}
-    values["features"] = {n: {"mean": mean, "std": std} for n, (mean, std) in stats.items()}
+    values["features"] = {
+        name: {"mean": float(v.mean()), "std": float(v.std(correction=0))}
+        for name, v in everything.items()
+        if name.startswith(COSINES)
+    }
     if run.decodes:
         run.prepare_pixels()
     curve = []
@@ -222,11 +223,11 @@ def main(args: Namespace) -> dict[str, Any]:
 
 def pixel_values(run: Run, own: dict[str, Any]) -> dict[str, Any]:
     """What compare.py reads: distances at the selector's own decision, and how they were made."""
+    kinds = {None: "Frechet", True: "rFID", False: "rFID"}
     distances = [
-        {"name": name, "kind": "Frechet" if x is None else "rFID", "antialias": x}
+        {"name": name, "kind": kinds[x], "antialias": x, "value": own[name]}
         for name, x in run.antialias.items()
     ]
-    distances = [{**distance, "value": own[distance["name"]]} for distance in distances]
     options = {"steps": run.args.steps, "guidance": run.args.guidance} if run.own else {}
     return {
         "images": len(run.decoded),
@@ -245,11 +246,8 @@ def text(values: dict[str, Any]) -> str:
     body += f"{values['codes_per_image']:.1f} codes per image on average."
     body += report.rejected(values["rejects"])
     if values["features"]:
-        found = values["features"] | {"centered_floor_set_mean": 0.0}
-        lines = {"reconstruct(encode(x))": "", "floor: each image's own mean": "_floor_image_mean"}
-        lines |= {"floor: the data set's mean": "_floor_set_mean"}
-        rows = [(label, *(found[n + end] for n in COSINES)) for label, end in lines.items()]
-        body += "\n\n## Features\n\n" + report.table(("cosine with the features", *COSINES), rows)
+        rows = [(name.replace("_", " "), value) for name, value in values["features"].items()]
+        body += "\n\n## Features\n\n" + report.table(("cosine with the features", "value"), rows)
         body += "\n\nMean over patches, then mean ± std over images. Mean feature over: "
         body += f"{values['mean_feature_over']}."
     names = [name for name in curve["points"][0] if name not in Point._fields]

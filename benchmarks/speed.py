@@ -7,10 +7,8 @@
 
 Calls are timed in turns; ratios are medians of the pairs' ratios; FLOPs are of one image. Other
 sizes than `shipped` have random weights: speed depends on the ratio of patches kept, which is
-fixed. Writes speed_CASE.md, .json and .png. A stopped run continues where it was.
+fixed. Writes speed_CASE.md and .json. A stopped run continues where it was.
 """
-
-from __future__ import annotations
 
 import sys
 from pathlib import Path
@@ -31,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.shared import cli, plots, report, timing, tokenizers
+from benchmarks.shared import cli, report, timing, tokenizers
 from benchmarks.shared.cache import Stages, progress
 from benchmarks.shared.timing import Entry
 from benchmarks.shared.tokenizers import RANDOM, count_weights
@@ -39,8 +37,8 @@ from lavit_tok import TokenizerConfig, VisualCodes, VisualTokenizer
 from lavit_tok.encode.allocation import keep_by_budget
 from lavit_tok.encode.selector import keep_scores
 
-BATCHES = {"shipped": [1, 32], "small": [1, 32], "base": [8], "lavit": [1, 4, 16]}
-TRAIN_BATCH = {"shipped": 64, "small": 64, "base": 8, "lavit": 2}
+BATCHES = {"shipped": [1, 32], "base": [8], "lavit": [1, 4, 16]}
+TRAIN_BATCH = {"shipped": 64, "base": 8, "lavit": 2}
 STRETCHES = ("sampled", "quantized")
 Records = list[dict[str, Any]]
 
@@ -54,8 +52,7 @@ def base_config() -> TokenizerConfig:
     return TokenizerConfig(encoder=encoder, num_heads=12, **sizes)
 
 
-SIZES: dict[str, Callable[[], TokenizerConfig]]
-SIZES = {"small": TokenizerConfig, "base": base_config, "lavit": TokenizerConfig.lavit}
+SIZES = {"base": base_config, "lavit": TokenizerConfig.lavit}
 
 
 def build(size: str, args: Namespace, dtype: str = "float32") -> VisualTokenizer:
@@ -67,17 +64,13 @@ def build(size: str, args: Namespace, dtype: str = "float32") -> VisualTokenizer
     return VisualTokenizer(SIZES[size]()).to(args.device, kind)
 
 
-def entry(
-    name: str,
-    make: Callable[[int], Callable[[], Any]],
-    batch: int,
-    weights: str,
-    parameters: int,
-    count: float | None,
-    codebook_size: int,
-    **more: Any,
-) -> Entry:
-    """The entry of make(batch), with the FLOPs of make(1) and `count` codes per image."""
+def entry(name: str, make: Callable[[int], Any], batch: int, *about: Any, **more: Any) -> Entry:
+    """The entry of make(batch) with the FLOPs of make(1).
+
+    Args:
+        about: weights, number of weights, codes per image, codebook size.
+    """
+    weights, parameters, count, codebook_size = about
     info = {"weights": weights, "codes_per_image": count, "million_weights": parameters / 1e6}
     info |= {"bits_per_image": None if count is None else count * math.log2(codebook_size)}
     return Entry(name, make(batch), batch, make(1), info=info, **more)
@@ -129,19 +122,7 @@ def encode(args: Namespace, size: str, dtype: str, batch: int, others: list[str]
         count = other.encode(images).lengths.double().mean()
         about = (other.weights, other.parameters["encode"], float(count))
         entries.append(entry(other.name, make, batch, *about, other.codebook_size))
-    return timing.compare(entries, args.repeats, args.seconds, args.warm)
-
-
-def encode_all(args: Namespace, stages: Stages) -> Records:
-    """Other tokenizers only at the smallest batch, in float32."""
-    records: Records = []
-    for dtype, size in itertools.product(args.dtypes, args.sizes):
-        batches = args.batch_sizes or BATCHES[size]
-        for batch in progress(batches, f"encode {size}"):
-            beside = args.beside if batch == min(batches) and dtype == "float32" else []
-            compute = partial(encode, args, size, dtype, batch, beside)
-            records += stages(f"encode {size} {dtype} {batch}", compute)
-    return records
+    return timing.compare(entries, args.repeats, args.warm)
 
 
 # Decode
@@ -169,8 +150,8 @@ def bare_unet(decoder: Any, codes: VisualCodes, steps: int, guided: bool) -> Cal
     return loop
 
 
-def decode(args: Namespace, steps: int, guidance: float) -> Records:
-    """The bare U-Net loop and the pipeline, at one number of steps and one guidance scale."""
+def decode(args: Namespace, steps: int, guidance: float, others: list[str]) -> Records:
+    """The bare U-Net loop, the pipeline, and the other tokenizers' decoders of full grids."""
     ours: Any = tokenizers.load(args.tokenizer, args.device, 0, args.decoder, steps, guidance)
     decoder, batch, size = ours.decoder, args.decode_batch_size, ours.codebook_size
     for module in (decoder.conditioner, decoder.unet, decoder.vae):
@@ -185,36 +166,14 @@ def decode(args: Namespace, steps: int, guidance: float) -> Records:
         entry(bare, loop, batch, args.decoder, count_weights(decoder.unet), None, 1),
         entry(f"lavit-tok, {label}", call, batch, *about, baseline=bare),
     ]
-    return timing.compare(entries, args.repeats, args.seconds, args.warm)
-
-
-@torch.no_grad()
-def decode_others(args: Namespace) -> Records:
-    """The other tokenizers' decoders at the same resolution: a full grid of codes, decoded once."""
-    decoder: Any = tokenizers.load(args.tokenizer, "cpu", 0, args.decoder)
-    size, batch = decoder.decoder.unet.config.sample_size, args.decode_batch_size
-    size, entries = size * decoder.decoder.vae_scale_factor, []
-    for name in args.beside:
-        other = tokenizers.load(name, args.device, size)
-        if not other.decodes:
-            continue
-        codes = random_codes(batch, other.max_codes, other.codebook_size)
-
-        def make(n: int, other: Any = other, codes: VisualCodes = codes) -> Callable[[], Any]:
-            return partial(other.decode, codes.take(range(n)), noise(n))
-
-        about = (other.weights, other.parameters["decode"], other.max_codes, other.codebook_size)
-        entries.append(entry(other.name, make, batch, *about))
-    return timing.compare(entries, args.repeats, args.seconds, args.warm) if entries else []
-
-
-def decode_all(args: Namespace, stages: Stages) -> Records:
-    """All numbers of steps and guidance scales, then the other decoders."""
-    records: Records = []
-    for steps, guidance in itertools.product(args.denoising, args.guidance):
-        compute = partial(decode, args, steps, guidance)
-        records += stages(f"decode {steps} {guidance}", compute)
-    return records + stages("decode others", partial(decode_others, args))
+    side = decoder.unet.config.sample_size * decoder.vae_scale_factor
+    for other in (tokenizers.load(name, args.device, side) for name in others):
+        if other.decodes:
+            grid = random_codes(batch, other.max_codes, other.codebook_size)
+            make = lambda n, o=other, g=grid: partial(o.decode, g.take(range(n)), noise(n))  # noqa: E731
+            about = (other.weights, other.parameters["decode"], other.max_codes)
+            entries.append(entry(other.name, make, batch, *about, other.codebook_size))
+    return timing.compare(entries, args.repeats, args.warm)
 
 
 # Train
@@ -277,7 +236,7 @@ def random_batches(size: int, batch: int, count: int) -> list[dict[str, Tensor]]
     return [{"images": part} for part in images.to(torch.uint8).split(batch)]
 
 
-def train(args: Namespace, size: str, stretch: str) -> dict[str, Any]:
+def train(args: Namespace, size: str, stretch: str) -> Records:
     """Lightning's steps in one stretch of training, and the bare modules' steps between them."""
     from torch.utils.data import DataLoader
 
@@ -302,7 +261,7 @@ def train(args: Namespace, size: str, stretch: str) -> dict[str, Any]:
     fit(module, DataLoader(batches, batch_size=None), len(batches), args.device, timed)
     times, count = timed.measurements(args.warm), statistics.fmean(kept) * config.num_patches
     trained = [p for n, p in module.tokenizer.named_parameters() if not n.startswith("encoder.")]
-    return {
+    record = {
         "name": f"{size}, {stretch}: lavit-tok",
         "batch": batch,
         "codes_per_image": count,
@@ -315,12 +274,7 @@ def train(args: Namespace, size: str, stretch: str) -> dict[str, Any]:
         "time_ratio": timing.ratio(times[OURS], times["bare"]),
         "repeats": args.steps,
     }
-
-
-def train_all(args: Namespace, stages: Stages) -> Records:
-    """All sizes in both stretches."""
-    todo = list(itertools.product(args.sizes, STRETCHES))
-    return [stages(f"train {x}", partial(train, args, *x)) for x in progress(todo, "train")]
+    return [record]
 
 
 # Generate
@@ -349,7 +303,7 @@ def generate(args: Namespace, batch: int) -> Records:
         entries.append(Entry(name, partial(ours, scale), batch, baseline=baseline))
         plain = plain_generation(lm, prompts, scale, args)
         entries.append(Entry(f"{name}, transformers", plain, batch, baseline=name))
-    records = timing.compare(entries, args.repeats, args.seconds, warm=1)
+    records = timing.compare(entries, args.repeats, warm=1)
     return [r | {"codes_per_second": args.codes * r["images_per_second"]} for r in records]
 
 
@@ -378,17 +332,30 @@ def plain_generation(
     return call
 
 
-def generate_all(args: Namespace, stages: Stages) -> Records:
-    """All batch sizes."""
-    records: Records = []
-    for batch in progress(args.batch_sizes or [1, 8, 32], "generate"):
-        records += stages(f"generate {batch}", partial(generate, args, batch))
-    return records
-
-
 # The script
 
-CASES = {"encode": encode_all, "decode": decode_all, "train": train_all, "generate": generate_all}
+CASES = ["encode", "decode", "train", "generate"]
+
+
+def calls(case: str, args: Namespace) -> dict[str, Callable[[], Records]]:
+    """What a case measures: the stages' names and functions."""
+    found: list[tuple[Any, ...]] = []
+    if case == "encode":
+        for dtype, size in itertools.product(args.dtypes, args.sizes):
+            batches = args.batch_sizes or BATCHES[size]
+            for batch in batches:  # other tokenizers only at the smallest batch, in float32
+                beside = args.beside if batch == min(batches) and dtype == "float32" else []
+                found.append((encode, size, dtype, batch, beside))
+    elif case == "decode":
+        pairs = list(itertools.product(args.denoising, args.guidance))
+        found = [(decode, *pair, args.beside if pair == pairs[-1] else []) for pair in pairs]
+    elif case == "train":
+        found = [(train, *pair) for pair in itertools.product(args.sizes, STRETCHES)]
+    else:
+        found = [(generate, batch) for batch in args.batch_sizes or [1, 8, 32]]
+    return {f"{case} {options}": partial(call, args, *options) for call, *options in found}
+
+
 NOTES = {
     "encode": "Overhead: time ratio / FLOP ratio, aim at most 1.15; selector, merger and codebook "
     "are work that the bare encoder does not have. Other tokenizers have random weights.",
@@ -406,13 +373,10 @@ def main(args: Namespace) -> dict[str, Any]:
     for case in args.cases:
         name = f"speed_{case}"
         stages = Stages(args, name)
-        records = CASES[case](args, stages)
-        bars = {f"{r['name']}, batch {r['batch']}": r["images_per_second"] for r in records}
-        plots.bars(args.out / f"{name}.png", bars, "images/s")
-        rounds = min(record["repeats"] for record in records)
-        body = f"{timing.table(records)}\n\n{NOTES[case]} Medians of at least {rounds} rounds.\n\n"
+        todo = progress(calls(case, args).items(), case)
+        records = [record for stage, compute in todo for record in stages(stage, compute)]
+        body = f"{timing.table(records)}\n\n{NOTES[case]} Medians of all rounds."
         results[case] = {"records": records}
-        body += f"![images/s]({name}.png)"
         report.write(name, args, f"Speed: {case}", body, results[case])
         stages.done()
     return results
@@ -422,9 +386,9 @@ def arguments() -> ArgumentParser:
     return cli.parser(
         __doc__,
         data=False,
-        cases=(["encode"], "what is measured", list(CASES)),
+        cases=(["encode"], "what is measured", CASES),
         tokenizer=("default", "of `shipped`: 'default', a directory or a Hub id"),
-        sizes=(["shipped"], "of encode and train; small: the shipped sizes", ["shipped", *SIZES]),
+        sizes=(["shipped"], "of encode and train", ["shipped", *SIZES]),
         dtypes=(["float32"], "of encode", ["float32", "bfloat16"]),
         batch_sizes=([int], f"of encode ({BATCHES} by default) and generate (1, 8 and 32)"),
         keep=(1 / 3, "ratio of the patches kept, spent across the batch"),
@@ -441,7 +405,6 @@ def arguments() -> ArgumentParser:
         top_k=(50, "of sampling"),
         repeats=(5, "rounds"),
         warm=(2, "rounds, or training steps, before those that count"),
-        seconds=(0.0, "repeat at least this long, 100 rounds at most"),
     )
 
 

@@ -5,8 +5,6 @@ tokens_per_image.md, .json, a histogram .png, and ..._extremes.png: the images w
 with the most codes. A stopped run continues where it was.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -30,6 +28,13 @@ from lavit_tok.training.codebook import usage
 from lavit_tok.visualize import kept_overlay
 
 PERCENTILES = (5, 25, 50, 75, 95)
+MEASURED = (
+    "codes_per_image",
+    "bits_per_image",
+    "keep_ratio",
+    "spearman_with_jpeg_size",
+    "codebook",
+)
 
 
 def main(args: Namespace) -> dict[str, Any]:
@@ -57,13 +62,12 @@ def main(args: Namespace) -> dict[str, Any]:
     count = min(args.extremes, max(1, len(codes) // 2))
     extremes = {"fewest": order[:count], "most": order[: -count - 1 : -1]}
     for name, indices in extremes.items():
-        lengths = [(images.keys[i], int(codes.lengths[i])) for i in indices]
-        values[name] = [{"key": key, "codes": length} for key, length in lengths]
+        values[name] = [{"key": images.keys[i], "codes": int(codes.lengths[i])} for i in indices]
     body = text(values)
     groups = images.groups(list(range(len(images))))
     if groups:
-        means = {name: codes.lengths[group].double().mean() for name, group in groups.items()}
-        rows = [(name, len(groups[name]), float(mean)) for name, mean in means.items()]
+        lengths = {name: codes.lengths[group].double() for name, group in groups.items()}
+        rows = [(name, len(own), float(own.mean())) for name, own in lengths.items()]
         values["by_source"] = {name: {"images": n, "mean": mean} for name, n, mean in rows}
         body += "\n\n" + report.table(("source", "images", "codes per image, mean"), rows)
     body += report.rejected(images.rejects) + "\n\n![histogram](tokens_per_image.png)"
@@ -130,29 +134,11 @@ def statistics(
 
 
 def text(values: dict[str, Any]) -> str:
-    counts, book, keep = values["codes_per_image"], values["codebook"], values["keep_ratio"]
-    order, bits = [k for k in counts if k not in ("mean", "std")], values["bits_per_image"]["mean"]
-    rows: list[tuple[str, Any]] = [
-        ("codes per image, mean ± std", f"{counts['mean']:.2f} ± {counts['std']:.2f}"),
-        (f"codes per image, {' / '.join(order)}", " / ".join(f"{counts[k]:g}" for k in order)),
-        ("bits per image, mean", f"{bits:.1f} (codes x log2 {book['size']})"),
-    ]
-    if keep["rho"] is not None:
-        ratio = "{measured:.4f}, rho {rho:.4f}, difference {difference:+.4f}".format(**keep)
-        rows.append(("keep ratio", ratio))
-    used = f"{book['used_percent']:.1f} % of {book['size']}, by {book['codes']} codes"
-    perplexity = f"{book['perplexity']:.1f} ({book['perplexity_percent']:.1f} % of K)"
-    quality, correlation = values["jpeg_quality"], values["spearman_with_jpeg_size"]
-    rows += [
-        (f"Spearman, code count with JPEG size (quality {quality})", correlation),
-        ("codebook entries in use", used),
-        ("codebook perplexity", perplexity),
-        ("unigram entropy, bits per code", book["unigram_entropy_bits"]),
-    ]
     head = f"{values['tokenizer']} ({values['weights']}). {values['set']}."
     if values["weights"] == tokenizers.RANDOM:
         head += " **Random weights**: codebook use means nothing."
-    return head + "\n\n" + report.table(("measure", "value"), rows)
+    measured = {k: v for k, v in values.items() if k in MEASURED}
+    return head + "\n\n" + report.table(("measure", "value"), report.flat(measured))
 
 
 def plot(values: dict[str, Any], path: Path) -> None:

@@ -1,2 +1,1 @@
-"""What the scripts share: command lines, data, tokenizers, metrics, timing, resumable stages,
-reports."""
+"""What the scripts share: command lines, data, tokenizers, metrics, timing, stages, reports."""

@@ -1,15 +1,11 @@
 """Resumable stages: a run that was stopped continues when the same command is given again.
 
-    out/.NAME-KEY/joblib/...    finished stages, by joblib.Memory, removed when the result is
-    written
+    out/.NAME-KEY/joblib/...    finished stages, by joblib.Memory, until the result is written
 
-KEY is a digest of what the numbers depend on: options, weights, images, code, package versions.
-Another tokenizer, other images or other code have another folder, so that runs never mix. A stage
-may depend on its name and these contents alone, not on the stages before it: a resumed run then
-gives exactly the numbers of an uninterrupted one.
+KEY is a digest of what the numbers depend on: options, weights, images, code, package versions. A
+stage may depend on its name and these contents alone, not on the stages before it: a resumed run
+then gives exactly the numbers of an uninterrupted one.
 """
-
-from __future__ import annotations
 
 import hashlib
 import shutil

@@ -1,7 +1,5 @@
 """Command lines of the benchmarks: shared arguments, a script's own options, errors as one line."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

@@ -6,8 +6,6 @@ The reference of every measurement is these same crops, never the raw files: oth
 first reason why numbers for one model differ.
 """
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,16 +43,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    @property
-    def size(self) -> int:
-        """S, the side of the crop in pixels."""
-        return int(self.pixels.shape[-1])
-
     def describe(self) -> str:
         """One line for a report."""
         form = "center crop" if self.cropped else "resized to"
         text = f"{len(self)} images, evenly spaced over the {self.total} of split {self.split!r}, "
-        text += f"{form} {self.size}x{self.size}"
+        text += f"{form} {self.pixels.shape[-1]}x{self.pixels.shape[-1]}"
         return text + (f"; {len(self.rejects)} bad records skipped" if self.rejects else "")
 
     def record(self) -> dict[str, Any]:
@@ -125,13 +118,6 @@ def load_images(
     )
 
 
-def reference_images(data: str, size: int, limit: int, fallback: ImageSet) -> ImageSet:
-    """Images for means over a data set: those of the train split, else the measured set itself."""
-    if "train" not in load_splits(data):
-        return fallback
-    return load_images(data, size, "train", limit, fallback.cropped)
-
-
 def training_captions(data: str) -> frozenset[str]:
     """All captions of the train split, normalized; none if there is no such split."""
     train = load_splits(data).get("train")
@@ -159,6 +145,7 @@ def evenly_spaced(count: int, total: int) -> list[int]:
 def _relative(key: str, data: str) -> str:
     """A key without this machine's folders."""
     path, folder = Path(key), Path(data).resolve()
-    if not path.is_absolute():
-        return key
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+    inside = path.is_relative_to(folder)
+    return (
+        path.relative_to(folder).as_posix() if inside else path.name if path.is_absolute() else key
+    )

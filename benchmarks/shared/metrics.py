@@ -1,7 +1,4 @@
-"""Metrics of reconstructions: feature cosines with their floors, PSNR, SSIM, LPIPS, retrieval,
-Frechet distances."""
-
-from __future__ import annotations
+"""Feature cosines with their floors, PSNR, SSIM, LPIPS, retrieval, Frechet distances."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -44,8 +41,7 @@ def cosines(features: Tensor, reconstructed: Tensor, mean: Tensor) -> dict[str, 
 
 
 def cosine_floors(features: Tensor, mean: Tensor) -> dict[str, Tensor]:
-    """What predictions without any code score: the set's mean feature, and each image's own: [b]
-    each.
+    """Cosines of predictions without codes, the mean feature of the set or of the image: [b] each.
 
     The centered cosine of the set's mean is 0 by definition (it is the zero vector then).
     """
@@ -58,8 +54,7 @@ def cosine_floors(features: Tensor, mean: Tensor) -> dict[str, Tensor]:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over patches of the cosine of [b n d] with anything that broadcasts to it: [b],
-    float64."""
+    """Mean over patches of the cosine of [b n d] with what broadcasts to it: float64 [b]."""
     return F.cosine_similarity(a.float(), b.float(), dim=-1).double().mean(1)
 
 
@@ -94,19 +89,16 @@ def psnr_ssim(decoded: Tensor, sources: Tensor) -> dict[str, Tensor]:
     positions where it fits into the image. torchmetrics' own mean includes a reflected border of 5
     pixels, which is 0.01 to 0.04 lower on images of 48 to 128 pixels, so the mean is taken here.
     """
-    psnr = peak_signal_noise_ratio(
-        decoded, sources, data_range=1.0, reduction="none", dim=(1, 2, 3)
-    )
-    _, full = structural_similarity_index_measure(
-        decoded, sources, data_range=1.0, reduction="none", return_full_image=True
-    )
+    options: dict[str, Any] = {"data_range": 1.0, "reduction": "none"}
+    psnr = peak_signal_noise_ratio(decoded, sources, dim=(1, 2, 3), **options)
+    options["return_full_image"] = True
+    _, full = structural_similarity_index_measure(decoded, sources, **options)
     inside = full[..., SSIM_BORDER:-SSIM_BORDER, SSIM_BORDER:-SSIM_BORDER]
     return {"psnr": psnr.reshape(-1), "ssim": inside.double().mean((1, 2, 3))}
 
 
 def lpips_metric() -> Any:
-    """LPIPS (AlexNet) of each pair of images. Raises ImportError without torchvision, which has the
-    weights."""
+    """LPIPS (AlexNet) of each pair of images. Raises ImportError without torchvision."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     metric = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).eval()

@@ -1,7 +1,5 @@
 """Plots of results, and sheets of images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +24,6 @@ def save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot().close(figure)
-
-
-def bars(path: Path, values: dict[str, float], xlabel: str) -> None:
-    """One horizontal bar for each name, on a logarithmic axis; ours in red."""
-    figure, axis = pyplot().subplots(figsize=(7.5, 0.9 + 0.34 * len(values)), layout="constrained")
-    colors = ["tab:red" if "lavit-tok" in name else "0.6" for name in values]
-    lines = axis.barh(list(values), list(values.values()), color=colors)
-    axis.bar_label(lines, [f"{v:.3g}" for v in values.values()], padding=3, fontsize=8)
-    axis.invert_yaxis()
-    axis.set(xscale="log", xlabel=xlabel)
-    save(figure, path)
 
 
 def curves(path: Path, panels: dict[str, dict[str, Any]], xlabel: str) -> None:

@@ -1,13 +1,10 @@
 """Names of distances: every departure from the protocol is part of a number's name.
 
-    rFID          Inception-v3 2048-d, the same center crops as reference, at least 10,000 images
-    anything else has no such name: another feature space is a "Frechet distance in ... (not FID)"
+    rFID    Inception-v3 2048-d, the same center crops as reference, at least 10,000 images
 
-A number stands beside published ones only if nothing departs from their protocol: ImageNet-1k
-validation, 50,000 images, 256x256 center crops, trained weights.
+Another feature space is a "Frechet distance in ... (not FID)". A number is beside published ones
+only under their protocol: ImageNet-1k validation, 50,000 images, 256x256 center crops.
 """
-
-from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""Where a number comes from: command, date, commit, hardware, package versions, and the code
-itself."""
-
-from __future__ import annotations
+"""Where a number comes from: command, date, commit, hardware, package versions, code."""
 
 import datetime
 import hashlib
@@ -43,9 +40,8 @@ def hardware() -> str:
         gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         memory = f", {gib:.0f} GiB"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    threads = torch.get_num_threads()
-    return f"{cpu}, {os.cpu_count()} cores, {threads} torch threads{memory}{gpu}{load}"
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    return f"{cpu}, {cores}{memory}{gpu}, load average {os.getloadavg()[0]:.1f}"
 
 
 def commit() -> str:
@@ -70,11 +66,7 @@ def versions() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """12 hexadecimal digits of the code that measures and of the code that is measured.
-
-    Not the commit: a commit of something else need not discard finished stages, and an uncommitted
-    change of this code must.
-    """
+    """12 hexadecimal digits of the code, whose uncommitted changes must count, too."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
         digest.update(path.read_bytes())
@@ -83,8 +75,7 @@ def code_digest() -> str:
 
 def short_path(argument: str) -> str:
     """A path for a result file: relative inside the working directory, else its last part."""
-    path = Path(argument)
+    path, folder = Path(argument), Path.cwd()
     if not path.is_absolute():
         return argument
-    inside = path.is_relative_to(Path.cwd())
-    return str(path.relative_to(Path.cwd())) if inside else path.name
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name

@@ -1,7 +1,5 @@
 """Results as markdown and JSON."""
 
-from __future__ import annotations
-
 import json
 from argparse import Namespace
 from collections.abc import Sequence
@@ -33,6 +31,18 @@ def cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
+def flat(values: dict[str, Any], group: str = "") -> list[tuple[str, Any]]:
+    """Rows for `table` of a nested dict; lists are left out."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{group}{key.replace('_', ' ')}"
+        if isinstance(value, dict):
+            rows += flat(value, f"{name}, ")
+        elif not isinstance(value, list):
+            rows.append((name, value))
+    return rows
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Mean and sample standard deviation (n - 1) of one number over several seeds."""
     numbers = torch.tensor(list(values), dtype=torch.float64)
@@ -55,8 +65,7 @@ def rejected(rejects: Sequence[dict[str, str]]) -> str:
 
 
 def write(name: str, args: Namespace, title: str, body: str, values: dict[str, Any]) -> None:
-    """Print the result and write it as NAME.md and NAME.json in --out, with the stamp of the
-    run."""
+    """Print the result and write it, with the stamp of the run, as NAME.md and NAME.json."""
     stamp = provenance.stamp()
     versions = ", ".join(f"{k} {v}" for k, v in stamp["versions"].items())
     text = f"# {title}\n\n- command: `{stamp['command']}`\n- date: {stamp['date']}; commit: "

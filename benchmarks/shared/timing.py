@@ -1,7 +1,5 @@
 """Times and FLOPs of calls, beside a baseline in the same run."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +11,6 @@ from torch.utils.benchmark import Measurement, TaskSpec, timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shared import report
-
-MAX_ROUNDS = 100
 
 
 def flops(call: Callable[[], Any]) -> int:
@@ -29,18 +25,14 @@ def flops(call: Callable[[], Any]) -> int:
 
 
 def in_turns(
-    calls: dict[str, Callable[[], Any]], repeats: int, seconds: float = 0.0, warm: int = 2
+    calls: dict[str, Callable[[], Any]], repeats: int, warm: int = 2
 ) -> dict[str, Measurement]:
     """Wall-clock times of each call, taken in turns after `warm` rounds that do not count.
 
-    At least `repeats` rounds, and up to 100 until they last `seconds` together. Not Timer.timeit,
-    which times one call after another and not in turns: here a busy machine slows all of them.
+    Not Timer.timeit, which times one call after another: in turns a busy machine slows all of them.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    began = timer()
-    for turn in range(warm + max(repeats, MAX_ROUNDS)):
-        if turn >= warm + repeats and timer() - began > seconds:
-            break
+    for turn in range(warm + repeats):
         for name, call in calls.items():
             start = timer()  # waits for the accelerator, as torch.utils.benchmark does
             call()
@@ -77,12 +69,10 @@ class Entry:
 
 
 @torch.no_grad()
-def compare(
-    entries: Sequence[Entry], repeats: int, seconds: float = 0.0, warm: int = 2
-) -> list[dict[str, Any]]:
+def compare(entries: Sequence[Entry], repeats: int, warm: int = 2) -> list[dict[str, Any]]:
     """One record for each entry, all timed in turns, without gradients."""
     counts = {e.name: flops(e.one) for e in entries if e.one is not None}
-    times = in_turns({e.name: e.call for e in entries}, repeats, seconds, warm)
+    times = in_turns({e.name: e.call for e in entries}, repeats, warm)
     records = []
     for entry in entries:
         time = times[entry.name]
@@ -101,26 +91,8 @@ def compare(
     return records
 
 
-COLUMNS = {
-    "name": "name",
-    "weights": "weights",
-    "batch": "batch",
-    "codes_per_image": "codes per image",
-    "bits_per_image": "bits",
-    "million_weights": "weights, M",
-    "gflops_per_image": "GFLOPs per image",
-    "images_per_second": "images/s",
-    "bare_images_per_second": "bare images/s",
-    "codes_per_second": "codes/s",
-    "baseline": "baseline",
-    "flop_ratio": "FLOP ratio",
-    "time_ratio": "time ratio",
-    "overhead": "overhead",
-}
-
-
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The records as markdown; columns without any value are left out."""
-    names = [name for name in COLUMNS if any(r.get(name) is not None for r in records)]
+    names = dict.fromkeys(n for r in records for n, value in r.items() if value is not None)
     rows = [[record.get(name) for name in names] for record in records]
-    return report.table([COLUMNS[name] for name in names], rows)
+    return report.table([name.replace("_", " ") for name in names], rows)

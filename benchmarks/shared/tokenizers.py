@@ -8,11 +8,9 @@
     vqmodel | vqmodel:DIR       diffusers' VQModel, with random weights or a directory's
     package.module:function     yours: function(device) returns an object like ImageTokenizer
 
-Random weights are good for speed, FLOPs and token counts, but their images and codebook use mean
-nothing, and every result says so. Only a command line names code to run, never a file.
+With random weights images and codebook use mean nothing, and every result says so. Only a command
+line names code to run, never a file.
 """
-
-from __future__ import annotations
 
 import importlib
 import re
@@ -30,10 +28,7 @@ from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
 RANDOM = "random weights"
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "tokenizer": (
-        "default",
-        "'default', a directory, a Hub id, or see benchmarks/shared/tokenizers.py",
-    ),
+    "tokenizer": ("default", "'default', a directory, a Hub id, or see docs/benchmarks.md"),
     "image_size": (256, "pixels, of vqmodel"),
     "squeeze": (False, "resize whole images to a square, without the protocol's center crop"),
 }
@@ -48,8 +43,7 @@ class ImageTokenizer(Protocol):
     weights: str
     """Where its weights come from; RANDOM where they are random."""
     identity: str
-    """Changes with the weights and the decoder's options: a resumed run never mixes two
-    tokenizers."""
+    """Changes with weights and options: a resumed run never mixes two tokenizers."""
     image_size: int
     """S, the side of its images in pixels."""
     codebook_size: int
@@ -108,10 +102,9 @@ class Lavit:
 
 
 class VQModelTokenizer:
-    """diffusers' VQModel: one code for every cell of a grid, whatever the image shows.
+    """diffusers' VQModel: one code for every cell of a grid.
 
-    By default at the sizes of VQGAN f16 (Esser et al., CVPR 2021), with random weights that are the
-    same each time; also an example of what a tokenizer of yours has to be.
+    By default VQGAN f16 (Esser et al., CVPR 2021) with random weights, the same each time.
 
     Args:
         weights: directory or Hub id of a VQModel, as safetensors.
@@ -124,12 +117,8 @@ class VQModelTokenizer:
         from diffusers import VQModel
 
         config = {"block_out_channels": (128, 128, 256, 256, 512), "layers_per_block": 2}
-        config |= {
-            "latent_channels": 256,
-            "num_vq_embeddings": 16384,
-            "sample_size": size,
-            **changes,
-        }
+        config |= {"latent_channels": 256, "num_vq_embeddings": 16384, "sample_size": size}
+        config |= changes
         blocks = len(config["block_out_channels"])
         config |= {"down_block_types": ("DownEncoderBlock2D",) * blocks}
         config |= {"up_block_types": ("UpDecoderBlock2D",) * blocks}

@@ -1,7 +1,5 @@
 """Steps of a Lightning run, timed; the baseline's step follows each of them on the same batch."""
 
-from __future__ import annotations
-
 import logging
 import tempfile
 import warnings
