@@ -1,5 +1,4 @@
-"""Captions of a data set of your own, with the usual scores; for public sets see
-docs/benchmarks.md.
+"""Captions of a data set of your own, with the usual scores.
 
     images                  -> MultimodalLM.caption -> captions, NAME.results.json
     captions, true captions -> pycocoevalcap        -> BLEU, ROUGE-L, CIDEr-D, METEOR, x 100
@@ -27,13 +26,14 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from torchmetrics.functional.text import bleu_score
+
 from benchmarks.lm_quality import MODEL, choose, load
 from benchmarks.shared import cli, datasets, report
 from benchmarks.shared.cache import Stages
 from benchmarks.shared.image_text_similarity import Teacher, ranks, top
 
-CLASSES = {"BLEU": "bleu.Bleu", "ROUGE-L": "rouge.Rouge", "CIDEr": "cider.Cider"}
-CLASSES |= {"METEOR": "meteor.Meteor"}
+CLASSES = {"BLEU": "Bleu", "ROUGE-L": "Rouge", "CIDEr": "Cider", "METEOR": "Meteor"}
 PACKAGE = "pycocoevalcap"
 INSTALL = f"needs {PACKAGE} (pip install --no-deps {PACKAGE}, 104 MB)"
 PTB = "the official PTB tokenization"
@@ -54,8 +54,7 @@ def score(
         tokenization: "ptb", "words", or "auto": ptb where it can run.
 
     Returns:
-        "scores", "absent" (scorers that could not run, and why), "tokenization", "by" (package and
-        version), and "cider_of_each" if CIDEr is among them.
+        "scores", "absent" (with reasons), "tokenization", "by" (package), "cider_of_each" image.
 
     Raises:
         ValueError: no images, one without true captions, or ptb where it cannot run.
@@ -73,7 +72,9 @@ def score(
     result["by"] = f"{by} {importlib.metadata.version(by)}"
     for name in scorers:
         if not installed and name == "BLEU":
-            result["scores"] = _torchmetrics_bleu(true, generated)
+            texts = [text for (text,) in generated]
+            bleu = {n: float(bleu_score(texts, true, n_gram=n)) for n in range(1, 5)}
+            result["scores"] = {f"BLEU-{n}": 100 * value for n, value in bleu.items()}
             continue
         try:
             total, each = _pycocoevalcap(name, true, generated)
@@ -89,12 +90,12 @@ def score(
 
 
 def _pycocoevalcap(name: str, true: list[list[str]], generated: list[list[str]]) -> Any:
-    module, _, cls = CLASSES[name].partition(".")
     if name == "METEOR" and shutil.which("java") is None:
         raise OSError("needs Java")
     if find_spec(PACKAGE) is None:
         raise ImportError(INSTALL)
-    scorer = getattr(importlib.import_module(f"{PACKAGE}.{module}.{module}"), cls)()
+    module = CLASSES[name].lower()
+    scorer = getattr(importlib.import_module(f"{PACKAGE}.{module}.{module}"), CLASSES[name])()
     with contextlib.redirect_stdout(io.StringIO()):  # BLEU prints lengths
         return scorer.compute_score(dict(enumerate(true)), dict(enumerate(generated)))
 
@@ -112,15 +113,6 @@ def _ptb(captions: Sequence[Sequence[str]]) -> list[list[str]]:
 
 def _words(captions: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[" ".join(re.findall(r"[\w']+", c.lower())) for c in texts] for texts in captions]
-
-
-def _torchmetrics_bleu(
-    true: Sequence[Sequence[str]], generated: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    from torchmetrics.functional.text import bleu_score
-
-    texts = [one[0] for one in generated]
-    return {f"BLEU-{n}": 100 * float(bleu_score(texts, true, n_gram=n)) for n in range(1, 5)}
 
 
 def main(args: Namespace) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Our results beside the figures that others publish: a table, and a plot of rFID against codes per
-image.
+"""Our results beside published figures: a table, and a plot of rFID against codes per image.
 
-A result of reconstruction.py is in the table only if its rFID was measured under the protocol of
-the published ones: ImageNet-1k validation, all 50,000 images, 256x256 center crops, Inception-v3
-without antialiasing (as the usual implementations resize), trained weights. Every other result is
-listed with its own label and the reasons. Writes compare.md, .json and .png.
+A result of reconstruction.py is in the table only if its rFID was measured under the published
+protocol: ImageNet-1k validation, all 50,000 images, 256x256 center crops, Inception-v3 without
+antialiasing, trained weights. Every other result is listed with its own label and the reasons.
+Writes compare.md, .json and .png.
 """
 
 import sys

@@ -52,9 +52,7 @@ MODEL: dict[str, tuple[Any, ...]] = {
 AIMS = {"top-5 over chance": 5, "bits below unigram entropy": 0.15}
 
 
-def choose(
-    captions: Sequence[str], count: int, seed: int, exclude: frozenset[str] = frozenset()
-) -> list[int]:
+def choose(captions: Sequence[str], count: int, seed: int, exclude: Any = ()) -> list[int]:
     """Indices of `count` images by the seed, whose captions all differ.
 
     Raises:
@@ -72,9 +70,6 @@ def choose(
     return [int(rng.choice(by_caption[caption])) for caption in chosen]
 
 
-# Images
-
-
 class ImageGenerator:
     """Generates images of captions; each depends on (seed, image key) alone."""
 
@@ -83,9 +78,7 @@ class ImageGenerator:
         self.processor = VisualImageProcessor(size, "center_crop")
         self.decoding = {"num_inference_steps": args.steps, "guidance_scale": args.decoder_guidance}
 
-    def __call__(
-        self, captions: Sequence[str], keys: Sequence[str], seed: int
-    ) -> dict[str, Tensor]:
+    def __call__(self, captions: list[str], keys: list[str], seed: int) -> dict[str, Tensor]:
         """uint8 images [n 3 S S], and how many codes each has (0 for vectors)."""
         args, lm = self.args, self.lm
         if lm.objective.image_output.kind == "codes":
@@ -105,9 +98,7 @@ class ImageGenerator:
 class Judge:
     """Numbers of images with their captions: nearness to them, and distances to true images."""
 
-    def __init__(
-        self, args: Namespace, lm: MultimodalLM, true: Tensor, captions: list[str]
-    ) -> None:
+    def __init__(self, args: Namespace, lm: Any, true: Tensor, captions: list[str]) -> None:
         spaces = metrics.feature_spaces(lm.visual_tokenizer, args.inception, args.device)
         space = "the visual tokenizer's encoder space"
         self.spaces = {protocol.distance_name(k, "FID", space): s for k, s in spaces.items()}
@@ -138,11 +129,7 @@ class Judge:
 
 
 def measure_images(
-    lm: MultimodalLM,
-    data: datasets.ImageSet,
-    indices: list[int],
-    stages: Stages,
-    args: Namespace,
+    lm: MultimodalLM, data: datasets.ImageSet, indices: list[int], stages: Stages, args: Namespace
 ) -> tuple[dict[str, Any], Tensor]:
     """Numbers of every seed with their baselines, and the first seed's images."""
     captions, keys = [data.captions[i] for i in indices], [data.keys[i] for i in indices]
@@ -185,9 +172,6 @@ def measure_images(
     departures = [text for text, departs in checks.items() if departs]
     values = {name: report.spreads(numbers) for name, numbers in runs.items()}
     return {"captions": count, **values, "true": true, "departures": departures}, first
-
-
-# Bits
 
 
 @torch.no_grad()
@@ -255,12 +239,7 @@ def measure_bits(
     return result
 
 
-# The script
-
-
-def load(
-    args: Namespace, decoder: str | None
-) -> tuple[MultimodalLM, datasets.ImageSet, dict[str, Any]]:
+def load(args: Namespace, decoder: str | None) -> tuple[Any, datasets.ImageSet, dict[str, Any]]:
     """The model, the images at the size of its tokenizer, and what a result states of both."""
     options = {"visual_tokenizer": args.visual_tokenizer, "decoder": decoder}
     lm = MultimodalLM.from_pretrained(args.model, device=args.device, **options)
@@ -301,10 +280,8 @@ def main(args: Namespace) -> dict[str, Any]:
 
 def text(v: dict[str, Any], args: Namespace) -> str:
     body = f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; "
-    body += (
-        f"{json.dumps(v['sampling'])}. Captions by seed {v['seed']}; {v['seen_in_training']} of "
-    )
-    body += f"them are in the train split, too. Aims: {json.dumps(AIMS)}."
+    body += f"{json.dumps(v['sampling'])}. Captions by seed {v['seed']}; the train split has "
+    body += f"{v['seen_in_training']} of them, too. Aims: {json.dumps(AIMS)}."
     if "images" in v:
         found = v["images"]
         columns = [found[k] for k in ("generated", "from_own_codes", "true")]

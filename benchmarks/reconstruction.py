@@ -73,8 +73,7 @@ class Run:
         self.own: Any = self.tokenizer.tokenizer if ours else None  # type: ignore[attr-defined]
         self.size, self.decodes = self.tokenizer.image_size, self.tokenizer.decodes
         if not ours and not self.decodes:
-            reason = "it has neither our features nor a decoder, so nothing can be measured"
-            raise ValueError(f"{args.tokenizer}: {reason}")
+            raise ValueError(f"{args.tokenizer}: without features and decoder there is no measure")
         split, crop = args.split, not args.squeeze
         self.images = datasets.load_images(args.data, self.size, split, args.limit, crop)
         count = min(args.decoded, len(self.images))
@@ -206,8 +205,8 @@ def main(args: Namespace) -> dict[str, Any]:
     for point in points:
         runs = []
         for seed in range(args.seeds):  # only random selection has other codes with another seed
-            encoding = seed if point.selection == RANDOM else 0
-            runs.append(run.numbers(point, run.codes(point, encoding, run.decoded), seed))
+            codes = run.codes(point, seed if point.selection == RANDOM else 0, run.decoded)
+            runs.append(run.numbers(point, codes, seed))
         curve.append({**point._asdict(), **report.spreads(runs)})
     values["curve"] = {"images": len(run.decoded), "points": curve}
     if run.decodes:
@@ -223,11 +222,10 @@ def main(args: Namespace) -> dict[str, Any]:
 
 def pixel_values(run: Run, own: dict[str, Any]) -> dict[str, Any]:
     """What compare.py reads: distances at the selector's own decision, and how they were made."""
-    kinds = {None: "Frechet", True: "rFID", False: "rFID"}
-    distances = [
-        {"name": name, "kind": kinds[x], "antialias": x, "value": own[name]}
-        for name, x in run.antialias.items()
-    ]
+    distances = []
+    for name, x in run.antialias.items():
+        kind = "Frechet" if x is None else "rFID"
+        distances.append({"name": name, "kind": kind, "antialias": x, "value": own[name]})
     options = {"steps": run.args.steps, "guidance": run.args.guidance} if run.own else {}
     return {
         "images": len(run.decoded),

@@ -87,9 +87,6 @@ def noise(batch: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(batch)]
 
 
-# Encode
-
-
 @torch.no_grad()
 def encode(args: Namespace, size: str, dtype: str, batch: int, others: list[str]) -> Records:
     """The bare encoder, ours (at LaVIT's size under both attention formulas), other tokenizers."""
@@ -123,9 +120,6 @@ def encode(args: Namespace, size: str, dtype: str, batch: int, others: list[str]
         about = (other.weights, other.parameters["encode"], float(count))
         entries.append(entry(other.name, make, batch, *about, other.codebook_size))
     return timing.compare(entries, args.repeats, args.warm)
-
-
-# Decode
 
 
 @torch.no_grad()
@@ -174,9 +168,6 @@ def decode(args: Namespace, steps: int, guidance: float, others: list[str]) -> R
             about = (other.weights, other.parameters["decode"], other.max_codes)
             entries.append(entry(other.name, make, batch, *about, other.codebook_size))
     return timing.compare(entries, args.repeats, args.warm)
-
-
-# Train
 
 
 class BareTraining:
@@ -277,9 +268,6 @@ def train(args: Namespace, size: str, stretch: str) -> Records:
     return [record]
 
 
-# Generate
-
-
 def generate(args: Namespace, batch: int) -> Records:
     """Codes of `batch` images, each with exactly --codes codes, so that all take equal steps."""
     from lavit_lm import MultimodalLM
@@ -307,9 +295,7 @@ def generate(args: Namespace, batch: int) -> Records:
     return [r | {"codes_per_second": args.codes * r["images_per_second"]} for r in records]
 
 
-def plain_generation(
-    lm: Any, prompts: list[str], guidance: float, args: Namespace
-) -> Callable[[], Tensor]:
+def plain_generation(lm: Any, prompts: list[str], guidance: float, args: Namespace) -> Any:
     """`transformers`' own sampling loop from the same prompts: any id, two forwards if guided."""
     from lavit_lm.models.kv_state import left_padded
     from lavit_lm.sequences.packing import PADDING
@@ -331,8 +317,6 @@ def plain_generation(
 
     return call
 
-
-# The script
 
 CASES = ["encode", "decode", "train", "generate"]
 

@@ -20,17 +20,14 @@ SHARED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def parser(
-    doc: str | None, data: bool = True, **options: tuple[Any, ...]
-) -> argparse.ArgumentParser:
+def parser(doc: str | None, data: bool = True, **options: Any) -> argparse.ArgumentParser:
     """The parser of one script.
 
     Args:
         doc: the script's docstring; its first line is shown.
         data: whether it takes --data, --split and --limit.
-        options: name -> (default, help) or (default, help, choices). The default gives the type:
-            False makes a flag, a list takes several values, a type instead of a value means no
-            default.
+        options: name -> (default, help) or (default, help, choices). False is a flag, a list takes
+            several values, a type is an option of that type without a default.
     """
     kind: Any = argparse.ArgumentDefaultsHelpFormatter
     result = argparse.ArgumentParser(description=(doc or "").split("\n")[0], formatter_class=kind)

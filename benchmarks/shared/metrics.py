@@ -14,8 +14,6 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lavit_tok import VisualTokenizer
 
-# Features
-
 
 def feature_mean(tokenizer: VisualTokenizer, batches: Iterable[Tensor]) -> Tensor:
     """The mean feature [d] over all patches of all images, in float64."""
@@ -57,8 +55,6 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Mean over patches of the cosine of [b n d] with what broadcasts to it: float64 [b]."""
     return F.cosine_similarity(a.float(), b.float(), dim=-1).double().mean(1)
 
-
-# Pixels
 
 THUMBNAIL = 16
 SSIM_BORDER = 5
@@ -105,9 +101,8 @@ def lpips_metric() -> Any:
     return lambda a, b: torch.stack([metric(x[None], y[None]) for x, y in zip(a, b, strict=True)])
 
 
-# Feature spaces of Frechet distances: uint8 [b 3 h w] -> float [b d]
-
 Space = Callable[[Tensor], Tensor]
+"""A feature space of Frechet distances: uint8 [b 3 h w] -> float [b d]."""
 
 
 def encoder_space(tokenizer: VisualTokenizer) -> Space:
@@ -127,9 +122,7 @@ def inception_space(weights: Any, antialias: bool, device: str) -> Space:
     return torch.no_grad()(lambda images: network(images.to(device)).cpu())
 
 
-def feature_spaces(
-    tokenizer: VisualTokenizer, inception: Any, device: str
-) -> dict[bool | None, Space]:
+def feature_spaces(tokenizer: Any, inception: Any, device: str) -> dict[bool | None, Space]:
     """The tokenizer's space as None, and Inception's by antialias if its weights are given."""
     found: dict[bool | None, Space] = {None: encoder_space(tokenizer)}
     antialias = (True, False) if inception else ()

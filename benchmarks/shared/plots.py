@@ -1,6 +1,6 @@
 """Plots of results, and sheets of images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,7 @@ def curves(path: Path, panels: dict[str, dict[str, Any]], xlabel: str) -> None:
 
 
 def pairs(
-    path: Path,
-    left: Iterable[Any],
-    right: Iterable[Any],
-    titles: tuple[str, str],
-    labels: Sequence[str] = (),
+    path: Path, left: Any, right: Any, titles: tuple[str, str], labels: Sequence[str] = ()
 ) -> None:
     """Images side by side, four pairs per line, with a label under each pair."""
     flat = [open_image(x) for pair in zip(left, right, strict=True) for x in pair]

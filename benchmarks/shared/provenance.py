@@ -15,9 +15,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 CODE = ("benchmarks", "lavit_tok", "lavit_lm")
-PACKAGES = (
-    "torch transformers diffusers datasets pytorch-lightning torchmetrics joblib numpy pillow"
-)
+PACKAGES = "torch transformers diffusers datasets pytorch-lightning torchmetrics numpy pillow scipy"
 
 
 def stamp() -> dict[str, Any]:
@@ -61,7 +59,7 @@ def commit() -> str:
 def versions() -> dict[str, str]:
     """Python, and the installed packages that numbers depend on."""
     found = {d.name: d.version for d in importlib.metadata.distributions(name=None)}
-    names = [name for name in (*PACKAGES.split(), "scipy", "lavit-tok") if name in found]
+    names = [name for name in (*PACKAGES.split(), "joblib", "lavit-tok") if name in found]
     return {"python": platform.python_version(), **{name: found[name] for name in names}}
 
 

@@ -24,9 +24,7 @@ def flops(call: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def in_turns(
-    calls: dict[str, Callable[[], Any]], repeats: int, warm: int = 2
-) -> dict[str, Measurement]:
+def in_turns(calls: dict[str, Any], repeats: int, warm: int = 2) -> dict[str, Measurement]:
     """Wall-clock times of each call, taken in turns after `warm` rounds that do not count.
 
     Not Timer.timeit, which times one call after another: in turns a busy machine slows all of them.
@@ -63,7 +61,7 @@ class Entry:
     one: Callable[[], Any] | None = None
     """The same over one image, whose FLOPs are counted."""
     baseline: str | None = None
-    """Name of the entry that it is compared with."""
+    """The name of the entry that it is compared with."""
     info: dict[str, Any] = field(default_factory=dict)
     """What speed alone would hide: weights, codes and bits per image."""
 

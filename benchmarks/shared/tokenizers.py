@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks.shared.cache import digest
 from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
 
+Images = UInt8[Tensor, "b 3 s s"]
 RANDOM = "random weights"
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -55,12 +56,10 @@ class ImageTokenizer(Protocol):
     parameters: dict[str, int]
     """Numbers of weights used by "encode" and by "decode"; what both use counts in both."""
 
-    def encode(self, images: UInt8[Tensor, "b 3 s s"]) -> VisualCodes:
+    def encode(self, images: Images) -> VisualCodes:
         """Codes of a batch, on the CPU, each image with its own number of them."""
 
-    def decode(
-        self, codes: VisualCodes, generators: Sequence[torch.Generator]
-    ) -> UInt8[Tensor, "b 3 s s"]:
+    def decode(self, codes: VisualCodes, generators: Sequence[torch.Generator]) -> Images:
         """Images, on the CPU. One generator per image, so that none depends on its batch."""
 
 
@@ -85,12 +84,10 @@ class Lavit:
             self.parameters["decode"] = count_weights(*used)
             decoder.set_progress_bar_config(disable=True)
 
-    def encode(self, images: UInt8[Tensor, "b 3 s s"]) -> VisualCodes:
+    def encode(self, images: Images) -> VisualCodes:
         return self.tokenizer.encode(images).to("cpu")
 
-    def decode(
-        self, codes: VisualCodes, generators: Sequence[torch.Generator]
-    ) -> UInt8[Tensor, "b 3 s s"]:
+    def decode(self, codes: VisualCodes, generators: Sequence[torch.Generator]) -> Images:
         if self.decoder is None:
             raise ValueError("--decoder: expected one, to have images to measure")
         codes, options = codes.to(self.tokenizer.device), {"output_type": "pt", **self.options}
@@ -141,7 +138,7 @@ class VQModelTokenizer:
             "decode": count_weights(model.decoder, model.post_quant_conv) + shared,
         }
 
-    def encode(self, images: UInt8[Tensor, "b 3 s s"]) -> VisualCodes:
+    def encode(self, images: Images) -> VisualCodes:
         codes = self.tokens(images.to(self.model.device) / 127.5 - 1).cpu()
         keep = torch.ones_like(codes, dtype=torch.bool)
         return VisualCodes(codes.flatten(), keep.sum(1), keep, self.codebook_size)
@@ -153,14 +150,14 @@ class VQModelTokenizer:
         return self.model.quantize(latents)[2][2].view(len(pixels), self.max_codes)
 
     @torch.no_grad()
-    def decode(self, codes: VisualCodes, generators: Any = ()) -> UInt8[Tensor, "b 3 s s"]:
+    def decode(self, codes: VisualCodes, generators: Any = ()) -> Images:
         quantize, values = self.model.quantize, codes.values.to(self.model.device)
         shape = len(codes), self.side, self.side, self.model.quantize.embedding.embedding_dim
         entries = quantize.get_codebook_entry(values, shape)
         return to_bytes((self.model.decoder(self.model.post_quant_conv(entries)) + 1) / 2)
 
 
-def to_bytes(images: Tensor) -> UInt8[Tensor, "b 3 s s"]:
+def to_bytes(images: Tensor) -> Images:
     """Floats of 0..1 to bytes, rounded, on the CPU."""
     return (images.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 

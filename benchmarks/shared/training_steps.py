@@ -36,7 +36,7 @@ class TimedSteps(pl.Callback):
         self._since = timer()
 
     def on_train_batch_end(
-        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """What lies between two of the baselines' steps is Lightning's."""
         self.seconds[OURS].append(timer() - self._since)
