@@ -86,7 +86,6 @@ class Run:
         self.searched = self.decoded + sorted(set(candidates) - set(self.decoded))
         bad, random = len(self.images.rejects), self.tokenizer.weights == tokenizers.RANDOM
         self.protocol = protocol.Protocol(count, self.size, crop, bad, args.set_name, random)
-        self.mean: Any = None
         self.shown: Any = None
 
     def points(self) -> list[Point]:
