@@ -116,15 +116,15 @@ def test_tiny_build(tmp_path):
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert [Path(item["key"]).name for item in rejects] == ["broken.png", "red_fish_again.png"]
 
-    rows = {}
+    records = {}
     for path in sorted((out / "data").glob("*.parquet")):
         part = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
         assert part.column_names == ["image", "caption", "source", "key", "license"]
-        for row in part:
-            rows[row["caption"]] = row
-            digest = hashlib.sha256((raw / row["key"]).read_bytes()).digest()
+        for record in part:
+            records[record["caption"]] = record
+            digest = hashlib.sha256((raw / record["key"]).read_bytes()).digest()
             assert path.name.split("-")[0] == split_of(digest)
-    dog, fish = rows["big dog, animals"]["image"], rows["red fish, animals"]["image"]
+    dog, fish = records["big dog, animals"]["image"], records["red fish, animals"]["image"]
     assert dog.size == (160, 80) and fish.size == (30, 40) and fish.mode == "RGB"
     assert fish.getpixel((0, 0)) == (255, 255, 255) and fish.getpixel((10, 15)) == (255, 0, 0)
     assert build(raw, tmp_path / "again", workers=0)["sha256"] == manifest["sha256"]
@@ -154,19 +154,19 @@ def test_views_are_crops_of_training_images(tmp_path: Path, monkeypatch: pytest.
     pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
     (tmp_path / "data" / "data").mkdir(parents=True)
     for split in ("train", "validation", "test"):
-        rows = []
+        records = []
         for number in range(3):
             Image.fromarray(pixels).save(tmp_path / "one.png")
             image = {"bytes": (tmp_path / "one.png").read_bytes(), "path": None}
-            row = {
+            record = {
                 "image": image,
                 "caption": f"caption {number}",
                 "source": "s",
                 "key": f"k{number}",
                 "license": "MIT",
             }
-            rows.append(row)
-        write_split(rows, split, tmp_path / "data")
+            records.append(record)
+        write_split(records, split, tmp_path / "data")
     for out in ("views", "again"):
         monkeypatch.setattr(
             sys,
@@ -177,15 +177,15 @@ def test_views_are_crops_of_training_images(tmp_path: Path, monkeypatch: pytest.
     made, again = (
         load_dataset("parquet", data_dir=str(tmp_path / out / "data")) for out in ("views", "again")
     )
-    assert {split: len(rows) for split, rows in made.items()} == {
+    assert {split: len(records) for split, records in made.items()} == {
         "train": 9,
         "validation": 3,
         "test": 3,
     }
     assert made["train"]["key"][:3] == ["k0", "k0@1", "k0@2"]
     assert made["train"]["caption"][:3] == ["caption 0"] * 3
-    for row, other in zip(made["train"], again["train"], strict=True):
-        cut = np.asarray(row["image"])
+    for record, other in zip(made["train"], again["train"], strict=True):
+        cut = np.asarray(record["image"])
         assert np.array_equal(cut, np.asarray(other["image"])), "the key alone decides"
         height, width = cut.shape[:2]
         assert MIN_AREA * 0.9 < height * width / (40 * 30) <= 1

@@ -27,32 +27,32 @@ CONFIG = {
 
 def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> list[str]:
     """The recipe's arguments except width, devices, data and the steps of events."""
-    words = [
+    args = [
         "-c",
         str(recipe),
         f"--data.data={data}",
         "--data.image_size=32",
         "--data.batch_size=4",
     ]
-    words += [
+    args += [
         "--data.num_workers=0",
         "--data.streaming=false",
         f"--trainer.default_root_dir={root}",
     ]
-    words += [
+    args += [
         "--trainer.accelerator=cpu",
         "--trainer.devices=1",
         "--trainer.num_nodes=1",
         "--trainer.strategy=auto",
     ]
-    words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
-    words += [
+    args += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
+    args += [
         "--trainer.enable_progress_bar=false",
         "--trainer.limit_val_batches=1",
         "--trainer.enable_checkpointing=false",
     ]
-    words += ["--model.encoder=null", f"--model.config.encoder={json.dumps(encoder)}"]
-    words += [f"--model.config.{name}={value}" for name, value in CONFIG.items()]
+    args += ["--model.encoder=null", f"--model.config.encoder={json.dumps(encoder)}"]
+    args += [f"--model.config.{name}={value}" for name, value in CONFIG.items()]
     steps = {
         "selection.stop_sampling_step": 0,
         "codebook.start_step": 1,
@@ -61,7 +61,7 @@ def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> li
         "codebook.kmeans_samples": 64,
     }
     return [
-        *words,
+        *args,
         *(f"--model.{k}={v}" for k, v in steps.items()),
         f"--model.out={root / 'tokenizer'}",
     ]
@@ -76,12 +76,12 @@ def test_tokenizer_recipe_trains(recipe: Path, tmp_path: Path, tiny_config: Any)
     header = "".join(line for line in recipe.read_text().splitlines(True) if line.startswith("#"))
     for word in ("command:", "hardware:", "time:", "expected:"):
         assert word in header
-    settings = yaml.safe_load(recipe.read_text())
+    arguments = yaml.safe_load(recipe.read_text())
     assert (
         0
-        < settings["model"]["selection"]["stop_sampling_step"]
-        < settings["model"]["codebook"]["start_step"]
-        < settings["trainer"]["max_steps"]
+        < arguments["model"]["selection"]["stop_sampling_step"]
+        < arguments["model"]["codebook"]["start_step"]
+        < arguments["trainer"]["max_steps"]
     )
     rng = np.random.default_rng(0)
     (tmp_path / "data" / "train").mkdir(parents=True)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "default"
-WORDS = ("red", "green", "blue", "red")
+COLORS = ("red", "green", "blue", "red")
 
 
 @pytest.fixture
@@ -26,17 +26,17 @@ def recipes(monkeypatch):
 @pytest.fixture
 def images(tmp_path):
     datasets = pytest.importorskip("datasets")
-    rows = []
+    records = []
     for i in range(24):
         stream = io.BytesIO()
-        Image.new("RGB", (20, 20), WORDS[i % 4]).save(stream, "PNG")
-        rows.append(
+        Image.new("RGB", (20, 20), COLORS[i % 4]).save(stream, "PNG")
+        records.append(
             {
                 "image": {"bytes": stream.getvalue(), "path": None},
-                "caption": f"{WORDS[i % 4]} square",
+                "caption": f"{COLORS[i % 4]} square",
             }
         )
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "images" / "train.parquet")
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "images" / "train.parquet")
     return str(tmp_path / "images")
 
 

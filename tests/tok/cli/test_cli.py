@@ -41,7 +41,7 @@ def json_lines(text: str) -> list[Any]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def words(*parts: Any) -> list[str]:
+def args(*parts: Any) -> list[str]:
     return [str(part) for part in parts]
 
 
@@ -49,9 +49,9 @@ def test_encode_to_stdout(
     weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        main(words("encode", *photos, "--tokenizer", weights / "tokenizer", "--batch-size", 3)) == 0
+        main(args("encode", *photos, "--tokenizer", weights / "tokenizer", "--batch-size", 3)) == 0
     )
-    header, *rows = json_lines(capsys.readouterr().out)
+    header, *records = json_lines(capsys.readouterr().out)
     tokenizer = VisualTokenizer.from_pretrained(weights / "tokenizer")
     assert header == {
         "format": "lavit_tok.codes",
@@ -62,10 +62,10 @@ def test_encode_to_stdout(
     }
     codes = tokenizer.encode(photos)
     assert codes.keep is not None
-    assert [row["key"] for row in rows] == list(map(str, photos))
-    assert [row["codes"] for row in rows] == codes.to_list()
-    assert [row["length"] for row in rows] == codes.lengths.tolist()
-    assert [row["keep"] for row in rows] == [
+    assert [record["key"] for record in records] == list(map(str, photos))
+    assert [record["codes"] for record in records] == codes.to_list()
+    assert [record["length"] for record in records] == codes.lengths.tolist()
+    assert [record["keep"] for record in records] == [
         mask.nonzero().flatten().tolist() for mask in codes.keep
     ]
 
@@ -87,7 +87,7 @@ def test_encode_folder_then_decode(
     (folder / "broken.png").write_bytes(broken.read_bytes())
     assert (
         main(
-            words(
+            args(
                 "encode",
                 folder,
                 "--tokenizer",
@@ -111,20 +111,20 @@ def test_encode_folder_then_decode(
         rejects.name,
     ]  # no part is left behind
 
-    header, rows = read_codes(out)
-    good = list(rows)
+    header, records = read_codes(out)
+    good = list(records)
     assert header == CodeFileHeader(str(weights / "tokenizer"), 16, 16)
-    assert {Path(row.key).name for row in good} == {photo.name for photo in photos}
+    assert {Path(record.key).name for record in good} == {photo.name for photo in photos}
     if suffix == ".parquet":
         assert pq.read_table(out).column_names == ["key", "codes", "length", "keep"]
 
-    command = words("decode", out, "--decoder", weights / "decoder", "--steps", 2, "--seed", 5)
+    command = args("decode", out, "--decoder", weights / "decoder", "--steps", 2, "--seed", 5)
     assert main([*command, "--out", str(tmp_path / "together")]) == 0
     assert main([*command, "--out", str(tmp_path / "alone"), "--batch-size", "1"]) == 0
     assert main([*command[:-1], "6", "--out", str(tmp_path / "otherwise")]) == 0
     together = sorted((tmp_path / "together").iterdir())
     assert [p.name for p in together] == [
-        f"{i:06d}-{Path(row.key).stem}.png" for i, row in enumerate(good)
+        f"{i:06d}-{Path(record.key).stem}.png" for i, record in enumerate(good)
     ]
     for path in together:
         decoded = np.asarray(Image.open(path)).astype(int)
@@ -139,8 +139,8 @@ def test_budget_and_sampling(
     weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lengths(*more: Any) -> list[int]:
-        assert main(words("encode", *photos, "--tokenizer", weights / "tokenizer", *more)) == 0
-        return [row["length"] for row in json_lines(capsys.readouterr().out)[1:]]
+        assert main(args("encode", *photos, "--tokenizer", weights / "tokenizer", *more)) == 0
+        return [record["length"] for record in json_lines(capsys.readouterr().out)[1:]]
 
     assert lengths("--budget", 5) == [5] * 4
     assert sum(lengths("--budget", 0.25)) == 16
@@ -156,45 +156,45 @@ def test_list_on_stdin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{photos[1]}\n\n{photos[2]}\n"))
-    assert main(words("encode", photos[0], "-", "--tokenizer", weights / "tokenizer")) == 0
-    assert [row["key"] for row in json_lines(capsys.readouterr().out)[1:]] == list(
+    assert main(args("encode", photos[0], "-", "--tokenizer", weights / "tokenizer")) == 0
+    assert [record["key"] for record in json_lines(capsys.readouterr().out)[1:]] == list(
         map(str, photos[:3])
     )
 
 
-def test_a_single_bad_picture_is_one_line(
+def test_a_single_bad_image_is_one_line(
     weights: Path, broken: Path, tmp_path: Path, capsys: Any
 ) -> None:
     for command in (
         ["encode"],
         ["reconstruct", "--decoder", weights / "decoder", "--out", tmp_path / "out"],
     ):
-        assert main(words(*command, broken, "--tokenizer", weights / "tokenizer")) == 2
+        assert main(args(*command, broken, "--tokenizer", weights / "tokenizer")) == 2
         captured = capsys.readouterr()
         expected = f"lavit-tok: error: {broken}: not an image in a format that Pillow supports\n"
         assert (captured.out, captured.err) == ("", expected)
 
 
-def test_only_bad_pictures(
+def test_only_bad_images(
     weights: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "codes.parquet"
     missing = tmp_path / "missing.png"
     assert (
-        main(words("encode", broken, missing, "--tokenizer", weights / "tokenizer", "--out", out))
+        main(args("encode", broken, missing, "--tokenizer", weights / "tokenizer", "--out", out))
         == 2
     )
     assert f"none of 2 could be used; the first is {broken}" in capsys.readouterr().err
     assert not out.exists()
-    assert [row["key"] for row in json_lines(Path(f"{out}.rejects.jsonl").read_text())] == words(
-        broken, missing
-    )
+    assert [
+        record["key"] for record in json_lines(Path(f"{out}.rejects.jsonl").read_text())
+    ] == args(broken, missing)
 
 
 def test_rejects_without_a_file_go_to_stderr(
     weights: Path, broken: Path, photos: list[Path], capsys: Any
 ) -> None:
-    assert main(words("encode", broken, photos[0], "--tokenizer", weights / "tokenizer")) == 0
+    assert main(args("encode", broken, photos[0], "--tokenizer", weights / "tokenizer")) == 0
     captured = capsys.readouterr()
     assert len(json_lines(captured.out)) == 2
     assert f"skipped {broken}: not an image" in captured.err
@@ -221,7 +221,7 @@ def test_bad_rows_are_skipped_and_listed(
         )
         file.write('{"key": "../../up/../good", "codes": [15]}\n')
     assert (
-        main(words("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out))
+        main(args("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out))
         == 0
     )
     assert "decoded 2 of 8 records" in (message := capsys.readouterr().err)
@@ -231,7 +231,10 @@ def test_bad_rows_are_skipped_and_listed(
         "000007-good.png",
         "rejects.jsonl",
     ]
-    reasons = {row["key"]: row["reason"] for row in json_lines((out / "rejects.jsonl").read_text())}
+    reasons = {
+        record["key"]: record["reason"]
+        for record in json_lines((out / "rejects.jsonl").read_text())
+    }
     assert reasons["large"] == "expected codes in 0..15, got 16..16"
     assert reasons["empty"] == "expected 1..16 codes, got 0"
     assert reasons["long"] == "expected 1..16 codes, got 17"
@@ -247,8 +250,7 @@ def test_codes_of_another_codebook(
     with code_writer(path, CodeFileHeader("t", 1024, 16)) as writer:
         writer.add([CodeRecord("a", [1, 2, 3])])
     assert (
-        main(words("decode", path, "--decoder", weights / "decoder", "--out", tmp_path / "out"))
-        == 2
+        main(args("decode", path, "--decoder", weights / "decoder", "--out", tmp_path / "out")) == 2
     )
     message = capsys.readouterr().err
     assert (
@@ -265,7 +267,7 @@ def test_codes_of_another_codebook(
 def test_files_that_hold_no_codes(content: bytes, suffix: str, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / f"codes{suffix}"
     path.write_bytes(content)
-    assert main(words("decode", path, "--out", tmp_path)) == 2
+    assert main(args("decode", path, "--out", tmp_path)) == 2
     message = capsys.readouterr().err
     assert str(path) in message
     assert message.count("\n") == 1
@@ -273,16 +275,16 @@ def test_files_that_hold_no_codes(content: bytes, suffix: str, tmp_path: Path, c
 
 def test_parquet_keeps_everything(tmp_path: Path) -> None:
     path = tmp_path / "codes.parquet"
-    rows = [
-        CodeRecord(f"picture {i}", list(range(i % 5)), None if i % 3 else [0, i % 7])
+    records = [
+        CodeRecord(f"image {i}", list(range(i % 5)), None if i % 3 else [0, i % 7])
         for i in range(20_000)
     ]
     with code_writer(path, CodeFileHeader("owner/name", 16384, 256)) as writer:
-        for start in range(0, len(rows), 700):
-            writer.add(rows[start : start + 700])
+        for start in range(0, len(records), 700):
+            writer.add(records[start : start + 700])
     header, read = read_codes(path)
     assert header == CodeFileHeader("owner/name", 16384, 256)
-    assert list(read) == rows
+    assert list(read) == records
 
 
 def test_a_job_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
@@ -315,8 +317,7 @@ def test_reconstruct(
         out,
     ]
     assert (
-        main(words("reconstruct", photos[0], broken, photos[0], *options, "--scheduler", "dpm"))
-        == 0
+        main(args("reconstruct", photos[0], broken, photos[0], *options, "--scheduler", "dpm")) == 0
     )
     text = capsys.readouterr().out
     length = int(
@@ -339,11 +340,11 @@ def test_reconstruct(
     assert drawn.std() > 0
 
 
-def test_reconstruct_without_pictures_takes_photographs(
+def test_reconstruct_without_images_takes_photographs(
     weights: Path, tmp_path: Path, capsys: Any
 ) -> None:
     options = ["--tokenizer", weights / "tokenizer", "--decoder", weights / "decoder", "--steps", 1]
-    assert main(words("reconstruct", *options, "--out", tmp_path / "out")) == 0
+    assert main(args("reconstruct", *options, "--out", tmp_path / "out")) == 0
     assert len(photographs()) == 8
     assert "8 images" in capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("0*.png"))) == 8
@@ -352,7 +353,7 @@ def test_reconstruct_without_pictures_takes_photographs(
 @pytest.fixture
 def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> Path:
     """Two steps of stage 1 on crops of the photographs, in a folder of its own."""
-    folder = tmp_path / "pictures/train"
+    folder = tmp_path / "images/train"
     folder.mkdir(parents=True)
     for i in range(12):
         with Image.open(photos[i % 4]) as image:
@@ -378,7 +379,7 @@ def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> 
             "codebook": {"start_step": 1, "kmeans_samples": 64},
             "log_images_every": 0,
         },
-        "data": {"data": str(tmp_path / "pictures"), "image_size": 32, "batch_size": 4},
+        "data": {"data": str(tmp_path / "images"), "image_size": 32, "batch_size": 4},
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -388,14 +389,14 @@ def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> 
 def test_fit_then_resume_then_encode(
     recipe: Path, photos: list[Path], tmp_path: Path, capsys: Any
 ) -> None:
-    assert main(words("fit", "-c", recipe)) == 0
+    assert main(args("fit", "-c", recipe)) == 0
     first = (tmp_path / "tokenizer/model.safetensors").read_bytes()
-    assert main(words("fit", "-c", recipe, "--ckpt_path", "last", "--trainer.max_steps", 4)) == 0
+    assert main(args("fit", "-c", recipe, "--ckpt_path", "last", "--trainer.max_steps", 4)) == 0
     assert (tmp_path / "tokenizer/model.safetensors").read_bytes() != first
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["max_steps"] == 4
     assert any(path.name.endswith("step=4.ckpt") for path in (tmp_path / "run").iterdir())
     capsys.readouterr()
-    assert main(words("encode", photos[0], "--tokenizer", tmp_path / "tokenizer")) == 0
+    assert main(args("encode", photos[0], "--tokenizer", tmp_path / "tokenizer")) == 0
     assert json_lines(capsys.readouterr().out)[1]["length"] >= 1
 
 
@@ -422,7 +423,7 @@ def test_fit_decoder_then_reconstruct(
         "samples": {"every": 0},
     }
     recipe.write_text(yaml.safe_dump(values))
-    assert main(words("fit-decoder", "-c", recipe)) == 0
+    assert main(args("fit-decoder", "-c", recipe)) == 0
     options = [
         "--tokenizer",
         weights / "tokenizer",
@@ -431,7 +432,7 @@ def test_fit_decoder_then_reconstruct(
         "--steps",
         1,
     ]
-    assert main(words("reconstruct", photos[0], *options, "--out", tmp_path / "out")) == 0
+    assert main(args("reconstruct", photos[0], *options, "--out", tmp_path / "out")) == 0
     assert (tmp_path / "out/sheet.png").is_file()
 
 
@@ -508,7 +509,7 @@ def test_bad_input(
         "FOLDER": tmp_path / "empty",
         "DIR": tmp_path,
     }
-    assert main(words(*(names.get(word, word) for word in line.split()))) == 2
+    assert main(args(*(names.get(word, word) for word in line.split()))) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("lavit-tok: error: ")

@@ -25,7 +25,7 @@ from lavit_tok.data.shard_manifest import Manifest, sha256
 from lavit_tok.encode.image_processor import open_image
 
 README = (Path(__file__).parents[3] / "README.md").read_text()
-CORRUPT = 2  # of the ten training pictures
+CORRUPT = 2  # of the ten training images
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,7 +77,7 @@ def shards(album: Path, weights: Path, tmp_path: Path) -> Callable[..., Path]:
     def run(
         out: str = "out", *more: Any, data: Path = album, split: str | None = "train", code: int = 0
     ) -> Path:
-        words = [
+        args = [
             "shards",
             data,
             "--out",
@@ -89,8 +89,8 @@ def shards(album: Path, weights: Path, tmp_path: Path) -> Callable[..., Path]:
             "--batch-size",
             3,
         ]
-        words += ["--split", split] if split else []
-        assert main([str(word) for word in [*words, *more]]) == code
+        args += ["--split", split] if split else []
+        assert main([str(word) for word in [*args, *more]]) == code
         return tmp_path / out
 
     return run
@@ -127,15 +127,15 @@ def test_the_drawing(shards: Callable[..., Path], album: Path, weights: Path, ca
     ]
 
     tokenizer = VisualTokenizer.from_pretrained(weights)
-    rows = [row for name in names for row in pq.ParquetFile(out / name).read().to_pylist()]
-    codes = tokenizer.encode([album / row["key"] for row in rows])
+    records = [record for name in names for record in pq.ParquetFile(out / name).read().to_pylist()]
+    codes = tokenizer.encode([album / record["key"] for record in records])
     assert codes.keep is not None
-    assert [row["codes"] for row in rows] == codes.to_list()
-    assert [row["length"] for row in rows] == codes.lengths.tolist()
-    assert [row["keep"] for row in rows] == [
+    assert [record["codes"] for record in records] == codes.to_list()
+    assert [record["length"] for record in records] == codes.lengths.tolist()
+    assert [record["keep"] for record in records] == [
         mask.nonzero().flatten().tolist() for mask in codes.keep
     ]
-    assert [row["caption"] for row in rows if len(row["caption"]) < 99] == [
+    assert [record["caption"] for record in records if len(record["caption"]) < 99] == [
         "",
         *(f"train {i}" for i in (1, 3, 4, 6, 7, 8, 9)),
     ]
@@ -154,12 +154,14 @@ def test_the_drawing(shards: Callable[..., Path], album: Path, weights: Path, ca
         [f"0{i // 2}" for i in range(8, 16)],
         ["08", "08", "09", "09"],
     ]
-    flipped = [row for name in names for row in pq.ParquetFile(both / name).read().to_pylist()]
-    assert [row.pop("flipped") for row in flipped] == [False, True] * 9
-    assert flipped[::2] == rows
-    arrays = [np.asarray(open_image(album / row["key"]))[:, ::-1].copy() for row in rows]
+    flipped = [
+        record for name in names for record in pq.ParquetFile(both / name).read().to_pylist()
+    ]
+    assert [record.pop("flipped") for record in flipped] == [False, True] * 9
+    assert flipped[::2] == records
+    arrays = [np.asarray(open_image(album / record["key"]))[:, ::-1].copy() for record in records]
     assert (
-        [row["codes"] for row in flipped[1::2]]
+        [record["codes"] for record in flipped[1::2]]
         == tokenizer.encode(arrays).to_list()
         != codes.to_list()
     )
@@ -234,15 +236,15 @@ def test_splits_share_a_manifest(shards: Callable[..., Path]) -> None:
 def parquet(
     path: Path, album: Path, corrupt: tuple[int, ...] = (CORRUPT,), **columns: list[Any]
 ) -> Path:
-    """Ten pictures of the album as bytes, with the given columns of text or numbers."""
+    """Ten images of the album as bytes, with the given columns of text or numbers."""
     images = [
         {"bytes": (album / f"train/{i:02d}.png").read_bytes(), "path": f"{i}.png"}
         for i in range(10)
     ]
     images = [p | {"bytes": p["bytes"][:40]} if i in corrupt else p for i, p in enumerate(images)]
-    rows = datasets.Dataset.from_dict({"picture": images, **columns})
+    records = datasets.Dataset.from_dict({"photo": images, **columns})
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows.cast_column("picture", datasets.Image(decode=False)).to_parquet(path)
+    records.cast_column("photo", datasets.Image(decode=False)).to_parquet(path)
     return path
 
 
@@ -260,12 +262,13 @@ def test_parquet_and_its_columns(
     )
     good = [i for i in range(10) if i != CORRUPT]
 
-    def rows(out: Path) -> list[tuple[str, str]]:
+    def records(out: Path) -> list[tuple[str, str]]:
         return [
-            (row["key"], row["caption"]) for row in Shards.open(out).dataset(tmp_path / "copies")
+            (record["key"], record["caption"])
+            for record in Shards.open(out).dataset(tmp_path / "copies")
         ]
 
-    assert rows(shards("found", data=path)) == [(f"id {i}", f"text {i}") for i in good]
+    assert records(shards("found", data=path)) == [(f"id {i}", f"text {i}") for i in good]
     named = shards(
         "named",
         "--caption-column",
@@ -273,29 +276,29 @@ def test_parquet_and_its_columns(
         "--key-column",
         "number",
         "--image-column",
-        "picture",
+        "photo",
         data=path,
     )
-    assert rows(named) == [(str(100 + i), f"id {i}") for i in good]
+    assert records(named) == [(str(100 + i), f"id {i}") for i in good]
     assert json.loads((named / "train.rejects.jsonl").read_text())["key"] == "102"
-    assert rows(shards("silent", "--caption-column", "", data=path)) == [
+    assert records(shards("silent", "--caption-column", "", data=path)) == [
         (f"id {i}", "") for i in good
     ]
     capsys.readouterr()
-    for words, reason in (
+    for args, reason in (
         (
-            ["--caption-column", "words"],
-            "expected a caption column 'words' of text, got columns picture, text, number, id",
+            ["--caption-column", "title"],
+            "expected a caption column 'title' of text, got columns photo, text, number, id",
         ),
         (["--caption-column", "number"], "expected a caption column 'number' of text"),
         (
             ["--key-column", "name"],
-            "expected a key column 'name', got columns picture, text, number, id",
+            "expected a key column 'name', got columns photo, text, number, id",
         ),
         (["--split", "test"], "expected a split 'test', got train"),
         (["--device", "toaster"], "device 'toaster' cannot be used here"),
     ):
-        shards("refused", *words, data=path, code=2)
+        shards("refused", *args, data=path, code=2)
         message = capsys.readouterr().err
         assert reason in message and message.count("\n") == 1
     assert not (tmp_path / "refused").exists() or not files(tmp_path / "refused")
@@ -317,7 +320,7 @@ options = sys.argv[4:]
 VisualTokenizer.from_pretrained(weights), load_splits(data)
 
 def child(at, pause=0):
-    'Kills itself just before the file number `at` is moved to its place.'
+    'Kills itself just before the file number `at` is moved to its final name.'
     pid = os.fork()
     if pid:
         return pid
@@ -357,7 +360,7 @@ def test_killed_at_any_moment_it_gives_the_same_bytes(
     """kill -9 from outside, then before each kind of file appears, until a run completes."""
     options = ["--shard-size", "2"]
     whole, out = shards("whole", *options), tmp_path / "killed"
-    words = [
+    args = [
         "shards",
         album,
         "--out",
@@ -371,7 +374,7 @@ def test_killed_at_any_moment_it_gives_the_same_bytes(
         *options,
     ]
     shown = subprocess.run(
-        [sys.executable, "-c", KILLS, *map(str, [out, album, weights, *words])],
+        [sys.executable, "-c", KILLS, *map(str, [out, album, weights, *args])],
         env={**os.environ, "HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -442,7 +445,7 @@ def test_rejects_are_never_lost(shards: Callable[..., Path], album: Path, tmp_pa
         assert files(shards(data=path)) == whole
 
 
-def test_other_settings_are_refused(
+def test_other_arguments_are_refused(
     shards: Callable[..., Path],
     tiny_tokenizer: VisualTokenizer,
     album: Path,
@@ -456,7 +459,7 @@ def test_other_settings_are_refused(
     tiny_tokenizer.quantizer.codebook.embeddings.neg_()
     tiny_tokenizer.save_pretrained(tmp_path / "other codebook")
     other = parquet(tmp_path / "other.parquet", album, caption=[f"caption {i}" for i in range(10)])
-    for words, names in (
+    for args, names in (
         (["--budget", 2], ["budget 1, now 2"]),
         (["--budget", "1.0"], ["budget 1, now 1.0", "batch_size None, now 3"]),
         (
@@ -471,7 +474,7 @@ def test_other_settings_are_refused(
         ),
     ):
         capsys.readouterr()
-        shards("out", *words, code=2)
+        shards("out", *args, code=2)
         message = capsys.readouterr().err
         assert (
             message.startswith(f"lavit-tok: error: {out}: has shards with other values of ")
@@ -527,13 +530,13 @@ def test_two_jobs_in_one_folder(shards: Callable[..., Path], tmp_path: Path, cap
     assert Shards.open(shards()).records == 9
 
 
-def test_pictures_that_cannot_be_used(
+def test_images_that_cannot_be_used(
     shards: Callable[..., Path], tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     folder = tmp_path / "bad/train"
     folder.mkdir(parents=True)
     for i in range(3):
-        (folder / f"{i}.png").write_bytes(b"no picture")
+        (folder / f"{i}.png").write_bytes(b"no image")
     out = shards("bad out", "--caption-column", "", data=folder.parent, code=2)
     message = capsys.readouterr().err
     assert (
@@ -554,13 +557,13 @@ def test_pictures_that_cannot_be_used(
 
 
 def test_words_that_are_refused(capsys: Any) -> None:
-    for words, reason in (
+    for args, reason in (
         ("a --shard-size 0", "at least 1"),
         ("a --num-workers -1", "at least 0"),
         ("a", "--out"),
     ):
         with pytest.raises(SystemExit) as caught:
-            main(["shards", *words.split()])
+            main(["shards", *args.split()])
         assert caught.value.code == 2 and reason in capsys.readouterr().err
 
 
@@ -581,17 +584,19 @@ def test_reading_for_training(
         None,
         True,
     )
-    rows = opened.dataset(tmp_path / "copies")
-    assert isinstance(rows, datasets.Dataset) and len(rows) == 18
-    assert rows.column_names == ["key", "caption", "codes", "length", "keep", "flipped"]
+    records = opened.dataset(tmp_path / "copies")
+    assert isinstance(records, datasets.Dataset) and len(records) == 18
+    assert records.column_names == ["key", "caption", "codes", "length", "keep", "flipped"]
     assert (
-        rows[5]["key"] == "train/03.png" and rows[5]["flipped"] and rows[5]["caption"] == "train 3"
+        records[5]["key"] == "train/03.png"
+        and records[5]["flipped"]
+        and records[5]["caption"] == "train 3"
     )
-    assert sum(map(len, rows["codes"])) == opened.codes == sum(rows["length"])
+    assert sum(map(len, records["codes"])) == opened.codes == sum(records["length"])
     assert Shards.open(out, "train", verify=False) == opened
     header, codes = read_codes(out / "train-00000.parquet")  # so `lavit-tok decode` draws it
     assert header == CodeFileHeader(str(weights), 16, 16)
-    assert list(codes)[1] == CodeRecord(rows[1]["key"], rows[1]["codes"], rows[1]["keep"])
+    assert list(codes)[1] == CodeRecord(records[1]["key"], records[1]["codes"], records[1]["keep"])
 
 
 def test_shards_of_another_tokenizer(shards: Callable[..., Path], weights: Path) -> None:

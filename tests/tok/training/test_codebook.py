@@ -25,11 +25,11 @@ def codebook(entries: Tensor) -> Codebook:
 
 
 def test_usage_of_counts_made_by_hand():
-    seen = usage(torch.tensor([5, 5, 0, 2]), 8)
-    assert (seen.used, seen.entropy_bits) == (
+    stats = usage(torch.tensor([5, 5, 0, 2]), 8)
+    assert (stats.used, stats.entropy_bits) == (
         3 / 8,
         pytest.approx(1.5),
-    ) and seen.perplexity == pytest.approx(2**1.5)
+    ) and stats.perplexity == pytest.approx(2**1.5)
     even = usage(torch.arange(16).repeat(3), 16)
     assert (
         even.used == 1

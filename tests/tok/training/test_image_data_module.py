@@ -22,7 +22,7 @@ from lavit_tok.training.data_module import HOLDOUT_EVERY, EpochOrder, ImageDataM
 
 
 def image(number: int) -> bytes:
-    """A plain 12x10 picture whose red value is its number."""
+    """A plain 12x10 image whose red value is its number."""
     stream = io.BytesIO()
     Image.new("RGB", (12, 10), (number, 255 - number, 40)).save(stream, "PNG")
     return stream.getvalue()
@@ -42,17 +42,17 @@ def folder(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> Path
         (path / split).mkdir(parents=True)
         for i in range(count if split == "train" else 5):
             bad = i in corrupt and split == "train"
-            (path / split / f"{i:03}.png").write_bytes(b"no picture" if bad else image(i))
+            (path / split / f"{i:03}.png").write_bytes(b"no image" if bad else image(i))
     return path
 
 
 def parquet(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    rows = [
+    records = [
         {
             "image": {"bytes": image(i)[: 30 if i in corrupt else None], "path": None},
             "caption": f"number {i}",
-            "key": f"row/{i}",
+            "key": f"record/{i}",
         }
         for i in range(count)
     ]
@@ -63,7 +63,7 @@ def parquet(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> Pat
             "key": datasets.Value("string"),
         }
     )
-    datasets.Dataset.from_list(rows, features=features).to_parquet(path / "train.parquet")
+    datasets.Dataset.from_list(records, features=features).to_parquet(path / "train.parquet")
     return path
 
 
@@ -73,7 +73,7 @@ def webdataset(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> 
         with tarfile.open(path / f"train-{shard}.tar", "w") as tar:
             for i in range(shard, count, 2):
                 parts = {
-                    "png": b"no picture" if i in corrupt else image(i),
+                    "png": b"no image" if i in corrupt else image(i),
                     "txt": f"number {i}".encode(),
                 }
                 for suffix, content in parts.items():
@@ -84,27 +84,27 @@ def webdataset(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> 
 
 
 def arrow(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> Path:
-    rows = datasets.load_dataset(str(parquet(path / "source", count, corrupt)), split="train")
-    datasets.DatasetDict(train=rows, validation=rows).save_to_disk(path / "arrow")
+    records = datasets.load_dataset(str(parquet(path / "source", count, corrupt)), split="train")
+    datasets.DatasetDict(train=records, validation=records).save_to_disk(path / "arrow")
     return path / "arrow"
 
 
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("source", [folder, parquet, webdataset, arrow])
-def test_every_source_gives_every_readable_picture_once(source, cache, tmp_path):
+def test_every_source_gives_every_readable_image_once(source, cache, tmp_path):
     data = ImageDataModule(str(source(tmp_path / "data")), image_size=8, batch_size=4, cache=cache)
     data.setup("validate")
     data.setup("fit")
     held_out = numbers(list(data.val_dataloader()))
-    seen = numbers(list(data.train_dataloader()))
-    if source in (parquet, webdataset):  # no validation split: every 20th row is held out
+    loaded = numbers(list(data.train_dataloader()))
+    if source in (parquet, webdataset):  # no validation split: every 20th record is held out
         assert len(held_out) == (23 + HOLDOUT_EVERY - 1) // HOLDOUT_EVERY
-        assert not set(held_out) & set(seen)
-    assert 3 not in seen
-    assert len(seen) == len(data.sets["train"]) // 4 * 4
-    assert len(set(seen)) >= len(seen) - (
+        assert not set(held_out) & set(loaded)
+    assert 3 not in loaded
+    assert len(loaded) == len(data.sets["train"]) // 4 * 4
+    assert len(set(loaded)) >= len(loaded) - (
         not cache
-    )  # without a cache the corrupt one's place goes to its neighbour
+    )  # without a cache the corrupt one is replaced by the next
     assert len(data.rejects) == 1
     assert "reason" in data.rejects[0] and "3" in data.rejects[0]["key"]
 
@@ -122,7 +122,7 @@ def test_batches_are_uint8_with_row_numbers_and_captions(tmp_path):
     assert batch["captions"] == [f"number {i}" for i in numbers([batch])]
 
 
-def test_streaming_gives_the_same_pictures_and_its_rejects(tmp_path):
+def test_streaming_gives_the_same_images_and_its_rejects(tmp_path):
     data = ImageDataModule(
         str(webdataset(tmp_path / "data")), image_size=8, batch_size=2, streaming=True
     )
@@ -171,11 +171,11 @@ def test_crops_keep_their_proportions():
     assert int(Augmentation(VisualImageProcessor(10))(wide, 0, 0).min()) < 3 * 6
     cut = Augmentation(center, crop_scale=(0.5, 0.5))
     for index in range(20):
-        seen = cut(wide, 0, index).int()
-        assert int(seen.min()) >= 10 * 6 and int(seen.max()) <= 29 * 6
+        cropped = cut(wide, 0, index).int()
+        assert int(cropped.min()) >= 10 * 6 and int(cropped.max()) <= 29 * 6
         spread = (
-            int(seen.max() - seen.min()) / 6
-        )  # columns across: the square's share of 20 is 0.5 ** 0.5
+            int(cropped.max() - cropped.min()) / 6
+        )  # columns across: the side of the square is 0.5 ** 0.5 of 20
         assert 10 < spread < 15
 
 
@@ -185,12 +185,12 @@ class Recorder(LightningModule):
     def __init__(self, stop: int = -1):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[torch.Tensor] = []
+        self.pixels: list[torch.Tensor] = []
         self.stop = stop
 
     def training_step(self, batch, batch_idx):
-        self.seen.append(batch["images"].clone())
-        if len(self.seen) - 1 == self.stop:
+        self.pixels.append(batch["images"].clone())
+        if len(self.pixels) - 1 == self.stop:
             raise KeyError("killed")
         return self.weight.square()
 
@@ -233,7 +233,7 @@ def test_a_killed_run_resumes_with_exactly_the_batches_it_would_have_seen(
         )
         with contextlib.suppress(KeyError):
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=False)
-        return model.seen
+        return model.pixels
 
     whole = run(Recorder(), "whole")
     assert len(whole) == 14 and not torch.equal(whole[0], whole[5])
@@ -249,29 +249,29 @@ def test_a_killed_run_resumes_with_exactly_the_batches_it_would_have_seen(
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("arguments", "message"),
     [
         ({"data": "nowhere/at/all"}, "nowhere/at/all"),
         ({"caption_column": "text"}, "expected a caption column 'text'"),
         ({"splits": ("training", "b", "c")}, "expected one of the splits"),
     ],
 )
-def test_bad_sources_get_one_clear_message(settings, message, tmp_path, monkeypatch):
+def test_bad_sources_get_one_clear_message(arguments, message, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     path = parquet(tmp_path / "data")
     with pytest.raises(ValueError, match=message):
-        ImageDataModule(**({"data": str(path)} | settings)).setup("fit")
+        ImageDataModule(**({"data": str(path)} | arguments)).setup("fit")
 
 
 @pytest.mark.parametrize(
-    "settings", [{"batch_size": 0}, {"crop_scale": (0.0, 1.0)}, {"streaming": True, "cache": True}]
+    "arguments", [{"batch_size": 0}, {"crop_scale": (0.0, 1.0)}, {"streaming": True, "cache": True}]
 )
-def test_bad_settings_are_refused(settings):
+def test_bad_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=r"batch_size|crop_scale|cache"):
-        ImageDataModule("data", **settings)
+        ImageDataModule("data", **arguments)
 
 
-def test_a_split_without_any_readable_picture_is_an_error(tmp_path):
+def test_a_split_without_any_readable_image_is_an_error(tmp_path):
     path = parquet(tmp_path / "data", count=3, corrupt=(0, 1, 2))
     with pytest.raises(ValueError, match="no readable image"):
         ImageDataModule(str(path), cache=True).setup("fit")

@@ -37,7 +37,7 @@ UNET: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 training and 4 validation images of 32 pixels: an asymmetric rectangle on a background."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 20), ("validation", 4)):
         (root / split).mkdir()
         for i in range(count):
@@ -59,7 +59,7 @@ def parts(tmp_path: Path, tiny_tokenizer: VisualTokenizer) -> dict[str, str]:
     return {"tokenizer": str(tmp_path / "tokenizer"), "vae": str(tmp_path / "vae")}
 
 
-def training(parts: dict[str, str], **settings: Any) -> PixelDecoderTraining:
+def training(parts: dict[str, str], **arguments: Any) -> PixelDecoderTraining:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         chosen = {
@@ -70,7 +70,9 @@ def training(parts: dict[str, str], **settings: Any) -> PixelDecoderTraining:
             "lr": 1e-2,
             "flip": 0.5,
         }
-        return trainer_of(PixelDecoderTraining, **parts, **{**chosen, "ema_decay": 0.6, **settings})
+        return trainer_of(
+            PixelDecoderTraining, **parts, **{**chosen, "ema_decay": 0.6, **arguments}
+        )
 
 
 def fit(
@@ -104,10 +106,10 @@ class Steps(pl.Callback):
     """The parameters after every step."""
 
     def __init__(self) -> None:
-        self.seen: list[dict[str, torch.Tensor]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        self.seen.append(parameters(module))
+        self.weights.append(parameters(module))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -188,7 +190,7 @@ def test_encoded_once(parts: dict[str, str], tmp_path: Path) -> None:
         and len(list((tmp_path / "cache").iterdir())) == 1
     )
     EncodedSet(255 - pixels, index, FrozenEncoders(**parts), True, tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # other pictures, another file
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # other images, another file
     plain = EncodedSet(pixels, index, FrozenEncoders(**parts), flipped=False)
     assert len(plain.latents) == 5
     sides = [m(index, torch.zeros(5, dtype=torch.bool), "cpu") for m in (made, plain)]
@@ -233,8 +235,8 @@ def test_average_is_the_formula(parts: dict[str, str], folder: Path, tmp_path: P
     """a_1 = w_1; a_t = d a_{t-1} + (1 - d) w_t with d = min(0.6, (1 + k) / (10 + k)), k = t - 1."""
     steps, module = Steps(), training(parts)
     fit(module, folder, tmp_path, 6, callbacks=[steps])
-    expected = steps.seen[0]
-    for k, now in enumerate(steps.seen[1:], start=1):
+    expected = steps.weights[0]
+    for k, now in enumerate(steps.weights[1:], start=1):
         decay = min(0.6, (1 + k) / (10 + k))
         expected = {name: decay * expected[name] + (1 - decay) * now[name] for name in now}
     names = [name for name, _ in module.named_parameters()]
@@ -279,14 +281,14 @@ def test_it_learns_and_exports_the_average(
     parts: dict[str, str], folder: Path, tmp_path: Path
 ) -> None:
     """The loss falls; the averaged decoder is exported, and needs no tokenizer or Lightning."""
-    settings = {
+    arguments = {
         "spatial_channels": 4,
         "spatial_scale": 2,
         "feature_norm": True,
         "null_length": 16,
         "cache": True,
     }
-    module = training(parts, out=str(tmp_path / "out"), **settings)
+    module = training(parts, out=str(tmp_path / "out"), **arguments)
     decoded = ImageDataModule(str(folder), 32, 8, cache=True)
     decoded.setup("fit")
     images = torch.stack([decoded.sets["train"][i]["images"] for i in range(16)])
@@ -349,7 +351,7 @@ def test_sheets_and_validation(parts: dict[str, str], folder: Path, tmp_path: Pa
     quiet = Steps()
     fit(plain, folder, tmp_path / "plain", 4, callbacks=[quiet], limit_val_batches=0)
     for a, b in zip(
-        steps.seen, quiet.seen, strict=True
+        steps.weights, quiet.weights, strict=True
     ):  # neither sheets nor validation change the training
         assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -357,14 +359,14 @@ def test_sheets_and_validation(parts: dict[str, str], folder: Path, tmp_path: Pa
 def test_sdxl_and_accumulated_steps(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
     extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
     unet = {**UNET, **extra, "projection_class_embeddings_input_dim": 8 + 6 * 4}
-    settings = {
+    arguments = {
         "style": "sdxl",
         "cross_dims": (8, 8),
         "pooled_dim": 8,
         "pool_heads": 2,
         "config": unet,
     }
-    module = training(parts, out=str(tmp_path / "out"), **settings)
+    module = training(parts, out=str(tmp_path / "out"), **arguments)
     losses: list[float] = []
     module.log = lambda name, value, **_: losses.append(float(value))  # type: ignore[method-assign]
     fit(module, folder, tmp_path, 2, accumulate_grad_batches=2, limit_val_batches=0)
@@ -386,7 +388,7 @@ def test_starts_from_a_pretrained_unet(parts: dict[str, str], tmp_path: Path) ->
     assert second.unet.config.in_channels == 6 and second.decoder().unet.config.sample_size == 8
 
 
-def test_bad_settings_are_refused(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="zero_terminal_snr: expected prediction_type v_prediction"
     ):
@@ -416,46 +418,46 @@ def test_recipe_trains(recipe: Path, parts: dict[str, str], folder: Path, tmp_pa
     """The recipe with other width, devices, data and pretrained models: two steps and an export."""
     header = "".join(line for line in recipe.read_text().splitlines(True) if line.startswith("#"))
     assert all(word in header for word in ("command:", "hardware:", "time:", "expected:"))
-    words = [
+    args = [
         "-c",
         str(recipe),
         f"--data.data={folder}",
         "--data.image_size=32",
         "--data.batch_size=4",
     ]
-    words += [
+    args += [
         "--data.num_workers=0",
         "--data.streaming=false",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
     ]
-    words += [
+    args += [
         "--trainer.accelerator=cpu",
         "--trainer.devices=1",
         "--trainer.num_nodes=1",
         "--trainer.strategy=auto",
     ]
-    words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
-    words += [
+    args += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
+    args += [
         "--trainer.limit_val_batches=1",
         "--trainer.enable_checkpointing=false",
         "--trainer.logger=false",
     ]
-    words += [
+    args += [
         f"--model.tokenizer={parts['tokenizer']}",
         f"--model.vae={parts['vae']}",
         "--model.unet.pretrained=null",
     ]
-    words += [
+    args += [
         f"--model.unet.config={json.dumps(UNET)}",
         "--model.condition.cross_dims=[16]",
         "--model.condition.null_length=16",
     ]
-    words += [
+    args += [
         "--model.samples.every=2",
         "--model.samples.steps=2",
         f"--model.out={tmp_path / 'out'}",
     ]
-    assert main(["fit-decoder", *words]) == 0
+    assert main(["fit-decoder", *args]) == 0
     assert PixelDecoder.from_pretrained(tmp_path / "out").unet.config.block_out_channels == [16, 16]
     assert (tmp_path / "run" / "images" / "samples-0000002.png").is_file()
 

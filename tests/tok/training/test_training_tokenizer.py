@@ -24,8 +24,8 @@ from lavit_tok.training.tokenizer_training import RecentValues, TokenizerTrainin
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 made-up pictures: a coloured rectangle on a coloured ground."""
-    root, rng = tmp_path_factory.mktemp("pictures") / "train", np.random.default_rng(0)
+    """40 made-up images: a colored rectangle on a colored ground."""
+    root, rng = tmp_path_factory.mktemp("images") / "train", np.random.default_rng(0)
     root.mkdir()
     for i in range(40):
         image = np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)
@@ -51,7 +51,7 @@ def fit(
     root: Path,
     steps: int,
     ckpt: str | None = None,
-    **settings: Any,
+    **arguments: Any,
 ) -> Any:
     """Train a little; returns the module, its trainer and the logged losses of every step."""
     pl.seed_everything(0, verbose=False)
@@ -64,7 +64,7 @@ def fit(
         "lr": 3e-3,
     }
     module = trainer_of(
-        TokenizerTraining, config=config, log_images_every=0, **{**chosen, **settings}
+        TokenizerTraining, config=config, log_images_every=0, **{**chosen, **arguments}
     )
     losses = Losses()
     trainer = pl.Trainer(
@@ -126,7 +126,7 @@ def test_every_trained_part_moves(
         for n, p in module.tokenizer.named_parameters()
         if "encoder" not in n and torch.equal(p, before[n])
     ]
-    # A key's bias shifts a query's scores by one number, which no softmax sees.
+    # A key's bias shifts a query's scores by one number, which does not change the softmax.
     assert [n for n in still if not n.endswith("key.bias")] == []
     assert values[-1]["train/loss"] < values[0]["train/loss"]
 
@@ -139,8 +139,8 @@ def test_settled_selector_keeps_rho_and_freezes(
     (At least: every image keeps one patch, even where all of its scores lie below the batch's upper
     quarter.)
     """
-    settings = {"random_budget_ratio": 0.0, "rho": 0.25, "stop_sampling_step": 3, "start_step": 7}
-    module, _, values = fit(tiny_config, folder, tmp_path, 7, **settings)
+    arguments = {"random_budget_ratio": 0.0, "rho": 0.25, "stop_sampling_step": 3, "start_step": 7}
+    module, _, values = fit(tiny_config, folder, tmp_path, 7, **arguments)
     ratios = [v["train/keep_ratio"] for v in values[3:]]
     assert 0.25 - 1 / 128 <= ratios[0] <= 0.25 + 8 / 128, "but for the patch at the border itself"
     assert np.mean(ratios) == pytest.approx(0.25, abs=0.1)
@@ -202,7 +202,7 @@ def test_chain_train_save_load_encode_reconstruct(
 
 
 def test_recent_rows_overwrite_the_oldest() -> None:
-    """The drawing of the docstring, then nothing at all, then more rows at once than are held."""
+    """The drawing of the docstring, then no values, then more values at once than are kept."""
     recent = RecentValues(4)
     assert recent.latest().tolist() == []
     recent.add(torch.tensor([1.0, 2.0, 3.0]))
@@ -240,7 +240,9 @@ def test_step_generator_depends_on_its_arguments_only() -> None:
 @pytest.mark.parametrize(
     "bad", [{"rho": 0.0}, {"rho": 1.5}, {"stop_sampling_step": 9, "start_step": 3}]
 )
-def test_impossible_settings_are_refused(tiny_config: TokenizerConfig, bad: dict[str, Any]) -> None:
+def test_impossible_arguments_are_refused(
+    tiny_config: TokenizerConfig, bad: dict[str, Any]
+) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         trainer_of(TokenizerTraining, config=tiny_config, **bad)
 
