@@ -26,12 +26,7 @@ from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, V
 from lavit_lm.objectives.records import ImageVectors
 from lavit_tok import PixelDecoder
 from lavit_tok.training.decoder_training import DTYPES, WeightsDtype
-from lavit_tok.training.denoising import (
-    DenoisingConfig,
-    NoisyLatents,
-    denoising_loss,
-    vae_latents,
-)
+from lavit_tok.training.denoising import DenoisingConfig, NoisyLatents, denoising_loss, vae_latents
 from lavit_tok.training.ema import EMATraining
 from lavit_tok.training.frozen import Frozen
 from lavit_tok.training.logging import SampleConfig, log_image, step_generator

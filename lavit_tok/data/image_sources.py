@@ -82,10 +82,7 @@ def undecoded(split: Any, image_column: str) -> tuple[Any, str]:
 
 
 def example_key(
-    example: dict[str, Any],
-    column: str,
-    fallback: str,
-    key_columns: Iterable[str] = KEY_COLUMNS,
+    example: dict[str, Any], column: str, fallback: str, key_columns: Iterable[str] = KEY_COLUMNS
 ) -> str:
     """The key of an example: the first key column with a value, the image's path, or `fallback`."""
     path = (example[column] or {}).get("path")

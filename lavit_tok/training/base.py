@@ -11,12 +11,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from lavit_tok.training.frozen import drop_frozen, restore_frozen
-from lavit_tok.training.optimizers import (
-    OptimizerConfig,
-    ScheduleConfig,
-    adamw,
-    parameter_groups,
-)
+from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig, adamw, parameter_groups
 
 
 class TrainingModule(pl.LightningModule):

@@ -71,8 +71,7 @@ def main() -> None:
     for split, examples in splits.items():
         raw = examples.cast_column("image", datasets.Image(decode=False))
         made = Dataset.from_list(
-            list(views(raw, arguments.views if split == "train" else 0)),
-            features=examples.features,
+            list(views(raw, arguments.views if split == "train" else 0)), features=examples.features
         )
         shards = -(-len(made) // SHARD_SIZE)
         for index in range(shards):

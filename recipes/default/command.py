@@ -47,7 +47,4 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> 
     """Lightning's config of a per-step schedule: linear warmup, then a cosine to 1% of the peak."""
     schedule = ScheduleConfig(warmup, min_lr_ratio=0.01)
     scheduler = LambdaLR(optimizer, lambda step: schedule.factor(step, total))
-    return {
-        "optimizer": optimizer,
-        "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-    }
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

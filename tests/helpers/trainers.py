@@ -1,10 +1,35 @@
-"""Trainers from flat arguments: tests change single fields of the config records."""
+"""Trainers from flat arguments, and arguments that run a recipe for two steps on one CPU."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
+
+TWO_STEPS = {
+    "trainer.accelerator": "cpu",
+    "trainer.devices": 1,
+    "trainer.num_nodes": 1,
+    "trainer.strategy": "auto",
+    "trainer.max_steps": 2,
+    "trainer.callbacks": "[]",
+    "trainer.val_check_interval": 2,
+    "trainer.limit_val_batches": 1,
+    "trainer.enable_progress_bar": "false",
+    "trainer.logger": "false",
+    "trainer.enable_checkpointing": "false",
+    "data.num_workers": 0,
+}
+
+
+def two_steps(recipe: Path, overrides: dict[str, Any]) -> list[str]:
+    """The recipe's arguments with TWO_STEPS and `overrides`; its header must be complete."""
+    lines = recipe.read_text().splitlines(True)
+    header = "".join(line for line in lines if line.startswith("#"))
+    assert all(item in header for item in ("command:", "hardware:", "time:", "expected:"))
+    values = {**TWO_STEPS, **overrides}
+    return ["-c", str(recipe), *(f"--{name}={value}" for name, value in values.items())]
 
 
 def trainer_of(kind: Any, **arguments: Any) -> Any:
