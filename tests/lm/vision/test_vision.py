@@ -149,9 +149,7 @@ def test_images_that_do_not_match_the_shards(folder: Path, photos: list[Path]):
     ):
         images[3]
     Image.open(photos[0]).crop((0, 0, 99, 88)).save(folder / "pictures" / "train" / "3.png")
-    with pytest.raises(
-        ShardError, match="got 24, with another key, caption or file size"
-    ):
+    with pytest.raises(ShardError, match="got 24, with another key, caption or file size"):
         fit(with_images(folder), continuous=True)
     (folder / "pictures" / "train").rename(folder / "pictures" / "test")
     with pytest.raises(
