@@ -5,8 +5,8 @@
 Each fault is one change of a syntax tree: a sign, a comparison, an index, a dropped detach() or ~,
 another reduction. A seeded sample of each file's faults is put into copies of the repository, where
 the tests of that file run until one fails. A fault that no test notices has survived. Prints each
-fault and the killed fraction; the exit code is 1 below 90 %. Not part of the suite: it takes tens of
-minutes.
+fault and the killed fraction; the exit code is 1 below 90 %. It takes tens of minutes and is not
+part of the suite.
 """
 
 from __future__ import annotations
