@@ -30,6 +30,7 @@ from lavit_tok.encode.merger import Merger
 from lavit_tok.encode.quantizer import Quantizer
 from lavit_tok.encode.selector import Selector
 from lavit_tok.encode.vision_encoder import VisionEncoder
+from lavit_tok.nn.precision import without_autocast
 
 
 class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
@@ -109,6 +110,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     ) -> VisualCodes:
         """Encode one image or a batch; deterministic unless sample=True.
 
+        Computed in the dtype of the weights (float32 by default), whatever autocast or default
+        dtype surround the call.
+
         Args:
             images: PIL image, path, bytes, uint8 [h w 3] / [3 h w] array or tensor, or a list or
                 4-D batch of them.
@@ -125,6 +129,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return self.encode_pixels(self.preprocess(images), budget, sample, generator)
 
     @torch.no_grad()
+    @without_autocast
     def encode_pixels(
         self,
         pixels: Float[Tensor, "batch 3 h w"],
@@ -205,6 +210,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return self.quantizer.codebook.lookup(codes.values.to(self.device))
 
     @torch.no_grad()
+    @without_autocast
     def reconstruct_features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
         """The encoder's features of every patch, reconstructed from the codes.
 
@@ -221,6 +227,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return self.reconstructor.ragged(self.lookup(codes), codes.to(self.device).layout)
 
     @torch.no_grad()
+    @without_autocast
     def embed(
         self,
         images: Any,
@@ -247,6 +254,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return self.embed_features(features, budget, sample, generator, keep)
 
     @torch.no_grad()
+    @without_autocast
     def embed_features(
         self,
         features: Float[Tensor, "batch patches width"],
