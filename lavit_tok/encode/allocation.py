@@ -9,6 +9,7 @@ form for training. LaVIT (ICLR 2024), section 3.1.
 from __future__ import annotations
 
 import math
+import warnings
 from functools import lru_cache
 from numbers import Integral
 
@@ -74,6 +75,8 @@ def keep_by_budget(
             f"budget: expected a positive number of codes or a fraction in (0, 1], got {budget!r}"
         )
     if isinstance(budget, (int, Integral)):  # NumPy integers are Integral but not int
+        if budget > patches:
+            _warn_of_budget(int(budget), patches)
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : min(int(budget), patches)]
         return torch.zeros_like(best).scatter(1, order, True)
     if budget > 1:
@@ -85,6 +88,16 @@ def keep_by_budget(
     flat = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(best, float("inf")).flatten()
     order = flat.argsort(descending=True, stable=True)[:count]
     return torch.zeros_like(best).flatten().scatter(0, order, True).view(batch, patches)
+
+
+@lru_cache(maxsize=64)
+def _warn_of_budget(budget: int, patches: int) -> None:
+    """Warn once of each budget."""
+    warnings.warn(
+        f"budget: expected at most {patches} codes per image, one for each patch, got {budget}: "
+        f"every image gets {patches} codes",
+        stacklevel=2,
+    )
 
 
 def dithered(
