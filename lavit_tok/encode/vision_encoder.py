@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lavit_tok.checkpoints.weights import find_directory, require_finite
 from lavit_tok.config import ConfigError
 
 ENCODERS = {
@@ -89,7 +90,8 @@ class VisionEncoder(nn.Module):
             ValueError: a type not in ENCODERS, or missing tensors, which transformers would
                 initialize randomly with only a warning.
         """
-        complete = transformers.AutoConfig.from_pretrained(name)
+        directory = find_directory(name, None)
+        complete = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         config = getattr(complete, "vision_config", complete)
         if config.model_type not in ENCODERS:
             raise ValueError(
@@ -99,12 +101,13 @@ class VisionEncoder(nn.Module):
             kwargs["key_mapping"] = {r"^vision_model\.": ""}
         model_class = getattr(transformers, ENCODERS[config.model_type][1])
         model, report = model_class.from_pretrained(
-            name, config=config, use_safetensors=True, output_loading_info=True, **kwargs
+            directory, config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )
         absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
         if absent:
             count = f"{len(absent)} tensors of the encoder"
             raise ValueError(f"{name}: {count} are missing or mis-shaped: {absent[:20]}")
+        require_finite(model, name)
         return cls(model, norm)
 
     def json_config(self) -> dict[str, Any]:
