@@ -94,7 +94,7 @@ class VisionEncoder(nn.Module):
                 initialize randomly with only a warning.
         """
         own = Path(name) / "config.json"
-        if own.is_file() and read_config(own).get("model_type") == JoinedConfig.model_type:
+        if own.is_file() and read_config(own, dict).get("model_type") == JoinedConfig.model_type:
             return JoinedEncoder.from_directory(name)
         complete = transformers.AutoConfig.from_pretrained(name)
         config = getattr(complete, "vision_config", complete)
