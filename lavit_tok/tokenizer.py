@@ -107,7 +107,14 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         self.continuous = None
         if c.continuous_width:
             self.continuous = ContinuousPath(
-                c.width, c.continuous_depth, *blocks, c.attention, c.continuous_width, c.positions
+                c.width,
+                c.continuous_depth,
+                c.num_heads,
+                c.mlp_width,
+                c.layer_norm_eps,
+                c.attention,
+                c.continuous_width,
+                c.positions,
             )
         self.eval()
 
