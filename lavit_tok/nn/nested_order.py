@@ -10,8 +10,7 @@ level 0, ranks 1-3 level 1, ranks 4-15 level 2; a cell of level l has 2^-l of th
 code attends to the patches of its own rank and later ones, most to those near its cell
 (merge_bias); a patch attends to the codes whose cells are near it (read_bias). Both biases are
 fixed numbers that are added to attention scores, as in ALiBi (Press et al., 2022), in two
-dimensions and in units of a cell: attention starts as local averages, and learns the rest. Without
-them the error over budgets stayed flat for hundreds of steps (docs/log.md).
+dimensions and in units of a cell: attention starts as local averages, and learns the rest.
 """
 
 from __future__ import annotations
