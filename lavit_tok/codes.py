@@ -167,7 +167,9 @@ class VisualCodes:
         if most.numel() and int(most.min()) < 1:
             raise CodeError(f"truncate: expected at least 1 code an image, got {int(most.min())}")
         lengths = torch.minimum(self.lengths, most)
-        values = self.values[self.layout.positions < lengths.repeat_interleave(self.lengths)]
+        ranks = torch.arange(self.layout.width, device=self.device).expand(len(self), -1)
+        ranks = ranks[self.layout.mask]
+        values = self.values[ranks < lengths.repeat_interleave(self.lengths)]
         keep = None if self.keep is None else first_ranks(lengths, self.keep.shape[1])
         return VisualCodes(values, lengths, keep, self.codebook_size, nested=True)
 
