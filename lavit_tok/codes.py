@@ -95,8 +95,8 @@ class VisualCodes:
     Args:
         values: int64 [total], every image's codes, one after another, each 0..K-1.
         lengths: int64 [batch], codes of each image.
-        keep: bool [batch patches], the patches behind the codes; None when the codes came without a
-            picture.
+        keep: bool [batch patches], the patches behind the codes; None when the codes came without
+            images.
         codebook_size: K of the tokenizer that made them, checked by every tokenizer that reads
             them; None if unknown.
         nested: codes are in the nested order (nn/nested_order.py), so that the first of them are
@@ -134,13 +134,10 @@ class VisualCodes:
                 raise CodeError(
                     "keep: each image's number of kept patches must equal its number of codes"
                 )
-        if self.predicted_error is not None and tuple(self.predicted_error.shape) != (
-            len(self.lengths),
-        ):
-            got = list(self.predicted_error.shape)
+        if self.predicted_error is not None and self.predicted_error.shape != self.lengths.shape:
             raise CodeError(
                 f"predicted_error: expected one number for each of {len(self.lengths)} images, "
-                f"got {got}"
+                f"got shape {list(self.predicted_error.shape)}"
             )
         self.check(self.codebook_size)
 
@@ -158,15 +155,17 @@ class VisualCodes:
                 "truncate: only nested codes can be cut; others lose the parts of the image that "
                 "they cover"
             )
-        most = torch.as_tensor(counts, device=self.device)
-        if most.is_floating_point() or most.ndim > 1 or (most.ndim == 1 and len(most) != len(self)):
+        limits = torch.as_tensor(counts, device=self.device)
+        fits = limits.ndim == 0 or limits.shape == self.lengths.shape
+        if limits.is_floating_point() or not fits:
             raise CodeError(
                 f"truncate: expected one integer, or one for each of {len(self)} images, "
                 f"got {counts!r}"
             )
-        if most.numel() and int(most.min()) < 1:
-            raise CodeError(f"truncate: expected at least 1 code an image, got {int(most.min())}")
-        lengths = torch.minimum(self.lengths, most)
+        if limits.numel() and int(limits.min()) < 1:
+            smallest = int(limits.min())
+            raise CodeError(f"truncate: expected at least 1 code per image, got {smallest}")
+        lengths = torch.minimum(self.lengths, limits)
         ranks = torch.arange(self.layout.width, device=self.device).expand(len(self), -1)
         ranks = ranks[self.layout.mask]
         values = self.values[ranks < lengths.repeat_interleave(self.lengths)]

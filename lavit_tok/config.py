@@ -72,19 +72,19 @@ class TokenizerConfig:
     continuous_depth: int = 0
     """Blocks of the merger of the continuous path."""
     sequence: Literal["selected", "nested"] = "selected"
-    """Which patches have codes, in which order: selected (LaVIT) by the selector, in raster order;
-    nested by one fixed order of all patches, in which any number of first codes covers the image
-    (nn/nested_order.py)."""
+    """Which patches have codes, and their order. "selected": those that the selector keeps, in
+    raster order (LaVIT). "nested": one fixed order of all patches, of which every prefix covers the
+    image (nn/nested_order.py)."""
     code_layers: int = 1
     """Self-attention layers over the codes in the reconstructor of nested codes."""
     color_cells: int = 0
-    """The reconstructor of nested codes also predicts the mean colors of so many parts of a patch's
-    side; 0 for none."""
+    """The reconstructor of nested codes also predicts the mean colors of this number of cells per
+    patch side; 0 for none."""
     error_hidden: int = 0
     """Width of the heads that predict an image's error at every number of codes
     (encode/error_head.py); 0 for none."""
     price: float = 0.0
-    """What one more code has to save of the predicted error, where no budget is given."""
+    """Smallest reduction of the predicted error by one more code, without a budget."""
 
     def __post_init__(self) -> None:
         is_model = isinstance(self.encoder, dict) and "model_type" in self.encoder

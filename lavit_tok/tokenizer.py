@@ -51,6 +51,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     """
 
     merger: Any
+    mean_feature: Tensor
     reconstructor: Any
     continuous: ContinuousPath | None
 
@@ -73,7 +74,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
                 f"got {size}"
             )
         self.nested = c.sequence == "nested"
-        self.selector: Any = None  # nested codes have an order of their own
+        self.selector: Any = None  # nested codes have a fixed order
         if self.nested:
             self.merger = NestedMerger(
                 c.width, c.num_patches, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps
@@ -156,20 +157,20 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         Args:
             images: PIL image, path, bytes, uint8 [h w 3] / [3 h w] array or tensor, or a list or
                 4-D batch of them.
-            budget: None lets the tokenizer decide; an int is the exact number of codes an image; a
-                fraction in (0, 1] of the batch's patches is spent where the predicted gain, or else
-                the keep score, is highest. At least one code an image.
+            budget: None lets the tokenizer decide; an int is the exact number of codes per image;
+                a fraction in (0, 1] of the batch's patches is spent where the predicted gain, or
+                else the keep score, is highest. At least one code per image.
             sample: Gumbel sampling of the keep decision, as in training.
             generator: its source of randomness.
             quality: the fewest codes that reach this centered cosine between the encoder's features
                 and the reconstructed ones, or ("psnr", dB) of the patches' colors.
-            rate: spend a code while it saves more than this of 1 - centered cosine; config.price by
-                default.
+            rate: add codes while each reduces 1 - centered cosine by more than this; config.price
+                by default.
             verify: every image must reach the quality, by measurement; an error where all codes do
                 not suffice.
             exact: quality and rate only start from the predicted number of codes, and measure up to
                 six others; False takes the prediction.
-            min_codes: least codes of an image.
+            min_codes: fewest codes of an image.
             max_codes: most codes of an image; None for all patches.
 
         Raises:
@@ -189,19 +190,14 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         generator: torch.Generator | None = None,
         request: Request | None = None,
     ) -> VisualCodes:
-        """encode, from pixels that preprocess gave; a request says more than a budget can."""
+        """encode, from the output of preprocess; `request` takes precedence over `budget`."""
         features = self.features(pixels)
         request = Request(budget) if request is None else request
         predicts = self.config.error_hidden > 0 and not sample
-        if (
-            request.quality is None
-            and request.rate is None
-            and not predicts
-            and not request.limited
-        ):
-            return self.encode_kept(
-                features, self.select(self.score(features), budget, sample, generator)
-            )
+        controlled = request.quality is not None or request.rate is not None or request.limited
+        if not controlled and not predicts:
+            keep = self.select(self.score(features), request.budget, sample, generator)
+            return self.encode_kept(features, keep)
         if sample:
             raise ValueError("sample: expected no quality, rate, min_codes or max_codes beside it")
         keep, error = RateControl(self, features, pixels).answer(request)
@@ -344,8 +340,8 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
             )
         codes.check_lengths(self.config.num_patches)
         layout = RaggedLayout(codes.lengths.to(self.device))
-        found = self.reconstructor.ragged(self.lookup(codes), layout)
-        return found if self.nested else Reconstruction(found, found[..., :0])
+        output = self.reconstructor.ragged(self.lookup(codes), layout)
+        return output if self.nested else Reconstruction(output, output[..., :0])
 
     @torch.no_grad()
     def embed(

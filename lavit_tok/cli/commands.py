@@ -69,8 +69,7 @@ def encode(arguments: argparse.Namespace) -> int:
                 arguments.budget,
                 arguments.sample,
                 generator,
-                quality=arguments.quality,
-                rate=arguments.rate,
+                **_allocation(arguments),
             ).to("cpu")
             keep = [mask.nonzero().flatten().tolist() for mask in _keep(codes)]
             keys = [str(path) for _, path, _ in images]
@@ -134,9 +133,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
             if not images:
                 continue
             pixels = torch.stack([processor.resize(image) for _, _, image in images])
-            codes = tokenizer.encode(
-                pixels, arguments.budget, quality=arguments.quality, rate=arguments.rate
-            ).to("cpu")
+            codes = tokenizer.encode(pixels, arguments.budget, **_allocation(arguments)).to("cpu")
             decoded = _decode(decoder, codes, [number for number, _, _ in images], arguments)
             for (number, path, image), length, keep, reconstruction in zip(
                 images, codes.lengths.tolist(), _keep(codes), decoded, strict=True
@@ -233,6 +230,10 @@ def train(program: str, command: str, action: str, model: str, data: str, args: 
             f"training needs more packages: pip install 'lavit-tok[train]' ({error})"
         ) from None
     return run_training(program, command, action, model, data, args)
+
+
+def _allocation(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("quality", "rate", "verify")}
 
 
 def _keep(codes: VisualCodes) -> torch.Tensor:

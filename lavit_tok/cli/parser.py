@@ -211,6 +211,11 @@ QUALITY = (
         metavar="R",
         help="add a code while it reduces the error, 1 - centered cosine, by more than this",
     ),
+    Argument(
+        "--verify",
+        action="store_true",
+        help="reach --quality by measurement, with an error for an image that cannot",
+    ),
 )
 BATCH = batch_argument(
     "; codes do not depend on it unless --budget is a fraction or --sample is set"

@@ -307,7 +307,7 @@ class Conditioner(ModelMixin, ConfigMixin):
         return conditioner
 
     def features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
-        """X_rec, the features of every patch; of nested codes with their colors behind them.
+        """X_rec, the features of every patch; followed by the colors of nested codes.
 
         Raises:
             CodeError: codes of another codebook, none, or too many.
@@ -315,10 +315,8 @@ class Conditioner(ModelMixin, ConfigMixin):
         codes.check(self.config.codebook_size)
         codes.check_lengths(self.config.patches)
         codes = codes.to(self.codebook.embeddings.device)
-        found = self.reconstructor.ragged(self.codebook.lookup(codes.values), codes.layout)
-        if not self.config.nested:
-            return found
-        return found.joined
+        output = self.reconstructor.ragged(self.codebook.lookup(codes.values), codes.layout)
+        return output.joined if self.config.nested else output
 
     def forward(self, codes: VisualCodes) -> Conditioning:
         """The conditioning of a batch of codes."""

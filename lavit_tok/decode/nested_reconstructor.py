@@ -27,17 +27,17 @@ from lavit_tok.nn.positions import grid_positions
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What codes say of the patches that were asked for."""
+    """Reconstruction of some or all patches."""
 
     features: Float[Tensor, "batch patches width"]
     """The encoder's features."""
     colors: Float[Tensor, "batch patches out"]
-    """Mean colors of parts of every patch, in 0..1, ordered color, row, column
+    """Mean colors of the cells of every patch, in 0..1, ordered color, y, x
     (efficientnet.patch_colors)."""
 
     @property
     def joined(self) -> Float[Tensor, "batch patches joined"]:
-        """What a decoder is conditioned on: the features, then the colors from -1 to 1."""
+        """Condition of a pixel decoder: the features, then the colors from -1 to 1."""
         return torch.cat([self.features, 2 * self.colors.to(self.features.dtype) - 1], -1)
 
 
@@ -101,29 +101,28 @@ class NestedReconstructor(nn.Module):
         self,
         vectors: Float[Tensor, "batch m code_dim"],
         lengths: Int64[Tensor, " batch"],
-        wanted: Int64[Tensor, " wanted"] | None = None,
+        subset: Int64[Tensor, " subset"] | None = None,
     ) -> Reconstruction:
         """Features and colors.
 
         Args:
             vectors: codebook entries by rank, padded to a rectangle.
             lengths: codes of every image, 1..m.
-            wanted: patches to reconstruct; None for all.
+            subset: patches to reconstruct; None for all.
         """
         m = vectors.shape[1]
         hidden = torch.arange(m, device=vectors.device) >= lengths[:, None]
-        mask = torch.zeros(hidden.shape, device=vectors.device).masked_fill(hidden, float("-inf"))[
-            :, None, None
-        ]
         dtype = self.project_in.weight.dtype
-        mask = mask.to(dtype)
+        mask = torch.zeros(hidden.shape, device=vectors.device, dtype=dtype)
+        mask = mask.masked_fill(hidden, float("-inf"))[:, None, None]
         codes = self.project_in(vectors.to(dtype)) + self.position[:m]
         for layer in self.code_layers:
             codes = layer(codes, own_bias=mask)
         codes = self.norm_codes(codes)
-        queries, bias = self.queries, self.bias[:, :, :m]
-        if wanted is not None:
-            queries, bias = queries[wanted], bias[:, wanted]
+        queries: Tensor = self.queries
+        bias = self.bias[:, :, :m]
+        if subset is not None:
+            queries, bias = queries[subset], bias[:, subset]
         x = queries + self.count(self._count_waves(lengths))[:, None]
         for layer in self.layers:
             x = layer(x, codes, bias=bias + mask)
@@ -132,7 +131,7 @@ class NestedReconstructor(nn.Module):
         return Reconstruction(self.project_out(x), colors)
 
     def _count_waves(self, lengths: Int64[Tensor, " batch"]) -> Float[Tensor, "batch 8"]:
-        """Sines and cosines of log2 of the number of codes, as a share of all."""
-        share = lengths.float().log2() / max(1.0, math.log2(len(self.queries)))
-        angle = share[:, None] * math.pi * 2.0 ** torch.arange(4, device=lengths.device)
+        """Sines and cosines of log2 of the number of codes, over log2 of the number of patches."""
+        ratio = lengths.float().log2() / max(1.0, math.log2(len(self.queries)))
+        angle = ratio[:, None] * math.pi * 2.0 ** torch.arange(4, device=lengths.device)
         return torch.cat([angle.sin(), angle.cos()], 1).to(self.count.weight.dtype)

@@ -179,12 +179,12 @@ class JoinedConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> JoinedConfig:
-        """From TokenizerConfig.encoder. Raises ConfigError for settings that it does not have."""
+        """From TokenizerConfig.encoder. Raises ConfigError for unknown entries."""
         values = {name: value for name, value in values.items() if name != "model_type"}
         unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise ConfigError(f"encoder: {cls.model_type} has no settings {unknown}")
-        if isinstance(values.get("sources"), list):  # JSON knows no tuples
+            raise ConfigError(f"encoder: {cls.model_type} has no entries {unknown}")
+        if isinstance(values.get("sources"), list):  # JSON has no tuples
             values["sources"] = tuple(values["sources"])
         return cls(**values)
 
@@ -262,6 +262,6 @@ class JoinedEncoder(nn.Module):
 def patch_colors(
     pixels: Float[Tensor, "batch c h w"], grid: int, cells: int = COLOR_CELLS
 ) -> Float[Tensor, "batch patches out"]:
-    """Mean colors of cells x cells parts of every patch, ordered color, row, column."""
+    """Mean colors of cells x cells parts of every patch, ordered color, y, x."""
     small = F.adaptive_avg_pool2d(pixels, grid * cells)
     return F.unfold(small, cells, stride=cells).transpose(1, 2)

@@ -5,8 +5,8 @@
                      -> errors [b n] at every number of codes
 
 Variance within cells is what an image loses when each cell is one color: most of its
-rate-distortion curve. The MLP learns the rest from errors met in training; its gradient stops at
-the features. Between two powers of two the error is a straight line over log2 of the number of
+rate-distortion curve. The MLP learns the rest from errors measured in training; its gradient stops
+at the features. Between two powers of two the error is a straight line over log2 of the number of
 codes.
 """
 
@@ -45,11 +45,14 @@ class ErrorHead(KeepFloat32):
         self.levels = max(1, math.isqrt(patches).bit_length() - 1)
         self.norm = nn.LayerNorm(2 * width + self.levels + 1)
         self.mlp = nn.Sequential(
-            nn.Linear(2 * width + self.levels + 1, hidden), nn.GELU(), nn.Linear(hidden, hidden),
-            nn.GELU(), nn.Linear(hidden, self.points),
-        )  # fmt: skip
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.constant_(self.mlp[-1].bias, -3.0)  # each doubling of the codes then saves .05
+            nn.Linear(2 * width + self.levels + 1, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            last := nn.Linear(hidden, self.points),
+        )
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, -3.0)  # each doubling of the codes then saves .05
         self.register_buffer("weights", interpolation(patches), persistent=False)
 
     def forward(
@@ -58,16 +61,15 @@ class ErrorHead(KeepFloat32):
         """Predicted error with 1, 2, ... n codes, float32, never rising."""
         with torch.autocast(features.device.type, enabled=False):
             x = self.norm(summary(features.detach().float(), self.levels))
-            steps = F.softplus(
-                self.mlp(x)
-            )  # the error with all codes, and what each halving of them adds
+            # The error with all codes, and what each halving of them adds
+            steps = F.softplus(self.mlp(x))
             return LEAST + steps.flip(1).cumsum(1).flip(1) @ self.weights
 
 
 def rank_log_odds(
     errors: Float[Tensor, "batch patches"] | None,
     price: float,
-    shape: tuple[int, int],
+    shape: torch.Size,
     device: torch.device,
 ) -> Float[Tensor, "batch patches"]:
     """Log-odds of keeping each patch: log of what its code saves, less the log of the price.
@@ -96,14 +98,9 @@ def summary(
     within = []
     for level in range(levels + 1):
         cell = max(1, side >> level)
-        if (
-            cell == 1
-        ):  # a cell of one patch varies by nothing; differences of neighbors say what is there
-            parts = [
-                d.square().mean((1, 2, 3))
-                for d in (square.diff(dim=2), square.diff(dim=3))
-                if d.numel()
-            ]
+        if cell == 1:  # a single patch has no variance: differences of neighbors in its position
+            differences = (square.diff(dim=2), square.diff(dim=3))
+            parts = [d.square().mean((1, 2, 3)) for d in differences if d.numel()]
             within.append(torch.stack(parts).mean(0) if parts else square.new_zeros(len(square)))
             continue
         whole = side // cell * cell
@@ -122,19 +119,19 @@ def interpolation(patches: int) -> Float[Tensor, "points patches"]:
 
     codes      1  2  3    4
     point 1    1  .  .    .
-    point 2    .  1  .42  .        3 codes lie at log2(3) - 1 = .58 of the way from 2 to 4
+    point 2    .  1  .42  .        3 codes: log2(3) - 1 = .58 of the way from 2 to 4
     point 4    .  .  .58  1
     """
     points = math.ceil(math.log2(patches)) + 1 if patches > 1 else 1
-    place = torch.arange(1, patches + 1).double().log2()
+    position = torch.arange(1, patches + 1).double().log2()
     last = math.log2(patches)
     grid = torch.tensor([float(i) for i in range(points - 1)] + [last], dtype=torch.float64)
-    right = torch.searchsorted(grid, place).clamp(max=points - 1)
+    right = torch.searchsorted(grid, position).clamp(max=points - 1)
     left = (right - 1).clamp(min=0)
     gap = (grid[right] - grid[left]).clamp(min=1e-12)
-    share = torch.where(right == left, 1.0, ((place - grid[left]) / gap).clamp(0, 1))
+    ratio = torch.where(right == left, 1.0, ((position - grid[left]) / gap).clamp(0, 1))
     weights = torch.zeros(points, patches, dtype=torch.float64)
     columns = torch.arange(patches)
-    weights[left, columns] += 1 - share
-    weights[right, columns] += share
+    weights[left, columns] += 1 - ratio
+    weights[right, columns] += ratio
     return weights.float()

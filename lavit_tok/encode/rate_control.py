@@ -1,13 +1,13 @@
-"""How many codes each image of a batch gets: a request -> counts, predicted or measured.
+"""The number of codes of each image of a batch: a request -> counts, predicted or measured.
 
-    budget   exact number of codes, or a fraction of the batch's patches, dealt by equal slope of
-             the predicted errors
+    budget   exact number of codes, or a fraction of the batch's patches, distributed by equal
+             slope of the predicted errors
     quality  fewest codes that reach a centered cosine, or dB of the patches' colors
-    rate     a code is spent while it saves more than this; the configuration's price by default
+    rate     codes are added while each saves more than this; config.price by default
 
 Predictions come from the error heads (error_head.py). Measuring reconstructs, and gives an image
-the same count whatever else is in its batch. Nested codes are made once and cut to every count that
-is measured; selected ones are made again.
+the same count whatever else is in its batch. Nested codes are computed once and cut to every count
+that is measured; selected ones are computed again.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from lavit_tok.encode.rate_distortion import (
 from lavit_tok.encode.selector import keep_scores
 
 COLOR_ERROR_SCALE = 4.0
-"""The heads for colors predict so many times the root mean squared error, so that both kinds have
-like ranges."""
+"""The heads for colors predict this multiple of the root mean squared error, so that both kinds of
+error have similar ranges."""
 Counts = Int64[Tensor, " batch"]
 Errors = Float[Tensor, " batch"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller of encode asked for.
+    """The arguments of encode that determine the number of codes.
 
     Raises:
         ValueError: more than one of budget, quality and rate; anything out of range.
@@ -57,13 +57,13 @@ class Request:
     quality: Quality | None = None
     """Centered cosine to reach, or ("psnr", dB)."""
     rate: float | None = None
-    """Least error that a code has to save."""
+    """Smallest reduction of the error by a code."""
     verify: bool = False
     """Every image must reach the quality, by measurement."""
     exact: bool = True
     """Quality and rate measure around the prediction."""
     min_codes: int = 1
-    """Least codes of an image."""
+    """Fewest codes of an image."""
     max_codes: int | None = None
     """Most codes of an image; None for all patches."""
 
@@ -86,17 +86,17 @@ class Request:
 
     @property
     def counted(self) -> bool:
-        """Whether exactly so many codes are asked for."""
+        """Whether the budget is an exact number of codes."""
         return isinstance(self.budget, (int, Integral))
 
     @property
     def limited(self) -> bool:
-        """Whether least or most codes are given."""
+        """Whether min_codes or max_codes is set."""
         return self.min_codes > 1 or self.max_codes is not None
 
 
 class RateControl:
-    """Answers requests for one batch.
+    """Finds the number of codes of each image of one batch.
 
     Args:
         tokenizer: the VisualTokenizer; its stages are called, nothing of it is changed.
@@ -113,20 +113,16 @@ class RateControl:
 
     def answer(self, request: Request) -> tuple[Bool[Tensor, "batch patches"], Errors | None]:
         """The keep mask, and each image's predicted or measured error where there is one."""
-        least, most = (
-            min(request.min_codes, self.patches),
-            min(request.max_codes or self.patches, self.patches),
-        )
+        least = min(request.min_codes, self.patches)
+        most = min(request.max_codes or self.patches, self.patches)
         if request.quality is not None:
             counts, error = self._for_quality(Target.of(request.quality), request, least, most)
         elif request.counted:
-            counts = torch.full(
-                (len(self.features),), int(request.budget), device=self.features.device
-            )  # type: ignore[arg-type]
+            count = int(request.budget or 0)
+            counts = torch.full((len(self.features),), count, device=self.features.device)
             counts, error = counts.clamp(least, most), None
-        elif (
-            request.rate is None and not self.tokenizer.config.error_hidden
-        ):  # the selector's own counts
+        elif request.rate is None and not self.tokenizer.config.error_hidden:
+            # The selector's own counts
             selected = self.tokenizer.select(self.tokenizer.score(self.features), request.budget)
             counts, error = selected.sum(1).clamp(least, most), None
         else:
@@ -136,7 +132,7 @@ class RateControl:
         return self.keep(counts), error
 
     def keep(self, counts: Counts) -> Bool[Tensor, "batch patches"]:
-        """So many patches of every image: the first ranks, or those of the highest keep scores."""
+        """The keep mask of these counts: the first ranks, or the patches of the highest scores."""
         if self.tokenizer.nested:
             return first_ranks(counts, self.patches)
         kept = keep_scores(self.tokenizer.score(self.features))
@@ -203,10 +199,10 @@ class RateControl:
         center = tok.mean_feature if tok.config.error_hidden else 0.0
 
         def measured(counts: Counts) -> Errors:
-            found = tok.reconstruct_patches(self._codes(counts))
+            output = tok.reconstruct_patches(self._codes(counts))
             if target.kind == "psnr":
-                return (found.colors.float().clamp(0, 1) - colors).square().mean((1, 2)).sqrt()
-            x, y = self.features.float() - center, found.features.float() - center
+                return (output.colors.float().clamp(0, 1) - colors).square().mean((1, 2)).sqrt()
+            x, y = self.features.float() - center, output.features.float() - center
             return 1 - F.cosine_similarity(x, y, dim=-1).mean(1)
 
         return measured

@@ -1,11 +1,11 @@
-"""One order of the patches for every image, in which any beginning covers the image evenly.
+"""One order of the patches for all images, of which every prefix covers the image evenly.
 
-    rank of 16 patches    0  8  2 10     The code of rank i stands for one patch. The first code
+    rank of 16 patches    0  8  2 10     The code of rank i is that of one patch. The first code
                          12  4 14  6     covers the image, the first 4 a quarter each, the first 16
                           3 11  1  9     a sixteenth each. A rank has a cell: the square that it
                          15  7 13  5     covers when it is added, its patch in the first corner.
 
-The numbers are those of the Bayer matrix. The level of a rank says how fine its cell is: rank 0 has
+The numbers are those of the Bayer matrix. The level of a rank is how fine its cell is: rank 0 has
 level 0, ranks 1-3 level 1, ranks 4-15 level 2; a cell of level l has 2^-l of the image's side. A
 code attends to the patches of its own rank and later ones, most to those near its cell
 (merge_bias); a patch attends to the codes whose cells are near it (read_bias). Both biases are
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class NestedOrder:
-    """Where the patch of every rank stands, and what it covers."""
+    """The patch of every rank, and the cell that it covers."""
 
     patch: Int64[Tensor, " patches"]
     """Patch of every rank (raster index)."""
@@ -41,7 +41,7 @@ class NestedOrder:
     size: Float[Tensor, " patches"]
     """Side of every rank's cell, in patches."""
     center: Float[Tensor, "patches 2"]
-    """Row and column of the middle of every rank's cell, in patches."""
+    """Coordinates (y, x) of the middle of every rank's cell, in patches."""
 
 
 def on_cpu(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -86,8 +86,8 @@ def nested_order(patches: int) -> NestedOrder:
 def _distances(patches: int) -> Float[Tensor, "ranks patches"]:
     """From the middle of every rank's cell to every patch, in sides of that cell."""
     order, side = nested_order(patches), math.isqrt(patches)
-    place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float().view(-1, 2)
-    return torch.cdist(order.center, place) / order.size[:, None]
+    points = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float().view(-1, 2)
+    return torch.cdist(order.center, points) / order.size[:, None]
 
 
 @on_cpu

@@ -1,4 +1,4 @@
-"""Positions of patches as learned vectors start."""
+"""Positions of patches."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def grid_positions(patches: int, width: int) -> Float[Tensor, "patches width"]:
-    """Sines and cosines of row and column, as learned positions start: near patches are alike.
+    """Sines and cosines of both coordinates, the initial value of learned positions.
 
-    A quarter of the width each: sin(row w), cos(row w), sin(column w), cos(column w), with
+    A quarter of the width each: sin(y w), cos(y w), sin(x w), cos(x w) of patch (y, x), with
     wavelengths from twice the side down to two patches.
 
     Raises:
-        ValueError: patches that form no square, or a width that is no multiple of 4.
+        ValueError: a number of patches that is no square, or a width not divisible by 4.
     """
     side = math.isqrt(patches)
     if side * side != patches or width % 4:
         raise ValueError(
-            "positions need a square number of patches and a width of 4 k, "
-            f"got {patches} and {width}"
+            "positions need a square number of patches and a width divisible by 4, got "
+            f"{patches} and {width}"
         )
     falling = 1 - torch.arange(width // 4) / max(1, width // 4 - 1)
     frequency = math.pi * torch.exp(-math.log(max(2, side)) * falling)

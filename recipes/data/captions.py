@@ -74,6 +74,6 @@ def emoji_caption(name: str) -> str:
 
 
 def file_caption(name: str) -> str:
-    """The words of a file name such as ``greatPyramidOfGiza`` or ``fish12``, in lower case and without numbers."""
+    """A file name such as ``greatPyramidOfGiza`` or ``fish12`` in lower case, without numbers."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", name)
     return re.sub(r"\d+", "", spaced).strip().lower() or "image"

@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     raw = parser.parse_args(argv).raw
     jobs = [(p, ["apt-get", "download", p], f"{p}_*.deb") for p in DEBIAN_PACKAGES]
     for spec in NPM_PACKAGES:
-        name = spec.rsplit("@", 1)[0].removeprefix("@").replace("/", "-")  # npm names its archives so
+        # The name that npm gives its archives
+        name = spec.rsplit("@", 1)[0].removeprefix("@").replace("/", "-")
         jobs.append((name, ["npm", "pack", "--silent", spec], f"{name}-*.tgz"))
     versions: dict[str, str] = {}
     failed = 0

@@ -47,7 +47,7 @@ GCOMPRIS_CROPS = {
     "lang": 0,
     "clickgame": 0,
 }
-"""Activities of GCompris whose images are used, and how many crops of each image (0: the whole image)."""
+"""Activities of GCompris whose images are used: crops of each image (0: the whole image)."""
 
 
 class Task(NamedTuple):

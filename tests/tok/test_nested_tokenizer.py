@@ -122,8 +122,8 @@ def test_a_fraction_is_dealt_by_predicted_gain(
 def test_quality_takes_the_fewest_codes_that_are_measured_to_do(
     tokenizer: VisualTokenizer, images: torch.Tensor, quality: object
 ) -> None:
-    from lavit_tok.encode.rate_distortion import Target
     from lavit_tok.encode.rate_control import RateControl
+    from lavit_tok.encode.rate_distortion import Target
 
     pixels = tokenizer.preprocess(images)
     target = Target.of(quality)

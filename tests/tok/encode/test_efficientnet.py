@@ -106,7 +106,7 @@ def test_files_and_configs(tmp_path: Path) -> None:
     assert loaded.config == encoder.config
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
-    with pytest.raises(ConfigError, match="no settings"):
+    with pytest.raises(ConfigError, match="no entries"):
         JoinedConfig.from_dict({"model_type": "efficientnet_lite", "depth": 3})
     with pytest.raises(ConfigError, match="hidden_size"):
         JoinedConfig(sources=(-1,), hidden_size=49)

@@ -96,7 +96,7 @@ def test_codes_beyond_a_length_and_other_patches_change_nothing():
     assert torch.allclose(reconstructor(noisy, lengths).features, whole.features, atol=1e-5)
     alone = reconstructor(vectors[1:2, :4], lengths[1:2])
     assert torch.allclose(alone.colors, whole.colors[1:2], atol=1e-5)
-    some = reconstructor(vectors, lengths, wanted=torch.tensor([5, 2]))
+    some = reconstructor(vectors, lengths, subset=torch.tensor([5, 2]))
     assert torch.allclose(some.features, whole.features[:, [5, 2]], atol=1e-5)
     assert torch.allclose(some.colors, whole.colors[:, [5, 2]], atol=1e-5)
     assert not torch.allclose(

@@ -101,7 +101,9 @@ def test_budgets_cover_all_numbers_of_codes() -> None:
     assert bool((counts[:, 12:14] == 64).all())  # half of the large ones
     assert int(counts[large].min()) >= 8 and int(counts.max()) == 64
     ratios = [(counts[~large] == k).float().mean() for k in (1, 2, 4)]
-    assert ratios[0] > ratios[1] > ratios[2]  # log-uniform: as many between 1 and 2 as between 4 and 8
+    assert (
+        ratios[0] > ratios[1] > ratios[2]
+    )  # log-uniform: as many between 1 and 2 as between 4 and 8
     alone, _ = budgets(3, 1, 8, 0.5, generator)
     assert alone.tolist() == [1, 1, 1]
 
