@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
+from lavit_tok.nn.nested_order import nested_order
+
 
 class CodeError(ValueError):
     """Codes out of range, of another codebook's size, or with lengths that do not add up."""
@@ -91,11 +93,16 @@ class VisualCodes:
     """The codes of a batch of images, each with its own number of codes.
 
     Args:
-        values: int64 [total], the codes of all images, concatenated, each in 0..K-1.
-        lengths: int64 [batch], number of codes of each image.
-        keep: bool [batch patches], the patches that the codes represent; None if unknown.
-        codebook_size: K of the tokenizer that made them, checked when they are decoded; None if
-            unknown.
+        values: int64 [total], every image's codes, one after another, each 0..K-1.
+        lengths: int64 [batch], codes of each image.
+        keep: bool [batch patches], the patches behind the codes; None when the codes came without
+            images.
+        codebook_size: K of the tokenizer that made them, checked by every tokenizer that reads
+            them; None if unknown.
+        nested: codes are in the nested order (nn/nested_order.py), so that the first of them are
+            codes of the image too.
+        predicted_error: float [batch], each image's error at its number of codes, as predicted or
+            measured by encode.
 
     Raises:
         CodeError: wrong type or shape, lengths that do not add up, codes outside 0..K-1.
@@ -105,6 +112,8 @@ class VisualCodes:
     lengths: Tensor
     keep: Tensor | None = None
     codebook_size: int | None = None
+    nested: bool = False
+    predicted_error: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("values", "lengths"):
@@ -125,7 +134,43 @@ class VisualCodes:
                 raise CodeError(
                     "keep: each image's number of kept patches must equal its number of codes"
                 )
+        if self.predicted_error is not None and self.predicted_error.shape != self.lengths.shape:
+            raise CodeError(
+                f"predicted_error: expected one number for each of {len(self.lengths)} images, "
+                f"got shape {list(self.predicted_error.shape)}"
+            )
         self.check(self.codebook_size)
+
+    def truncate(self, counts: int | Sequence[int] | Int64[Tensor, " batch"]) -> VisualCodes:
+        """The first codes of every image, as encode returns them at that budget.
+
+        Args:
+            counts: codes of every image at most, for all or for each; at least 1.
+
+        Raises:
+            CodeError: codes that are not nested, or counts below 1.
+        """
+        if not self.nested:
+            raise CodeError(
+                "truncate: only nested codes can be cut; others lose the parts of the image that "
+                "they cover"
+            )
+        limits = torch.as_tensor(counts, device=self.device)
+        fits = limits.ndim == 0 or limits.shape == self.lengths.shape
+        if limits.is_floating_point() or not fits:
+            raise CodeError(
+                f"truncate: expected one integer, or one for each of {len(self)} images, "
+                f"got {counts!r}"
+            )
+        if limits.numel() and int(limits.min()) < 1:
+            smallest = int(limits.min())
+            raise CodeError(f"truncate: expected at least 1 code per image, got {smallest}")
+        lengths = torch.minimum(self.lengths, limits)
+        ranks = torch.arange(self.layout.width, device=self.device).expand(len(self), -1)
+        ranks = ranks[self.layout.mask]
+        values = self.values[ranks < lengths.repeat_interleave(self.lengths)]
+        keep = None if self.keep is None else first_ranks(lengths, self.keep.shape[1])
+        return VisualCodes(values, lengths, keep, self.codebook_size, nested=True)
 
     def check(self, codebook_size: int | None) -> None:
         """Raise CodeError unless every code indexes a codebook of this size."""
@@ -177,15 +222,25 @@ class VisualCodes:
     def to(self, device: torch.device | str) -> VisualCodes:
         """The same codes on another device."""
         keep = None if self.keep is None else self.keep.to(device)
-        values, lengths = self.values.to(device), self.lengths.to(device)
-        return VisualCodes(values, lengths, keep, self.codebook_size)
+        error = None if self.predicted_error is None else self.predicted_error.to(device)
+        return VisualCodes(
+            self.values.to(device),
+            self.lengths.to(device),
+            keep,
+            self.codebook_size,
+            self.nested,
+            error,
+        )
 
     def take(self, indices: Sequence[int]) -> VisualCodes:
         """The images at these indices, in this order; an index may occur twice."""
         wanted = [int(i) for i in indices]
         values = torch.cat([self.values[:0], *(self[i] for i in wanted)])
         keep = None if self.keep is None else self.keep[wanted]
-        return VisualCodes(values, self.lengths[wanted], keep, self.codebook_size)
+        error = None if self.predicted_error is None else self.predicted_error[wanted]
+        return VisualCodes(
+            values, self.lengths[wanted], keep, self.codebook_size, self.nested, error
+        )
 
     @classmethod
     def cat(cls, batches: Sequence[VisualCodes]) -> VisualCodes:
@@ -205,7 +260,11 @@ class VisualCodes:
         values, lengths = (
             torch.cat([getattr(b, n) for b in batches]) for n in ("values", "lengths")
         )
-        return cls(values, lengths, keep, sizes.pop())
+        if len({b.nested for b in batches}) > 1:
+            raise CodeError("expected codes of one tokenizer, got nested codes and others")
+        errors = [b.predicted_error for b in batches if b.predicted_error is not None]
+        error = torch.cat(errors) if len(errors) == len(batches) else None
+        return cls(values, lengths, keep, sizes.pop(), batches[0].nested, error)
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -222,6 +281,11 @@ class VisualCodes:
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
+
+
+def first_ranks(counts: Int64[Tensor, " batch"], patches: int) -> Bool[Tensor, "batch patches"]:
+    """The keep mask of every image's first `counts` patches in the nested order."""
+    return nested_order(patches).rank.to(counts.device) < counts[:, None]
 
 
 def _sequence(codes: Any, image: int) -> Int64[Tensor, " n"]:

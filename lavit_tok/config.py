@@ -71,6 +71,20 @@ class TokenizerConfig:
     """Dimension of the vectors that `VisualTokenizer.embed` returns; 0 for no continuous path."""
     continuous_depth: int = 0
     """Blocks of the merger of the continuous path."""
+    sequence: Literal["selected", "nested"] = "selected"
+    """Which patches have codes, and their order. "selected": those that the selector keeps, in
+    raster order (LaVIT). "nested": one fixed order of all patches, of which every prefix covers the
+    image (nn/nested_order.py)."""
+    code_layers: int = 1
+    """Self-attention layers over the codes in the reconstructor of nested codes."""
+    color_cells: int = 0
+    """The reconstructor of nested codes also predicts the mean colors of this number of cells per
+    patch side; 0 for none."""
+    error_hidden: int = 0
+    """Width of the heads that predict an image's error at every number of codes
+    (encode/error_head.py); 0 for none."""
+    price: float = 0.0
+    """Smallest reduction of the predicted error by one more code, without a budget."""
 
     def __post_init__(self) -> None:
         is_model = isinstance(self.encoder, dict) and "model_type" in self.encoder
@@ -90,6 +104,18 @@ class TokenizerConfig:
         for name in ("mlp_ratio", "layer_norm_eps"):
             value = getattr(self, name)
             self._require(name, is_number(value) and value > 0, "a positive number")
+        self._require("sequence", self.sequence in ("selected", "nested"), "'selected' or 'nested'")
+        for name in ("code_layers", "color_cells", "error_hidden"):
+            value = getattr(self, name)
+            self._require(name, type(value) is int and value >= 0, "an integer of at least 0")
+        self._require("price", is_number(self.price) and self.price >= 0, "a number from 0 on")
+        if self.sequence == "nested":
+            square = math.isqrt(self.num_patches) ** 2 == self.num_patches
+            self._require("sequence", square, "a square number of patches for 'nested'")
+            self._require("attention", self.attention == "strict", "'strict' for nested codes")
+            self._require("continuous_width", self.continuous_width == 0, "0 for nested codes")
+        else:
+            self._require("color_cells", self.color_cells == 0, "0, unless codes are nested")
         self._require("attention", self.attention in ("strict", "compat"), "'strict' or 'compat'")
         patch = self.patch_size
         self._require(

@@ -17,17 +17,23 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lavit_tok.checkpoints.weights import empty, find_directory, load_weights, save_weights
-from lavit_tok.codes import VisualCodes
+from lavit_tok.codes import RaggedLayout, VisualCodes, first_ranks
 from lavit_tok.config import ConfigError, TokenizerConfig
+from lavit_tok.decode.nested_reconstructor import NestedReconstructor, Reconstruction
 from lavit_tok.decode.reconstructor import Reconstructor
 from lavit_tok.encode import allocation
 from lavit_tok.encode.allocation import Budget
 from lavit_tok.encode.continuous import ContinuousPath
+from lavit_tok.encode.error_head import ErrorHead, rank_log_odds
 from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.encode.merger import Merger
+from lavit_tok.encode.nested_merger import NestedMerger
 from lavit_tok.encode.quantizer import Quantizer
+from lavit_tok.encode.rate_control import COLOR_ERROR_SCALE, RateControl, Request
+from lavit_tok.encode.rate_distortion import Quality
 from lavit_tok.encode.selector import Selector
 from lavit_tok.encode.vision_encoder import VisionEncoder
 
@@ -44,7 +50,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         ConfigError: an encoder or image processor whose size differs from the config's.
     """
 
-    reconstructor: Reconstructor
+    merger: Any
+    mean_feature: Tensor
+    reconstructor: Any
     continuous: ContinuousPath | None
 
     def __init__(
@@ -65,19 +73,49 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
                 f"image_processor: expected size {c.image_size}, the encoder's image_size, "
                 f"got {size}"
             )
-        blocks = (c.num_heads, c.mlp_width, c.layer_norm_eps)
-        self.selector = Selector(c.width, c.layer_norm_eps)
-        self.merger = Merger(c.width, c.merger_depth, *blocks, c.attention, c.positions)
-        self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
-        self.reconstructor = None  # type: ignore[assignment]  # in a tokenizer that only encodes
-        if c.reconstructor_depth:
-            self.reconstructor = Reconstructor(
-                c.width, c.num_patches, c.code_dim, c.reconstructor_depth, *blocks
+        self.nested = c.sequence == "nested"
+        self.selector: Any = None  # nested codes have a fixed order
+        if self.nested:
+            self.merger = NestedMerger(
+                c.width, c.num_patches, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps
             )
+        else:
+            self.selector = Selector(c.width, c.layer_norm_eps)
+            self.merger = Merger(
+                c.width,
+                c.merger_depth,
+                c.num_heads,
+                c.mlp_width,
+                c.layer_norm_eps,
+                c.attention,
+                c.positions,
+            )
+        self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
+        self.reconstructor = None  # in a tokenizer that only encodes
+        if c.reconstructor_depth:
+            sizes = (c.reconstructor_depth, c.num_heads, c.mlp_width, c.layer_norm_eps)
+            if self.nested:
+                self.reconstructor = NestedReconstructor(
+                    c.width, c.num_patches, c.code_dim, *sizes, 3 * c.color_cells**2, c.code_layers
+                )
+            else:
+                self.reconstructor = Reconstructor(c.width, c.num_patches, c.code_dim, *sizes)
+        if c.error_hidden:
+            kinds = ("cosine", "psnr") if c.color_cells else ("cosine",)
+            heads = {kind: ErrorHead(c.width, c.num_patches, c.error_hidden) for kind in kinds}
+            self.error_heads = nn.ModuleDict(heads)
+            self.register_buffer("mean_feature", torch.zeros(c.width))
         self.continuous = None
         if c.continuous_width:
             self.continuous = ContinuousPath(
-                c.width, c.continuous_depth, *blocks, c.attention, c.continuous_width, c.positions
+                c.width,
+                c.continuous_depth,
+                c.num_heads,
+                c.mlp_width,
+                c.layer_norm_eps,
+                c.attention,
+                c.continuous_width,
+                c.positions,
             )
         self.eval()
 
@@ -106,23 +144,42 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         budget: Budget = None,
         sample: bool = False,
         generator: torch.Generator | None = None,
+        *,
+        quality: Quality | None = None,
+        rate: float | None = None,
+        verify: bool = False,
+        exact: bool = True,
+        min_codes: int = 1,
+        max_codes: int | None = None,
     ) -> VisualCodes:
         """Encode one image or a batch; deterministic unless sample=True.
 
         Args:
             images: PIL image, path, bytes, uint8 [h w 3] / [3 h w] array or tensor, or a list or
                 4-D batch of them.
-            budget: None keeps patches whose keep probability is above 1/2; an int is the exact
-                number of codes per image; a fraction in (0, 1] of the batch's patches is kept
-                where keep scores are highest. At least one code per image.
-            sample: sample the keep decision with Gumbel noise, as in training.
-            generator: source of the noise.
+            budget: None lets the tokenizer decide; an int is the exact number of codes per image;
+                a fraction in (0, 1] of the batch's patches is spent where the predicted gain, or
+                else the keep score, is highest. At least one code per image.
+            sample: Gumbel sampling of the keep decision, as in training.
+            generator: its source of randomness.
+            quality: the fewest codes that reach this centered cosine between the encoder's features
+                and the reconstructed ones, or ("psnr", dB) of the patches' colors.
+            rate: add codes while each reduces 1 - centered cosine by more than this; config.price
+                by default.
+            verify: every image must reach the quality, by measurement; an error where all codes do
+                not suffice.
+            exact: quality and rate only start from the predicted number of codes, and measure up to
+                six others; False takes the prediction.
+            min_codes: fewest codes of an image.
+            max_codes: most codes of an image; None for all patches.
 
         Raises:
             ImageError: naming the first image that cannot be used, and why.
-            ValueError: empty batch or impossible budget.
+            ValueError: empty batch; an impossible budget or quality, or both; a quality that this
+                tokenizer cannot predict, or, with verify, cannot reach.
         """
-        return self.encode_pixels(self.preprocess(images), budget, sample, generator)
+        request = Request(budget, quality, rate, verify, exact, min_codes, max_codes)
+        return self.encode_pixels(self.preprocess(images), budget, sample, generator, request)
 
     @torch.no_grad()
     def encode_pixels(
@@ -131,12 +188,53 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         budget: Budget = None,
         sample: bool = False,
         generator: torch.Generator | None = None,
+        request: Request | None = None,
     ) -> VisualCodes:
-        """Encode the output of preprocess; see encode."""
+        """encode, from the output of preprocess; `request` takes precedence over `budget`."""
         features = self.features(pixels)
-        keep = self.select(self.score(features), budget, sample, generator)
+        request = Request(budget) if request is None else request
+        predicts = self.config.error_hidden > 0 and not sample
+        controlled = request.quality is not None or request.rate is not None or request.limited
+        if not controlled and not predicts:
+            keep = self.select(self.score(features), request.budget, sample, generator)
+            return self.encode_kept(features, keep)
+        if sample:
+            raise ValueError("sample: expected no quality, rate, min_codes or max_codes beside it")
+        keep, error = RateControl(self, features, pixels).answer(request)
+        return self.encode_kept(features, keep, error)
+
+    def encode_kept(
+        self,
+        features: Float[Tensor, "batch patches width"],
+        keep: Bool[Tensor, "batch patches"],
+        error: Float[Tensor, " batch"] | None = None,
+    ) -> VisualCodes:
+        """The codes of the kept patches; `error` is passed on as their predicted_error."""
         codes = self.quantize(self.project(self.merge(features, keep)), keep.sum(1))
-        return VisualCodes(codes.values, codes.lengths, keep, codes.codebook_size)
+        return VisualCodes(
+            codes.values, codes.lengths, keep, codes.codebook_size, self.nested, error
+        )
+
+    def predicted_errors(
+        self, features: Float[Tensor, "batch patches width"], kind: str = "cosine"
+    ) -> Float[Tensor, "batch patches"]:
+        """Predicted error of every image with 1, 2, ... n codes.
+
+        Args:
+            features: of the encoder.
+            kind: "cosine" for 1 - centered cosine, "psnr" for the root mean squared error of
+                colors.
+
+        Raises:
+            ValueError: a tokenizer without an error head of this kind.
+        """
+        if not self.config.error_hidden or kind not in self.error_heads:
+            raise ValueError(
+                f"this tokenizer has no head that predicts the error of kind {kind!r}: quality= "
+                "works with verify=True, which measures instead; or give an integer budget"
+            )
+        predicted = self.error_heads[kind](features)
+        return predicted / COLOR_ERROR_SCALE if kind == "psnr" else predicted
 
     def preprocess(self, images: Any) -> Float[Tensor, "batch 3 h w"]:
         """Any images -> normalized pixels, on the model's device and in its dtype."""
@@ -169,6 +267,10 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         self, features: Float[Tensor, "batch patches width"]
     ) -> Float[Tensor, "batch patches 2"]:
         """Log-probabilities in float32, keep first; with config.dither plus the fixed pattern."""
+        if self.nested:  # log-odds of a rank: its predicted gain over the price of a code
+            errors = self.predicted_errors(features) if self.config.error_hidden else None
+            odds = rank_log_odds(errors, self.config.price, features.shape[:2], features.device)
+            return torch.stack([F.logsigmoid(odds), F.logsigmoid(-odds)], -1)
         log_probs = self.selector(features)
         return allocation.dithered(log_probs) if self.config.dither else log_probs
 
@@ -179,14 +281,28 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         sample: bool = False,
         generator: torch.Generator | None = None,
     ) -> Bool[Tensor, "batch patches"]:
-        """The keep mask; see encode for the arguments."""
-        return allocation.select(log_probs, budget, sample, generator, self.config.dither)
+        """The keep mask; see encode for the arguments. Of nested codes the first are kept."""
+        dither = self.config.dither and not self.nested
+        keep = allocation.select(log_probs, budget, sample, generator, dither)
+        return first_ranks(keep.sum(1), keep.shape[1]) if self.nested else keep
 
     def merge(
         self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "total width"]:
-        """Merge dropped patches into the kept ones: raster order, images concatenated."""
-        return self.merger(features, keep)
+        """Merge other patches into the kept ones: raster order, or by rank; images concatenated.
+
+        Raises:
+            ValueError: patches of nested codes that are not the first ones of the order.
+        """
+        if not self.nested:
+            return self.merger(features, keep)
+        layout = RaggedLayout.of(keep)
+        if not torch.equal(keep, first_ranks(layout.lengths, keep.shape[1])):
+            raise ValueError(
+                "nested codes are of the first patches of the nested order, "
+                "and this mask keeps others"
+            )
+        return layout.unpad(self.merger(features, layout.width))
 
     def project(self, merged: Float[Tensor, "total width"]) -> Float[Tensor, "total code_dim"]:
         """Merged features -> unit-norm vectors of the code space, in float32."""
@@ -212,13 +328,20 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
             CodeError: codes of another codebook, or none or too many for an image.
             ValueError: a tokenizer without a reconstructor.
         """
+        return self.reconstruct_patches(codes).features
+
+    @torch.no_grad()
+    def reconstruct_patches(self, codes: VisualCodes) -> Reconstruction:
+        """Features and colors of every patch; no columns of colors without color_cells."""
         if self.reconstructor is None:
             raise ValueError(
                 "this tokenizer only encodes: it has no reconstructor (config.reconstructor_depth "
                 "is 0)"
             )
         codes.check_lengths(self.config.num_patches)
-        return self.reconstructor.ragged(self.lookup(codes), codes.to(self.device).layout)
+        layout = RaggedLayout(codes.lengths.to(self.device))
+        output = self.reconstructor.ragged(self.lookup(codes), layout)
+        return output if self.nested else Reconstruction(output, output[..., :0])
 
     @torch.no_grad()
     def embed(

@@ -64,8 +64,13 @@ def encode(arguments: argparse.Namespace) -> int:
             if not images:
                 continue
             pixels = torch.stack([tokenizer.image_processor.resize(i) for _, _, i in images])
-            codes = tokenizer.encode(pixels, arguments.budget, arguments.sample, generator)
-            codes = codes.to("cpu")
+            codes = tokenizer.encode(
+                pixels,
+                arguments.budget,
+                arguments.sample,
+                generator,
+                **_allocation(arguments),
+            ).to("cpu")
             keep = [mask.nonzero().flatten().tolist() for mask in _keep(codes)]
             keys = [str(path) for _, path, _ in images]
             writer.add(list(map(CodeRecord, keys, codes.to_list(), keep)))
@@ -128,7 +133,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
             if not images:
                 continue
             pixels = torch.stack([processor.resize(image) for _, _, image in images])
-            codes = tokenizer.encode(pixels, arguments.budget).to("cpu")
+            codes = tokenizer.encode(pixels, arguments.budget, **_allocation(arguments)).to("cpu")
             decoded = _decode(decoder, codes, [number for number, _, _ in images], arguments)
             for (number, path, image), length, keep, reconstruction in zip(
                 images, codes.lengths.tolist(), _keep(codes), decoded, strict=True
@@ -181,7 +186,29 @@ def shards(arguments: argparse.Namespace) -> int:
 
 def fit(args: list[str]) -> int:
     """Train a tokenizer; the arguments are LightningCLI's."""
-    return _train("fit", "lavit_tok.training.tokenizer_training:TokenizerTraining", args)
+    module = "tokenizer_training:TokenizerTraining"
+    if _trains_nested(args):
+        module = "nested_training:NestedTokenizerTraining"
+    return _train("fit", f"lavit_tok.training.{module}", args)
+
+
+def _trains_nested(args: list[str]) -> bool:
+    """Whether the last recipe or argument that sets `model.config.sequence` sets "nested"."""
+    import yaml
+
+    sequence = "selected"
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        value = value if equals else following
+        if name == "--model.config.sequence":
+            sequence = value
+        elif name in ("-c", "--config") and Path(value).is_file():
+            try:
+                recipe = yaml.safe_load(Path(value).read_text())
+                sequence = recipe["model"]["config"].get("sequence", sequence)
+            except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+                continue  # LightningCLI reports what is wrong with it
+    return sequence == "nested"
 
 
 def fit_decoder(args: list[str]) -> int:
@@ -203,6 +230,10 @@ def train(program: str, command: str, action: str, model: str, data: str, args: 
             f"training needs more packages: pip install 'lavit-tok[train]' ({error})"
         ) from None
     return run_training(program, command, action, model, data, args)
+
+
+def _allocation(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("quality", "rate", "verify")}
 
 
 def _keep(codes: VisualCodes) -> torch.Tensor:

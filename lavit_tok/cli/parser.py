@@ -122,6 +122,29 @@ def budget(text: str) -> int | float:
     return value
 
 
+def quality(text: str) -> float | tuple[str, float]:
+    """Type of --quality: "0.85" is a centered cosine, "20dB" a PSNR of the patches' colors."""
+    decibels = text.lower().removesuffix("db")
+    value = float(decibels)
+    if decibels != text.lower():
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected more than 0 dB, got {text}")
+        return ("psnr", value)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a cosine between 0 and 1, or decibels such as 20dB, got {text}"
+        )
+    return value
+
+
+def rate(text: str) -> float:
+    """Type of --rate: a positive finite number."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
 def integer(smallest: int, limit: int | None = None) -> Callable[[str], int]:
     """Type of integers of at least `smallest`, and below `limit`."""
 
@@ -174,6 +197,26 @@ ENCODING = (
         "codes depends on the image",
     ),
 )
+QUALITY = (
+    Argument(
+        "--quality",
+        type=quality,
+        metavar="Q",
+        help="fewest codes that reach it: centered cosine of the features, or dB of the colors, "
+        "such as 20dB",
+    ),
+    Argument(
+        "--rate",
+        type=rate,
+        metavar="R",
+        help="add a code while it reduces the error, 1 - centered cosine, by more than this",
+    ),
+    Argument(
+        "--verify",
+        action="store_true",
+        help="reach --quality by measurement, with an error for an image that cannot",
+    ),
+)
 BATCH = batch_argument(
     "; codes do not depend on it unless --budget is a fraction or --sample is set"
 )
@@ -195,6 +238,7 @@ COMMANDS: dict[str, Command] = {
         (
             images_argument("+"),
             *ENCODING,
+            *QUALITY,
             Argument("--sample", action="store_true", help="sample keep decisions, as in training"),
             Argument(
                 "--out",
@@ -225,6 +269,7 @@ COMMANDS: dict[str, Command] = {
         (
             images_argument("*"),
             *ENCODING,
+            *QUALITY,
             out_argument("folder for the sheets"),
             *DECODING,
             BATCH,

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from lavit_tok.codes import VisualCodes
 from lavit_tok.config import TokenizerConfig
+from lavit_tok.decode.nested_reconstructor import NestedReconstructor
 from lavit_tok.decode.reconstructor import Reconstructor
 from lavit_tok.encode.quantizer import Codebook
 from lavit_tok.nn.attention import attend
@@ -128,17 +129,18 @@ class Projection(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         c = config
+        width = c.width + 3 * c.color_cells**2
         self.null_length, self.feature_norm = c.null_length, c.feature_norm
         self.grid = (int(c.patches**0.5), c.spatial_scale)
-        self.tokens = nn.ModuleList(nn.Linear(c.width, dim) for dim in c.cross_dims)
+        self.tokens = nn.ModuleList(nn.Linear(width, dim) for dim in c.cross_dims)
         self.null = self.pool = self.spatial = None
         if c.style == "sd":
             null = torch.randn(1, c.null_length, sum(c.cross_dims)) * 0.02
             self.null = nn.Parameter(null)
         else:
-            self.pool = AttentionPool(c.patches, c.width, c.pooled_dim, c.pool_heads)
+            self.pool = AttentionPool(c.patches, width, c.pooled_dim, c.pool_heads)
         if c.spatial_channels:
-            self.spatial = nn.Linear(c.width, c.spatial_channels * c.spatial_scale**2)
+            self.spatial = nn.Linear(width, c.spatial_channels * c.spatial_scale**2)
 
     def forward(self, features: Float[Tensor, "batch patches width"]) -> Conditioning:
         """Project the features of every patch."""
@@ -203,6 +205,10 @@ class Conditioner(ModelMixin, ConfigMixin):
         spatial_scale: cells of the spatial channels per patch side.
         feature_norm: normalize each feature (LayerNorm without weights) before projecting; False
             in the release.
+        nested: the codes are nested (TokenizerConfig.sequence), and reconstructed as such.
+        color_cells: their reconstructed colors are projected beside the features
+            (TokenizerConfig.color_cells).
+        code_layers: layers over the codes in their reconstructor (TokenizerConfig.code_layers).
 
     Raises:
         ValueError: naming the argument, what was expected and what was received.
@@ -229,6 +235,9 @@ class Conditioner(ModelMixin, ConfigMixin):
         spatial_channels: int = 0,
         spatial_scale: int = 1,
         feature_norm: bool = False,
+        nested: bool = False,
+        color_cells: int = 0,
+        code_layers: int = 1,
     ) -> None:
         super().__init__()
         number = {"sd": 1, "sdxl": 2}.get(style)
@@ -245,8 +254,12 @@ class Conditioner(ModelMixin, ConfigMixin):
         expected = "a square number for spatial_channels"
         self._require("patches", is_square or not spatial_channels, expected)
         self.codebook = Codebook(codebook_size, code_dim)
-        self.reconstructor = Reconstructor(
-            width, patches, code_dim, depth, heads, mlp_width, layer_norm_eps
+        if color_cells and not nested:
+            raise ValueError(f"color_cells: expected 0, unless nested, got {color_cells}")
+        sizes = (width, patches, code_dim, depth, heads, mlp_width, layer_norm_eps)
+        colors = 3 * color_cells**2
+        self.reconstructor: Any = (
+            NestedReconstructor(*sizes, colors, code_layers) if nested else Reconstructor(*sizes)
         )
         self.projection = Projection(self.config)
         self.eval()
@@ -260,7 +273,7 @@ class Conditioner(ModelMixin, ConfigMixin):
         cls,
         config: TokenizerConfig,
         codebook: Codebook | None = None,
-        reconstructor: Reconstructor | None = None,
+        reconstructor: Reconstructor | NestedReconstructor | None = None,
         **kwargs: Any,
     ) -> Conditioner:
         """Build the conditioner of a tokenizer's codes, with a new projection.
@@ -271,6 +284,10 @@ class Conditioner(ModelMixin, ConfigMixin):
             reconstructor: the tokenizer's, copied if given.
             kwargs: style, cross_dims and the arguments of the class that follow it.
         """
+        nested: dict[str, Any] = {}
+        if config.sequence == "nested":
+            sizes = {"color_cells": config.color_cells, "code_layers": config.code_layers}
+            nested = {"nested": True, **sizes}
         conditioner = cls(
             width=config.width,
             patches=config.num_patches,
@@ -280,6 +297,7 @@ class Conditioner(ModelMixin, ConfigMixin):
             heads=config.num_heads,
             mlp_width=config.mlp_width,
             layer_norm_eps=config.layer_norm_eps,
+            **nested,
             **kwargs,
         )
         if codebook is not None:
@@ -289,15 +307,16 @@ class Conditioner(ModelMixin, ConfigMixin):
         return conditioner
 
     def features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
-        """X_rec, the features of every patch.
+        """X_rec, the features of every patch; followed by the colors of nested codes.
 
         Raises:
-            CodeError: codes of another codebook, or none or too many for an image.
+            CodeError: codes of another codebook, none, or too many.
         """
         codes.check(self.config.codebook_size)
         codes.check_lengths(self.config.patches)
         codes = codes.to(self.codebook.embeddings.device)
-        return self.reconstructor.ragged(self.codebook.lookup(codes.values), codes.layout)
+        output = self.reconstructor.ragged(self.codebook.lookup(codes.values), codes.layout)
+        return output.joined if self.config.nested else output
 
     def forward(self, codes: VisualCodes) -> Conditioning:
         """The conditioning of a batch of codes."""

@@ -68,23 +68,28 @@ def keep_by_budget(
         best.scatter_(1, scores.argmax(1, keepdim=True), True)
     if budget is None:
         return (scores > 0) | best
-    is_number = isinstance(budget, (Integral, float)) and not isinstance(budget, bool)
-    if not is_number or not math.isfinite(budget) or budget <= 0:
-        raise ValueError(
-            f"budget: expected a positive number of codes or a fraction in (0, 1], got {budget!r}"
-        )
+    check_budget(budget)
     if isinstance(budget, (int, Integral)):  # NumPy integers are Integral but not int
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : min(int(budget), patches)]
         return torch.zeros_like(best).scatter(1, order, True)
-    if budget > 1:
-        raise ValueError(
-            f"budget: a fraction must be at most 1, got {budget}; codes per image are an int"
-        )
     count = max(batch, round(budget * batch * patches))
     # Infinite scores are clamped: only an image's best patch may come before all others.
     flat = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(best, float("inf")).flatten()
     order = flat.argsort(descending=True, stable=True)[:count]
     return torch.zeros_like(best).flatten().scatter(0, order, True).view(batch, patches)
+
+
+def check_budget(budget: int | float) -> None:
+    """Raise ValueError unless a budget is a positive integer or a fraction in (0, 1]."""
+    is_number = isinstance(budget, (Integral, float)) and not isinstance(budget, bool)
+    if not is_number or not math.isfinite(budget) or budget <= 0:
+        raise ValueError(
+            f"budget: expected a positive number of codes or a fraction in (0, 1], got {budget!r}"
+        )
+    if not isinstance(budget, (int, Integral)) and budget > 1:
+        raise ValueError(
+            f"budget: a fraction must be at most 1, got {budget}; codes per image are an int"
+        )
 
 
 def dithered(

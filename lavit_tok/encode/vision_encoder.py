@@ -10,6 +10,7 @@ a new encoder needs only an entry in the table of names.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lavit_tok.config import ConfigError
+from lavit_tok.config import ConfigError, read_config
+from lavit_tok.encode.efficientnet import JoinedConfig, JoinedEncoder
 
 ENCODERS = {
     "blip_2_vision_model": ("Blip2VisionConfig", "Blip2VisionModel"),
@@ -55,13 +57,15 @@ class VisionEncoder(nn.Module):
         self._last_block = [_blocks(model)[-1]]
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], norm: bool = False) -> VisionEncoder:
+    def from_config(cls, config: dict[str, Any], norm: bool = False) -> Any:
         """An encoder with random weights, from a config with a model_type of ENCODERS.
 
         Raises:
             ConfigError: another model_type, unknown entries, or values that no model has.
         """
         kind = config.get("model_type")
+        if kind == JoinedConfig.model_type:
+            return JoinedEncoder(JoinedConfig.from_dict(config))
         if not isinstance(kind, str) or kind not in ENCODERS:
             raise ConfigError(
                 f"encoder.model_type: expected one of {sorted(ENCODERS)}, got {kind!r}"
@@ -80,7 +84,7 @@ class VisionEncoder(nn.Module):
             ) from error
 
     @classmethod
-    def from_pretrained(cls, name: str, norm: bool = False, **kwargs: Any) -> VisionEncoder:
+    def from_pretrained(cls, name: str, norm: bool = False, **kwargs: Any) -> Any:
         """A public encoder by directory or Hub id, e.g. "openai/clip-vit-base-patch16".
 
         Of a complete CLIP, SigLIP or BLIP-2 the vision model is loaded; safetensors only.
@@ -89,6 +93,9 @@ class VisionEncoder(nn.Module):
             ValueError: a type not in ENCODERS, or missing tensors, which transformers would
                 initialize randomly with only a warning.
         """
+        own = Path(name) / "config.json"
+        if own.is_file() and read_config(own, dict).get("model_type") == JoinedConfig.model_type:
+            return JoinedEncoder.from_directory(name)
         complete = transformers.AutoConfig.from_pretrained(name)
         config = getattr(complete, "vision_config", complete)
         if config.model_type not in ENCODERS:

@@ -44,6 +44,26 @@ def usage(codes: Int64[Tensor, " total"], size: int) -> Usage:
     return Usage(float((counts > 0).double().mean()), perplexity, entropy / math.log(2))
 
 
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Quantization in training."""
+
+    start_step: int = 1200
+    """Step at which the codebook is initialized and quantization begins."""
+    kmeans_samples: int = 65536
+    """Latest vectors before start_step that k-means clusters."""
+    kmeans_iterations: int = 20
+    """Iterations of k-means."""
+    blend_steps: int = 200
+    """Steps over which z is replaced by its codebook entry."""
+    decay: float = 0.99
+    """EMA decay of the codebook."""
+    dead_ratio: float = 0.05
+    """Entries used less than this fraction of the mean are replaced."""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """How gradients pass the quantization."""
+
+
 class TrainingCodebook(nn.Module):
     """A codebook trained by EMA k-means on unit-norm entries (van den Oord 2017, appendix A).
 

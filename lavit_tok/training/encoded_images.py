@@ -76,7 +76,7 @@ class FrozenEncoders:
         """Reconstructed features of the codes, and latents of the VAE; all in float32."""
         # Without autocast: under bf16 about 3 % of the codes would differ.
         with torch.autocast(images.device.type, enabled=False):
-            features = self.tokenizer.reconstruct_features(self.codes(images))
+            features = self.tokenizer.reconstruct_patches(self.codes(images)).joined
         return Encoded(features, vae_latents(self.vae, images))
 
     def digest(self) -> Any:

@@ -35,7 +35,13 @@ from lavit_tok.encode.selector import keep_scores
 from lavit_tok.encode.vision_encoder import VisionEncoder
 from lavit_tok.tokenizer import VisualTokenizer
 from lavit_tok.training.base import TrainingModule
-from lavit_tok.training.codebook import TrainingCodebook, Usage, spherical_kmeans, usage
+from lavit_tok.training.codebook import (
+    QuantizationConfig,
+    TrainingCodebook,
+    Usage,
+    spherical_kmeans,
+    usage,
+)
 from lavit_tok.training.logging import log_image, step_generator
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 from lavit_tok.visualize import kept_overlay, sheet
@@ -78,25 +84,11 @@ class SelectionConfig:
 
 
 @dataclass(frozen=True)
-class CodebookConfig:
+class CodebookConfig(QuantizationConfig):
     """Quantization."""
 
-    start_step: int = 1200
-    """Step at which the codebook is initialized and quantization begins."""
     lr: float = 5e-4
     """Peak learning rate from start_step on; the warm-up is repeated."""
-    kmeans_samples: int = 65536
-    """Latest vectors before start_step that k-means clusters."""
-    kmeans_iterations: int = 20
-    """Iterations of k-means."""
-    blend_steps: int = 200
-    """Steps over which z is replaced by its codebook entry."""
-    decay: float = 0.99
-    """EMA decay of the codebook."""
-    dead_ratio: float = 0.05
-    """Entries used less than this fraction of the mean are replaced."""
-    gradient: Literal["straight_through", "rotation"] = "straight_through"
-    """How gradients pass the quantization."""
 
 
 class TokenizerTraining(TrainingModule):

@@ -84,8 +84,16 @@ def make_record(image: Image.Image, task: Task, key: str, digest: bytes, lossy: 
         image.save(buffer, "PNG")
     content = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
     encoded = {"bytes": buffer.getvalue(), "path": None}
-    return {"image": encoded, "caption": task.caption, "source": task.source, "key": key,
-            "license": task.license, "split": split_of(digest), "content": content}  # fmt: skip
+    split_digest = hashlib.sha256(task.group.encode()).digest() if task.group else digest
+    return {
+        "image": encoded,
+        "caption": task.caption,
+        "source": task.source,
+        "key": key,
+        "license": task.license,
+        "split": split_of(split_digest),
+        "content": content,
+    }
 
 
 def process(task: Task) -> tuple[list[Record], list[dict[str, str]]]:

@@ -71,3 +71,9 @@ def tuxpaint_caption(text: str) -> str:
 def emoji_caption(name: str) -> str:
     """The name of an emoji in lower case."""
     return re.sub(r"\s+", " ", name).strip().lower()
+
+
+def file_caption(name: str) -> str:
+    """A file name such as ``greatPyramidOfGiza`` or ``fish12`` in lower case, without numbers."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", name)
+    return re.sub(r"\d+", "", spaced).strip().lower() or "image"

@@ -17,6 +17,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+from qt_resources import extract_images
+
 DEBIAN_PACKAGES = (
     "openclipart-png",
     "tuxpaint-stamps-default",
@@ -27,8 +29,10 @@ DEBIAN_PACKAGES = (
     "mate-backgrounds",
     "lomiri-wallpapers-16.04",
     "lomiri-wallpapers-20.04",
+    "endless-sky-data",
+    "gcompris-qt-data",
 )
-NPM_PACKAGES = ("emoji-datasource-google@16.0.0",)
+NPM_PACKAGES = ("emoji-datasource-google@16.0.0", "@lobehub/fluent-emoji-3d@1.1.0")
 
 
 class FetchError(RuntimeError):
@@ -79,6 +83,8 @@ def unpack(archive: Path, target: Path) -> None:
     scratch.mkdir(parents=True)
     if archive.suffix == ".deb":
         run(["dpkg-deb", "-x", str(archive.resolve()), str(scratch.resolve())], cwd=scratch)
+        for resources in sorted(scratch.rglob("*.rcc")):
+            extract_images(resources)
     else:
         try:
             with tarfile.open(archive) as tar:
@@ -118,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     raw = parser.parse_args(argv).raw
     jobs = [(p, ["apt-get", "download", p], f"{p}_*.deb") for p in DEBIAN_PACKAGES]
     for spec in NPM_PACKAGES:
-        name = spec.rsplit("@", 1)[0]
+        # The name that npm gives its archives
+        name = spec.rsplit("@", 1)[0].removeprefix("@").replace("/", "-")
         jobs.append((name, ["npm", "pack", "--silent", spec], f"{name}-*.tgz"))
     versions: dict[str, str] = {}
     failed = 0

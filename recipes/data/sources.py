@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from captions import FASHION_LABELS, emoji_caption, openclipart_caption, tuxpaint_caption
+from captions import (
+    FASHION_LABELS,
+    emoji_caption,
+    file_caption,
+    openclipart_caption,
+    tuxpaint_caption,
+)
 
 CROPS = {"photograph": 100, "digital painting": 45}  # per wallpaper
 FASHION_COUNT = 4000
@@ -21,6 +27,27 @@ CLIPART = "openclipart-png/usr/share/openclipart/png"
 STAMPS = "tuxpaint-stamps-default/usr/share/tuxpaint/stamps"
 FASHION = "dataset-fashion-mnist/usr/share/datasets/fashion-mnist"
 EMOJI = "emoji-datasource-google/package"
+FLUENT = "lobehub-fluent-emoji-3d/package/assets"
+LANDSCAPES = "endless-sky-data/usr/share/games/endless-sky/images/land"
+LANDSCAPE_CROPS = 12
+PHOTOGRAPHERS = ("bwerner", "myrabella", "dmottl", "mfield")
+"""Names of files that are their photographer's."""
+SHARE_ALIKE = (*PHOTOGRAPHERS, "-sfiera", "-striker", "-harro", "-iridium", "-spfld", "lava5")
+"""Parts of the file names of landscapes under a share-alike license; others are public domain."""
+GCOMPRIS = "gcompris-qt-data/usr/share/gcompris-qt/rcc"
+GCOMPRIS_CROPS = {
+    "erase": 40,
+    "explore_monuments": 20,
+    "explore_world_animals": 20,
+    "explore_farm_animals": 20,
+    "explore_world_music": 20,
+    "details": 10,
+    "categorization": 5,
+    "paintings": 3,
+    "lang": 0,
+    "clickgame": 0,
+}
+"""Activities of GCompris whose images are used: crops of each image (0: the whole image)."""
 
 
 class Task(NamedTuple):
@@ -32,6 +59,8 @@ class Task(NamedTuple):
     caption: str
     license: str
     crops: int = 0
+    group: str = ""
+    """Files of one group fall into one split: pieces of one painting."""
 
 
 def clipart_tasks(raw: Path) -> Iterator[Task]:
@@ -80,6 +109,52 @@ def wallpaper_tasks(raw: Path) -> Iterator[Task]:
                 yield Task(path, key, "wallpapers", caption, row["license"], CROPS[row["kind"]])
 
 
+def landscape_tasks(raw: Path) -> Iterator[Task]:
+    """The landscapes of Endless Sky: photographs, and photographs made into other worlds."""
+    for path in sorted((raw / LANDSCAPES).glob("*.jpg")):
+        license = (
+            "CC-BY-SA-4.0" if any(part in path.stem for part in SHARE_ALIKE) else "public-domain"
+        )
+        name = path.stem.split("-")[0]
+        shown = "landscape" if name.startswith(PHOTOGRAPHERS) else file_caption(name)
+        caption = f"photograph: {shown}"
+        yield Task(
+            path, path.relative_to(raw).as_posix(), "landscapes", caption, license, LANDSCAPE_CROPS
+        )
+
+
+def gcompris_tasks(raw: Path) -> Iterator[Task]:
+    """Photographs, paintings and drawings; of an image in pieces the whole, if it exists."""
+    for activity, crops in GCOMPRIS_CROPS.items():
+        for path in sorted((raw / GCOMPRIS / activity).rglob("*.webp")):
+            name = path.stem.removesuffix("_background")
+            if activity == "details" and name == path.stem:
+                continue
+            group = ""
+            if activity == "paintings":  # Arcimboldo_Librarian_b3 is a piece of one painting
+                group = name = name.rsplit("_", 1)[0]
+            caption = file_caption(name)
+            yield Task(
+                path,
+                path.relative_to(raw).as_posix(),
+                "gcompris",
+                caption,
+                "GPL-3+ or CC, per file",
+                crops,
+                group,
+            )
+
+
+def fluent_tasks(raw: Path) -> Iterator[Task]:
+    """Shaded emoji in their base form, with the names of the other emoji package."""
+    names = raw / EMOJI / "emoji.json"
+    for entry in json.loads(names.read_text(encoding="utf-8")) if names.is_file() else []:
+        path = raw / FLUENT / f"{entry['unified'].lower()}.webp"
+        if path.is_file():
+            caption = emoji_caption(entry["name"] or entry["short_name"])
+            yield Task(path, path.relative_to(raw).as_posix(), "fluent", caption, "MIT")
+
+
 def fashion_images(
     raw: Path, count: int = FASHION_COUNT
 ) -> Iterator[tuple[Task, bytes, np.ndarray]]:
@@ -103,5 +178,13 @@ def fashion_images(
 
 def file_tasks(raw: Path) -> list[Task]:
     """The tasks of all packages in `raw`."""
-    sources = (clipart_tasks, stamp_tasks, emoji_tasks, wallpaper_tasks)
+    sources = (
+        clipart_tasks,
+        stamp_tasks,
+        emoji_tasks,
+        wallpaper_tasks,
+        landscape_tasks,
+        gcompris_tasks,
+        fluent_tasks,
+    )
     return [task for source in sources for task in source(raw)]

@@ -17,7 +17,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "data"
 @pytest.fixture(scope="module", autouse=True)
 def recipe_path():
     """Let the recipe's scripts be imported, and forget their short names afterwards."""
-    names = ("build", "captions", "fetch", "sources", "views")
+    names = ("build", "captions", "fetch", "qt_resources", "sources", "views")
     before = {name: sys.modules.pop(name, None) for name in names}
     sys.path.insert(0, str(RECIPE))
     yield
@@ -192,3 +192,58 @@ def test_views_are_crops_of_training_images(tmp_path: Path, monkeypatch: pytest.
         where = [(y, x) for y in range(41 - height) for x in range(31 - width)]
         assert any(np.array_equal(cut, pixels[y : y + height, x : x + width]) for y, x in where)
     assert np.array_equal(np.asarray(made["test"][0]["image"]), pixels)
+
+
+def test_file_captions():
+    from captions import file_caption
+
+    assert file_caption("greatPyramidOfGiza") == "great pyramid of giza"
+    assert file_caption("fish12") == "fish"
+    assert file_caption("07") == "image"
+
+
+def test_files_of_one_group_fall_into_one_split(tmp_path):
+    from build import make_record
+    from sources import Task
+
+    image = Image.new("RGB", (20, 20), "red")
+    digests = [hashlib.sha256(str(number).encode()).digest() for number in range(40)]
+    task = Task(tmp_path, "key", "source", "caption", "MIT", group="painting")
+    assert len({make_record(image, task, "key", digest, False)["split"] for digest in digests}) == 1
+    alone = task._replace(group="")
+    assert len({make_record(image, alone, "key", d, False)["split"] for d in digests}) > 1
+
+
+def archive(files: dict[str, bytes], compressed: bool) -> bytes:
+    """A Qt resource archive of version 3 with one folder, `images`, that holds these files."""
+    import struct
+    import zlib
+
+    names, at = b"", {}
+    for name in ("images", *files):
+        at[name] = len(names)
+        names += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
+    data, nodes = b"", [struct.pack(">IHIIQ", 0, 2, 1, 1, 0)]
+    nodes.append(struct.pack(">IHIIQ", at["images"], 2, len(files), 2, 0))
+    for name, body in files.items():
+        nodes.append(struct.pack(">IHIIQ", at[name], int(compressed), 0, len(data), 0))
+        body = struct.pack(">I", len(body)) + zlib.compress(body) if compressed else body
+        data += struct.pack(">I", len(body)) + body
+    tree = b"".join(nodes)
+    head = struct.pack(">4s4II", b"qres", 3, 24, 24 + len(tree), 24 + len(tree) + len(data), 0)
+    return head + tree + data + names
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_qt_resources_are_read(tmp_path, compressed):
+    from qt_resources import extract_images, read_archive
+
+    files = {"cat.webp": b"a cat" * 9, "notes.txt": b"text"}
+    data = archive(files, compressed)
+    assert dict(read_archive(data)) == {f"images/{name}": body for name, body in files.items()}
+    (tmp_path / "animals.rcc").write_bytes(data)
+    extract_images(tmp_path / "animals.rcc")
+    found = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".rcc"]
+    assert found == [tmp_path / "animals/images/cat.webp"]
+    with pytest.raises(ValueError, match="starts with b'qres'"):
+        next(read_archive(b"PK"))

@@ -74,3 +74,30 @@ def test_tokenizer_recipe_trains(recipe: Path, tmp_path: Path, tiny_config: Any)
         tokenizer.config.codebook_size == 16
         and len(tokenizer.encode(tmp_path / "data" / "train" / "0.png")) == 1
     )
+
+
+def test_recipe_of_nested_codes_trains(tmp_path: Path) -> None:
+    """`fit` reads from the recipe that codes are nested, and trains two steps at reduced width."""
+    recipe = Path(__file__).parents[2] / "recipes/default/nested.yaml"
+    rng = np.random.default_rng(0)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for i in range(24):
+        pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / "train" / f"{i}.png")
+    encoder = {
+        "model_type": "efficientnet_lite",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 24,
+    }
+    args = [
+        arg
+        for arg in reduced(recipe, tmp_path / "data", tmp_path / "run", encoder)
+        if "selection" not in arg and "num_heads" not in arg
+    ]
+    threads = torch.get_num_threads()
+    assert main(["fit", *args, "--model.config.num_heads=3", "--model.budget.cut=4"]) == 0
+    torch.set_num_threads(threads)
+    tokenizer = VisualTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    assert tokenizer.nested
+    assert tokenizer.encode(tmp_path / "data" / "train" / "0.png").predicted_error is not None

@@ -18,7 +18,7 @@ from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.cli.items import photographs
-from lavit_tok.cli.parser import COMMANDS, main
+from lavit_tok.cli.parser import COMMANDS, main, quality
 from lavit_tok.data.code_files import CodeFileHeader, CodeRecord, code_writer, read_codes
 
 
@@ -160,6 +160,42 @@ def test_list_on_stdin(
     assert [record["key"] for record in json_lines(capsys.readouterr().out)[1:]] == list(
         map(str, photos[:3])
     )
+
+
+def test_encode_passes_quality_and_rate(weights: Path, photos: list[Path], capsys: Any) -> None:
+    """The shipped kind of tokenizer has no error head: the message offers verify and budgets."""
+    for option in (["--quality", "0.5"], ["--rate", "0.01"]):
+        assert main(args("encode", photos[0], "--tokenizer", weights / "tokenizer", *option)) == 2
+        error = capsys.readouterr().err
+        assert "no head that predicts the error of kind 'cosine'" in error
+        assert "verify=True" in error and error.count("\n") == 1
+    both = ["--quality", "20dB", "--budget", "4"]
+    assert main(args("encode", photos[0], "--tokenizer", weights / "tokenizer", *both)) == 2
+    assert "expected one of budget, quality and rate" in capsys.readouterr().err
+    verified = ["--quality", "0.999", "--verify"]
+    assert main(args("encode", photos[0], "--tokenizer", weights / "tokenizer", *verified)) == 2
+    assert "quality: image 0 reached a centered cosine of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (["--quality", "1.5"], "expected a cosine between 0 and 1, or decibels such as 20dB"),
+        (["--quality", "0dB"], "expected more than 0 dB"),
+        (["--quality", "high"], "invalid quality value"),
+        (["--rate", "0"], "expected a number above 0"),
+        (["--rate", "nan"], "expected a number above 0"),
+    ],
+)
+def test_bad_quality_or_rate(option: list[str], expected: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["encode", "photo.png", *option])
+    assert stopped.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_quality_as_text() -> None:
+    assert quality("0.85") == 0.85
+    assert quality("20dB") == quality("20.0db") == ("psnr", 20.0)
 
 
 def test_a_single_bad_image_is_one_line(

@@ -1,0 +1,354 @@
+"""Train a tokenizer of nested codes at every budget.
+
+Merger, codebook, reconstructor and error heads are trained together:
+
+    most images of a batch   k codes, log-uniform in 1..cut
+    the others               k codes, log-uniform in cut..n; n for half of them
+    every image              only its first k codes are computed, and some patches reconstructed
+
+    loss = 1 - cosine + centered_weight * (1 - centered cosine)
+           + color_weight * mean squared error of colors + commitment
+           + squared difference of predicted and measured errors (no gradient to the errors)
+
+    step 0 ................ start_step .................... max_steps
+    not quantized              k-means over the latest vectors, then EMA;
+                               z is blended into its codebook entry over blend_steps
+
+Small budgets are cheap: a code depends on no later one, and patches are reconstructed one by one,
+so that a step costs what its budgets cost. All random numbers come from (seed, step, rank); a
+resumed run repeats an uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from lavit_tok.codes import RaggedLayout
+from lavit_tok.config import TokenizerConfig
+from lavit_tok.encode.efficientnet import patch_colors
+from lavit_tok.encode.image_processor import VisualImageProcessor
+from lavit_tok.encode.rate_control import COLOR_ERROR_SCALE
+from lavit_tok.encode.vision_encoder import VisionEncoder
+from lavit_tok.tokenizer import VisualTokenizer
+from lavit_tok.training.codebook import (
+    QuantizationConfig,
+    TrainingCodebook,
+    spherical_kmeans,
+    usage,
+)
+from lavit_tok.training.ema import EMATraining
+from lavit_tok.training.logging import step_generator
+from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
+from lavit_tok.training.tokenizer_training import RecentValues
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """The number of codes of each image of a batch."""
+
+    large_ratio: float = 0.2
+    """Fraction of a batch with large budgets."""
+    cut: int = 48
+    """Number of codes from which a budget is large."""
+    large_weight: float = 1.5
+    """Weight in the loss of an image with a large budget."""
+    patches_per_image: int = 64
+    """Patches reconstructed in a step; 0 for all."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.large_ratio <= 1 or self.cut < 1:
+            raise ValueError(
+                "expected large_ratio in 0..1 and cut of at least 1, got "
+                f"{self.large_ratio} and {self.cut}"
+            )
+
+
+@dataclass(frozen=True)
+class NestedLossConfig:
+    """Weights of the loss."""
+
+    centered_weight: float = 1.0
+    """Weight of a second cosine loss on features minus their running mean."""
+    color_weight: float = 30.0
+    """Weight of the mean squared error of colors in 0..1; 0 does not train the color head."""
+    commitment_weight: float = 0.25
+    """Weight of the squared distance of z to its codebook entry."""
+
+
+class NestedTokenizerTraining(EMATraining):
+    """Trains a tokenizer of nested codes.
+
+    Args:
+        config: sizes of the tokenizer, with sequence "nested"; its `encoder` is replaced by the
+            config of `encoder`.
+        encoder: directory or Hub id of the frozen encoder; None for random weights (tests only).
+        image_processor: arguments of VisualImageProcessor besides its size; None for LaVIT's.
+        out: where the trained tokenizer is saved; None keeps checkpoints only.
+        budget: the number of codes of each image.
+        loss: weights of the loss.
+        codebook: quantization.
+        optimizer: AdamW.
+        schedule: learning-rate schedule.
+        ema_decay: decay of the averaged weights, which are exported.
+        seed: seed of all random numbers of the training.
+    """
+
+    def __init__(
+        self,
+        config: TokenizerConfig | None = None,
+        encoder: str | None = None,
+        image_processor: dict[str, Any] | None = None,
+        out: str | None = None,
+        budget: BudgetConfig = BudgetConfig(),
+        loss: NestedLossConfig = NestedLossConfig(),
+        codebook: QuantizationConfig = QuantizationConfig(
+            start_step=700, kmeans_iterations=8, dead_ratio=0.03
+        ),
+        optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-3, weight_decay=0.02),
+        schedule: ScheduleConfig = ScheduleConfig(),
+        ema_decay: float = 0.998,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_arguments("config")
+        self.out, self.seed = out, seed
+        self.budget, self.loss, self.quantization = budget, loss, codebook
+        self.optimizer_config, self.schedule_config = optimizer, schedule
+        config = config or TokenizerConfig()
+        vision = None
+        if encoder is not None:
+            vision = VisionEncoder.from_pretrained(encoder, norm=config.encoder_norm)
+            config = TokenizerConfig.from_dict(
+                {**config.to_dict(), "encoder": vision.json_config()}
+            )
+        if config.sequence != "nested" or not config.reconstructor_depth:
+            raise ValueError(
+                "config: expected sequence 'nested' and a reconstructor, got "
+                f"{config.sequence!r} and reconstructor_depth {config.reconstructor_depth}"
+            )
+        processor = VisualImageProcessor(config.image_size, **(image_processor or {}))
+        self.tokenizer = VisualTokenizer(config, vision, processor)
+        self.tokenizer.encoder.requires_grad_(False)
+        self.codebook: TrainingCodebook | None = None
+        self.register_buffer("mean_feature", torch.zeros(config.width))
+        self.recent_z = RecentValues(codebook.kmeans_samples, config.code_dim)
+        self.register_buffer("quantized", torch.zeros((), dtype=torch.bool))
+        self.start_average(ema_decay)
+
+    # Lightning hooks
+
+    def configure_model(self) -> None:
+        # Here and not in __init__: whether the codebook synchronizes between processes is decided
+        # at its construction, which has to follow the start of the process group.
+        if self.codebook is None:
+            q = self.quantization
+            self.codebook = TrainingCodebook(
+                self.tokenizer.quantizer.codebook, q.decay, q.dead_ratio, q.gradient
+            )
+
+    def frozen_names(self) -> list[str]:
+        """The encoder's weights."""
+        return [name for name in self.state_dict() if name.startswith("tokenizer.encoder.")]
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        assert self.codebook is not None
+        self.codebook.set_vectors_per_step(self._vectors_per_step())
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        if not bool(self.quantized) and self.global_step >= self.quantization.start_step:
+            self._start_codebook()
+            self.quantized.fill_(True)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        b = self.budget
+        generator = step_generator(self.seed, self.global_step, self.global_rank, self.device)
+        features, colors = self.features(batch["images"]), self.colors(batch["images"])
+        with torch.no_grad():
+            self.mean_feature.lerp_(features.mean((0, 1)), 1.0 if self.global_step == 0 else 0.02)
+        patches = self.tokenizer.config.num_patches
+        counts, large = budgets(len(features), patches, b.cut, b.large_ratio, generator)
+        groups = [
+            index for index in ((~large).nonzero()[:, 0], large.nonzero()[:, 0]) if len(index)
+        ]
+        merged = [self._merge(features[index], counts[index]) for index in groups]
+        vectors, codes, commitment = self._quantize(torch.cat(merged))
+        loss = self.loss.commitment_weight * commitment
+        totals: dict[str, Tensor] = {}
+        for index, part in zip(groups, vectors.split([len(z) for z in merged]), strict=True):
+            subset = None
+            if 0 < b.patches_per_image < patches:
+                order = torch.randperm(patches, generator=generator, device=self.device)
+                subset = order[: b.patches_per_image]
+            weight = b.large_weight if bool(large[index[0]]) else 1.0
+            for name, values in self._errors(
+                features[index], colors[index], part, counts[index], subset
+            ):
+                totals[name] = totals.get(name, torch.zeros((), device=self.device)) + values.sum()
+                loss = loss + self._weight(name, weight) * values.sum() / len(features)
+        self.log_dict(
+            {f"train/{name}": value.detach() / len(features) for name, value in totals.items()}
+            | {"train/loss": loss.detach()},
+            prog_bar=True,
+        )
+        if codes is not None:
+            used = usage(codes, self.tokenizer.config.codebook_size)
+            self.log_dict({"train/codebook_usage": used.used, "train/perplexity": used.perplexity})
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """The curve over budgets, with exact codes (not quantized before start_step)."""
+        features, colors = self.features(batch["images"]), self.colors(batch["images"])
+        patches = self.tokenizer.config.num_patches
+        z = self.tokenizer.quantizer.project(self.tokenizer.merger(features, patches))
+        if bool(self.quantized):
+            self._copy_codebook()
+            codebook = self.tokenizer.quantizer.codebook
+            z = codebook.lookup(codebook.nearest(z.flatten(0, 1))).view(z.shape)
+        count = 1
+        while count <= patches:
+            lengths = torch.full((len(features),), count, device=self.device)
+            errors = dict(self._errors(features, colors, z[:, :count].flatten(0, 1), lengths, None))
+            values = {"cosine": 1 - errors["error"].mean()}
+            if "colors" in errors:
+                values["psnr"] = -10 * errors["colors"].clamp(min=1e-6).log10().mean()
+            names = {f"val/{name}_{count}": value for name, value in values.items()}
+            self.log_dict(names, batch_size=len(features), sync_dist=True)
+            count = count * 2 if count * 2 <= patches or count == patches else patches
+
+    def on_fit_end(self) -> None:
+        if self.out and self.trainer.is_global_zero and bool(self.quantized):
+            self.export(self.out)
+
+    # The steps of a training step
+
+    def features(
+        self, images: UInt8[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch patches width"]:
+        """The frozen encoder's features."""
+        pixels = self.tokenizer.image_processor.normalize(images)
+        return self.tokenizer.features(pixels.to(self.tokenizer.dtype)).float()
+
+    def colors(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches out"]:
+        """Mean colors of the cells of every patch, 0..1; of width 0 without a color head."""
+        c = self.tokenizer.config
+        cells = c.color_cells or 1
+        colors = patch_colors(images.float() / 255, c.image_size // c.patch_size, cells)
+        return colors if c.color_cells else colors[..., :0]
+
+    def _merge(
+        self, features: Float[Tensor, "batch patches width"], counts: Int64[Tensor, " batch"]
+    ) -> Float[Tensor, "total code_dim"]:
+        layout = RaggedLayout(counts)
+        return layout.unpad(
+            self.tokenizer.quantizer.project(self.tokenizer.merger(features, layout.width))
+        )
+
+    def _errors(
+        self,
+        features: Float[Tensor, "batch patches width"],
+        colors: Float[Tensor, "batch patches out"],
+        vectors: Float[Tensor, "total code_dim"],
+        counts: Int64[Tensor, " batch"],
+        subset: Int64[Tensor, " subset"] | None,
+    ) -> Iterator[tuple[str, Float[Tensor, " batch"]]]:
+        """The name and the values of each error; `subset` are the patches to reconstruct."""
+        output = self.tokenizer.reconstructor(RaggedLayout(counts).pad(vectors), counts, subset)
+        x, c = (features, colors) if subset is None else (features[:, subset], colors[:, subset])
+        y, mean = output.features.float(), self.mean_feature
+        yield "plain_error", (1 - F.cosine_similarity(y, x, dim=-1)).mean(1)
+        error = (1 - F.cosine_similarity(y - mean, x - mean, dim=-1)).mean(1)
+        yield "error", error
+        measured = {"cosine": error}
+        if c.shape[-1]:
+            difference = (output.colors.float() - c).square().mean((1, 2))
+            yield "colors", difference
+            measured["psnr"] = COLOR_ERROR_SCALE * difference.sqrt()
+        if self.tokenizer.config.error_hidden and bool(self.quantized):
+            for kind, value in measured.items():
+                predicted = self.tokenizer.error_heads[kind](features)
+                predicted = predicted.gather(1, counts[:, None] - 1)[:, 0]
+                yield f"predicted_{kind}", (predicted - value.detach()).square()
+
+    def _weight(self, name: str, weight: float) -> float:
+        """Weight of a loss; that of the error heads does not depend on the budget."""
+        w = self.loss
+        if name.startswith("predicted"):
+            return 1.0
+        return weight * {"error": w.centered_weight, "colors": w.color_weight}.get(name, 1.0)
+
+    def _quantize(self, z: Float[Tensor, "total code_dim"]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Z itself before `start_step`; after it, blended towards its codebook entry."""
+        if not bool(self.quantized) or self.codebook is None:
+            self.recent_z.add(z)
+            return z, None, torch.zeros((), device=z.device)
+        q = self.quantization
+        quantized, codes, commitment = self.codebook(z, seed=self.seed + self.global_step)
+        ratio = min(1.0, (self.global_step - q.start_step + 1) / max(1, q.blend_steps))
+        return z + ratio * (quantized - z), codes, commitment
+
+    def _start_codebook(self) -> None:
+        """Initialize by k-means over the recent vectors; all ranks take those of rank 0."""
+        assert self.codebook is not None
+        generator = torch.Generator().manual_seed(self.seed)
+        size = self.tokenizer.config.codebook_size
+        entries, counts = spherical_kmeans(
+            self.recent_z.latest(), size, self.quantization.kmeans_iterations, generator
+        )
+        entries, counts = self.trainer.strategy.broadcast((entries, counts))
+        self.codebook.load_embeddings(entries, counts * self._vectors_per_step() / counts.sum())
+
+    def _vectors_per_step(self) -> float:
+        """Codes of a batch, in expectation."""
+        b, patches = self.budget, self.tokenizer.config.num_patches
+        batch_size = getattr(self.trainer.datamodule, "batch_size", 1)
+        cut = min(b.cut, patches)
+        small = (cut - 1) / max(1e-6, math.log(cut)) if cut > 1 else 1.0
+        large = (small_mean(cut, patches) + patches) / 2
+        return batch_size * ((1 - b.large_ratio) * small + b.large_ratio * large)
+
+    def _copy_codebook(self) -> None:
+        assert self.codebook is not None
+        self.tokenizer.quantizer.codebook.embeddings.copy_(self.codebook.embeddings)
+
+    def export(self, directory: str | Path) -> None:
+        """Save the averaged tokenizer with the trained codebook."""
+        self._copy_codebook()
+        if self.tokenizer.config.error_hidden:
+            self.tokenizer.mean_feature.copy_(self.mean_feature)
+        with self.averaged():
+            self.tokenizer.save_pretrained(directory)
+
+
+def small_mean(low: int, high: int) -> float:
+    """The mean of a log-uniform draw between two numbers."""
+    return float(low) if high <= low else (high - low) / math.log(high / low)
+
+
+def budgets(
+    batch: int, patches: int, cut: int, large_ratio: float, generator: torch.Generator
+) -> tuple[Int64[Tensor, " batch"], Tensor]:
+    """The number of codes of every image of a batch, and which of them are large.
+
+    The first images have small ones; half of the large ones, rounded up, are all patches.
+    """
+    cut = min(cut, patches)
+    large = round(large_ratio * batch)
+    draw = torch.rand(batch, generator=generator, device=generator.device)
+    small = (math.log(cut + 0.99) * draw).exp().long().clamp(1, cut)
+    span = math.log(patches) - math.log(cut)
+    counts = (math.log(cut) + span * draw).exp().round().long().clamp(cut, patches)
+    index = torch.arange(batch, device=generator.device)
+    is_large = index >= batch - large
+    counts = torch.where(is_large, counts, small)
+    counts[batch - large : batch - large + (large + 1) // 2] = patches
+    return counts, is_large
