@@ -187,6 +187,14 @@ def test_emu_03_target_is_next_input(tiny_tokenizer: VisualTokenizer):
     wanted = torch.autograd.grad(total, output.inputs_embeds, retain_graph=True)[0]
     got = torch.autograd.grad(found.total, output.inputs_embeds, retain_graph=True)[0]
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+    # "spread" is the standard deviation of a dimension, from two targets on.
+    for kept in (2, 1):
+        flags = torch.zeros_like(batch.regress)
+        for b, i in batch.regress.nonzero()[:kept].tolist():
+            flags[b, i] = True
+        spread = regression(output, replace(batch, regress=flags))["spread"]
+        wanted_std = output.inputs_embeds[flags].std(0).mean() if kept > 1 else torch.zeros(())
+        torch.testing.assert_close(spread.mean, wanted_std)
     states = output.hidden_states.detach()
     only_targets = regression(replace(output, hidden_states=states, regressor=lambda x: x), batch)[
         "vectors"
