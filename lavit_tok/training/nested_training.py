@@ -35,20 +35,15 @@ from torch.nn import functional as F
 from lavit_tok.codes import RaggedLayout
 from lavit_tok.config import TokenizerConfig
 from lavit_tok.encode.efficientnet import patch_colors
-from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.encode.rate_control import COLOR_ERROR_SCALE
-from lavit_tok.encode.vision_encoder import VisionEncoder
-from lavit_tok.tokenizer import VisualTokenizer
 from lavit_tok.training.codebook import (
     QuantizationConfig,
-    TrainingCodebook,
-    spherical_kmeans,
     usage,
 )
+from lavit_tok.training.codebook_training import CodebookTraining
 from lavit_tok.training.ema import EMATraining
 from lavit_tok.training.logging import step_generator
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
-from lavit_tok.training.tokenizer_training import RecentValues
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class NestedLossConfig:
     """Weight of the squared distance of z to its codebook entry."""
 
 
-class NestedTokenizerTraining(EMATraining):
+class NestedTokenizerTraining(CodebookTraining, EMATraining):
     """Trains a tokenizer of nested codes.
 
     Args:
@@ -123,65 +118,48 @@ class NestedTokenizerTraining(EMATraining):
         self.out, self.seed = out, seed
         self.budget, self.loss, self.quantization = budget, loss, codebook
         self.optimizer_config, self.schedule_config = optimizer, schedule
-        config = config or TokenizerConfig()
-        vision = None
-        if encoder is not None:
-            vision = VisionEncoder.from_pretrained(encoder, norm=config.encoder_norm)
-            config = TokenizerConfig.from_dict(
-                {**config.to_dict(), "encoder": vision.json_config()}
-            )
-        if config.sequence != "nested" or not config.reconstructor_depth:
+        if config is None or config.sequence != "nested":
             raise ValueError(
-                "config: expected sequence 'nested' and a reconstructor, got "
-                f"{config.sequence!r} and reconstructor_depth {config.reconstructor_depth}"
+                "config: expected sequence 'nested', got "
+                f"{'none' if config is None else repr(config.sequence)}"
             )
-        processor = VisualImageProcessor(config.image_size, **(image_processor or {}))
-        self.tokenizer = VisualTokenizer(config, vision, processor)
-        self.tokenizer.encoder.requires_grad_(False)
-        self.codebook: TrainingCodebook | None = None
-        self.register_buffer("mean_feature", torch.zeros(config.width))
-        self.recent_z = RecentValues(codebook.kmeans_samples, config.code_dim)
+        self.build_tokenizer(config, encoder, image_processor)
         self.register_buffer("quantized", torch.zeros((), dtype=torch.bool))
         self.start_average(ema_decay)
 
     # Lightning hooks
 
-    def configure_model(self) -> None:
-        # Here and not in __init__: whether the codebook synchronizes between processes is decided
-        # at its construction, which has to follow the start of the process group.
-        if self.codebook is None:
-            q = self.quantization
-            self.codebook = TrainingCodebook(
-                self.tokenizer.quantizer.codebook, q.decay, q.dead_ratio, q.gradient
-            )
+    @property
+    def quantizes(self) -> bool:
+        """Whether `start_step` is past and the codebook has been initialized."""
+        return bool(self.quantized)
 
-    def frozen_names(self) -> list[str]:
-        """The encoder's weights."""
-        return [name for name in self.state_dict() if name.startswith("tokenizer.encoder.")]
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        assert self.codebook is not None
-        self.codebook.set_vectors_per_step(self._vectors_per_step())
+    def vectors_per_step(self) -> float:
+        """Codes of a batch, in expectation."""
+        b, patches = self.budget, self.tokenizer.config.num_patches
+        batch_size = getattr(self.trainer.datamodule, "batch_size", 1)
+        cut = min(b.cut, patches)
+        small = (cut - 1) / max(1e-6, math.log(cut)) if cut > 1 else 1.0
+        large = (small_mean(cut, patches) + patches) / 2
+        return batch_size * ((1 - b.large_ratio) * small + b.large_ratio * large)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        if not bool(self.quantized) and self.global_step >= self.quantization.start_step:
-            self._start_codebook()
+        if not self.quantizes and self.global_step >= self.quantization.start_step:
+            self.start_codebook()
             self.quantized.fill_(True)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         b = self.budget
         generator = step_generator(self.seed, self.global_step, self.global_rank, self.device)
         features, colors = self.features(batch["images"]), self.colors(batch["images"])
-        with torch.no_grad():
-            self.mean_feature.lerp_(features.mean((0, 1)), 1.0 if self.global_step == 0 else 0.02)
+        self.update_mean_feature(features)
         patches = self.tokenizer.config.num_patches
         counts, large = budgets(len(features), patches, b.cut, b.large_ratio, generator)
         groups = [
             index for index in ((~large).nonzero()[:, 0], large.nonzero()[:, 0]) if len(index)
         ]
         merged = [self._merge(features[index], counts[index]) for index in groups]
-        vectors, codes, commitment = self._quantize(torch.cat(merged))
+        vectors, codes, commitment = self.quantize(torch.cat(merged))
         loss = self.loss.commitment_weight * commitment
         totals: dict[str, Tensor] = {}
         for index, part in zip(groups, vectors.split([len(z) for z in merged]), strict=True):
@@ -201,8 +179,7 @@ class NestedTokenizerTraining(EMATraining):
             prog_bar=True,
         )
         if codes is not None:
-            used = usage(codes, self.tokenizer.config.codebook_size)
-            self.log_dict({"train/codebook_usage": used.used, "train/perplexity": used.perplexity})
+            self.log_usage("train", usage(codes, self.tokenizer.config.codebook_size))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
@@ -210,8 +187,8 @@ class NestedTokenizerTraining(EMATraining):
         features, colors = self.features(batch["images"]), self.colors(batch["images"])
         patches = self.tokenizer.config.num_patches
         z = self.tokenizer.quantizer.project(self.tokenizer.merger(features, patches))
-        if bool(self.quantized):
-            self._copy_codebook()
+        if self.quantizes:
+            self.copy_codebook()
             codebook = self.tokenizer.quantizer.codebook
             z = codebook.lookup(codebook.nearest(z.flatten(0, 1))).view(z.shape)
         count = 1
@@ -225,18 +202,7 @@ class NestedTokenizerTraining(EMATraining):
             self.log_dict(names, batch_size=len(features), sync_dist=True)
             count = count * 2 if count * 2 <= patches or count == patches else patches
 
-    def on_fit_end(self) -> None:
-        if self.out and self.trainer.is_global_zero and bool(self.quantized):
-            self.export(self.out)
-
     # The steps of a training step
-
-    def features(
-        self, images: UInt8[Tensor, "batch 3 h w"]
-    ) -> Float[Tensor, "batch patches width"]:
-        """The frozen encoder's features."""
-        pixels = self.tokenizer.image_processor.normalize(images)
-        return self.tokenizer.features(pixels.to(self.tokenizer.dtype)).float()
 
     def colors(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches out"]:
         """Mean colors of the cells of every patch, 0..1; of width 0 without a color head."""
@@ -273,7 +239,7 @@ class NestedTokenizerTraining(EMATraining):
             difference = (output.colors.float() - c).square().mean((1, 2))
             yield "colors", difference
             measured["psnr"] = COLOR_ERROR_SCALE * difference.sqrt()
-        if self.tokenizer.config.error_hidden and bool(self.quantized):
+        if self.tokenizer.config.error_hidden and self.quantizes:
             for kind, value in measured.items():
                 predicted = self.tokenizer.error_heads[kind](features)
                 predicted = predicted.gather(1, counts[:, None] - 1)[:, 0]
@@ -286,47 +252,12 @@ class NestedTokenizerTraining(EMATraining):
             return 1.0
         return weight * {"error": w.centered_weight, "colors": w.color_weight}.get(name, 1.0)
 
-    def _quantize(self, z: Float[Tensor, "total code_dim"]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Z itself before `start_step`; after it, blended towards its codebook entry."""
-        if not bool(self.quantized) or self.codebook is None:
-            self.recent_z.add(z)
-            return z, None, torch.zeros((), device=z.device)
-        q = self.quantization
-        quantized, codes, commitment = self.codebook(z, seed=self.seed + self.global_step)
-        ratio = min(1.0, (self.global_step - q.start_step + 1) / max(1, q.blend_steps))
-        return z + ratio * (quantized - z), codes, commitment
-
-    def _start_codebook(self) -> None:
-        """Initialize by k-means over the recent vectors; all ranks take those of rank 0."""
-        assert self.codebook is not None
-        generator = torch.Generator().manual_seed(self.seed)
-        size = self.tokenizer.config.codebook_size
-        entries, counts = spherical_kmeans(
-            self.recent_z.latest(), size, self.quantization.kmeans_iterations, generator
-        )
-        entries, counts = self.trainer.strategy.broadcast((entries, counts))
-        self.codebook.load_embeddings(entries, counts * self._vectors_per_step() / counts.sum())
-
-    def _vectors_per_step(self) -> float:
-        """Codes of a batch, in expectation."""
-        b, patches = self.budget, self.tokenizer.config.num_patches
-        batch_size = getattr(self.trainer.datamodule, "batch_size", 1)
-        cut = min(b.cut, patches)
-        small = (cut - 1) / max(1e-6, math.log(cut)) if cut > 1 else 1.0
-        large = (small_mean(cut, patches) + patches) / 2
-        return batch_size * ((1 - b.large_ratio) * small + b.large_ratio * large)
-
-    def _copy_codebook(self) -> None:
-        assert self.codebook is not None
-        self.tokenizer.quantizer.codebook.embeddings.copy_(self.codebook.embeddings)
-
     def export(self, directory: str | Path) -> None:
         """Save the averaged tokenizer with the trained codebook."""
-        self._copy_codebook()
         if self.tokenizer.config.error_hidden:
             self.tokenizer.mean_feature.copy_(self.mean_feature)
         with self.averaged():
-            self.tokenizer.save_pretrained(directory)
+            super().export(directory)
 
 
 def small_mean(low: int, high: int) -> float:

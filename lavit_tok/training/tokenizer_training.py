@@ -19,29 +19,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Shaped, UInt8
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
 from torch.nn import functional as F
 
 from lavit_tok.codes import RaggedLayout
 from lavit_tok.config import TokenizerConfig
 from lavit_tok.encode.allocation import dithered, keep_by_budget, straight_through
-from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.encode.selector import keep_scores
-from lavit_tok.encode.vision_encoder import VisionEncoder
-from lavit_tok.tokenizer import VisualTokenizer
-from lavit_tok.training.base import TrainingModule
 from lavit_tok.training.codebook import (
     QuantizationConfig,
-    TrainingCodebook,
-    Usage,
-    spherical_kmeans,
     usage,
 )
+from lavit_tok.training.codebook_training import CodebookTraining, RecentValues
 from lavit_tok.training.logging import log_image, step_generator
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 from lavit_tok.visualize import kept_overlay, sheet
@@ -91,7 +84,7 @@ class CodebookConfig(QuantizationConfig):
     """Peak learning rate from start_step on; the warm-up is repeated."""
 
 
-class TokenizerTraining(TrainingModule):
+class TokenizerTraining(CodebookTraining):
     """Trains a tokenizer, for any encoder and any size.
 
     Args:
@@ -133,36 +126,12 @@ class TokenizerTraining(TrainingModule):
         self.out, self.seed, self.log_images_every = out, seed, log_images_every
         self.loss, self.selection, self.quantization = loss, selection, codebook
         self.optimizer_config, self.schedule_config = optimizer, schedule
-        config = config or TokenizerConfig()
-        vision = None
-        if encoder is not None:
-            vision = VisionEncoder.from_pretrained(encoder, norm=config.encoder_norm)
-            config = TokenizerConfig.from_dict(
-                {**config.to_dict(), "encoder": vision.json_config()}
-            )
-        if not config.reconstructor_depth:
-            raise ValueError(
-                "reconstructor_depth: expected at least 1: the loss compares reconstructed features"
-            )
-        processor = VisualImageProcessor(config.image_size, **(image_processor or {}))
-        self.tokenizer = VisualTokenizer(config, vision, processor)
-        self.codebook: TrainingCodebook | None = None
-        self.register_buffer("mean_feature", torch.zeros(config.width))
+        self.build_tokenizer(config, encoder, image_processor)
         self.recent_scores = RecentValues(codebook.kmeans_samples)
-        self.recent_z = RecentValues(codebook.kmeans_samples, config.code_dim)
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # 0: A, 1: A', 2: B
         self.validation_codes: list[Tensor] = []
 
     # Lightning hooks
-
-    def configure_model(self) -> None:
-        # Here and not in __init__: whether the codebook synchronizes between processes is decided
-        # at its construction, which has to follow the start of the process group.
-        if self.codebook is None:
-            q = self.quantization
-            self.codebook = TrainingCodebook(
-                self.tokenizer.quantizer.codebook, q.decay, q.dead_ratio, q.gradient
-            )
 
     @property
     def trained(self) -> list[Tensor]:
@@ -178,13 +147,15 @@ class TokenizerTraining(TrainingModule):
         factor = schedule.factor(step - start, total - start)
         return factor * self.quantization.lr / self.optimizer_config.lr
 
-    def frozen_names(self) -> list[str]:
-        """The encoder's weights."""
-        return [name for name in self.state_dict() if name.startswith("tokenizer.encoder.")]
+    @property
+    def quantizes(self) -> bool:
+        """Whether `start_step` is past and the codebook has been initialized."""
+        return int(self.stage) == 2
 
-    def on_fit_start(self) -> None:
-        assert self.codebook is not None
-        self.codebook.set_vectors_per_step(self._vectors_per_step())
+    def vectors_per_step(self) -> float:
+        """Codes of a batch, in expectation."""
+        batch_size = getattr(self.trainer.datamodule, "batch_size", 1)
+        return batch_size * self.tokenizer.config.num_patches * self.selection.rho
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         s, step = self.selection, self.global_step
@@ -192,7 +163,7 @@ class TokenizerTraining(TrainingModule):
             self.recent_scores.clear()  # those of a selector that still changed
             self.stage.fill_(1)
         if int(self.stage) == 1 and step >= self.quantization.start_step:
-            self._start_codebook()
+            self.start_codebook()
             self.stage.fill_(2)
         self.tokenizer.selector.requires_grad_(self._selector_learns())
 
@@ -218,9 +189,7 @@ class TokenizerTraining(TrainingModule):
             )
             reconstructed, codes, commitment = self._ragged(features, keep)
             ratio_loss = torch.zeros((), device=self.device)
-        with torch.no_grad():
-            mean = features.mean((0, 1))
-            self.mean_feature.lerp_(mean, 1.0 if self.global_step == 0 else 0.02)
+        self.update_mean_feature(features)
         plain, centered = self.cosines(features, reconstructed)
         w = self.loss
         loss = (1 - plain) + w.centered_weight * (1 - centered) + w.ratio_weight * ratio_loss
@@ -232,7 +201,7 @@ class TokenizerTraining(TrainingModule):
             "keep_ratio": keep.float().mean(),
         }
         if codes is not None:
-            self._log_usage("train", usage(codes, self.tokenizer.config.codebook_size))
+            self.log_usage("train", usage(codes, self.tokenizer.config.codebook_size))
             metrics["commitment"] = commitment
         self.log_dict({f"train/{k}": v for k, v in metrics.items()}, prog_bar=True)
         if self.log_images_every and self.global_step % self.log_images_every == 0:
@@ -255,21 +224,10 @@ class TokenizerTraining(TrainingModule):
     def on_validation_epoch_end(self) -> None:
         if self.validation_codes:
             codes = torch.cat(self.validation_codes)
-            self._log_usage("val", usage(codes, self.tokenizer.config.codebook_size))
+            self.log_usage("val", usage(codes, self.tokenizer.config.codebook_size))
         self.validation_codes.clear()
 
-    def on_fit_end(self) -> None:
-        if self.out and self.trainer.is_global_zero and int(self.stage) == 2:
-            self.export(self.out)
-
     # The steps of a training step
-
-    def features(
-        self, images: UInt8[Tensor, "batch 3 h w"]
-    ) -> Float[Tensor, "batch patches width"]:
-        """The frozen encoder's features."""
-        pixels = self.tokenizer.image_processor.normalize(images)
-        return self.tokenizer.features(pixels.to(self.tokenizer.dtype)).float()
 
     def cosines(
         self, x: Float[Tensor, "b n d"], y: Float[Tensor, "b n d"]
@@ -307,7 +265,7 @@ class TokenizerTraining(TrainingModule):
         The selector's gradient passes through the masks of merger and reconstructor.
         """
         z = self.tokenizer.quantizer.project(self.tokenizer.merger.dense(features, policy))
-        vectors, codes, commitment = self._quantize(z[keep])
+        vectors, codes, commitment = self.quantize(z[keep])
         vectors = z.masked_scatter(keep[..., None], vectors.to(z.dtype))
         # The position each patch has, or would have, in the code sequence
         index = keep.long().cumsum(1) - keep.long()
@@ -318,23 +276,9 @@ class TokenizerTraining(TrainingModule):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(reconstructed, codes, commitment loss); only kept patches computed, as in encode()."""
         z = self.tokenizer.project(self.tokenizer.merge(features, keep))
-        vectors, codes, commitment = self._quantize(z)
+        vectors, codes, commitment = self.quantize(z)
         layout = RaggedLayout.of(keep)
         return self.tokenizer.reconstructor.ragged(vectors, layout), codes, commitment
-
-    def _quantize(self, z: Float[Tensor, "total c"]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Z itself before `start_step`; after it, blended towards its codebook entry."""
-        zero = torch.zeros((), device=z.device)
-        if int(self.stage) < 2 or self.codebook is None:
-            if self.training:
-                self.recent_z.add(z)
-            return z, None, zero
-        quantized, codes, commitment = self.codebook(z, seed=self.seed + self.global_step)
-        if not self.training:
-            return quantized, codes, zero
-        q = self.quantization
-        ratio = min(1.0, (self.global_step - q.start_step + 1) / max(1, q.blend_steps))
-        return z + ratio * (quantized - z), codes, commitment
 
     @torch.no_grad()
     def _calibrate(self) -> float:
@@ -353,33 +297,6 @@ class TokenizerTraining(TrainingModule):
         self.recent_scores.values += shift
         return shift
 
-    def _start_codebook(self) -> None:
-        """Initialize by k-means over the recent vectors; all ranks take those of rank 0."""
-        assert self.codebook is not None
-        generator = torch.Generator().manual_seed(self.seed)
-        size = self.tokenizer.config.codebook_size
-        embeddings, counts = spherical_kmeans(
-            self.recent_z.latest(), size, self.quantization.kmeans_iterations, generator
-        )
-        embeddings, counts = self.trainer.strategy.broadcast((embeddings, counts))
-        counts = counts * self._vectors_per_step() / counts.sum()
-        self.codebook.load_embeddings(embeddings, counts)
-
-    def _vectors_per_step(self) -> float:
-        batch_size = getattr(self.trainer.datamodule, "batch_size", 1)
-        return batch_size * self.tokenizer.config.num_patches * self.selection.rho
-
-    def export(self, directory: str | Path) -> None:
-        """Save the tokenizer with the trained codebook, for VisualTokenizer.from_pretrained."""
-        assert self.codebook is not None
-        self.tokenizer.quantizer.codebook.embeddings.copy_(self.codebook.embeddings)
-        self.tokenizer.save_pretrained(directory)
-
-    def _log_usage(self, split: str, used: Usage) -> None:
-        self.log_dict(
-            {f"{split}/codebook_usage": used.used, f"{split}/perplexity": used.perplexity}
-        )
-
     def _log_kept_patches(
         self, images: UInt8[Tensor, "batch 3 h w"], keep: Bool[Tensor, "batch n"]
     ) -> None:
@@ -388,40 +305,3 @@ class TokenizerTraining(TrainingModule):
             count = min(16, len(images))
             panels = [kept_overlay(images[i], keep[i], (side, side)) for i in range(count)]
             log_image(self, "kept_patches", sheet([panels[:8], panels[8:]]))
-
-
-class RecentValues(nn.Module):
-    """The latest values of a stream, in a buffer, so that a checkpoint holds them.
-
-        size 4, after adding 1 2 3 and then 4 5:    5 2 3 4    (the oldest are overwritten first)
-
-    Args:
-        size: how many values are held.
-        shape: shape of one value; () for numbers.
-    """
-
-    values: Tensor
-    total: Tensor
-
-    def __init__(self, size: int, *shape: int) -> None:
-        super().__init__()
-        self.register_buffer("values", torch.zeros(size, *shape))
-        self.register_buffer("total", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def add(self, values: Shaped[Tensor, "n *shape"]) -> None:
-        """Overwrite the oldest values by these."""
-        size = len(self.values)
-        values = values[-size:].to(self.values.dtype)
-        self.values[(self.total + torch.arange(len(values), device=self.values.device)) % size] = (
-            values
-        )
-        self.total += len(values)
-
-    def latest(self) -> Shaped[Tensor, "n *shape"]:
-        """The values held, in no particular order."""
-        return self.values[: min(len(self.values), int(self.total))]
-
-    def clear(self) -> None:
-        """Forget all values."""
-        self.total.zero_()

@@ -16,10 +16,11 @@ from PIL import Image
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.encode.allocation import straight_through
 from lavit_tok.encode.selector import keep_scores
+from lavit_tok.training.codebook_training import RecentValues
 from lavit_tok.training.data_module import ImageDataModule
 from lavit_tok.training.logging import step_generator
 from lavit_tok.training.optimizers import ScheduleConfig
-from lavit_tok.training.tokenizer_training import RecentValues, TokenizerTraining
+from lavit_tok.training.tokenizer_training import TokenizerTraining
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,206 @@
+"""CodebookTraining: what the two trainers of tokenizers have in common.
+
+Both train a codebook on the features of a frozen encoder. Before `start_step` nothing is quantized
+and the latest vectors are collected; then k-means makes the codebook of them, and each vector z is
+blended into its codebook entry over `blend_steps`:
+
+    step  0 ........... start_step .................. start_step + blend_steps ......
+          z             z + ratio * (entry - z), ratio from 0 to 1              entry
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor, nn
+
+from lavit_tok.config import TokenizerConfig
+from lavit_tok.encode.image_processor import VisualImageProcessor
+from lavit_tok.encode.vision_encoder import VisionEncoder
+from lavit_tok.tokenizer import VisualTokenizer
+from lavit_tok.training.base import TrainingModule
+from lavit_tok.training.codebook import (
+    QuantizationConfig,
+    TrainingCodebook,
+    Usage,
+    spherical_kmeans,
+)
+
+
+class CodebookTraining(TrainingModule):
+    """A trainer of a tokenizer; a subclass calls `build_tokenizer` in its `__init__`."""
+
+    tokenizer: VisualTokenizer
+    codebook: TrainingCodebook | None
+    quantization: QuantizationConfig
+    mean_feature: Tensor
+    out: str | None
+    seed: int
+
+    def build_tokenizer(
+        self,
+        config: TokenizerConfig | None,
+        encoder: str | None,
+        image_processor: dict[str, Any] | None,
+    ) -> None:
+        """Create the tokenizer around its frozen encoder, and the buffers of the codebook.
+
+        Args:
+            config: sizes of the tokenizer; its `encoder` is replaced by the config of `encoder`.
+            encoder: directory or Hub id of the frozen encoder; None for random weights.
+            image_processor: arguments of VisualImageProcessor besides its size.
+
+        Raises:
+            ValueError: a config without a reconstructor.
+        """
+        config = config or TokenizerConfig()
+        vision = None
+        if encoder is not None:
+            vision = VisionEncoder.from_pretrained(encoder, norm=config.encoder_norm)
+            config = TokenizerConfig.from_dict(
+                {**config.to_dict(), "encoder": vision.json_config()}
+            )
+        if not config.reconstructor_depth:
+            raise ValueError(
+                "reconstructor_depth: expected at least 1: the loss compares reconstructed features"
+            )
+        processor = VisualImageProcessor(config.image_size, **(image_processor or {}))
+        self.tokenizer = VisualTokenizer(config, vision, processor)
+        self.tokenizer.encoder.requires_grad_(False)
+        self.codebook = None
+        self.register_buffer("mean_feature", torch.zeros(config.width))
+        self.recent_z = RecentValues(self.quantization.kmeans_samples, config.code_dim)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether `start_step` is past and the codebook has been initialized."""
+        raise NotImplementedError
+
+    def vectors_per_step(self) -> float:
+        """Vectors of a batch that are quantized, in expectation."""
+        raise NotImplementedError
+
+    # Lightning hooks
+
+    def configure_model(self) -> None:
+        # Here and not in __init__: whether the codebook synchronizes between processes is decided
+        # at its construction, which has to follow the start of the process group.
+        if self.codebook is None:
+            q = self.quantization
+            self.codebook = TrainingCodebook(
+                self.tokenizer.quantizer.codebook, q.decay, q.dead_ratio, q.gradient
+            )
+
+    def frozen_names(self) -> list[str]:
+        """The encoder's weights."""
+        return [name for name in self.state_dict() if name.startswith("tokenizer.encoder.")]
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        assert self.codebook is not None
+        self.codebook.set_vectors_per_step(self.vectors_per_step())
+
+    def on_fit_end(self) -> None:
+        if self.out and self.trainer.is_global_zero and self.quantizes:
+            self.export(self.out)
+
+    # The steps of a training step
+
+    def features(
+        self, images: UInt8[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch patches width"]:
+        """The frozen encoder's features."""
+        pixels = self.tokenizer.image_processor.normalize(images)
+        return self.tokenizer.features(pixels.to(self.tokenizer.dtype)).float()
+
+    @torch.no_grad()
+    def update_mean_feature(self, features: Float[Tensor, "batch patches width"]) -> None:
+        """The running mean feature, which starts at the mean of the first batch."""
+        self.mean_feature.lerp_(features.mean((0, 1)), 1.0 if self.global_step == 0 else 0.02)
+
+    def quantize(self, z: Float[Tensor, "total c"]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(vectors, codes, commitment loss).
+
+        Before `start_step` the vectors are z, and codes are None; after it, z blended into its
+        codebook entry, or the entry itself in eval mode.
+        """
+        zero = torch.zeros((), device=z.device)
+        if not self.quantizes or self.codebook is None:
+            if self.training:
+                self.recent_z.add(z)
+            return z, None, zero
+        quantized, codes, commitment = self.codebook(z, seed=self.seed + self.global_step)
+        if not self.training:
+            return quantized, codes, zero
+        q = self.quantization
+        ratio = min(1.0, (self.global_step - q.start_step + 1) / max(1, q.blend_steps))
+        return z + ratio * (quantized - z), codes, commitment
+
+    def start_codebook(self) -> None:
+        """Initialize by k-means over the recent vectors; all ranks take those of rank 0."""
+        assert self.codebook is not None
+        generator = torch.Generator().manual_seed(self.seed)
+        entries, counts = spherical_kmeans(
+            self.recent_z.latest(),
+            self.tokenizer.config.codebook_size,
+            self.quantization.kmeans_iterations,
+            generator,
+        )
+        entries, counts = self.trainer.strategy.broadcast((entries, counts))
+        self.codebook.load_embeddings(entries, counts * self.vectors_per_step() / counts.sum())
+
+    def copy_codebook(self) -> None:
+        """Put the trained entries into the tokenizer."""
+        assert self.codebook is not None
+        self.tokenizer.quantizer.codebook.embeddings.copy_(self.codebook.embeddings)
+
+    def export(self, directory: str | Path) -> None:
+        """Save the tokenizer with the trained codebook, for VisualTokenizer.from_pretrained."""
+        self.copy_codebook()
+        self.tokenizer.save_pretrained(directory)
+
+    def log_usage(self, split: str, used: Usage) -> None:
+        """Log the codebook usage of the codes of a split."""
+        self.log_dict(
+            {f"{split}/codebook_usage": used.used, f"{split}/perplexity": used.perplexity}
+        )
+
+
+class RecentValues(nn.Module):
+    """The latest values of a stream, in a buffer, so that a checkpoint holds them.
+
+        size 4, after adding 1 2 3 and then 4 5:    5 2 3 4    (the oldest are overwritten first)
+
+    Args:
+        size: how many values are held.
+        shape: shape of one value; () for numbers.
+    """
+
+    values: Tensor
+    total: Tensor
+
+    def __init__(self, size: int, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.zeros(size, *shape))
+        self.register_buffer("total", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def add(self, values: Shaped[Tensor, "n *shape"]) -> None:
+        """Overwrite the oldest values by these."""
+        size = len(self.values)
+        values = values[-size:].to(self.values.dtype)
+        self.values[(self.total + torch.arange(len(values), device=self.values.device)) % size] = (
+            values
+        )
+        self.total += len(values)
+
+    def latest(self) -> Shaped[Tensor, "n *shape"]:
+        """The values held, in no particular order."""
+        return self.values[: min(len(self.values), int(self.total))]
+
+    def clear(self) -> None:
+        """Forget all values."""
+        self.total.zero_()
