@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem != "log"),  # history
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.stem != "log"),  # history
 ]
 QUICK_START = README.partition("## Quick start\n")[2].partition("\n## ")[0]
 
@@ -122,7 +122,7 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     tested = [
         project["dependencies"],
-        *(project["optional-dependencies"][extra] for extra in ("train", "bench", "dev")),
+        *(project["optional-dependencies"][extra] for extra in ("train", "bench", "docs", "dev")),
     ]
     for requirement in (Requirement(text) for texts in tested for text in texts):
         if requirement.name != "lavit-tok":

@@ -137,8 +137,9 @@ class ImageOutput:
 
     Args:
         kind: "codes" or "vectors".
-        min_length, max_length: codes or vectors of an image; None: the visual tokenizer's number of
+        min_length: fewest codes or vectors of an image; None: the visual tokenizer's number of
             patches.
+        max_length: most codes or vectors of an image; None: as above.
         emits_start: whether the model itself predicts the id that begins an image.
         load_decoder: (name, device) -> ImageDecoder; the name is "default", a directory or a Hub
             id.

@@ -32,7 +32,10 @@ class PackedBatch:
     Args:
         ids: int64 [b l]; the pad id at padding.
         roles: int8 [b l].
-        predict, regress, prefix, is_embedding: bool [b l].
+        predict: bool [b l]; the id of this position is predicted.
+        regress: bool [b l]; the vector of this position is predicted.
+        prefix: bool [b l]; the whole prefix attends to this position.
+        is_embedding: bool [b l]; a vector of an image is at this position, no id.
         images: uint8 [k 3 h w], the images of the `is_embedding` positions, block after block; k is
             0 without any.
         keep: bool [j patches]; j is k, or 0 where the bridge needs no mask.

@@ -20,8 +20,14 @@ class ContinuousPath(nn.Module):
     """A merger and a projection to the hidden size of a language model.
 
     Args:
-        width, depth, heads, mlp_width, eps, formula, patches: see Merger.
+        width: dimension of the features.
+        depth: number of blocks.
+        heads: attention heads.
+        mlp_width: intermediate size of the MLPs.
+        eps: epsilon of the LayerNorms.
+        formula: see Merger.
         out: hidden size of the language model.
+        patches: see Merger.
     """
 
     def __init__(
