@@ -195,12 +195,15 @@ class MultimodalLM:
             raise ValueError(
                 f"expected 1 <= min_codes <= max_codes <= {patches}, got {least} and {most}"
             )
-        sequences = [self.prompts.for_image(prompt) for prompt in prompts]
+        # One sequence for the n images of a prompt, whose images are then encoded once, too.
+        distinct = {id(prompt): prompt for prompt in prompts}
+        sequences = {key: self.prompts.for_image(one) for key, one in distinct.items()}
+        repeated = [sequences[id(prompt)] for prompt in prompts]
         constraint = GenerationConstraint("image", least, most)
         chosen = Sampling(**{"top_k": TOP_K, "guidance_scale": guidance_scale, **sampling})
-        free = [self.prompts.sequence([], "image")] * len(sequences)
+        free = [self.prompts.sequence([], "image")] * len(repeated)
         shared = self.model, self.processor
-        generated = generate_ids(*shared, sequences, constraint, chosen, free, generator, use_cache)
+        generated = generate_ids(*shared, repeated, constraint, chosen, free, generator, use_cache)
         v = self.processor.vocabulary
         codes = [v.to_codes(torch.tensor([i for i in ids if i != v.end])) for ids in generated]
         return VisualCodes.from_list([c.tolist() for c in codes], v.codebook_size)

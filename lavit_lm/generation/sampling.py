@@ -5,7 +5,8 @@
 Classifier-free guidance (LaVIT, section 3.2) is u + s (c - u): conditional and unconditional
 sequences are one batch, and both get every sampled id. The constraint is applied after guidance,
 which could otherwise favor a forbidden id, and before top-k, so that k counts allowed ids only. The
-ids of a sequence depend on its prompt and generator, not on the rest of the batch.
+ids of a sequence depend on its prompt and generator, not on the rest of the batch: equal prompts
+share their prefill, and finished sequences leave the batch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
+
+COMPACT = 4  # finished sequences leave the batch once they are a quarter of it: it is copied then
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator, from which each sequence gets a seed of its own, or one for each sequence."""
@@ -188,24 +191,40 @@ def generate_ids(
     if guided and (unconditional is None or len(unconditional) != len(prompts)):
         raise ValueError("guidance needs an unconditional sequence for each prompt")
     sequences = [*prompts, *(unconditional or [])] if guided else list(prompts)
-    state = model.start_decoding(sequences, processor.pad, constraint.max_new_tokens, use_cache)
     generators = sequence_generators(generator, len(prompts))
+    # A sequence that is given several times, as for n images of one prompt, is computed once.
+    distinct = {id(sequence): sequence for sequence in sequences}
+    rows = {key: row for row, key in enumerate(distinct)}
+    state = model.start_decoding(
+        list(distinct.values()), processor.pad, constraint.max_new_tokens, use_cache
+    )
     stops = torch.tensor(constraint.stop_ids(processor), device=state.device)
     generated: list[list[int]] = [[] for _ in prompts]
-    unfinished = torch.ones(len(prompts), dtype=torch.bool, device=state.device)
-    logits = model.head(state.prefill()).float()
+    hidden = state.prefill()
+    if len(distinct) < len(sequences):
+        copies = torch.tensor([rows[id(sequence)] for sequence in sequences], device=state.device)
+        state.reorder(copies)
+        hidden = hidden[copies]
+    logits = model.head(hidden).float()
     content = constraint.content_mask(processor, logits.shape[1], state.device)
+    left = torch.arange(len(prompts), device=state.device)  # the sequence of each row
+    finished = torch.zeros_like(left, dtype=torch.bool)
     for step in range(constraint.max_steps):
         if guided:
             conditional, free = logits.chunk(2)
             logits = free + sampling.guidance_scale * (conditional - free)
         allowed = constraint.allowed(content, stops, step)
-        ids = sampling.draw(logits.masked_fill(~allowed, -torch.inf), generators)
-        for i in unfinished.nonzero().flatten().tolist():
-            generated[i].append(int(ids[i]))
-        unfinished &= ~torch.isin(ids, stops)
-        if not bool(unfinished.any()):
+        chosen = [generators[i] for i in left.tolist()]
+        ids = sampling.draw(logits.masked_fill(~allowed, -torch.inf), chosen)
+        for row in (~finished).nonzero().flatten().tolist():
+            generated[int(left[row])].append(int(ids[row]))
+        finished |= torch.isin(ids, stops)
+        if bool(finished.all()):
             break
+        if int(finished.sum()) * COMPACT >= len(left):
+            going = (~finished).nonzero().flatten()
+            state.reorder(torch.cat([going, going + len(left)]) if guided else going)
+            left, ids, finished = left[going], ids[going], finished[going]
         logits = model.head(state.append_ids(torch.cat([ids, ids]) if guided else ids)).float()
     return generated
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -178,6 +179,34 @@ def test_draws_follow_the_probabilities():
     forbidden = logits.masked_fill(torch.tensor([[True, False, True, True]]), -torch.inf)
     ids = Sampling(top_k=3).draw(forbidden.expand(50, 4), [generator] * 50)
     assert ids.unique().tolist() == [1]
+
+
+def test_equal_prompts_share_a_prefill_and_finished_sequences_leave(monkeypatch: Any):
+    """The ids are those of copies of the prompt, and of each sequence alone."""
+    processor, model = processor_and_model()
+    first, *_, last = prompts(processor)
+    free = prompts(processor)[0]
+    rows: list[int] = []
+    start = model.start_decoding
+    monkeypatch.setattr(
+        model,
+        "start_decoding",
+        lambda sequences, *rest: rows.append(len(sequences)) or start(sequences, *rest),
+    )
+
+    def generate(sequences: list[TokenSequence], seeds: range, unconditional: Any) -> Any:
+        constraint = GenerationConstraint("image", 1, 30)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shared = model, processor, sequences, constraint, GUIDED
+        return generate_ids(*shared, unconditional, generators)
+
+    shared = generate([first, first, last, first, last], range(5), [free] * 5)
+    copies = [replace(one) for one in (first, first, last, first, last)]
+    apart = generate(copies, range(5), [replace(free) for _ in copies])
+    alone = [generate([copies[i]], range(i, i + 1), [free])[0] for i in range(len(copies))]
+    assert shared == apart == alone and rows[:2] == [3, 10]
+    lengths = sorted(map(len, shared))
+    assert lengths[0] < lengths[-1], "one ends before the others"
 
 
 def test_impossible_requests():
