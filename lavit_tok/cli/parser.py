@@ -5,6 +5,7 @@
     reconstruct [IMAGES...]   original, kept patches and reconstruction side by side
     shards DATASET --out DIR  a captioned data set -> parquet shards of codes, to train LMs on
     fit, fit-decoder          training, by LightningCLI
+    recipes ACTION [NAME]     list, show or copy the training recipes
     convert RELEASE OUT       LaVIT's released files -> safetensors and JSON
 
 Bad input is one line on stderr and exit code 2. Heavy packages are imported by the command that
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
+
+from lavit_tok.cli.recipes import with_files
 
 BAD_INPUT = 2
 LONGEST_MESSAGE = 2000  # characters; a list of tensors can be longer than a terminal
@@ -80,6 +83,8 @@ def run_command(
 def _run(program: str, command: Command, arguments: Any) -> int:
     """Run a command; report an error of these packages on one line. Others are bugs, and raised."""
     try:
+        if command.arguments is None:
+            arguments = with_files(arguments)
         return resolve_name(command.run)(arguments)
     except BrokenPipeError:  # `lavit-tok encode ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -325,6 +330,15 @@ COMMANDS: dict[str, Command] = {
     "fit": Command("train a tokenizer: fit -c recipe.yaml", "lavit_tok.cli.commands:fit"),
     "fit-decoder": Command(
         "train a pixel decoder: fit-decoder -c recipe.yaml", "lavit_tok.cli.commands:fit_decoder"
+    ),
+    "recipes": Command(
+        "training recipes, which -c finds by name: list, show or copy them",
+        "lavit_tok.cli.recipes:run",
+        (
+            Argument("action", choices=("list", "show", "copy"), help="what to do"),
+            Argument("name", nargs="?", metavar="NAME", help="recipe, or to copy also a folder"),
+            Argument("out", nargs="?", metavar="OUT", help="where to copy to; here by default"),
+        ),
     ),
     "convert": Command(
         "LaVIT's released files -> the format of this package",
