@@ -36,6 +36,7 @@ from lavit_tok.encode.rate_control import COLOR_ERROR_SCALE, RateControl, Reques
 from lavit_tok.encode.rate_distortion import Quality
 from lavit_tok.encode.selector import Selector
 from lavit_tok.encode.vision_encoder import VisionEncoder
+from lavit_tok.nn.precision import without_autocast
 
 
 class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
@@ -154,6 +155,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     ) -> VisualCodes:
         """Encode one image or a batch; deterministic unless sample=True.
 
+        Computed in the dtype of the weights (float32 by default), whatever autocast or default
+        dtype surround the call.
+
         Args:
             images: PIL image, path, bytes, uint8 [h w 3] / [3 h w] array or tensor, or a list or
                 4-D batch of them.
@@ -182,6 +186,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return self.encode_pixels(self.preprocess(images), budget, sample, generator, request)
 
     @torch.no_grad()
+    @without_autocast
     def encode_pixels(
         self,
         pixels: Float[Tensor, "batch 3 h w"],
@@ -320,7 +325,6 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         codes.check(self.config.codebook_size)
         return self.quantizer.codebook.lookup(codes.values.to(self.device))
 
-    @torch.no_grad()
     def reconstruct_features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
         """The encoder's features of every patch, reconstructed from the codes.
 
@@ -331,6 +335,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return self.reconstruct_patches(codes).features
 
     @torch.no_grad()
+    @without_autocast
     def reconstruct_patches(self, codes: VisualCodes) -> Reconstruction:
         """Features and colors of every patch; no columns of colors without color_cells."""
         if self.reconstructor is None:
@@ -344,6 +349,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return output if self.nested else Reconstruction(output, output[..., :0])
 
     @torch.no_grad()
+    @without_autocast
     def embed(
         self,
         images: Any,
@@ -370,6 +376,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return self.embed_features(features, budget, sample, generator, keep)
 
     @torch.no_grad()
+    @without_autocast
     def embed_features(
         self,
         features: Float[Tensor, "batch patches width"],

@@ -19,6 +19,8 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lavit_tok.nn.precision import float32_default
+
 DEFAULTS = Path(__file__).parents[1] / "default"
 # A Hub id; a path that does not exist is not looked up on the network.
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -172,13 +174,16 @@ def empty(build: Callable[[], Module], dtype: torch.dtype) -> Module:
     No random numbers are drawn either. A module with tensors that are not saved (e.g. computed
     tables of positions) is built normally, since they would be lost.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), float32_default():
         module = build()
     saved = module.state_dict().keys()
     computed = any(name not in saved for name, _ in module.named_buffers())
     attributes = (value for part in module.modules() for value in vars(part).values())
     computed |= any(isinstance(value, Tensor) for value in attributes)
-    return nn.Module.to(build() if computed else module, dtype)
+    if computed:
+        with float32_default():
+            module = build()
+    return nn.Module.to(module, dtype)
 
 
 def fill(target: Tensor, value: Tensor, label: str, device: torch.device | str = "cpu") -> Tensor:

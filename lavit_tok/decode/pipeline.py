@@ -151,8 +151,9 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             kinds = "'pil', 'np', 'pt' or 'latent'"
             raise ValueError(f"output_type: expected {kinds}, got {output_type!r}")
         if isinstance(codes, VisualCodes):
-            conditioning = self.conditioner(codes)
-            null = self.conditioner.unconditional(conditioning)
+            with torch.autocast(self._execution_device.type, enabled=False):
+                conditioning = self.conditioner(codes)
+                null = self.conditioner.unconditional(conditioning)
         else:
             conditioning, null = codes
         device, guided, batch = (

@@ -122,18 +122,19 @@ def ordered_noise(patches: int) -> Float[Tensor, " patches"]:
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(f"ordered noise needs a square number of patches, got {patches}")
-    bayer = torch.zeros(1, 1)
+    bayer = torch.zeros(1, 1, dtype=torch.float32)
     while len(bayer) < side:
         top, bottom = [4 * bayer, 4 * bayer + 2], [4 * bayer + 3, 4 * bayer + 1]
         bayer = torch.cat([torch.cat(top, 1), torch.cat(bottom, 1)])
     ranks = bayer[:side, :side].flatten().argsort().argsort()
-    return ((ranks + 0.5) / patches).logit()
+    return ((ranks.float() + 0.5) / patches).logit()
 
 
 def logistic_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Difference of two Gumbel samples: the Gumbel noise of a difference of log-probabilities."""
     # Clamped: a uniform sample of exactly 0 would give infinite noise.
-    uniform = torch.rand(like.shape, generator=generator, device=like.device).clamp(1e-6, 1 - 1e-6)
+    uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float32)
+    uniform = uniform.clamp(1e-6, 1 - 1e-6)
     return uniform.log() - (-uniform).log1p()
 
 

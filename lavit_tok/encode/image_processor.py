@@ -136,7 +136,7 @@ class VisualImageProcessor(BaseImageProcessor):
     def normalize(self, pixels: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
         """uint8 0..255 -> float32 (x / 255 - mean) / std, on the device of `pixels`."""
         mean, std = (
-            torch.tensor(values, device=pixels.device).view(1, 3, 1, 1)
+            torch.tensor(values, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
             for values in (self.image_mean, self.image_std)
         )
         return (pixels.float() / 255 - mean) / std

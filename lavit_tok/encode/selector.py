@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lavit_tok.nn.precision import KeepFloat32
+from lavit_tok.nn.precision import KeepFloat32, float32_default
 
 KEEP, DROP = 0, 1
 
@@ -28,10 +28,11 @@ class Selector(KeepFloat32):
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.local = nn.Sequential(nn.LayerNorm(width, eps), nn.Linear(width, width), nn.GELU())
         half, quarter = width // 2, width // 4
-        first, second = nn.Linear(width, half), nn.Linear(half, quarter)
-        self.judge = nn.Sequential(first, nn.GELU(), second, nn.GELU(), nn.Linear(quarter, 2))
+        with float32_default():
+            self.local = nn.Sequential(nn.LayerNorm(width, eps), nn.Linear(width, width), nn.GELU())
+            first, second = nn.Linear(width, half), nn.Linear(half, quarter)
+            self.judge = nn.Sequential(first, nn.GELU(), second, nn.GELU(), nn.Linear(quarter, 2))
 
     def forward(
         self, features: Float[Tensor, "batch patches width"]

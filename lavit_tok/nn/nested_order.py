@@ -98,7 +98,7 @@ def merge_bias(patches: int, heads: int) -> Float[Tensor, "heads ranks patches"]
     patches alike.
     """
     later = nested_order(patches).rank[None, :] >= torch.arange(patches)[:, None]
-    slopes = 4.0 * 0.5 ** torch.arange(heads)
+    slopes = 4.0 * 0.5 ** torch.arange(heads, dtype=torch.float32)
     slopes[-1] = 0.0
     bias = -slopes[:, None, None] * _distances(patches)
     return bias.masked_fill(~later, float("-inf"))

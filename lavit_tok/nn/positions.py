@@ -24,7 +24,7 @@ def grid_positions(patches: int, width: int) -> Float[Tensor, "patches width"]:
             "positions need a square number of patches and a width divisible by 4, got "
             f"{patches} and {width}"
         )
-    falling = 1 - torch.arange(width // 4) / max(1, width // 4 - 1)
+    falling = 1 - torch.arange(width // 4, dtype=torch.float32) / max(1, width // 4 - 1)
     frequency = math.pi * torch.exp(-math.log(max(2, side)) * falling)
     angle = torch.arange(side)[:, None] * frequency
     wave = torch.cat([angle.sin(), angle.cos()], 1)

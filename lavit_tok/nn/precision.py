@@ -1,4 +1,4 @@
-"""KeepFloat32: modules that stay in float32 because their output is a decision.
+"""Precision that does not depend on the caller.
 
 A keep mask and a code result from a comparison: rounded to bfloat16, nearly equal scores change
 order and the same image gets other codes.
@@ -6,10 +6,15 @@ order and the same image gets other codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class KeepFloat32(nn.Module):
@@ -21,3 +26,28 @@ class KeepFloat32(nn.Module):
             return fn(t).to(t.dtype) if t.is_meta else t.to(fn(t).device)
 
         return super()._apply(keep_dtype, recurse)
+
+
+@contextmanager
+def float32_default() -> Iterator[None]:
+    """Build modules in float32, whatever torch.set_default_dtype was called with."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def without_autocast(method: Method) -> Method:
+    """Decorate a method of an object with a `device`: it computes in the dtype of its weights.
+
+    Under autocast to bfloat16 about one image in eight would get other codes.
+    """
+
+    @wraps(method)
+    def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return inner  # type: ignore[return-value]

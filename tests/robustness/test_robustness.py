@@ -55,7 +55,6 @@ FAULTS = {
     "kills 0": 11,
     "kills 2": 11,
     "resources 1": 7,
-    "autocast": 8,
     "lm: not finite": 5,
 }
 FAULTS |= {"lm: foreign model type": 1, "lm: bits of a header": 9, "lm: pickle": 9}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -25,6 +26,7 @@ from lavit_tok import (
     VisualTokenizer,
 )
 from lavit_tok.checkpoints.weights import save_weights
+from lavit_tok.encode.allocation import ordered_noise
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -362,3 +364,33 @@ def test_fingerprint_names_the_codebook(tiny_tokenizer: VisualTokenizer, tmp_pat
     assert VisualTokenizer.from_pretrained(tmp_path).fingerprint() == first
     tiny_tokenizer.quantizer.codebook.embeddings[0, 0] += 0.01
     assert tiny_tokenizer.fingerprint() != first
+
+
+@pytest.mark.parametrize("ambient", ["autocast", "bfloat16", "float64", "inference"])
+def test_codes_do_not_depend_on_the_ambient_precision(
+    ambient: str, photos: list[Path], tiny_tokenizer: VisualTokenizer, tmp_path: Path
+) -> None:
+    """Under autocast one image in eight got other codes, under a bfloat16 default nearly half."""
+    tiny_tokenizer.save_pretrained(tmp_path)
+    images = crops(photos, 24)
+    expected = tiny_tokenizer.encode(images)
+    features = tiny_tokenizer.reconstruct_features(expected)
+    sampled = tiny_tokenizer.encode(images, sample=True, generator=generator())
+    ordered_noise.cache_clear()  # computed anew, under the surrounding default dtype
+    try:
+        with contextlib.ExitStack() as stack:
+            if ambient == "autocast":
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            elif ambient == "inference":
+                stack.enter_context(torch.inference_mode())
+            else:
+                torch.set_default_dtype(getattr(torch, ambient))
+            for tokenizer in (tiny_tokenizer, VisualTokenizer.from_pretrained(tmp_path)):
+                codes = tokenizer.encode(images)
+                assert codes.to_list() == expected.to_list()
+                assert torch.equal(tokenizer.reconstruct_features(codes), features)
+                again = tokenizer.encode(images, sample=True, generator=generator())
+                assert again.to_list() == sampled.to_list()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        ordered_noise.cache_clear()
