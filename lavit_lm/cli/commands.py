@@ -91,7 +91,7 @@ def caption(arguments: argparse.Namespace) -> int:
             images = open_images(chunk, rejects, lm.visual_tokenizer.image_processor)
             if not images:
                 continue
-            batch, limit = [image for _, _, image in images], arguments.max_new_tokens
+            batch, limit = [image for _, _, (image,) in images], arguments.max_new_tokens
             if arguments.question is None:
                 texts = lm.caption(batch, limit)
             else:

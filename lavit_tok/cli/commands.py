@@ -63,7 +63,7 @@ def encode(arguments: argparse.Namespace) -> int:
             images = open_images(chunk, rejects, tokenizer.image_processor)
             if not images:
                 continue
-            pixels = torch.stack([tokenizer.image_processor.resize(i) for _, _, i in images])
+            pixels = torch.stack([image for _, _, (image,) in images])
             codes = tokenizer.encode(
                 pixels,
                 arguments.budget,
@@ -129,16 +129,16 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     labels: list[list[str]] = []
     with rejects:
         for chunk in chunks(enumerate(progress(paths, "reconstruct")), arguments.batch_size):
-            images = open_images(chunk, rejects, processor)
+            images = open_images(chunk, rejects, processor, (None, side))
             if not images:
                 continue
-            pixels = torch.stack([processor.resize(image) for _, _, image in images])
+            pixels = torch.stack([image for _, _, (image, _) in images])
             codes = tokenizer.encode(pixels, arguments.budget, **_allocation(arguments)).to("cpu")
             decoded = _decode(decoder, codes, [number for number, _, _ in images], arguments)
-            for (number, path, image), length, keep, reconstruction in zip(
+            for (number, path, (_, panel)), length, keep, reconstruction in zip(
                 images, codes.lengths.tolist(), _keep(codes), decoded, strict=True
             ):
-                original = open_image(processor.resize(image, side))
+                original = open_image(panel)
                 line = [
                     original,
                     kept_overlay(original, keep, (grid, grid)),

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from jaxtyping import UInt8
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from lavit_tok.data.files import atomic
@@ -59,15 +61,25 @@ def photographs() -> list[Path]:
 
 
 def open_images(
-    paths: Iterable[tuple[int, Path]], rejects: Rejects, image_processor: VisualImageProcessor
-) -> list[tuple[int, Path, Image.Image]]:
-    """The numbered images that can be opened; the others are rejected."""
+    paths: Iterable[tuple[int, Path]],
+    rejects: Rejects,
+    image_processor: VisualImageProcessor,
+    sizes: Sequence[int | None] = (None,),
+) -> list[tuple[int, Path, list[UInt8[Tensor, "3 side side"]]]]:
+    """The numbered images that can be opened, resized to each of `sizes`; others are rejected.
+
+    Each image is resized before the next one is opened, so that only one is in memory at full size.
+    None is the processor's size, and its `resize` does not change an image that has it.
+    """
     images = []
     for number, path in paths:
         try:
-            images.append((number, path, image_processor.open(path)))
+            image = image_processor.open(path)
         except ImageError as error:
             rejects.add(str(path), error)
+            continue
+        rejects.warn(str(path), image.info.get("warnings", ()))
+        images.append((number, path, [image_processor.resize(image, size) for size in sizes]))
     return images
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -47,3 +49,14 @@ def exclusive_folder(folder: Path) -> Iterator[None]:
         for partial in folder.glob(".*.part"):
             partial.unlink()
         yield
+
+
+def printable(text: str) -> str:
+    """The text with bytes of file names that are not UTF-8 (surrogates) as `\\udcff`."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_line(values: Any) -> str:
+    """One line of JSON in UTF-8; surrogates of file names are escaped and can be read back."""
+    # A surrogate's backslash escape is also its JSON escape.
+    return printable(json.dumps(values, ensure_ascii=False)) + "\n"

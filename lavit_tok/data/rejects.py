@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,9 +9,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lavit_tok.data.files import atomic
+from lavit_tok.data.files import atomic, json_line, printable
 
 SHOWN = 5  # rejects that are also named on stderr
+
+
+class AllSkippedError(ValueError):
+    """A job whose items were all skipped."""
+
+    exit_code = 1
 
 
 class Rejects:
@@ -22,11 +27,14 @@ class Rejects:
         path: JSON lines of key and reason, written at the end; that of an earlier run is removed
             if no item was skipped. None names every item on stderr.
         only: the job is a single item, whose error ends the job.
+
+    Warnings of images that could be read despite damage are counted, and the first is in summary().
     """
 
     def __init__(self, path: Path | None, only: bool = False) -> None:
         self.path, self.only = path, only
         self.items: list[tuple[str, str]] = []
+        self.warnings: list[tuple[str, str]] = []
 
     def add(self, key: str, error: ValueError) -> None:
         """Skip an item."""
@@ -35,22 +43,29 @@ class Rejects:
         reason = str(error).removeprefix(f"{key}: ")
         self.items.append((key, reason))
         if self.path is None or len(self.items) <= SHOWN:
-            tqdm.write(f"skipped {key}: {reason}", file=sys.stderr)
+            tqdm.write(printable(f"skipped {key}: {reason}"), file=sys.stderr)
+
+    def warn(self, key: str, messages: Iterable[str]) -> None:
+        """Count the warnings about an item that is used."""
+        self.warnings += [(key, " ".join(messages))] if messages else []
 
     def require(self, done: int) -> None:
-        """Raise ValueError if no item was processed."""
+        """Raise AllSkippedError if all items were skipped, ValueError if there were none."""
         if done:
             return
         if not self.items:
             raise ValueError("the input has no items")
         key, reason = self.items[0]
-        raise ValueError(f"none of {len(self.items)} could be used; the first is {key}: {reason}")
+        raise AllSkippedError(f"none of {len(self.items)} could be used; the first is {key}: {reason}")
 
     def summary(self) -> str:
-        """An empty string, or "; 2 skipped, listed in FILE"."""
-        if not self.items:
-            return ""
-        return f"; {len(self.items)} skipped" + (f", listed in {self.path}" if self.path else "")
+        """E.g. "; 2 skipped, listed in FILE; 1 read with warnings, the first: KEY: WARNING"."""
+        text = f"; {len(self.items)} skipped" if self.items else ""
+        text += f", listed in {self.path}" if self.items and self.path else ""
+        if self.warnings:
+            key, warning = self.warnings[0]
+            text += f"; {len(self.warnings)} read with warnings, the first: {key}: {warning}"
+        return printable(text)
 
     def __enter__(self) -> Rejects:
         return self
@@ -63,7 +78,7 @@ class Rejects:
 
 def write_rejects(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write records as JSON lines; without any, remove the file."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lines = [json_line(record) for record in records]
     if not lines:
         path.unlink(missing_ok=True)
         return

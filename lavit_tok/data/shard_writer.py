@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lavit_tok.data.files import atomic, exclusive_folder
 from lavit_tok.data.image_sources import load_splits
-from lavit_tok.data.rejects import write_rejects
+from lavit_tok.data.rejects import AllSkippedError, write_rejects
 from lavit_tok.data.shard_manifest import (
     MANIFEST,
     Manifest,
@@ -165,7 +165,7 @@ class ShardJob:
                 records, rejects = [], {}
         if not sum(shard.records for shard in self.done.values()):
             first = next(iter(self.rejects.values()))
-            raise ValueError(
+            raise AllSkippedError(
                 f"none of {len(self.rejects)} images of split {self.name!r} could be used; the "
                 f"first is {first['key']}: {first['reason']}"
             )

@@ -15,15 +15,17 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import stat
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
 from transformers.utils import IMAGE_PROCESSOR_NAME
@@ -35,6 +37,15 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = (255, 255, 255)
 MAX_PIXELS = 89_478_485  # where PIL begins to warn of a decompression bomb; here always an error
+MAX_BYTES = 256 << 20  # of an encoded image
+STRIP = 1 << 18  # pixels that are converted at a time
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 ResizeMode = Literal["square", "center_crop", "pad"]
 
@@ -63,6 +74,10 @@ class VisualImageProcessor(BaseImageProcessor):
         image_std: standard deviation of each channel.
         background: RGB color, 0..255, under transparent pixels and around padded images.
 
+    The attributes `max_bytes` (256 MiB) and `max_pixels` (89 million) limit the images that `open`
+    accepts. They can be set, and are not saved: they depend on the machine, not on the model.
+    Images are always decoded at full size (no JPEG draft mode), so that codes depend on no limit.
+
     Raises:
         ConfigError: naming the argument, what was expected and what was received.
     """
@@ -84,6 +99,7 @@ class VisualImageProcessor(BaseImageProcessor):
             modes = ", ".join(get_args(ResizeMode))
             raise ConfigError(f"resize_mode: expected one of {modes}, got {resize_mode!r}")
         self.size, self.resize_mode = size, resize_mode
+        self.max_bytes, self.max_pixels = MAX_BYTES, MAX_PIXELS
         self.image_mean = _triple("image_mean", image_mean, "finite numbers", is_number)
         self.image_std = _triple(
             "image_std", image_std, "positive numbers", lambda x: is_number(x) and x > 0
@@ -94,7 +110,7 @@ class VisualImageProcessor(BaseImageProcessor):
 
     def open(self, source: Any, name: str | None = None) -> Image.Image:
         """Open one image as upright RGB; see `open_image`. Raises ImageError."""
-        return open_image(source, name, self.background)
+        return open_image(source, name, self.background, self.max_bytes, self.max_pixels)
 
     def resize(self, image: Image.Image, size: int | None = None) -> UInt8[Tensor, "3 size size"]:
         """Resize an RGB image to a square of side `size`, by default the configured one."""
@@ -175,56 +191,104 @@ class VisualImageProcessor(BaseImageProcessor):
 
 
 def open_image(
-    source: Any, name: str | None = None, background: tuple[int, ...] = WHITE
+    source: Any,
+    name: str | None = None,
+    background: tuple[int, ...] = WHITE,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Open one image as upright 8-bit RGB.
 
     EXIF rotation is applied, transparent pixels are composited on the background color, CMYK and
     palettes are converted, 16-bit gray is scaled to 8 bits, and of an animation the first frame is
-    used.
+    used. Warnings of Pillow, e.g. of damaged metadata, are not printed: they are in
+    `image.info["warnings"]`, a list of str that is absent without any.
 
     Args:
-        source: PIL image, path, encoded bytes, binary file, or uint8 [h w 3] / [3 h w] / [h w]
-            array or tensor.
+        source: PIL image, path of a regular file, encoded bytes, binary file, or uint8 [h w 3] /
+            [3 h w] / [h w] array or tensor.
         name: name of the image in errors; derived from the source by default.
         background: RGB color under transparent pixels.
+        max_bytes: largest encoded size.
+        max_pixels: largest number of pixels, compared before any is decoded. Pillow itself refuses
+            more than twice PIL.Image.MAX_IMAGE_PIXELS.
 
     Raises:
-        ImageError: unreadable, truncated, empty, too large, or an array of wrong dtype, range or
-            shape.
+        ImageError: unreadable, truncated, empty, too large, not a regular file, or an array of
+            wrong dtype, range or shape.
     """
     label = name or _label(source)
     if isinstance(source, (np.ndarray, Tensor)):
         return _from_array(source, label, background)
     try:
-        if isinstance(source, Image.Image):
-            return _to_rgb(source, label, background)
-        if isinstance(source, (str, os.PathLike)):
-            source = Path(source).read_bytes()
-        if isinstance(source, (bytes, bytearray)):
-            if not source:
-                raise ImageError(f"{label}: empty file (0 bytes), expected an encoded image")
-            source = io.BytesIO(source)
-        if not hasattr(source, "read"):
-            kinds = "a PIL image, path, bytes or uint8 array"
-            raise ImageError(f"{label}: expected {kinds}, got {type(source).__name__}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(f"{opened.width}x{opened.height} pixels")
-                if opened.format == "EPS":  # loading it would run Ghostscript on a program
-                    raise ImageError(f"{label}: EPS is not supported, expected a raster image")
-                return _to_rgb(opened, label, background)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            # Pillow warns at its own limit, also of images inside a file; here it is an error.
+            action: Literal["error", "ignore"] = "error" if max_pixels <= MAX_PIXELS else "ignore"
+            warnings.simplefilter(action, Image.DecompressionBombWarning)
+            if isinstance(source, Image.Image):
+                image = _to_rgb(source, label, background)
+            else:
+                with _opened(source, label, max_bytes) as file, Image.open(file) as opened:
+                    if opened.width * opened.height > max_pixels:
+                        size = f"{opened.width}x{opened.height} pixels"
+                        raise Image.DecompressionBombError(size)
+                    if opened.format == "EPS":  # loading it would run Ghostscript on a program
+                        reason = "EPS is not supported, expected a raster image"
+                        raise ImageError(f"{label}: {reason}")
+                    image = _to_rgb(opened, label, background)
+        if caught:
+            image.info["warnings"] = list(dict.fromkeys(str(w.message).strip() for w in caught))
+        return image
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError(f"{label}: not an image in a format that Pillow supports") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = f"more than {MAX_PIXELS} pixels (decompression bomb?)"
+        limit = f"more than {max_pixels} pixels (decompression bomb?)"
         raise ImageError(f"{label}: {limit}: {error}") from None
     except Exception as error:  # decoders of damaged files raise nearly any exception
         raise ImageError(f"{label}: cannot be read: {error}") from None
+
+
+@contextmanager
+def _opened(source: Any, label: str, max_bytes: int) -> Iterator[Any]:
+    """A binary file of at most max_bytes, which is not read before its format is known."""
+    if isinstance(source, (str, os.PathLike)):
+        # Before it is opened: opening a FIFO waits for a writer, and /dev/zero never ends.
+        _require_regular(os.stat(source), label, max_bytes)
+        with open(source, "rb") as file:
+            yield file
+        return
+    if isinstance(source, (bytes, bytearray)):
+        _require_size(len(source), label, max_bytes)
+        source = io.BytesIO(source)
+    if not hasattr(source, "read"):
+        kinds = "a PIL image, path, encoded bytes, binary file or uint8 array"
+        raise ImageError(f"{label}: expected {kinds}, got {type(source).__name__}")
+    if not (hasattr(source, "seekable") and source.seekable()):
+        # Pillow would read all of it, however long it is.
+        source = io.BytesIO(source.read(max_bytes + 1))
+        _require_size(source.getbuffer().nbytes, label, max_bytes)
+    yield source
+
+
+def _require_regular(status: os.stat_result, label: str, max_bytes: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
+        raise ImageError(
+            f"{label}: expected a regular file, got {kind}: reading it might never end"
+        )
+    _require_size(status.st_size, label, max_bytes)
+
+
+def _require_size(size: int, label: str, max_bytes: int) -> None:
+    if size == 0:
+        raise ImageError(f"{label}: empty file (0 bytes), expected an encoded image")
+    if size > max_bytes:
+        raise ImageError(
+            f"{label}: expected an encoded image of at most {max_bytes} bytes, got {size}"
+        )
 
 
 def as_list(images: Any) -> list[Any]:
@@ -296,24 +360,57 @@ def _to_rgb(image: Image.Image, label: str, background: tuple[int, ...]) -> Imag
     image.load()
     # Pillow keeps 8-bit values unscaled in its 32-bit modes; a 16-bit file always has 0..65535.
     may_be_8_bit = image.mode in ("I", "F") and image.format not in ("PNG", "PPM")
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # it copies all other images, too
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16- and 32-bit gray
-        values = np.asarray(image).astype(np.float64)
+        scale = _gray_scale(image, label, may_be_8_bit)
+
+        def convert(strip: Image.Image) -> Image.Image:
+            scaled = np.asarray(strip).astype(np.float64) / scale * 255
+            return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+
+        return _by_strips(image, convert)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+
+        def convert(strip: Image.Image) -> Image.Image:
+            strip = strip.convert("RGBA")
+            opaque = Image.new("RGBA", strip.size, (*background, 255))
+            return Image.alpha_composite(opaque, strip).convert("RGB")
+
+        return _by_strips(image, convert)
+    return image.convert("RGB")
+
+
+def _gray_scale(image: Image.Image, label: str, may_be_8_bit: bool) -> float:
+    """The value of white in a 16- or 32-bit gray image: 255 or 65535."""
+    low, high = float("inf"), float("-inf")
+    for strip in _strips(image):
+        values = np.asarray(strip)
         if not np.isfinite(values).all():
             raise ImageError(f"{label}: contains NaN or infinity")
-        low, high = values.min(), values.max()
-        if low < 0 or high > 65535 or (image.mode == "F" and 0 < high <= 1):
-            raise ImageError(
-                f"{label}: expected gray values 0..255 or 0..65535, got {low:g}..{high:g} (mode "
-                f"{image.mode}); guessing their scale could give a black or clipped image"
-            )
-        scaled = values / (255.0 if high <= 255 and may_be_8_bit else 65535.0) * 255
-        return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        opaque = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(opaque, image).convert("RGB")
-    return image.convert("RGB")
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+    if low < 0 or high > 65535 or (image.mode == "F" and 0 < high <= 1):
+        raise ImageError(
+            f"{label}: expected gray values 0..255 or 0..65535, got {low:g}..{high:g} (mode "
+            f"{image.mode}); guessing their scale could give a black or clipped image"
+        )
+    return 255.0 if high <= 255 and may_be_8_bit else 65535.0
+
+
+def _strips(image: Image.Image) -> Iterator[Image.Image]:
+    """Strips of about STRIP pixels from top to bottom."""
+    height = max(1, STRIP // image.width)
+    for top in range(0, image.height, height):
+        yield image.crop((0, top, image.width, min(top + height, image.height)))
+
+
+def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert pixels strip by strip: intermediate results need no memory of the image's size."""
+    converted, top = Image.new("RGB", image.size), 0
+    for strip in _strips(image):
+        converted.paste(convert(strip), (0, top))
+        top += strip.height
+    return converted
 
 
 def _triple(name: str, values: Any, expected: str, valid: Callable[[Any], bool]) -> tuple[Any, ...]:
