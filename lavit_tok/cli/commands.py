@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from lavit_tok.cli.items import (
+    REJECTS,
+    SHEET,
     chunks,
     device,
     list_images,
@@ -19,6 +21,7 @@ from lavit_tok.cli.items import (
     photographs,
     png_name,
     progress,
+    require_own,
     save_png,
 )
 from lavit_tok.codes import CodeError, VisualCodes
@@ -31,6 +34,7 @@ from lavit_tok.data.code_files import (
     read_codes,
     require_suffix,
 )
+from lavit_tok.data.files import printable, remove_partials
 from lavit_tok.data.rejects import Rejects
 from lavit_tok.encode.image_processor import open_image
 from lavit_tok.tokenizer import VisualTokenizer
@@ -50,12 +54,17 @@ def encode(arguments: argparse.Namespace) -> int:
     """Images -> a code file."""
     if arguments.out is not None:
         require_suffix(arguments.out)
+        if arguments.out.exists() and not arguments.overwrite:
+            raise CodeFileError(
+                f"{arguments.out}: exists: --overwrite replaces it, which would lose its codes"
+            )
     paths = list_images(arguments.images)
     tokenizer = _tokenizer(arguments)
     config = tokenizer.config
     header = CodeFileHeader(str(arguments.tokenizer), config.codebook_size, config.num_patches)
     rejects_path = arguments.out and Path(f"{arguments.out}.rejects.jsonl")
     rejects = Rejects(rejects_path, only=len(paths) == 1)
+    _limit(tokenizer, arguments)
     generator = torch.Generator(tokenizer.device).manual_seed(arguments.seed)
     total = count = 0
     with rejects, code_writer(arguments.out, header) as writer:
@@ -76,6 +85,8 @@ def encode(arguments: argparse.Namespace) -> int:
             writer.add(list(map(CodeRecord, keys, codes.to_list(), keep)))
             count, total = count + len(codes), total + len(codes.values)
         rejects.require(count)
+    if arguments.out is not None:
+        remove_partials(arguments.out.parent, arguments.out.name)
     mean = f"{total / count:.1f} codes per image ({config.num_patches} patches)"
     print(f"encoded {count} of {len(paths)} images, {mean}{rejects.summary()}", file=sys.stderr)
     return 0
@@ -84,6 +95,7 @@ def encode(arguments: argparse.Namespace) -> int:
 def decode(arguments: argparse.Namespace) -> int:
     """A code file -> PNG files, named by number and key."""
     header, records = read_codes(arguments.codes)
+    require_own(arguments.out, arguments.overwrite)
     decoder = _decoder(arguments)
     size, patches = decoder.conditioner.config.codebook_size, decoder.conditioner.config.patches
     if header.codebook_size != size:
@@ -91,7 +103,7 @@ def decode(arguments: argparse.Namespace) -> int:
             f"{arguments.codes}: expected codes of a codebook of {size} entries, as the decoder "
             f"has, got {header.codebook_size}: they would decode to unrelated images"
         )
-    rejects, count = Rejects(arguments.out / "rejects.jsonl"), 0
+    rejects, count = Rejects(arguments.out / REJECTS, overwrite=arguments.overwrite), 0
     with rejects:
         for chunk in chunks(enumerate(progress(records, "decode")), arguments.batch_size):
             valid: list[tuple[int, CodeRecord]] = []
@@ -108,6 +120,7 @@ def decode(arguments: argparse.Namespace) -> int:
                 save_png(image, arguments.out / png_name(number, record.key))
             count += len(valid)
         rejects.require(count)
+    remove_partials(arguments.out)
     total = count + len(rejects.items)
     summary = f"decoded {count} of {total} records into {arguments.out}{rejects.summary()}"
     print(summary, file=sys.stderr)
@@ -119,11 +132,13 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     from lavit_tok.visualize import kept_overlay, sheet
 
     paths = list_images(arguments.images) if arguments.images else photographs()
+    require_own(arguments.out, arguments.overwrite)
     tokenizer, decoder = _tokenizer(arguments), _decoder(arguments)
+    _limit(tokenizer, arguments)
     config, processor = tokenizer.config, tokenizer.image_processor
     side, grid = max(PANEL, config.image_size), config.image_size // config.patch_size
     titles = ("original", "kept patches", "reconstruction")
-    rejects = Rejects(arguments.out / "rejects.jsonl", only=len(paths) == 1)
+    rejects = Rejects(arguments.out / REJECTS, overwrite=arguments.overwrite, only=len(paths) == 1)
     lengths: list[int] = []
     panels: list[list[Image.Image]] = []
     labels: list[list[str]] = []
@@ -145,17 +160,18 @@ def reconstruct(arguments: argparse.Namespace) -> int:
                     reconstruction.resize((side, side), Image.Resampling.BICUBIC),
                 ]
                 patches = f"{length} of {config.num_patches} patches"
-                texts = [path.name, patches, f"from {length} codes"]
+                texts = [printable(path.name), patches, f"from {length} codes"]
                 file = arguments.out / png_name(number, str(path))
                 save_png(sheet([line], titles, [texts]), file)
-                print(f"{length:7d} of {config.num_patches} codes  {path}")
+                print(f"{length:7d} of {config.num_patches} codes  {printable(str(path))}")
                 lengths.append(length)
                 if len(panels) < SHEET_IMAGES:
                     panels.append(line)
                     labels.append(texts)
         rejects.require(len(lengths))
-    sheet_file = arguments.out / "sheet.png"
+    sheet_file = arguments.out / SHEET
     save_png(sheet(panels, titles, labels), sheet_file)
+    remove_partials(arguments.out)
     mean = sum(lengths) / len(lengths)
     print(f"{mean:7.1f} codes per image on average, {len(lengths)} images{rejects.summary()}")
     print(f"sheet: {sheet_file}")
@@ -234,6 +250,12 @@ def train(program: str, command: str, action: str, model: str, data: str, args: 
 
 def _allocation(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("quality", "rate", "verify")}
+
+
+def _limit(tokenizer: VisualTokenizer, arguments: argparse.Namespace) -> None:
+    processor = tokenizer.image_processor
+    processor.max_bytes, processor.max_pixels = arguments.max_bytes, arguments.max_pixels
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, arguments.max_pixels)
 
 
 def _keep(codes: VisualCodes) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +33,8 @@ PHOTOGRAPHS = (
     "coins.png",
 )
 """Photographs in the package scikit-image: six in color, two gray."""
+PROGRAM = "lavit-tok"
+REJECTS, SHEET = "rejects.jsonl", "sheet.png"
 Item = TypeVar("Item")
 
 
@@ -40,7 +44,11 @@ def list_images(names: Sequence[str]) -> list[Path]:
     Raises:
         ImageError: there are none.
     """
-    lines = [line.rstrip("\n") for line in sys.stdin] if "-" in names else []
+    lines: list[str] = []
+    if "-" in names:
+        binary = getattr(sys.stdin, "buffer", None)  # names need not be UTF-8
+        text = sys.stdin.read() if binary is None else os.fsdecode(binary.read())
+        lines = text.replace("\r\n", "\n").split("\n")
     paths = find_images([*(n for n in names if n != "-"), *(line for line in lines if line)])
     if not paths:
         raise ImageError(f"{', '.join(names)}: no images found")
@@ -94,9 +102,26 @@ def device(name: str) -> torch.device:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Save an image; the file appears when it is complete."""
+    """Save an image, marked as this program's; the file appears when it is complete."""
+    mark = PngInfo()
+    mark.add_text("Software", PROGRAM)
     with atomic(path) as partial:
-        image.save(partial, "PNG")
+        image.save(partial, "PNG", pnginfo=mark)
+
+
+def require_own(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError for a file that the results would replace, if another program wrote it."""
+    if overwrite or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name == SHEET or re.fullmatch(r"\d{6}-.*\.png", path.name):
+            with open(path, "rb") as file:  # the mark is in front of the pixels
+                is_own = b"tEXtSoftware\0" + PROGRAM.encode() in file.read(256)
+            if not is_own:
+                raise ValueError(
+                    f"{path}: not written by {PROGRAM}, and results could replace it: use another "
+                    "--out, or --overwrite"
+                )
 
 
 def png_name(number: int, key: str) -> str:

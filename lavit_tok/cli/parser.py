@@ -8,7 +8,8 @@
     recipes ACTION [NAME]     list, show or copy the training recipes
     convert RELEASE OUT       LaVIT's released files -> safetensors and JSON
 
-Bad input is one line on stderr and exit code 2. Heavy packages are imported by the command that
+Bad input is one line on stderr and exit code 2; a job whose items are all skipped has exit code 1,
+one ended by SIGINT or SIGTERM 130 or 143. Files appear under their names when they are whole. Heavy packages are imported by the command that
 needs them, so `lavit-tok --help` needs no torch.
 """
 
@@ -16,9 +17,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -64,7 +68,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0 if it is done (perhaps with items skipped), 2 for bad input."""
+    """Run a command and return its exit code, 0 if it is done (perhaps with items skipped)."""
     return run_command("lavit-tok", "Images <-> a dynamic number of codes.", COMMANDS, argv)
 
 
@@ -80,8 +84,56 @@ def run_command(
     return _run(program, commands[namespace.command], namespace)
 
 
+class _Terminated(BaseException):
+    """SIGTERM: like KeyboardInterrupt, so that partial files are removed on the way out."""
+
+
 def _run(program: str, command: Command, arguments: Any) -> int:
     """Run a command; report an error of these packages on one line. Others are bugs, and raised."""
+    for stream in (sys.stdout, sys.stderr):  # names of files that are not UTF-8 can be printed
+        with suppress(AttributeError):  # replaced by an object that is no text file
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        with _signals():
+            return _reported(program, command, arguments)
+    except KeyboardInterrupt:
+        return _ended(program, signal.SIGINT)
+    except _Terminated:
+        return _ended(program, signal.SIGTERM)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into exit code 1
+            return _ended(program, signal.SIGINT)
+        raise
+
+
+def _ended(program: str, number: signal.Signals) -> int:
+    """The exit code that shells use for a signal, after one line on stderr."""
+    print(f"{program}: ended by {number.name}; files already written are whole", file=sys.stderr)
+    return 128 + number
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM raises _Terminated in this process, as SIGINT raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # signals are not its own
+        yield
+        return
+    process = os.getpid()
+
+    def terminate(number: int, frame: Any) -> None:
+        if os.getpid() == process:
+            raise _Terminated
+        signal.signal(number, signal.SIG_DFL)  # a forked worker, which inherits this handler
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _reported(program: str, command: Command, arguments: Any) -> int:
     try:
         if command.arguments is None:
             arguments = with_files(arguments)
@@ -98,7 +150,7 @@ def _run(program: str, command: Command, arguments: Any) -> int:
         if len(text) > LONGEST_MESSAGE:
             text = text[:LONGEST_MESSAGE] + " ..."
         print(f"{program}: error: {text}", file=sys.stderr)
-        return BAD_INPUT
+        return getattr(error, "exit_code", BAD_INPUT)
 
 
 def _parser(program: str, description: str, commands: dict[str, Command]) -> Parser:
@@ -222,8 +274,30 @@ QUALITY = (
         help="reach --quality by measurement, with an error for an image that cannot",
     ),
 )
+LIMITS = (
+    Argument(
+        "--max-bytes",
+        type=positive,
+        default=256 << 20,
+        metavar="N",
+        help="larger image files are skipped",
+    ),
+    Argument(
+        "--max-pixels",
+        type=positive,
+        default=89_478_485,
+        metavar="N",
+        help="images of more pixels are skipped",
+    ),
+)
 BATCH = batch_argument(
     "; codes do not depend on it unless --budget is a fraction or --sample is set"
+)
+OVERWRITE_FOLDER = Argument(
+    "--overwrite",
+    action="store_true",
+    help="replace any files; without it only those that this program has written, so that the same "
+    "command can be repeated",
 )
 DECODING = (
     Argument("--decoder", default="default", metavar="D", help=LOCATION),
@@ -251,6 +325,12 @@ COMMANDS: dict[str, Command] = {
                 metavar="FILE",
                 help=".parquet or .jsonl; JSON lines to stdout by default",
             ),
+            Argument(
+                "--overwrite",
+                action="store_true",
+                help="replace an existing --out file; without it that is an error",
+            ),
+            *LIMITS,
             BATCH,
             DEVICE,
             SEED,
@@ -262,6 +342,7 @@ COMMANDS: dict[str, Command] = {
         (
             Argument("codes", type=Path, metavar="CODES", help=".parquet or .jsonl from encode"),
             out_argument("folder for one PNG per record"),
+            OVERWRITE_FOLDER,
             *DECODING,
             batch_argument("; the noise of an image depends only on --seed and its record number"),
             DEVICE,
@@ -276,6 +357,8 @@ COMMANDS: dict[str, Command] = {
             *ENCODING,
             *QUALITY,
             out_argument("folder for the sheets"),
+            OVERWRITE_FOLDER,
+            *LIMITS,
             *DECODING,
             BATCH,
             DEVICE,

@@ -7,23 +7,30 @@
 `keep` lists the patches of the codes (raster order), or is null. In JSON lines the header is the
 first line; in parquet it is metadata of the schema under "lavit_tok.codes", and the columns are
 string, list<int32>, int32, list<int32>.
+
+Keys that are names of files need not be UTF-8 (Python holds such bytes as surrogates): JSON escapes
+them as \\udcff, and so does the column of parquet. The parquet footer has the SHA-256 of all records,
+which is compared before any is used: a damaged file is refused, never read with other codes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from lavit_tok.data.files import atomic
+from lavit_tok.data.files import atomic, escape, json_line, unescape
 
 FORMAT, VERSION = "lavit_tok.codes", 1
 SUFFIXES = (".parquet", ".jsonl")
 ROW_GROUP = 8192
+COLUMNS = ["key", "codes", "length", "keep"]
+CHECKSUM = f"{FORMAT}.sha256"
 
 
 class CodeFileError(ValueError):
@@ -52,13 +59,15 @@ class CodeFileHeader:
             values = json.loads(text)
             kind, version = values.pop("format"), values.pop("version")
             if (kind, version) == (FORMAT, VERSION):
-                return cls(
-                    str(values["tokenizer"]), int(values["codebook_size"]), int(values["patches"])
-                )
-        except (ValueError, KeyError, TypeError, AttributeError):
+                sizes = values["codebook_size"], values["patches"]
+                if all(type(size) is int and 0 < size < 2**31 for size in sizes):
+                    return cls(str(values["tokenizer"]), *sizes)
+                kind, version = "codebook_size and patches", f"{sizes[0]!r} and {sizes[1]!r}"
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             kind, version = "no such header", ""
         expected = f"a code file ({FORMAT} version {VERSION})"
-        raise CodeFileError(f"{path}: expected {expected}, got {kind} {version}".strip())
+        got = f"{kind} {version}".strip()[:200]
+        raise CodeFileError(f"{path}: expected {expected}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -115,12 +124,14 @@ def read_codes(path: Path) -> tuple[CodeFileHeader, Iterator[CodeRecord | BadRec
     """Header and records; a record that is not a list of integers comes as BadRecord.
 
     Raises:
-        CodeFileError: not a code file.
+        CodeFileError: not a code file, or a damaged parquet file.
         OSError: the file cannot be opened.
     """
     require_suffix(path)
+    if not path.is_dir() and not path.is_file() and path.exists():
+        raise CodeFileError(f"{path}: expected a regular file, to be read more than once")
     if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, "rb") as file:
             header = CodeFileHeader.from_json(file.readline(), path)
         return header, _json_records(path)
     import pyarrow as pa
@@ -128,44 +139,97 @@ def read_codes(path: Path) -> tuple[CodeFileHeader, Iterator[CodeRecord | BadRec
 
     with open(path, "rb"):  # for the OSError of a missing file, which pyarrow raises otherwise
         pass
+    # Damaged files raise many kinds of exceptions, UnicodeDecodeError and MemoryError among them.
     try:
-        parquet = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise CodeFileError(f"{path}: not a complete parquet file: {error}") from None
-    metadata = parquet.schema_arrow.metadata or {}
-    header = CodeFileHeader.from_json(metadata.get(FORMAT.encode(), b""), path)
-    return header, _parquet_records(parquet)
+        parquet = pq.ParquetFile(path, page_checksum_verification=True)
+        metadata = {**(parquet.schema_arrow.metadata or {}), **(parquet.metadata.metadata or {})}
+        names = parquet.schema_arrow.names
+    except Exception as error:
+        raise CodeFileError(f"{path}: not a complete parquet file: {_one_line(error)}") from None
+    text = metadata.get(FORMAT.encode(), b"")
+    header = CodeFileHeader.from_json(text, path)
+    if not json.loads(text).get("checksum"):  # of a version that wrote none
+        return header, _parquet_records(path, parquet)
+    try:
+        sha = _Checksum(header)
+        for batch in parquet.iter_batches(ROW_GROUP):
+            sha.update(batch.to_pylist())
+    except Exception as error:
+        raise CodeFileError(f"{path}: damaged: {_one_line(error)}") from None
+    if names != COLUMNS or sha.digest() != metadata.get(CHECKSUM.encode(), b"").decode(
+        "ascii", "replace"
+    ):
+        raise CodeFileError(
+            f"{path}: damaged: expected the records whose SHA-256 is in the footer, got "
+            "others: some would decode to unrelated images; make the file again"
+        )
+    return header, _parquet_records(path, parquet, unescape)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+class _Checksum:
+    """SHA-256 of a header and of all records, as they are in the columns."""
+
+    def __init__(self, header: CodeFileHeader) -> None:
+        self._sha = hashlib.sha256(header.to_json().encode())
+
+    def update(self, records: Sequence[dict[str, Any]]) -> None:
+        for record in records:
+            self._sha.update(json.dumps([record.get(name) for name in COLUMNS]).encode())
+
+    def digest(self) -> str:
+        return self._sha.hexdigest()
 
 
 def _json_records(path: Path) -> Iterator[CodeRecord | BadRecord]:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        next(file)
+    with open(path, "rb") as file:
+        next(file, None)
         for number, line in enumerate(file, start=2):
+            location = f"line {number}"
             try:
-                values = json.loads(line)
+                yield _record(json.loads(line.decode()), location)
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8: {error.reason} at byte {error.start}"
+                yield BadRecord(location, reason)
+            except RecursionError:
+                yield BadRecord(location, "nested too deeply")
             except ValueError:
-                values = None
-            yield _record(values, f"line {number}")
+                yield BadRecord(location, "not a JSON object")
 
 
-def _parquet_records(file: Any) -> Iterator[CodeRecord | BadRecord]:
+def _parquet_records(
+    path: Path, file: Any, read_key: Callable[[str], str] = str
+) -> Iterator[CodeRecord | BadRecord]:
     number = 0
-    for batch in file.iter_batches(batch_size=ROW_GROUP):
-        for values in batch.to_pylist():
-            yield _record(values, f"record {number}")
-            number += 1
+    try:
+        for batch in file.iter_batches(batch_size=ROW_GROUP):
+            for values in batch.to_pylist():
+                if isinstance(values.get("key"), str):
+                    values["key"] = read_key(values["key"])
+                yield _record(values, f"record {number}")
+                number += 1
+    except Exception as error:
+        raise CodeFileError(f"{path}: damaged after {number} records: {_one_line(error)}") from None
 
 
 def _record(values: Any, location: str) -> CodeRecord | BadRecord:
     if not isinstance(values, dict):
         return BadRecord(location, "not a JSON object")
-    key, codes, keep = str(values.get("key", location)), values.get("codes"), values.get("keep")
+    key, codes, keep = (
+        str(values.get("key", location)),
+        values.get("codes"),
+        values.get("keep"),
+    )
     if not _integers(codes):
         return BadRecord(key, "codes: expected a list of integers")
     if keep is not None and not _integers(keep):
         return BadRecord(key, "keep: expected a list of patches or null")
     if values.get("length", len(codes)) != len(codes):
-        return BadRecord(key, f"length is {values['length']}, but there are {len(codes)} codes")
+        length = str(values["length"])[:50]
+        return BadRecord(key, f"length is {length}, but there are {len(codes)} codes")
     return CodeRecord(key, codes, keep)
 
 
@@ -186,7 +250,7 @@ class _JsonWriter:
 
     def add(self, records: Sequence[CodeRecord]) -> None:
         # The header comes with the first records, so that a job that fails prints nothing.
-        lines = [json.dumps(_values(record), ensure_ascii=False) + "\n" for record in records]
+        lines = [json_line(_values(record)) for record in records]
         self.file.write(self.header + "".join(lines))
         self.header = ""
 
@@ -196,11 +260,15 @@ class _ParquetWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        self.checksum = _Checksum(header)
         numbers = pa.list_(pa.int32())
         fields = {"key": pa.string(), "codes": numbers, "length": pa.int32(), "keep": numbers}
-        self.schema: Any = pa.schema(list(fields.items()), metadata={FORMAT: header.to_json()})
+        text = json.dumps({**json.loads(header.to_json()), "checksum": "sha256"})
+        self.schema: Any = pa.schema(list(fields.items()), metadata={FORMAT: text})
         self.table: Any = pa.Table
-        self.file: Any = pq.ParquetWriter(path, self.schema, compression="zstd")
+        self.file: Any = pq.ParquetWriter(
+            path, self.schema, compression="zstd", write_page_checksum=True
+        )
         self.waiting: list[CodeRecord] = []
 
     def add(self, records: Sequence[CodeRecord]) -> None:
@@ -210,7 +278,8 @@ class _ParquetWriter:
 
     def flush(self) -> None:
         if self.waiting:
-            values = list(map(_values, self.waiting))
+            values = [{**_values(r), "key": escape(r.key)} for r in self.waiting]
+            self.checksum.update(values)
             self.file.write_table(self.table.from_pylist(values, schema=self.schema))
         self.waiting = []
 
@@ -221,5 +290,6 @@ class _ParquetWriter:
         try:
             if error[0] is None:
                 self.flush()
+                self.file.add_key_value_metadata({CHECKSUM: self.checksum.digest()})
         finally:
             self.file.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +14,44 @@ from typing import Any
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path that is renamed to `path` on success, and removed on an exception."""
+    """A temporary path that is renamed to `path` on success, and removed on an exception.
+
+    Raises:
+        OSError: naming the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None:  # e.g. of a full disk
+            reason = error.strerror or str(error)
+            raise OSError(error.errno, reason, str(path)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path, name: str = "*") -> None:
+    """Remove the partial files of `name` (and of names that begin with it) of killed processes."""
+    pattern = name if name == "*" else glob.escape(name)
+    for partial in folder.glob(f".{pattern}.*.part"):
+        process = partial.name.split(".")[-2]
+        if process.isdigit() and not _is_running(int(process)):
+            partial.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # os.kill would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @contextmanager
@@ -52,7 +84,7 @@ def exclusive_folder(folder: Path) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """The text with bytes of file names that are not UTF-8 (surrogates) as `\\udcff`."""
+    r"""The text with bytes of file names that are not UTF-8 (surrogates) as `\udcff`."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -60,3 +92,28 @@ def json_line(values: Any) -> str:
     """One line of JSON in UTF-8; surrogates of file names are escaped and can be read back."""
     # A surrogate's backslash escape is also its JSON escape.
     return printable(json.dumps(values, ensure_ascii=False)) + "\n"
+
+
+def escape(text: str) -> str:
+    r"""Text that UTF-8 can hold: a surrogate, of a file name that is not UTF-8, becomes \udcff.
+
+    Backslashes are doubled in front of it, and in front of text that looks like one, so that
+    `unescape` gives back any text. All other text is unchanged.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        slashes, code = match[1] * 2, match[2]
+        return slashes + (f"\\u{ord(code):04x}" if len(code) == 1 else code)
+
+    return re.sub(r"(\\*)([\ud800-\udfff]|ud[89a-f][0-9a-f]{2})", replace, text)
+
+
+def unescape(text: str) -> str:
+    """The text that `escape` got."""
+
+    def replace(match: re.Match[str]) -> str:
+        slashes, code = match[1], match[2]
+        is_surrogate = len(slashes) % 2 == 1
+        return slashes[: len(slashes) // 2] + (chr(int(code[1:], 16)) if is_surrogate else code)
+
+    return re.sub(r"(\\+)(ud[89a-f][0-9a-f]{2})", replace, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,11 +28,20 @@ class Rejects:
         path: JSON lines of key and reason, written at the end; that of an earlier run is removed
             if no item was skipped. None names every item on stderr.
         only: the job is a single item, whose error ends the job.
+        overwrite: replace or remove any file at `path`.
+
+    Raises:
+        ValueError: another program's file at `path`.
 
     Warnings of images that could be read despite damage are counted, and the first is in summary().
     """
 
-    def __init__(self, path: Path | None, only: bool = False) -> None:
+    def __init__(self, path: Path | None, only: bool = False, overwrite: bool = False) -> None:
+        if path is not None and path.exists() and not overwrite and not _is_own(path):
+            raise ValueError(
+                f"{path}: not a list of skipped items, which would replace it: move it, or choose "
+                "another --out"
+            )
         self.path, self.only = path, only
         self.items: list[tuple[str, str]] = []
         self.warnings: list[tuple[str, str]] = []
@@ -56,7 +66,9 @@ class Rejects:
         if not self.items:
             raise ValueError("the input has no items")
         key, reason = self.items[0]
-        raise AllSkippedError(f"none of {len(self.items)} could be used; the first is {key}: {reason}")
+        raise AllSkippedError(
+            f"none of {len(self.items)} could be used; the first is {key}: {reason}"
+        )
 
     def summary(self) -> str:
         """E.g. "; 2 skipped, listed in FILE; 1 read with warnings, the first: KEY: WARNING"."""
@@ -74,6 +86,15 @@ class Rejects:
         if self.path is not None:
             records = [{"key": key, "reason": reason} for key, reason in self.items]
             write_rejects(self.path, records)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether every line has a key and a reason and nothing else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return all({*json.loads(line)} == {"key", "reason"} for line in file)
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def write_rejects(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -133,5 +133,5 @@ class NestedReconstructor(nn.Module):
     def _count_waves(self, lengths: Int64[Tensor, " batch"]) -> Float[Tensor, "batch 8"]:
         """Sines and cosines of log2 of the number of codes, over log2 of the number of patches."""
         ratio = lengths.float().log2() / max(1.0, math.log2(len(self.queries)))
-        angle = ratio[:, None] * math.pi * 2.0 ** torch.arange(4.0, dtype=torch.float32, device=lengths.device)
+        angle = ratio[:, None] * math.pi * ratio.new_tensor([1, 2, 4, 8])
         return torch.cat([angle.sin(), angle.cos()], 1).to(self.count.weight.dtype)

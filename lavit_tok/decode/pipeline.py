@@ -34,7 +34,7 @@ from lavit_tok.checkpoints.weights import (
     load_weights,
     read_json,
 )
-from lavit_tok.codes import VisualCodes
+from lavit_tok.codes import CodeError, VisualCodes
 from lavit_tok.decode.conditioner import Conditioner, Conditioning
 
 MODELS: dict[str, type[Any]] = {
@@ -150,12 +150,19 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             kinds = "'pil', 'np', 'pt' or 'latent'"
             raise ValueError(f"output_type: expected {kinds}, got {output_type!r}")
+        is_pair = isinstance(codes, tuple) and len(codes) == 2
         if isinstance(codes, VisualCodes):
             with torch.autocast(self._execution_device.type, enabled=False):
                 conditioning = self.conditioner(codes)
                 null = self.conditioner.unconditional(conditioning)
-        else:
+        elif is_pair and all(isinstance(part, Conditioning) for part in codes):
             conditioning, null = codes
+        else:
+            raise CodeError(
+                "codes: expected VisualCodes, e.g. VisualCodes.from_list([[1, 2]], codebook_size), "
+                f"or a tuple of conditioning and null conditioning, got {type(codes).__name__}: "
+                "without its codebook's size, a code could decode to an unrelated image"
+            )
         device, guided, batch = (
             self._execution_device,
             guidance_scale != 1,

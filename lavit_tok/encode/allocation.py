@@ -9,6 +9,7 @@ form for training. LaVIT (ICLR 2024), section 3.1.
 from __future__ import annotations
 
 import math
+import warnings
 from functools import lru_cache
 from numbers import Integral
 
@@ -68,7 +69,7 @@ def keep_by_budget(
         best.scatter_(1, scores.argmax(1, keepdim=True), True)
     if budget is None:
         return (scores > 0) | best
-    check_budget(budget)
+    check_budget(budget, patches)
     if isinstance(budget, (int, Integral)):  # NumPy integers are Integral but not int
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : min(int(budget), patches)]
         return torch.zeros_like(best).scatter(1, order, True)
@@ -79,8 +80,11 @@ def keep_by_budget(
     return torch.zeros_like(best).flatten().scatter(0, order, True).view(batch, patches)
 
 
-def check_budget(budget: int | float) -> None:
-    """Raise ValueError unless a budget is a positive integer or a fraction in (0, 1]."""
+def check_budget(budget: int | float, patches: int | None = None) -> None:
+    """Raise ValueError unless a budget is a positive integer or a fraction in (0, 1].
+
+    An integer above `patches` is a warning: every image gets that many codes.
+    """
     is_number = isinstance(budget, (Integral, float)) and not isinstance(budget, bool)
     if not is_number or not math.isfinite(budget) or budget <= 0:
         raise ValueError(
@@ -89,6 +93,11 @@ def check_budget(budget: int | float) -> None:
     if not isinstance(budget, (int, Integral)) and budget > 1:
         raise ValueError(
             f"budget: a fraction must be at most 1, got {budget}; codes per image are an int"
+        )
+    if patches is not None and budget > patches:
+        warnings.warn(
+            f"budget: expected at most {patches} codes per image, one for each patch, got {budget}",
+            stacklevel=2,
         )
 
 

@@ -77,7 +77,9 @@ def rank_log_odds(
     The first rank is always kept. Without predicted errors, the earlier a rank the higher.
     """
     batch, patches = shape
-    odds = (30 - 20 * torch.arange(patches, dtype=torch.float32, device=device) / patches).expand(batch, -1)
+    odds = (30 - 20 * torch.arange(patches, dtype=torch.float32, device=device) / patches).expand(
+        batch, -1
+    )
     if errors is not None and patches > 1:
         hull = lower_hull(errors)
         gains = (hull[:, :-1] - hull[:, 1:]).clamp(min=1e-12).log() - math.log(max(price, 1e-12))

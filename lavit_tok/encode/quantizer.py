@@ -25,7 +25,9 @@ class Codebook(KeepFloat32):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("embeddings", F.normalize(torch.randn(size, dim, dtype=torch.float32), dim=-1))
+        self.register_buffer(
+            "embeddings", F.normalize(torch.randn(size, dim, dtype=torch.float32), dim=-1)
+        )
 
     @torch.no_grad()
     def nearest(self, z: Float[Tensor, "total dim"]) -> Int64[Tensor, " total"]:

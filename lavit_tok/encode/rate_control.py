@@ -118,7 +118,8 @@ class RateControl:
         if request.quality is not None:
             counts, error = self._for_quality(Target.of(request.quality), request, least, most)
         elif request.counted:
-            count = int(request.budget or 0)
+            check_budget(request.budget or 0, self.patches)
+            count = min(int(request.budget or 0), self.patches)
             counts = torch.full((len(self.features),), count, device=self.features.device)
             counts, error = counts.clamp(least, most), None
         elif request.rate is None and not self.tokenizer.config.error_hidden:
@@ -190,7 +191,7 @@ class RateControl:
         if target.kind == "psnr":
             c, processor = tok.config, tok.image_processor
             mean, std = (
-                torch.tensor(x, device=self.pixels.device).view(3, 1, 1)
+                torch.tensor(x, dtype=torch.float32, device=self.pixels.device).view(3, 1, 1)
                 for x in (processor.image_mean, processor.image_std)
             )
             colors = patch_colors(

@@ -25,6 +25,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lavit_tok.nn.precision import float32_default
+
 Result = TypeVar("Result")
 
 
@@ -45,11 +47,11 @@ class NestedOrder:
 
 
 def on_cpu(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Compute on the CPU whatever the default device; models are first built on the meta device."""
+    """Compute in float32 on the CPU, whatever the defaults; models are first built on meta."""
 
     @wraps(function)
     def wrapped(*args: Any) -> Result:
-        with torch.device("cpu"):
+        with torch.device("cpu"), float32_default():
             return function(*args)
 
     return wrapped
@@ -98,7 +100,7 @@ def merge_bias(patches: int, heads: int) -> Float[Tensor, "heads ranks patches"]
     patches alike.
     """
     later = nested_order(patches).rank[None, :] >= torch.arange(patches)[:, None]
-    slopes = 4.0 * 0.5 ** torch.arange(heads, dtype=torch.float32)
+    slopes = 4.0 * 0.5 ** torch.arange(heads)
     slopes[-1] = 0.0
     bias = -slopes[:, None, None] * _distances(patches)
     return bias.masked_fill(~later, float("-inf"))

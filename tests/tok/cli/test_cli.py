@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +22,13 @@ from PIL import Image
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.cli.items import photographs
 from lavit_tok.cli.parser import COMMANDS, main, quality
-from lavit_tok.data.code_files import CodeFileHeader, CodeRecord, code_writer, read_codes
+from lavit_tok.data.code_files import (
+    CodeFileError,
+    CodeFileHeader,
+    CodeRecord,
+    code_writer,
+    read_codes,
+)
 
 
 @pytest.fixture
@@ -218,7 +227,7 @@ def test_only_bad_images(
     missing = tmp_path / "missing.png"
     assert (
         main(args("encode", broken, missing, "--tokenizer", weights / "tokenizer", "--out", out))
-        == 2
+        == 1
     )
     assert f"none of 2 could be used; the first is {broken}" in capsys.readouterr().err
     assert not out.exists()
@@ -562,3 +571,228 @@ def test_help_is_quick_and_every_command_exists() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert all(name in shown for name in COMMANDS)
+
+
+NOT_UTF8 = os.fsdecode(b"a\xff\xc3(.png")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_names_that_are_not_utf8(
+    weights: Path,
+    photos: list[Path],
+    broken: Path,
+    tmp_path: Path,
+    suffix: str,
+    listed: bool,
+    capsys: Any,
+    monkeypatch: Any,
+) -> None:
+    """As arguments or on stdin: in code files, rejects, messages, and as keys of decode."""
+    folder = tmp_path / os.fsdecode(b"\xfe")
+    folder.mkdir()
+    good, bad = folder / NOT_UTF8, folder / os.fsdecode(b"bad\xff.png")
+    good.write_bytes(photos[0].read_bytes())
+    bad.write_bytes(broken.read_bytes())
+    out, options = tmp_path / f"codes{suffix}", ["--tokenizer", weights / "tokenizer"]
+    names = [good, bad]
+    if listed:
+        text = b"\n".join(map(os.fsencode, names)) + b"\n"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8"))
+        names = [Path("-")]
+    assert main(args("encode", *names, *options, "--out", out)) == 0
+    assert "bad\\udcff.png: not an image" in capsys.readouterr().err
+    _, records = read_codes(out)
+    assert [os.fsencode(record.key) for record in records] == [os.fsencode(good)]
+    (reject,) = json_lines(Path(f"{out}.rejects.jsonl").read_text(encoding="utf-8"))
+    assert os.fsencode(reject["key"]) == os.fsencode(bad)
+    command = args("decode", out, "--decoder", weights / "decoder", "--steps", 1)
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["000000-a_.png"]
+
+
+def test_sheets_of_a_name_that_is_not_utf8(
+    weights: Path, photos: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    name = tmp_path / NOT_UTF8
+    name.write_bytes(photos[0].read_bytes())
+    options = ["--tokenizer", weights / "tokenizer", "--decoder", weights / "decoder"]
+    assert main(args("reconstruct", name, *options, "--steps", 1, "--out", tmp_path / "out")) == 0
+    assert "a\\udcff" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["a\\b", "\\udcff", "\\\udcff", "\ud800", "x\\\\udcff\udcffy"])
+def test_keys_round_trip(key: str, tmp_path: Path) -> None:
+    for suffix in (".parquet", ".jsonl"):
+        with code_writer(path := tmp_path / f"codes{suffix}", CodeFileHeader("t", 16, 16)) as file:
+            file.add([CodeRecord(key, [1])])
+        assert list(read_codes(path)[1]) == [CodeRecord(key, [1])]
+
+
+def test_hostile_lines_are_rejected_and_the_others_decoded(
+    weights: Path, tmp_path: Path, capsys: Any
+) -> None:
+    path, out = tmp_path / "codes.jsonl", tmp_path / "out"
+    with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
+        writer.add([CodeRecord("first", [1])])
+    record = b'{"key": "k", "codes": %s}'
+    hostile = [b"[" * 100_000, record % (b"[" * 100_000), b'{"key": "\xff", "codes": [1]}']
+    hostile += [record % b"[Infinity]", record % b"[1e400]", record % (b"9" * 5000), b"\xff\xfe\0"]
+    with open(path, "ab") as file:
+        file.write(b"\n".join([*hostile, record % b"[2]"]) + b"\n")
+    command = args("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out)
+    assert main(command) == 0
+    assert "decoded 2 of 9 records" in capsys.readouterr().err
+    reasons = [line["reason"] for line in json_lines((out / "rejects.jsonl").read_text())]
+    assert reasons[:2] == ["nested too deeply"] * 2
+    assert "not UTF-8" in reasons[2]
+
+
+@pytest.mark.parametrize("size", ["Infinity", "NaN", "-1", "1e400", "true", '"3"', "[" * 100_000])
+def test_hostile_headers(size: str, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "codes.jsonl"
+    header = '{"format": "lavit_tok.codes", "version": 1, "tokenizer": "t", "patches": 16'
+    path.write_text(f'{header}, "codebook_size": {size}}}\n')
+    assert main(args("decode", path, "--out", tmp_path / "out")) == 2
+    message = capsys.readouterr().err
+    assert str(path) in message and message.count("\n") == 1 and len(message) < 500
+
+
+def test_damaged_parquet_is_never_read_with_other_values(tmp_path: Path) -> None:
+    path = tmp_path / "codes.parquet"
+    records = [CodeRecord(f"image {i}", [i % 16, (7 * i) % 16], [0, i % 16]) for i in range(40)]
+    with code_writer(path, header := CodeFileHeader("t", 16, 16)) as writer:
+        writer.add(records)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    messages: list[str] = []
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for at in rng.integers(len(whole), size=int(rng.integers(1, 4))):
+            damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            read_header, read = read_codes(path)
+            read = list(read)
+        except CodeFileError as error:
+            messages.append(str(error))
+            continue
+        assert (read_header, read) == (header, records)
+    assert len(messages) > 200
+    assert all(str(path) in message and "\n" not in message for message in messages)
+
+
+def test_altered_values_with_a_right_page_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "codes.parquet"
+    with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
+        writer.add([CodeRecord("a", [1])])
+    parquet = pq.ParquetFile(path)
+    altered = parquet.read().to_pylist()
+    altered[0]["codes"] = [2]
+    import pyarrow as pa
+
+    with pq.ParquetWriter(path, parquet.schema_arrow) as file:
+        file.write_table(pa.Table.from_pylist(altered, schema=parquet.schema_arrow))
+        file.add_key_value_metadata(parquet.metadata.metadata)
+    with pytest.raises(CodeFileError, match="SHA-256"):
+        read_codes(path)
+
+
+def test_existing_codes_are_replaced_only_on_request(
+    weights: Path, photos: list[Path], broken: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "codes.jsonl"
+    command = args("encode", *photos[:2], "--tokenizer", weights / "tokenizer", "--out", out)
+    assert main(command) == 0
+    out.write_text("mine")
+    assert main(command) == 2
+    assert f"{out}: exists: --overwrite" in capsys.readouterr().err and out.read_text() == "mine"
+    assert main([*command, "--overwrite"]) == 0
+    assert len(list(read_codes(out)[1])) == 2
+    rejects, other = Path(f"{tmp_path / 'new.jsonl'}.rejects.jsonl"), tmp_path / "new.jsonl"
+    rejects.write_text("a list of somebody\n")
+    command[-1] = str(other)
+    assert main(command) == 2
+    assert str(rejects) in capsys.readouterr().err and rejects.exists() and not other.exists()
+    rejects.write_text('{"key": "k", "reason": "an earlier run"}\n')
+    assert main(command) == 0
+    assert not rejects.exists()
+
+
+def test_sheets_are_replaced_but_not_files_of_others(
+    weights: Path, photos: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    """As in the quick start, whose command can be repeated."""
+    options = ["--tokenizer", weights / "tokenizer", "--decoder", weights / "decoder"]
+    out = tmp_path / "out"
+    command = args("reconstruct", photos[0], *options, "--steps", 1, "--out", out)
+    assert main(command) == main(command) == 0
+    (out / "sheet.png").write_bytes(photos[1].read_bytes())
+    capsys.readouterr()
+    assert main(command) == 2
+    assert f"{out / 'sheet.png'}: not written by lavit-tok" in capsys.readouterr().err
+    assert (out / "sheet.png").read_bytes() == photos[1].read_bytes()
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_partial_files_of_killed_jobs_are_removed(
+    weights: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    out = tmp_path / "codes.jsonl"
+    stale = [tmp_path / f".{out.name}{extra}.{ended.pid}.part" for extra in ("", ".rejects.jsonl")]
+    others = [tmp_path / f".{out.name}.{os.getppid()}.part", tmp_path / f".b.{ended.pid}.part"]
+    for path in (*stale, *others):
+        path.touch()
+    assert main(args("encode", photos[0], "--tokenizer", weights / "tokenizer", "--out", out)) == 0
+    assert [path.exists() for path in (*stale, *others)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_command_with_one_line(
+    number: signal.Signals,
+    code: int,
+    photos: list[Path],
+    tmp_path: Path,
+    capsys: Any,
+    weights: Path,
+) -> None:
+    out = tmp_path / "codes.jsonl"
+    out.write_text("old")
+    before = signal.getsignal(signal.SIGTERM)
+    command = args("encode", *photos, "--tokenizer", weights / "tokenizer", "--out", out)
+    with pytest.MonkeyPatch.context() as patch:
+        add = "lavit_tok.data.code_files._JsonWriter.add"
+        patch.setattr(add, lambda *_: signal.raise_signal(number))
+        assert main([*command, "--overwrite"]) == code
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and number.name in message
+    assert out.read_text() == "old" and not list(tmp_path.glob(".*.part"))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"No space.*codes\.jsonl"),
+        code_writer(tmp_path / "codes.jsonl", CodeFileHeader("t", 16, 16)),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_image_warnings_are_collected(
+    weights: Path, photos: list[Path], tmp_path: Path, capsys: Any, recwarn: Any
+) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\xff\xff\0\0\xf0\xff\0\0"
+    path = tmp_path / "damaged.jpg"
+    with Image.open(photos[0]) as image:
+        image.convert("RGB").save(path, exif=exif)
+    assert main(args("encode", path, photos[1], "--tokenizer", weights / "tokenizer")) == 0
+    assert f"1 read with warnings, the first: {path}: " in capsys.readouterr().err
+    assert not recwarn.list
+
+
+def test_limits_of_size(weights: Path, photos: list[Path], tmp_path: Path, capsys: Any) -> None:
+    for limit, reason in (("--max-pixels", "more than 99 pixels"), ("--max-bytes", "at most 99")):
+        options = ["--tokenizer", weights / "tokenizer", limit, 99]
+        assert main(args("encode", photos[0], *options)) == 2
+        assert reason in capsys.readouterr().err
