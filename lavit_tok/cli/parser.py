@@ -9,8 +9,8 @@
     convert RELEASE OUT       LaVIT's released files -> safetensors and JSON
 
 Bad input is one line on stderr and exit code 2; a job whose items are all skipped has exit code 1,
-one ended by SIGINT or SIGTERM 130 or 143. Files appear under their names when they are whole. Heavy packages are imported by the command that
-needs them, so `lavit-tok --help` needs no torch.
+one ended by SIGINT or SIGTERM 130 or 143. Files appear under their names when they are whole. Heavy
+packages are imported by the command that needs them, so `lavit-tok --help` needs no torch.
 """
 
 from __future__ import annotations

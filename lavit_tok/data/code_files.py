@@ -1,4 +1,4 @@
-"""Code files: the codes of images as parquet or JSON lines, with a header that names the codebook.
+r"""Code files: the codes of images as parquet or JSON lines, with a header that names the codebook.
 
     header     {"format": "lavit_tok.codes", "version": 1, "tokenizer": "default",
                 "codebook_size": 2048, "patches": 64}
@@ -9,8 +9,9 @@ first line; in parquet it is metadata of the schema under "lavit_tok.codes", and
 string, list<int32>, int32, list<int32>.
 
 Keys that are names of files need not be UTF-8 (Python holds such bytes as surrogates): JSON escapes
-them as \\udcff, and so does the column of parquet. The parquet footer has the SHA-256 of all records,
-which is compared before any is used: a damaged file is refused, never read with other codes.
+them as \udcff, and so does the column of parquet. The parquet footer has the SHA-256 of all
+records, which is compared before any is used: a damaged file is refused, never read with other
+codes.
 """
 
 from __future__ import annotations
@@ -134,7 +135,6 @@ def read_codes(path: Path) -> tuple[CodeFileHeader, Iterator[CodeRecord | BadRec
         with open(path, "rb") as file:
             header = CodeFileHeader.from_json(file.readline(), path)
         return header, _json_records(path)
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with open(path, "rb"):  # for the OSError of a missing file, which pyarrow raises otherwise

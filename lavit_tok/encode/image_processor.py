@@ -264,7 +264,7 @@ def _opened(source: Any, label: str, max_bytes: int) -> Iterator[Any]:
         _require_size(len(source), label, max_bytes)
         source = io.BytesIO(source)
     if not hasattr(source, "read"):
-        kinds = "a PIL image, path, encoded bytes, binary file or uint8 array"
+        kinds = "a PIL image, path, bytes or uint8 array"
         raise ImageError(f"{label}: expected {kinds}, got {type(source).__name__}")
     if not (hasattr(source, "seekable") and source.seekable()):
         # Pillow would read all of it, however long it is.

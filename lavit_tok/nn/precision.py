@@ -46,8 +46,8 @@ def without_autocast(method: Method) -> Method:
     """
 
     @wraps(method)
-    def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device.type, enabled=False):
             return method(self, *args, **kwargs)
 
-    return inner  # type: ignore[return-value]
+    return wrapper  # type: ignore[return-value]

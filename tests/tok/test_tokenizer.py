@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import inspect
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -394,3 +395,20 @@ def test_codes_do_not_depend_on_the_ambient_precision(
     finally:
         torch.set_default_dtype(torch.float32)
         ordered_noise.cache_clear()
+
+
+def test_a_budget_above_the_number_of_patches_warns_once(
+    photos: list[Path], tiny_tokenizer: VisualTokenizer
+) -> None:
+    with pytest.warns(UserWarning, match="at most 16 codes per image.* got 97"):
+        codes = tiny_tokenizer.encode(photos, budget=97)
+    assert codes.lengths.tolist() == [16] * len(photos)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_tokenizer.encode(photos, budget=97)
+        tiny_tokenizer.encode(photos, budget=16)
+
+
+def test_a_number_is_no_image(tiny_tokenizer: VisualTokenizer, unchecked: None) -> None:
+    with pytest.raises(ImageError, match=r"expected a PIL image, path, bytes or uint8 .*got int"):
+        tiny_tokenizer.encode(3)

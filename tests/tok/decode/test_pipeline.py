@@ -405,3 +405,9 @@ def test_tampered_weights_are_refused(decoders: dict[str, PixelDecoder], tmp_pat
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="expected 'default', an existing directory or a Hub id"):
         PixelDecoder.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("codes", [[[1, 2]], ([1], [2]), None, 3])
+def test_what_is_decoded(codes: Any, tiny_decoder: PixelDecoder, unchecked: None) -> None:
+    with pytest.raises(CodeError, match=r"expected VisualCodes, e\.g\. VisualCodes\.from_list"):
+        tiny_decoder(codes)

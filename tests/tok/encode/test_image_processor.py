@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -413,3 +416,88 @@ def test_folders_are_walked_in_order(tmp_path: Path):
     assert names == ["a.JPG", "b.png", "sub/c.webp"]
     assert find_images([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"]
     assert find_images([]) == []
+
+
+def test_only_regular_files_are_opened(tmp_path: Path):
+    """A FIFO would wait for a writer, and /dev/zero never end."""
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name, kind in (("fifo.png", "a FIFO"), ("zero.png", "a character device")):
+        with pytest.raises(ImageError, match=f"{name}: expected a regular file, got {kind}"):
+            open_image(tmp_path / name)
+
+
+def test_size_limits(tmp_path: Path):
+    """Of a sparse file of 3 GB nothing is read; both limits can be set, and are not saved."""
+    path = tmp_path / "sparse.jpg"
+    path.touch()
+    os.truncate(path, 3 << 30)
+    with pytest.raises(
+        ImageError, match=r"sparse\.jpg: .* at most 268435456 bytes, got 3221225472"
+    ):
+        open_image(path)
+    file = io.BytesIO()
+    Image.new("RGB", (20, 30)).save(file, "PNG")
+    processor = VisualImageProcessor(8)
+    saved = processor.to_dict()
+    processor.max_pixels = 599
+    with pytest.raises(ImageError, match="more than 599 pixels"):
+        processor.to_uint8(file.getvalue())
+    processor.max_pixels, processor.max_bytes = 600, 50
+    with pytest.raises(ImageError, match="at most 50 bytes"):
+        processor.to_uint8(file.getvalue())
+    processor.max_bytes = 1000
+    assert processor.to_uint8(file.getvalue()).shape == (1, 3, 8, 8)
+    assert processor.to_dict() == saved
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "F"])
+def test_strips_do_not_change_pixels(mode: str, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    if mode in ("RGBA", "LA"):
+        image = Image.fromarray(rng.integers(256, size=(50, 30, 4), dtype=np.uint8)).convert(mode)
+    else:
+        values = rng.integers(1000, 65536, size=(50, 30))
+        image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.float32))
+    expected = np.asarray(open_image(image))
+    monkeypatch.setattr("lavit_tok.encode.image_processor.STRIP", 100)
+    assert np.array_equal(np.asarray(open_image(image)), expected)
+
+
+MEMORY = """
+import resource, sys
+from lavit_tok import VisualImageProcessor
+from lavit_tok.cli.items import open_images
+from lavit_tok.data.rejects import Rejects
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+images = open_images(enumerate(sys.argv[1:]), Rejects(None), VisualImageProcessor(64))
+VisualImageProcessor(64).to_uint8(sys.argv[1:])
+print(len(images), peak() - before)
+"""
+
+
+def test_memory_of_a_batch_of_large_images(tmp_path: Path):
+    """32 JPEGs of 20 megapixels: one at a time is in memory at full size, not 32 (3 GB)."""
+    Image.new("RGB", (5000, 4000), (20, 40, 60)).save(path := tmp_path / "large.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *[str(path)] * 32],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    count, megabytes = done.stdout.split()
+    assert int(count) == 32
+    assert float(megabytes) < 300
+
+
+def test_warnings_are_kept_with_the_image(recwarn: pytest.WarningsRecorder):
+    file = io.BytesIO()
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\xff\xff\0\0\xf0\xff\0\0"
+    Image.new("RGB", (20, 30)).save(file, "JPEG", exif=exif)
+    assert len(open_image(file.getvalue()).info["warnings"]) == 2
+    file = io.BytesIO()
+    Image.new("RGB", (20, 30)).save(file, "JPEG")
+    assert "warnings" not in open_image(file.getvalue()).info
+    assert not recwarn.list
