@@ -15,7 +15,16 @@ from torch import Tensor
 from lavit_lm.checkpoints.native import load_model, save_model
 from lavit_lm.generation.beam_search import beam_search
 from lavit_lm.generation.interleaved import generate_interleaved
-from lavit_lm.generation.prompts import Prompt, Prompts, as_list, path_or_image, require_text
+from lavit_lm.generation.prompts import (
+    Prompt,
+    Prompts,
+    as_list,
+    batch_of,
+    is_batch,
+    path_or_image,
+    prompt_batch,
+    require_text,
+)
 from lavit_lm.generation.sampling import GenerationConstraint, Generators, Sampling, generate_ids
 from lavit_lm.models.losses import log_likelihood
 from lavit_lm.models.sequence_model import SequenceModel
@@ -25,7 +34,9 @@ from lavit_lm.objectives.records import CodesDecoder, ImageDecoder, ImageVectors
 from lavit_lm.sequences.packing import pad
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
+from lavit_tok.config import require_number
 
+MAX_IMAGES = 10_000  # of one call, which generates them in one batch
 GUIDANCE_SCALE, TOP_K = 3.0, 50  # for images; texts are generated greedily by default
 
 
@@ -153,6 +164,7 @@ class MultimodalLM:
         Raises:
             ValueError: as there, and for a blank string.
         """
+        require_number("n", n, 1, MAX_IMAGES, integer=True)
         prompts = [require_text(prompt)] * n
         return self.generate_codes_batch(prompts, guidance_scale, generator, **sampling)
 
@@ -196,6 +208,7 @@ class MultimodalLM:
                 f"expected 1 <= min_codes <= max_codes <= {patches}, got {least} and {most}"
             )
         # One sequence for the n images of a prompt, whose images are then encoded once, too.
+        prompts = prompt_batch(prompts)
         distinct = {id(prompt): prompt for prompt in prompts}
         sequences = {key: self.prompts.for_image(one) for key, one in distinct.items()}
         repeated = [sequences[id(prompt)] for prompt in prompts]
@@ -221,7 +234,7 @@ class MultimodalLM:
             raise ValueError(
                 f"{self.objective.name} generates codes for images, no vectors: use generate_codes"
             )
-        sequences = [self.prompts.for_image(prompt) for prompt in prompts]
+        sequences = [self.prompts.for_image(prompt) for prompt in prompt_batch(prompts)]
         shared = self.model, self.processor
         outputs = generate_interleaved(
             *shared, sequences, self._num_vectors, starts_with_image=True, use_cache=use_cache
@@ -273,7 +286,7 @@ class MultimodalLM:
             ValueError: no prompts, one that leaves too few positions in the context, or beam
                 search with arguments of sampling.
         """
-        sequences = [self.prompts.sequence(prompt, "text") for prompt in prompts]
+        sequences = [self.prompts.sequence(prompt, "text") for prompt in prompt_batch(prompts)]
         constraint = GenerationConstraint("text", min_new_tokens, max_new_tokens)
         shared = self.model, self.processor, sequences, constraint
         if num_beams is None:
@@ -287,7 +300,7 @@ class MultimodalLM:
         return [self.processor.decode(ids).strip() for ids in generated]
 
     def caption(self, images: Any, max_new_tokens: int = 64, **options: Any) -> Any:
-        """Caption one image, or each image of a list, greedily by default.
+        """Caption one image, or each image of a batch, greedily by default.
 
         Args:
             images: whatever VisualTokenizer.encode accepts.
@@ -298,11 +311,7 @@ class MultimodalLM:
             A caption of at least one token, or a list of captions.
         """
         template = self.objective.prompt_templates.caption
-        text = [template] if template else []
-        batch = images if isinstance(images, list) else [images]
-        prompts = [[path_or_image(image), *text] for image in batch]
-        captions = self.generate_text_batch(prompts, max_new_tokens, **options)
-        return captions if isinstance(images, list) else captions[0]
+        return self._texts(images, [template] if template else [], max_new_tokens, options)
 
     def answer(
         self,
@@ -311,8 +320,8 @@ class MultimodalLM:
         template: str | None = None,
         max_new_tokens: int = 64,
         **options: Any,
-    ) -> str:
-        """Answer a question about one image.
+    ) -> Any:
+        """Answer a question about one image, or about each image of a batch.
 
         Args:
             image: whatever VisualTokenizer.encode accepts.
@@ -320,10 +329,18 @@ class MultimodalLM:
             template: the text after the image, {} for the question; by default the objective's.
             max_new_tokens: of the answer.
             options: other arguments of generate_text_batch.
+
+        Returns:
+            An answer of at least one token, or a list of answers.
         """
         template = self.objective.prompt_templates.answer if template is None else template
-        prompt = [path_or_image(image), template.replace("{}", question)]
-        return self.generate_text_batch([prompt], max_new_tokens, **options)[0]
+        return self._texts(image, [template.replace("{}", question)], max_new_tokens, options)
+
+    def _texts(self, images: Any, text: list[str], limit: int, options: dict[str, Any]) -> Any:
+        """The text generated after each image and `text`; a list if the images are a batch."""
+        prompts = [[path_or_image(image), *text] for image in batch_of(images)]
+        texts = self.generate_text_batch(prompts, limit, **options)
+        return texts if is_batch(images) else texts[0]
 
     def complete(
         self,
@@ -415,6 +432,12 @@ class MultimodalLM:
         Raises:
             ValueError: no candidates, or images that the objective defines no likelihood of.
         """
+        if isinstance(candidates, str | VisualCodes):
+            raise ValueError(
+                f"expected a list of candidates, got {type(candidates).__name__}: its items would "
+                "be candidates of their own; [candidate] is a list of one"
+            )
+        candidates = batch_of(candidates)
         if not candidates:
             raise ValueError("expected at least one candidate, got none")
         segments = self.prompts.segments(context)

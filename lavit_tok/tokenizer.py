@@ -19,7 +19,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lavit_tok.checkpoints.weights import empty, find_directory, load_weights, save_weights
+from lavit_tok.checkpoints.weights import (
+    check_layers,
+    empty,
+    find_directory,
+    load_weights,
+    save_weights,
+)
 from lavit_tok.codes import RaggedLayout, VisualCodes, first_ranks
 from lavit_tok.config import ConfigError, TokenizerConfig
 from lavit_tok.decode.nested_reconstructor import NestedReconstructor, Reconstruction
@@ -436,6 +442,8 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         directory = find_directory(name, "tokenizer", **hub)
         config = TokenizerConfig.from_json(directory / "config.json")
         image_processor = VisualImageProcessor.from_pretrained(directory)
-        tokenizer = empty(lambda: cls(config, image_processor=image_processor), dtype)
+        check_layers(config.to_dict(), directory, label="config.json")
+        build = lambda: cls(config, image_processor=image_processor)  # noqa: E731
+        tokenizer = empty(build, dtype, directory)
         load_weights(tokenizer, directory)
         return tokenizer.to(device)

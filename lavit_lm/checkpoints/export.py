@@ -193,7 +193,7 @@ def _compare(
     exported: Any, plain: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path
 ) -> None:
     """Raise ExportError unless plain Auto classes load the same tokenizer and LM."""
-    again = AutoTokenizer.from_pretrained(directory)
+    again = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     loaded_vocabulary = VisualVocabulary.from_tokenizer(again)
     if loaded_vocabulary != vocabulary:
         raise ExportError(f"read back, the tokenizer has {loaded_vocabulary}, not {vocabulary}")
@@ -204,8 +204,9 @@ def _compare(
         raise ExportError(f"read back, the ids of {probe!r} are {probe_ids}, not {expected}")
     context = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
     ids = torch.tensor([probe_ids[:context]], device=plain.device)
-    kind = lm_class(AutoConfig.from_pretrained(directory))
-    loaded = kind.from_pretrained(directory, dtype=plain.dtype).to(plain.device)
+    kind = lm_class(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+    loaded = kind.from_pretrained(directory, dtype=plain.dtype, trust_remote_code=False)
+    loaded = loaded.to(plain.device)
     written = _logits(loaded, ids)
     # Compare with the given LM too, whose adapters are not merged, unless the floats were
     # converted.

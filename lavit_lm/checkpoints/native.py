@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
 
 from lavit_lm.checkpoints.export import export
-from lavit_lm.models.loading import lm_class, sequence_model
+from lavit_lm.models.loading import FILES, open_lm, open_text_tokenizer, sequence_model
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.base import Objective
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer, WeightsError
 from lavit_tok.checkpoints.weights import (
+    check_layers,
     check_replaceable,
+    empty,
     find_directory,
     load_weights,
     read_header,
@@ -35,7 +36,6 @@ from lavit_tok.checkpoints.weights import (
 FORMAT, VERSION = "lavit_lm", 1
 CONFIG, MODULES = "lavit_lm.json", "objective_modules.safetensors"
 KEYS = ("visual_tokenizer", "fingerprint", "codebook_size", "objective")
-FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # text tokenizers have the last two
 DEFAULT = Path(__file__).parents[1] / "default"
 
 
@@ -107,34 +107,72 @@ def load_model(
     directory = find_directory(name, DEFAULT, FILES)
     values = read_header(directory / CONFIG, FORMAT, VERSION, KEYS)
     source = visual_tokenizer or values["visual_tokenizer"]
+    if not isinstance(source, str | os.PathLike):
+        raise WeightsError(
+            f"{directory / CONFIG}: visual_tokenizer: expected 'default', a directory or a Hub id, "
+            f"got {source!r}"
+        )
     visual = VisualTokenizer.from_pretrained(source, dtype=dtype, device=device)
     if visual.fingerprint() != values["fingerprint"]:
         raise WeightsError(
             f"{directory}: trained on codes of the codebook {values['fingerprint']}, the visual "
             f"tokenizer {source!r} has {visual.fingerprint()}: codes would be of unrelated images"
         )
-    text_tokenizer = AutoTokenizer.from_pretrained(directory)
-    kind = lm_class(AutoConfig.from_pretrained(directory))
-    lm, report = kind.from_pretrained(
-        directory, use_safetensors=True, dtype=dtype, output_loading_info=True
-    )
+    objective = objective or _objective(directory, values["objective"])
+    processor = _processor(directory, values["codebook_size"], visual.config.codebook_size)
+    parts = objective.connectors
+    has_modules = bool(parts.bridge or parts.regressor or (directory / MODULES).exists())
+    if has_modules:
+        check_layers(values["objective"], directory, MODULES, CONFIG)
+    lm, report = open_lm(directory, dtype)
     # transformers only warns of missing tensors, and fills them at random.
     wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
     if wrong:
         raise WeightsError(f"{directory}: these tensors do not fit the config: {wrong}")
-    objective = objective or _objective(directory, values["objective"])
+    embeddings = lm.get_input_embeddings().weight.shape[0]
+    if embeddings < processor.vocabulary.stop:
+        raise WeightsError(
+            f"{directory}: expected embeddings of all {processor.vocabulary.stop} ids of "
+            f"tokenizer.json, got {embeddings}: the last codes could not be read"
+        )
     width = lm.config.get_text_config().hidden_size
+    if has_modules:
+
+        def build() -> nn.ModuleDict:
+            return _modules(*objective.connectors.build(visual, width))
+
+        empty(build, dtype, directory, MODULES)  # the shapes, before memory is allocated
     model = sequence_model(lm, *objective.connectors.build(visual, width))
     modules = _objective_modules(model)
-    if modules.state_dict() or (directory / MODULES).exists():
+    if has_modules:
         load_weights(modules, directory, MODULES)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return model, MultimodalProcessor.from_tokenizer(text_tokenizer), visual, objective
+    return model, processor, visual, objective
+
+
+def _processor(directory: Path, stated: Any, codebook_size: int) -> MultimodalProcessor:
+    """The processor of the directory's text tokenizer, if all three have the same codebook."""
+    processor = MultimodalProcessor.from_tokenizer(open_text_tokenizer(directory))
+    sizes = {
+        f"codebook_size of {CONFIG}": stated,
+        "the number of codes in tokenizer.json": processor.vocabulary.codebook_size,
+    }
+    for name, size in sizes.items():
+        if type(size) is not int or size != codebook_size:
+            raise WeightsError(
+                f"{directory}: {name}: expected {codebook_size}, as the visual tokenizer has, got "
+                f"{size!r}: ids would be of other codes, or codes without ids"
+            )
+    return processor
 
 
 def _objective_modules(model: SequenceModel) -> nn.ModuleDict:
     """The modules of the model beside its LM."""
-    modules = {"bridge": model.bridge, "regressor": model.regressor}
+    return _modules(model.bridge, model.regressor)
+
+
+def _modules(bridge: nn.Module | None, regressor: nn.Module | None) -> nn.ModuleDict:
+    modules = {"bridge": bridge, "regressor": regressor}
     return nn.ModuleDict({name: m for name, m in modules.items() if m is not None})
 
 
@@ -145,8 +183,8 @@ def _objective(directory: Path, values: Any) -> Objective:
         return by_name(values["name"])(**arguments)
     except KeyError:
         raise WeightsError(
-            f"{directory}: the objective {values.get('name')!r} is not one of this library's: "
-            "pass it as objective="
+            f"{directory / CONFIG}: the objective {values.get('name')!r} is not one of this "
+            "library's: pass it as objective="
         ) from None
     except (TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{directory / CONFIG}: objective {values}: {error}") from None

@@ -17,6 +17,9 @@ import torch
 from lavit_lm.generation.sampling import GenerationConstraint
 from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
+from lavit_tok.config import require_number
+
+MAX_BEAMS = 64  # each is one more sequence in the batch; more would not end in a day
 
 
 @torch.no_grad()
@@ -46,10 +49,10 @@ def beam_search(
     Raises:
         ValueError: no prompts, no beams, or a prompt that leaves too few positions in the context.
     """
-    if not prompts or num_beams < 1:
-        raise ValueError(
-            f"expected at least one prompt and one beam, got {len(prompts)} and {num_beams}"
-        )
+    require_number("num_beams", num_beams, 1, MAX_BEAMS, integer=True)
+    require_number("length_penalty", length_penalty, -100, 100)
+    if not prompts:
+        raise ValueError("expected at least one prompt, got none")
     sequences = [prompt for prompt in prompts for _ in range(num_beams)]
     state = model.start_decoding(sequences, processor.pad, constraint.max_new_tokens, use_cache)
     stops = torch.tensor(constraint.stop_ids(processor), device=state.device)

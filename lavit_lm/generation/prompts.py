@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from lavit_lm.objectives.base import Objective
 from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
@@ -59,7 +64,13 @@ class Prompts:
                 raise ValueError(f"expected codes of one image in a prompt, got {len(part)}")
             part.check(config.codebook_size)
             return ImageSegment(part[0].cpu())
-        pixels = self.visual_tokenizer.image_processor.to_uint8(part)
+        images = batch_of(part)
+        if len(images) != 1:
+            raise ValueError(
+                f"expected one image in each element of a prompt, got {len(images)}: all but the "
+                "first would be left out; list them as elements of their own"
+            )
+        pixels = self.visual_tokenizer.image_processor.to_uint8(images)
         if not self.objective.connectors.needs_codes:
             return ImageSegment(image=pixels[0])
         budget = self.objective.image_output.encode_budget(config.num_patches)
@@ -69,8 +80,47 @@ class Prompts:
 
 
 def as_list(prompt: Prompt) -> list[Any]:
-    """The texts and images of a prompt."""
-    return [prompt] if isinstance(prompt, str) else list(prompt)
+    """The texts and images of a prompt. Raises ValueError for anything but a text or a list."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list | tuple):
+        raise ValueError(
+            "expected a prompt that is a text, or a list of texts and images, got "
+            f"{type(prompt).__name__}: [image] is a prompt of one image"
+        )
+    return list(prompt)
+
+
+def prompt_batch(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of a batch. Raises ValueError for a single text, which is not a batch."""
+    if not isinstance(prompts, list | tuple):
+        raise ValueError(
+            f"expected a list of prompts, got {type(prompts).__name__}: each of its items would be "
+            "a prompt of its own; [prompt] is a batch of one"
+        )
+    return list(prompts)
+
+
+def is_batch(images: Any) -> bool:
+    """Whether this is a batch as VisualTokenizer.encode accepts it, not one image."""
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim == 4
+    one = isinstance(images, str | bytes | bytearray | os.PathLike | Image.Image | VisualCodes)
+    return isinstance(images, Iterable) and not one and not hasattr(images, "read")
+
+
+def batch_of(images: Any) -> list[Any]:
+    """One image or a batch -> a list.
+
+    Raises:
+        ValueError: a set or a dict, whose order does not say which result is of which image.
+    """
+    if isinstance(images, set | frozenset | dict):
+        raise ValueError(
+            f"expected an image or a list of images, got a {type(images).__name__}: results could "
+            "not be assigned to its images"
+        )
+    return list(images) if is_batch(images) else [images]
 
 
 def require_text(prompt: Prompt) -> Prompt:

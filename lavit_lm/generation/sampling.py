@@ -22,6 +22,7 @@ from torch import Tensor
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
+from lavit_tok.config import require_number
 
 COMPACT = 4  # finished sequences leave the batch once they are a quarter of it: it is copied then
 
@@ -50,12 +51,14 @@ class Sampling:
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a probability above 0, got {self.top_p}")
+        require_number("temperature", self.temperature, 0, 1000)
+        if 0 < self.temperature < 1e-6:  # the logits would overflow float32
+            raise ValueError(f"temperature: expected 0 or 1e-6..1000, got {self.temperature}")
+        if self.top_k is not None:
+            require_number("top_k", self.top_k, 1, 2**31, integer=True)
+        if self.top_p is not None:
+            require_number("top_p", self.top_p, 1e-6, 1)
+        require_number("guidance_scale", self.guidance_scale, -1000, 1000)
 
     def draw(
         self, logits: Float[Tensor, "b v"], generators: Sequence[torch.Generator | None]
@@ -108,6 +111,8 @@ class GenerationConstraint:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
+        require_number("min_new_tokens", self.min_new_tokens, 0, 2**31, integer=True)
+        require_number("max_new_tokens", self.max_new_tokens, 1, 2**31, integer=True)
         if not 0 <= self.min_new_tokens <= self.max_new_tokens or self.max_new_tokens < 1:
             raise ValueError(
                 "expected 0 <= min_new_tokens <= max_new_tokens and max_new_tokens >= 1, got "

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.utils import logging
 
 from lavit_lm.models.encoder_decoder import PrefixSeq2Seq
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.vocabulary.embeddings import extend_embeddings
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
+from lavit_tok import WeightsError
+from lavit_tok.checkpoints.weights import (
+    check_layers,
+    find_directory,
+    read_json,
+    require_finite,
+    tensor_elements,
+)
+
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # text tokenizers have the last two
+MAX_BUFFERS = 1 << 28  # elements of masks and tables of positions, which no file limits
 
 
 def load_lm(
@@ -39,15 +53,18 @@ def load_lm(
     """
     try:
         if isinstance(source, str):
-            cls = lm_class(AutoConfig.from_pretrained(source))
-            lm = cls.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+            lm, _ = open_lm(find_directory(source, None, FILES), torch.float32)
         else:
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
             special = {name: getattr(processor.text_tokenizer, name) for name in names}
             config = AutoConfig.for_model(**{**source, "vocab_size": text_ids, **special})
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                lm = lm_class(config).from_config(config)
+                lm = lm_class(config).from_config(config, trust_remote_code=False)
+    except WeightsError as error:
+        raise ValueError(
+            f"lm: expected a causal LM of transformers, got {source!r}: {error}"
+        ) from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         name = source
         if not isinstance(source, str):
@@ -69,6 +86,71 @@ def load_lm(
             "the tokenizer without image tokens, or an LM that was trained with them"
         )
     return lm
+
+
+def open_lm(directory: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Load the LM of a directory that `find_directory` has checked; runs no code of it.
+
+    Returns:
+        The LM, and transformers' report: names of missing, unexpected and mis-shaped tensors.
+
+    Raises:
+        WeightsError: a config or weights that transformers cannot read; a config of a larger model
+            than the weights', before it is built; NaN or infinity.
+    """
+    check_layers(read_json(directory / "config.json"), directory)
+    stored = tensor_elements(directory)  # a damaged file is reported here
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        kind = lm_class(config)
+        with torch.device("meta"):
+            empty_lm = kind.from_config(copy.deepcopy(config), trust_remote_code=False)
+        needed = sum(p.numel() for p in empty_lm.parameters())
+        buffers = sum(b.numel() for b in empty_lm.buffers())
+    except Exception as error:  # constructors of transformers raise nearly any exception
+        raise _unreadable(directory / "config.json", "the config of a causal LM", error) from error
+    # A file may lack some tensors, such as a new head: the report lists these.
+    if needed > 2 * stored or buffers > max(2 * stored, MAX_BUFFERS):
+        raise WeightsError(
+            f"{directory}: config.json: expected a model of the {stored} numbers in the weights, "
+            f"got one of {needed} (and {buffers} in buffers): the others would be random"
+        )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # an error is one line on stderr
+    try:
+        lm, report = kind.from_pretrained(
+            directory,
+            use_safetensors=True,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:
+        raise _unreadable(directory, "the weights of its config", error) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    require_finite(lm, str(directory))
+    return lm, report
+
+
+def open_text_tokenizer(directory: Path) -> Any:
+    """Load the text tokenizer of a directory that `find_directory` has checked.
+
+    Raises:
+        WeightsError: files that transformers cannot read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except BaseException as error:  # tokenizers panics by an exception that is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise _unreadable(directory, "a text tokenizer of transformers", error) from None
+
+
+def _unreadable(path: Path, expected: str, error: BaseException) -> WeightsError:
+    reason = shorten(f"{type(error).__name__}: {error}", 400)
+    return WeightsError(f"{path}: expected {expected}, which transformers cannot read: {reason}")
 
 
 def lm_class(config: Any) -> Any:

@@ -19,10 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from lavit_lm.checkpoints.native import CONFIG, save_model
-from lavit_lm.models.loading import load_lm, sequence_model, shard, with_lora
+from lavit_lm.models.loading import (
+    FILES,
+    load_lm,
+    open_text_tokenizer,
+    sequence_model,
+    shard,
+    with_lora,
+)
 from lavit_lm.models.losses import LossSum
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
@@ -31,7 +37,7 @@ from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
 from lavit_tok import VisualTokenizer
-from lavit_tok.checkpoints.weights import check_replaceable
+from lavit_tok.checkpoints.weights import check_replaceable, find_directory
 from lavit_tok.training.base import TrainingModule
 from lavit_tok.training.frozen import Frozen
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig, parameter_groups
@@ -103,7 +109,7 @@ class LanguageModeling(TrainingModule):
             raise ValueError(
                 "text_tokenizer: expected a directory or Hub id, since a new LM has no tokenizer"
             )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = open_text_tokenizer(find_directory(source, None, FILES))
         self.frozen_visual = Frozen(VisualTokenizer.from_pretrained(visual_tokenizer))
         self.fingerprint = self.visual.fingerprint()
         self.codebook_size = self.visual.config.codebook_size

@@ -1,7 +1,8 @@
 """Weights on disk: safetensors and JSON, sharded when large, loaded strictly.
 
-Nothing read here can run code or choose a class. Missing, unexpected and mis-shaped tensors are
-errors that list them, because a partly random model still generates plausible images.
+Nothing read here can run code or choose a class: `find_directory` checks every directory of both
+packages before any other library reads it. Missing, unexpected and mis-shaped tensors are errors
+that list them, because a partly random model still generates plausible images.
 """
 
 from __future__ import annotations
@@ -28,6 +29,31 @@ SINGLE = "model.safetensors"
 # Bytes of a weights file mapped into memory at a time: at least MAPPED, and 1 / MAPPED_PARTS of a
 # large file, since each mapping takes some milliseconds.
 MAPPED, MAPPED_PARTS = 16 << 20, 64
+# Entries of config files with which transformers or diffusers would import code, from the directory
+# or from the Hub. Kernels of quantizers are fetched from the Hub, too.
+CODE_ENTRIES = frozenset({"auto_map", "custom_generate", "custom_pipelines", "quantization_config"})
+ATTENTIONS = frozenset({None, "eager", "sdpa", "flash_attention_2", "flash_attention_3"})
+ATTENTIONS |= {"flex_attention"}
+# Files and folders with which transformers would load another model, or run code.
+CODE_FILES = ("custom_generate", "adapter_config.json")
+# Numbers of config files that no shape of a tensor limits: name, and the range that is accepted.
+RANGES: list[tuple[re.Pattern[str], float, float]] = [
+    (re.compile(r"(.*_)?eps(ilon)?"), 1e-30, 1.0),
+    (re.compile(r"(.*_)?dropout(_prob)?"), 0.0, 1.0),
+    (re.compile(r"scaling_factor"), 1e-6, 1e6),
+    (re.compile(r"beta_(start|end)"), 1e-9, 1.0),
+    (re.compile(r"num_train_timesteps"), 1, 100_000),
+    (re.compile(r"(.*_)?experts(_per_tok)?"), -1, 4096),
+    (re.compile(r"rope_theta"), 1.0, 1e12),
+    (re.compile(r"initializer_range|initializer_factor"), 0.0, 1000.0),
+    (re.compile(r"final_logit_softcapping|attn_logit_softcapping"), 1e-6, 1e6),
+    (re.compile(r"(.*_)?(size|channels|positions|position_embeddings|dim|width|heads)"), -1, 2**31),
+]
+LAYERS = re.compile(r"(.*_)?(depths?|layers?|layers_per_block|num_blocks)")
+MAX_CONFIG, MAX_FILE = (
+    16 << 20,
+    1 << 29,
+)  # bytes of a config file, and of tokenizer.json or an index
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -51,22 +77,70 @@ def find_directory(
         hub: passed to huggingface_hub.snapshot_download (revision, token, cache_dir, ...).
 
     Raises:
-        WeightsError: neither a directory nor a Hub repository that can be read.
+        WeightsError: neither a directory nor a Hub repository that can be read; or one that
+            `check_foreign` refuses.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise WeightsError(f"expected the name of a directory or a Hub id, got {name!r}")
     if str(name) == "default" and default is not None:
         return DEFAULTS / default
     path = Path(name)
     if path.is_dir():
-        return path
+        return check_foreign(path)
     if path.exists() or not HUB_ID.fullmatch(str(name)):
         choices = "" if default is None else "'default', "
         raise WeightsError(
             f"{name}: expected {choices}an existing directory or a Hub id owner/name"
         )
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(patterns), **hub))
+        path = Path(snapshot_download(str(name), allow_patterns=list(patterns), **hub))
     except Exception as error:
         raise WeightsError(f"{name}: no such directory, and the Hub gave none: {error}") from error
+    return check_foreign(path)
+
+
+def check_foreign(directory: Path) -> Path:
+    """Check a directory from anywhere before any library opens its files.
+
+    Refused are config files that name code to import (auto_map, custom_generate, kernels of the
+    Hub), that hold NaN, infinity or numbers out of RANGES, and files that are not regular, since
+    reading a pipe or a device would never end.
+
+    Returns:
+        The directory.
+
+    Raises:
+        WeightsError: naming the file and the entry.
+    """
+    for name in CODE_FILES:
+        if (directory / name).exists():
+            raise WeightsError(
+                f"{directory / name}: expected weights and configs only: because of this file "
+                "transformers would run code or load another model"
+            )
+    for folder in (directory, *(p for p in sorted(directory.iterdir()) if p.is_dir())):
+        for path in sorted(folder.iterdir()):
+            if path.suffix not in (".json", ".safetensors", ".model", ".jinja"):
+                continue
+            require_regular(path)
+            # Not only *config.json: transformers also reads config.5.0.json and the like.
+            if path.suffix == ".json" and "config" in path.name:
+                read_json(path)
+    return directory
+
+
+def require_regular(path: Path, limit: int = MAX_FILE) -> None:
+    """Raise WeightsError unless this is a regular file, and a text file not above `limit` bytes."""
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: expected a regular file, got none or a folder, link, pipe or device, which "
+            "cannot be read to an end"
+        )
+    size = path.stat().st_size
+    if path.suffix != ".safetensors" and size > limit:
+        raise WeightsError(
+            f"{path}: expected at most {limit} bytes, got {size}: no config is so large"
+        )
 
 
 def check_replaceable(directory: str | os.PathLike[str], marker: str) -> None:
@@ -138,22 +212,8 @@ def load_weights(
         WeightsError: missing or truncated files; missing, unexpected or mis-shaped tensors, all
             listed; NaN or infinity.
     """
-    files = weight_files(Path(directory), single)
+    files = _require_shapes(module, Path(directory), single)
     target = module.state_dict()
-    sources: dict[str, tuple[int, ...]] = {}
-    problems: list[str] = []
-    for file in files:
-        shapes = tensor_shapes(file)
-        problems += [
-            f"twice       {name}, again in {file.name}"
-            for name in sorted(shapes.keys() & sources.keys())
-        ]
-        sources.update(shapes)
-    problems += compare({k: tuple(v.shape) for k, v in target.items()}, sources)
-    if problems:
-        raise WeightsError(
-            f"{directory}: these weights do not fit the model:\n" + "\n".join(problems)
-        )
     filled: dict[str, Tensor] = {}
     for file, names in _groups(files):
         with safe_open(file, framework="pt") as opened, torch.no_grad():
@@ -168,14 +228,30 @@ def load_weights(
         module.load_state_dict(filled, assign=True)
 
 
-def empty(build: Callable[[], Module], dtype: torch.dtype) -> Module:
+def empty(
+    build: Callable[[], Module],
+    dtype: torch.dtype,
+    directory: Path | None = None,
+    single: str = SINGLE,
+) -> Module:
     """Build a module on the meta device, so that loading needs no more memory than the weights.
 
     No random numbers are drawn either. A module with tensors that are not saved (e.g. computed
     tables of positions) is built normally, since they would be lost.
+
+    Args:
+        build: the constructor.
+        dtype: of the floating-point tensors.
+        directory: of the weights, whose shapes are compared before any memory is allocated.
+        single: name of the weights file.
+
+    Raises:
+        WeightsError: weights in `directory` that do not fit the module.
     """
     with torch.device("meta"), float32_default():
         module = build()
+    if directory is not None:
+        _require_shapes(module, directory, single)
     saved = module.state_dict().keys()
     computed = any(name not in saved for name, _ in module.named_buffers())
     attributes = (value for part in module.modules() for value in vars(part).values())
@@ -184,6 +260,67 @@ def empty(build: Callable[[], Module], dtype: torch.dtype) -> Module:
         with float32_default():
             module = build()
     return nn.Module.to(module, dtype)
+
+
+def _require_shapes(module: nn.Module, directory: Path, single: str) -> list[Path]:
+    """The weights files, if their tensors have exactly the names and shapes of the module's."""
+    files = weight_files(directory, single)
+    sources: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
+    for file in files:
+        shapes = tensor_shapes(file)
+        problems += [
+            f"twice       {name}, again in {file.name}"
+            for name in sorted(shapes.keys() & sources.keys())
+        ]
+        sources.update(shapes)
+    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    problems += compare(expected, sources)
+    if problems:
+        raise WeightsError(
+            f"{directory}: these weights do not fit the model:\n" + "\n".join(problems)
+        )
+    return files
+
+
+def check_layers(values: Any, directory: Path, single: str = SINGLE, label: str = "config") -> None:
+    """Compare the numbers of layers of a config with the weights, before a model is built.
+
+    Every layer has at least one tensor, so a config with more layers than the safetensors header
+    has tensors is wrong, and building it could take hours and all memory.
+
+    Args:
+        values: a config, with any nesting.
+        directory: of the weights.
+        single: name of the weights file.
+        label: of the config in messages.
+
+    Raises:
+        WeightsError: naming the entry; or weights that cannot be read.
+    """
+    count = sum(len(tensor_shapes(file)) for file in weight_files(directory, single))
+    for name, value in _entries(values):
+        if LAYERS.fullmatch(name.rpartition(".")[2]) and isinstance(value, int) and value > count:
+            raise WeightsError(
+                f"{directory}: {label}: {name}: expected at most {count}, the number of tensors in "
+                f"the weights, got {value}: these layers would have no weights"
+            )
+
+
+def tensor_elements(directory: Path, single: str = SINGLE) -> int:
+    """The number of elements of all tensors of a directory. Raises WeightsError."""
+    files = weight_files(directory, single)
+    return sum(math.prod(shape) for file in files for shape in tensor_shapes(file).values())
+
+
+def require_finite(module: nn.Module, label: str) -> None:
+    """Raise WeightsError naming the tensors of a module that hold NaN or infinity."""
+    broken = [name for name, value in module.state_dict().items() if not is_finite(value)]
+    if broken:
+        raise WeightsError(
+            f"{label}: expected finite weights, got NaN or infinity in {len(broken)} tensors "
+            f"({', '.join(broken[:3])}): every output would be arbitrary"
+        )
 
 
 def fill(target: Tensor, value: Tensor, label: str, device: torch.device | str = "cpu") -> Tensor:
@@ -271,14 +408,68 @@ def compare(expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises WeightsError naming the file."""
+    """Read a JSON object of a weights directory.
+
+    Raises:
+        WeightsError: naming the file; and the entry, if it is one that `check_entries` refuses.
+    """
+    if path.exists() or path.is_symlink():
+        require_regular(path, MAX_CONFIG if "config" in path.name else MAX_FILE)
     try:
         values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    check_entries(values, str(path))
     return values
+
+
+def check_entries(values: Any, label: str) -> None:
+    """Check the entries of a config, at any depth.
+
+    Raises:
+        WeightsError: an entry that makes a library import code, NaN or infinity, or a number out of
+            RANGES; named, with what was expected.
+    """
+    for name, value in _entries(values):
+        path, key = f"{label}: {name}", name.rpartition(".")[2]
+        shown = repr(value)[:60]
+        if key in CODE_ENTRIES and value:
+            raise WeightsError(
+                f"{path}: expected no such entry, got {shown}: code of this directory or of the "
+                "Hub would be run, and these packages run none"
+            )
+        parts = name.split(".")
+        if any(part.endswith("attn_implementation") for part in parts) and (
+            not isinstance(value, dict) and (isinstance(value, list) or value not in ATTENTIONS)
+        ):
+            choices = sorted(str(a) for a in ATTENTIONS)
+            raise WeightsError(
+                f"{path}: expected one of {choices}, got {shown}: a kernel of the Hub is code"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise WeightsError(
+                f"{path}: expected a finite number, got {value}: every output would be arbitrary"
+            )
+        for pattern, low, high in RANGES:
+            if pattern.fullmatch(key) and not low <= value <= high:
+                raise WeightsError(f"{path}: expected a number in {low:g}..{high:g}, got {shown}")
+
+
+def _entries(values: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every entry at any depth; dots join names, items of lists share a name."""
+    stack: list[tuple[str, Any]] = [("", values)]
+    while stack:
+        name, value = stack.pop()
+        if name:
+            yield name, value
+        if isinstance(value, dict):
+            stack += [(f"{name}.{k}" if name else str(k), v) for k, v in value.items()]
+        elif isinstance(value, list):
+            stack += [(name, v) for v in value]
 
 
 def read_header(path: Path, kind: str, version: int, required: Iterable[str]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lavit_tok.checkpoints.weights import (
     WeightsError,
+    check_layers,
     empty,
     find_directory,
     load_weights,
@@ -311,20 +312,32 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
 
 def load_model(directory: Path, kind: type[Any], dtype: torch.dtype = torch.float32) -> Any:
     """Load a diffusers model of this class, in eval mode. Raises WeightsError."""
-    model = build_empty(directory, kind, dtype)
+    config = read_config(directory / "config.json", kind)
+    check_layers(config, directory, SINGLE)
+    model = build_empty(directory, kind, dtype, directory)
     load_weights(model, directory, SINGLE)
     return model.eval()
 
 
-def build_empty(directory: Path, kind: type[Any], dtype: torch.dtype) -> nn.Module:
+def build_empty(
+    directory: Path, kind: type[Any], dtype: torch.dtype, weights: Path | None = None
+) -> nn.Module:
     """A diffusers model of this class, sized by config.json, without weights.
+
+    Args:
+        directory: with config.json.
+        kind: the class.
+        dtype: of the floating-point tensors.
+        weights: directory of the weights that must fit; None to compare them later.
 
     Raises:
         WeightsError: another class's file, unknown entries, or sizes that no model has.
     """
     config = read_config(directory / "config.json", kind)
     try:
-        return empty(lambda: kind.from_config(config), dtype)
+        return empty(lambda: kind.from_config(config), dtype, weights, SINGLE)
+    except WeightsError:
+        raise
     except Exception as error:  # the constructors raise many kinds of exceptions
         raise WeightsError(f"{directory}: not the config of a {kind.__name__}: {error}") from error
 
@@ -340,7 +353,10 @@ def load_scheduler(directory: Path) -> Any:
     # Unknown entries are allowed: diffusers keeps those of other schedulers in the file, so that
     # one scheduler can replace another and back.
     values = {k: v for k, v in config.items() if not k.startswith("_")}
-    return getattr(diffusers, kind).from_config(values)
+    try:
+        return getattr(diffusers, kind).from_config(values)
+    except Exception as error:
+        raise WeightsError(f"{path}: not the config of a {kind}: {error}") from error
 
 
 def read_config(path: Path, kind: type[ConfigMixin]) -> dict[str, Any]:

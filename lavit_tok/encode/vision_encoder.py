@@ -19,7 +19,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lavit_tok.config import ConfigError, read_config
+from lavit_tok.checkpoints.weights import find_directory, read_json, require_finite
+from lavit_tok.config import ConfigError
 from lavit_tok.encode.efficientnet import JoinedConfig, JoinedEncoder
 
 ENCODERS = {
@@ -93,10 +94,10 @@ class VisionEncoder(nn.Module):
             ValueError: a type not in ENCODERS, or missing tensors, which transformers would
                 initialize randomly with only a warning.
         """
-        own = Path(name) / "config.json"
-        if own.is_file() and read_config(own, dict).get("model_type") == JoinedConfig.model_type:
-            return JoinedEncoder.from_directory(name)
-        complete = transformers.AutoConfig.from_pretrained(name)
+        directory = find_directory(name, None)
+        if read_json(directory / "config.json").get("model_type") == JoinedConfig.model_type:
+            return JoinedEncoder.from_directory(directory)
+        complete = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         config = getattr(complete, "vision_config", complete)
         if config.model_type not in ENCODERS:
             raise ValueError(
@@ -106,12 +107,13 @@ class VisionEncoder(nn.Module):
             kwargs["key_mapping"] = {r"^vision_model\.": ""}
         model_class = getattr(transformers, ENCODERS[config.model_type][1])
         model, report = model_class.from_pretrained(
-            name, config=config, use_safetensors=True, output_loading_info=True, **kwargs
+            directory, config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )
         absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
         if absent:
             count = f"{len(absent)} tensors of the encoder"
             raise ValueError(f"{name}: {count} are missing or mis-shaped: {absent[:20]}")
+        require_finite(model, name)
         return cls(model, norm)
 
     def json_config(self) -> dict[str, Any]:

@@ -57,6 +57,7 @@ from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import Role, SequenceBuilder, TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
+from lavit_tok.config import require_number
 
 
 class Split(NamedTuple):
@@ -115,8 +116,8 @@ class DaVinci(Objective):
 
     def __post_init__(self) -> None:
         for field, value in self.to_dict().items():
-            if isinstance(value, int | float) and value < 0:
-                raise ValueError(f"{field}: expected 0 or more, got {value}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                require_number(field, value, 0, 1e6)
         if self.text_ratio + self.image_ratio + self.plain_ratio == 0:
             raise ValueError("expected a ratio above 0 for at least one of the three tasks")
         if not 0 <= self.prompt_drop <= 1:

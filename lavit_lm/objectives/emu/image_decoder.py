@@ -30,7 +30,14 @@ from torch import Tensor, nn
 
 from lavit_lm.objectives.records import ImageVectors
 from lavit_tok import Conditioning, PixelDecoder, WeightsError
-from lavit_tok.checkpoints.weights import find_directory, load_weights, read_header, save_weights
+from lavit_tok.checkpoints.weights import (
+    check_layers,
+    empty,
+    find_directory,
+    load_weights,
+    read_header,
+    save_weights,
+)
 from lavit_tok.nn.attention import Block
 
 FORMAT, VERSION = "lavit_lm.vector_decoder", 1
@@ -213,7 +220,9 @@ class VectorDecoder:
         path = directory / "vector_decoder.json"
         try:
             values = read_header(path, FORMAT, VERSION, ("reader",))
-            reader = VectorReader(VectorReaderConfig(**values["reader"]))
+            check_layers(values["reader"], directory, READER, "reader")
+            config = VectorReaderConfig(**values["reader"])
+            reader = empty(lambda: VectorReader(config), torch.float32, directory, READER)
         except (ValueError, TypeError) as error:
             raise WeightsError(
                 f"{path}: expected the directory of a decoder of vectors, as written by lavit-lm "

@@ -39,6 +39,7 @@ from lavit_lm.objectives.vector_objective import VectorObjective
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.sequences.token_sequence import Flags
 from lavit_lm.vision.resampler import CausalResampler
+from lavit_tok.config import require_number
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ class Emu(VectorObjective):
     def __post_init__(self) -> None:
         if self.queries < 1:
             raise ValueError(f"queries: expected at least one vector per image, got {self.queries}")
-        if self.regression_weight < 0:
-            raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
+        require_number("regression_weight", self.regression_weight, 0, 1e6)
 
     @property
     def vectors(self) -> int:

@@ -28,6 +28,7 @@ from lavit_lm.sequences.segments import Segment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import Flags, Role, SequenceBuilder, TokenSequence
 from lavit_lm.vision.continuous import ContinuousBridge
 from lavit_lm.vocabulary.processor import MultimodalProcessor
+from lavit_tok.config import require_number
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ class LaVIT(Objective):
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_drop <= 1:
             raise ValueError(f"prompt_drop: expected a probability, got {self.prompt_drop}")
-        if self.image_weight < 0:
-            raise ValueError(f"image_weight: expected 0 or more, got {self.image_weight}")
+        require_number("image_weight", self.image_weight, 0, 1e6)
 
     @property
     def connectors(self) -> Connectors:

@@ -37,6 +37,7 @@ from lavit_lm.objectives.vlgpt.tokenizer import VLGPTTokenizerConfig
 from lavit_lm.objectives.vlgpt.tokenizer_files import load_tokenizer, read_config
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.sequences.token_sequence import Flags
+from lavit_tok.config import require_number
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ class VLGPT(VectorObjective):
                 "tokenizer: VL-GPT embeds and predicts vectors; give the directory of lavit-lm "
                 "fit-tokenizer"
             )
-        if self.regression_weight < 0:
-            raise ValueError(f"regression_weight: expected 0 or more, got {self.regression_weight}")
+        require_number("regression_weight", self.regression_weight, 0, 1e6)
 
     @cached_property
     def sizes(self) -> VLGPTTokenizerConfig:

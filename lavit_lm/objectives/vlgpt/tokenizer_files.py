@@ -11,14 +11,19 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lavit_lm.objectives.vlgpt.tokenizer import Detokenizer, VLGPTTokenizer, VLGPTTokenizerConfig
 from lavit_lm.vision.resampler import CausalResampler
 from lavit_tok import VisualTokenizer, WeightsError
 from lavit_tok.checkpoints.weights import (
+    check_layers,
     check_replaceable,
+    empty,
     load_weights,
     read_header,
     save_weights,
@@ -101,7 +106,10 @@ def load_tokenizer(directory: str | os.PathLike[str], visual: VisualTokenizer) -
             f"({values['fingerprint']}), got another ({visual.fingerprint()}): its vectors would "
             "be noise"
         )
-    tokenizer = values["sizes"].resampler(visual)
+    check_layers(asdict(values["sizes"]), Path(directory), TOKENIZER, "sizes")
+    build = partial(values["sizes"].resampler, visual)
+    empty(build, torch.float32, Path(directory), TOKENIZER)  # the shapes, before memory is used
+    tokenizer = build()
     load_weights(tokenizer, directory, TOKENIZER)
     return tokenizer
 
@@ -110,6 +118,8 @@ def load_detokenizer(directory: str | os.PathLike[str]) -> tuple[Detokenizer, di
     """(detokenizer of a directory, its config). Raises WeightsError."""
     values = read_config(directory)
     image, text = (None if values[n] is None else tuple(values[n]) for n in ("image", "text"))
-    detokenizer = Detokenizer(values["sizes"], image, text)
+    check_layers(asdict(values["sizes"]), Path(directory), DETOKENIZER, "sizes")
+    build = partial(Detokenizer, values["sizes"], image, text)
+    detokenizer = empty(build, torch.float32, Path(directory), DETOKENIZER)
     load_weights(detokenizer, directory, DETOKENIZER)
     return detokenizer, values
