@@ -11,7 +11,9 @@ from typing import Any
 from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.plugins import CheckpointIO
 
+from lavit_tok.training.checkpoints import AtomicCheckpointIO, find_checkpoint
 from lavit_tok.training.logging import PrintMetrics
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -67,8 +69,11 @@ class ShortHelp(DefaultHelpFormatter):
 class TrainingCLI(LightningCLI):
     """LightningCLI with checkpoints (`--checkpoint.every`) and printed metrics (`--print.every`).
 
-    `--ckpt_path last` resumes from the last checkpoint, or starts anew without one.
+    `--ckpt_path last` resumes from the last checkpoint, or starts anew without one;
+    `--ckpt_path last-good` from the last one that is whole (see find_checkpoint).
     """
+
+    checkpoint: str | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(SaveCheckpoints, "checkpoint")
@@ -81,7 +86,21 @@ class TrainingCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         if config.get("enable_checkpointing") is False:  # Lightning refuses checkpoint callbacks
             callbacks = [c for c in callbacks if not isinstance(c, SaveCheckpoints)]
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            config["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super()._instantiate_trainer(config, callbacks)
+
+    def _parse_ckpt_path(self) -> None:
+        values = self.config[self.config.subcommand]
+        if values.ckpt_path:
+            self.checkpoint = find_checkpoint(values.ckpt_path, values.checkpoint.dirpath)
+        super()._parse_ckpt_path()  # which loads a checkpoint that is named by its path
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return {**kwargs, "ckpt_path": self.checkpoint}
 
 
 def run_training(

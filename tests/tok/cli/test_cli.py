@@ -440,6 +440,15 @@ def test_fit_then_resume_then_encode(
     assert (tmp_path / "tokenizer/model.safetensors").read_bytes() != first
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["max_steps"] == 4
     assert any(path.name.endswith("step=4.ckpt") for path in (tmp_path / "run").iterdir())
+    last = tmp_path / "run/last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    capsys.readouterr()
+    more = args("fit", "-c", recipe, "--trainer.max_steps", 5, "--ckpt_path")
+    assert main([*more, "last"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "step=4.ckpt, from which --ckpt_path last-good" in message
+    assert main([*more, "last-good"]) == 0
+    assert any(path.name.endswith("step=5.ckpt") for path in (tmp_path / "run").iterdir())
     capsys.readouterr()
     assert main(args("encode", photos[0], "--tokenizer", tmp_path / "tokenizer")) == 0
     assert json_lines(capsys.readouterr().out)[1]["length"] >= 1
@@ -760,11 +769,14 @@ def test_signals_end_a_command_with_one_line(
     out = tmp_path / "codes.jsonl"
     out.write_text("old")
     before = signal.getsignal(signal.SIGTERM)
+    # Of a background process SIGINT is ignored.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     command = args("encode", *photos, "--tokenizer", weights / "tokenizer", "--out", out)
     with pytest.MonkeyPatch.context() as patch:
         add = "lavit_tok.data.code_files._JsonWriter.add"
         patch.setattr(add, lambda *_: signal.raise_signal(number))
         assert main([*command, "--overwrite"]) == code
+    signal.signal(signal.SIGINT, interrupt)
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and number.name in message
     assert out.read_text() == "old" and not list(tmp_path.glob(".*.part"))
