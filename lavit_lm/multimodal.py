@@ -34,7 +34,7 @@ from lavit_lm.objectives.records import CodesDecoder, ImageDecoder, ImageVectors
 from lavit_lm.sequences.packing import pad
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
-from lavit_tok.config import require_number
+from lavit_tok.nn.ranges import require_number
 
 MAX_IMAGES = 10_000  # of one call, which generates them in one batch
 GUIDANCE_SCALE, TOP_K = 3.0, 50  # for images; texts are generated greedily by default

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lavit_tok.nn.ranges import is_number
+
 FORMAT, FORMAT_VERSION = "lavit_tok.tokenizer", 1
 Config = TypeVar("Config")
 
@@ -240,18 +242,3 @@ def require_known(values: dict[str, Any], known: set[str]) -> None:
     """Raise ConfigError for entries that are not among the known names."""
     if unknown := sorted(set(values) - known):
         raise ConfigError(f"unknown entries {unknown}: ignoring them would change the model")
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a finite int or float (a bool is neither)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def require_number(
-    name: str, value: Any, low: float | int, high: float | int, integer: bool = False
-) -> None:
-    """Raise ConfigError unless this is a finite number in low..high, and integral if demanded."""
-    kind = "an integer" if integer else "a number"
-    is_kind = type(value) is int if integer else is_number(value)
-    if not is_kind or not low <= value <= high:
-        raise ConfigError(f"{name}: expected {kind} in {low:g}..{high:g}, got {value!r:.60}")

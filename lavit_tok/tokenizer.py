@@ -34,7 +34,7 @@ from lavit_tok.encode import allocation
 from lavit_tok.encode.allocation import Budget
 from lavit_tok.encode.continuous import ContinuousPath
 from lavit_tok.encode.error_head import ErrorHead, rank_log_odds
-from lavit_tok.encode.image_processor import VisualImageProcessor
+from lavit_tok.encode.image_processor import Images, VisualImageProcessor
 from lavit_tok.encode.merger import Merger
 from lavit_tok.encode.nested_merger import NestedMerger
 from lavit_tok.encode.quantizer import Quantizer
@@ -147,7 +147,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def encode(
         self,
-        images: Any,
+        images: Images,
         budget: Budget = None,
         sample: bool = False,
         generator: torch.Generator | None = None,
@@ -247,7 +247,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         predicted = self.error_heads[kind](features)
         return predicted / COLOR_ERROR_SCALE if kind == "psnr" else predicted
 
-    def preprocess(self, images: Any) -> Float[Tensor, "batch 3 h w"]:
+    def preprocess(self, images: Images) -> Float[Tensor, "batch 3 h w"]:
         """Any images -> normalized pixels, on the model's device and in its dtype."""
         uint8 = self.image_processor.to_uint8(images).to(self.device)
         return self.image_processor.normalize(uint8).to(self.dtype)
@@ -358,7 +358,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     @without_autocast
     def embed(
         self,
-        images: Any,
+        images: Images,
         budget: Budget = None,
         sample: bool = False,
         generator: torch.Generator | None = None,

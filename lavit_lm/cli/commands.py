@@ -13,12 +13,15 @@ from lavit_tok.cli.commands import train
 from lavit_tok.cli.items import (
     chunks,
     device,
+    limit_images,
     list_images,
     open_images,
     png_name,
+    require_own,
     save_png,
 )
-from lavit_tok.data.rejects import Rejects
+from lavit_tok.data.files import atomic
+from lavit_tok.data.rejects import Rejects, has_keys
 
 if TYPE_CHECKING:
     from lavit_lm.multimodal import MultimodalLM
@@ -27,6 +30,8 @@ TRAINING = (
     "lavit_lm.training.module:LanguageModeling",
     "lavit_lm.training.data_module:LanguageDataModule",
 )
+
+GENERATED = {"prompt", "codes"}  # keys of codes.jsonl
 
 
 def fit(args: list[str]) -> int:
@@ -60,6 +65,13 @@ def generate(arguments: argparse.Namespace) -> int:
     """Generate images as PNG files, and codes.jsonl if the model generates codes."""
     from lavit_lm.generation.prompts import require_text
 
+    codes_file = arguments.out / "codes.jsonl"
+    require_own(arguments.out, arguments.overwrite)
+    if codes_file.exists() and not (arguments.overwrite or has_keys(codes_file, GENERATED)):
+        raise ValueError(
+            f"{codes_file}: not written by lavit-lm generate, and results would replace it: use "
+            "another --out, or --overwrite"
+        )
     lm = _model(arguments, arguments.decoder)
     prompt, n = arguments.prompt, arguments.n
     require_text(prompt)
@@ -77,7 +89,8 @@ def generate(arguments: argparse.Namespace) -> int:
         print(f"{len(outputs[number]):7d} {kind}  {path}")
     if kind == "codes":
         lines = [json.dumps({"prompt": prompt, "codes": codes}) for codes in outputs.to_list()]
-        (arguments.out / "codes.jsonl").write_text("\n".join(lines) + "\n")
+        with atomic(codes_file) as partial:
+            partial.write_text("\n".join(lines) + "\n")
     return 0
 
 
@@ -85,6 +98,7 @@ def caption(arguments: argparse.Namespace) -> int:
     """Print a line for each image: path, tab, caption or answer."""
     paths = list_images(arguments.images)
     lm = _model(arguments, None)
+    limit_images(lm.visual_tokenizer.image_processor, arguments)
     rejects, count = Rejects(None, only=len(paths) == 1), 0
     with rejects:
         for chunk in chunks(enumerate(paths), arguments.batch_size):

@@ -7,7 +7,7 @@
     caption IMAGES...                 caption images, or answer a question about them
     export MODEL OUT_DIR              write a plain `transformers` directory that engines can serve
 
-Bad input is one line on stderr and exit code 2. Each command imports the packages it needs.
+Exit codes are those of lavit-tok. Each command imports the packages it needs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pathlib import Path
 from lavit_tok.cli.parser import (
     DEVICE,
     DTYPE,
+    LIMITS,
     LOCATION,
+    OVERWRITE_FOLDER,
     SEED,
     Argument,
     Command,
@@ -44,6 +46,7 @@ MODEL_ARGUMENTS = (
 GENERATE = (
     Argument("prompt", metavar="PROMPT", help="description of the image"),
     out_argument("folder for PNG files and codes"),
+    OVERWRITE_FOLDER,
     Argument("-n", type=positive, default=4, help="number of images"),
     SEED,
     Argument(
@@ -69,6 +72,7 @@ CAPTION = (
     Argument(
         "--max-new-tokens", type=positive, default=64, metavar="N", help="longest caption or answer"
     ),
+    *LIMITS,
     batch_argument(size=16),
     *MODEL_ARGUMENTS,
 )

@@ -17,9 +17,9 @@ import torch
 from lavit_lm.generation.sampling import GenerationConstraint
 from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
-from lavit_tok.config import require_number
+from lavit_tok.nn.ranges import require_number
 
-MAX_BEAMS = 64  # each is one more sequence in the batch; more would not end in a day
+MAX_BEAMS = 512  # each is one more sequence in the batch; more would not end in a day
 
 
 @torch.no_grad()

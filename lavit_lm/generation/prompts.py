@@ -113,7 +113,7 @@ def batch_of(images: Any) -> list[Any]:
     """One image or a batch -> a list.
 
     Raises:
-        ValueError: a set or a dict, whose order does not say which result is of which image.
+        ValueError: a set or a dict, whose order does not identify the image of each result.
     """
     if isinstance(images, set | frozenset | dict):
         raise ValueError(

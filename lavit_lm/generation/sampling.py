@@ -22,7 +22,7 @@ from torch import Tensor
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
-from lavit_tok.config import require_number
+from lavit_tok.nn.ranges import require_number
 
 COMPACT = 4  # finished sequences leave the batch once they are a quarter of it: it is copied then
 

@@ -29,7 +29,8 @@ class ContinuousBridge(EncoderConnector):
         c = tokenizer.config
         sizes = c.width, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps
         self.path = ContinuousPath(*sizes, c.attention, width, c.positions)
-        self.path.merger.load_state_dict(tokenizer.merger.state_dict())
+        if not next(self.path.parameters()).is_meta:  # on meta only shapes are of interest
+            self.path.merger.load_state_dict(tokenizer.merger.state_dict())
 
     def forward(
         self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]

@@ -49,11 +49,10 @@ RANGES: list[tuple[re.Pattern[str], float, float]] = [
     (re.compile(r"final_logit_softcapping|attn_logit_softcapping"), 1e-6, 1e6),
     (re.compile(r"(.*_)?(size|channels|positions|position_embeddings|dim|width|heads)"), -1, 2**31),
 ]
+UNLIMITED = {"lambda_min_clipped"}  # -inf is diffusers' default
 LAYERS = re.compile(r"(.*_)?(depths?|layers?|layers_per_block|num_blocks)")
-MAX_CONFIG, MAX_FILE = (
-    16 << 20,
-    1 << 29,
-)  # bytes of a config file, and of tokenizer.json or an index
+# Bytes of a config file; of tokenizer.json or an index.
+MAX_CONFIG, MAX_FILE = 16 << 20, 1 << 29
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -299,10 +298,15 @@ def check_layers(values: Any, directory: Path, single: str = SINGLE, label: str 
         WeightsError: naming the entry; or weights that cannot be read.
     """
     count = sum(len(tensor_shapes(file)) for file in weight_files(directory, single))
+    require_layers(values, count, f"{directory}: {label}")
+
+
+def require_layers(values: Any, count: int, label: str) -> None:
+    """Raise WeightsError for more layers in a config than the `count` of tensors in the weights."""
     for name, value in _entries(values):
         if LAYERS.fullmatch(name.rpartition(".")[2]) and isinstance(value, int) and value > count:
             raise WeightsError(
-                f"{directory}: {label}: {name}: expected at most {count}, the number of tensors in "
+                f"{label}: {name}: expected at most {count}, the number of tensors in "
                 f"the weights, got {value}: these layers would have no weights"
             )
 
@@ -450,7 +454,8 @@ def check_entries(values: Any, label: str) -> None:
             )
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if isinstance(value, float) and not math.isfinite(value):
+        unlimited = key in UNLIMITED and value == -math.inf
+        if not (unlimited or math.isfinite(value)):
             raise WeightsError(
                 f"{path}: expected a finite number, got {value}: every output would be arbitrary"
             )

@@ -16,6 +16,7 @@ from lavit_tok.cli.items import (
     SHEET,
     chunks,
     device,
+    limit_images,
     list_images,
     open_images,
     photographs,
@@ -64,7 +65,7 @@ def encode(arguments: argparse.Namespace) -> int:
     header = CodeFileHeader(str(arguments.tokenizer), config.codebook_size, config.num_patches)
     rejects_path = arguments.out and Path(f"{arguments.out}.rejects.jsonl")
     rejects = Rejects(rejects_path, only=len(paths) == 1)
-    _limit(tokenizer, arguments)
+    limit_images(tokenizer.image_processor, arguments)
     generator = torch.Generator(tokenizer.device).manual_seed(arguments.seed)
     total = count = 0
     with rejects, code_writer(arguments.out, header) as writer:
@@ -134,7 +135,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     paths = list_images(arguments.images) if arguments.images else photographs()
     require_own(arguments.out, arguments.overwrite)
     tokenizer, decoder = _tokenizer(arguments), _decoder(arguments)
-    _limit(tokenizer, arguments)
+    limit_images(tokenizer.image_processor, arguments)
     config, processor = tokenizer.config, tokenizer.image_processor
     side, grid = max(PANEL, config.image_size), config.image_size // config.patch_size
     titles = ("original", "kept patches", "reconstruction")
@@ -188,11 +189,13 @@ def shards(arguments: argparse.Namespace) -> int:
         ) from None
     names = ("split", "budget", "flip", "shard_size", "batch_size", "num_workers")
     columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
+    tokenizer = _tokenizer(arguments)
+    limit_images(tokenizer.image_processor, arguments)
     for summary in write_shards(
         arguments.data,
         arguments.out,
         str(arguments.tokenizer),
-        _tokenizer(arguments),
+        tokenizer,
         columns=columns,
         **{name: getattr(arguments, name) for name in names},
     ):
@@ -250,12 +253,6 @@ def train(program: str, command: str, action: str, model: str, data: str, args: 
 
 def _allocation(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("quality", "rate", "verify")}
-
-
-def _limit(tokenizer: VisualTokenizer, arguments: argparse.Namespace) -> None:
-    processor = tokenizer.image_processor
-    processor.max_bytes, processor.max_pixels = arguments.max_bytes, arguments.max_pixels
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, arguments.max_pixels)
 
 
 def _keep(codes: VisualCodes) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -89,6 +90,13 @@ def open_images(
         rejects.warn(str(path), image.info.get("warnings", ()))
         images.append((number, path, [image_processor.resize(image, size) for size in sizes]))
     return images
+
+
+def limit_images(image_processor: VisualImageProcessor, arguments: argparse.Namespace) -> None:
+    """Apply --max-bytes and --max-pixels."""
+    image_processor.max_bytes = arguments.max_bytes
+    image_processor.max_pixels = arguments.max_pixels
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, arguments.max_pixels)
 
 
 def device(name: str) -> torch.device:

@@ -406,6 +406,7 @@ COMMANDS: dict[str, Command] = {
                 metavar="N",
                 help="processes that open and resize images",
             ),
+            *LIMITS,
             BATCH,
             DEVICE,
         ),

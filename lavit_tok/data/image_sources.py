@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from lavit_tok.data.files import printable
 from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor, open_image
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
@@ -56,6 +57,11 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
             )
         return dict(datasets.load_dataset(data, streaming=streaming))
     except Exception as error:  # the builders raise many kinds
+        names = map(str, path.rglob("*"))
+        if foreign := [name for name in names if printable(name) != name]:
+            raise ValueError(
+                f"{foreign[0]}: expected a name in UTF-8, as `datasets` stores it: rename the file"
+            ) from error
         raise ValueError(
             f"{data}: expected an image folder, parquet, webdataset tars, an arrow folder or a Hub "
             f"name: {error}"

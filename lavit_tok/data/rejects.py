@@ -37,7 +37,12 @@ class Rejects:
     """
 
     def __init__(self, path: Path | None, only: bool = False, overwrite: bool = False) -> None:
-        if path is not None and path.exists() and not overwrite and not _is_own(path):
+        if (
+            path is not None
+            and path.exists()
+            and not overwrite
+            and not has_keys(path, {"key", "reason"})
+        ):
             raise ValueError(
                 f"{path}: not a list of skipped items, which would replace it: move it, or choose "
                 "another --out"
@@ -88,11 +93,11 @@ class Rejects:
             write_rejects(self.path, records)
 
 
-def _is_own(path: Path) -> bool:
-    """Whether every line has a key and a reason and nothing else."""
+def has_keys(path: Path, keys: set[str]) -> bool:
+    """Whether every line is a JSON object of exactly these keys."""
     try:
         with open(path, encoding="utf-8") as file:
-            return all({*json.loads(line)} == {"key", "reason"} for line in file)
+            return all({*json.loads(line)} == keys for line in file)
     except (ValueError, TypeError, RecursionError):
         return False
 

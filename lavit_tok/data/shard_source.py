@@ -135,8 +135,9 @@ def weights_digest(tokenizer: VisualTokenizer) -> str:
     """16 hexadecimal digits of the preprocessing, config and weights that codes depend on."""
     configs = [tokenizer.image_processor.to_dict(), tokenizer.config.to_dict()]
     sha = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
-    for stage in (tokenizer.encoder, tokenizer.selector, tokenizer.merger, tokenizer.quantizer):
-        for name, tensor in stage.state_dict().items():
+    for stage in ("encoder", "selector", "error_heads", "merger", "quantizer"):
+        module = getattr(tokenizer, stage, None)  # nested codes have error heads, no selector
+        for name, tensor in module.state_dict().items() if module is not None else ():
             sha.update(name.encode())
             sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()[:16]

@@ -37,6 +37,7 @@ from lavit_tok.checkpoints.weights import (
 )
 from lavit_tok.codes import CodeError, VisualCodes
 from lavit_tok.decode.conditioner import Conditioner, Conditioning
+from lavit_tok.nn.ranges import require_number
 
 MODELS: dict[str, type[Any]] = {
     "conditioner": Conditioner,
@@ -64,6 +65,7 @@ SCHEDULERS = frozenset(
 )
 """Schedulers that a weights directory may name; any other can be set on a loaded decoder."""
 
+MAX_STEPS, MAX_SIDE = 10_000, 16_384  # denoising steps, pixels; more would not end in a day
 Generators = torch.Generator | list[torch.Generator]
 
 
@@ -146,11 +148,15 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
 
         Raises:
             CodeError: codes of another tokenizer.
-            ValueError: an impossible size, number of generators or output type.
+            ValueError: an impossible size, number of generators or output type; a number that is
+                not finite or out of range.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             kinds = "'pil', 'np', 'pt' or 'latent'"
             raise ValueError(f"output_type: expected {kinds}, got {output_type!r}")
+        require_number("num_inference_steps", num_inference_steps, 1, MAX_STEPS, integer=True)
+        require_number("guidance_scale", guidance_scale, -1000, 1000)
+        require_number("eta", eta, 0, 1)
         is_pair = isinstance(codes, tuple) and len(codes) == 2
         if isinstance(codes, VisualCodes):
             with torch.autocast(self._execution_device.type, enabled=False):
@@ -256,8 +262,8 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
     def _size(self, value: int | None) -> int:
         factor = self.vae_scale_factor
         value = self.unet.config.sample_size * factor if value is None else value
-        if value < factor or value % factor:
-            expected = f"positive multiples of {factor}"
+        if type(value) is not int or not factor <= value <= MAX_SIDE or value % factor:
+            expected = f"multiples of {factor} up to {MAX_SIDE}"
             raise ValueError(f"height and width: expected {expected}, got {value}")
         return value
 

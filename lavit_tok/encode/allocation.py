@@ -83,7 +83,7 @@ def keep_by_budget(
 def check_budget(budget: int | float, patches: int | None = None) -> None:
     """Raise ValueError unless a budget is a positive integer or a fraction in (0, 1].
 
-    An integer above `patches` is a warning: every image gets that many codes.
+    An integer above `patches` is a warning, once: every image gets that many codes.
     """
     is_number = isinstance(budget, (Integral, float)) and not isinstance(budget, bool)
     if not is_number or not math.isfinite(budget) or budget <= 0:
@@ -95,10 +95,15 @@ def check_budget(budget: int | float, patches: int | None = None) -> None:
             f"budget: a fraction must be at most 1, got {budget}; codes per image are an int"
         )
     if patches is not None and budget > patches:
-        warnings.warn(
-            f"budget: expected at most {patches} codes per image, one for each patch, got {budget}",
-            stacklevel=2,
-        )
+        _warn_of_budget(int(budget), patches)
+
+
+@lru_cache(maxsize=64)  # warnings' own "once" ends with every warnings.catch_warnings
+def _warn_of_budget(budget: int, patches: int) -> None:
+    warnings.warn(
+        f"budget: expected at most {patches} codes per image, one for each patch, got {budget}",
+        stacklevel=2,
+    )
 
 
 def dithered(

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from transformers import BaseImageProcessor, BatchFeature
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from lavit_tok.checkpoints.weights import find_directory
-from lavit_tok.config import ConfigError, is_number, read_config, require_known
+from lavit_tok.config import ConfigError, read_config, require_known
+from lavit_tok.nn.ranges import is_number
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,6 +48,13 @@ KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+if TYPE_CHECKING:
+    Encoded = str | os.PathLike[str] | bytes | bytearray | IO[bytes]
+    One = Encoded | Image.Image | np.ndarray | Tensor
+    Images = One | Iterable[One]
+else:
+    # Checked by open(), whose errors name the image.
+    Images = Any
 ResizeMode = Literal["square", "center_crop", "pad"]
 
 
@@ -157,7 +165,7 @@ class VisualImageProcessor(BaseImageProcessor):
         )
         return (pixels.float() / 255 - mean) / std
 
-    def preprocess(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
+    def preprocess(self, images: Images, return_tensors: str | None = "pt") -> BatchFeature:
         """One image or a batch -> {"pixel_values": float [b 3 size size]}; `__call__` calls it."""
         pixel_values = self.normalize(self.to_uint8(images))
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)

@@ -10,7 +10,6 @@ a new encoder needs only an entry in the table of names.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch

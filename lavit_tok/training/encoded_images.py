@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lavit_tok.checkpoints.weights import require_finite
 from lavit_tok.codes import VisualCodes
 from lavit_tok.data.files import atomic
 from lavit_tok.decode.pipeline import load_model
@@ -176,7 +177,9 @@ def load_vae(name: str) -> AutoencoderKL:
     """An AutoencoderKL from a directory, read strictly, or from the Hub (safetensors only)."""
     if Path(name).is_dir():
         return load_model(Path(name), AutoencoderKL)
-    return AutoencoderKL.from_pretrained(**_hub_path(name), use_safetensors=True)
+    vae = AutoencoderKL.from_pretrained(**_hub_path(name), use_safetensors=True)
+    require_finite(vae, name)
+    return vae
 
 
 def load_unet(
@@ -204,6 +207,7 @@ def load_unet(
         unet = load_model(Path(pretrained), UNet2DConditionModel)
     else:
         unet = UNet2DConditionModel.from_pretrained(**_hub_path(pretrained), use_safetensors=True)
+        require_finite(unet, pretrained)
     got = {name: unet.config[name] for name in sizes}
     if got["in_channels"] < sizes["in_channels"]:
         _widen_input(unet, sizes["in_channels"])

@@ -55,7 +55,10 @@ class Done:
 
     @property
     def complaint(self) -> str | None:
-        """What is wrong with the end of a command; None for success, or one line and code 2."""
+        """What is wrong with the end of a command.
+
+        None for success, or one line and code 2, or code 1 if no item of a job could be used.
+        """
         last = (self.err.strip().splitlines() or [""])[-1]
         if self.code < 0:
             return f"ended by {signal.Signals(-self.code).name}"
@@ -65,7 +68,8 @@ class Done:
             return "asked a question on stdin"
         if "Traceback (most recent call last)" in self.err:
             return f"traceback: {last}"
-        if self.code and (self.code != 2 or ": error: " not in last):
+        expected = {2: ": error: ", 1: ": error: none of "}
+        if self.code and (self.code not in expected or expected[self.code] not in last):
             return f"exit code {self.code}: {last}"
         return None
 

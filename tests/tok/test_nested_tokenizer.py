@@ -255,3 +255,30 @@ def test_a_decoder_is_conditioned_on_features_and_colors(
     with torch.no_grad():
         assert torch.equal(conditioner.features(codes), expected)
         assert conditioner(codes).tokens.shape == (5, 16, 8)
+
+
+def test_codes_do_not_depend_on_the_precision_around_the_call(
+    tokenizer: VisualTokenizer, images: torch.Tensor
+) -> None:
+    def results() -> tuple[torch.Tensor, torch.Tensor]:
+        codes = tokenizer.encode(images, quality=0.3)
+        return codes.values, tokenizer.reconstruct_features(codes)
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, expected, found)) and all(map(torch.equal, expected, again))
+
+
+def test_shards_know_the_weights_of_the_error_heads() -> None:
+    from lavit_tok.data.shard_source import weights_digest
+
+    one, same, other = build(), build(), build()
+    with torch.no_grad():
+        other.error_heads["cosine"].mlp[-1].bias += 1
+    assert weights_digest(one) == weights_digest(same) != weights_digest(other)

@@ -57,7 +57,7 @@ from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import Role, SequenceBuilder, TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
-from lavit_tok.config import require_number
+from lavit_tok.nn.ranges import require_number
 
 
 class Split(NamedTuple):

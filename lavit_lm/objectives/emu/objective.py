@@ -39,7 +39,7 @@ from lavit_lm.objectives.vector_objective import VectorObjective
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.sequences.token_sequence import Flags
 from lavit_lm.vision.resampler import CausalResampler
-from lavit_tok.config import require_number
+from lavit_tok.nn.ranges import require_number
 
 
 @dataclass(frozen=True)

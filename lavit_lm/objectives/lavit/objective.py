@@ -28,7 +28,7 @@ from lavit_lm.sequences.segments import Segment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import Flags, Role, SequenceBuilder, TokenSequence
 from lavit_lm.vision.continuous import ContinuousBridge
 from lavit_lm.vocabulary.processor import MultimodalProcessor
-from lavit_tok.config import require_number
+from lavit_tok.nn.ranges import require_number
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from lavit_lm.objectives.vlgpt.tokenizer import VLGPTTokenizerConfig
 from lavit_lm.objectives.vlgpt.tokenizer_files import load_tokenizer, read_config
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.sequences.token_sequence import Flags
-from lavit_tok.config import require_number
+from lavit_tok.nn.ranges import require_number
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lavit_lm.objectives.vlgpt.diffusion import ConditionEmbeddings, Shape
 from lavit_tok import VisualTokenizer, WeightsError
+from lavit_tok.checkpoints.weights import require_finite
 
 
 class StableDiffusion:
@@ -162,6 +163,8 @@ class StableDiffusion:
                 )
             except OSError as error:
                 raise WeightsError(f"{model}, {s['adapter']}: {error}") from None
+            require_finite(self._pipeline.vae, f"{model}/vae")
+            require_finite(self._pipeline.unet, f"{model}/unet, {s['adapter']}")
             self._pipeline.set_progress_bar_config(disable=True)
             self._pipeline.to(self.device)
         return self._pipeline

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from lavit_tok.checkpoints.released import names
 from lavit_tok.checkpoints.released.pickled import FileMapping, PickledTensors, TensorRecipe, expand
-from lavit_tok.checkpoints.weights import WeightsError, empty, read_json, weight_files
+from lavit_tok.checkpoints.weights import (
+    WeightsError,
+    empty,
+    read_json,
+    require_layers,
+    weight_files,
+)
 from lavit_tok.config import TokenizerConfig
 from lavit_tok.decode.conditioner import Conditioner
 from lavit_tok.decode.pipeline import SCHEDULERS, PixelDecoder, build_empty
@@ -33,6 +39,9 @@ def build(
         WeightsError: a config or shapes that fit no model.
     """
     folder = root / names.FOLDERS[kind]
+    for name, file in _diffusers_files(root, kind).items():
+        path = folder / name / "config.json"
+        require_layers(read_json(path), len(file.shapes), str(path))
     unet = build_empty(folder / "unet", UNet2DConditionModel, dtype)
     vae = build_empty(folder / "vae", AutoencoderKL, dtype)
     sizes = _condition_sizes(kind, files, config)
@@ -92,12 +101,7 @@ def add_mappings(
         joined.append(
             FileMapping(files["null"], {"conditioner.projection.null": TensorRecipe(("tensor",))})
         )
-    for name in ("unet", "vae"):
-        folder = root / names.FOLDERS[kind] / name
-        label = f"{names.FOLDERS[kind]}/{name}/{names.DIFFUSERS_FILE}"
-        file = PickledTensors(
-            weight_files(folder, names.DIFFUSERS_FILE), label, _modern if name == "vae" else str
-        )
+    for name, file in _diffusers_files(root, kind).items():
         joined.append(
             FileMapping(
                 file,
@@ -108,6 +112,17 @@ def add_mappings(
             )
         )
     return joined
+
+
+def _diffusers_files(root: Path, kind: names.DecoderKind) -> dict[str, PickledTensors]:
+    return {
+        name: PickledTensors(
+            weight_files(root / names.FOLDERS[kind] / name, names.DIFFUSERS_FILE),
+            f"{names.FOLDERS[kind]}/{name}/{names.DIFFUSERS_FILE}",
+            _modern if name == "vae" else str,
+        )
+        for name in ("unet", "vae")
+    }
 
 
 def _modern(name: str) -> str:

@@ -603,10 +603,10 @@ def test_davinci_07_empty_prefixes_and_texts(
     with pytest.raises(ValueError, match="has only the codes of one"):
         only("text").layout([ImageSegment(image.codes), TextSegment("a")], words, torch.Generator())
     for wrong, message in (
-        ({"text_weight": -1.0}, "text_weight: expected 0 or more"),
+        ({"text_weight": -1.0}, "text_weight: expected a number in 0"),
         ({"text_ratio": 0.0, "image_ratio": 0.0}, "a ratio above 0"),
         ({"prompt_drop": 2.0}, "a probability"),
-        ({"caption_length": -1}, "expected 0 or more"),
+        ({"caption_length": -1}, "caption_length: expected a number in 0"),
     ):
         with pytest.raises(ValueError, match=message):
             DaVinci(**wrong)  # type: ignore[arg-type]

@@ -146,7 +146,7 @@ def test_examples_that_are_refused():
         LaVIT().layout([ImageSegment(torch.tensor([CODES]))], processor, generator())
     with pytest.raises(ValueError, match="prompt_drop: expected a probability"):
         LaVIT(prompt_drop=1.5)
-    with pytest.raises(ValueError, match="image_weight: expected 0 or more"):
+    with pytest.raises(ValueError, match="image_weight: expected a number in 0"):
         LaVIT(image_weight=-1.0)
 
 

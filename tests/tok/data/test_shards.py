@@ -531,13 +531,13 @@ def test_two_jobs_in_one_folder(shards: Callable[..., Path], tmp_path: Path, cap
 
 
 def test_images_that_cannot_be_used(
-    shards: Callable[..., Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+    shards: Callable[..., Path], album: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     folder = tmp_path / "bad/train"
     folder.mkdir(parents=True)
     for i in range(3):
         (folder / f"{i}.png").write_bytes(b"no image")
-    out = shards("bad out", "--caption-column", "", data=folder.parent, code=2)
+    out = shards("bad out", "--caption-column", "", data=folder.parent, code=1)
     message = capsys.readouterr().err
     assert (
         "none of 3 images of split 'train' could be used; the first is train/0.png: not an image"
@@ -548,6 +548,12 @@ def test_images_that_cannot_be_used(
         Shards.open(out)
     shards(data=tmp_path / "nowhere", code=2)
     assert f"{tmp_path / 'nowhere'}: expected an image folder" in capsys.readouterr().err
+    (tmp_path / "names").mkdir()
+    (tmp_path / "names" / os.fsdecode(b"\xff.png")).write_bytes(
+        (album / "train/00.png").read_bytes()
+    )
+    shards(data=tmp_path / "names", code=2)
+    assert r"names/\udcff.png: expected a name in UTF-8" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     shards("file", code=2)
     assert str(tmp_path / "file") in capsys.readouterr().err

@@ -192,7 +192,7 @@ def test_sizes(decoders: dict[str, PixelDecoder], codes: VisualCodes) -> None:
         draw(decoder, codes, latents=noise(), original_size=(16, 16)),
         draw(decoder, codes, latents=noise()),
     )
-    with pytest.raises(ValueError, match="multiples of 2, got 15"):
+    with pytest.raises(ValueError, match="multiples of 2 up to 16384, got 15"):
         draw(decoder, codes, height=15)
     with pytest.raises(ValueError, match=r"latents: expected \[3, 4, 8, 8\], got \[2, 4, 8, 8\]"):
         draw(decoder, codes, latents=noise(batch=2))

@@ -52,11 +52,17 @@ def test_at_least_one_patch_is_kept(budget: Any):
 
 def test_an_int_budget_is_exact():
     p = log_probs(3, 10)
-    for budget in range(1, 14):
+    for budget in range(1, 11):
         keep = select(p, budget)
-        assert keep.sum(1).tolist() == [min(budget, 10)] * 3
+        assert keep.sum(1).tolist() == [budget] * 3
         for mask, scores in zip(keep, keep_scores(p), strict=True):
             assert not (~mask).any() or scores[mask].min() >= scores[~mask].max()
+
+
+def test_a_budget_of_more_than_all_patches():
+    with pytest.warns(UserWarning, match="budget: expected at most 10 codes per image, .* got 13"):
+        keep = select(log_probs(3, 10), 13)
+    assert keep.all()
 
 
 @pytest.mark.usefixtures("unchecked")
