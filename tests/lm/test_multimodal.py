@@ -236,6 +236,10 @@ def test_commands(
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     lines = (tmp_path / "out" / "codes.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["a red apple"] * 2
+    (tmp_path / "out" / "codes.jsonl").write_text("{}")
+    again = [*args, "--out", str(tmp_path / "out"), "-n", "1", "--steps", "1"]
+    assert main(again) == 2 and "codes.jsonl: not written by" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0
     (tmp_path / "bad.png").write_bytes(b"not an image")
     capsys.readouterr()
     assert main(["caption", str(photos[0]), str(tmp_path / "bad.png"), *model]) == 0

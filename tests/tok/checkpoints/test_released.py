@@ -434,6 +434,14 @@ def test_a_config_cannot_choose_a_class(copy: Path):
         load_released(copy, "highres")
 
 
+def test_a_config_cannot_have_more_layers_than_tensors(copy: Path):
+    config = copy / "highres_pixel_decoding/unet/config.json"
+    values = json.loads(config.read_text()) | {"layers_per_block": 10**6}
+    config.write_text(json.dumps(values))
+    with pytest.raises(WeightsError, match="layers_per_block: expected at most"):
+        load_released(copy, "highres")
+
+
 # What is read, into which memory
 
 

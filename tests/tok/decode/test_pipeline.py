@@ -199,6 +199,27 @@ def test_sizes(decoders: dict[str, PixelDecoder], codes: VisualCodes) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"num_inference_steps": value} for value in (0, 10**9, 2.5)),
+        *({"guidance_scale": value} for value in (float("nan"), float("inf"), 1e9)),
+        *({"eta": value} for value in (-0.1, 1.1)),
+        *({"height": value} for value in (0, 10**9)),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range(
+    arguments: dict[str, Any],
+    decoders: dict[str, PixelDecoder],
+    codes: VisualCodes,
+    unchecked: None,
+) -> None:
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"{name}.*: expected .*got"):
+        decoders["sd"](codes, **arguments)
+
+
+@pytest.mark.parametrize(
     "kind", [DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, UniPCMultistepScheduler]
 )
 def test_schedulers_can_be_swapped(
