@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from lavit_tok.encode.continuous import ContinuousPath
     from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
     from lavit_tok.tokenizer import VisualTokenizer
-    from lavit_tok.training.data_module import ImageDataModule
+    from lavit_tok.training.data_module import ImageDataModule as ImageDataModule
 
 __version__ = "0.1.0"
+# Without ImageDataModule, which needs the extra "train".
 __all__ = [
     "CodeError",
     "Conditioning",
     "ConfigError",
     "ContinuousPath",
-    "ImageDataModule",
     "ImageError",
     "PixelDecoder",
     "ShardError",

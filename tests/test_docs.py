@@ -21,7 +21,8 @@ DOCS = ROOT / "docs"
 def test_every_public_name_is_in_the_reference(package: Any) -> None:
     page = (DOCS / "reference" / f"{package.__name__}.md").read_text()
     entries = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
-    assert sorted(entry.rpartition(".")[2] for entry in entries) == sorted(package.__all__)
+    # ImageDataModule is importable, too, but not in __all__: it needs the extra "train".
+    assert set(package.__all__) <= {entry.rpartition(".")[2] for entry in entries}
     for entry in entries:
         assert resolve_name(entry) is getattr(package, entry.rpartition(".")[2])
 

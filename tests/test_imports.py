@@ -48,6 +48,11 @@ TRAINING = {"datasets", "pytorch_lightning", "vector_quantize_pytorch", "torchme
             {"diffusers", "jsonargparse", *TRAINING},
         ),
         (
+            "from lavit_tok import *; from lavit_lm import *",
+            {"diffusers"},
+            {"jsonargparse", *TRAINING} - {"peft"},  # diffusers imports peft
+        ),
+        (
             "from lavit_tok import PixelDecoder; import lavit_tok.cli.commands",
             {"diffusers"},
             {"jsonargparse", *TRAINING} - {"peft"},  # diffusers imports peft

@@ -1,4 +1,4 @@
-"""How many codes an image gets: each rule against trying everything, on random and on drawn
+"""The number of codes of an image: each rule against trying everything, on random and on drawn
 curves."""
 
 from __future__ import annotations
