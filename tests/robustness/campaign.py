@@ -32,7 +32,8 @@ INTRODUCTION = """# Robustness campaign
 Written by `python -m tests.robustness --minutes N [--only PARTS] [--restart]`; SECURITY.md states
 what is promised. A trial is seeded by its part and number, given in brackets, and runs in a process
 of its own, on small models that the library's own commands make. Counts add up over runs; the
-commit (+ for uncommitted changes) is that of a part's last run. Memory is above that at the start.
+commit (+ for uncommitted changes) is that of a part's last run. Memory is above that at the start,
+time that of the processor.
 """
 
 

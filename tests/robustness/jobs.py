@@ -123,7 +123,7 @@ def reference(work: Workshop, job: str) -> tuple[dict[str, bytes], float]:
     folder = cleared(work.folder / f"reference-{job}")
     done = work.run(job, folder / file_name(job))
     assert done.code == 0, done.err
-    return files(folder), done.seconds
+    return files(folder), done.duration
 
 
 def half_written(folder: Path, expected: dict[str, bytes]) -> str | None:

@@ -1,5 +1,8 @@
 """Work in a forked copy of this process: limited in time and memory, watched, killed where asked.
 
+Time is that of the processor, which does not depend on what else the machine does; a child that
+waits forever is ended after ten times its limit.
+
 The process that forks imports everything once, so that a child costs milliseconds. It must stay
 without threads: models run in children only.
 """
@@ -44,12 +47,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Done:
-    """How a child ended: exit code, or minus the signal; bytes that it read from stdin."""
+    """How a child ended: exit code, or minus the signal; bytes that it read from stdin.
+
+    `seconds` of the processor, `duration` by the clock.
+    """
 
     code: int
     out: str
     err: str
     seconds: float
+    duration: float
     mb: float
     read: int
 
@@ -108,8 +115,10 @@ def fork(
                 for number, stream in enumerate((stdin, out.fileno(), err.fileno())):
                     os.dup2(stream, number)
                 sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "rww"[n]) for n in range(3))
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # also ends a loop in C
-                signal.setitimer(signal.ITIMER_REAL, limit_s)
+                for number in (signal.SIGALRM, signal.SIGPROF):
+                    signal.signal(number, signal.SIG_DFL)  # also ends a loop in C
+                signal.setitimer(signal.ITIMER_PROF, limit_s)
+                signal.setitimer(signal.ITIMER_REAL, 10 * limit_s)
                 inherited[:] = struct.pack("d", peak_mb(reset=True))
                 _limit(limits or {}, nobody)
                 _hook(watch, kill_at_replace)
@@ -122,7 +131,7 @@ def fork(
             time.sleep(kill_after)
             os.kill(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
-        seconds = time.monotonic() - started
+        duration = time.monotonic() - started
         left = struct.unpack("i", fcntl.ioctl(stdin, termios.FIONREAD, b"\0" * 4))[0]
         os.close(stdin)
         texts = []
@@ -131,7 +140,8 @@ def fork(
             texts.append(file.read().decode(errors="replace"))
         mb = max(0.0, usage.ru_maxrss / 1024 - struct.unpack("d", inherited[:])[0])
         code = os.waitstatus_to_exitcode(status)
-        return Done(code, *texts, seconds, mb, len(ANSWERS) - left)
+        seconds = usage.ru_utime + usage.ru_stime
+        return Done(code, *texts, seconds, duration, mb, len(ANSWERS) - left)
 
 
 def command(program: str, args: Sequence[object], **how: Any) -> Done:
