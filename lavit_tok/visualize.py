@@ -24,6 +24,7 @@ at its top left:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from lavit_tok.encode.image_processor import open_image
 
 DIM = 0.25  # brightness of a dropped patch
 TEXT_HEIGHT = 16
+LUMA_LEVELS, CHROMA_LEVELS, CHROMA_RANGE = 16, 5, (64, 192)  # of a thumbnail
 
 
 def kept_overlay(image: Any, keep: Any, grid: tuple[int, int], dim: float = DIM) -> Image.Image:
@@ -58,6 +60,35 @@ def kept_overlay(image: Any, keep: Any, grid: tuple[int, int], dim: float = DIM)
     column = np.arange(pixels.shape[1]) * columns // pixels.shape[1]
     visible = kept.reshape(rows, columns)[row[:, None], column[None]]
     return Image.fromarray(np.where(visible[..., None], pixels, (pixels * dim).astype(np.uint8)))
+
+
+def thumbnail(image: Image.Image, bits: float | int) -> Image.Image:
+    """The image as a thumbnail of at most so many bits, enlarged: what codes are compared with.
+
+    s x s pixels of brightness in 16 levels and two colors (Cb, Cr) of s/2 x s/2 pixels in 5 levels,
+    with the largest s whose levels, at log2(levels) bits each, fit into the bits: 7 for 238 bits.
+
+    Args:
+        image: PIL image of any size, which is that of the result.
+        bits: of the thumbnail; below 9 it is one pixel all the same.
+    """
+    fitting = (s for s in range(max(image.size), 1, -1) if thumbnail_bits(s) <= bits)
+    side = next(fitting, 1)
+    planes = []
+    for number, plane in enumerate(image.convert("YCbCr").split()):
+        size, levels = (side, LUMA_LEVELS) if number == 0 else (max(1, side // 2), CHROMA_LEVELS)
+        low, high = (0, 255) if number == 0 else CHROMA_RANGE
+        small = np.asarray(plane.resize((size, size), Image.Resampling.BOX), dtype=float)
+        index = ((small - low) / (high - low) * (levels - 1)).round().clip(0, levels - 1)
+        values = (low + index / (levels - 1) * (high - low)).round().astype(np.uint8)
+        planes.append(Image.fromarray(values).resize(image.size, Image.Resampling.BICUBIC))
+    return Image.merge("YCbCr", planes).convert("RGB")
+
+
+def thumbnail_bits(side: int) -> float:
+    """Bits of a thumbnail of this side; see thumbnail."""
+    luma, chroma = side**2, 2 * max(1, side // 2) ** 2
+    return luma * math.log2(LUMA_LEVELS) + chroma * math.log2(CHROMA_LEVELS)
 
 
 def sheet(

@@ -6,6 +6,7 @@
     shards DATASET --out DIR  a captioned data set -> parquet shards of codes, to train LMs on
     fit, fit-decoder          training, by LightningCLI
     recipes ACTION [NAME]     list, show or copy the training recipes
+    demo                      a page in the browser: encode, decode, generate, compare
     convert RELEASE OUT       LaVIT's released files -> safetensors and JSON
 
 Bad input is one line on stderr and exit code 2; a job whose items are all skipped has exit code 1,
@@ -422,6 +423,30 @@ COMMANDS: dict[str, Command] = {
             Argument("action", choices=("list", "show", "copy"), help="what to do"),
             Argument("name", nargs="?", metavar="NAME", help="recipe, or to copy also a folder"),
             Argument("out", nargs="?", metavar="OUT", help="where to copy to; here by default"),
+        ),
+    ),
+    "demo": Command(
+        "a page in the browser: encode and decode images, generate, compare checkpoints",
+        "lavit_tok.cli.demo:run",
+        (
+            Argument("--tokenizer", default="default", metavar="T", help=LOCATION),
+            Argument("--decoder", default="default", metavar="D", help=LOCATION),
+            Argument(
+                "--compare",
+                nargs=2,
+                action="append",
+                metavar=("T", "D"),
+                help="tokenizer and decoder of another checkpoint of the tab Compare; repeatable",
+            ),
+            Argument(
+                "--model",
+                default="default",
+                metavar="M",
+                help="language model of the tab Generate; '' for none",
+            ),
+            Argument("--host", default="127.0.0.1", help="address to listen on"),
+            Argument("--port", type=integer(1, 2**16), help="by default the first free from 7860"),
+            DEVICE,
         ),
     ),
     "convert": Command(
