@@ -198,31 +198,43 @@ class LanguageDataModule(LightningDataModule):
         self._report_too_long()
 
     def state_dict(self) -> dict[str, Any]:
-        window = (0, 0) if self.sampler is None else self.sampler.window_of()
-        return {**self._order_arguments(), "window_start": list(window)}
+        if self.sampler is None:
+            return {}
+        return {
+            **self._order_arguments(),
+            "window_start": list(self.sampler.window_of()),
+            "blocks": self.sampler.consumed_blocks(),
+            "batches": self.sampler.consumed(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for arguments under which the run's order would be another one."""
+        """Raises ValueError for arguments under which the run's order would be another one.
+
+        The number of processes and the batch size may change: the blocks go on where they stopped.
+        """
         if self.sampler is None:
             return  # validation or test
-        changed = {
+        changed: dict[str, tuple[Any, Any]] = {
             name: (state[name], value)
             for name, value in self._order_arguments().items()
             if state.get(name, value) != value
         }
+        if "blocks" not in state:
+            changed["order"] = ("of an earlier version", "computed for each position")
         if changed:
             raise ValueError(
                 f"resumed with other arguments {changed}: examples would be repeated or missed"
             )
         first, number = state["window_start"]
         self.sampler.starts.append((first, number))
+        self.sampler.resumed = state["batches"], state["blocks"]
 
     def _order_arguments(self) -> dict[str, int]:
         """What the order is a function of."""
-        names = ("seed", "batch_size", "block", "window")
+        names = ("seed", "block", "window")
         examples = 0 if self.sampler is None else len(self.sampler.layout.examples)
         arguments = {name: getattr(self, name) for name in names}
-        return {**arguments, "examples": examples, "processes": self._ranks()[1]}
+        return {**arguments, "examples": examples}
 
     def _ranks(self) -> tuple[int, int]:
         return self.trainer.global_rank, self.trainer.world_size

@@ -1,6 +1,6 @@
 """Which examples a run trains on, in which order and blocks: functions of seed and index.
 
-    epoch  -permutation->  windows of examples  -lengths, plan_blocks->  blocks, an endless order
+    epoch  -Permutation->  windows of examples  -lengths, plan_blocks->  blocks, an endless order
 
 Draws depend on (seed, epoch, example) and the order on (seed, epoch), so that a run can continue
 from any batch. An example is built once, in the loader: blocks are planned from the stored number
@@ -10,7 +10,6 @@ of codes and the number of text tokens, counted once.
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +23,13 @@ from lavit_lm.objectives.base import Objective
 from lavit_lm.sequences.packing import PackedBatch, pack, plan_blocks
 from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import TokenSequence
+from lavit_lm.training.permutation import Permutation
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
 ExampleIndex = tuple[int, int]
 """(epoch, number of the example): with the seed, what its random draws depend on."""
+COUNTS_KEPT = 1_000_000
+"""Texts of which the number of tokens is kept, so that it is counted once in a small data set."""
 
 
 class Examples:
@@ -56,7 +58,7 @@ class Examples:
         # The codes of a pair are a list: planning reads the other columns only.
         columns = ["key", "caption", "length"]
         self._index = pairs.select_columns(columns) if hasattr(pairs, "select_columns") else pairs
-        self._token_counts = array("i", [-1]) * (len(self.pairs) + len(self.texts))
+        self._token_counts: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.pairs) + len(self.texts) + len(self.documents)
@@ -87,9 +89,12 @@ class Examples:
             return [segment_length(s, processor) for s in segments], key
         record = self.texts[i] if kind == "text" else self._index[i]
         text = record["text"] if kind == "text" else record["caption"]
-        if self._token_counts[number] < 0:
-            self._token_counts[number] = len(processor.text(text)) if text else 0
-        text_length = [SegmentLength(self._token_counts[number], text)] if text else []
+        count = self._token_counts.get(number)
+        if count is None:
+            if len(self._token_counts) >= COUNTS_KEPT:  # memory that does not depend on the data
+                self._token_counts.clear()
+            count = self._token_counts[number] = len(processor.text(text)) if text else 0
+        text_length = [SegmentLength(count, text)] if text else []
         if kind == "text":
             return text_length or [SegmentLength(0, "")], f"text {i}"
         return [SegmentLength(record["length"]), *text_length], record["key"]
@@ -186,6 +191,9 @@ class BlockSampler(DistributedSampler):
         rank, world_size: batches are assigned to the ranks in turn.
         consumed: returns how many batches each rank has trained on; called whenever an iteration
             starts.
+
+    `resumed` is (batches of each rank, blocks of all ranks) when the number of processes or the
+    batch size last changed.
     """
 
     def __init__(
@@ -200,6 +208,7 @@ class BlockSampler(DistributedSampler):
     ) -> None:
         self.layout, self.length, self.batch_size, self.window = layout, length, batch_size, window
         self.rank, self.world_size, self.consumed = rank, world_size, consumed
+        self.resumed = (0, 0)
         self.starts = [(0, 0)]  # (first block, number) of the windows planned so far
         self.too_long: dict[str, int] = {}
         self._latest: tuple[int, list[list[ExampleIndex]]] = -1, []  # the last planned window
@@ -214,25 +223,27 @@ class BlockSampler(DistributedSampler):
         """Ignored: the order follows from the number of batches consumed."""
 
     def __iter__(self) -> Iterator[list[ExampleIndex]]:
-        skip = self._consumed_blocks()
+        skip = self.consumed_blocks()
         start, first = self.window_of(skip)
         for window in itertools.count(first):
             blocks = self._plan(window)
             if (start, window) not in self.starts:
                 self.starts.append((start, window))
             for number, block in enumerate(blocks, start):
-                if number >= skip and number // self.batch_size % self.world_size == self.rank:
+                batch = (number - skip) // self.batch_size
+                if number >= skip and batch % self.world_size == self.rank:
                     yield block
             start += len(blocks)
 
     def window_of(self, block: int | None = None) -> tuple[int, int]:
         """(first block, number) of the planned window with a block, by default the next one."""
-        block = self._consumed_blocks() if block is None else block
+        block = self.consumed_blocks() if block is None else block
         return max(start for start in self.starts if start[0] <= block)
 
-    def _consumed_blocks(self) -> int:
-        """Of all ranks."""
-        return self.consumed() * self.batch_size * self.world_size
+    def consumed_blocks(self) -> int:
+        """Blocks of all ranks."""
+        batches, blocks = self.resumed
+        return blocks + (self.consumed() - batches) * self.batch_size * self.world_size
 
     def _windows(self) -> int:
         return max(1, -(-len(self.layout.examples) // self.window))
@@ -242,9 +253,7 @@ class BlockSampler(DistributedSampler):
         if self._latest[0] == number:
             return self._latest[1]
         epoch, part = divmod(number, self._windows())
-        order = np.random.default_rng([self.layout.seed, epoch]).permutation(
-            len(self.layout.examples)
-        )
+        order = Permutation(len(self.layout.examples), self.layout.seed, epoch)
         examples = order[part * self.window : (part + 1) * self.window]
         blocks, too_long = self.layout.plan([(epoch, int(i)) for i in examples], self.length)
         if not blocks:

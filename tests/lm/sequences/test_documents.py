@@ -189,9 +189,12 @@ def test_documents_and_pairs_in_one_block(folder: Path, album: Path):
     chosen = data(folder, images=str(folder / "pictures"), documents=str(album), block=96)
     trainer(folder, 1, []).fit(training, chosen)
     assert chosen.sampler is not None
-    blocks = [chosen.blocks[positions] for positions in list(chosen.sampler._plan(0))]
-    keys = [{sequence.key.split(" ")[0].split("/")[0] for sequence in block} for block in blocks]
-    assert {"document", "train"} in keys
+    pairs = len(chosen.sampler.layout.examples.pairs)
+    plans = (block for window in range(60) for block in chosen.sampler._plan(window))
+    mixed = next(block for block in plans if len({number < pairs for _, number in block}) == 2)
+    blocks = [chosen.blocks[mixed]]
+    keys = {sequence.key.split(" ")[0].split("/")[0] for sequence in blocks[0]}
+    assert keys == {"document", "train"}
     batch = chosen.blocks.collate(blocks)
     assert (
         len(batch.images) * 3 == batch.is_embedding.sum() == (batch.roles == Role.VISUAL).sum()

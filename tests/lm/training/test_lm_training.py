@@ -104,6 +104,14 @@ def test_the_order_of_blocks(folder: Path):
     first, second = blocks(30, rank=0, world_size=2), blocks(30, rank=1, world_size=2)
     dealt = [b for k in range(15) for b in first[2 * k : 2 * k + 2] + second[2 * k : 2 * k + 2]]
     assert dealt == every, "batches are dealt to the ranks in turn"
+    for rank in range(4):  # after 5 batches on one rank, 3 of each rank, then four ranks
+        order = BlockSampler(layout, 64, 2, 16, rank, 4, consumed=lambda: 8)
+        order.resumed = (5, 10)
+        at = 10 + 3 * 8 + 2 * rank
+        blocks_of_rank = iter(order)
+        assert [next(blocks_of_rank) for _ in range(4)] == every[at : at + 2] + every[
+            at + 8 : at + 10
+        ]
     short = BlockSampler(layout, 9, 1, window=50)
     assert short.too_long and all(length > 9 for length in short.too_long.values())
     with pytest.raises(ValueError, match="no sequence fits, the shortest has"):
