@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lavit_tok.config import ConfigError, TokenizerConfig
     from lavit_tok.data.shard_manifest import ShardError
     from lavit_tok.data.shard_reader import Shards
+    from lavit_tok.data.tokenize_batch import TokenizeBatch, tokenize_batch
     from lavit_tok.decode.conditioner import Conditioning
     from lavit_tok.decode.pipeline import PixelDecoder
     from lavit_tok.encode.continuous import ContinuousPath
@@ -33,12 +34,14 @@ __all__ = [
     "PixelDecoder",
     "ShardError",
     "Shards",
+    "TokenizeBatch",
     "TokenizerConfig",
     "VisualCodes",
     "VisualImageProcessor",
     "VisualTokenizer",
     "WeightsError",
     "load_released",
+    "tokenize_batch",
 ]
 
 _MODULES = {
@@ -56,6 +59,8 @@ _MODULES = {
     "load_released": "checkpoints.released.loader",
     "ShardError": "data.shard_manifest",
     "Shards": "data.shard_reader",
+    "TokenizeBatch": "data.tokenize_batch",
+    "tokenize_batch": "data.tokenize_batch",
     "ImageDataModule": "training.data_module",
 }
 

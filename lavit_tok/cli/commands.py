@@ -187,7 +187,7 @@ def shards(arguments: argparse.Namespace) -> int:
         raise ImportError(
             f"reading data sets needs more packages: pip install 'lavit-tok[train]' ({error})"
         ) from None
-    names = ("split", "budget", "flip", "shard_size", "batch_size", "num_workers")
+    names = ("split", "budget", "flip", "shard_size", "batch_size", "num_workers", "streaming")
     columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
     tokenizer = _tokenizer(arguments)
     limit_images(tokenizer.image_processor, arguments)
@@ -199,6 +199,15 @@ def shards(arguments: argparse.Namespace) -> int:
         columns=columns,
         **{name: getattr(arguments, name) for name in names},
     ):
+        print(summary, file=sys.stderr)
+    return 0
+
+
+def verify_shards(arguments: argparse.Namespace) -> int:
+    """Check shards, and make their manifest again if it is missing or wrong."""
+    from lavit_tok.data.shard_footers import verify
+
+    for summary in verify(arguments.folder):
         print(summary, file=sys.stderr)
     return 0
 

@@ -4,6 +4,7 @@
     decode CODES --out DIR    codes -> PNG files
     reconstruct [IMAGES...]   original, kept patches and reconstruction side by side
     shards DATASET --out DIR  a captioned data set -> parquet shards of codes, to train LMs on
+    shards verify DIR         their check; makes the manifest again
     fit, fit-decoder          training, by LightningCLI
     recipes ACTION [NAME]     list, show or copy the training recipes
     demo                      a page in the browser: encode, decode, generate, compare
@@ -78,6 +79,8 @@ def run_command(
 ) -> int:
     """Parse the arguments and run the command that they name, for any program."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if (joined := "-".join(args[:2])) in commands:  # as "shards verify"
+        args[:2] = [joined]
     command = commands.get(args[0]) if args else None
     if command is not None and command.arguments is None:
         return _run(program, command, args[1:])
@@ -376,6 +379,11 @@ COMMANDS: dict[str, Command] = {
                 help="image folder, parquet file, webdataset tars, arrow folder, or a Hub name",
             ),
             out_argument("folder for the shards; an interrupted job is resumed"),
+            Argument(
+                "--streaming",
+                action="store_true",
+                help="read the data set's files (tar, parquet; URLs too) in order, without a copy",
+            ),
             Argument("--split", metavar="NAME", help="one split; by default all splits"),
             Argument(
                 "--image-column",
@@ -411,6 +419,11 @@ COMMANDS: dict[str, Command] = {
             BATCH,
             DEVICE,
         ),
+    ),
+    "shards-verify": Command(
+        "check shards, and make their manifest again from their footers",
+        "lavit_tok.cli.commands:verify_shards",
+        (Argument("folder", type=Path, metavar="DIR", help="what shards --out wrote"),),
     ),
     "fit": Command("train a tokenizer: fit -c recipe.yaml", "lavit_tok.cli.commands:fit"),
     "fit-decoder": Command(

@@ -102,11 +102,13 @@ def has_keys(path: Path, keys: set[str]) -> bool:
         return False
 
 
-def write_rejects(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write records as JSON lines; without any, remove the file."""
-    lines = [json_line(record) for record in records]
-    if not lines:
+def write_rejects(path: Path, records: Iterable[dict[str, Any]]) -> bool:
+    """Write records as JSON lines; without any, remove the file. Returns whether it changed."""
+    text = "".join(json_line(record) for record in records)
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not text:
         path.unlink(missing_ok=True)
-        return
-    with atomic(path) as partial:
-        partial.write_text("".join(lines), encoding="utf-8")
+    elif text != before:
+        with atomic(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return text != before

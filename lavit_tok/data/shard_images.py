@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from lavit_tok.data.image_sources import load_splits
-from lavit_tok.data.shard_manifest import Manifest, ShardError
+from lavit_tok.data.shard_manifest import Manifest, ShardError, joined_digest
 from lavit_tok.data.shard_reader import Shards
-from lavit_tok.data.shard_source import SplitImages
+from lavit_tok.data.shard_source import SplitImages, digest
 from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
 
 
@@ -39,7 +40,8 @@ class ShardImages:
     """
 
     def __init__(self, shards: Shards, data: str, image_processor: VisualImageProcessor) -> None:
-        source = Manifest.read(shards.directory).splits[shards.split].source
+        listed = Manifest.read(shards.directory).splits[shards.split]
+        source = listed.source
         splits = load_splits(data)
         if shards.split not in splits:
             raise ShardError(
@@ -49,7 +51,12 @@ class ShardImages:
         columns = (source.image_column, source.caption_column or "", source.key_column)
         self.images = SplitImages(splits[shards.split], data, image_processor, *columns)
         self.data, self.flip = data, shards.flip
-        if (len(self.images), self.images.digest()) != (source.images, source.digest):
+        digests, start = [], 0
+        for shard in listed.shards:
+            stop = min(start + shard.images, len(self.images))
+            digests.append(digest(self.images.examples(start, stop)))
+            start = stop
+        if (len(self.images), joined_digest(digests)) != (source.images, source.digest):
             raise ShardError(
                 f"{data}: expected the {source.images} images of split {shards.split!r} that "
                 f"{shards.directory} was made from, got {len(self.images)}, with another key, "
@@ -72,11 +79,13 @@ class ShardImages:
         """Raises ImageError for an image that can no longer be read, and IndexError."""
         number, flipped = divmod(record, 1 + self.flip)
         index = int(self.readable[number])
-        opened = self.images[range(index, index + 1)]
-        (example,) = opened.examples
-        if example.reason is not None:
+        (opened,) = self.images.decoded(index).to_pylist()
+        if opened["reason"] is not None:
             raise ImageError(
-                f"{self.data}: {example.key}: {example.reason}; it could be read when the shards "
-                "were made"
+                f"{self.data}: {opened['key']}: {opened['reason']}; it could be read when the "
+                "shards were made"
             )
-        return opened.pixels[0].flip(2) if flipped else opened.pixels[0]
+        size = self.images.image_processor.size
+        pixels = torch.frombuffer(bytearray(opened["pixels"]), dtype=torch.uint8)
+        pixels = pixels.reshape(3, size, size)
+        return pixels.flip(2) if flipped else pixels

@@ -1,7 +1,7 @@
 """The files of a folder of shards: a manifest, and parquet files of codes with captions.
 
     DIR/manifest.json         the tokenizer, the data set, and the files that must exist
-    DIR/train-00000.parquet   columns key, caption, codes, length, keep
+    DIR/train-00000.parquet   columns key, caption, codes, length, keep; footer
     DIR/train.rejects.jsonl   images that could not be read: key, reason, index in the data set;
                               absent if there are none
 
@@ -13,13 +13,20 @@ without corrupt ones. With flip, each image is followed by its horizontal flip, 
               00000 |0 1 3|            00001 |4 5 6 7|        00002 |8 9|
     flip      00000 |0 0' 1 1' 3 3'|   00001 |4 4' ... 7'|    00002 |8 8' 9 9'|
 
+The shards of a stream are named after its input file as well: train-00012-00000.parquet is the
+first of file 12. Every shard has a footer with its config, counts, digests and rejects. The
+manifest and the list of rejects are made from the footers when a split is complete, so that the
+cost of a shard does not depend on how many there are.
+
 Every shard is a code file as well (code_files.py), so `lavit-tok decode` reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +36,8 @@ from lavit_tok.data.code_files import FORMAT as CODES
 from lavit_tok.data.code_files import CodeFileHeader
 from lavit_tok.data.files import atomic
 
-FORMAT, VERSION, MANIFEST = "lavit_tok.shards", 2, "manifest.json"
+FORMAT, VERSION, MANIFEST = "lavit_tok.shards", 3, "manifest.json"
+FOOTER = "lavit_tok.shard"
 Record = TypeVar("Record")
 
 
@@ -58,17 +66,25 @@ class ShardConfig:
 
 
 @dataclass(frozen=True)
-class SplitSource:
-    """The split of a data set that shards are made from."""
+class SplitColumns:
+    """How the split of a data set is read."""
 
-    data: str
-    """The data set, as given."""
-    images: int
-    digest: str
-    """Digest of every image's key, caption and encoded size, in order."""
     image_column: str
     caption_column: str | None
     key_column: str | None
+    parts: int | None
+    """Input files of a stream; None for a data set that is read at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSource(SplitColumns):
+    """The split of a data set that shards are made from."""
+
+    data: str
+    """The data set, as given; empty if the manifest was rebuilt without it."""
+    images: int
+    digest: str
+    """Digest of every image's key, caption and encoded size, in order."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,28 @@ class Shard:
     rejects: int
     """Images that could not be read."""
     sha256: str
+    images: int
+    """Images of the data set: those with records, and rejects."""
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a shard records of itself, as metadata of the parquet file."""
+
+    config: ShardConfig
+    split: str
+    columns: SplitColumns
+    last: bool
+    """Whether it is the last shard of the split, or of its input file."""
+    images: int
+    records: int
+    codes: int
+    digest: str
+    """Digest of the keys, captions and encoded sizes of its images."""
+    sha256: str
+    """Digest of all bytes of the file before the footer."""
+    rejects: list[dict[str, Any]]
+    """{"key", "reason", "index" in the shard} of each image that could not be read."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +170,11 @@ class Manifest:
                 raise ShardError(f"shard_size should be at least 1, got {config.shard_size}")
             return cls(config, splits)
         except OSError as error:
+            if any(directory.glob("*.parquet")):
+                raise ShardError(
+                    f"{directory}: its shards are not complete; the same `lavit-tok shards` "
+                    "command adds the others"
+                ) from None
             raise ShardError(f"{path}: not a folder of shards: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error if isinstance(error, ShardError) else f"{type(error).__name__}: {error}"
@@ -141,20 +184,28 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class ShardRecord:
-    """The codes of one image, with its caption."""
+class ShardFile:
+    """A shard that is complete."""
 
-    key: str
-    caption: str
-    codes: list[int]
-    keep: list[int]
-    """Patches of the codes, in raster order."""
-    flipped: bool = False
+    footer: Footer
+    sha256: str
+    """Of the whole file."""
 
 
-def shard_names(split: str, images: int, size: int) -> list[str]:
-    """("train", 10, 4) -> train-00000.parquet, train-00001.parquet, train-00002.parquet."""
-    return [f"{split}-{number:05d}.parquet" for number in range(-(-images // size))]
+def joined_digest(digests: Sequence[str]) -> str:
+    """The digest of a split from those of its shards."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def shard_name(split: str, number: int, part: int | None = None) -> str:
+    """("train", 1) -> train-00001.parquet; ("train", 1, 12) -> train-00012-00001.parquet."""
+    return f"{split}-{'' if part is None else f'{part:05d}-'}{number:05d}.parquet"
+
+
+def shard_position(split: str, file: str) -> tuple[int, int] | None:
+    """(part, number) of the name of a shard; None for any other name."""
+    match = re.fullmatch(rf"{re.escape(split)}-(?:(\d{{5,}})-)?(\d{{5,}})\.parquet", file)
+    return match and (int(match[1] or 0), int(match[2]))
 
 
 def sha256(path: Path) -> str:
@@ -163,15 +214,55 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_shard(path: Path, records: Sequence[ShardRecord], config: ShardConfig) -> None:
-    """Write the parquet file of a shard."""
-    import pyarrow as pa
+def shard_bytes(table: Any, footer: dict[str, Any], config: ShardConfig) -> tuple[bytes, ShardFile]:
+    """The content of a shard's file.
+
+    Args:
+        table: the records, with the columns of `schema`.
+        footer: the fields of `Footer` that do not follow from the other arguments.
+        config: what all shards have in common.
+    """
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     header = CodeFileHeader(config.tokenizer, config.codebook_size, config.patches)
-    columns = schema(config.flip).with_metadata({CODES: header.to_json()})
-    values = [{**asdict(record), "length": len(record.codes)} for record in records]
-    pq.write_table(pa.Table.from_pylist(values, schema=columns), path, compression="zstd")
+    columns = schema(config.flip)
+    table = table.select(columns.names).cast(columns).combine_chunks()
+    sink = io.BytesIO()
+    metadata = {CODES: header.to_json()}
+    with pq.ParquetWriter(sink, columns.with_metadata(metadata), compression="zstd") as writer:
+        writer.write_table(table)
+        codes = pc.sum(table["length"]).as_py() or 0
+        digest = hashlib.sha256(sink.getvalue()).hexdigest()
+        made = Footer(config, records=len(table), codes=codes, sha256=digest, **footer)
+        writer.add_key_value_metadata({FOOTER: json.dumps(asdict(made))})
+    content = sink.getvalue()
+    return content, ShardFile(made, hashlib.sha256(content).hexdigest())
+
+
+def read_footer(path: Path) -> ShardFile:
+    """The footer of a shard. Raises ShardError for a damaged file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        content = path.read_bytes()
+        metadata = pq.read_metadata(io.BytesIO(content)).metadata or {}
+        values = json.loads(metadata[FOOTER.encode()])
+        start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        config, columns = (
+            _record(kind, values[name])
+            for name, kind in (("config", ShardConfig), ("columns", SplitColumns))
+        )
+        footer = Footer(**{**values, "config": config, "columns": columns})
+    except (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(
+            f"{path}: truncated, or not a shard of version {VERSION}: {type(error).__name__}: "
+            f"{error}"
+        ) from None
+    if hashlib.sha256(content[:start]).hexdigest() != footer.sha256:
+        raise ShardError(f"{path}: altered: its sha256 is not the one in its footer")
+    return ShardFile(footer, hashlib.sha256(content).hexdigest())
 
 
 def schema(flip: bool) -> Any:

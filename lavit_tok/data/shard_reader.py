@@ -20,7 +20,7 @@ from lavit_tok.data.shard_manifest import (
     ShardError,
     schema,
     sha256,
-    shard_names,
+    shard_position,
 )
 
 
@@ -73,11 +73,12 @@ class Shards:
             )
         config, source = manifest.config, manifest.splits[split].source
         shards = manifest.splits[split].shards
-        expected = shard_names(split, source.images, config.shard_size)
-        if [shard.file for shard in shards] != expected:
+        positions = [shard_position(split, shard.file) for shard in shards]
+        images = sum(shard.images for shard in shards)
+        if None in positions or len({*positions}) < len(shards) or images != source.images:
             raise ShardError(
-                f"{directory}: {len(shards)} of {len(expected)} shards of split {split!r} are "
-                "done; the same `lavit-tok shards` command adds the others"
+                f"{directory}: split {split!r} has shards of {images} of {source.images} images in "
+                f"{MANIFEST}; `lavit-tok shards verify {directory}` makes it again"
             )
         for shard in shards:
             check_shard(directory / shard.file, shard, config, verify)

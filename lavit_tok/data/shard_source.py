@@ -1,58 +1,68 @@
-"""The images of a captioned data set, opened in any process, and their codes as shard records.
+"""The images of a captioned data set in blocks, read in any process: at random, or as streams.
 
-split -SplitImages-> OpenedImages: keys, captions, uint8 [m 3 s s], reasons -encode-> ShardRecords
+    SplitImages       one part, whose blocks are ranges of examples
+    StreamedImages    a part for each input file (tar, parquet), read from its start
+
+    shard size 4      SplitImages, ten images     |0 1 2 3| |4 5 6 7| |8 9|
+                      StreamedImages, two files   |0 1 2 3| |4|   |0 1 2|
+
+A block becomes one shard. Its name is a function of part and number, and its digest of its
+examples, so that neither depends on who reads it, or when.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from jaxtyping import UInt8
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from lavit_tok.data.image_sources import KEY_COLUMNS, example_key, read_image, undecoded
-from lavit_tok.data.shard_manifest import ShardConfig, ShardRecord
+from lavit_tok.data.image_sources import KEY_COLUMNS, example_key, undecoded
+from lavit_tok.data.shard_manifest import ShardError, SplitColumns, shard_name
+from lavit_tok.data.tokenize_batch import decode_batch
 from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.tokenizer import VisualTokenizer
 
 CAPTION_COLUMNS = ("caption", "text", "txt")
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+EXAMPLES = pa.schema(
+    {
+        "file": pa.string(),  # of the shard
+        "index": pa.int64(),  # in the part; -1 in the only record of a part without examples
+        "end": pa.int8(),  # BLOCK_END or PART_END for the last example of a block
+        "size": pa.int64(),  # of the encoded image, in bytes
+        "key": pa.string(),
+        "caption": pa.string(),
+        "image": IMAGE,
+    }
+)
+BLOCK_END, PART_END = 1, 2
+Example = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class ExampleInfo:
-    """An example of the data set without its pixels."""
+class Work:
+    """Examples for one process to read: of part `part`, numbers start..stop-1, or all."""
 
-    index: int
-    key: str
-    caption: str
-    reason: str | None
-    """Why its image cannot be read; None if it can."""
+    part: int
+    start: int = 0
+    stop: int | None = None
 
 
-@dataclass(frozen=True)
-class OpenedImages:
-    """Consecutive examples of the data set."""
-
-    examples: list[ExampleInfo]
-    pixels: UInt8[Tensor, "m 3 size size"]
-    """The m readable images. One tensor, since each needs a file descriptor between processes."""
-
-
-class SplitImages(Dataset):
-    """The images of one split: `images[range(5, 8)]` opens three of them.
+class ImageSource:
+    """What both kinds of sources share.
 
     Args:
-        split: a map-style `datasets.Dataset`.
+        split: a `datasets.Dataset` or `datasets.IterableDataset`.
         data: the path of the data set; keys that are file paths are relative to it.
         image_processor: the tokenizer's.
         image_column, caption_column, key_column: see `lavit-tok shards --help`.
@@ -60,6 +70,8 @@ class SplitImages(Dataset):
     Raises:
         ValueError: naming a column that does not exist, or that is not text.
     """
+
+    parts: int | None = None
 
     def __init__(
         self,
@@ -84,51 +96,172 @@ class SplitImages(Dataset):
         self.split = split.select_columns(list(dict.fromkeys(name for name in used if name)))
         self.root, self.image_processor = f"{Path(data).absolute()}/", image_processor
 
+    @property
+    def columns(self) -> SplitColumns:
+        """What resuming must not change."""
+        return SplitColumns(self.image_column, self.caption_column, self.key_column, self.parts)
+
+    def _example(self, example: Example, number: int, size: int | None) -> Example:
+        """A record without the columns about blocks."""
+        key = example_key(example, self.image_column, f"example {number}", self.key_columns)
+        caption = example[self.caption_column] or "" if self.caption_column else ""
+        image = example[self.image_column] or {}
+        path = image.get("path")
+        if size is None and path and os.path.isfile(path):
+            size = os.path.getsize(path)
+        return {
+            "key": key.removeprefix(self.root),
+            "caption": caption,
+            "size": size,
+            "image": image,
+        }
+
+
+class SplitImages(ImageSource):
+    """The images of a map-style split."""
+
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, indices: range) -> OpenedImages:
-        processor = self.image_processor
-        examples = []
-        pixels = [torch.empty(0, 3, processor.size, processor.size, dtype=torch.uint8)]
-        for index in indices:
-            example = self.split[index]
-            key = self._key(example, index)
-            image, reject = read_image(example, self.image_column, key, key, processor.open)
-            reason = reject["reason"].removeprefix(f"{key}: ") if reject else None
-            examples.append(ExampleInfo(index, key, self._caption(example), reason))
-            if image is not None:
-                pixels.append(processor.resize(image)[None])
-        return OpenedImages(examples, torch.cat(pixels))
+    def work(self, name: str, size: int, step: int, done: dict[str, str]) -> list[Work]:
+        """All blocks, in pieces of `step` examples except those that are done.
 
-    def digest(self) -> str:
-        """16 hexadecimal digits of every key, caption and encoded size; independent of the path."""
-        sha = hashlib.sha256()
-        for index, example, size in self._without_images():
-            content = [self._key(example, index), self._caption(example), size]
-            sha.update(json.dumps(content).encode())
-        return sha.hexdigest()[:16]
+        Args:
+            name: of the split.
+            size: examples of a block.
+            step: multiples of it from the start of a block are where pieces begin.
+            done: shards that exist -> digests of their examples.
+        """
+        work = []
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            piece = size if shard_name(name, start // size) in done else step
+            work += [Work(0, at, min(at + piece, stop)) for at in range(start, stop, piece)]
+        return work
 
-    def _without_images(self) -> Iterator[tuple[int, dict[str, Any], int | None]]:
-        """(index, example, encoded size), without reading the bytes of the memory-mapped images."""
-        index = 0
-        for table in self.split.with_format("arrow").iter(1000):
+    def batches(
+        self, work: Work, name: str, size: int, step: int, done: dict[str, str]
+    ) -> Iterator[pa.Table]:
+        """Decoded batches of at most `step` images, of blocks that are not done.
+
+        Raises:
+            ShardError: a block that is done was made from other examples.
+        """
+        assert work.stop is not None
+        file = shard_name(name, work.start // size)
+        if file in done:
+            _require_digest(file, done[file], digest(self.examples(work.start, work.stop)))
+            return
+        block_end = min((work.start // size + 1) * size, len(self))
+        for start in range(work.start, work.stop, step):
+            columns = self.split[start : min(start + step, work.stop)]
+            rows = []
+            for i, image in enumerate(columns[self.image_column]):
+                example = {column: columns[column][i] for column in columns}
+                content = (image or {}).get("bytes")
+                row = self._example(example, start + i, None if content is None else len(content))
+                end = 0
+                if start + i + 1 == block_end:
+                    end = PART_END if block_end == len(self) else BLOCK_END
+                rows.append({"file": file, "index": start + i, "end": end, **row})
+            yield decode_batch(pa.Table.from_pylist(rows, EXAMPLES), self.image_processor)
+
+    def decoded(self, index: int) -> pa.Table:
+        """One example; see `decode_batch`."""
+        (table,) = self.batches(Work(0, index, index + 1), "", len(self), 1, {})
+        return table
+
+    def examples(self, start: int, stop: int) -> Iterator[Example]:
+        """Keys, captions and encoded sizes, without reading the bytes of memory-mapped images."""
+        split = self.split.with_format("arrow")
+        for first in range(start, stop, 1000):
+            table = split[first : min(first + 1000, stop)]
             image = table[self.image_column]
             sizes = pc.binary_length(pc.struct_field(image, "bytes")).to_pylist()
             paths = pc.struct_field(image, "path").to_pylist()
-            examples = table.drop_columns([self.image_column]).to_pylist()
-            for example, path, size in zip(examples, paths, sizes, strict=True):
-                if size is None and path and os.path.isfile(path):
-                    size = os.path.getsize(path)
-                yield index, {**example, self.image_column: {"path": path}}, size
-                index += 1
+            others = table.drop_columns([self.image_column]).to_pylist()
+            for i, (example, path, size) in enumerate(zip(others, paths, sizes, strict=True)):
+                yield self._example({**example, self.image_column: {"path": path}}, first + i, size)
 
-    def _key(self, example: dict[str, Any], index: int) -> str:
-        key = example_key(example, self.image_column, f"example {index}", self.key_columns)
-        return key.removeprefix(self.root)
 
-    def _caption(self, example: dict[str, Any]) -> str:
-        return example[self.caption_column] or "" if self.caption_column else ""
+class StreamedImages(ImageSource):
+    """The images of a streaming split, in as many parts as it has input files.
+
+    A resumed job reads the files with missing blocks again, from their start; the images of blocks
+    that are done are not decoded. Files all of whose blocks are done are not read.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parts: int = self.split.num_shards
+
+    def work(self, name: str, size: int, step: int, done: dict[str, str]) -> list[Work]:
+        """All parts; see `SplitImages.work`."""
+        return [Work(part) for part in range(self.parts)]
+
+    def batches(
+        self, work: Work, name: str, size: int, step: int, done: dict[str, str]
+    ) -> Iterator[pa.Table]:
+        """See `SplitImages.batches`."""
+        stream = self._stream(work.part)
+        following = next(stream, None)
+        if following is None:
+            rows = [{"file": shard_name(name, 0, work.part), "index": -1, "end": PART_END}]
+            yield decode_batch(pa.Table.from_pylist(rows, EXAMPLES), self.image_processor)
+        block = 0
+        while following is not None:
+            file = shard_name(name, block, work.part)
+            examples = itertools.chain([following], itertools.islice(stream, size - 1))
+            if file in done:
+                _require_digest(file, done[file], digest(examples))
+                following = next(stream, None)
+            else:
+                index = block * size
+                rows = []
+                following = next(examples, None)
+                for example in itertools.chain(examples, [None]):
+                    assert following is not None
+                    ahead = example if example is not None else next(stream, None)
+                    end = 0 if example is not None else BLOCK_END if ahead else PART_END
+                    rows.append({"file": file, "index": index, "end": end, **following})
+                    index, following = index + 1, ahead
+                    if len(rows) == step or end:
+                        table = pa.Table.from_pylist(rows, EXAMPLES)
+                        yield decode_batch(table, self.image_processor)
+                        rows = []
+            block += 1
+
+    def _stream(self, part: int) -> Iterator[Example]:
+        from datasets.utils.file_utils import xopen
+
+        stream = iter(self.split.shard(self.parts, part))
+        for number in itertools.count():
+            try:
+                example = next(stream, None)
+            except Exception as error:  # the readers raise many kinds
+                raise ShardError(
+                    f"{self.root}: input file {part + 1} of {self.parts} cannot be read: {error}"
+                ) from error
+            if example is None:
+                return
+            image = dict(example[self.image_column] or {})
+            path = image.get("path")
+            if image.get("bytes") is None and path and "://" in path:
+                with xopen(path, "rb") as file:
+                    image["bytes"] = file.read()
+            content = image.get("bytes")
+            size = None if content is None else len(content)
+            example = {**example, self.image_column: image}
+            yield self._example(example, number, size)
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """16 hexadecimal digits of keys, captions and encoded sizes; independent of the path."""
+    sha = hashlib.sha256()
+    for example in examples:
+        content = [example["key"], example["caption"], example["size"]]
+        sha.update(json.dumps(content).encode())
+    return sha.hexdigest()[:16]
 
 
 def weights_digest(tokenizer: VisualTokenizer) -> str:
@@ -143,26 +276,13 @@ def weights_digest(tokenizer: VisualTokenizer) -> str:
     return sha.hexdigest()[:16]
 
 
-def encode(
-    tokenizer: VisualTokenizer, images: OpenedImages, config: ShardConfig
-) -> list[ShardRecord]:
-    """Records of the readable images; with flip, each is followed by that of its flip."""
-    readable = [example for example in images.examples if example.reason is None]
-    if not readable:
-        return []
-    views = [images.pixels, images.pixels.flip(3)] if config.flip else [images.pixels]
-    columns: list[list[ShardRecord]] = []
-    for flipped, pixels in enumerate(views):
-        codes = tokenizer.encode(pixels, config.budget).to("cpu")
-        assert codes.keep is not None  # codes of images always have a keep mask
-        keep = [mask.nonzero().flatten().tolist() for mask in codes.keep]
-        columns.append(
-            [
-                ShardRecord(example.key, example.caption, values, patches, bool(flipped))
-                for example, values, patches in zip(readable, codes.to_list(), keep, strict=True)
-            ]
+def _require_digest(file: str, before: str, now: str) -> None:
+    if before != now:
+        raise ShardError(
+            f"{file}: its images have other keys, captions or file sizes than when it was made "
+            f"(digest {before!r}, now {now!r}): use the same data set, or another --out, as shards "
+            "of both would be mixed"
         )
-    return [record for pair in zip(*columns, strict=True) for record in pair]
 
 
 def _caption_column(columns: Any, name: str | None, data: str) -> str | None:

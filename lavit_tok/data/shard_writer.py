@@ -1,43 +1,54 @@
 """Writing shards: tokenize a captioned data set once, in a job that can be stopped and resumed.
 
-A shard depends only on its own images and the config, and each file is written as a whole: the
-parquet file, the rejects, then the manifest. Shards that the manifest does not list are made again.
+    source -engine: decode, encode-> tables of codes, in any order -ShardJob-> a file for each block
+
+An engine is only a way to map batches; one process writes. A shard depends only on its own images
+and the config, and appears as a whole, so a killed job is resumed by any engine.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import worker
 from tqdm import tqdm
 
 from lavit_tok.data.files import atomic, exclusive_folder
 from lavit_tok.data.image_sources import load_splits
-from lavit_tok.data.rejects import AllSkippedError, write_rejects
+from lavit_tok.data.rejects import AllSkippedError
+from lavit_tok.data.shard_footers import (
+    complete_parts,
+    existing_shards,
+    require_same,
+    write_manifest,
+)
 from lavit_tok.data.shard_manifest import (
     MANIFEST,
     Manifest,
-    Shard,
     ShardConfig,
-    ShardedSplit,
     ShardError,
-    ShardRecord,
-    SplitSource,
-    sha256,
-    shard_names,
-    write_shard,
+    shard_bytes,
+    shard_position,
 )
-from lavit_tok.data.shard_source import SplitImages, encode, weights_digest
+from lavit_tok.data.shard_source import (
+    PART_END,
+    SplitImages,
+    StreamedImages,
+    Work,
+    digest,
+    weights_digest,
+)
+from lavit_tok.data.tokenize_batch import tokenize_batch
 from lavit_tok.tokenizer import VisualTokenizer
-
-RejectsByIndex = dict[int, dict[str, Any]]
-"""Index in the data set -> {"key", "reason", "index"}."""
 
 
 def write_shards(
@@ -52,11 +63,12 @@ def write_shards(
     shard_size: int = 4096,
     batch_size: int = 32,
     num_workers: int = 0,
+    streaming: bool = False,
 ) -> list[str]:
     """Tokenize splits of a data set; see `lavit-tok shards --help`.
 
     Args:
-        data: directory, file or Hub id of the data set.
+        data: directory, file, URL or Hub id of the data set.
         out: directory of the shards; a run that was stopped is resumed.
         tokenizer_name: "default", directory or Hub id of the tokenizer, for the manifest.
         tokenizer: encodes the images.
@@ -67,6 +79,7 @@ def write_shards(
         shard_size: images per shard.
         batch_size: images per batch.
         num_workers: processes that read images; 0 for none.
+        streaming: read the input files in order, without a copy of the data set on this machine.
 
     Returns:
         A summary of each split.
@@ -76,7 +89,7 @@ def write_shards(
         ValueError: a data set, split or column that cannot be read.
         OSError: a file that cannot be written.
     """
-    splits = load_splits(data)
+    splits = load_splits(data, streaming)
     names = list(splits) if split is None else [split]
     if missing := set(names) - set(splits):
         raise ValueError(f"{data}: expected a split {missing.pop()!r}, got {', '.join(splits)}")
@@ -93,12 +106,14 @@ def write_shards(
         flip=flip,
         shard_size=shard_size,
     )
+    engine = partial(encode_here, tokenizer=tokenizer, num_workers=num_workers)
+    kind: Any = StreamedImages if streaming else SplitImages
     summaries = []
     with exclusive_folder(out):
         for name in names:
-            images = SplitImages(splits[name], data, tokenizer.image_processor, *columns)  # type: ignore[arg-type]
-            job = ShardJob(out, name, images, config, data)
-            job.run(tokenizer, batch_size, num_workers)
+            source = kind(splits[name], data, tokenizer.image_processor, *columns)
+            job = ShardJob(out, name, source, config, data)
+            job.run(engine, batch_size)
             summaries.append(job.summary())
     return summaries
 
@@ -110,147 +125,184 @@ class ShardJob:
         ShardError: the folder has shards of another config or data set.
     """
 
-    def __init__(
-        self, out: Path, name: str, images: SplitImages, config: ShardConfig, data: str
-    ) -> None:
-        if not len(images):
+    def __init__(self, out: Path, name: str, source: Any, config: ShardConfig, data: str) -> None:
+        if isinstance(source, SplitImages) and not len(source):
             raise ValueError(f"{data}: split {name!r} is empty")
-        self.out, self.name, self.images, self.size = out, name, images, config.shard_size
-        columns = (images.image_column, images.caption_column, images.key_column)
-        source = SplitSource(data, len(images), images.digest(), *columns)
-        self.manifest = Manifest(config, {})
+        self.out, self.name, self.source, self.config, self.data = out, name, source, config, data
+        self.size = config.shard_size
+        self.shards = existing_shards(out, name)
+        self.resumed = len(self.shards)
+        before: list[dict[str, Any]] = []
+        # Config and name of the data set are kept as first given.
         if (out / MANIFEST).exists():
-            self.manifest = Manifest.read(out)
-        previous = self.manifest.splits.get(name, ShardedSplit(source, ()))
-        _require_same(
-            out,
-            asdict(self.manifest.config) | asdict(previous.source),
-            asdict(config) | asdict(source),
-        )
-        # From the manifest: it keeps the names of tokenizer and data set as first given.
-        self.source, self.config = previous.source, self.manifest.config
-        self.names = shard_names(name, len(images), self.size)
-        self.rejects = self._read_rejects()
-        self.done = {shard.file: shard for shard in previous.shards if self._is_complete(shard)}
-        self.resumed = len(self.done)
-        known = {i: r for i, r in self.rejects.items() if self._name(i) in self.done}
-        # Rejects of incomplete shards are found again; the file is rewritten without them.
-        self.stale, self.rejects = known != self.rejects, known
+            manifest = Manifest.read(out)
+            self.config = manifest.config
+            before.append(asdict(manifest.config))
+            if name in manifest.splits:
+                listed = manifest.splits[name].source
+                self.data = listed.data or data
+                before.append({field: getattr(listed, field) for field in asdict(source.columns)})
+        for shard in self.shards.values():
+            self.config = shard.footer.config
+            before.append(asdict(shard.footer.config) | asdict(shard.footer.columns))
+        for values in before:
+            require_same(out, values, asdict(config) | asdict(source.columns))
+        for file, shard in self.shards.items() if isinstance(source, SplitImages) else ():
+            start = self._first(file)
+            if start >= len(source) or shard.footer.last != (start + self.size >= len(source)):
+                raise ShardError(
+                    f"{out / file}: made from a data set of another number of images than the "
+                    f"{len(source)} of {data}: use the same data set, or another --out"
+                )
 
-    def run(self, tokenizer: VisualTokenizer, batch_size: int, num_workers: int) -> None:
-        """Make the missing shards.
+    def run(self, engine: Any, batch_size: int) -> None:
+        """Make the missing shards, then the manifest.
+
+        Args:
+            engine: maps (work, read, config) to tables of codes of the batches of `read(item)` for
+                each item of work, in any order.
+            batch_size: images of a batch.
 
         Raises:
             OSError: a file cannot be written.
+            ShardError: the data set has changed since the other shards were made.
             ValueError: no image can be read.
         """
-        batches: list[Any] = []  # of indices; no batch spans two shards
-        for number, name in enumerate(self.names):
-            end = min((number + 1) * self.size, len(self.images))
-            starts = range(number * self.size, end, batch_size) if name not in self.done else ()
-            batches += [range(start, min(start + batch_size, end)) for start in starts]
-        loader: Any = DataLoader(
-            self.images, batch_size=None, sampler=batches, num_workers=num_workers
-        )
-        records: list[ShardRecord] = []
-        rejects: RejectsByIndex = {}
-        for opened in tqdm(loader, f"shards {self.name}", file=sys.stderr, disable=None):
-            records += encode(tokenizer, opened, self.config)
-            for e in opened.examples:
-                if e.reason is not None:
-                    rejects[e.index] = {"key": e.key, "reason": e.reason, "index": e.index}
-            last = opened.examples[-1].index
-            if (last + 1) % self.size == 0 or last + 1 == len(self.images):
-                self._save(self._name(last), records, rejects)
-                records, rejects = [], {}
-        if not sum(shard.records for shard in self.done.values()):
-            first = next(iter(self.rejects.values()))
+        done = {file: shard.footer.digest for file, shard in self.shards.items()}
+        size, source = self.size, self.source
+        work = source.work(self.name, size, batch_size, done)
+        total = None
+        if source.parts is None:
+            total = len(source)
+        else:
+            complete = complete_parts(self.name, self.shards)
+            work = [item for item in work if item.part not in complete]
+        read = partial(source.batches, name=self.name, size=size, step=batch_size, done=done)
+        blocks: dict[str, list[pa.Table]] = {}
+        before = sum(shard.footer.images for shard in self.shards.values())
+        images = codes = rejects = 0
+        description = f"shards {self.name}"
+        with tqdm(
+            None, description, total, unit=" images", file=sys.stderr, disable=None, initial=before
+        ) as progress:
+            for table in engine(work, read, self.config):
+                files = pc.unique(table["file"]).to_pylist()
+                for file in files:
+                    one = len(files) == 1
+                    rows = table if one else table.filter(pc.equal(table["file"], file))
+                    blocks.setdefault(file, []).append(rows)
+                    if whole := self._whole(file, blocks[file]):
+                        self._save(file, *whole)
+                        del blocks[file]
+                count = len(pc.unique(table["index"])) if self.config.flip else len(table)
+                progress.update(count)
+                images += count
+                codes += pc.sum(table["length"]).as_py() or 0
+                rejects += len(table) - table["reason"].null_count
+                mean = codes / max(1, images)
+                progress.set_postfix_str(f"{mean:.1f} codes/image, {rejects} skipped", False)
+        assert not blocks, f"blocks without an end: {[*blocks]}"
+        write_manifest(self.out, self.name, self.shards, self.data)
+        bad = [reject for shard in self.shards.values() for reject in shard.footer.rejects]
+        if not sum(shard.footer.images for shard in self.shards.values()):
+            raise ValueError(f"{self.data}: split {self.name!r} is empty")
+        if not sum(shard.footer.records for shard in self.shards.values()):
             raise AllSkippedError(
-                f"none of {len(self.rejects)} images of split {self.name!r} could be used; the "
-                f"first is {first['key']}: {first['reason']}"
+                f"none of {len(bad)} images of split {self.name!r} could be used; the first is "
+                f"{bad[0]['key']}: {bad[0]['reason']}"
             )
 
     def summary(self) -> str:
         """One line."""
-        shards = self.done.values()
-        records, codes = sum(s.records for s in shards), sum(s.codes for s in shards)
+        footers = [shard.footer for shard in self.shards.values()]
+        records, codes = sum(f.records for f in footers), sum(f.codes for f in footers)
         text = (
-            f"{self.name}: {records} records of {len(self.images)} images, {codes / records:.1f} "
-            f"codes per image ({self.config.patches} patches), {len(shards)} shards"
+            f"{self.name}: {records} records of {sum(f.images for f in footers)} images, "
+            f"{codes / records:.1f} codes per image ({self.config.patches} patches), "
+            f"{len(footers)} shards"
         )
         text += f", {self.resumed} of them from earlier runs" if self.resumed else ""
-        if self.rejects:
-            text += f"; {len(self.rejects)} skipped, listed in {self._rejects_file}"
+        if rejects := sum(len(footer.rejects) for footer in footers):
+            text += f"; {rejects} skipped, listed in {self.out / self.name}.rejects.jsonl"
         return text
 
-    def _save(self, file: str, records: list[ShardRecord], rejects: RejectsByIndex) -> None:
-        rejects = self.rejects | rejects
+    def _first(self, file: str) -> int:
+        """Index in the part of the first example of a shard."""
+        position = shard_position(self.name, file)
+        assert position is not None
+        return position[1] * self.size
+
+    def _whole(self, file: str, tables: list[pa.Table]) -> tuple[pa.Table, bool] | None:
+        """(all examples of a shard in order, whether it is the last of its part), if complete."""
+        if not any(table["end"][-1].as_py() for table in tables):
+            return None
+        table = pa.concat_tables(sorted(tables, key=lambda table: table["index"][0].as_py()))
+        index, end = table["index"][-1].as_py(), table["end"][-1].as_py()
+        if index < 0:  # a part without examples
+            return table.slice(1), True
+        if not end or index - self._first(file) + 1 != len(_images(table)):
+            return None
+        return table, end == PART_END
+
+    def _save(self, file: str, table: pa.Table, last: bool) -> None:
+        corrupt = table["reason"].is_valid()
+        images, first = _images(table), self._first(file)
+        rejects = table.filter(corrupt).select(["key", "reason", "index"]).to_pylist()
+        footer = {
+            "split": self.name,
+            "columns": self.source.columns,
+            "last": last,
+            "images": len(images),
+            "digest": digest(images.select(["key", "caption", "size"]).to_pylist()),
+            "rejects": [{**reject, "index": reject["index"] - first} for reject in rejects],
+        }
+        content, shard = shard_bytes(table.filter(pc.invert(corrupt)), footer, self.config)
         try:
-            with atomic(self.out / file) as partial:
-                write_shard(partial, records, self.config)
-                codes = sum(len(record.codes) for record in records)
-                count = len(rejects) - len(self.rejects)
-                shard = Shard(file, len(records), codes, count, sha256(partial))
-            if count or self.stale:
-                write_rejects(self._rejects_file, [rejects[index] for index in sorted(rejects)])
-            done = self.done | {file: shard}
-            shards = tuple(done[name] for name in self.names if name in done)
-            splits = self.manifest.splits | {self.name: ShardedSplit(self.source, shards)}
-            replace(self.manifest, splits=splits).write(self.out)
+            with atomic(self.out / file) as partial_file:
+                partial_file.write_bytes(content)
         except OSError as error:
             raise OSError(
-                f"{self.out / file} cannot be written: {error.strerror or error}. {len(self.done)} "
-                f"of {len(self.names)} shards are complete; the same command resumes after them"
+                f"{self.out / file} cannot be written: {error.strerror or error}. "
+                f"{len(self.shards)} shards are complete; the same command resumes after them"
             ) from error
-        self.done, self.rejects, self.stale = done, rejects, False
-
-    def _name(self, index: int) -> str:
-        return self.names[index // self.size]
-
-    @property
-    def _rejects_file(self) -> Path:
-        return self.out / f"{self.name}.rejects.jsonl"
-
-    def _read_rejects(self) -> RejectsByIndex:
-        """Those of an earlier run; a line that cannot be read makes its shard incomplete."""
-        rejects: RejectsByIndex = {}
-        text = self._rejects_file.read_text(encoding="utf-8") if self._rejects_file.exists() else ""
-        for line in text.split("\n"):
-            try:
-                values = json.loads(line)
-                reject = {name: values[name] for name in ("key", "reason", "index")}
-                if reject["index"] in range(len(self.images)):
-                    rejects[reject["index"]] = reject
-            except (ValueError, KeyError, TypeError):
-                continue
-        return rejects
-
-    def _is_complete(self, shard: Shard) -> bool:
-        path = self.out / shard.file
-        if shard.file not in self.names or not path.is_file() or sha256(path) != shard.sha256:
-            return False
-        return shard.rejects == sum(self._name(index) == shard.file for index in self.rejects)
+        self.shards[file] = shard
 
 
-def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ShardError naming every value that differs.
+class _Batches(IterableDataset):
+    """The batches of all work, of which each loading process reads a part."""
 
-    Values are compared as JSON: a budget of 1 code is not one of 1.0, all patches. Of tokenizer and
-    data set the content is compared, not the name.
-    """
-    changed = [
-        name
-        for name in before
-        if name not in ("tokenizer", "data") and json.dumps(before[name]) != json.dumps(now[name])
-    ]
-    if not changed:
-        return
-    if {"fingerprint", "weights"} & {*changed}:
-        changed.insert(0, "tokenizer")
-    if {"images", "digest"} & {*changed}:
-        changed.insert(0, "data")
-    listed = ", ".join(f"{name} {before[name]!r}, now {now[name]!r}" for name in changed)
-    raise ShardError(
-        f"{out}: has shards with other values of {listed}: use the same values, or another --out, "
-        "as shards of both would be mixed"
-    )
+    def __init__(self, work: list[Work], read: Any) -> None:
+        self.work, self.read = work, read
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        info = get_worker_info()
+        # Streams of `datasets` would divide each input file's examples among the processes again.
+        worker._worker_info = None
+        for item in self.work[info.id :: info.num_workers] if info else self.work:
+            yield from self.read(item)
+
+
+def encode_here(
+    work: list[Work],
+    read: Any,
+    config: ShardConfig,
+    tokenizer: VisualTokenizer,
+    num_workers: int,
+) -> Iterator[pa.Table]:
+    """The engine that `write_shards` uses: images are read in `num_workers` processes."""
+    batches = iter(DataLoader(_Batches(work, read), batch_size=None, num_workers=num_workers))
+    while True:
+        try:
+            batch = next(batches, None)
+        except ShardError as error:  # of a process: with its traceback as text
+            raise ShardError(str(error).strip().rpartition("ShardError: ")[2]) from error
+        if batch is None:
+            return
+        yield tokenize_batch(batch, tokenizer, config.budget, config.flip)
+
+
+def _images(table: pa.Table) -> pa.Table:
+    """The examples, without flips."""
+    flips = "flipped" in table.column_names
+    images = table.filter(pc.invert(table["flipped"])) if flips else table
+    return images.filter(pc.greater_equal(images["index"], 0))

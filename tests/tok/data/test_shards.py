@@ -173,7 +173,7 @@ def test_manifest_and_rejects(shards: Callable[..., Path], weights: Path, album:
     (split,) = values["splits"].values()
     listed = split.pop("shards")
     tokenizer = VisualTokenizer.from_pretrained(weights)
-    assert (values["format"], values["version"]) == ("lavit_tok.shards", 2)
+    assert (values["format"], values["version"]) == ("lavit_tok.shards", 3)
     assert (values["tokenizer"], values["fingerprint"]) == (str(weights), tokenizer.fingerprint())
     assert (values["codebook_size"], values["patches"], values["budget"], values["flip"]) == (
         16,
@@ -410,23 +410,188 @@ def test_damage_is_mended(shards: Callable[..., Path], capsys: Any) -> None:
     again("2 of them from earlier runs")
     (out / "train-00000.parquet").write_bytes(whole["train-00000.parquet"][:-9])
     again("2 of them from earlier runs")
+    (out / "train-00000.parquet").write_bytes(whole["train-00001.parquet"][:300] + b"\0" * 3000)
+    again("2 of them from earlier runs")
+    damaged = bytearray(whole["train-00000.parquet"])
+    damaged[200] ^= 1
+    (out / "train-00000.parquet").write_bytes(damaged)
+    again("2 of them from earlier runs")
     (out / "train.rejects.jsonl").unlink()
-    again("2 of them from earlier runs")
+    again("3 of them from earlier runs")
     (out / "train.rejects.jsonl").write_text('{"key": "train/02.png", "rea')
-    again("2 of them from earlier runs")
-    with open(
-        out / "train.rejects.jsonl", "a"
-    ) as lines:  # what could not be read for a moment, and now can
-        lines.write('{"key": "train/05.png", "reason": "away", "index": 5}\n')
-    again("2 of them from earlier runs")
+    again("3 of them from earlier runs")
     (out / ".train-00002.parquet.1.part").write_text("half")
     again("3 of them from earlier runs")
-    edit(
-        out, lambda values: values["splits"]["train"]["shards"].pop()
-    )  # killed before the manifest was moved
-    again("2 of them from earlier runs")
+    edit(out, lambda values: values["splits"]["train"]["shards"].pop())
+    again("3 of them from earlier runs")
+    (out / "manifest.json").unlink()  # killed before the manifest was moved
+    again("3 of them from earlier runs")
+
+
+def test_verify(shards: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    """The manifest and the list of rejects are made again from the footers; damage is named."""
+    out = shards(split=None)
+    whole = files(out)
+
+    def verify(code: int = 0) -> str:
+        capsys.readouterr()
+        assert main(["shards", "verify", str(out)]) == code
+        return capsys.readouterr().err
+
+    assert "train: 3 shards, 9 records; manifest.json and rejects agree\n" in verify()
+    (out / "train.rejects.jsonl").unlink()
+    assert "train: 3 shards, 9 records; manifest.json and rejects made again" in verify()
+    assert files(out) == whole
     (out / "manifest.json").unlink()
-    again("3 shards;")
+    verify()
+    before, made = json.loads(whole["manifest.json"]), json.loads(files(out)["manifest.json"])
+    assert made["splits"]["train"]["data"] == ""  # a footer does not contain the path
+    for name in ("train", "validation"):
+        assert made["splits"][name]["shards"] == before["splits"][name]["shards"]
+    (out / "train-00001.parquet").write_bytes(whole["train-00001.parquet"][:-9])
+    assert f"{out}/train-00001.parquet: truncated" in verify(2)
+    (out / "train-00001.parquet").unlink()
+    assert "shards of split 'train' are missing or damaged" in verify(2)
+    (out / "train-00001.parquet").write_bytes(whole["train-00001.parquet"])
+    (out / "train-00002.parquet").unlink()  # the last one
+    assert "shards of split 'train' are missing or damaged" in verify(2)
+    out = tmp_path / "nowhere"
+    assert "not a folder of shards" in verify(2)
+
+
+def test_tokenize_batch(tiny_tokenizer: VisualTokenizer, album: Path, tmp_path: Path) -> None:
+    """The drawing of tokenize_batch.py; sizes 0 and 1; pickled, it loads the tokenizer again."""
+    import pickle
+
+    contents = [(album / f"train/{i:02d}.png").read_bytes() for i in (1, CORRUPT, 3)]
+    table = pa.table({"key": ["a", "b", "c"], "number": [7, 8, 9], "image": contents})
+    result = lavit_tok.tokenize_batch(table, tiny_tokenizer, flip=True)
+    assert result["flipped"].to_pylist() == [False, True, False, False, True]
+    assert result["number"].to_pylist() == [7, 7, 8, 9, 9]
+    reasons = result["reason"].to_pylist()
+    assert [reason is None for reason in reasons] == [True, True, False, True, True]
+    images = [open_image(content) for content in (contents[0], contents[2])]
+    codes = tiny_tokenizer.encode(images).to_list()
+    found = result["codes"].to_pylist()
+    assert (found[0], found[2], found[3]) == (codes[0], None, codes[1])
+    assert [len(x or []) for x in found] == [n or 0 for n in result["length"].to_pylist()]
+    assert [len(x or []) for x in found] == [len(x or []) for x in result["keep"].to_pylist()]
+    assert len(lavit_tok.tokenize_batch(table[:0], tiny_tokenizer)) == 0
+    corrupt = lavit_tok.tokenize_batch(table[1:2], tiny_tokenizer).to_pylist()
+    assert corrupt[0]["codes"] is None and "not an image" in corrupt[0]["reason"]
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenize = lavit_tok.TokenizeBatch(str(tmp_path / "tokenizer"), budget=3)
+    assert tokenize(table)["length"].to_pylist() == [3, None, 3]
+    assert b"codebook" not in pickle.dumps(tokenize)
+    assert pickle.loads(pickle.dumps(tokenize))(table) == tokenize(table)
+
+
+def test_streams_of_tars_and_urls(
+    shards: Callable[..., Path], album: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A truncated image in a tar is one reject; what fsspec opens is read without a copy."""
+    import tarfile
+
+    import fsspec
+
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for part, numbers in enumerate((range(5), range(5, 10))):
+        with tarfile.open(folder / f"{part}.tar", "w") as tar:
+            for i in numbers:
+                (tmp_path / "text").write_text(f"text {i}")
+                tar.add(album / f"train/{i:02d}.png", f"{i:02d}.png")
+                tar.add(tmp_path / "text", f"{i:02d}.txt")
+    out = shards("tars", "--streaming", data=folder)
+    records = Shards.open(out).dataset(tmp_path / "copies")
+    good = [i for i in range(10) if i != CORRUPT]
+    assert records["key"][:] == [f"{i:02d}" for i in good]
+    assert records["caption"][:] == [f"text {i}" for i in good]
+    assert json.loads((out / "train.rejects.jsonl").read_text())["key"] == f"{CORRUPT:02d}"
+    path = parquet(tmp_path / "a.parquet", album, text=[f"text {i}" for i in range(10)])
+    memory = fsspec.filesystem("memory")
+    memory.put(str(path), "/bucket/a.parquet")
+    capsys.readouterr()
+    out = shards("url", "--streaming", data="memory://bucket/a.parquet")
+    assert "9 records of 10 images" in capsys.readouterr().err
+    records = Shards.open(out).dataset(tmp_path / "copies")
+    assert records["caption"][:] == [f"text {i}" for i in good]
+
+
+def test_streams_without_examples_and_damaged_ones(
+    shards: Callable[..., Path], album: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A tar without members has one empty shard; one that cannot be read ends the job."""
+    import tarfile
+
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for part, numbers in enumerate((range(5), range(0))):
+        with tarfile.open(folder / f"{part}.tar", "w") as tar:
+            for i in numbers:
+                tar.add(album / f"train/{i:02d}.png", f"{i:02d}.png")
+    args = ["--streaming", "--caption-column", ""]
+    out = shards("stream", *args, data=folder)
+    assert pq.read_table(out / "train-00001-00000.parquet").num_rows == 0
+    assert "4 records of 5 images" in capsys.readouterr().err
+    assert Shards.open(out).records == 4
+    whole = (folder / "0.tar").read_bytes()
+    (folder / "1.tar").write_bytes(whole[:2000] + b"no header" * 500)
+    for more in ([], ["--num-workers", 2]):
+        shards("damaged", *args, *more, data=folder, code=2)
+        message = capsys.readouterr().err
+        assert "input file 2 of 2 cannot be read" in message and "Traceback" not in message
+
+
+def test_a_changed_data_set_is_refused(
+    shards: Callable[..., Path], album: Path, tmp_path: Path, capsys: Any
+) -> None:
+    texts = [f"text {i}" for i in range(10)]
+    out = shards(data=parquet(tmp_path / "data.parquet", album, text=texts))
+    whole = files(out)
+    for count in (8, 4):  # whole shards less
+        path = tmp_path / f"{count}.parquet"
+        pq.write_table(pq.read_table(tmp_path / "data.parquet")[:count], path)
+        shards(data=path, code=2)
+        assert f"images than the {count} of {path}" in capsys.readouterr().err
+    texts[9] = "changed"
+    changed = parquet(tmp_path / "changed.parquet", album, text=texts)
+    shards(data=changed, code=2)
+    message = capsys.readouterr().err
+    assert "train-00002.parquet: its images have other keys, captions or file sizes" in message
+    assert files(out) == whole
+
+
+def test_streams_give_the_same_records(
+    shards: Callable[..., Path], album: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Three files of 10, 10 and 8 images with shards of 4; any number of processes, any restart."""
+    folder = tmp_path / "parquet"
+    for part, count in enumerate((10, 10, 8)):
+        texts = [f"text {part} {i}" for i in range(10)]
+        path = parquet(folder / f"train-{part}.parquet", album, text=texts)
+        pq.write_table(pq.read_table(path)[:count], path)
+    plain = Shards.open(shards("plain", data=folder)).dataset(tmp_path / "copies")[:]
+    out = shards("stream", "--streaming", data=folder)
+    assert "25 records of 28 images" in capsys.readouterr().err
+    whole = files(out)
+    names = [f"train-{part:05d}-{i:05d}.parquet" for part in range(3) for i in range(3)]
+    assert sorted(whole) == ["manifest.json", *names[:8], "train.rejects.jsonl"]
+    assert Shards.open(out).dataset(tmp_path / "copies")[:] == plain
+    rejects = (out / "train.rejects.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in rejects] == [2, 12, 22]
+    assert files(shards("workers", "--streaming", "--num-workers", 2, data=folder)) == whole
+    for lost in names[:8]:
+        (out / lost).unlink()
+    for lost in ([0], [1], [2], [0, 5], [3, 4, 7], [6]):
+        for i in lost:
+            (out / names[i]).unlink(missing_ok=True)
+        assert files(shards("stream", "--streaming", data=folder)) == whole
+    (out / names[2]).unlink()
+    path = folder / "train-0.parquet"
+    pq.write_table(pq.read_table(path)[1:], path)
+    shards("stream", "--streaming", data=folder, code=2)
+    assert f"{names[0]}: its images have other keys" in capsys.readouterr().err
 
 
 def test_rejects_are_never_lost(shards: Callable[..., Path], album: Path, tmp_path: Path) -> None:
@@ -483,7 +648,7 @@ def test_other_arguments_are_refused(
         assert all(name in message for name in names)
     shards("out", "--budget", 1, data=other, code=2)
     message = capsys.readouterr().err
-    assert f"data '{album}', now '{other}'" in message and "digest '" in message
+    assert "image_column 'image', now 'photo'" in message
     assert files(out) == whole
     assert keys(
         shards("out", "--budget", 1, "--batch-size", 2) / "train-00000.parquet"
@@ -507,9 +672,9 @@ def test_a_full_disk_keeps_what_is_complete(
     assert message.startswith(
         f"lavit-tok: error: {out / 'train-00001.parquet'} cannot be written: "
     )
-    assert "1 of 3 shards are complete" in message and message.count("\n") == 1
-    assert sorted(files(out)) == ["manifest.json", "train-00000.parquet", "train.rejects.jsonl"]
-    with pytest.raises(ShardError, match="1 of 3 shards of split 'train' are done"):
+    assert "1 shards are complete" in message and message.count("\n") == 1
+    assert sorted(files(out)) == ["train-00000.parquet"]
+    with pytest.raises(ShardError, match="are not complete; the same `lavit-tok shards` command"):
         Shards.open(out)
     assert files(shards("full")) == whole
     assert "1 of them from earlier runs" in capsys.readouterr().err
@@ -703,7 +868,7 @@ def test_manifests_that_cannot_be_read(
     for change, reason in (
         (
             lambda v: v.update(version=1),
-            "version 2: it is lavit_tok.shards version 1; make the shards again",
+            "version 3: it is lavit_tok.shards version 1; make the shards again",
         ),
         (lambda v: v.pop("format"), "KeyError: 'format'"),
         (lambda v: v.update(codebook_size="16"), "codebook_size should be int, got '16'"),
@@ -729,7 +894,7 @@ def test_manifests_that_cannot_be_read(
     assert "expected a manifest" in capsys.readouterr().err
     (out / "manifest.json").write_text(text)
     edit(out, lambda v: v["splits"]["train"]["shards"][0].update(file="../elsewhere.parquet"))
-    with pytest.raises(ShardError, match="3 of 3 shards"):
+    with pytest.raises(ShardError, match="has shards of 10 of 10 images in manifest"):
         Shards.open(out)
 
 

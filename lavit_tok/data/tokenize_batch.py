@@ -1,0 +1,143 @@
+"""One function from a table of images to a table of codes, for every engine that maps tables.
+
+    key, image, ...  -decode_batch->  key, pixels, reason, ...
+                     -tokenize_batch-> key, codes, length, keep, reason, ...[, flipped]
+
+Other columns are passed through. With flip every image is followed by its horizontal flip:
+
+    three images, number 1 corrupt     codes     c0   c0'  null  c2   c2'
+                                       flipped   no   yes  no    no   yes
+                                       reason    null null text  null null
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
+from lavit_tok.tokenizer import VisualTokenizer
+
+
+def decode_batch(table: pa.Table, image_processor: VisualImageProcessor) -> pa.Table:
+    """Open and resize images, on any CPU.
+
+    Args:
+        table: with a column "image": bytes, or a struct of "bytes" and "path". A column "key" names
+            the images in messages.
+        image_processor: the tokenizer's.
+
+    Returns:
+        The table without "image", with "pixels" (uint8 [3 size size] as bytes of fixed size; null
+        for an image that cannot be read) and "reason" (text; null for one that can).
+    """
+    keys = table["key"].to_pylist() if "key" in table.column_names else range(len(table))
+    pixels: list[bytes | None] = []
+    reasons: list[str | None] = []
+    for key, value in zip(keys, table["image"].to_pylist(), strict=True):
+        content = value if isinstance(value, dict) else {"bytes": value}
+        source = content.get("path") if content.get("bytes") is None else content["bytes"]
+        try:
+            if source is None:
+                raise ImageError("the example has no image")
+            image = image_processor.resize(image_processor.open(source, name=str(key)))
+            pixels.append(image.numpy().tobytes())
+            reasons.append(None)
+        except ImageError as error:
+            pixels.append(None)
+            reasons.append(str(error).removeprefix(f"{key}: "))
+    size = 3 * image_processor.size**2
+    table = table.drop_columns(["image"]).append_column("pixels", pa.array(pixels, pa.binary(size)))
+    return table.append_column("reason", pa.array(reasons, pa.string()))
+
+
+def tokenize_batch(
+    table: pa.Table,
+    tokenizer: VisualTokenizer,
+    budget: int | float | None = None,
+    flip: bool = False,
+) -> pa.Table:
+    """Encode the images of a table; a corrupt image is a record with a reason and no codes.
+
+    Args:
+        table: with "image", or with "pixels" and "reason"; see `decode_batch`.
+        tokenizer: encodes all images as one batch.
+        budget: see `VisualTokenizer.encode`.
+        flip: add the horizontal flip of each image.
+
+    Returns:
+        The table with "codes", "keep" (lists of int32; the patches of the codes in raster order),
+        "length" (int32), "reason", and with flip "flipped" (bool), in place of the image.
+    """
+    if "pixels" not in table.column_names:
+        table = decode_batch(table, tokenizer.image_processor)
+    readable = table["reason"].is_null().to_numpy()
+    views, count = 1 + flip, int(readable.sum())
+    copies = np.where(readable, views, 1)
+    rows = np.repeat(np.arange(len(table)), copies)
+    view = np.arange(len(rows)) - np.repeat(copies.cumsum() - copies, copies)
+    encoded = view * count + (readable.cumsum() - 1)[rows]
+    numbers = pa.array(encoded, pa.int64(), mask=~readable[rows])
+    codes, keep, length = _encode(table["pixels"], tokenizer, budget, flip)
+    table = table.drop_columns(["pixels"]).take(rows)
+    table = table.append_column("codes", codes.take(numbers))
+    table = table.append_column("keep", keep.take(numbers))
+    table = table.append_column("length", length.take(numbers))
+    return table.append_column("flipped", pa.array(view == 1)) if flip else table
+
+
+class TokenizeBatch:
+    """`tokenize_batch` that loads the tokenizer when it is first called, in the calling process.
+
+    It is picklable, so that `dataset.map_batches(TokenizeBatch(...), batch_format="pyarrow")` in
+    Ray, or an iterator of record batches in Spark, can use it.
+
+    Args:
+        tokenizer: "default", directory or Hub id.
+        device: of the model.
+        budget, flip: see `tokenize_batch`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str = "default",
+        device: str = "cpu",
+        budget: int | float | None = None,
+        flip: bool = False,
+    ) -> None:
+        self.name, self.device, self.budget, self.flip = tokenizer, device, budget, flip
+
+    @cached_property
+    def tokenizer(self) -> VisualTokenizer:
+        """The loaded tokenizer."""
+        return VisualTokenizer.from_pretrained(self.name, device=self.device)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return tokenize_batch(table, self.tokenizer, self.budget, self.flip)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "tokenizer"}
+
+
+def _encode(column: Any, tokenizer: VisualTokenizer, budget: Any, flip: bool) -> tuple[Any, ...]:
+    """Codes, kept patches and lengths of the images that are not null, then of their flips."""
+    size = tokenizer.image_processor.size
+    content = b"".join(value.as_py() for value in column.drop_null())
+    numbers = pa.list_(pa.int32())
+    if not content:
+        return pa.array([], numbers), pa.array([], numbers), pa.array([], pa.int32())
+    pixels = torch.from_numpy(np.frombuffer(bytearray(content), np.uint8))
+    pixels = pixels.reshape(-1, 3, size, size)
+    views = [pixels, pixels.flip(3)] if flip else [pixels]
+    batches = [tokenizer.encode(view, budget).to("cpu") for view in views]
+    lengths = torch.cat([codes.lengths for codes in batches]).numpy().astype(np.int32)
+    offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
+    values = torch.cat([codes.values for codes in batches]).numpy()
+    # Codes of images always have a keep mask.
+    patches = torch.cat([codes.keep.nonzero()[:, 1] for codes in batches]).numpy()  # type: ignore[union-attr]
+    lists = (pa.ListArray.from_arrays(offsets, pa.array(v, pa.int32())) for v in (values, patches))
+    return *lists, pa.array(lengths)
