@@ -199,7 +199,7 @@ def create_app(engine: Engine, limits: Limits) -> FastAPI:
             for part in flat
         ]
         image = "image" in (body.modalities or [])
-        most = body.max_completion_tokens or body.max_tokens or 64
+        most = body.max_completion_tokens or body.max_tokens or min(64, limits.tokens)
         if most > limits.tokens:
             message = f"expected at most {limits.tokens}, got {most}"
             raise failure(400, message, "invalid_value", "max_tokens")
