@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
-from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.image_sources import hold_out, load_splits
 from lavit_tok.data.shard_manifest import Manifest, ShardError
 from lavit_tok.data.shard_reader import Shards
 from lavit_tok.data.shard_source import SplitImages
@@ -39,8 +39,11 @@ class ShardImages:
     """
 
     def __init__(self, shards: Shards, data: str, image_processor: VisualImageProcessor) -> None:
-        source = Manifest.read(shards.directory).splits[shards.split].source
         splits = load_splits(data)
+        listed = Manifest.read(shards.directory).splits
+        source = listed[shards.split].source
+        if "validation" in listed:  # perhaps held out of the training split
+            splits = hold_out(splits, source.image_column)
         if shards.split not in splits:
             raise ShardError(
                 f"{data}: expected a split {shards.split!r} as in the shards, got "

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lavit_tok.data.files import atomic, exclusive_folder
-from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.image_sources import hold_out, load_splits
 from lavit_tok.data.rejects import AllSkippedError, write_rejects
 from lavit_tok.data.shard_manifest import (
     MANIFEST,
@@ -60,7 +60,8 @@ def write_shards(
         out: directory of the shards; a run that was stopped is resumed.
         tokenizer_name: "default", directory or Hub id of the tokenizer, for the manifest.
         tokenizer: encodes the images.
-        split: the only split to tokenize; None for all.
+        split: the only split to tokenize; None for all, and for a validation split of held-out
+            training images if there is none.
         columns: of images, captions and keys.
         budget: codes per image, or their ratio of the patches; None leaves it to the selector.
         flip: add the horizontal flip of each image.
@@ -76,7 +77,8 @@ def write_shards(
         ValueError: a data set, split or column that cannot be read.
         OSError: a file that cannot be written.
     """
-    splits = load_splits(data)
+    given = load_splits(data)
+    splits = hold_out(given, columns[0] or "image") if split is None else given
     names = list(splits) if split is None else [split]
     if missing := set(names) - set(splits):
         raise ValueError(f"{data}: expected a split {missing.pop()!r}, got {', '.join(splits)}")
@@ -99,7 +101,8 @@ def write_shards(
             images = SplitImages(splits[name], data, tokenizer.image_processor, *columns)  # type: ignore[arg-type]
             job = ShardJob(out, name, images, config, data)
             job.run(tokenizer, batch_size, num_workers)
-            summaries.append(job.summary())
+            held_out = ", held out of train by content" if name not in given else ""
+            summaries.append(job.summary() + held_out)
     return summaries
 
 
@@ -179,6 +182,7 @@ class ShardJob:
             f"codes per image ({self.config.patches} patches), {len(shards)} shards"
         )
         text += f", {self.resumed} of them from earlier runs" if self.resumed else ""
+        text += "" if self.source.caption_column else ", without captions"
         if self.rejects:
             text += f"; {len(self.rejects)} skipped, listed in {self._rejects_file}"
         return text
