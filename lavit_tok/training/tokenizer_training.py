@@ -104,6 +104,8 @@ class TokenizerTraining(CodebookTraining):
         seed: seed of all random numbers of the training.
     """
 
+    quantization: CodebookConfig
+
     def __init__(
         self,
         config: TokenizerConfig | None = None,
