@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import HfApi, save_torch_state_dict, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lavit_tok.nn.precision import float32_default
 
 DEFAULTS = Path(__file__).parents[1] / "default"
+HUB_PART = re.compile(r"\w[\w.-]*")
+LOCAL_SUFFIXES = {".safetensors", ".json", ".parquet", ".tar", ".arrow", ".jsonl", ".csv"}
 # A Hub id; a path that does not exist is not looked up on the network.
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SINGLE = "model.safetensors"
@@ -86,7 +90,8 @@ def find_directory(
     path = Path(name)
     if path.is_dir():
         return check_foreign(path)
-    if path.exists() or not HUB_ID.fullmatch(str(name)):
+    owner = Path(str(name).split("/")[0])
+    if path.exists() or owner.exists() or not HUB_ID.fullmatch(str(name)):
         choices = "" if default is None else "'default', "
         raise WeightsError(
             f"{name}: expected {choices}an existing directory or a Hub id owner/name"
@@ -140,6 +145,38 @@ def require_regular(path: Path, limit: int = MAX_FILE) -> None:
         raise WeightsError(
             f"{path}: expected at most {limit} bytes, got {size}: no config is so large"
         )
+
+
+def require_on_hub(name: str, kind: str = "model") -> None:
+    """Check that a name, which is no local path, is that of a repository on the Hub.
+
+    Loaders of other packages retry for half a minute before they report a misspelled path.
+
+    Args:
+        name: name, owner/name, or for a model owner/name/subfolder.
+        kind: "model" or "dataset".
+
+    Raises:
+        WeightsError: a path that does not exist, or a repository that the Hub, asked once, does not
+            have and that is not in the local cache.
+    """
+    parts = name.split("/")
+    owner = parts[0]
+    local = owner in ("", ".", "..", "~") or Path(owner).exists()
+    local = local or Path(name).suffix in LOCAL_SUFFIXES
+    most = 2 if kind == "dataset" else 3
+    if local or len(parts) > most or not all(HUB_PART.fullmatch(part) for part in parts):
+        raise WeightsError(f"{name}: no such file or directory")
+    repository = "/".join(parts[:2])
+    try:
+        HfApi().repo_info(repository, repo_type=kind, timeout=10)
+    except Exception as error:  # of the network, in many kinds
+        folder = repo_folder_name(repo_id=repository, repo_type=kind)
+        if not (Path(HF_HUB_CACHE) / folder).is_dir():
+            reason = str(error).strip().splitlines()[0]
+            raise WeightsError(
+                f"{name}: no such file or directory, and the Hub gave none: {reason}"
+            ) from error
 
 
 def check_replaceable(directory: str | os.PathLike[str], marker: str) -> None:

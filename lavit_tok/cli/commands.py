@@ -200,6 +200,8 @@ def shards(arguments: argparse.Namespace) -> int:
         **{name: getattr(arguments, name) for name in names},
     ):
         print(summary, file=sys.stderr)
+    following = f"lavit-lm fit -c lm/lavit --data.shards={arguments.out}"
+    print(f"wrote shards to {arguments.out}; next: {following}", file=sys.stderr)
     return 0
 
 

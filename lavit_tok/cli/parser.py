@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,10 +27,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+from lavit_tok import __version__
 from lavit_tok.cli.recipes import with_files
 
 BAD_INPUT = 2
@@ -63,9 +66,15 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors on one line."""
+    """Reports errors on one line, with the names of similar options."""
 
     def error(self, message: str) -> NoReturn:
+        parsers: list[Any] = [self]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+        options = [name for parser in parsers for a in parser._actions for name in a.option_strings]
+        message += similar(message, options)
         self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -157,8 +166,25 @@ def _reported(program: str, command: Command, arguments: Any) -> int:
         return getattr(error, "exit_code", BAD_INPUT)
 
 
+def similar(message: str, known: Sequence[str]) -> str:
+    """What to append to an error message that quotes a misspelled name: a question, or nothing.
+
+    Args:
+        message: an error of unknown names; of another kind it gives "".
+        known: options, or keys with dots.
+    """
+    if not re.search("unrecognized|not expected|not accept|no action for", message.lower()):
+        return ""
+    words = [word for word in re.findall(r"[\w.-]{3,}", message) if word not in known]
+    bare = {name.lstrip("-"): name for name in known}
+    found = (get_close_matches(word.lstrip("-").rstrip("."), bare, 1, 0.75) for word in words)
+    names = dict.fromkeys(f"--{match[0]}" for match in found if match)
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
+
+
 def _parser(program: str, description: str, commands: dict[str, Command]) -> Parser:
     parser = Parser(prog=program, description=description)
+    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     subparsers = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=Parser
     )
@@ -394,7 +420,7 @@ COMMANDS: dict[str, Command] = {
             Argument(
                 "--caption-column",
                 metavar="C",
-                help="by default caption, text or txt; '' for images without captions",
+                help="by default caption, text or txt if it exists; '' for images without captions",
             ),
             Argument(
                 "--key-column",

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,11 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
     Args:
         config: sizes of the tokenizer, with sequence "nested"; its `encoder` is replaced by the
             config of `encoder`.
-        encoder: directory or Hub id of the frozen encoder; None for random weights (tests only).
+        encoder: "default", directory or Hub id of the frozen encoder; None for random weights
+            (tests only).
         image_processor: arguments of VisualImageProcessor besides its size; None for LaVIT's.
+        start_from: "default", directory or Hub id of a tokenizer to train on, in place of `config`,
+            `encoder` and `image_processor`; quantization then begins at once.
         out: where the trained tokenizer is saved; None keeps checkpoints only.
         budget: the number of codes of each image.
         loss: weights of the loss.
@@ -102,6 +105,7 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
         config: TokenizerConfig | None = None,
         encoder: str | None = None,
         image_processor: dict[str, Any] | None = None,
+        start_from: str | None = None,
         out: str | None = None,
         budget: BudgetConfig = BudgetConfig(),
         loss: NestedLossConfig = NestedLossConfig(),
@@ -114,6 +118,8 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if start_from is not None:
+            codebook = replace(codebook, start_step=0, blend_steps=0)
         self.save_arguments("config")
         self.out, self.seed = out, seed
         self.budget, self.loss, self.quantization = budget, loss, codebook
@@ -123,7 +129,7 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
                 "config: expected sequence 'nested', got "
                 f"{'none' if config is None else repr(config.sequence)}"
             )
-        self.build_tokenizer(config, encoder, image_processor)
+        self.build_tokenizer(config, encoder, image_processor, start_from)
         self.register_buffer("quantized", torch.zeros((), dtype=torch.bool))
         self.start_average(ema_decay)
 
