@@ -94,7 +94,8 @@ class Admission:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         if self.active >= self.limits.requests:
             error = failure(429, f"{self.active} requests are waiting; try later", "queue_full")
             return await respond(error)(scope, receive, send)
@@ -201,8 +202,8 @@ def create_app(engine: Engine, limits: Limits) -> FastAPI:
         image = "image" in (body.modalities or [])
         most = body.max_completion_tokens or body.max_tokens or min(64, limits.tokens)
         if most > limits.tokens:
-            message = f"expected at most {limits.tokens}, got {most}"
-            raise failure(400, message, "invalid_value", "max_tokens")
+            wrong = f"expected at most {limits.tokens}, got {most}"
+            raise failure(400, wrong, "invalid_value", "max_tokens")
         temperature = float(image) if body.temperature is None else body.temperature
         options = Options(image, most, temperature, body.top_p)
         seed = secrets.randbits(62) if body.seed is None else body.seed
@@ -241,7 +242,8 @@ def data_url(part: ImagePart) -> bytes:
 
 def main() -> None:
     """Load the models and serve them."""
-    import uvicorn
+    import torch
+import uvicorn
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="directory, Hub id or 'default'; exported with --upstream")
@@ -268,7 +270,7 @@ def main() -> None:
         processor = MultimodalProcessor.from_tokenizer(AutoTokenizer.from_pretrained(args.model))
         visual = VisualTokenizer.from_pretrained(args.visual_tokenizer)
         prompts = Prompts(processor, visual, LaVIT())
-        decoder = LaVIT().image_output.load_decoder(args.decoder, "cpu")
+        decoder = LaVIT().image_output.load_decoder(args.decoder, torch.device("cpu"))
         client = AsyncOpenAI(base_url=args.upstream, api_key="none")
         name = args.upstream_model or args.model
         engine = Upstream(prompts, decoder, client, name, args.plain, limits, args.steps)

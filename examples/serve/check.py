@@ -43,7 +43,8 @@ def greedy(directory: Path, prompt: str, max_tokens: int) -> str:
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0]
-    return tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = output[inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 @contextmanager

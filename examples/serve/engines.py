@@ -147,7 +147,8 @@ class Engine(ABC):
 
     def _images(self, codes: list[list[int]], generators: Any, steps: int) -> list[Any]:
         batch = VisualCodes.from_list(codes, self.prompts.processor.vocabulary.codebook_size)
-        return self.decoder.decode(batch, generators, num_inference_steps=steps)
+        images: list[Any] = self.decoder.decode(batch, generators, num_inference_steps=steps)
+        return images
 
 
 class InProcess(Engine):
@@ -158,12 +159,14 @@ class InProcess(Engine):
         self.lm = lm
 
     async def generate(self, job: Job) -> str | bytes:
-        return await self.batches.submit(job.options, job)
+        result: str | bytes = await self.batches.submit(job.options, job)
+        return result
 
     def compute(self, key: Options, items: list[Job]) -> list[Any]:
         prompts = [job.prompt for job in items]
         generators = [torch.Generator().manual_seed(job.seed) for job in items]
-        sampling = {"generator": generators, "temperature": key.temperature, "top_p": key.top_p}
+        sampling: dict[str, Any] = {"generator": generators, "temperature": key.temperature}
+        sampling["top_p"] = key.top_p
         if not key.image:
             return self.lm.generate_text_batch(prompts, key.max_tokens, **sampling)
         codes = self.lm.generate_codes_batch(prompts, **sampling)
@@ -206,7 +209,8 @@ class Upstream(Engine):
         codes = [int(code) for code in CODE.findall(text.partition(END)[0])]
         if not codes:
             raise failure(502, "the language model generated no codes", "no_image")
-        return await self.batches.submit("decode", (codes, job.seed))
+        image: bytes = await self.batches.submit("decode", (codes, job.seed))
+        return image
 
     def request(self, job: Job) -> dict[str, Any]:
         """Arguments of a completion."""

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from lavit_tok.nn.precision import float32_default
 
-DEFAULTS = Path(__file__).parents[1] / "default"
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = ("default", "nested")
+"""Models in the package."""
 HUB_PART = re.compile(r"\w[\w.-]*")
 LOCAL_SUFFIXES = {".safetensors", ".json", ".parquet", ".tar", ".arrow", ".jsonl", ".csv"}
 # A Hub id; a path that does not exist is not looked up on the network.
@@ -70,12 +72,13 @@ def find_directory(
     patterns: Sequence[str] = ("*.json", "*.safetensors"),
     **hub: Any,
 ) -> Path:
-    """Return a local directory for "default", a local directory or a Hub id.
+    """Return a local directory for a shipped model, a local directory or a Hub id.
 
     Args:
-        name: "default", the path of a directory, or a Hub id "owner/name".
-        default: what "default" means: a folder of lavit_tok/default, or an absolute path;
-            None if no model of this kind is shipped.
+        name: of a shipped model ("default", "nested"), the path of a directory, or a Hub id
+            "owner/name".
+        default: what "default" means: a folder of lavit_tok/default (and of lavit_tok/nested), or
+            an absolute path; None if no model of this kind is shipped.
         patterns: files to download from the Hub; no other file is ever read.
         hub: passed to huggingface_hub.snapshot_download (revision, token, cache_dir, ...).
 
@@ -85,14 +88,17 @@ def find_directory(
     """
     if not isinstance(name, str | os.PathLike):
         raise WeightsError(f"expected the name of a directory or a Hub id, got {name!r}")
-    if str(name) == "default" and default is not None:
-        return DEFAULTS / default
+    shipped = {} if default is None else {"default": PACKAGE / "default" / default}
+    if default is not None and not Path(default).is_absolute():
+        shipped = {model: PACKAGE / model / default for model in SHIPPED}
+    if str(name) in shipped:
+        return shipped[str(name)]
     path = Path(name)
     if path.is_dir():
         return check_foreign(path)
     owner = Path(str(name).split("/")[0])
     if path.exists() or owner.exists() or not HUB_ID.fullmatch(str(name)):
-        choices = "" if default is None else "'default', "
+        choices = "".join(f"{model!r}, " for model in shipped)
         raise WeightsError(
             f"{name}: expected {choices}an existing directory or a Hub id owner/name"
         )

@@ -5,7 +5,8 @@
     reconstruct [IMAGES...]   original, kept patches and reconstruction side by side
     shards DATASET --out DIR  a captioned data set -> parquet shards of codes, to train LMs on
     shards verify DIR         their check; makes the manifest again
-    fit, fit-decoder          training, by LightningCLI
+    fit, fit-decoder,
+    fit-mean-decoder          training, by LightningCLI
     recipes ACTION [NAME]     list, show or copy the training recipes
     demo                      a page in the browser: encode, decode, generate, compare
     convert RELEASE OUT       LaVIT's released files -> safetensors and JSON
@@ -248,7 +249,7 @@ def integer(smallest: int, limit: int | None = None) -> Callable[[str], int]:
 
 positive, count, seed = integer(1), integer(0), integer(0, 2**63)
 
-LOCATION = "'default', a directory or a Hub id"
+LOCATION = "'default', 'nested', a directory or a Hub id"
 DTYPE = Argument(
     "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights"
 )
@@ -330,7 +331,17 @@ OVERWRITE_FOLDER = Argument(
     "command can be repeated",
 )
 DECODING = (
-    Argument("--decoder", default="default", metavar="D", help=LOCATION),
+    Argument(
+        "--decoder",
+        metavar="D",
+        help=f"{LOCATION}; by default the shipped one for a shipped tokenizer",
+    ),
+    Argument(
+        "--mode",
+        choices=("sample", "mean"),
+        help="a random image of the diffusion model, or the expected image; by default what the "
+        "decoder has, sample first",
+    ),
     Argument("--steps", type=positive, default=20, help="denoising steps"),
     Argument("--guidance", type=float, default=3.0, help="guidance scale; 1: none, half the cost"),
     Argument(
@@ -487,6 +498,10 @@ COMMANDS: dict[str, Command] = {
             Argument("--port", type=integer(1, 2**16), help="by default the first free from 7860"),
             DEVICE,
         ),
+    ),
+    "fit-mean-decoder": Command(
+        "train the mean decoder of nested codes: fit-mean-decoder -c recipe.yaml",
+        "lavit_tok.cli.commands:fit_mean_decoder",
     ),
     "convert": Command(
         "LaVIT's released files -> the format of this package",

@@ -58,7 +58,7 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
     """
     path = Path(data)
     try:
-        if not path.exists() and not glob.has_magic(data):
+        if not path.exists() and not glob.has_magic(data) and "://" not in data:
             require_on_hub(data, "dataset")
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded = datasets.load_from_disk(data)
@@ -204,6 +204,8 @@ class Augmentation:
         crop_scale: smallest and largest fraction of the image's area that a crop keeps; (1, 1) for
             no crops. Crops keep the aspect ratio.
         seed: seed of all random numbers.
+        variants: number of different augmentations of an image, repeated from then on; 0 for
+            another one in every epoch.
     """
 
     def __init__(
@@ -212,6 +214,7 @@ class Augmentation:
         flip: float = 0.0,
         crop_scale: tuple[float, float] = (1.0, 1.0),
         seed: int = 0,
+        variants: int = 0,
     ):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(
@@ -219,6 +222,7 @@ class Augmentation:
             )
         self.image_processor = image_processor
         self.flip, self.crop_scale, self.seed = flip, tuple(crop_scale), seed
+        self.variants = variants
 
     @property
     def cache_size(self) -> int:
@@ -230,6 +234,7 @@ class Augmentation:
         return self.image_processor.resize(image)
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> UInt8[Tensor, "3 size size"]:
+        epoch = epoch % self.variants if self.variants else epoch
         mixed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
         random = torch.rand(4, generator=torch.Generator().manual_seed(int(mixed))).tolist()
         smallest, largest = self.crop_scale

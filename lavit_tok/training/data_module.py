@@ -139,6 +139,8 @@ class ImageDataModule(LightningDataModule):
         flip: probability of a horizontal flip in training.
         crop_scale: smallest and largest fraction of the area kept by training crops; (1, 1) for
             none.
+        variants: number of different crops and flips of an image, so that a model can keep what it
+            computes of them; 0 for others in every epoch.
         cache: decode once to uint8 in memory (12 kB per image at 64 px), the fastest for small
             data.
         resize_mode: "square" resizes both sides, as LaVIT does; "center_crop" and "pad" keep the
@@ -158,6 +160,7 @@ class ImageDataModule(LightningDataModule):
         streaming: bool = False,
         flip: float = 0.0,
         crop_scale: tuple[float, float] = (1.0, 1.0),
+        variants: int = 0,
         cache: bool = False,
         resize_mode: ResizeMode = "square",
     ):
@@ -173,7 +176,7 @@ class ImageDataModule(LightningDataModule):
         self.seed, self.image_column, self.caption_column = seed, image_column, caption_column
         self.splits, self.streaming, self.cache = splits, streaming, cache
         processor = VisualImageProcessor(image_size, resize_mode)
-        self.augment = Augmentation(processor, flip, crop_scale, seed)
+        self.augment = Augmentation(processor, flip, crop_scale, seed, variants)
         self.rejects: list[dict[str, str]] = []
         self.held_out = False  # whether "validation" is a part of the training split
         self.sets: dict[str, MapImages | StreamImages] = {}

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lavit_tok.checkpoints.weights import DEFAULTS, require_finite, require_on_hub
+from lavit_tok.checkpoints.weights import PACKAGE, require_finite, require_on_hub
 from lavit_tok.codes import VisualCodes
 from lavit_tok.data.files import atomic
 from lavit_tok.decode.pipeline import load_model
@@ -176,7 +176,7 @@ class EncodedSet:
 def load_vae(name: str) -> AutoencoderKL:
     """An AutoencoderKL: "default", a directory, read strictly, or a Hub id (safetensors only)."""
     if name == "default":
-        name = str(DEFAULTS / "decoder" / "vae")
+        name = str(PACKAGE / "default" / "decoder" / "vae")
     if Path(name).is_dir():
         return load_model(Path(name), AutoencoderKL)
     vae = AutoencoderKL.from_pretrained(**_hub_path(name), use_safetensors=True)

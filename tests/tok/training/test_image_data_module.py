@@ -155,6 +155,11 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     assert torch.equal(first, one(image, epoch=2, index=7))
     assert not torch.equal(first, one(image, epoch=3, index=7))
     assert not torch.equal(first, one(image, epoch=2, index=8))
+    two = Augmentation(VisualImageProcessor(8), 0.5, (0.5, 1.0), seed=1, variants=2)
+    assert torch.equal(two(image, 5, 7), two(image, 3, 7)) and torch.equal(
+        two(image, 4, 7), one(image, 0, 7)
+    )
+    assert torch.equal(two(image, 1, 7), one(image, 1, 7))
     plain = np.array(image.resize((8, 8), Image.Resampling.BICUBIC))
     assert torch.equal(
         Augmentation(VisualImageProcessor(8))(image, 0, 0), torch.from_numpy(plain).permute(2, 0, 1)

@@ -44,6 +44,10 @@ class Recorder(DummyLogger):
         super().__init__()
         self.logged: list[tuple[Any, ...]] = []
 
+    @property
+    def experiment(self) -> Any:
+        return None  # a run of W&B has no add_image
+
     def log_image(self, key: str, images: list[Any], step: int) -> None:
         self.logged.append((key, images, step))
 
