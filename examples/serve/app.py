@@ -20,6 +20,7 @@ import secrets
 import time
 from typing import Annotated, Any, Literal
 
+import torch
 from engines import Engine, InProcess, Job, Limits, Options, Upstream, failure
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -95,7 +96,7 @@ class Admission:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
-            return
+            return None
         if self.active >= self.limits.requests:
             error = failure(429, f"{self.active} requests are waiting; try later", "queue_full")
             return await respond(error)(scope, receive, send)
@@ -242,8 +243,7 @@ def data_url(part: ImagePart) -> bytes:
 
 def main() -> None:
     """Load the models and serve them."""
-    import torch
-import uvicorn
+    import uvicorn
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="directory, Hub id or 'default'; exported with --upstream")
