@@ -158,7 +158,7 @@ class Measured:
             drawn = self.decode(self.codes.truncate(counts))
             small = thumbnail(self.originals, count * bits)
             flat = [F.adaptive_avg_pool2d(x, 16).flatten(1) for x in (drawn, self.originals)]
-            nearest = torch.cdist(*flat).argmin(1) == torch.arange(len(drawn))
+            nearest = torch.cdist(flat[0], flat[1]).argmin(1) == torch.arange(len(drawn))
             colors = -20 * self.errors(counts, "psnr").clamp(min=1e-4).log10()
             rows.append(
                 {
