@@ -56,6 +56,7 @@ def encode(arguments: argparse.Namespace) -> int:
     """Images -> a code file."""
     if arguments.out is not None:
         require_suffix(arguments.out)
+        remove_partials(arguments.out.parent, arguments.out.name)
         if arguments.out.exists() and not arguments.overwrite:
             raise CodeFileError(
                 f"{arguments.out}: exists: --overwrite replaces it, which would lose its codes"
@@ -87,8 +88,6 @@ def encode(arguments: argparse.Namespace) -> int:
             writer.add(list(map(CodeRecord, keys, codes.to_list(), keep)))
             count, total = count + len(codes), total + len(codes.values)
         rejects.require(count)
-    if arguments.out is not None:
-        remove_partials(arguments.out.parent, arguments.out.name)
     mean = f"{total / count:.1f} codes per image ({config.num_patches} patches)"
     print(f"encoded {count} of {len(paths)} images, {mean}{rejects.summary()}", file=sys.stderr)
     return 0
