@@ -70,7 +70,8 @@ def encode(arguments: argparse.Namespace) -> int:
     limit_images(tokenizer.image_processor, arguments)
     generator = torch.Generator(tokenizer.device).manual_seed(arguments.seed)
     total = count = 0
-    with rejects, code_writer(arguments.out, header) as writer:
+    # Rejects are written before the output appears: of an existing output no job goes on.
+    with code_writer(arguments.out, header) as writer, rejects:
         for chunk in chunks(enumerate(progress(paths, "encode")), arguments.batch_size):
             images = open_images(chunk, rejects, tokenizer.image_processor)
             if not images:
