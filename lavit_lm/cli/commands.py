@@ -120,11 +120,11 @@ def caption(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Write a plain `transformers` directory."""
+    """Write a directory for `transformers`."""
     from lavit_lm.multimodal import MultimodalLM
 
     lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
-    lm.export(arguments.out, getattr(torch, arguments.dtype))
+    lm.export(arguments.out, getattr(torch, arguments.dtype), arguments.format)
     print(f"exported to {arguments.out}", file=sys.stderr)
     return 0
 
