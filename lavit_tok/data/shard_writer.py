@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,18 @@ from lavit_tok.data.tokenize_batch import tokenize_batch
 from lavit_tok.tokenizer import VisualTokenizer
 
 
+@dataclass(frozen=True)
+class RayOptions:
+    """How `--engine ray` runs."""
+
+    address: str | None = None
+    """Of a cluster, or "auto"; None starts one on this machine."""
+    workers: int = 1
+    """Actors, each with a copy of the tokenizer."""
+    gpus_per_worker: float = 0.0
+    device: str = "cpu"
+
+
 def write_shards(
     data: str,
     out: Path,
@@ -64,6 +76,7 @@ def write_shards(
     batch_size: int = 32,
     num_workers: int = 0,
     streaming: bool = False,
+    ray: RayOptions | None = None,
 ) -> list[str]:
     """Tokenize splits of a data set; see `lavit-tok shards --help`.
 
@@ -80,6 +93,7 @@ def write_shards(
         batch_size: images per batch.
         num_workers: processes that read images; 0 for none.
         streaming: read the input files in order, without a copy of the data set on this machine.
+        ray: run on Ray; None runs in this process.
 
     Returns:
         A summary of each split.
@@ -106,14 +120,21 @@ def write_shards(
         flip=flip,
         shard_size=shard_size,
     )
-    engine = partial(encode_here, tokenizer=tokenizer, num_workers=num_workers)
+    if ray is None:
+        engine: Any = partial(encode_here, tokenizer=tokenizer, num_workers=num_workers)
+    else:
+        from lavit_tok.data.ray_engine import encode_on_ray
+
+        engine = partial(
+            encode_on_ray, tokenizer=tokenizer_name, options=ray, batch_size=batch_size
+        )
     kind: Any = StreamedImages if streaming else SplitImages
     summaries = []
     with exclusive_folder(out):
         for name in names:
             source = kind(splits[name], data, tokenizer.image_processor, *columns)
             job = ShardJob(out, name, source, config, data)
-            job.run(engine, batch_size)
+            job.run(engine, batch_size, shard_size if ray else batch_size)
             summaries.append(job.summary())
     return summaries
 
@@ -155,13 +176,14 @@ class ShardJob:
                     f"{len(source)} of {data}: use the same data set, or another --out"
                 )
 
-    def run(self, engine: Any, batch_size: int) -> None:
+    def run(self, engine: Any, batch_size: int, step: int) -> None:
         """Make the missing shards, then the manifest.
 
         Args:
             engine: maps (work, read, config) to tables of codes of the batches of `read(item)` for
                 each item of work, in any order.
             batch_size: images of a batch.
+            step: images of an item of work, if the source can be read at random.
 
         Raises:
             OSError: a file cannot be written.
@@ -170,7 +192,7 @@ class ShardJob:
         """
         done = {file: shard.footer.digest for file, shard in self.shards.items()}
         size, source = self.size, self.source
-        work = source.work(self.name, size, batch_size, done)
+        work = source.work(self.name, size, step, done)
         total = None
         if source.parts is None:
             total = len(source)
