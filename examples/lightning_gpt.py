@@ -33,7 +33,8 @@ class CodeGPT(LightningModule):
 
     def loss(self, images: Tensor) -> Tensor:
         """Of images uint8 [b 3 h w]."""
-        return self.model.loss(self.frozen[0].encode(images).to_list())
+        loss: Tensor = self.model.loss(self.frozen[0].encode(images).to_list())
+        return loss
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         loss = self.loss(batch["images"])

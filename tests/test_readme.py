@@ -122,7 +122,10 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     tested = [
         project["dependencies"],
-        *(project["optional-dependencies"][extra] for extra in ("train", "bench", "docs", "dev")),
+        *(
+            project["optional-dependencies"][extra]
+            for extra in ("train", "bench", "docs", "serve", "dev")
+        ),
     ]
     for requirement in (Requirement(text) for texts in tested for text in texts):
         if requirement.name != "lavit-tok":

@@ -80,8 +80,8 @@ class Lavit:
         self.parameters = {"encode": count_weights(*modules), "decode": 0}
         self.identity = digest(tokenizer, decoder, steps, guidance)
         if decoder is not None:
-            used = decoder.conditioner, decoder.unet, decoder.vae.decoder
-            self.parameters["decode"] = count_weights(*used)
+            used = decoder.conditioner, decoder.unet, getattr(decoder.vae, "decoder", None)
+            self.parameters["decode"] = count_weights(*used, decoder.mean_decoder)
             decoder.set_progress_bar_config(disable=True)
 
     def encode(self, images: Images) -> VisualCodes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, no_type_check
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
 
+# Configs of transformers are dataclasses that accept other arguments, too, which jaxtyping's check of
+# dataclasses does not know.
+@no_type_check
 class LavitConfig(PreTrainedConfig):
     """Config of LavitForConditionalGeneration; the ids are those of VisualVocabulary.
 

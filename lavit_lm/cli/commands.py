@@ -91,6 +91,8 @@ def generate(arguments: argparse.Namespace) -> int:
         lines = [json.dumps({"prompt": prompt, "codes": codes}) for codes in outputs.to_list()]
         with atomic(codes_file) as partial:
             partial.write_text("\n".join(lines) + "\n")
+    following = f"lavit-lm caption {arguments.out} --model {arguments.model}"
+    print(f"wrote {n} images to {arguments.out}; next: {following}", file=sys.stderr)
     return 0
 
 
@@ -115,7 +117,10 @@ def caption(arguments: argparse.Namespace) -> int:
                 print(f"{path}\t{text}")
             count += len(images)
         rejects.require(count)
-    print(f"{count} of {len(paths)} images{rejects.summary()}", file=sys.stderr)
+    following = f"next: lavit-lm export {arguments.model} OUT_DIR"
+    print(
+        f"captioned {count} of {len(paths)} images{rejects.summary()}; {following}", file=sys.stderr
+    )
     return 0
 
 
@@ -125,7 +130,9 @@ def export(arguments: argparse.Namespace) -> int:
 
     lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
     lm.export(arguments.out, getattr(torch, arguments.dtype), arguments.format)
-    print(f"exported to {arguments.out}", file=sys.stderr)
+    model = "AutoModelForCausalLM" if arguments.format == "causal" else "AutoModelForMultimodalLM"
+    load = f"{model}.from_pretrained({str(arguments.out)!r})"
+    print(f"exported to {arguments.out}; next: {load}, or a server", file=sys.stderr)
     return 0
 
 

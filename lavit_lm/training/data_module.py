@@ -111,6 +111,9 @@ class LanguageDataModule(LightningDataModule):
         )
         self.too_long |= too_long
         self._report_too_long()
+        if stage == "fit" and self.trainer.is_global_zero:
+            train = len(self.sampler.layout.examples) if self.sampler else 0
+            print(f"examples: {self.splits[0]} {train}, {self.splits[1]} {len(examples)}")
 
     def _examples(
         self, split: str, texts: Any | None = None, documents: Any | None = None

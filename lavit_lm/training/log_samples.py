@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ class LogSamples(pl.Callback):
         every: optimizer steps between two samples.
         images: number of held-out examples, spread evenly over the validation split.
         decoder: the image decoder: "default", a directory or a Hub id; None logs captions only, as
-            for objectives that generate vectors.
+            for objectives that generate vectors. "default" is, for another visual tokenizer than
+            the shipped one, the decoder in the folder beside it, or None.
         max_new_tokens: of a caption.
         guidance_scale: of the language model.
         num_inference_steps: of the image decoder.
@@ -82,6 +84,9 @@ class LogSamples(pl.Callback):
     def _log(self, trainer: Any, module: Any) -> None:
         examples = self._examples(trainer.datamodule.held_out.examples)
         captions = [text for _, text in examples]
+        if self._decoder == "default" and module.visual_tokenizer != "default":
+            beside = Path(module.visual_tokenizer).parent / "decoder"
+            self._decoder = str(beside) if beside.is_dir() else None
         lm = MultimodalLM(
             module.model, module.processor, module.visual, self._decoder, module.objective
         )

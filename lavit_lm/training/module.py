@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavit_lm.checkpoints.native import CONFIG, save_model
+from lavit_lm.checkpoints.native import CONFIG, DEFAULT, save_model
 from lavit_lm.models.loading import (
     FILES,
     load_lm,
@@ -35,9 +35,11 @@ from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.vocabulary.processor import MultimodalProcessor
+from lavit_lm.vocabulary.text_tokenizer import saved_text_tokenizer
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
-from lavit_tok import VisualTokenizer
+from lavit_tok import Shards, VisualTokenizer
 from lavit_tok.checkpoints.weights import check_replaceable, find_directory
+from lavit_tok.data.shard_manifest import Manifest
 from lavit_tok.training.base import TrainingModule
 from lavit_tok.training.frozen import Frozen
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig, parameter_groups
@@ -65,11 +67,13 @@ class LanguageModeling(TrainingModule):
     """Trains a language model with an objective.
 
     Args:
-        lm: directory or Hub id of a causal LM or encoder-decoder, or the JSON of a `transformers`
-            config (with its model_type) for a new one with random weights.
-        text_tokenizer: directory or Hub id of its tokenizer; by default the LM's own. If it has no
+        lm: "default", directory or Hub id of a causal LM or encoder-decoder, or the JSON of a
+            `transformers` config (with its model_type) for a new one with random weights.
+        text_tokenizer: directory or Hub id of its tokenizer; by default the LM's own, and on the
+            command line, for a new LM, one trained on the captions of the shards. If it has no
             image tokens they are added, with new embeddings in the LM.
-        visual_tokenizer: "default", directory or Hub id: the tokenizer of the codes in the shards.
+        visual_tokenizer: "default", directory or Hub id: the tokenizer of the codes in the shards;
+            by default, on the command line, the one that the shards name.
         objective: sequence layout and loss; LaVIT's by default.
         lora: arguments of peft's LoraConfig, e.g. {"r": 16, "lora_alpha": 32}; new embeddings are
             trained beside it.
@@ -85,7 +89,7 @@ class LanguageModeling(TrainingModule):
         self,
         lm: str | dict[str, Any],
         text_tokenizer: str | None = None,
-        visual_tokenizer: str = "default",
+        visual_tokenizer: str | None = None,
         objective: Objective | None = None,
         lora: dict[str, Any] | None = None,
         optimizer: LMOptimizerConfig = LMOptimizerConfig(),
@@ -97,6 +101,10 @@ class LanguageModeling(TrainingModule):
     ) -> None:
         super().__init__()
         self.save_arguments("objective")
+        if lm == "default":
+            lm = str(DEFAULT)
+        visual_tokenizer = visual_tokenizer or "default"
+        self.kind, self.batched = "language model", "blocks"
         self.lm, self.lora, self.out, self.seed = lm, lora, out, seed
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.gradient_checkpointing, self.compile_lm = gradient_checkpointing, compile
@@ -129,6 +137,33 @@ class LanguageModeling(TrainingModule):
             )
         self.model: SequenceModel | None = None
         self.held_out: dict[str, list[LossSum]] = {}
+
+    @staticmethod
+    def complete_arguments(model: Any, data: Any, root: Path) -> None:
+        """Fill in what the command line leaves out, from the shards.
+
+        Args:
+            model: arguments of this class, changed in place: the visual tokenizer becomes that of
+                the shards, and a new LM's text tokenizer one that is trained on their captions.
+            data: arguments of LanguageDataModule.
+            root: folder of the run, where the text tokenizer is saved.
+
+        Raises:
+            ShardError: shards that cannot be read.
+        """
+        if not isinstance(model.lm, str) and model.text_tokenizer is None:
+            captions = Shards.open(data.shards, data.splits[0]).dataset()["caption"]
+            model.text_tokenizer = str(saved_text_tokenizer(captions, root))
+        if model.visual_tokenizer is None:
+            model.visual_tokenizer = Manifest.read(Path(data.shards)).config.tokenizer
+
+    def next_command(self) -> str:
+        """Images are generated next."""
+        beside = Path(self.visual_tokenizer).parent / "decoder"
+        decoder = "default" if self.visual_tokenizer == "default" else "DECODER"
+        if beside.is_dir():
+            decoder = str(beside)
+        return f"lavit-lm generate PROMPT --model {self.out} --decoder {decoder} --out images"
 
     @property
     def visual(self) -> VisualTokenizer:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 BYTES = 256
+TEXT_IDS = 2048
+"""Ids of a text tokenizer that is trained on captions."""
 
 _special_ids: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
 
@@ -54,6 +61,25 @@ def train_text_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
     )
+
+
+def saved_text_tokenizer(texts: Iterable[str], root: Path, size: int = TEXT_IDS) -> Path:
+    """`train_text_tokenizer`, in a folder whose name depends on the texts and the size.
+
+    It is trained once, and found again by a resumed run and by other processes.
+    """
+    texts = list(texts)
+    digest = hashlib.sha256(json.dumps([size, texts]).encode()).hexdigest()[:12]
+    folder = root / f"text-tokenizer-{digest}"
+    if not folder.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as temporary:
+            train_text_tokenizer(texts, size).save_pretrained(temporary)
+            # Another process may have been first; its files are the same.
+            with contextlib.suppress(OSError):
+                Path(temporary).rename(folder)
+                Path(temporary).mkdir()  # which is to be deleted
+    return folder
 
 
 def encode_plain(tokenizer: Any, text: str, is_visual: Callable[[int], bool]) -> list[int]:

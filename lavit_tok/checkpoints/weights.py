@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import HfApi, save_torch_state_dict, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lavit_tok.nn.precision import float32_default
 
-DEFAULTS = Path(__file__).parents[1] / "default"
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = ("default", "nested")
+"""Models in the package."""
+HUB_PART = re.compile(r"\w[\w.-]*")
+LOCAL_SUFFIXES = {".safetensors", ".json", ".parquet", ".tar", ".arrow", ".jsonl", ".csv"}
 # A Hub id; a path that does not exist is not looked up on the network.
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SINGLE = "model.safetensors"
@@ -66,12 +72,13 @@ def find_directory(
     patterns: Sequence[str] = ("*.json", "*.safetensors"),
     **hub: Any,
 ) -> Path:
-    """Return a local directory for "default", a local directory or a Hub id.
+    """Return a local directory for a shipped model, a local directory or a Hub id.
 
     Args:
-        name: "default", the path of a directory, or a Hub id "owner/name".
-        default: what "default" means: a folder of lavit_tok/default, or an absolute path;
-            None if no model of this kind is shipped.
+        name: of a shipped model ("default", "nested"), the path of a directory, or a Hub id
+            "owner/name".
+        default: what "default" means: a folder of lavit_tok/default (and of lavit_tok/nested), or
+            an absolute path; None if no model of this kind is shipped.
         patterns: files to download from the Hub; no other file is ever read.
         hub: passed to huggingface_hub.snapshot_download (revision, token, cache_dir, ...).
 
@@ -81,13 +88,17 @@ def find_directory(
     """
     if not isinstance(name, str | os.PathLike):
         raise WeightsError(f"expected the name of a directory or a Hub id, got {name!r}")
-    if str(name) == "default" and default is not None:
-        return DEFAULTS / default
+    shipped = {} if default is None else {"default": PACKAGE / "default" / default}
+    if default is not None and not Path(default).is_absolute():
+        shipped = {model: PACKAGE / model / default for model in SHIPPED}
+    if str(name) in shipped:
+        return shipped[str(name)]
     path = Path(name)
     if path.is_dir():
         return check_foreign(path)
-    if path.exists() or not HUB_ID.fullmatch(str(name)):
-        choices = "" if default is None else "'default', "
+    owner = Path(str(name).split("/")[0])
+    if path.exists() or owner.exists() or not HUB_ID.fullmatch(str(name)):
+        choices = "".join(f"{model!r}, " for model in shipped)
         raise WeightsError(
             f"{name}: expected {choices}an existing directory or a Hub id owner/name"
         )
@@ -140,6 +151,38 @@ def require_regular(path: Path, limit: int = MAX_FILE) -> None:
         raise WeightsError(
             f"{path}: expected at most {limit} bytes, got {size}: no config is so large"
         )
+
+
+def require_on_hub(name: str, kind: str = "model") -> None:
+    """Check that a name, which is no local path, is that of a repository on the Hub.
+
+    Loaders of other packages retry for half a minute before they report a misspelled path.
+
+    Args:
+        name: name, owner/name, or for a model owner/name/subfolder.
+        kind: "model" or "dataset".
+
+    Raises:
+        WeightsError: a path that does not exist, or a repository that the Hub, asked once, does not
+            have and that is not in the local cache.
+    """
+    parts = name.split("/")
+    owner = parts[0]
+    local = owner in ("", ".", "..", "~") or Path(owner).exists()
+    local = local or Path(name).suffix in LOCAL_SUFFIXES
+    most = 2 if kind == "dataset" else 3
+    if local or len(parts) > most or not all(HUB_PART.fullmatch(part) for part in parts):
+        raise WeightsError(f"{name}: no such file or directory")
+    repository = "/".join(parts[:2])
+    try:
+        HfApi().repo_info(repository, repo_type=kind, timeout=10)
+    except Exception as error:  # of the network, in many kinds
+        folder = repo_folder_name(repo_id=repository, repo_type=kind)
+        if not (Path(HF_HUB_CACHE) / folder).is_dir():
+            reason = str(error).strip().splitlines()[0]
+            raise WeightsError(
+                f"{name}: no such file or directory, and the Hub gave none: {reason}"
+            ) from error
 
 
 def check_replaceable(directory: str | os.PathLike[str], marker: str) -> None:

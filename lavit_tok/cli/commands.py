@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lavit_tok.checkpoints.weights import SHIPPED
 from lavit_tok.cli.items import (
     REJECTS,
     SHEET,
@@ -97,7 +98,7 @@ def decode(arguments: argparse.Namespace) -> int:
     """A code file -> PNG files, named by number and key."""
     header, records = read_codes(arguments.codes)
     require_own(arguments.out, arguments.overwrite)
-    decoder = _decoder(arguments)
+    decoder = _decoder(arguments, header.tokenizer)
     size, patches = decoder.conditioner.config.codebook_size, decoder.conditioner.config.patches
     if header.codebook_size != size:
         raise CodeError(
@@ -134,7 +135,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 
     paths = list_images(arguments.images) if arguments.images else photographs()
     require_own(arguments.out, arguments.overwrite)
-    tokenizer, decoder = _tokenizer(arguments), _decoder(arguments)
+    tokenizer, decoder = _tokenizer(arguments), _decoder(arguments, arguments.tokenizer)
     limit_images(tokenizer.image_processor, arguments)
     config, processor = tokenizer.config, tokenizer.image_processor
     side, grid = max(PANEL, config.image_size), config.image_size // config.patch_size
@@ -200,6 +201,8 @@ def shards(arguments: argparse.Namespace) -> int:
         **{name: getattr(arguments, name) for name in names},
     ):
         print(summary, file=sys.stderr)
+    following = f"lavit-lm fit -c lm/lavit --data.shards={arguments.out}"
+    print(f"wrote shards to {arguments.out}; next: {following}", file=sys.stderr)
     return 0
 
 
@@ -242,6 +245,12 @@ def _trains_nested(args: list[str]) -> bool:
 def fit_decoder(args: list[str]) -> int:
     """Train a pixel decoder; the arguments are LightningCLI's."""
     return _train("fit-decoder", "lavit_tok.training.decoder_training:PixelDecoderTraining", args)
+
+
+def fit_mean_decoder(args: list[str]) -> int:
+    """Train the mean decoder of nested codes; the arguments are LightningCLI's."""
+    module = "lavit_tok.training.mean_decoder_training:MeanDecoderTraining"
+    return _train("fit-mean-decoder", module, args)
 
 
 def _train(command: str, model: str, args: list[str]) -> int:
@@ -288,21 +297,26 @@ def _decode(
         for number in numbers
     ]
     generators = [torch.Generator().manual_seed(int(seed >> np.uint64(1))) for seed in seeds]
-    return decoder(codes, arguments.steps, arguments.guidance, generators).images
+    options = {"generator": generators, "mode": arguments.mode}
+    return decoder(codes, arguments.steps, arguments.guidance, **options).images
 
 
 def _tokenizer(arguments: argparse.Namespace) -> VisualTokenizer:
     return VisualTokenizer.from_pretrained(arguments.tokenizer, device=device(arguments.device))
 
 
-def _decoder(arguments: argparse.Namespace) -> Any:
+def _decoder(arguments: argparse.Namespace, tokenizer: str) -> Any:
+    """The decoder that is named, else the shipped one for this tokenizer."""
     import diffusers
 
     from lavit_tok.decode.pipeline import PixelDecoder
 
-    decoder = PixelDecoder.from_pretrained(arguments.decoder, device=device(arguments.device))
+    name = arguments.decoder or (tokenizer if str(tokenizer) in SHIPPED else "default")
+    decoder = PixelDecoder.from_pretrained(name, device=device(arguments.device))
     decoder.set_progress_bar_config(disable=True)
     if arguments.scheduler is not None:
+        if decoder.scheduler is None:
+            raise ValueError("--scheduler: expected a decoder of mode 'sample', this one has none")
         scheduler = getattr(diffusers, SCHEDULERS[arguments.scheduler])
         decoder.scheduler = scheduler.from_config(decoder.scheduler.config)
     return decoder

@@ -114,7 +114,8 @@ class Checkpoint:
         codes = self.tokenizer.encode(opened, **chosen.get(mode, {})).to("cpu")
         assert codes.keep is not None  # codes of images always have a keep mask
         generator = torch.Generator().manual_seed(seed)
-        (decoded,) = self.decoder(codes, steps, guidance, generator).images
+        output: Any = self.decoder(codes, steps, guidance, generator)
+        (decoded,) = output.images
         side, grid = max(PANEL, config.image_size), config.image_size // config.patch_size
         original = open_image(processor.resize(opened, side))
         small = open_image(processor.resize(opened, config.image_size))
@@ -162,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
     import_gradio()  # fail before anything is loaded
     names = [(arguments.tokenizer, arguments.decoder), *(arguments.compare or ())]
     where = device(arguments.device)
-    checkpoints = [Checkpoint.load(*pair, where) for pair in names]
+    checkpoints = [Checkpoint.load(tokenizer, decoder, where) for tokenizer, decoder in names]
     loaded = [found.load()(arguments) for found in entry_points(group=GROUP)]
     tabs = [tab for tab in loaded if tab is not None]
     page(checkpoints, tabs).launch(

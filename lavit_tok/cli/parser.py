@@ -5,7 +5,8 @@
     reconstruct [IMAGES...]   original, kept patches and reconstruction side by side
     shards DATASET --out DIR  a captioned data set -> parquet shards of codes, to train LMs on
     shards verify DIR         their check; makes the manifest again
-    fit, fit-decoder          training, by LightningCLI
+    fit, fit-decoder,
+    fit-mean-decoder          training, by LightningCLI
     recipes ACTION [NAME]     list, show or copy the training recipes
     demo                      a page in the browser: encode, decode, generate, compare
     convert RELEASE OUT       LaVIT's released files -> safetensors and JSON
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,10 +28,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+from lavit_tok import __version__
 from lavit_tok.cli.recipes import with_files
 
 BAD_INPUT = 2
@@ -63,9 +67,15 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors on one line."""
+    """Reports errors on one line, with the names of similar options."""
 
     def error(self, message: str) -> NoReturn:
+        parsers: list[Any] = [self]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+        options = [name for parser in parsers for a in parser._actions for name in a.option_strings]
+        message += similar(message, options)
         self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -157,8 +167,25 @@ def _reported(program: str, command: Command, arguments: Any) -> int:
         return getattr(error, "exit_code", BAD_INPUT)
 
 
+def similar(message: str, known: Sequence[str]) -> str:
+    """What to append to an error message that quotes a misspelled name: a question, or nothing.
+
+    Args:
+        message: an error of unknown names; of another kind it gives "".
+        known: options, or keys with dots.
+    """
+    if not re.search("unrecognized|not expected|not accept|no action for", message.lower()):
+        return ""
+    words = [word for word in re.findall(r"[\w.-]{3,}", message) if word not in known]
+    bare = {name.lstrip("-"): name for name in known}
+    found = (get_close_matches(word.lstrip("-").rstrip("."), bare, 1, 0.75) for word in words)
+    names = dict.fromkeys(f"--{match[0]}" for match in found if match)
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
+
+
 def _parser(program: str, description: str, commands: dict[str, Command]) -> Parser:
     parser = Parser(prog=program, description=description)
+    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     subparsers = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=Parser
     )
@@ -222,7 +249,7 @@ def integer(smallest: int, limit: int | None = None) -> Callable[[str], int]:
 
 positive, count, seed = integer(1), integer(0), integer(0, 2**63)
 
-LOCATION = "'default', a directory or a Hub id"
+LOCATION = "'default', 'nested', a directory or a Hub id"
 DTYPE = Argument(
     "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights"
 )
@@ -304,7 +331,17 @@ OVERWRITE_FOLDER = Argument(
     "command can be repeated",
 )
 DECODING = (
-    Argument("--decoder", default="default", metavar="D", help=LOCATION),
+    Argument(
+        "--decoder",
+        metavar="D",
+        help=f"{LOCATION}; by default the shipped one for a shipped tokenizer",
+    ),
+    Argument(
+        "--mode",
+        choices=("sample", "mean"),
+        help="a random image of the diffusion model, or the expected image; by default what the "
+        "decoder has, sample first",
+    ),
     Argument("--steps", type=positive, default=20, help="denoising steps"),
     Argument("--guidance", type=float, default=3.0, help="guidance scale; 1: none, half the cost"),
     Argument(
@@ -394,7 +431,7 @@ COMMANDS: dict[str, Command] = {
             Argument(
                 "--caption-column",
                 metavar="C",
-                help="by default caption, text or txt; '' for images without captions",
+                help="by default caption, text or txt if it exists; '' for images without captions",
             ),
             Argument(
                 "--key-column",
@@ -461,6 +498,10 @@ COMMANDS: dict[str, Command] = {
             Argument("--port", type=integer(1, 2**16), help="by default the first free from 7860"),
             DEVICE,
         ),
+    ),
+    "fit-mean-decoder": Command(
+        "train the mean decoder of nested codes: fit-mean-decoder -c recipe.yaml",
+        "lavit_tok.cli.commands:fit_mean_decoder",
     ),
     "convert": Command(
         "LaVIT's released files -> the format of this package",

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
+import sys
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import pytorch_lightning as pl
 from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins import CheckpointIO
 
+from lavit_tok.cli.parser import similar
 from lavit_tok.training.checkpoints import AtomicCheckpointIO, find_checkpoint
-from lavit_tok.training.logging import PrintMetrics
+from lavit_tok.training.logging import PrintMetrics, progress_bar
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,  # max_steps ends a run
@@ -22,8 +28,25 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
-    "enable_progress_bar": False,  # PrintMetrics, which suits log files, is in its place
+    "enable_progress_bar": None,  # in a terminal; elsewhere PrintMetrics, which suits log files
 }
+QUIET = (
+    # Lightning's notes on what these runs do on purpose, or that concern its own code: frozen parts
+    # are in eval mode, few steps, workers and epochs, resuming with other callbacks.
+    r"Found \d+ module\(s\) in eval mode",
+    "The number of training batches",
+    "Checkpoint directory .* exists and is not empty",
+    "The dirpath has changed from",
+    "Be aware that when using .ckpt_path., callbacks",
+    "You defined a .validation_step. but have no .val_dataloader.",
+    "You have overridden .(transfer_batch_to_device|on_after_batch_transfer).",
+    "Precision bf16-mixed is not supported by the model summary",
+    "The .* does not have many workers",
+    ".isinstance.treespec, LeafSpec.. is deprecated",
+    "Converting a tensor with requires_grad=True to a scalar",
+    ".is_gradient_checkpointing. is deprecated",
+    "LightningCLI's args parameter",  # it warns when it does not read sys.argv itself
+)
 SHOWN_TRAINER_OPTIONS = {
     *("accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps", "callbacks"),
     *("val_check_interval", "limit_val_batches", "accumulate_grad_batches", "default_root_dir"),
@@ -83,9 +106,23 @@ class TrainingCLI(LightningCLI):
             "Further options of Lightning's Trainer: --trainer.NAME, as in its documentation."
         )
 
+    def before_instantiate_classes(self) -> None:
+        """Fill in arguments of the model that follow from those of the data."""
+        complete = getattr(self._model_class, "complete_arguments", None)
+        if complete is not None:
+            config = self.config[self.subcommand]
+            complete(config.model, config.data, Path(config.trainer.default_root_dir or "."))
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         if config.get("enable_checkpointing") is False:  # Lightning refuses checkpoint callbacks
             callbacks = [c for c in callbacks if not isinstance(c, SaveCheckpoints)]
+        bar = config.get("enable_progress_bar")
+        config["enable_progress_bar"] = bar = sys.stdout.isatty() if bar is None else bar
+        if bar:
+            callbacks = [c for c in callbacks if not isinstance(c, PrintMetrics)] + [progress_bar()]
+        if config.get("enable_model_summary") is not False:
+            name = "RichModelSummary" if find_spec("rich") else "ModelSummary"
+            callbacks = [*callbacks, getattr(pl.callbacks, name)(max_depth=2)]
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -101,6 +138,14 @@ class TrainingCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         return {**kwargs, "ckpt_path": self.checkpoint}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; an error of an unknown key has the names of similar ones."""
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            known = [a.dest for p in self._subcommand_parsers.values() for a in p._actions]
+            raise argparse.ArgumentError(None, f"{error}{similar(str(error), known)}") from None
 
 
 def run_training(
@@ -119,15 +164,18 @@ def run_training(
     Raises:
         ValueError: arguments or a recipe that do not fit.
     """
-    # LightningCLI warns when it does not read sys.argv itself.
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message)
+    for name in ("pytorch_lightning", "lightning_fabric"):  # devices, seeds, advertisements
+        logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
+        logging.getLogger(f"{name}.utilities.seed").setLevel(logging.WARNING)
     parser: dict[str, Any] = {"exit_on_error": False, "prog": program}
     # A subcommand takes its formatter from the parser above it.
     parser["formatter_class"] = type("Help", (ShortHelp,), {"command": f"{program} {command}"})
     # The fields of config records are documented by the string below each.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        TrainingCLI(
+        cli = TrainingCLI(
             resolve_name(model),
             resolve_name(data),
             args=[action, *args],
@@ -138,4 +186,6 @@ def run_training(
         )
     except argparse.ArgumentError as error:
         raise ValueError(f"{error} (see {program} {command} --help)") from None
+    if action == "fit" and cli.trainer.is_global_zero:
+        print(cli.model.outcome(), file=sys.stderr)
     return 0

@@ -9,30 +9,47 @@ corrupt image costs one example, which is reported as a reject, and not the batc
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from lavit_tok.checkpoints.weights import require_on_hub
 from lavit_tok.data.files import printable
-from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor, open_image
+from lavit_tok.encode.image_processor import (
+    SUFFIXES,
+    ImageError,
+    VisualImageProcessor,
+    open_image,
+)
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 KEY_COLUMNS = ("key", "__key__", "id", "file_name")
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+HOLDOUT_EVERY = 20
+"""Without a validation split, one of so many training images is held out."""
+HASHED_BYTES = 1 << 16
+"""An image's content hash is of its size and its first bytes, so that large data are not read."""
 
 
 def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
     """Open an image folder, parquet, webdataset tars, an arrow folder, or a Hub name.
+
+    Captions of an image folder are in its metadata.csv or .jsonl, or in a text file beside each
+    image (0001.jpg, 0001.txt), which becomes the column "caption".
 
     Returns: {split name: Dataset or IterableDataset}.
 
@@ -41,6 +58,8 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
     """
     path = Path(data)
     try:
+        if not path.exists() and not glob.has_magic(data) and "://" not in data:
+            require_on_hub(data, "dataset")
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded = datasets.load_from_disk(data)
             splits = loaded if isinstance(loaded, dict) else {"train": loaded}
@@ -55,6 +74,10 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
             return dict(
                 datasets.load_dataset(BUILDERS[suffix], data_files=files, streaming=streaming)
             )
+        if path.is_dir() and not streaming and any(map(_text_file, islice(_images(path), 100))):
+            # `datasets` would infer a folder of texts
+            loaded = datasets.load_dataset("imagefolder", data_dir=data)
+            return {name: _with_captions(split) for name, split in loaded.items()}
         return dict(datasets.load_dataset(data, streaming=streaming))
     except Exception as error:  # the builders raise many kinds
         names = map(str, path.rglob("*"))
@@ -66,6 +89,63 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
             f"{data}: expected an image folder, parquet, webdataset tars, an arrow folder or a Hub "
             f"name: {error}"
         ) from error
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def _text_file(path: Path) -> Path | None:
+    """The text file beside an image, if it exists."""
+    text = path.with_suffix(".txt")
+    return text if text.is_file() else None
+
+
+def _with_captions(split: Any) -> Any:
+    """The split with the texts beside its images as captions, "" where there is none."""
+    if "caption" in split.features:  # from metadata.csv
+        return split
+    images = split.cast_column("image", datasets.Image(decode=False))["image"]
+    files = [_text_file(Path(image["path"])) for image in images]
+    texts = [file.read_text("utf-8", errors="replace").strip() if file else "" for file in files]
+    return split.add_column("caption", texts)
+
+
+def hold_out(splits: dict[str, Any], image_column: str = "image") -> dict[str, Any]:
+    """The splits; without "validation", one of HOLDOUT_EVERY images of "train" becomes that.
+
+    Which ones depends on the content of each image only, so that copies of one image are not in
+    both splits, and every command that reads the data set makes the same splits. Unchanged if all
+    images are equal.
+    """
+    if "validation" in splits or "train" not in splits:
+        return splits
+    train, hashes = splits["train"], _content_hashes(splits["train"], image_column)
+    held = [i for i, value in enumerate(hashes) if value % HOLDOUT_EVERY == 0]
+    if not held or len(held) == len(hashes):
+        held = [i for i, value in enumerate(hashes) if value == min(hashes)]
+    if len(held) == len(hashes):
+        return splits
+    kept = sorted({*range(len(hashes))} - {*held})
+    return {**splits, "train": train.select(kept), "validation": train.select(held)}
+
+
+def _content_hashes(split: Any, image_column: str) -> list[int]:
+    """A number of 64 bits for each image, a function of its encoded bytes."""
+    images, column = undecoded(split, image_column)
+    numbers = []
+    for table in images.select_columns(column).with_format("arrow").iter(1000):
+        content, paths = (pc.struct_field(table[column], name) for name in ("bytes", "path"))
+        sizes = pc.binary_length(content).to_pylist()
+        heads = pc.binary_slice(content, 0, HASHED_BYTES).to_pylist()
+        for size, head, path in zip(sizes, heads, paths.to_pylist(), strict=True):
+            if head is None and path and os.path.isfile(path):
+                size = os.path.getsize(path)
+                with open(path, "rb") as file:
+                    head = file.read(HASHED_BYTES)
+            sha = hashlib.sha256(f"{size}:".encode() + (head or b""))
+            numbers.append(int.from_bytes(sha.digest()[:8], "big"))
+    return numbers
 
 
 def undecoded(split: Any, image_column: str) -> tuple[Any, str]:
@@ -124,6 +204,8 @@ class Augmentation:
         crop_scale: smallest and largest fraction of the image's area that a crop keeps; (1, 1) for
             no crops. Crops keep the aspect ratio.
         seed: seed of all random numbers.
+        variants: number of different augmentations of an image, repeated from then on; 0 for
+            another one in every epoch.
     """
 
     def __init__(
@@ -132,6 +214,7 @@ class Augmentation:
         flip: float = 0.0,
         crop_scale: tuple[float, float] = (1.0, 1.0),
         seed: int = 0,
+        variants: int = 0,
     ):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(
@@ -139,6 +222,7 @@ class Augmentation:
             )
         self.image_processor = image_processor
         self.flip, self.crop_scale, self.seed = flip, tuple(crop_scale), seed
+        self.variants = variants
 
     @property
     def cache_size(self) -> int:
@@ -150,6 +234,7 @@ class Augmentation:
         return self.image_processor.resize(image)
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> UInt8[Tensor, "3 size size"]:
+        epoch = epoch % self.variants if self.variants else epoch
         mixed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
         random = torch.rand(4, generator=torch.Generator().manual_seed(int(mixed))).tolist()
         smallest, largest = self.crop_scale

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.image_sources import hold_out, load_splits
 from lavit_tok.data.shard_manifest import Manifest, ShardError, joined_digest
 from lavit_tok.data.shard_reader import Shards
 from lavit_tok.data.shard_source import SplitImages, digest
@@ -40,9 +40,12 @@ class ShardImages:
     """
 
     def __init__(self, shards: Shards, data: str, image_processor: VisualImageProcessor) -> None:
-        listed = Manifest.read(shards.directory).splits[shards.split]
-        source = listed.source
         splits = load_splits(data)
+        manifest = Manifest.read(shards.directory)
+        listed = manifest.splits[shards.split]
+        source = listed.source
+        if "validation" in manifest.splits:  # perhaps held out of the training split
+            splits = hold_out(splits, source.image_column)
         if shards.split not in splits:
             raise ShardError(
                 f"{data}: expected a split {shards.split!r} as in the shards, got "

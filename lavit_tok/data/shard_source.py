@@ -286,11 +286,11 @@ def _require_digest(file: str, before: str, now: str) -> None:
 
 
 def _caption_column(columns: Any, name: str | None, data: str) -> str | None:
-    """The caption column; None if name is "". Raises ValueError."""
-    if name == "":
-        return None
+    """The caption column; None if name is "", or there is none. Raises ValueError."""
     names = CAPTION_COLUMNS if name is None else (name,)
     column = next((n for n in names if n in columns), None)
+    if name == "" or (name is None and column is None):
+        return None
     if column is None or getattr(columns[column], "dtype", None) not in ("string", "large_string"):
         raise ValueError(
             f"{data}: expected a caption column {' or '.join(map(repr, names))} of text, got "

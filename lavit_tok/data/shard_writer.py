@@ -23,7 +23,7 @@ from torch.utils.data._utils import worker
 from tqdm import tqdm
 
 from lavit_tok.data.files import atomic, exclusive_folder
-from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.image_sources import hold_out, load_splits
 from lavit_tok.data.rejects import AllSkippedError
 from lavit_tok.data.shard_footers import (
     complete_parts,
@@ -72,7 +72,8 @@ def write_shards(
         out: directory of the shards; a run that was stopped is resumed.
         tokenizer_name: "default", directory or Hub id of the tokenizer, for the manifest.
         tokenizer: encodes the images.
-        split: the only split to tokenize; None for all.
+        split: the only split to tokenize; None for all, and for a validation split of held-out
+            training images if there is none.
         columns: of images, captions and keys.
         budget: codes per image, or their ratio of the patches; None leaves it to the selector.
         flip: add the horizontal flip of each image.
@@ -89,7 +90,10 @@ def write_shards(
         ValueError: a data set, split or column that cannot be read.
         OSError: a file that cannot be written.
     """
-    splits = load_splits(data, streaming)
+    given = load_splits(data, streaming)
+    splits = given
+    if split is None and not streaming:
+        splits = hold_out(given, columns[0] or "image")
     names = list(splits) if split is None else [split]
     if missing := set(names) - set(splits):
         raise ValueError(f"{data}: expected a split {missing.pop()!r}, got {', '.join(splits)}")
@@ -114,7 +118,8 @@ def write_shards(
             source = kind(splits[name], data, tokenizer.image_processor, *columns)
             job = ShardJob(out, name, source, config, data)
             job.run(engine, batch_size)
-            summaries.append(job.summary())
+            held_out = ", held out of train by content" if name not in given else ""
+            summaries.append(job.summary() + held_out)
     return summaries
 
 
@@ -222,6 +227,7 @@ class ShardJob:
             f"{len(footers)} shards"
         )
         text += f", {self.resumed} of them from earlier runs" if self.resumed else ""
+        text += "" if self.source.caption_column else ", without captions"
         if rejects := sum(len(footer.rejects) for footer in footers):
             text += f"; {rejects} skipped, listed in {self.out / self.name}.rejects.jsonl"
         return text

@@ -197,7 +197,7 @@ class Conditioner(ModelMixin, ConfigMixin):
         mlp_width: intermediate size of its MLPs.
         layer_norm_eps: epsilon of its LayerNorms.
         cross_dims: output dimensions of the projections of X_rec, in total the U-Net's
-            cross_attention_dim; sd has one, sdxl two.
+            cross_attention_dim; sd has one, sdxl two. Empty for a decoder without U-Net.
         null_length: m, tokens of the null embedding (sd), 1..n; with m = n no mask is needed.
         pooled_dim: dimension of the pooled vector (sdxl).
         pool_heads: attention heads of the pool (sdxl).
@@ -242,7 +242,7 @@ class Conditioner(ModelMixin, ConfigMixin):
         super().__init__()
         number = {"sd": 1, "sdxl": 2}.get(style)
         self._require("style", number is not None, "'sd' or 'sdxl'")
-        is_valid = len(cross_dims) == number and min(cross_dims) > 0
+        is_valid = len(cross_dims) in (number, 0) and min(cross_dims, default=1) > 0
         self._require("cross_dims", is_valid, f"{number} positive widths for {style}")
         if style == "sd":
             self._require("null_length", 1 <= null_length <= patches, f"1..{patches} (patches)")
@@ -261,7 +261,7 @@ class Conditioner(ModelMixin, ConfigMixin):
         self.reconstructor: Any = (
             NestedReconstructor(*sizes, colors, code_layers) if nested else Reconstructor(*sizes)
         )
-        self.projection = Projection(self.config)
+        self.projection = Projection(self.config) if len(cross_dims) else None
         self.eval()
 
     def _require(self, name: str, is_valid: bool, expected: str) -> None:
@@ -320,8 +320,11 @@ class Conditioner(ModelMixin, ConfigMixin):
 
     def forward(self, codes: VisualCodes) -> Conditioning:
         """The conditioning of a batch of codes."""
+        if self.projection is None:
+            raise ValueError("expected cross_dims for a U-Net, this conditioner has none")
         return self.projection(self.features(codes))
 
     def unconditional(self, like: Conditioning) -> Conditioning:
         """The null conditioning of a batch."""
+        assert self.projection is not None
         return self.projection.unconditional(like)

@@ -1,7 +1,8 @@
-"""Codes -> pixels, by diffusion: one guided denoising loop in a diffusers pipeline.
+"""Codes -> pixels in a diffusers pipeline: one guided denoising loop, or one forward pass.
 
-VisualCodes -Conditioner-> c, u
-noise -U-Net, 25 steps: u + s (c - u)-> latents -VAE, float32-> pixels
+sample:    VisualCodes -Conditioner-> c, u
+           noise -U-Net, 25 steps: u + s (c - u)-> latents -VAE, float32-> pixels
+mean:      VisualCodes -Conditioner's reconstructor-> features, colors -MeanDecoder-> pixels
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import copy
 import inspect
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -37,12 +38,14 @@ from lavit_tok.checkpoints.weights import (
 )
 from lavit_tok.codes import CodeError, VisualCodes
 from lavit_tok.decode.conditioner import Conditioner, Conditioning
+from lavit_tok.decode.mean_decoder import MeanDecoder
 from lavit_tok.nn.ranges import require_number
 
 MODELS: dict[str, type[Any]] = {
     "conditioner": Conditioner,
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
+    "mean_decoder": MeanDecoder,
 }
 SINGLE = "diffusion_pytorch_model.safetensors"
 SCHEDULERS = frozenset(
@@ -78,12 +81,17 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         vae: latents to pixels.
         scheduler: any diffusers scheduler; replace it by
             `decoder.scheduler = DPMSolverMultistepScheduler.from_config(decoder.scheduler.config)`.
+        mean_decoder: features and colors of nested codes to the expected image.
+
+    U-Net, VAE and scheduler are needed for `mode="sample"`, the mean decoder for `mode="mean"`; a
+    decoder has either or both.
 
     Raises:
-        ValueError: models whose sizes do not match.
+        ValueError: models whose sizes do not match, or that suffice for neither mode.
     """
 
-    model_cpu_offload_seq = "conditioner->unet->vae"
+    model_cpu_offload_seq = "conditioner->mean_decoder->unet->vae"
+    _optional_components = ["unet", "vae", "scheduler", "mean_decoder"]  # noqa: RUF012
     # Offloading by layers moves weights when their layer runs; the null embedding is used without
     # running any layer.
     _exclude_from_cpu_offload = ["conditioner"]  # noqa: RUF012 (diffusers' name and type)
@@ -91,24 +99,41 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
     def __init__(
         self,
         conditioner: Conditioner,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        scheduler: diffusers.SchedulerMixin,
+        unet: UNet2DConditionModel | None = None,
+        vae: AutoencoderKL | None = None,
+        scheduler: diffusers.SchedulerMixin | None = None,
+        mean_decoder: MeanDecoder | None = None,
     ) -> None:
         super().__init__()
-        latent = vae.config.latent_channels
-        sizes = {
-            "cross_attention_dim": sum(conditioner.config.cross_dims),
-            "in_channels": latent + conditioner.config.spatial_channels,
-            "out_channels": latent,
-        }
-        for name, expected in sizes.items():
-            got = unet.config[name]
-            if got != expected:
-                fit = "for this conditioner and VAE"
-                raise ValueError(f"unet.{name}: expected {expected} {fit}, got {got}")
-        self.register_modules(conditioner=conditioner, unet=unet, vae=vae, scheduler=scheduler)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.register_modules(
+            conditioner=conditioner,
+            unet=unet,
+            vae=vae,
+            scheduler=scheduler,
+            mean_decoder=mean_decoder,
+        )
+        parts = {"unet": unet, "vae": vae, "scheduler": scheduler}
+        missing = [name for name, part in parts.items() if part is None]
+        if len(missing) in (1, 2) or (missing and mean_decoder is None):
+            raise ValueError(
+                f"expected unet, vae and scheduler, or mean_decoder, got no {', no '.join(missing)}"
+            )
+        c = conditioner.config
+        if unet is not None and vae is not None:
+            latent = vae.config.latent_channels
+            sizes = {
+                "cross_attention_dim": sum(c.cross_dims),
+                "in_channels": latent + c.spatial_channels,
+                "out_channels": latent,
+            }
+            fit = "for this conditioner and VAE"
+            _require_sizes("unet", unet.config, sizes, fit)
+            self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        else:
+            self.vae_scale_factor = 1
+        if mean_decoder is not None:
+            sizes = {name: c[name] for name in ("width", "patches", "color_cells")}
+            _require_sizes("mean_decoder", mean_decoder.config, sizes, "for this conditioner")
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @torch.no_grad()
@@ -125,8 +150,12 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         output_type: str = "pil",
         eta: float | int = 0.0,
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        mode: Literal["sample", "mean"] | None = None,
+    ) -> Any:  # ImagePipelineOutput, or a tuple without return_dict
         """Generate one image for the codes of each image of a batch.
+
+        In mode "mean" the image is the expected one, without randomness; only `codes`, the sizes,
+        `output_type` and `return_dict` matter.
 
         Args:
             codes: the codes of a batch; or c and u, conditioning and null conditioning from another
@@ -145,11 +174,13 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
                 "latent".
             eta: ratio of DDPM's noise that DDIM adds.
             return_dict: return an object with `.images` instead of a tuple.
+            mode: "sample" draws an image by the U-Net, "mean" computes the expected one; by
+                default "sample" if the decoder has a U-Net.
 
         Raises:
             CodeError: codes of another tokenizer.
-            ValueError: an impossible size, number of generators or output type; a number that is
-                not finite or out of range.
+            ValueError: a mode that this decoder lacks, an impossible size, number of generators or
+                output type; a number that is not finite or out of range.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             kinds = "'pil', 'np', 'pt' or 'latent'"
@@ -157,6 +188,12 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         require_number("num_inference_steps", num_inference_steps, 1, MAX_STEPS, integer=True)
         require_number("guidance_scale", guidance_scale, -1000, 1000)
         require_number("eta", eta, 0, 1)
+        if mode is None:
+            mode = "mean" if self.unet is None else "sample"
+        if mode not in self.modes:
+            raise ValueError(f"mode: expected one of {self.modes} for this decoder, got {mode!r}")
+        if mode == "mean":
+            return self._decode_mean(codes, height, width, output_type, return_dict)
         is_pair = isinstance(codes, tuple) and len(codes) == 2
         if isinstance(codes, VisualCodes):
             with torch.autocast(self._execution_device.type, enabled=False):
@@ -200,6 +237,35 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         if output_type != "latent":
             pixels = self.decode_latents(latents)
             images = self.image_processor.postprocess(pixels, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def modes(self) -> list[str]:
+        """The modes that the decoder's models suffice for."""
+        parts = {"sample": self.unet, "mean": self.mean_decoder}
+        return [mode for mode, part in parts.items() if part is not None]
+
+    def _decode_mean(
+        self,
+        codes: VisualCodes | tuple[Conditioning, Conditioning],
+        height: int | None,
+        width: int | None,
+        output_type: str,
+        return_dict: bool,
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        if not isinstance(codes, VisualCodes) or output_type == "latent":
+            got = "a conditioning" if output_type != "latent" else "output_type 'latent'"
+            raise ValueError(f"mode 'mean': expected VisualCodes and pixels, got {got}")
+        with torch.autocast(self._execution_device.type, enabled=False):
+            pixels = self.mean_decoder(self.conditioner.features(codes)).float()
+        native = self.mean_decoder.image_size
+        size = (native if height is None else height, native if width is None else width)
+        if min(size) < 1:
+            raise ValueError(f"height and width: expected positive numbers, got {size}")
+        if size != (native, native):
+            pixels = nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+        images: Any = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -284,7 +350,12 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         if dtype is None:
             super().save_pretrained(str(save_directory), **{**kwargs, "safe_serialization": True})
             return
-        copies = {name: nn.Module.to(copy.deepcopy(getattr(self, name)), dtype) for name in MODELS}
+        parts = {name: getattr(self, name) for name in MODELS}
+        copies: dict[str, Any] = {
+            name: nn.Module.to(copy.deepcopy(part), dtype)
+            for name, part in parts.items()
+            if part is not None
+        }
         PixelDecoder(**copies, scheduler=self.scheduler).save_pretrained(save_directory, **kwargs)
 
     @classmethod
@@ -296,7 +367,7 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         device: torch.device | str = "cpu",
         **hub: Any,
     ) -> PixelDecoder:
-        """Load the shipped decoder ("default", no network), a directory or a Hub id.
+        """Load a shipped decoder ("default" or "nested", no network), a directory or a Hub id.
 
         Unlike diffusers' own loader this instantiates no class that the directory names:
         model_index.json is ignored.
@@ -305,15 +376,29 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             WeightsError: listing every missing, unexpected or mis-shaped tensor or config entry.
         """
         directory = find_directory(name, "decoder", **hub)
-        models: dict[str, Any] = {
-            part: load_model(directory / part, kind, dtype) for part, kind in MODELS.items()
+        found = {
+            part: kind
+            for part, kind in MODELS.items()
+            if part == "conditioner" or (directory / part).is_dir()
         }
+        models: dict[str, Any] = {
+            part: load_model(directory / part, kind, dtype) for part, kind in found.items()
+        }
+        if (directory / "scheduler").is_dir():
+            models["scheduler"] = load_scheduler(directory / "scheduler")
         try:
-            return cls(**models, scheduler=load_scheduler(directory / "scheduler")).to(device)
+            return cls(**models).to(device)
         except WeightsError:
             raise
         except ValueError as error:
             raise WeightsError(f"{directory}: {error}") from None
+
+
+def _require_sizes(part: str, config: Any, sizes: dict[str, int], fit: str) -> None:
+    """Raise ValueError if the config of a part has other sizes."""
+    for name, expected in sizes.items():
+        if config[name] != expected:
+            raise ValueError(f"{part}.{name}: expected {expected} {fit}, got {config[name]}")
 
 
 def load_model(directory: Path, kind: type[Any], dtype: torch.dtype = torch.float32) -> Any:

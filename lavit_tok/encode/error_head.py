@@ -60,10 +60,13 @@ class ErrorHead(KeepFloat32):
     ) -> Float[Tensor, "batch patches"]:
         """Predicted error with 1, 2, ... n codes, float32, never rising."""
         with torch.autocast(features.device.type, enabled=False):
-            x = self.norm(summary(features.detach().float(), self.levels))
-            # The error with all codes, and what each halving of them adds
-            steps = F.softplus(self.mlp(x))
-            return LEAST + steps.flip(1).cumsum(1).flip(1) @ self.weights
+            return self.at_points(summary(features.detach().float(), self.levels)) @ self.weights
+
+    def at_points(self, values: Float[Tensor, "batch values"]) -> Float[Tensor, "batch points"]:
+        """Predicted error with 1, 2, 4, ... n codes, from a summary of the features."""
+        # The error with all codes, and what each halving of them adds
+        steps = F.softplus(self.mlp(self.norm(values)))
+        return LEAST + steps.flip(1).cumsum(1).flip(1)
 
 
 def rank_log_odds(
@@ -105,11 +108,9 @@ def summary(
             parts = [d.square().mean((1, 2, 3)) for d in differences if d.numel()]
             within.append(torch.stack(parts).mean(0) if parts else square.new_zeros(len(square)))
             continue
-        whole = side // cell * cell
-        cells = rearrange(
-            square[:, :, :whole, :whole], "b d (r p) (c q) -> b d r c (p q)", p=cell, q=cell
-        )
-        within.append(cells.var(-1, correction=0).mean((1, 2, 3)))
+        whole = square[:, :, : side // cell * cell, : side // cell * cell]
+        means = F.avg_pool2d(whole, cell).square().mean((1, 2, 3))
+        within.append(whole.square().mean((1, 2, 3)) - means)
     logs = torch.stack(within, 1).clamp(min=1e-6).log()
     return torch.cat([features.mean(1), features.std(1, correction=0), logs], 1)
 

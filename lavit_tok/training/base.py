@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,6 +22,10 @@ class TrainingModule(pl.LightningModule):
     `learning_rate_factor` or `frozen_names` where they differ.
     """
 
+    kind = "model"
+    """What a run saves, as its last line names it."""
+    out: str | None = None
+    """Where it is saved."""
     optimizer_config: OptimizerConfig
     schedule_config: ScheduleConfig
 
@@ -74,6 +79,23 @@ class TrainingModule(pl.LightningModule):
     def frozen_names(self) -> Iterable[str]:
         """Names in `state_dict()` that checkpoints leave out."""
         return ()
+
+    def not_saved(self) -> str | None:
+        """Why nothing was saved at the end of `fit`; None if it was."""
+        return None if self.out else "model.out is not set"
+
+    def next_command(self) -> str:
+        """The command line that uses what was saved, or an empty string."""
+        return ""
+
+    def outcome(self) -> str:
+        """The last line of a run: what was saved and the next command, or why nothing was."""
+        reason = self.not_saved()
+        if reason is None:
+            following = self.next_command()
+            return f"wrote the {self.kind} to {self.out}" + (following and f"; next: {following}")
+        folder = Path(self.trainer.default_root_dir)
+        return f"no {self.kind} saved: {reason}; checkpoints and logs are in {folder}"
 
     def configure_optimizers(self) -> Any:
         """AdamW with one factor on all learning rates, updated every step."""

@@ -37,38 +37,61 @@ class CodebookTraining(TrainingModule):
     codebook: TrainingCodebook | None
     quantization: QuantizationConfig
     mean_feature: Tensor
-    out: str | None
     seed: int
+    kind = "tokenizer"
+    start_from: str | None = None
 
     def build_tokenizer(
         self,
         config: TokenizerConfig | None,
         encoder: str | None,
         image_processor: dict[str, Any] | None,
+        start_from: str | None = None,
     ) -> None:
         """Create the tokenizer around its frozen encoder, and the buffers of the codebook.
 
         Args:
             config: sizes of the tokenizer; its `encoder` is replaced by the config of `encoder`.
-            encoder: directory or Hub id of the frozen encoder; None for random weights.
+            encoder: "default" (that of the shipped tokenizer, with its image processor), directory
+                or Hub id of the frozen encoder; None for random weights.
             image_processor: arguments of VisualImageProcessor besides its size.
+            start_from: "default", directory or Hub id of a tokenizer to train on, codebook
+                included, in place of the three above.
 
         Raises:
-            ValueError: a config without a reconstructor.
+            ValueError: a config without a reconstructor; `start_from` with codes of another kind
+                than those of `config`.
         """
         config = config or TokenizerConfig()
-        vision = None
-        if encoder is not None:
-            vision = VisionEncoder.from_pretrained(encoder, norm=config.encoder_norm)
-            config = TokenizerConfig.from_dict(
-                {**config.to_dict(), "encoder": vision.json_config()}
-            )
+        vision = processor = None
+        self.start_from = start_from
+        if start_from is not None:
+            tokenizer = VisualTokenizer.from_pretrained(start_from)
+            if tokenizer.config.sequence != config.sequence:
+                raise ValueError(
+                    f"start_from: expected a tokenizer of {config.sequence} codes, {start_from!r} "
+                    f"is one of {tokenizer.config.sequence} codes: use a recipe for those"
+                )
+            config = tokenizer.config
+        elif encoder is not None:
+            norm = config.encoder_norm
+            if encoder == "default":
+                shipped = VisualTokenizer.from_pretrained("default")
+                vision, norm = shipped.encoder, shipped.config.encoder_norm
+                processor = shipped.image_processor if image_processor is None else None
+            else:
+                vision = VisionEncoder.from_pretrained(encoder, norm=norm)
+            values = {"encoder": vision.json_config(), "encoder_norm": norm}
+            config = TokenizerConfig.from_dict({**config.to_dict(), **values})
         if not config.reconstructor_depth:
             raise ValueError(
                 "reconstructor_depth: expected at least 1: the loss compares reconstructed features"
             )
-        processor = VisualImageProcessor(config.image_size, **(image_processor or {}))
-        self.tokenizer = VisualTokenizer(config, vision, processor)
+        if start_from is None:
+            options = image_processor or {}
+            processor = processor or VisualImageProcessor(config.image_size, **options)
+            tokenizer = VisualTokenizer(config, vision, processor)
+        self.tokenizer = tokenizer
         self.tokenizer.encoder.requires_grad_(False)
         self.codebook = None
         self.register_buffer("mean_feature", torch.zeros(config.width))
@@ -107,6 +130,24 @@ class CodebookTraining(TrainingModule):
         if self.out and self.trainer.is_global_zero and self.quantizes:
             self.export(self.out)
 
+    def not_saved(self) -> str | None:
+        """The run ended before the codebook was initialized, or `out` is not set."""
+        if self.quantizes:
+            return super().not_saved()
+        start = self.quantization.start_step
+        return (
+            f"the run ended at step {self.global_step:,}, before the codebook is initialized; "
+            f"raise trainer.max_steps above {start:,} (codebook.start_step)"
+        )
+
+    def next_command(self) -> str:
+        """A pixel decoder is trained next, or shards are made."""
+        data = getattr(self.trainer.datamodule, "data", "DATASET")
+        return (
+            f"lavit-tok fit-decoder -c default/decoder --model.tokenizer={self.out} "
+            f"--data.data={data}"
+        )
+
     # The steps of a training step
 
     def features(
@@ -140,8 +181,16 @@ class CodebookTraining(TrainingModule):
         return z + ratio * (quantized - z), codes, commitment
 
     def start_codebook(self) -> None:
-        """Initialize by k-means over the recent vectors; all ranks take those of rank 0."""
+        """Initialize by k-means over the recent vectors; all ranks take those of rank 0.
+
+        With `start_from`, the codebook is that of the tokenizer.
+        """
         assert self.codebook is not None
+        if self.start_from is not None:
+            entries = self.tokenizer.quantizer.codebook.embeddings
+            counts = torch.full((len(entries),), self.vectors_per_step() / len(entries))
+            self.codebook.load_embeddings(entries, counts.to(entries.device))
+            return
         generator = torch.Generator().manual_seed(self.seed)
         entries, counts = spherical_kmeans(
             self.recent_z.latest(),

@@ -22,13 +22,12 @@ from lavit_tok.data.image_sources import (
     MapImages,
     StreamImages,
     collate,
+    hold_out,
     load_splits,
     undecoded,
 )
 from lavit_tok.data.rejects import write_rejects
 from lavit_tok.encode.image_processor import ResizeMode, VisualImageProcessor
-
-HOLDOUT_EVERY = 20  # without a validation split, every 20th training example validates
 
 
 class EpochOrder(DistributedSampler):
@@ -132,14 +131,16 @@ class ImageDataModule(LightningDataModule):
         image_column: name of the image column; if it does not exist, the column of images is used
             (webdataset: jpg, png).
         caption_column: name of the caption column, or None for images only.
-        splits: names of the training, validation and test split; without a validation split, every
-            20th training example is held out, and without a test split the validation split is
-            used.
+        splits: names of the training, validation and test split; without a validation split, a
+            twentieth of the training images is held out, chosen by their content, and without a
+            test split the validation split is used.
         streaming: read without indexing or downloading first; sharded by rank and worker, not
             exactly resumable.
         flip: probability of a horizontal flip in training.
         crop_scale: smallest and largest fraction of the area kept by training crops; (1, 1) for
             none.
+        variants: number of different crops and flips of an image, so that a model can keep what it
+            computes of them; 0 for others in every epoch.
         cache: decode once to uint8 in memory (12 kB per image at 64 px), the fastest for small
             data.
         resize_mode: "square" resizes both sides, as LaVIT does; "center_crop" and "pad" keep the
@@ -159,6 +160,7 @@ class ImageDataModule(LightningDataModule):
         streaming: bool = False,
         flip: float = 0.0,
         crop_scale: tuple[float, float] = (1.0, 1.0),
+        variants: int = 0,
         cache: bool = False,
         resize_mode: ResizeMode = "square",
     ):
@@ -174,8 +176,9 @@ class ImageDataModule(LightningDataModule):
         self.seed, self.image_column, self.caption_column = seed, image_column, caption_column
         self.splits, self.streaming, self.cache = splits, streaming, cache
         processor = VisualImageProcessor(image_size, resize_mode)
-        self.augment = Augmentation(processor, flip, crop_scale, seed)
+        self.augment = Augmentation(processor, flip, crop_scale, seed, variants)
         self.rejects: list[dict[str, str]] = []
+        self.held_out = False  # whether "validation" is a part of the training split
         self.sets: dict[str, MapImages | StreamImages] = {}
 
     def prepare_data(self) -> None:
@@ -209,6 +212,13 @@ class ImageDataModule(LightningDataModule):
                 raise ValueError(
                     f"{self.data}: no readable image in the {name} split, e.g. {self.rejects[:1]}"
                 )
+        if stage == "fit" and self.trainer is not None and self.trainer.is_global_zero:
+            where = " (held out of train by content)" if self.held_out else ""
+            sizes = [
+                f"{name} {len(s)}" for name, s in self.sets.items() if isinstance(s, MapImages)
+            ]
+            if sizes:
+                print(f"images: {', '.join(sizes)}{where}", flush=True)
 
     def _named_splits(self) -> dict[str, Any]:
         loaded = load_splits(self.data, self.streaming)
@@ -218,11 +228,10 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(
                 f"{self.data}: expected one of the splits {self.splits}, got {', '.join(loaded)}"
             )
-        train = splits.get("train")
-        if "validation" not in splits and train and not self.streaming and len(train) > 1:
-            held_out = [i % HOLDOUT_EVERY == 0 for i in range(len(train))]
-            splits["validation"] = train.select([i for i, held in enumerate(held_out) if held])
-            splits["train"] = train.select([i for i, held in enumerate(held_out) if not held])
+        if not self.streaming:
+            self.held_out = "validation" not in splits
+            splits = hold_out(splits, self.image_column)
+            self.held_out &= "validation" in splits
         if "test" not in splits and "validation" in splits:
             splits["test"] = splits["validation"]
         return splits

@@ -108,9 +108,11 @@ class PixelDecoderTraining(EMATraining):
     """Trains a U-Net and the projection of its condition; tokenizer and VAE are frozen.
 
     Args:
-        vae: directory of a diffusers AutoencoderKL, or its Hub id (owner/name or
+        vae: "default", directory of a diffusers AutoencoderKL, or its Hub id (owner/name or
             owner/name/subfolder).
         tokenizer: "default", directory or Hub id of the tokenizer whose codes are decoded.
+        start_from: "default", directory or Hub id of a pixel decoder to train on: its U-Net, in
+            place of `unet`, its projection and its noise schedule.
         unet: the U-Net.
         condition: how the features condition it.
         diffusion: the diffusion process and the loss.
@@ -130,6 +132,7 @@ class PixelDecoderTraining(EMATraining):
         self,
         vae: str,
         tokenizer: str = "default",
+        start_from: str | None = None,
         unet: UNetConfig = UNetConfig(),
         condition: ConditionConfig = ConditionConfig(),
         diffusion: DiffusionConfig = DiffusionConfig(),
@@ -150,6 +153,7 @@ class PixelDecoderTraining(EMATraining):
         self.diffusion, self.samples, self.flip, self.cache = diffusion, samples, flip, cache
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.out, self.out_dtype, self.seed = out, out_dtype, seed
+        self.tokenizer_name, self.kind = tokenizer, "pixel decoder"
         self.encoders = FrozenEncoders(tokenizer, vae)
         frozen = self.encoders.tokenizer
         conditioner = Conditioner.for_tokenizer(
@@ -163,14 +167,18 @@ class PixelDecoderTraining(EMATraining):
             "out_channels": latent_channels,
             "cross_attention_dim": sum(condition.cross_dims),
         }
-        self.unet = load_unet(unet.config, unet.pretrained, sizes)
+        start = None if start_from is None else PixelDecoder.from_pretrained(start_from)
+        if start is None:
+            self.unet = load_unet(unet.config, unet.pretrained, sizes)
+        else:
+            self.unet = start_unet(start, self.projection, sizes)
         if unet.sample_size is not None:
             self.unet.register_to_config(sample_size=unet.sample_size)
         if unet.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if unet.channels_last:
             self.unet.to(memory_format=torch.channels_last)
-        self.scheduler = diffusion.scheduler()
+        self.scheduler = diffusion.scheduler() if start is None else start.scheduler
         self.start_average(ema_decay)
         self.encoded: EncodedSet | None = None
         self.sample_images: Tensor | None = None
@@ -238,6 +246,11 @@ class PixelDecoderTraining(EMATraining):
     def on_fit_end(self) -> None:
         if self.out is not None and self.trainer.is_global_zero:
             self.export(self.out)
+
+    def next_command(self) -> str:
+        """Shards are made next."""
+        data = getattr(self.trainer.datamodule, "data", "DATASET")
+        return f"lavit-tok shards {data} --tokenizer {self.tokenizer_name} --out runs/lm/shards"
 
     # The trained decoder
 
@@ -309,3 +322,21 @@ class PixelDecoderTraining(EMATraining):
             folder=folder if self.trainer.is_global_zero else None,
             report=report,
         )
+
+
+def start_unet(decoder: PixelDecoder, projection: nn.Module, sizes: dict[str, int]) -> Any:
+    """The U-Net of a trained decoder, whose projection is copied into `projection`.
+
+    Raises:
+        ValueError: sizes that do not fit the VAE and the condition.
+    """
+    unet: Any = decoder.unet
+    got = {name: unet.config[name] for name in sizes}
+    trained, new = decoder.conditioner.projection.state_dict(), projection.state_dict()
+    same = {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in new.items()}
+    if got != sizes or not same:
+        raise ValueError(
+            f"start_from: expected a decoder of {sizes} with this recipe's condition, got {got}"
+        )
+    projection.load_state_dict(trained)
+    return unet.requires_grad_(True).train()

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lavit_tok.checkpoints.weights import require_finite
+from lavit_tok.checkpoints.weights import PACKAGE, require_finite, require_on_hub
 from lavit_tok.codes import VisualCodes
 from lavit_tok.data.files import atomic
 from lavit_tok.decode.pipeline import load_model
@@ -43,7 +43,7 @@ class FrozenEncoders:
 
     Args:
         tokenizer: "default", directory or Hub id.
-        vae: directory of an AutoencoderKL, or Hub id (owner/name, or owner/name/subfolder).
+        vae: "default", directory of an AutoencoderKL, or Hub id (owner/name/subfolder).
     """
 
     def __init__(self, tokenizer: str, vae: str) -> None:
@@ -174,7 +174,9 @@ class EncodedSet:
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """An AutoencoderKL from a directory, read strictly, or from the Hub (safetensors only)."""
+    """An AutoencoderKL: "default", a directory, read strictly, or a Hub id (safetensors only)."""
+    if name == "default":
+        name = str(PACKAGE / "default" / "decoder" / "vae")
     if Path(name).is_dir():
         return load_model(Path(name), AutoencoderKL)
     vae = AutoencoderKL.from_pretrained(**_hub_path(name), use_safetensors=True)
@@ -232,12 +234,8 @@ def _widen_input(unet: UNet2DConditionModel, channels: int) -> None:
 
 def _hub_path(name: str) -> dict[str, Any]:
     """owner/name[/subfolder] as diffusers' arguments."""
+    require_on_hub(name)
     names = name.split("/")
-    if len(names) not in (2, 3):
-        raise ValueError(
-            f"{name}: expected an existing directory, or a Hub id owner/name or "
-            "owner/name/subfolder"
-        )
     return {
         "pretrained_model_name_or_path": "/".join(names[:2]),
         "subfolder": names[2] if len(names) == 3 else None,

@@ -1,6 +1,6 @@
 """Train a tokenizer of nested codes at every budget.
 
-Merger, codebook, reconstructor and error heads are trained together:
+Merger, codebook and reconstructor are trained together:
 
     most images of a batch   k codes, log-uniform in 1..cut
     the others               k codes, log-uniform in cut..n; n for half of them
@@ -8,11 +8,12 @@ Merger, codebook, reconstructor and error heads are trained together:
 
     loss = 1 - cosine + centered_weight * (1 - centered cosine)
            + color_weight * mean squared error of colors + commitment
-           + squared difference of predicted and measured errors (no gradient to the errors)
 
     step 0 ................ start_step .................... max_steps
     not quantized              k-means over the latest vectors, then EMA;
                                z is blended into its codebook entry over blend_steps
+
+At the end, error heads are fitted to the errors of the averaged weights (error_fitting.py).
 
 Small budgets are cheap: a code depends on no later one, and patches are reconstructed one by one,
 so that a step costs what its budgets cost. All random numbers come from (seed, step, rank); a
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,20 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 from lavit_tok.codes import RaggedLayout
 from lavit_tok.config import TokenizerConfig
+from lavit_tok.data.image_sources import collate
 from lavit_tok.encode.efficientnet import patch_colors
-from lavit_tok.encode.rate_control import COLOR_ERROR_SCALE
 from lavit_tok.training.codebook import (
     QuantizationConfig,
     usage,
 )
 from lavit_tok.training.codebook_training import CodebookTraining
 from lavit_tok.training.ema import EMATraining
+from lavit_tok.training.error_fitting import fit_error_heads
+from lavit_tok.training.feature_cache import FeatureCache
 from lavit_tok.training.logging import step_generator
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
@@ -85,8 +89,11 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
     Args:
         config: sizes of the tokenizer, with sequence "nested"; its `encoder` is replaced by the
             config of `encoder`.
-        encoder: directory or Hub id of the frozen encoder; None for random weights (tests only).
+        encoder: "default", directory or Hub id of the frozen encoder; None for random weights
+            (tests only).
         image_processor: arguments of VisualImageProcessor besides its size; None for LaVIT's.
+        start_from: "default", directory or Hub id of a tokenizer to train on, in place of `config`,
+            `encoder` and `image_processor`; quantization then begins at once.
         out: where the trained tokenizer is saved; None keeps checkpoints only.
         budget: the number of codes of each image.
         loss: weights of the loss.
@@ -94,6 +101,8 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
         optimizer: AdamW.
         schedule: learning-rate schedule.
         ema_decay: decay of the averaged weights, which are exported.
+        keep_features: whether the features of every image are kept in memory (FeatureCache).
+        error_images: training images whose errors the error heads are fitted to.
         seed: seed of all random numbers of the training.
     """
 
@@ -102,6 +111,7 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
         config: TokenizerConfig | None = None,
         encoder: str | None = None,
         image_processor: dict[str, Any] | None = None,
+        start_from: str | None = None,
         out: str | None = None,
         budget: BudgetConfig = BudgetConfig(),
         loss: NestedLossConfig = NestedLossConfig(),
@@ -111,11 +121,15 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
         optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-3, weight_decay=0.02),
         schedule: ScheduleConfig = ScheduleConfig(),
         ema_decay: float = 0.998,
+        keep_features: bool = False,
+        error_images: int = 4000,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if start_from is not None:
+            codebook = replace(codebook, start_step=0, blend_steps=0)
         self.save_arguments("config")
-        self.out, self.seed = out, seed
+        self.out, self.seed, self.error_images = out, seed, error_images
         self.budget, self.loss, self.quantization = budget, loss, codebook
         self.optimizer_config, self.schedule_config = optimizer, schedule
         if config is None or config.sequence != "nested":
@@ -123,8 +137,9 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
                 "config: expected sequence 'nested', got "
                 f"{'none' if config is None else repr(config.sequence)}"
             )
-        self.build_tokenizer(config, encoder, image_processor)
+        self.build_tokenizer(config, encoder, image_processor, start_from)
         self.register_buffer("quantized", torch.zeros((), dtype=torch.bool))
+        self.encode = FeatureCache(self.features) if keep_features else self.features
         self.start_average(ema_decay)
 
     # Lightning hooks
@@ -151,13 +166,15 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         b = self.budget
         generator = step_generator(self.seed, self.global_step, self.global_rank, self.device)
-        features, colors = self.features(batch["images"]), self.colors(batch["images"])
+        features, colors = self.encode(batch["images"]), self.colors(batch["images"])
+        if self.global_step == 0:
+            self._start_at(features, colors)
         self.update_mean_feature(features)
         patches = self.tokenizer.config.num_patches
         counts, large = budgets(len(features), patches, b.cut, b.large_ratio, generator)
-        groups = [
-            index for index in ((~large).nonzero()[:, 0], large.nonzero()[:, 0]) if len(index)
-        ]
+        # Images of similar budgets together, since each group is padded to its largest
+        level = large.long() + (large | (counts > b.cut // 4)).long()
+        groups = [index for i in range(3) if len(index := (level == i).nonzero()[:, 0])]
         merged = [self._merge(features[index], counts[index]) for index in groups]
         vectors, codes, commitment = self.quantize(torch.cat(merged))
         loss = self.loss.commitment_weight * commitment
@@ -184,7 +201,7 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """The curve over budgets, with exact codes (not quantized before start_step)."""
-        features, colors = self.features(batch["images"]), self.colors(batch["images"])
+        features, colors = self.encode(batch["images"]), self.colors(batch["images"])
         patches = self.tokenizer.config.num_patches
         z = self.tokenizer.quantizer.project(self.tokenizer.merger(features, patches))
         if self.quantizes:
@@ -234,30 +251,53 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
         yield "plain_error", (1 - F.cosine_similarity(y, x, dim=-1)).mean(1)
         error = (1 - F.cosine_similarity(y - mean, x - mean, dim=-1)).mean(1)
         yield "error", error
-        measured = {"cosine": error}
         if c.shape[-1]:
-            difference = (output.colors.float() - c).square().mean((1, 2))
-            yield "colors", difference
-            measured["psnr"] = COLOR_ERROR_SCALE * difference.sqrt()
-        if self.tokenizer.config.error_hidden and self.quantizes:
-            for kind, value in measured.items():
-                predicted = self.tokenizer.error_heads[kind](features)
-                predicted = predicted.gather(1, counts[:, None] - 1)[:, 0]
-                yield f"predicted_{kind}", (predicted - value.detach()).square()
+            yield "colors", (output.colors.float() - c).square().mean((1, 2))
 
     def _weight(self, name: str, weight: float) -> float:
-        """Weight of a loss; that of the error heads does not depend on the budget."""
         w = self.loss
-        if name.startswith("predicted"):
-            return 1.0
         return weight * {"error": w.centered_weight, "colors": w.color_weight}.get(name, 1.0)
 
+    @torch.no_grad()
+    def _start_at(
+        self,
+        features: Float[Tensor, "batch patches width"],
+        colors: Float[Tensor, "batch patches out"],
+    ) -> None:
+        """Start the merger's first norm so that all features count alike, and at the mean color.
+
+        The directions of an encoder's features may differ in scale by orders of magnitude.
+        """
+        norm = self.tokenizer.merger.norm_in
+        deviation = F.layer_norm(features, features.shape[-1:]).flatten(0, 1).std(0)
+        norm.weight.copy_(1 / deviation.clamp(min=0.1))
+        if self.tokenizer.reconstructor.colors is not None:
+            self.tokenizer.reconstructor.colors.bias.copy_(colors.mean((0, 1)))
+        self.start_average(self.ema.decay)
+        self.ema.to(self.device)
+
     def export(self, directory: str | Path) -> None:
-        """Save the averaged tokenizer with the trained codebook."""
-        if self.tokenizer.config.error_hidden:
-            self.tokenizer.mean_feature.copy_(self.mean_feature)
+        """Save the averaged tokenizer with the trained codebook and fitted error heads."""
+        self.copy_codebook()
         with self.averaged():
+            if self.tokenizer.config.error_hidden:
+                self.tokenizer.mean_feature.copy_(self.mean_feature)
+                left = fit_error_heads(self.tokenizer, self._error_batches(), self.seed)
+                print(f"error heads, root mean squared difference left: {left}", flush=True)
             super().export(directory)
+
+    def _error_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and colors of error_images training images, evenly spaced."""
+        data: Any = self.trainer.datamodule
+        images, picked = data.sets["train"], None
+        if not isinstance(images, IterableDataset):
+            picked = range(0, len(images), max(1, len(images) // self.error_images))
+        count = 0
+        for batch in DataLoader(images, data.batch_size, sampler=picked, collate_fn=collate):
+            if "images" in batch and count < self.error_images:
+                pixels = batch["images"].to(self.device)
+                yield self.encode(pixels), self.colors(pixels)
+                count += len(pixels)
 
 
 def small_mean(low: int, high: int) -> float:

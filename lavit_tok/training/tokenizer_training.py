@@ -18,7 +18,7 @@ so a resumed run repeats the uninterrupted one exactly.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -89,9 +89,11 @@ class TokenizerTraining(CodebookTraining):
 
     Args:
         config: sizes of the tokenizer; its `encoder` is replaced by the config of `encoder`.
-        encoder: directory or Hub id of the frozen vision transformer; None for random weights
-            (tests only).
+        encoder: "default", directory or Hub id of the frozen vision transformer; None for random
+            weights (tests only).
         image_processor: arguments of VisualImageProcessor besides its size; None for LaVIT's.
+        start_from: "default", directory or Hub id of a tokenizer to train on, in place of `config`,
+            `encoder` and `image_processor`; quantization then begins at once.
         out: where the trained tokenizer is saved; None keeps checkpoints only.
         loss: weights of the loss.
         selection: which patches are kept, and how that is learned.
@@ -102,11 +104,14 @@ class TokenizerTraining(CodebookTraining):
         seed: seed of all random numbers of the training.
     """
 
+    quantization: CodebookConfig
+
     def __init__(
         self,
         config: TokenizerConfig | None = None,
         encoder: str | None = None,
         image_processor: dict[str, Any] | None = None,
+        start_from: str | None = None,
         out: str | None = None,
         loss: FeatureLossConfig = FeatureLossConfig(),
         selection: SelectionConfig = SelectionConfig(),
@@ -117,6 +122,9 @@ class TokenizerTraining(CodebookTraining):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if start_from is not None:
+            codebook = replace(codebook, start_step=0, blend_steps=0)
+            selection = replace(selection, stop_sampling_step=0)
         if not 0 <= selection.stop_sampling_step <= codebook.start_step:
             raise ValueError(
                 "stop_sampling_step: expected 0 <= selection.stop_sampling_step <= "
@@ -126,7 +134,7 @@ class TokenizerTraining(CodebookTraining):
         self.out, self.seed, self.log_images_every = out, seed, log_images_every
         self.loss, self.selection, self.quantization = loss, selection, codebook
         self.optimizer_config, self.schedule_config = optimizer, schedule
-        self.build_tokenizer(config, encoder, image_processor)
+        self.build_tokenizer(config, encoder, image_processor, start_from)
         self.recent_scores = RecentValues(codebook.kmeans_samples)
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # 0: A, 1: A', 2: B
         self.validation_codes: list[Tensor] = []
@@ -197,7 +205,9 @@ class TokenizerTraining(CodebookTraining):
         metrics = {
             "loss": loss,
             "feature_loss": 1 - plain,
+            "cosine": plain,
             "centered_cosine": centered,
+            "codes_per_image": keep.float().sum() / len(keep),
             "keep_ratio": keep.float().mean(),
         }
         if codes is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lavit_lm.vocabulary.text_tokenizer import train_text_tokenizer
+from lavit_lm.vocabulary.text_tokenizer import TEXT_IDS, train_text_tokenizer
 from lavit_tok import Shards
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
     parser.add_argument(
-        "--size", type=int, default=2048, help="ids, the special ones and 256 bytes among them"
+        "--size", type=int, default=TEXT_IDS, help="ids, the special ones and 256 bytes among them"
     )
     arguments = parser.parse_args()
     captions = Shards.open(arguments.shards, "train").dataset()["caption"]

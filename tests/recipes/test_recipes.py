@@ -13,7 +13,7 @@ import yaml
 from helpers.trainers import two_steps
 from PIL import Image
 
-from lavit_tok import VisualTokenizer
+from lavit_tok import PixelDecoder, VisualTokenizer
 from lavit_tok.cli import main
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/tokenizer.yaml"))
@@ -101,3 +101,18 @@ def test_recipe_of_nested_codes_trains(tmp_path: Path) -> None:
     tokenizer = VisualTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
     assert tokenizer.nested
     assert tokenizer.encode(tmp_path / "data" / "train" / "0.png").predicted_error is not None
+    recipe = recipe.with_name("nested-decoder.yaml")
+    overrides = {
+        "data.data": tmp_path / "data",
+        "data.image_size": 32,
+        "data.batch_size": 4,
+        "trainer.default_root_dir": tmp_path / "decoder-run",
+        "model.tokenizer": tmp_path / "run" / "tokenizer",
+        "model.channels": "[16, 8, 8]",
+        "model.out": tmp_path / "decoder",
+    }
+    assert main(["fit-mean-decoder", *two_steps(recipe, overrides)]) == 0
+    torch.set_num_threads(threads)
+    codes = tokenizer.encode(tmp_path / "data" / "train" / "0.png")
+    image = PixelDecoder.from_pretrained(tmp_path / "decoder")(codes).images[0]
+    assert image.size == (32, 32)

@@ -303,7 +303,8 @@ def test_names_that_no_hub_could_have_cause_no_traffic(name: str, monkeypatch: p
     asked: list[str] = []
     monkeypatch.setattr(weights, "snapshot_download", lambda *args, **kwargs: asked.append(args[0]))
     with pytest.raises(
-        WeightsError, match="expected 'default', an existing directory or a Hub id owner/name"
+        WeightsError,
+        match="expected 'default', 'nested', an existing directory or a Hub id owner/name",
     ):
         VisualTokenizer.from_pretrained(name)
     assert not asked

@@ -538,7 +538,7 @@ def test_bad_words(line: str, reason: str, capsys: pytest.CaptureFixture[str]) -
     [
         (
             "encode PHOTO --tokenizer no/such/folder",
-            "no/such/folder: expected 'default', an existing directory",
+            "no/such/folder: expected 'default', 'nested', an existing directory",
         ),
         (
             "encode PHOTO --out codes.txt",

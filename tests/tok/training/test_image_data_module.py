@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lavit_tok import VisualImageProcessor
 from lavit_tok.data.image_sources import Augmentation
-from lavit_tok.training.data_module import HOLDOUT_EVERY, EpochOrder, ImageDataModule
+from lavit_tok.training.data_module import EpochOrder, ImageDataModule
 
 
 def image(number: int) -> bytes:
@@ -97,8 +97,9 @@ def test_every_source_gives_every_readable_image_once(source, cache, tmp_path):
     data.setup("fit")
     held_out = numbers(list(data.val_dataloader()))
     loaded = numbers(list(data.train_dataloader()))
-    if source in (parquet, webdataset):  # no validation split: every 20th record is held out
-        assert len(held_out) == (23 + HOLDOUT_EVERY - 1) // HOLDOUT_EVERY
+    assert data.held_out == (source in (parquet, webdataset)), "those have no validation split"
+    if data.held_out:
+        assert 0 < len(data.sets["validation"].split) < 6
         assert not set(held_out) & set(loaded)
     assert 3 not in loaded
     assert len(loaded) == len(data.sets["train"]) // 4 * 4
@@ -154,6 +155,11 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     assert torch.equal(first, one(image, epoch=2, index=7))
     assert not torch.equal(first, one(image, epoch=3, index=7))
     assert not torch.equal(first, one(image, epoch=2, index=8))
+    two = Augmentation(VisualImageProcessor(8), 0.5, (0.5, 1.0), seed=1, variants=2)
+    assert torch.equal(two(image, 5, 7), two(image, 3, 7)) and torch.equal(
+        two(image, 4, 7), one(image, 0, 7)
+    )
+    assert torch.equal(two(image, 1, 7), one(image, 1, 7))
     plain = np.array(image.resize((8, 8), Image.Resampling.BICUBIC))
     assert torch.equal(
         Augmentation(VisualImageProcessor(8))(image, 0, 0), torch.from_numpy(plain).permute(2, 0, 1)

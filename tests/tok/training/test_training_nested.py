@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
+from lavit_tok.encode.rate_control import RateControl
+from lavit_tok.encode.rate_distortion import Target
 from lavit_tok.training.codebook import QuantizationConfig
 from lavit_tok.training.data_module import ImageDataModule
 from lavit_tok.training.nested_training import (
@@ -127,7 +129,8 @@ def test_every_part_learns_but_the_encoder(folder: Path, tmp_path: Path) -> None
         if name.startswith("encoder."):
             assert torch.equal(value, before[name]), name
     moved = dict(module.tokenizer.named_parameters())
-    still = [n for n, p in moved.items() if "encoder." not in n and torch.equal(p, before[n])]
+    trained = [n for n in moved if not n.startswith(("encoder.", "error_heads."))]
+    still = [n for n in trained if torch.equal(moved[n], before[n])]
     assert [n for n in still if not n.endswith("key.bias")] == []  # which no softmax depends on
     optimized = {p for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert not optimized & set(module.tokenizer.encoder.parameters())
@@ -140,6 +143,46 @@ def test_trained_saved_and_encoded(folder: Path, tmp_path: Path) -> None:
     codes = tokenizer.encode(images)
     assert codes.nested and codes.predicted_error is not None
     assert tokenizer.reconstruct_patches(codes).colors.shape == (3, 16, 48)
+
+
+def test_error_heads_predict_what_the_saved_tokenizer_measures(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Better than the mean curve over images would: which image is hard is learned, too."""
+    fit(folder, tmp_path, 6, out=str(tmp_path / "tokenizer"), error_images=40)
+    tokenizer = VisualTokenizer.from_pretrained(tmp_path / "tokenizer")
+    pixels = tokenizer.preprocess([folder / "train" / f"{i:02}.png" for i in range(40)])
+    features = tokenizer.features(pixels)
+    measure = RateControl(tokenizer, features, pixels).measure
+    for kind in ("cosine", "psnr"):
+        measured = measure(Target(kind, 0.5))(torch.full((40,), 4))
+        predicted = tokenizer.predicted_errors(features, kind)[:, 3]
+        assert (predicted - measured).square().mean() < 0.7 * measured.var()
+
+
+def test_kept_features_give_the_same_run(folder: Path, tmp_path: Path) -> None:
+    """Float16 rounds them: the losses are nearly those of a run that computes them each time."""
+    _, _, losses = fit(folder, tmp_path, 2)
+    module, _, kept = fit(folder, tmp_path, 2, keep_features=True)
+    assert kept[0]["train/loss"] == pytest.approx(losses[0]["train/loss"], rel=1e-3)
+    seen = len(module.encode.known)
+    images = next(iter(module.trainer.datamodule.train_dataloader()))["images"]
+    first = module.encode(images)
+    assert torch.equal(first, module.encode(images))
+    assert len(module.encode.known) <= seen + 8
+    torch.testing.assert_close(first, module.features(images), rtol=1e-3, atol=1e-3)
+
+
+def test_the_first_step_starts_at_the_scale_of_the_features(folder: Path, tmp_path: Path) -> None:
+    module = NestedTokenizerTraining(CONFIG)
+    data = ImageDataModule(str(folder), image_size=32, batch_size=40, cache=True)
+    data.setup("fit")
+    images = next(iter(data.train_dataloader()))["images"]
+    features, colors = module.features(images) * torch.logspace(-1, 1, 24), module.colors(images)
+    module._start_at(features, colors)
+    scaled = module.tokenizer.merger.norm_in(features).flatten(0, 1).std(0)
+    assert float(scaled.max()) < 1.01 and float(scaled.median()) > 0.9
+    torch.testing.assert_close(module.tokenizer.reconstructor.colors.bias, colors.mean((0, 1)))
 
 
 def test_only_nested_codes_are_trained_so() -> None:

@@ -2,7 +2,7 @@
 
     lm.export(DIR) -> `transformers serve DIR` -> openai client -> text  ==  plain greedy decoding
 
-    python examples/serve_check.py DIR          needs `pip install ".[serve]"`, see docs/serving.md
+    python examples/serve/check.py DIR          needs `pip install ".[serve]"`, see docs/serving.md
 
 The server is asked for a caption of codes, and for the codes of a caption, over HTTP. Prints a line
 for each request; exit code 1 if an answer differs from plain greedy decoding of the same directory.
@@ -43,7 +43,8 @@ def greedy(directory: Path, prompt: str, max_tokens: int) -> str:
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0]
-    return tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = output[inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 @contextmanager
@@ -84,6 +85,23 @@ def answers(url: str) -> bool:
         return False
 
 
+def compare(address: str, directory: Path, caption: str, codes: list[int], most: int) -> int:
+    """Print a line for each request; returns the number of answers that differ."""
+    from openai import OpenAI
+
+    wrong = 0
+    client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120, max_retries=0)
+    for name, prompt in prompts(directory, caption, codes).items():
+        expected = greedy(directory, prompt, most)
+        reply = client.completions.create(
+            model=str(directory), prompt=prompt, max_tokens=most, temperature=0.0
+        )
+        answer = reply.choices[0].text
+        print(f"{name}: {'equal' if answer == expected else 'DIFFERENT'}: {answer!r}")
+        wrong += answer != expected
+    return wrong
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compare the server's answers with greedy decoding."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -93,18 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--command", default="transformers serve")
     parser.add_argument("--max-tokens", type=int, default=40)
     args = parser.parse_args(arguments)
-    from openai import OpenAI
-
-    wrong = 0
     with server(shlex.split(args.command), args.directory) as address:
-        client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120, max_retries=0)
-        for name, prompt in prompts(args.directory, args.caption, args.codes).items():
-            expected = greedy(args.directory, prompt, args.max_tokens)
-            options = {"max_tokens": args.max_tokens, "temperature": 0.0}
-            reply = client.completions.create(model=str(args.directory), prompt=prompt, **options)
-            answer = reply.choices[0].text
-            print(f"{name}: {'equal' if answer == expected else 'DIFFERENT'}: {answer!r}")
-            wrong += answer != expected
+        wrong = compare(address, args.directory, args.caption, args.codes, args.max_tokens)
     return 1 if wrong else 0
 
 

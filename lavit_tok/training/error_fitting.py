@@ -1,0 +1,119 @@
+"""Fit the error heads of a trained tokenizer to the errors that it makes.
+
+    images -frozen encoder, merger, codebook-> all codes -first 1, 2, 4, ... n-> errors
+    features -ErrorHead-> predicted errors;  loss = squared difference
+
+Heads that learn beside the codes lag behind them: errors fall until the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lavit_tok.encode.error_head import ErrorHead, summary
+from lavit_tok.encode.rate_control import COLOR_ERROR_SCALE
+from lavit_tok.training.optimizers import parameter_groups
+
+Features = Float[Tensor, "batch patches width"]
+Colors = Float[Tensor, "batch patches out"]
+
+
+@torch.no_grad()
+def measured_errors(
+    tokenizer: Any, features: Features, colors: Colors, patches: Tensor | None = None
+) -> dict[str, Float[Tensor, "batch points"]]:
+    """Errors with 1, 2, 4, ... n exact codes, as the heads predict them.
+
+    Args:
+        tokenizer: a VisualTokenizer of nested codes.
+        features: of the encoder.
+        colors: of the patches, 0..1.
+        patches: the patches that errors are averaged over; None for all.
+    """
+    n = features.shape[1]
+    chosen = torch.arange(n, device=features.device) if patches is None else patches
+    z = tokenizer.quantizer.project(tokenizer.merger(features, n))
+    codebook = tokenizer.quantizer.codebook
+    vectors = codebook.lookup(codebook.nearest(z.flatten(0, 1))).view(z.shape)
+    found: dict[str, list[Tensor]] = {"cosine": [], "psnr": []}
+    count = 1
+    while True:
+        lengths = torch.full((len(features),), count, device=features.device)
+        output = tokenizer.reconstructor(vectors[:, :count], lengths, chosen)
+        x, y = (v[:, i] for v, i in ((features, chosen), (output.features, slice(None))))
+        mean = tokenizer.mean_feature
+        found["cosine"].append(
+            (1 - F.cosine_similarity(x - mean, y.float() - mean, dim=-1)).mean(1)
+        )
+        difference = output.colors.float().clamp(0, 1) - colors[:, chosen]
+        found["psnr"].append(COLOR_ERROR_SCALE * difference.square().mean((1, 2)).sqrt())
+        if count == n:
+            break
+        count = min(2 * count, n)
+    return {kind: torch.stack(values, 1) for kind, values in found.items()}
+
+
+def fit_error_heads(
+    tokenizer: Any,
+    batches: Iterable[tuple[Features, Colors]],
+    seed: int = 0,
+    steps: int = 1500,
+    batch_size: int = 128,
+    patches: int = 64,
+    lr: float = 2e-3,
+) -> dict[str, float]:
+    """Replace the error heads of a tokenizer by newly fitted ones.
+
+    Args:
+        tokenizer: a VisualTokenizer of nested codes; everything but the heads stays.
+        batches: features and colors of some thousand images.
+        seed: of the heads' initial weights, the patches and the order of images.
+        steps: of AdamW; the learning rate falls to 0 as half a cosine.
+        batch_size: images of a step.
+        patches: of an image, over which its error is averaged.
+        lr: first learning rate.
+
+    Returns:
+        Root mean squared difference of predicted and measured errors of every kind, over the last
+        tenth of the images, which no step used.
+    """
+    config = tokenizer.config
+    generator = torch.Generator().manual_seed(seed)
+    inputs: list[Tensor] = []
+    targets: dict[str, list[Tensor]] = {kind: [] for kind in tokenizer.error_heads}
+    for features, colors in batches:
+        chosen = torch.randperm(config.num_patches, generator=generator)[:patches]
+        errors = measured_errors(tokenizer, features, colors, chosen.to(features.device))
+        inputs.append(summary(features, tokenizer.error_heads["cosine"].levels))
+        for kind, values in targets.items():
+            values.append(errors[kind])
+    x = torch.cat(inputs)
+    last = len(x) - len(x) // 10
+    left: dict[str, float] = {}
+    for kind, values in targets.items():
+        y = torch.cat(values)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            head = ErrorHead(config.width, config.num_patches, config.error_hidden).to(x.device)
+        optimizer = torch.optim.AdamW(parameter_groups(head.parameters(), 0.05), lr=lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            picked = torch.randint(last, (batch_size,), generator=generator).to(x.device)
+            noise = 0.02 * torch.randn(batch_size, x.shape[1], generator=generator).to(x.device)
+            loss = (head.at_points(x[picked] + noise) - y[picked]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            difference = head.at_points(x[last:]) - y[last:]
+        left[kind] = float(difference.square().mean().sqrt())
+        fitted: nn.Module = head.requires_grad_(True).eval()
+        tokenizer.error_heads[kind].load_state_dict(fitted.state_dict())
+    return left

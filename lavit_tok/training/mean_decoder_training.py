@@ -1,0 +1,184 @@
+"""Train the mean decoder of a tokenizer of nested codes: the expected image at every budget.
+
+    images -frozen tokenizer-> k exact codes, k log-uniform in 1..n for every image
+           -a copy of the tokenizer's reconstructor-> features, colors -MeanDecoder-> pixels
+
+    loss = mean squared error of pixels, divided by what the colors alone leave
+
+Without the division, images with one code would outweigh all others. The copy of the reconstructor,
+which the PixelDecoder holds anyway, learns with the decoder: it no longer has to give the encoder's
+features. Codes do not change. Random numbers come from
+(seed, step, rank), so that a resumed run repeats an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from lavit_tok.codes import RaggedLayout, VisualCodes
+from lavit_tok.decode.conditioner import Conditioner
+from lavit_tok.decode.mean_decoder import MeanDecoder
+from lavit_tok.decode.pipeline import PixelDecoder
+from lavit_tok.tokenizer import VisualTokenizer
+from lavit_tok.training.decoder_training import DTYPES, WeightsDtype
+from lavit_tok.training.ema import EMATraining
+from lavit_tok.training.feature_cache import FeatureCache
+from lavit_tok.training.frozen import Frozen
+from lavit_tok.training.logging import step_generator
+from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
+
+
+class MeanDecoderTraining(EMATraining):
+    """Trains a MeanDecoder and the reconstructor before it; the tokenizer is frozen.
+
+    Args:
+        tokenizer: "nested", directory or Hub id of the tokenizer whose codes are decoded.
+        channels: of the decoder's blocks, see MeanDecoder.
+        layers: residual blocks on each grid.
+        optimizer: AdamW.
+        schedule: learning-rate schedule.
+        ema_decay: largest decay of the averaged weights, which are exported.
+        keep_features: whether the features of every image are kept in memory (FeatureCache).
+        out: where the PixelDecoder is saved; None keeps checkpoints only.
+        out_dtype: number format of the saved weights.
+        seed: seed of all random numbers of the training.
+
+    Raises:
+        ValueError: a tokenizer without nested codes or without colors.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        channels: tuple[int, ...] = (128, 64, 32),
+        layers: int = 1,
+        optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3),
+        schedule: ScheduleConfig = ScheduleConfig(),
+        ema_decay: float = 0.998,
+        keep_features: bool = False,
+        out: str | None = None,
+        out_dtype: WeightsDtype = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_arguments()
+        self.optimizer_config, self.schedule_config = optimizer, schedule
+        self.out, self.out_dtype, self.seed = out, out_dtype, seed
+        frozen = VisualTokenizer.from_pretrained(tokenizer)
+        c = frozen.config
+        if not frozen.nested or not c.color_cells:
+            raise ValueError(
+                "tokenizer: expected nested codes and color_cells of at least 1, got sequence "
+                f"{c.sequence!r} and color_cells {c.color_cells}"
+            )
+        self._tokenizer = Frozen(frozen)
+        self.conditioner = Conditioner.for_tokenizer(
+            c, frozen.quantizer.codebook, frozen.reconstructor, cross_dims=()
+        )
+        self.conditioner.requires_grad_(False)
+        self.conditioner.reconstructor.requires_grad_(True).train()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.decoder = MeanDecoder(c.width, c.num_patches, c.color_cells, channels, layers)
+        if self.decoder.image_size != c.image_size:
+            raise ValueError(
+                f"channels: expected {int(math.log2(c.patch_size))} numbers for patches of "
+                f"{c.patch_size} pixels, got {channels}"
+            )
+        self.decoder.requires_grad_(True).train()
+        self.encode = FeatureCache(self.features) if keep_features else self.features
+        self.start_average(ema_decay)
+
+    @property
+    def tokenizer(self) -> VisualTokenizer:
+        """The frozen tokenizer."""
+        return self._tokenizer.module
+
+    # Lightning hooks
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._tokenizer.to(self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        generator = step_generator(self.seed, self.global_step, self.global_rank, self.device)
+        images, patches = batch["images"], self.tokenizer.config.num_patches
+        draw = torch.rand(len(images), generator=generator, device=self.device)
+        counts = (math.log(patches + 0.99) * draw).exp().long().clamp(1, patches)
+        joined = self.reconstruct(self.encode(images), counts)
+        error = (self.decoder(joined).float() - self.pixels(images)).square().mean((1, 2, 3))
+        plain = (
+            (self.decoder.enlarged(joined.detach()) - self.pixels(images)).square().mean((1, 2, 3))
+        )
+        loss = (error / plain.clamp(min=1e-3)).mean()
+        self.log_dict({"train/loss": loss.detach(), "train/psnr": psnr(error.detach())})
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """PSNR over budgets, of the decoder and of the colors alone."""
+        images, patches = batch["images"], self.tokenizer.config.num_patches
+        features = self.encode(images)
+        count = 1
+        while count <= patches:
+            lengths = torch.full((len(images),), count, device=self.device)
+            joined = self.reconstruct(features, lengths)
+            decoded = {"psnr": self.decoder(joined), "colors": self.decoder.enlarged(joined)}
+            for name, pixels in decoded.items():
+                error = (pixels.clamp(-1, 1) - self.pixels(images)).square().mean((1, 2, 3))
+                self.log(f"val/{name}_{count}", psnr(error), batch_size=len(images), sync_dist=True)
+            count *= 4
+
+    def on_fit_end(self) -> None:
+        if self.out is not None and self.trainer.is_global_zero:
+            self.export(self.out)
+
+    # The steps of a training step
+
+    @torch.no_grad()
+    def features(
+        self, images: UInt8[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch patches width"]:
+        """The frozen encoder's features."""
+        return self.tokenizer.features(self.tokenizer.image_processor.normalize(images))
+
+    @torch.no_grad()
+    def codes(
+        self, features: Float[Tensor, "batch patches width"], counts: Int64[Tensor, " batch"]
+    ) -> VisualCodes:
+        """The first `counts` exact codes of every image."""
+        tokenizer, layout = self.tokenizer, RaggedLayout(counts)
+        merged = layout.unpad(tokenizer.merger(features, layout.width))
+        return tokenizer.quantize(tokenizer.project(merged), counts)
+
+    def reconstruct(
+        self, features: Float[Tensor, "batch patches width"], counts: Int64[Tensor, " batch"]
+    ) -> Float[Tensor, "batch patches joined"]:
+        """What the decoder reads: features and colors from the first `counts` codes."""
+        return self.conditioner.features(self.codes(features, counts)).float()
+
+    @staticmethod
+    def pixels(images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
+        """-1..1."""
+        return images.float() / 127.5 - 1
+
+    def export(self, directory: str | Path) -> None:
+        """Save a PixelDecoder of the averaged weights."""
+        with self.averaged():
+            decoder, conditioner = (
+                copy.deepcopy(part).cpu().requires_grad_(False).eval()
+                for part in (self.decoder, self.conditioner)
+            )
+        pipeline = PixelDecoder(conditioner, mean_decoder=decoder)
+        pipeline.save_pretrained(directory, dtype=DTYPES[self.out_dtype])
+
+
+def psnr(error: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+    """Mean over images of the PSNR, from squared errors of pixels in -1..1."""
+    return -10 * (error / 4).clamp(min=1e-7).log10().mean()

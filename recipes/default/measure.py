@@ -1,0 +1,327 @@
+"""Measure a tokenizer of nested codes and its mean decoder: the numbers of the model card.
+
+    python recipes/default/measure.py --tokenizer nested --data data/captioned --out nested.json
+
+Over budgets: error of the features, PSNR and SSIM of the decoded images, and of thumbnails of the
+same bits. Then the number of codes that images get, and how well it is predicted, requested
+qualities, and codes that change with a shift or with JPEG. `--data` is what `datasets` opens, or a
+folder of images. Hardware: 15 minutes of one core for 200 images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
+from lavit_tok.cli.items import photographs
+from lavit_tok.data.image_sources import load_splits
+from lavit_tok.encode.rate_control import RateControl
+from lavit_tok.encode.rate_distortion import Target, counts_at_total
+from lavit_tok.visualize import sheet
+
+LEVELS = range(3, 7)
+
+
+def read_images(tokenizer: VisualTokenizer, data: str, limit: int) -> Tensor:
+    """Up to `limit` images of the test split (or the only one), evenly spaced, uint8."""
+    splits = load_splits(data)
+    rows = splits.get("test") or next(iter(splits.values()))
+    count = min(limit, len(rows))
+    images = [rows[i * len(rows) // count]["image"] for i in range(count)]
+    return tokenizer.image_processor.to_uint8(images)
+
+
+def psnr(images: Tensor, originals: Tensor) -> float:
+    """Mean over images of the PSNR of pixels in 0..1."""
+    error = (images.clamp(0, 1) - originals).square().mean((1, 2, 3))
+    return float(-10 * error.clamp(min=1e-7).log10().mean())
+
+
+def ssim(images: Tensor, originals: Tensor) -> float:
+    """Mean over images, without the border."""
+    options: Any = {"data_range": 1.0, "reduction": "none", "return_full_image": True}
+    full = structural_similarity_index_measure(images.clamp(0, 1), originals, **options)[1]
+    return float(full[..., 5:-5, 5:-5].mean())
+
+
+def to_luma(images: Tensor) -> Tensor:
+    """RGB 0..1 -> luma and two color differences, all in 0..1."""
+    r, g, b = images.unbind(1)
+    y = 0.299 * r + 0.587 * g + 0.114 * b
+    return torch.stack([y, (b - y) / 1.772 + 0.5, (r - y) / 1.402 + 0.5], 1)
+
+
+def to_rgb(planes: Tensor) -> Tensor:
+    """The inverse of to_luma."""
+    y, u, v = planes[:, 0], 1.772 * (planes[:, 1] - 0.5), 1.402 * (planes[:, 2] - 0.5)
+    return torch.stack([y + v, y - (0.299 * v + 0.114 * u) / 0.587, y + u], 1)
+
+
+def thumbnail(images: Tensor, bits: float) -> Tensor:
+    """Thumbnails of at most this many bits, enlarged: of luma side, color side and levels the best.
+
+    One choice for all images, by their own mean PSNR, which flatters the thumbnail.
+    """
+    planes, size, best = to_luma(images), images.shape[-1], (-math.inf, images)
+
+    def small(part: Tensor, side: int, depth: int) -> Tensor:
+        values = F.adaptive_avg_pool2d(part, side)
+        values = (values * (2**depth - 1)).round() / (2**depth - 1)
+        return F.interpolate(values, (size, size), mode="bicubic", align_corners=False)
+
+    for luma, color in itertools.product(LEVELS, LEVELS):
+        sides = set()
+        for share in (0.1, 0.2, 0.3, 0.45):
+            side = max(1, int(math.sqrt(bits * share / (2 * color))))
+            rest = bits - 2 * color * side**2
+            if rest >= luma:
+                sides.add((int(math.sqrt(rest / luma)), side))
+        for y_side, c_side in sides:
+            y = small(planes[:, :1], min(y_side, size), luma)
+            drawn = to_rgb(torch.cat([y, small(planes[:, 1:], min(c_side, size), color)], 1))
+            score = psnr(drawn, images)
+            if score > best[0]:
+                best = (score, drawn)
+    return best[1]
+
+
+def compressed_size(image: Tensor, kind: str, quality: int) -> int:
+    """Bytes of one uint8 image as JPEG or WebP."""
+    stream = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, kind, quality=quality)
+    return stream.tell()
+
+
+def jpeg(images: Tensor, quality: int) -> Tensor:
+    """The images after JPEG."""
+    out = []
+    for image in images:
+        stream = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, "JPEG", quality=quality)
+        out.append(torch.from_numpy(np.array(Image.open(stream))).permute(2, 0, 1))
+    return torch.stack(out)
+
+
+class Measured:
+    """All codes of a set of images, and the errors at every number of codes that is looked at."""
+
+    def __init__(self, tokenizer: VisualTokenizer, decoder: PixelDecoder, images: Tensor) -> None:
+        self.tokenizer, self.decoder, self.images = tokenizer, decoder, images
+        self.patches = tokenizer.config.num_patches
+        self.originals = images.float() / 255
+        self.parts = [
+            RateControl(tokenizer, tokenizer.features(pixels), pixels)
+            for pixels in map(tokenizer.preprocess, images.split(25))
+        ]
+        self.features = torch.cat([part.features for part in self.parts])
+        self.codes = tokenizer.encode(images, budget=self.patches)
+
+    def errors(self, counts: Tensor, kind: str = "cosine") -> Tensor:
+        """The error of every image with its number of codes."""
+        found = [
+            part.measure(Target(kind, 0.5))(own)  # type: ignore[arg-type]
+            for part, own in zip(self.parts, counts.split(25), strict=True)
+        ]
+        return torch.cat(found).double()
+
+    def decode(self, codes: VisualCodes) -> Tensor:
+        """Pixels in 0..1."""
+        parts = torch.arange(len(codes)).split(25)
+        return torch.cat(
+            [
+                self.decoder(codes.take(i.tolist()), mode="mean", output_type="pt").images
+                for i in parts
+            ]
+        )
+
+    def curve(self) -> tuple[list[dict[str, float]], Tensor]:
+        """Every budget 1, 2, 4, ... all; and the errors [budgets n]."""
+        rows, errors, bits = [], [], math.log2(self.tokenizer.config.codebook_size)
+        count = 1
+        while count <= self.patches:
+            counts = torch.full((len(self.images),), count)
+            errors.append(self.errors(counts))
+            drawn = self.decode(self.codes.truncate(counts))
+            small = thumbnail(self.originals, count * bits)
+            flat = [F.adaptive_avg_pool2d(x, 16).flatten(1) for x in (drawn, self.originals)]
+            nearest = torch.cdist(flat[0], flat[1]).argmin(1) == torch.arange(len(drawn))
+            colors = -20 * self.errors(counts, "psnr").clamp(min=1e-4).log10()
+            rows.append(
+                {
+                    "codes": count,
+                    "bits": count * bits,
+                    "centered_error": float(errors[-1].mean()),
+                    "colors_psnr": float(colors.mean()),
+                    "psnr": psnr(drawn, self.originals),
+                    "ssim": ssim(drawn, self.originals),
+                    "thumbnail_psnr": psnr(small, self.originals),
+                    "thumbnail_ssim": ssim(small, self.originals),
+                    "retrieval": float(nearest.double().mean()),
+                }
+            )
+            print(rows[-1], flush=True)
+            count *= 2
+        return rows, torch.stack(errors)
+
+    def allocation(self, errors: Tensor) -> list[dict[str, float]]:
+        """Fixed length, own prediction and oracle at the same mean number of codes."""
+        grid = 2.0 ** torch.arange(len(errors))
+        every = torch.arange(1, self.patches + 1).double()
+        table = torch.from_numpy(
+            np.stack([np.interp(every.log2(), grid.log2(), e) for e in errors.T.numpy()])
+        )
+        predicted = self.tokenizer.predicted_errors(self.features)
+        rows = []
+        for mean in (4, 8, 16, 32, 64):
+            total = mean * len(table)
+            own, best = (counts_at_total(x, total) for x in (predicted, table))
+            value = {
+                name: float(table.gather(1, counts[:, None] - 1).mean())
+                for name, counts in (("own", own), ("oracle", best))
+            }
+            value["fixed"] = float(table[:, mean - 1].mean())
+            closed = (value["fixed"] - value["own"]) / (value["fixed"] - value["oracle"])
+            average = table.mean(0)
+            same = int((average <= value["own"]).nonzero()[0]) + 1
+            rows.append(
+                {"mean_codes": mean, **value, "gap_closed": closed, "fixed_for_own_error": same}
+            )
+        return rows
+
+    def lengths(self) -> dict[str, Any]:
+        """Own numbers of codes, and their rank correlation with the size as JPEG."""
+        counts = torch.cat([c.lengths for c in map(self.tokenizer.encode, self.images.split(25))])
+        p5, p50, p95 = (float(counts.double().quantile(q)) for q in (0.05, 0.5, 0.95))
+        sizes = [compressed_size(image, "JPEG", 90) for image in self.images]
+        drawn = self.decode(self.codes.truncate(counts))
+        return {
+            "mean": float(counts.double().mean()),
+            "p5": p5,
+            "p50": p50,
+            "p95": p95,
+            "spearman_with_jpeg_size": float(spearmanr(counts, sizes).statistic),
+            "centered_cosine": 1 - float(self.errors(counts).mean()),
+            "psnr": psnr(drawn, self.originals),
+            "ssim": ssim(drawn, self.originals),
+        }
+
+    def quality(self, targets: tuple[float, ...]) -> list[dict[str, float]]:
+        """Requested and reached centered cosines; images that all codes do not suffice for apart.
+
+        With `exact=False`, so that the prediction is measured, and not the search.
+        """
+        rows = []
+        for target in targets:
+            reachable = self.errors(torch.full((len(self.images),), self.patches)) <= 1 - target
+            for exact in (False, True):
+                counts = torch.cat(
+                    [
+                        self.tokenizer.encode(part, quality=target, exact=exact).lengths
+                        for part in self.images.split(25)
+                    ]
+                )
+                reached = (1 - self.errors(counts))[reachable]
+                rows.append(
+                    {
+                        "quality": target,
+                        "exact": exact,
+                        "reachable": float(reachable.double().mean()),
+                        "reached": float(reached.mean()),
+                        "within_05": float(((reached - target).abs() <= 0.05).double().mean()),
+                        "codes": float(counts[reachable].double().mean()),
+                    }
+                )
+        return rows
+
+    def changed(self, count: int = 64) -> dict[str, float]:
+        """Ratio of the first codes that change with a shift by a pixel, and with JPEG at 90."""
+        first = torch.full((len(self.images),), count)
+        own = self.codes.truncate(first).values
+        shifted = torch.cat([self.images[..., :1], self.images[..., :-1]], -1)
+        return {
+            name: float((self.tokenizer.encode(x, budget=count).values != own).double().mean())
+            for name, x in (("shift", shifted), ("jpeg90", jpeg(self.images, 90)))
+        }
+
+
+def content(tokenizer: VisualTokenizer) -> dict[str, Any]:
+    """Numbers of codes of made images, and of the photographs with and without blur."""
+    size, rng = tokenizer.config.image_size, np.random.default_rng(0)
+    ramp = np.linspace(0, 255, size, dtype=np.uint8)
+    gray = np.broadcast_to(ramp[:, None], (size, size))
+    colors = np.stack([gray, gray.T, 255 - gray], -1)
+    made = {
+        "white": np.full((size, size, 3), 255, np.uint8),
+        "blue": np.full((size, size, 3), (90, 120, 160), np.uint8),
+        "gray gradient": np.repeat(gray[..., None], 3, -1),
+        "color gradient": np.ascontiguousarray(colors),
+        "noise": rng.integers(0, 256, (size, size, 3), dtype=np.uint8),
+    }
+    found: dict[str, Any] = {n: int(tokenizer.encode(i).lengths[0]) for n, i in made.items()}
+    sharp = [Image.open(path).convert("RGB") for path in photographs()]
+    blurred = [image.filter(ImageFilter.GaussianBlur(16)) for image in sharp]
+    found["photographs"] = tokenizer.encode(sharp).lengths.tolist()
+    found["photographs blurred by 16 pixels"] = tokenizer.encode(blurred).lengths.tolist()
+    return found
+
+
+def reconstructions(tokenizer: VisualTokenizer, decoder: PixelDecoder) -> Image.Image:
+    """scikit-image's photographs from 16, 64 and 256 codes; no originals."""
+    images = [Image.open(path).convert("RGB") for path in photographs()]
+    codes = tokenizer.encode(images, budget=256)
+    lines = [decoder(codes.truncate(count), mode="mean").images for count in (16, 64, 256)]
+    return sheet(lines, labels=[[f"{n} codes"] * len(images) for n in (16, 64, 256)])
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokenizer", default="nested", help="'nested' or a directory")
+    parser.add_argument("--decoder", help="'nested' or a directory; the tokenizer's by default")
+    parser.add_argument("--data", required=True, help="data set or folder of images")
+    parser.add_argument("--limit", type=int, default=200, help="images, evenly spaced")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--sheet", type=Path, help="image file for the eight photographs")
+    arguments = parser.parse_args()
+    tokenizer = VisualTokenizer.from_pretrained(arguments.tokenizer)
+    decoder = PixelDecoder.from_pretrained(arguments.decoder or arguments.tokenizer)
+    if arguments.sheet is not None:
+        reconstructions(tokenizer, decoder).save(arguments.sheet, quality=90)
+    images = read_images(tokenizer, arguments.data, arguments.limit)
+    measured = Measured(tokenizer, decoder, images)
+    curve, errors = measured.curve()
+    mean = measured.originals.mean((2, 3), keepdim=True).expand_as(measured.originals)
+    found = {
+        "images": len(images),
+        "curve": curve,
+        "mean_color_psnr": psnr(mean, measured.originals),
+        "smallest_webp_bytes": float(np.mean([compressed_size(i, "WEBP", 0) for i in images])),
+        "smallest_jpeg_bytes": float(np.mean([compressed_size(i, "JPEG", 1) for i in images])),
+        "lengths": measured.lengths(),
+        "allocation": measured.allocation(errors),
+        "quality": measured.quality((0.7, 0.8)),
+        "changed_codes": measured.changed(),
+        "content": content(tokenizer),
+    }
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in found.items() if k != "curve"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

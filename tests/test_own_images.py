@@ -1,0 +1,78 @@
+"""README's block under "Training": from a folder of images to generated images, in a few steps."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lavit_lm.cli import main as lavit_lm
+from lavit_tok.cli import main as lavit_tok
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SMALL = {  # what a command of the block is shortened by
+    "fit": "--model.config.codebook_size=16 --model.config.merger_depth=1 --trainer.max_steps=3"
+    " --model.selection.stop_sampling_step=1 --model.codebook.start_step=2 --data.batch_size=4"
+    " --model.config.reconstructor_depth=1 --trainer.precision=32-true",
+    "fit-decoder": "--trainer.max_steps=2 --data.batch_size=4 --model.samples.every=0"
+    " --trainer.precision=32-true"
+    " --model.unet.config.block_out_channels=[16,16]",
+    "shards": "",
+    "lavit-lm fit": "--trainer.max_steps=2 --data.batch_size=1 --model.lm.num_hidden_layers=1"
+    " --trainer.precision=32-true",
+    "generate": "-n 2 --steps 2",
+    "caption": "--max-new-tokens 4",
+    "export": "",
+}
+
+
+def photographs(folder: Path, count: int = 12) -> None:
+    """Generated images with a text file beside each."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        image = np.full((40, 48, 3), rng.integers(256, size=3), np.uint8)
+        top, left = rng.integers(0, 20, size=2)
+        image[top : top + 16, left : left + 16] = rng.integers(256, size=3)
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"a square at {left // 10}\n")
+
+
+def test_own_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block = README.partition("\n## Training\n")[2].partition("```sh\n")[2].partition("```")[0]
+    commands = [line for line in block.splitlines() if line.startswith("lavit-")]
+    assert len(commands) == 7
+    monkeypatch.chdir(tmp_path)
+    photographs(tmp_path / "my_images")
+    threads = torch.get_num_threads()
+    before = shlex.split(f"lavit-tok {commands[0].split(' ', 1)[1]} {SMALL['fit']}")[1:]
+    assert lavit_tok([*before, "--trainer.max_steps=1"]) == 0
+    assert re.search(
+        r"no tokenizer saved: .* step 1, before .* raise trainer.max_steps above 2 ",
+        capsys.readouterr().err,
+    )
+    lines = []
+    for command in commands:
+        program, name, *_ = command.split()
+        key = name if program == "lavit-tok" or name != "fit" else "lavit-lm fit"
+        arguments = shlex.split(f"{command} {SMALL[key]}")[1:]
+        assert {"lavit-tok": lavit_tok, "lavit-lm": lavit_lm}[program](arguments) == 0, command
+        lines.append(capsys.readouterr())
+    torch.set_num_threads(threads)
+    ends = [captured.err.splitlines()[-1] for captured in lines]
+    assert ends[0].startswith("wrote the tokenizer to runs/default/tokenizer; next: ")
+    assert ends[1].startswith("wrote the pixel decoder to runs/default/decoder; next: ")
+    assert "held out of train by content" in lines[2].err and "next: lavit-lm fit" in ends[2]
+    for following, command in zip(ends[:6], commands[1:], strict=True):
+        assert f"next: {' '.join(command.split()[:2])}" in following
+    assert len(list(Path("generated").glob("*.png"))) == 2
+    assert len(lines[5].out.splitlines()) == 12, "a caption for each image"
+    assert (tmp_path / "exported/model.safetensors").is_file()
+    assert list(Path("runs/lm").glob("*/text-tokenizer-*/tokenizer.json"))

@@ -1,0 +1,235 @@
+"""mode="mean": one deterministic forward pass, alone or beside diffusion; its training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from lavit_tok import (
+    PixelDecoder,
+    TokenizerConfig,
+    VisualCodes,
+    VisualTokenizer,
+    WeightsError,
+)
+from lavit_tok.cli import main
+from lavit_tok.decode.conditioner import Conditioner
+from lavit_tok.decode.mean_decoder import MeanDecoder
+from lavit_tok.training.data_module import ImageDataModule
+from lavit_tok.training.mean_decoder_training import MeanDecoderTraining
+from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
+
+CONFIG = TokenizerConfig(
+    encoder={
+        "model_type": "efficientnet_lite",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 24,
+        "sources": [-1, 3],
+    },
+    codebook_size=16,
+    code_dim=4,
+    merger_depth=1,
+    reconstructor_depth=1,
+    num_heads=3,
+    mlp_ratio=2.0,
+    sequence="nested",
+    color_cells=4,
+)
+ROWS = [[3, 1, 4], [9], list(range(16))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> VisualTokenizer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VisualTokenizer(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer: VisualTokenizer) -> PixelDecoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        conditioner = Conditioner.for_tokenizer(
+            CONFIG, tokenizer.quantizer.codebook, tokenizer.reconstructor, cross_dims=()
+        )
+        mean_decoder = MeanDecoder(24, 16, 4, (16, 8, 8), groups=4)
+        torch.nn.init.normal_(mean_decoder.blocks[-1][-1].weight, std=0.1)
+    return PixelDecoder(conditioner, mean_decoder=mean_decoder)
+
+
+@pytest.fixture(scope="module")
+def codes() -> VisualCodes:
+    return VisualCodes.from_list(ROWS, codebook_size=16)
+
+
+def test_new_decoder_gives_the_colors_of_the_cells(tokenizer: VisualTokenizer) -> None:
+    """Colors of 4 x 4 cells of 8 x 8 pixels, arranged as in the image they were measured of."""
+    from lavit_tok.encode.efficientnet import patch_colors
+
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    image = F.interpolate(image, (32, 32))
+    joined = torch.cat([torch.zeros(1, 16, 24), 2 * patch_colors(image, 4) - 1], -1)
+    drawn = MeanDecoder(24, 16, 4, (16, 8, 8))(joined)
+    assert drawn.shape == (1, 3, 32, 32)
+    expected = F.interpolate(2 * image[..., ::2, ::2] - 1, (32, 32), mode="bilinear")
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+
+
+def test_deterministic_and_independent_of_the_batch(
+    decoder: PixelDecoder, codes: VisualCodes
+) -> None:
+    together = decoder(codes, output_type="pt").images
+    assert together.shape == (3, 3, 32, 32) and 0 <= together.min() <= together.max() <= 1
+    assert torch.equal(together, decoder(codes, mode="mean", output_type="pt").images)
+    for i in range(3):
+        alone = decoder(codes.take([i]), output_type="pt").images
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+    ((pil, *_),) = decoder(codes, height=20, width=40, return_dict=False)
+    assert pil.size == (40, 20)
+
+
+def test_modes_that_a_decoder_lacks(
+    decoder: PixelDecoder, tiny_decoder: PixelDecoder, codes: VisualCodes
+) -> None:
+    assert decoder.modes == ["mean"] and tiny_decoder.modes == ["sample"]
+    with pytest.raises(ValueError, match=r"mode: expected one of \['mean'\] .*'sample'"):
+        decoder(codes, mode="sample")
+    with pytest.raises(ValueError, match=r"mode: expected one of \['sample'\] .*'mean'"):
+        tiny_decoder(codes, mode="mean")
+    with pytest.raises(ValueError, match="expected VisualCodes and pixels, got output_type"):
+        decoder(codes, output_type="latent")
+    with pytest.raises(ValueError, match="height and width"):
+        decoder(codes, height=0)
+
+
+def test_both_modes_in_one_decoder(decoder: PixelDecoder, codes: VisualCodes) -> None:
+    from diffusers import DDIMScheduler
+    from helpers.small_diffusion import small_unet, small_vae
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        conditioner = Conditioner.for_tokenizer(
+            CONFIG,
+            decoder.conditioner.codebook,
+            decoder.conditioner.reconstructor,
+            cross_dims=(16,),
+        )
+        parts = conditioner, small_unet(16).eval(), small_vae().eval(), DDIMScheduler()
+    both = PixelDecoder(*parts, mean_decoder=decoder.mean_decoder)
+    both.set_progress_bar_config(disable=True)
+    mean = both(codes, mode="mean", output_type="pt").images
+    torch.testing.assert_close(mean, decoder(codes, output_type="pt").images)
+    first, second = (
+        both(codes, 2, generator=torch.Generator().manual_seed(0), **mode, output_type="pt").images
+        for mode in ({}, {"mode": "sample"})
+    )
+    assert torch.equal(first, second) and first.shape != mean.shape
+
+
+def test_parts_that_suffice_for_no_mode(decoder: PixelDecoder, tiny_decoder: PixelDecoder) -> None:
+    with pytest.raises(ValueError, match="got no unet, no vae, no scheduler"):
+        PixelDecoder(decoder.conditioner)
+    with pytest.raises(ValueError, match="got no vae, no scheduler"):
+        PixelDecoder(tiny_decoder.conditioner, tiny_decoder.unet)
+    with pytest.raises(ValueError, match=r"mean_decoder\.width: expected 24 for this conditioner"):
+        PixelDecoder(decoder.conditioner, mean_decoder=MeanDecoder(32, 16, 4, (8, 8, 8)))
+    with pytest.raises(ValueError, match="expected cross_dims for a U-Net"):
+        decoder.conditioner(VisualCodes.from_list([[1]], 16))
+
+
+def test_saved_and_loaded(decoder: PixelDecoder, codes: VisualCodes, tmp_path: Path) -> None:
+    expected = decoder(codes, output_type="pt").images
+    decoder.save_pretrained(tmp_path / "d")
+    assert not (tmp_path / "d" / "unet").exists()
+    loaded = PixelDecoder.from_pretrained(tmp_path / "d")
+    assert torch.equal(loaded(codes, output_type="pt").images, expected)
+    decoder.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    half = PixelDecoder.from_pretrained(tmp_path / "half")
+    torch.testing.assert_close(half(codes, output_type="pt").images, expected, rtol=0, atol=0.02)
+    (tmp_path / "d" / "mean_decoder" / "config.json").unlink()
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        PixelDecoder.from_pretrained(tmp_path / "d")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: VisualTokenizer) -> Path:
+    """16 images of two colors, and the tokenizer."""
+    root, rng = tmp_path_factory.mktemp("mean"), np.random.default_rng(0)
+    (root / "images" / "train").mkdir(parents=True)
+    for i in range(16):
+        image = np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)
+        image[:, 16:] = rng.integers(256, size=3)
+        Image.fromarray(image).save(root / "images" / "train" / f"{i:02}.png")
+    tokenizer.save_pretrained(root / "tokenizer")
+    return root
+
+
+def fit(folder: Path, root: Path, steps: int, ckpt: Any = None, **arguments: Any) -> Any:
+    module = MeanDecoderTraining(
+        str(folder / "tokenizer"),
+        (16, 8, 8),
+        optimizer=OptimizerConfig(lr=1e-2),
+        schedule=ScheduleConfig(warmup_steps=1000),
+        **arguments,
+    )
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+        num_sanity_val_steps=0,
+    )
+    data = ImageDataModule(str(folder / "images"), image_size=32, batch_size=8, cache=True)
+    trainer.fit(module, data, ckpt_path=ckpt, weights_only=False if ckpt else None)
+    return module, trainer
+
+
+def test_training_lowers_the_error_and_resumes_exactly(folder: Path, tmp_path: Path) -> None:
+    whole, _ = fit(folder, tmp_path, 4, keep_features=True)
+    _, trainer = fit(folder, tmp_path, 2, keep_features=True)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(folder, tmp_path, 4, str(tmp_path / "half.ckpt"), keep_features=True)
+    for name, value in whole.decoder.state_dict().items():
+        assert torch.equal(value, resumed.decoder.state_dict()[name]), name
+    trained, trainer = fit(folder, tmp_path, 60)
+    images = next(iter(trainer.datamodule.train_dataloader()))["images"]
+    joined = trained.reconstruct(trained.features(images), torch.full((8,), 16))
+    target = trained.pixels(images)
+    with torch.no_grad():
+        after = (trained.decoder(joined) - target).square().mean()
+    before = (trained.decoder.enlarged(joined) - target).square().mean()
+    assert after < 0.7 * before
+
+
+def test_fitted_by_the_command_line(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    trainer = {"accelerator": "cpu", "max_steps": 2, "default_root_dir": str(tmp_path)}
+    model = {"tokenizer": str(folder / "tokenizer"), "channels": [16, 8, 8]}
+    data = {"data": str(folder / "images"), "image_size": 32, "batch_size": 8, "cache": True}
+    values = {"trainer": trainer, "model": {**model, "out": str(tmp_path / "d")}, "data": data}
+    recipe.write_text(json.dumps({"seed_everything": 0, **values}))
+    assert main(["fit-mean-decoder", "-c", str(recipe)]) == 0
+    image = str(next((folder / "images" / "train").glob("*.png")))
+    args = ["--tokenizer", str(folder / "tokenizer"), "--decoder", str(tmp_path / "d")]
+    args += ["--out", str(tmp_path / "out")]
+    assert main(["reconstruct", image, *args, "--mode", "mean", "--budget", "4"]) == 0
+    assert (tmp_path / "out" / "sheet.png").exists()
+    assert main(["reconstruct", image, *args, "--mode", "sample"]) == 2
+
+
+def test_a_tokenizer_without_nested_codes(tmp_path: Path, tiny_tokenizer: VisualTokenizer) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path / "t")
+    with pytest.raises(ValueError, match="expected nested codes and color_cells"):
+        MeanDecoderTraining(str(tmp_path / "t"))

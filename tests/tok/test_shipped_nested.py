@@ -1,0 +1,130 @@
+"""The shipped model of nested codes: its codes are fixed, follow the image, and decode to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lavit_tok import PixelDecoder, VisualTokenizer, WeightsError
+from lavit_tok.checkpoints.weights import PACKAGE, find_directory
+from lavit_tok.cli import main
+from lavit_tok.cli.items import photographs
+
+# fmt: off
+GOLDEN = {
+    "slow": [
+        2002, 2724, 1040, 269, 3835, 2131, 2836, 2731, 3454, 1265, 3541, 3223,
+        3242, 3412, 1378, 3677, 180, 945, 599, 1950, 1520, 4054, 3293, 1470,
+        169, 2602, 3293, 753, 100, 3497, 14, 1526,
+    ],
+    "fast": [
+        2837, 2180, 810, 2199, 171, 2666, 1169, 1928, 3944, 3810, 4062, 1043,
+        1249, 1, 380, 3209, 2344, 1149, 1954, 3266, 1834, 3831, 367, 3974,
+        3974, 857, 3831, 2785, 1365, 2785, 1740, 2228,
+    ],
+    "disk": [
+        18, 2810, 663, 2297, 235, 3501, 1615, 3501, 2986, 3756, 1454, 1163,
+        2986, 3501, 3797, 3501, 2297, 378, 3511, 2297, 3797, 107, 2297, 3501,
+        1980, 2297, 1454, 1476, 2335, 3501, 3797, 3501,
+    ],
+}
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> VisualTokenizer:
+    return VisualTokenizer.from_pretrained("nested")
+
+
+@pytest.fixture(scope="module")
+def decoder() -> PixelDecoder:
+    return PixelDecoder.from_pretrained("nested")
+
+
+def synthetic() -> dict[str, Image.Image]:
+    """Images of smooth waves, so that rounding differences move no feature far."""
+    y, x = np.mgrid[0:128, 0:128] / 128
+    waves = {
+        "slow": (np.sin(3 * x), np.cos(2 * y), np.sin(4 * (x + y))),
+        "fast": (np.sin(20 * x), np.sin(25 * y), np.cos(17 * (x - y))),
+        "disk": tuple(
+            np.where((x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.08, c, -c) for c in (0.9, 0, -0.6)
+        ),
+    }
+    return {
+        name: Image.fromarray(((np.stack(parts, -1) + 1) * 127.5).round().astype(np.uint8))
+        for name, parts in waves.items()
+    }
+
+
+def test_codes_are_fixed(tokenizer: VisualTokenizer) -> None:
+    """Stored codes stay readable; a few may differ with another CPU's rounding."""
+    for name, image in synthetic().items():
+        codes = tokenizer.encode(image, budget=32)[0].tolist()
+        same = sum(a == b for a, b in zip(codes, GOLDEN[name], strict=True))
+        assert same >= 30, (name, codes)
+
+
+def test_a_plain_image_needs_fewer_codes(tokenizer: VisualTokenizer) -> None:
+    lengths = tokenizer.encode(photographs()).lengths
+    plain = int(tokenizer.encode(Image.new("RGB", (128, 128), "white")).lengths[0])
+    assert plain < lengths.double().mean() / 4
+    assert len(set(lengths.tolist())) > 4
+
+
+def test_more_codes_are_closer(tokenizer: VisualTokenizer, decoder: PixelDecoder) -> None:
+    """PSNR rises with every doubling, and codes for all budgets are prefixes of one encoding."""
+    originals = torch.stack(
+        [tokenizer.image_processor.resize(Image.open(p).convert("RGB")) for p in photographs()]
+    )
+    whole, last = tokenizer.encode(originals, budget=256), 0.0
+    for budget in (1, 4, 16, 64, 256):
+        codes = whole.truncate(torch.full((len(originals),), budget))
+        assert codes.to_list() == tokenizer.encode(originals, budget=budget).to_list()
+        drawn = decoder(codes, mode="mean", output_type="pt").images
+        error = (drawn - originals.float() / 255).square().mean((1, 2, 3))
+        psnr = float(-10 * error.log10().mean())
+        assert psnr > last
+        last = psnr
+    assert last > 20
+
+
+def test_requests(tokenizer: VisualTokenizer) -> None:
+    images = photographs()
+    low, high = (tokenizer.encode(images, rate=rate).lengths for rate in (0.01, 0.0005))
+    assert bool((low <= high).all()) and low.sum() < high.sum()
+    reached = tokenizer.encode(images, quality=("psnr", 15), verify=True)
+    colors = tokenizer.reconstruct_patches(reached).colors.clamp(0, 1)
+    from lavit_tok.encode.efficientnet import patch_colors
+
+    pixels = torch.stack(
+        [tokenizer.image_processor.resize(Image.open(p).convert("RGB")) for p in images]
+    )
+    error = (colors - patch_colors(pixels.float() / 255, 16)).square().mean((1, 2))
+    assert float(-10 * error.log10().min()) > 14.99
+
+
+def test_by_name(tmp_path: Path, capsys: Any) -> None:
+    """The decoder follows the tokenizer, in `reconstruct` and in `decode`."""
+    image = str(photographs()[0])
+    args = ["--tokenizer", "nested", "--budget", "8", "--out"]
+    assert main(["reconstruct", image, *args, str(tmp_path / "sheets")]) == 0
+    assert "8 of 256 codes" in capsys.readouterr().out
+    assert main(["encode", image, *args, str(tmp_path / "codes.jsonl")]) == 0
+    assert main(["decode", str(tmp_path / "codes.jsonl"), "--out", str(tmp_path / "images")]) == 0
+    (file,) = (tmp_path / "images").glob("*.png")
+    assert Image.open(file).size == (128, 128)
+    assert main(["reconstruct", image, *args, str(tmp_path / "no"), "--decoder", "default"]) == 2
+    assert find_directory("nested", "tokenizer") == PACKAGE / "nested" / "tokenizer"
+    with pytest.raises(WeightsError, match="expected 'default', an existing directory"):
+        find_directory("nested", tmp_path)
+
+
+def test_size_of_the_weights() -> None:
+    files = (PACKAGE / "nested").rglob("*.safetensors")
+    assert sum(file.stat().st_size for file in files) < 40e6
