@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
 
-# Configs of transformers are dataclasses that accept other arguments, too, which jaxtyping's check of
-# dataclasses does not know.
+# Configs of transformers are dataclasses that accept other arguments, too; the check of shapes does
+# not know that.
 @no_type_check
 class LavitConfig(PreTrainedConfig):
     """Config of LavitForConditionalGeneration; the ids are those of VisualVocabulary.

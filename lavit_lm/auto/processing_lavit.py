@@ -178,7 +178,7 @@ class LavitProcessor(ProcessorMixin):
         Args:
             images: whatever `transformers` takes: PIL images, arrays, paths or URLs, one or a list.
             text: a text or a list of texts; None for each image alone, to caption it.
-            kwargs: as in `transformers`; images_kwargs={"budget": ...} is VisualTokenizer.encode's.
+            kwargs: as in `transformers`.
 
         Returns:
             input_ids and attention_mask, int64 [b l], left-padded. Names of special and image
@@ -196,7 +196,7 @@ class LavitProcessor(ProcessorMixin):
         """No inputs of their own; the image tokens of each image."""
         visual, batch = self.visual_tokenizer, make_flat_list_of_images(images)
         pixels = self.image_processor.normalize(self.image_processor.to_uint8(batch))
-        codes = visual.encode_pixels(pixels.to(visual.device, visual.dtype), kwargs.get("budget"))
+        codes = visual.encode_pixels(pixels.to(visual.device, visual.dtype))
         v = self.vocabulary
         ids = [[v.begin, *v.to_ids(one.cpu()).tolist(), v.end] for one in codes]
         names = [self.tokenizer.convert_ids_to_tokens(one) for one in ids]
@@ -220,14 +220,14 @@ class LavitProcessor(ProcessorMixin):
                 )
         return VisualCodes.from_list(codes, v.codebook_size)
 
-    def decode_image_tokens(self, ids: Int64[Tensor, "b l"], **options: Any) -> list[Any]:
+    def decode_image_tokens(self, ids: Int64[Tensor, "b l"], **options: Any) -> Any:
         """Decode the last image of each sequence.
 
         Args:
             ids: output of generate(generation_mode="image").
             options: of PixelDecoder, such as generator, num_inference_steps, guidance_scale.
 
-        Returns: PIL images.
+        Returns: PIL images, or what output_type asks for.
 
         Raises:
             ValueError: see image_codes.

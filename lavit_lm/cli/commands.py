@@ -130,7 +130,7 @@ def export(arguments: argparse.Namespace) -> int:
 
     lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
     lm.export(arguments.out, getattr(torch, arguments.dtype), arguments.format)
-    model = "AutoModelForCausalLM" if arguments.format == "causal" else "AutoModelForMultimodalLM"
+    model = "AutoModelForCausalLM" if arguments.format == "plain" else "AutoModelForMultimodalLM"
     load = f"{model}.from_pretrained({str(arguments.out)!r})"
     print(f"exported to {arguments.out}; next: {load}, or a server", file=sys.stderr)
     return 0
