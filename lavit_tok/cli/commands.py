@@ -56,6 +56,7 @@ def encode(arguments: argparse.Namespace) -> int:
     """Images -> a code file."""
     if arguments.out is not None:
         require_suffix(arguments.out)
+        remove_partials(arguments.out.parent, arguments.out.name)
         if arguments.out.exists() and not arguments.overwrite:
             raise CodeFileError(
                 f"{arguments.out}: exists: --overwrite replaces it, which would lose its codes"
@@ -69,7 +70,8 @@ def encode(arguments: argparse.Namespace) -> int:
     limit_images(tokenizer.image_processor, arguments)
     generator = torch.Generator(tokenizer.device).manual_seed(arguments.seed)
     total = count = 0
-    with rejects, code_writer(arguments.out, header) as writer:
+    # Rejects are written before the output appears: of an existing output no job goes on.
+    with code_writer(arguments.out, header) as writer, rejects:
         for chunk in chunks(enumerate(progress(paths, "encode")), arguments.batch_size):
             images = open_images(chunk, rejects, tokenizer.image_processor)
             if not images:
@@ -87,8 +89,6 @@ def encode(arguments: argparse.Namespace) -> int:
             writer.add(list(map(CodeRecord, keys, codes.to_list(), keep)))
             count, total = count + len(codes), total + len(codes.values)
         rejects.require(count)
-    if arguments.out is not None:
-        remove_partials(arguments.out.parent, arguments.out.name)
     mean = f"{total / count:.1f} codes per image ({config.num_patches} patches)"
     print(f"encoded {count} of {len(paths)} images, {mean}{rejects.summary()}", file=sys.stderr)
     return 0
