@@ -163,7 +163,7 @@ def require_on_hub(name: str, kind: str = "model") -> None:
         kind: "model" or "dataset".
 
     Raises:
-        WeightsError: a path that does not exist, or a repository that the Hub, asked once, does not
+        WeightsError: a path that does not exist, or a repository that the Hub does not
             have and that is not in the local cache.
     """
     parts = name.split("/")

@@ -112,7 +112,7 @@ class PixelDecoderTraining(EMATraining):
             owner/name/subfolder).
         tokenizer: "default", directory or Hub id of the tokenizer whose codes are decoded.
         start_from: "default", directory or Hub id of a pixel decoder to train on: its U-Net, in
-            place of `unet`, its projection and its noise schedule.
+            replacement of `unet`, its projection and its noise schedule.
         unet: the U-Net.
         condition: how the features condition it.
         diffusion: the diffusion process and the loss.
