@@ -111,8 +111,8 @@ class PixelDecoderTraining(EMATraining):
         vae: "default", directory of a diffusers AutoencoderKL, or its Hub id (owner/name or
             owner/name/subfolder).
         tokenizer: "default", directory or Hub id of the tokenizer whose codes are decoded.
-        start_from: "default", directory or Hub id of a pixel decoder to train on: its U-Net, in
-            replacement of `unet`, its projection and its noise schedule.
+        start_from: "default", directory or Hub id of a pixel decoder to train on: its U-Net instead of
+            `unet`, its projection and its noise schedule.
         unet: the U-Net.
         condition: how the features condition it.
         diffusion: the diffusion process and the loss.
