@@ -41,7 +41,7 @@ class ErrorHead(KeepFloat32):
 
     def __init__(self, width: int, patches: int, hidden: int = 128) -> None:
         super().__init__()
-        self.points = math.ceil(math.log2(patches)) + 1 if patches > 1 else 1
+        self.points = len(doublings(patches))
         self.levels = max(1, math.isqrt(patches).bit_length() - 1)
         self.norm = nn.LayerNorm(2 * width + self.levels + 1)
         self.mlp = nn.Sequential(
@@ -67,6 +67,11 @@ class ErrorHead(KeepFloat32):
         # The error with all codes, and what each halving of them adds
         steps = F.softplus(self.mlp(self.norm(values)))
         return LEAST + steps.flip(1).cumsum(1).flip(1)
+
+
+def doublings(patches: int) -> list[int]:
+    """1, 2, 4, ... and `patches` itself: the numbers of codes at which errors are predicted."""
+    return [*(1 << i for i in range((patches - 1).bit_length())), patches]
 
 
 def rank_log_odds(
@@ -125,10 +130,9 @@ def interpolation(patches: int) -> Float[Tensor, "points patches"]:
     point 2    .  1  .42  .        3 codes: log2(3) - 1 = .58 of the way from 2 to 4
     point 4    .  .  .58  1
     """
-    points = math.ceil(math.log2(patches)) + 1 if patches > 1 else 1
     position = torch.arange(1, patches + 1).double().log2()
-    last = math.log2(patches)
-    grid = torch.tensor([float(i) for i in range(points - 1)] + [last], dtype=torch.float64)
+    grid = torch.tensor(doublings(patches), dtype=torch.float64).log2()
+    points = len(grid)
     right = torch.searchsorted(grid, position).clamp(max=points - 1)
     left = (right - 1).clamp(min=0)
     gap = (grid[right] - grid[left]).clamp(min=1e-12)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lavit_tok.encode.error_head import ErrorHead, summary
+from lavit_tok.encode.error_head import ErrorHead, doublings, summary
 from lavit_tok.encode.rate_control import COLOR_ERROR_SCALE
 from lavit_tok.training.optimizers import parameter_groups
 
@@ -42,8 +42,7 @@ def measured_errors(
     codebook = tokenizer.quantizer.codebook
     vectors = codebook.lookup(codebook.nearest(z.flatten(0, 1))).view(z.shape)
     found: dict[str, list[Tensor]] = {"cosine": [], "psnr": []}
-    count = 1
-    while True:
+    for count in doublings(n):
         lengths = torch.full((len(features),), count, device=features.device)
         output = tokenizer.reconstructor(vectors[:, :count], lengths, chosen)
         x, y = (v[:, i] for v, i in ((features, chosen), (output.features, slice(None))))
@@ -53,9 +52,6 @@ def measured_errors(
         )
         difference = output.colors.float().clamp(0, 1) - colors[:, chosen]
         found["psnr"].append(COLOR_ERROR_SCALE * difference.square().mean((1, 2)).sqrt())
-        if count == n:
-            break
-        count = min(2 * count, n)
     return {kind: torch.stack(values, 1) for kind, values in found.items()}
 
 

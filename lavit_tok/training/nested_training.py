@@ -38,6 +38,7 @@ from lavit_tok.codes import RaggedLayout
 from lavit_tok.config import TokenizerConfig
 from lavit_tok.data.image_sources import collate
 from lavit_tok.encode.efficientnet import patch_colors
+from lavit_tok.encode.error_head import doublings
 from lavit_tok.training.codebook import (
     QuantizationConfig,
     usage,
@@ -208,8 +209,7 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
             self.copy_codebook()
             codebook = self.tokenizer.quantizer.codebook
             z = codebook.lookup(codebook.nearest(z.flatten(0, 1))).view(z.shape)
-        count = 1
-        while count <= patches:
+        for count in doublings(patches):
             lengths = torch.full((len(features),), count, device=self.device)
             errors = dict(self._errors(features, colors, z[:, :count].flatten(0, 1), lengths, None))
             values = {"cosine": 1 - errors["error"].mean()}
@@ -217,7 +217,6 @@ class NestedTokenizerTraining(CodebookTraining, EMATraining):
                 values["psnr"] = -10 * errors["colors"].clamp(min=1e-6).log10().mean()
             names = {f"val/{name}_{count}": value for name, value in values.items()}
             self.log_dict(names, batch_size=len(features), sync_dist=True)
-            count = count * 2 if count * 2 <= patches or count == patches else patches
 
     # The steps of a training step
 
