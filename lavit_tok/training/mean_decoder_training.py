@@ -113,10 +113,9 @@ class MeanDecoderTraining(EMATraining):
         draw = torch.rand(len(images), generator=generator, device=self.device)
         counts = (math.log(patches + 0.99) * draw).exp().long().clamp(1, patches)
         joined = self.reconstruct(self.encode(images), counts)
-        error = (self.decoder(joined).float() - self.pixels(images)).square().mean((1, 2, 3))
-        plain = (
-            (self.decoder.enlarged(joined.detach()) - self.pixels(images)).square().mean((1, 2, 3))
-        )
+        pixels = self.pixels(images)
+        error = (self.decoder(joined).float() - pixels).square().mean((1, 2, 3))
+        plain = (self.decoder.enlarged(joined.detach()) - pixels).square().mean((1, 2, 3))
         loss = (error / plain.clamp(min=1e-3)).mean()
         self.log_dict({"train/loss": loss.detach(), "train/psnr": psnr(error.detach())})
         return loss
@@ -124,14 +123,14 @@ class MeanDecoderTraining(EMATraining):
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """PSNR over budgets, of the decoder and of the colors alone."""
         images, patches = batch["images"], self.tokenizer.config.num_patches
-        features = self.encode(images)
+        features, pixels = self.encode(images), self.pixels(images)
         count = 1
         while count <= patches:
             lengths = torch.full((len(images),), count, device=self.device)
             joined = self.reconstruct(features, lengths)
             decoded = {"psnr": self.decoder(joined), "colors": self.decoder.enlarged(joined)}
-            for name, pixels in decoded.items():
-                error = (pixels.clamp(-1, 1) - self.pixels(images)).square().mean((1, 2, 3))
+            for name, output in decoded.items():
+                error = (output.clamp(-1, 1) - pixels).square().mean((1, 2, 3))
                 self.log(f"val/{name}_{count}", psnr(error), batch_size=len(images), sync_dist=True)
             count *= 4
 

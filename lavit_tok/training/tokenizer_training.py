@@ -30,10 +30,7 @@ from lavit_tok.codes import RaggedLayout
 from lavit_tok.config import TokenizerConfig
 from lavit_tok.encode.allocation import dithered, keep_by_budget, straight_through
 from lavit_tok.encode.selector import keep_scores
-from lavit_tok.training.codebook import (
-    QuantizationConfig,
-    usage,
-)
+from lavit_tok.training.codebook import QuantizationConfig, usage
 from lavit_tok.training.codebook_training import CodebookTraining, RecentValues
 from lavit_tok.training.logging import log_image, step_generator
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
