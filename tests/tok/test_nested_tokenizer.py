@@ -8,32 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.small_nested import SETTINGS as SMALL
 
 from lavit_tok import CodeError, ConfigError, TokenizerConfig, VisualCodes, VisualTokenizer
 from lavit_tok.encode.efficientnet import JoinedConfig
 from lavit_tok.encode.rate_control import Request
 from lavit_tok.nn.nested_order import nested_order
 
-ENCODER = {
-    "model_type": "efficientnet_lite",
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 24,
-    "sources": [-1, 3],
-}
-SETTINGS = {
-    "encoder": ENCODER,
-    "codebook_size": 64,
-    "code_dim": 4,
-    "merger_depth": 1,
-    "reconstructor_depth": 1,
-    "num_heads": 3,
-    "mlp_ratio": 2.0,
-    "sequence": "nested",
-    "color_cells": 4,
-    "error_hidden": 8,
-    "price": 0.01,
-}
+SETTINGS = {**SMALL, "codebook_size": 64, "error_hidden": 8, "price": 0.01}
 
 
 def build(**changes: object) -> VisualTokenizer:

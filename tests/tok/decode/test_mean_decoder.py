@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from helpers.small_nested import SETTINGS
 from PIL import Image
 from torch.nn import functional as F
 
@@ -27,23 +28,7 @@ from lavit_tok.training.data_module import ImageDataModule
 from lavit_tok.training.mean_decoder_training import MeanDecoderTraining
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
-CONFIG = TokenizerConfig(
-    encoder={
-        "model_type": "efficientnet_lite",
-        "image_size": 32,
-        "patch_size": 8,
-        "hidden_size": 24,
-        "sources": [-1, 3],
-    },
-    codebook_size=16,
-    code_dim=4,
-    merger_depth=1,
-    reconstructor_depth=1,
-    num_heads=3,
-    mlp_ratio=2.0,
-    sequence="nested",
-    color_cells=4,
-)
+CONFIG = TokenizerConfig(**SETTINGS)
 ROWS = [[3, 1, 4], [9], list(range(16))]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from helpers.small_nested import SETTINGS
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
@@ -23,24 +24,7 @@ from lavit_tok.training.nested_training import (
 )
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
-CONFIG = TokenizerConfig(
-    encoder={
-        "model_type": "efficientnet_lite",
-        "image_size": 32,
-        "patch_size": 8,
-        "hidden_size": 24,
-        "sources": [-1, 3],
-    },
-    codebook_size=16,
-    code_dim=4,
-    merger_depth=1,
-    reconstructor_depth=1,
-    num_heads=3,
-    mlp_ratio=2.0,
-    sequence="nested",
-    color_cells=4,
-    error_hidden=8,
-)
+CONFIG = TokenizerConfig(**SETTINGS, error_hidden=8)
 
 
 @pytest.fixture(scope="module")
