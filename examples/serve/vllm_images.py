@@ -1,0 +1,143 @@
+r"""Guided images by vLLM from an exported directory: a logits processor, two sequences an image.
+
+    prompt, <|img|>    logits c  \
+                                   u + s (c - u) for both: they get the same id at every step
+    <|img|>            logits u  /
+
+    python examples/serve/vllm_images.py DIRECTORY --scale 3 --count 64 "a photo of a bag"
+
+Runs in vLLM's environment (docs/serving.md), which needs nothing of this package. Guidance is
+LaVIT's (section 3.2). Both sequences of a pair have one seed, so that equal logits give equal ids;
+an image whose two sequences differ is an error. Prints the codes of every image as JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import time
+from typing import Any
+
+# In this process, so that all requests are there before the first step: both of a pair are in it.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import (
+    BatchUpdate,
+    LogitsProcessor,
+    MoveDirectionality,
+)
+
+CODE = re.compile(r"<\|vis_(\d+)\|>")
+
+
+class GuidedPairs(LogitsProcessor):
+    """Mixes the logits of the two requests that have the same `extra_args["guidance_pair"]`.
+
+    `extra_args["guidance_scale"]` is positive for the conditional one, 0 for the other. A request
+    whose partner is not in the same step keeps its own logits.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self.rows: dict[int, tuple[Any, float]] = {}  # index in the batch -> (pair, scale)
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is None:
+            return
+        for index in batch_update.removed:  # removed, added, moved: the order that vLLM demands
+            self.rows.pop(index, None)
+        for index, params, *_ in batch_update.added:
+            extra = params.extra_args or {}
+            self.rows.pop(index, None)
+            if "guidance_pair" in extra:
+                self.rows[index] = (extra["guidance_pair"], float(extra["guidance_scale"]))
+        for first, second, direction in batch_update.moved:
+            one, other = self.rows.pop(first, None), self.rows.pop(second, None)
+            if one is not None:
+                self.rows[second] = one
+            if direction == MoveDirectionality.SWAP and other is not None:
+                self.rows[first] = other
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        pairs: dict[Any, dict[bool, tuple[int, float]]] = {}
+        for index, (pair, factor) in self.rows.items():
+            pairs.setdefault(pair, {})[factor > 0] = (index, factor)
+        whole = [pair for pair in pairs.values() if len(pair) == 2]
+        if not whole:
+            return logits
+        conditional = torch.tensor([pair[True][0] for pair in whole], device=logits.device)
+        free = torch.tensor([pair[False][0] for pair in whole], device=logits.device)
+        scale = torch.tensor([pair[True][1] for pair in whole], device=logits.device)[:, None]
+        c, u = logits[conditional], logits[free]
+        # Forbidden ids are -inf in both: their difference would be nan.
+        mixed = torch.where(u.isneginf() | c.isneginf(), -torch.inf, u + scale * (c - u))
+        logits[conditional], logits[free] = mixed, mixed
+        return logits
+
+
+def requests(
+    tokenizer: Any, prompts: list[str], scale: float, seed: int, codes: int, temperature: float
+) -> tuple[list[dict[str, Any]], list[SamplingParams]]:
+    """Two requests for each prompt, for images of exactly so many codes."""
+    vocabulary = tokenizer.get_vocab()
+    visual = [i for name, i in vocabulary.items() if CODE.fullmatch(name)]
+    inputs, params = [], []
+    for number, prompt in enumerate(prompts):
+        for text, factor in ((f"{prompt}<|img|>", scale), ("<|img|>", 0.0)):
+            extra = {"guidance_pair": number, "guidance_scale": factor}
+            inputs.append({"prompt_token_ids": tokenizer(text).input_ids})
+            params.append(
+                SamplingParams(
+                    temperature=temperature, top_k=50, seed=seed + number, max_tokens=codes,
+                    min_tokens=codes, allowed_token_ids=visual, extra_args=extra,
+                    skip_special_tokens=False,
+                )
+            )  # fmt: skip
+    return inputs, params
+
+
+def main() -> None:
+    """Generate images and print their codes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("directory", help="what MultimodalLM.export wrote")
+    parser.add_argument("prompt")
+    parser.add_argument("--count", type=int, default=8, help="images")
+    parser.add_argument("--codes", type=int, default=21, help="of an image")
+    parser.add_argument("--scale", type=float, default=3.0, help="of guidance")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely ids")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--memory", type=float, default=0.5, help="fraction of memory for vLLM")
+    args = parser.parse_args()
+    if args.scale <= 0:
+        parser.error(f"--scale: expected a positive number, got {args.scale}")
+    limits: Any = {"max_num_seqs": 2 * args.count, "max_model_len": 128}
+    limits["gpu_memory_utilization"] = args.memory
+    llm = LLM(
+        args.directory,
+        dtype=args.dtype,
+        enforce_eager=True,
+        logits_processors=[GuidedPairs],
+        **limits,
+    )
+    prompts = [args.prompt] * args.count
+    options = (args.scale, args.seed, args.codes, args.temperature)
+    start = time.monotonic()
+    outputs = llm.generate(*requests(llm.get_tokenizer(), prompts, *options), use_tqdm=False)
+    seconds = time.monotonic() - start
+    texts = [output.outputs[0].text for output in outputs]
+    for guided, partner in zip(texts[::2], texts[1::2], strict=True):
+        if guided != partner:
+            raise SystemExit("the two sequences of an image differ: they were not in one step")
+        print(json.dumps({"codes": [int(code) for code in CODE.findall(guided)]}))
+    print(json.dumps({"images": args.count, "seconds": round(seconds, 3)}))
+
+
+if __name__ == "__main__":
+    main()
