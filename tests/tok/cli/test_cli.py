@@ -318,15 +318,16 @@ def test_files_that_hold_no_codes(content: bytes, suffix: str, tmp_path: Path, c
     assert message.count("\n") == 1
 
 
-def test_parquet_keeps_everything(tmp_path: Path) -> None:
+def test_parquet_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lavit_tok.data.code_files.ROW_GROUP", 300)
     path = tmp_path / "codes.parquet"
     records = [
         CodeRecord(f"image {i}", list(range(i % 5)), None if i % 3 else [0, i % 7])
-        for i in range(20_000)
+        for i in range(1500)
     ]
     with code_writer(path, CodeFileHeader("owner/name", 16384, 256)) as writer:
-        for start in range(0, len(records), 700):
-            writer.add(records[start : start + 700])
+        for start in range(0, len(records), 200):
+            writer.add(records[start : start + 200])
     header, read = read_codes(path)
     assert header == CodeFileHeader("owner/name", 16384, 256)
     assert list(read) == records
