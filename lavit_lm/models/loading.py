@@ -23,6 +23,7 @@ from lavit_tok.checkpoints.weights import (
     find_directory,
     read_json,
     require_finite,
+    require_floating_point,
     tensor_elements,
 )
 
@@ -109,6 +110,8 @@ def open_lm(directory: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         buffers = sum(b.numel() for b in empty_lm.buffers())
     except Exception as error:  # constructors of transformers raise nearly any exception
         raise _unreadable(directory / "config.json", "the config of a causal LM", error) from error
+    if getattr(config, "quantization_config", None) is None:
+        require_floating_point(directory, dict(empty_lm.named_parameters()))
     # A file may lack some tensors, such as a new head: the report lists these.
     if needed > 2 * stored or buffers > max(2 * stored, MAX_BUFFERS):
         raise WeightsError(

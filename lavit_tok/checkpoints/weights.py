@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -438,6 +438,16 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file}: not a complete safetensors file: {error}") from None
+
+
+def require_floating_point(directory: Path, names: Container[str], single: str = SINGLE) -> None:
+    """Raise WeightsError if a tensor of these names is stored as integers, which are rounded."""
+    for file in weight_files(directory, single):
+        with safe_open(file, framework="pt") as opened:
+            for name in filter(names.__contains__, opened.keys()):
+                if "F" not in (dtype := opened.get_slice(name).get_dtype()):
+                    expected = f"expected floating-point numbers, got {dtype}"
+                    raise WeightsError(f"{file}: tensor {name}: {expected}")
 
 
 def compare(expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]]) -> list[str]:

@@ -39,6 +39,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = (255, 255, 255)
 MAX_PIXELS = 89_478_485  # where PIL begins to warn of a decompression bomb; here always an error
 MAX_BYTES = 256 << 20  # of an encoded image
+MAX_SIDE = 1 << 18  # pixels; resizing a longer image of few pixels takes seconds
 STRIP = 1 << 18  # pixels that are converted at a time
 KINDS = {
     stat.S_IFDIR: "a directory",
@@ -241,6 +242,9 @@ def open_image(
                     if opened.width * opened.height > max_pixels:
                         size = f"{opened.width}x{opened.height} pixels"
                         raise Image.DecompressionBombError(size)
+                    if max(opened.size) > MAX_SIDE:
+                        size = f"{opened.width}x{opened.height}"
+                        raise ImageError(f"{label}: expected sides up to {MAX_SIDE}, got {size}")
                     if opened.format == "EPS":  # loading it would run Ghostscript on a program
                         reason = "EPS is not supported, expected a raster image"
                         raise ImageError(f"{label}: {reason}")

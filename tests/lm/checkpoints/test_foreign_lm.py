@@ -106,6 +106,14 @@ def test_weights_that_are_not_finite(
     refused(directory, photos, capsys, "NaN or infinity", name)
 
 
+def test_weights_stored_as_integers(directory: Path, photos: list[Path], capsys: Any):
+    state = load_file(directory / "model.safetensors")
+    name = next(name for name in state if "embed_tokens" in name)
+    state[name] = state[name].int()
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+    refused(directory, photos, capsys, name, "expected floating-point numbers, got I32")
+
+
 @pytest.mark.parametrize(
     ("entry", "value"),
     [

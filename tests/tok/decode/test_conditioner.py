@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lavit_tok import CodeError, VisualCodes, VisualTokenizer
 from lavit_tok.decode.conditioner import Conditioner, Conditioning, patch_grid
+from lavit_tok.decode.mean_decoder import MeanDecoder
 
 STYLES: dict[str, dict[str, Any]] = {
     "sd": {"cross_dims": [24], "null_length": 3},
@@ -264,6 +265,14 @@ def test_refuses_options(
         Conditioner.for_tokenizer(tiny_tokenizer.config, **{"cross_dims": [24], **options})
     with pytest.raises(ValueError, match="square number"):
         Conditioner(patches=15, spatial_channels=1)
+
+
+def test_numbers_of_a_config_are_integers(unchecked: None) -> None:
+    """A file's `true` would count as 1: the same weights, other results."""
+    with pytest.raises(ValueError, match=r"^heads: expected an integer in .*, got True"):
+        Conditioner(heads=True)
+    with pytest.raises(ValueError, match=r"^groups: expected an integer in .*, got True"):
+        MeanDecoder(groups=True)
 
 
 @torch.no_grad()

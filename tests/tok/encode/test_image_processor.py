@@ -446,7 +446,11 @@ def test_size_limits(tmp_path: Path):
     processor.max_pixels, processor.max_bytes = 600, 50
     with pytest.raises(ImageError, match="at most 50 bytes"):
         processor.to_uint8(file.getvalue())
-    processor.max_bytes = 1000
+    file_of_a_line = io.BytesIO()
+    Image.new("L", (1, 2**18 + 1)).save(file_of_a_line, "PNG")
+    with pytest.raises(ImageError, match="expected sides up to 262144, got 1x262145"):
+        open_image(file_of_a_line.getvalue())
+    processor.max_bytes = len(file.getvalue())
     assert processor.to_uint8(file.getvalue()).shape == (1, 3, 8, 8)
     assert processor.to_dict() == saved
 

@@ -24,6 +24,17 @@ def codebook(entries: Tensor) -> Codebook:
     return book
 
 
+def test_reduced_precision_of_products_does_not_reach_the_codes():
+    """Under "high" products are in float64: of these distances, float32 rounds both to a tie."""
+    book, z = codebook(torch.tensor([[4096.0], [4097.0]])), torch.tensor([[4096.6]])
+    assert book.nearest(z).tolist() == [0]
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert book.nearest(z).tolist() == [1]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("normed", [True, False])
 def test_nearest_is_exact(normed: bool):
     """Against squared differences in float64; with other norms it is not the cosine."""
