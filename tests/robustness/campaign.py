@@ -32,8 +32,9 @@ INTRODUCTION = """# Robustness campaign
 Written by `python -m tests.robustness --minutes N [--only PARTS] [--restart]`; SECURITY.md states
 what is promised. A trial is seeded by its part and number, given in brackets, and runs in a process
 of its own, on small models that the library's own commands make. Counts add up over runs; the
-commit (+ for uncommitted changes) is that of a part's last run. Memory is above that at the start,
-time that of the processor.
+commit (+ for uncommitted changes) is that of a part's last run. What failed stays listed, with what
+was done since ("since" in results.json, written after the trial was repeated). Memory is above that
+at the start, time that of the processor.
 """
 
 
@@ -170,7 +171,8 @@ def report(state: dict[str, Any]) -> str:
         text += "|\n\n" if known["failures"] else "|\n"
         for title, failure in sorted(known["failures"].items()):
             count, numbers = len(failure["numbers"]), failure["numbers"][:5]
-            text += f"- {count:,} x {title.split(': ')[0]}: `{failure['example']}` {numbers}\n"
+            text += f"- {count:,} x {title.split(': ')[0]}: `{failure['example']}` {numbers}"
+            text += f": {failure['since']}\n" if "since" in failure else "\n"
     return text
 
 
