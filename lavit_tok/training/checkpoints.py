@@ -35,7 +35,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         remove_partials(Path(path).parent)
         with atomic(Path(path)) as partial:
-            torch.save(checkpoint, partial)
+            try:
+                torch.save(checkpoint, partial)
+            except RuntimeError as error:  # so torch reports a write that failed
+                if "inline_container" not in str(error):
+                    raise
+                reason = str(error).splitlines()[0]
+                raise OSError(f"{path}: not written (is the disk full?): {reason}") from error
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
 

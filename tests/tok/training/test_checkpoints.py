@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,18 @@ def test_a_failed_save_leaves_the_checkpoint_before(folder: Path) -> None:
         AtomicCheckpointIO().save_checkpoint({"a": torch.ones(9), "b": Unwritable()}, path)
     assert path.read_bytes() == before and damage(path) is None
     assert not list(folder.glob(".*"))
+
+
+def test_a_full_disk_is_one_error_that_names_the_file(folder: Path) -> None:
+    before = (path := folder / "last.ckpt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError, match=r"last\.ckpt: not written \(is the disk full\?\)"):
+            AtomicCheckpointIO().save_checkpoint({"a": torch.ones(9000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and not list(folder.glob("*.part"))
 
 
 def test_a_distributed_checkpoint_is_whole_with_its_metadata(tmp_path: Path) -> None:
