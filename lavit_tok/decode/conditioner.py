@@ -37,9 +37,11 @@ from lavit_tok.encode.quantizer import Codebook
 from lavit_tok.nn.attention import attend
 from lavit_tok.nn.ranges import require_number
 
-INTEGERS = ("width", "patches", "codebook_size", "code_dim", "depth", "heads", "mlp_width")
-INTEGERS += ("null_length", "pooled_dim", "pool_heads", "spatial_channels", "spatial_scale")
-INTEGERS += ("color_cells", "code_layers")
+INTEGERS = (
+    *("width", "patches", "codebook_size", "code_dim", "depth", "heads", "mlp_width"),
+    *("null_length", "pooled_dim", "pool_heads", "spatial_channels", "spatial_scale"),
+    *("color_cells", "code_layers"),
+)
 
 
 @dataclass(frozen=True)
