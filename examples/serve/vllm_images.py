@@ -117,14 +117,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.scale <= 0:
         parser.error(f"--scale: expected a positive number, got {args.scale}")
-    limits: Any = {"max_num_seqs": 2 * args.count, "max_model_len": 128}
-    limits["gpu_memory_utilization"] = args.memory
     llm = LLM(
         args.directory,
         dtype=args.dtype,
         enforce_eager=True,
         logits_processors=[GuidedPairs],
-        **limits,
+        max_num_seqs=2 * args.count,
+        max_model_len=128,
+        gpu_memory_utilization=args.memory,
     )
     prompts = [args.prompt] * args.count
     options = (args.scale, args.seed, args.codes, args.temperature)

@@ -440,12 +440,13 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise WeightsError(f"{file}: not a complete safetensors file: {error}") from None
 
 
-def require_floating_point(directory: Path, names: Container[str], single: str = SINGLE) -> None:
+def require_floating_point(directory: Path, names: Container[str]) -> None:
     """Raise WeightsError if a tensor of these names is stored as integers, which are rounded."""
-    for file in weight_files(directory, single):
+    for file in weight_files(directory):
         with safe_open(file, framework="pt") as opened:
-            for name in filter(names.__contains__, opened.keys()):
-                if "F" not in (dtype := opened.get_slice(name).get_dtype()):
+            for name in opened.keys():  # noqa: SIM118
+                dtype = opened.get_slice(name).get_dtype()
+                if name in names and "F" not in dtype:
                     expected = f"expected floating-point numbers, got {dtype}"
                     raise WeightsError(f"{file}: tensor {name}: {expected}")
 

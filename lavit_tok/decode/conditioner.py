@@ -35,13 +35,7 @@ from lavit_tok.decode.nested_reconstructor import NestedReconstructor
 from lavit_tok.decode.reconstructor import Reconstructor
 from lavit_tok.encode.quantizer import Codebook
 from lavit_tok.nn.attention import attend
-from lavit_tok.nn.ranges import require_number
-
-INTEGERS = (
-    *("width", "patches", "codebook_size", "code_dim", "depth", "heads", "mlp_width"),
-    *("null_length", "pooled_dim", "pool_heads", "spatial_channels", "spatial_scale"),
-    *("color_cells", "code_layers"),
-)
+from lavit_tok.nn.ranges import require_integers
 
 
 @dataclass(frozen=True)
@@ -247,8 +241,7 @@ class Conditioner(ModelMixin, ConfigMixin):
         code_layers: int = 1,
     ) -> None:
         super().__init__()
-        for name in INTEGERS:  # a bool would count as 1
-            require_number(name, self.config[name], 0, 2**31, integer=True)
+        require_integers(Conditioner.__init__, self.config, 0)
         number = {"sd": 1, "sdxl": 2}.get(style)
         self._require("style", number is not None, "'sd' or 'sdxl'")
         is_valid = len(cross_dims) in (number, 0) and min(cross_dims, default=1) > 0

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavit_tok.decode.conditioner import patch_grid
-from lavit_tok.nn.ranges import require_number
+from lavit_tok.nn.ranges import require_integers
 
 
 class MeanDecoder(ModelMixin, ConfigMixin):
@@ -52,14 +52,7 @@ class MeanDecoder(ModelMixin, ConfigMixin):
         groups: int = 8,
     ) -> None:
         super().__init__()
-        for name in (
-            "width",
-            "patches",
-            "color_cells",
-            "layers",
-            "groups",
-        ):
-            require_number(name, self.config[name], 1, 2**31, integer=True)
+        require_integers(MeanDecoder.__init__, self.config, 1)
         self.conv_in = nn.Conv2d(width + 3 * color_cells**2, channels[0], 1)
         self.blocks: Any = nn.ModuleList()
         for size, following in zip(channels, [*channels[1:], 3], strict=True):

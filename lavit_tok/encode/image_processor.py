@@ -239,11 +239,10 @@ def open_image(
                 image = _to_rgb(source, label, background)
             else:
                 with _opened(source, label, max_bytes) as file, Image.open(file) as opened:
+                    size = f"{opened.width}x{opened.height}"
                     if opened.width * opened.height > max_pixels:
-                        size = f"{opened.width}x{opened.height} pixels"
-                        raise Image.DecompressionBombError(size)
+                        raise Image.DecompressionBombError(f"{size} pixels")
                     if max(opened.size) > MAX_SIDE:
-                        size = f"{opened.width}x{opened.height}"
                         raise ImageError(f"{label}: expected sides up to {MAX_SIDE}, got {size}")
                     if opened.format == "EPS":  # loading it would run Ghostscript on a program
                         reason = "EPS is not supported, expected a raster image"
