@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lavit_tok.checkpoints.files import atomic_files
 from lavit_tok.checkpoints.weights import (
     check_layers,
     empty,
@@ -415,7 +416,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
             kwargs: of huggingface_hub's PyTorchModelHubMixin, e.g. push_to_hub.
         """
         self._save_dtype = dtype
-        return super().save_pretrained(save_directory, **kwargs)
+        kwargs.setdefault("repo_id", Path(save_directory).name)  # not that of the temporary folder
+        with atomic_files(Path(save_directory)) as folder:
+            return super().save_pretrained(folder, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True)

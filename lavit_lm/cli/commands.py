@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lavit_tok.checkpoints.files import atomic
 from lavit_tok.cli.commands import train
 from lavit_tok.cli.items import (
     chunks,
@@ -20,7 +21,6 @@ from lavit_tok.cli.items import (
     require_own,
     save_png,
 )
-from lavit_tok.data.files import atomic
 from lavit_tok.data.rejects import Rejects, has_keys
 
 if TYPE_CHECKING:

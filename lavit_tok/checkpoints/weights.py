@@ -22,6 +22,7 @@ from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lavit_tok.checkpoints.files import named_errors
 from lavit_tok.nn.precision import float32_default
 
 PACKAGE = Path(__file__).parents[1]
@@ -222,6 +223,7 @@ def save_weights(
 
     Raises:
         WeightsError: a tensor that is, or in `dtype` would become, NaN or infinite.
+        OSError: naming the directory.
     """
     state = {
         k: v.to(dtype) if dtype and v.is_floating_point() else v
@@ -235,9 +237,10 @@ def save_weights(
         )
     cpu = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     pattern = single.replace(".safetensors", "{suffix}.safetensors")
-    save_torch_state_dict(
-        cpu, str(directory), filename_pattern=pattern, max_shard_size=max_shard_size
-    )
+    with named_errors(Path(directory)):
+        save_torch_state_dict(
+            cpu, str(directory), filename_pattern=pattern, max_shard_size=max_shard_size
+        )
 
 
 def load_weights(

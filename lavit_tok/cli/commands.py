@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lavit_tok.checkpoints.files import printable, remove_partials
 from lavit_tok.checkpoints.weights import SHIPPED
 from lavit_tok.cli.items import (
     REJECTS,
@@ -36,7 +37,6 @@ from lavit_tok.data.code_files import (
     read_codes,
     require_suffix,
 )
-from lavit_tok.data.files import printable, remove_partials
 from lavit_tok.data.rejects import Rejects
 from lavit_tok.encode.image_processor import open_image
 from lavit_tok.tokenizer import VisualTokenizer

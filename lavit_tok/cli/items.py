@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from lavit_tok.data.files import atomic
+from lavit_tok.checkpoints.files import atomic
 from lavit_tok.data.rejects import Rejects
 from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor, find_images
 

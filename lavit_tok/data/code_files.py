@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from lavit_tok.data.files import atomic, escape, json_line, unescape
+from lavit_tok.checkpoints.files import atomic, escape, json_line, unescape
 
 FORMAT, VERSION = "lavit_tok.codes", 1
 SUFFIXES = (".parquet", ".jsonl")

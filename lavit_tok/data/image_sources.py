@@ -27,8 +27,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from lavit_tok.checkpoints.files import printable
 from lavit_tok.checkpoints.weights import require_on_hub
-from lavit_tok.data.files import printable
 from lavit_tok.encode.image_processor import (
     SUFFIXES,
     ImageError,

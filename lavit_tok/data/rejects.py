@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lavit_tok.data.files import atomic, json_line, printable
+from lavit_tok.checkpoints.files import atomic, json_line, printable
 
 SHOWN = 5  # rejects that are also named on stderr
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lavit_tok.data.files import exclusive_folder
+from lavit_tok.checkpoints.files import exclusive_folder
 from lavit_tok.data.rejects import write_rejects
 from lavit_tok.data.shard_manifest import (
     MANIFEST,

@@ -32,9 +32,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lavit_tok.checkpoints.files import atomic
 from lavit_tok.data.code_files import FORMAT as CODES
 from lavit_tok.data.code_files import CodeFileHeader
-from lavit_tok.data.files import atomic
 
 FORMAT, VERSION, MANIFEST = "lavit_tok.shards", 3, "manifest.json"
 FOOTER = "lavit_tok.shard"

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker
 from tqdm import tqdm
 
-from lavit_tok.data.files import atomic, exclusive_folder
+from lavit_tok.checkpoints.files import atomic, exclusive_folder
 from lavit_tok.data.image_sources import hold_out, load_splits
 from lavit_tok.data.rejects import AllSkippedError
 from lavit_tok.data.shard_footers import (

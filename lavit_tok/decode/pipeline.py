@@ -28,6 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lavit_tok.checkpoints.files import atomic_files
 from lavit_tok.checkpoints.weights import (
     WeightsError,
     check_layers,
@@ -348,7 +349,9 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             kwargs: of diffusers' save_pretrained.
         """
         if dtype is None:
-            super().save_pretrained(str(save_directory), **{**kwargs, "safe_serialization": True})
+            options = {**kwargs, "safe_serialization": True}
+            with atomic_files(Path(save_directory)) as folder:
+                super().save_pretrained(str(folder), **options)
             return
         parts = {name: getattr(self, name) for name in MODELS}
         copies: dict[str, Any] = {

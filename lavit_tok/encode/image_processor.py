@@ -13,6 +13,7 @@ different implementations of this; here every stage shares one `VisualImageProce
 from __future__ import annotations
 
 import inspect
+import errno
 import io
 import os
 import stat
@@ -41,6 +42,7 @@ MAX_PIXELS = 89_478_485  # where PIL begins to warn of a decompression bomb; her
 MAX_BYTES = 256 << 20  # of an encoded image
 MAX_SIDE = 1 << 18  # pixels; resizing a longer image of few pixels takes seconds
 STRIP = 1 << 18  # pixels that are converted at a time
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the process or system, not of a file
 KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -225,6 +227,7 @@ def open_image(
     Raises:
         ImageError: unreadable, truncated, empty, too large, not a regular file, or an array of
             wrong dtype, range or shape.
+        OSError: too many open files or no memory, which is no reason to skip the image.
     """
     label = name or _label(source)
     if isinstance(source, (np.ndarray, Tensor)):
@@ -259,6 +262,8 @@ def open_image(
         limit = f"more than {max_pixels} pixels (decompression bomb?)"
         raise ImageError(f"{label}: {limit}: {error}") from None
     except Exception as error:  # decoders of damaged files raise nearly any exception
+        if isinstance(error, OSError) and error.errno in SCARCE:
+            raise
         raise ImageError(f"{label}: cannot be read: {error}") from None
 
 

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
-from lavit_tok.data.files import atomic, remove_partials
+from lavit_tok.checkpoints.files import atomic, remove_partials
 
 
 class CheckpointError(ValueError):

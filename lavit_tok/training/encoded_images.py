@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lavit_tok.checkpoints.files import atomic
 from lavit_tok.checkpoints.weights import PACKAGE, require_finite, require_on_hub
 from lavit_tok.codes import VisualCodes
-from lavit_tok.data.files import atomic
 from lavit_tok.decode.pipeline import load_model
 from lavit_tok.tokenizer import VisualTokenizer
 from lavit_tok.training.denoising import vae_latents

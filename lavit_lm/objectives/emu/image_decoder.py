@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lavit_lm.objectives.records import ImageVectors
 from lavit_tok import Conditioning, PixelDecoder, WeightsError
+from lavit_tok.checkpoints.files import atomic_files
 from lavit_tok.checkpoints.weights import (
     check_layers,
     empty,
@@ -188,12 +189,11 @@ class VectorDecoder:
         self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None
     ) -> None:
         """Write the directory, floats as `dtype`. Raises WeightsError for NaN or infinity."""
-        out = Path(directory)
-        out.mkdir(parents=True, exist_ok=True)
-        save_weights(self.reader, out, dtype, single=READER)
-        self.pixels.save_pretrained(out / "pixels", dtype=dtype)
         values = {"format": FORMAT, "version": VERSION, "reader": asdict(self.reader.config)}
-        (out / "vector_decoder.json").write_text(json.dumps(values, indent=2) + "\n")
+        with atomic_files(Path(directory)) as folder:
+            save_weights(self.reader, folder, dtype, single=READER)
+            self.pixels.save_pretrained(folder / "pixels", dtype=dtype)
+            (folder / "vector_decoder.json").write_text(json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(

@@ -20,6 +20,7 @@ import torch
 from lavit_lm.objectives.vlgpt.tokenizer import Detokenizer, VLGPTTokenizer, VLGPTTokenizerConfig
 from lavit_lm.vision.resampler import CausalResampler
 from lavit_tok import VisualTokenizer, WeightsError
+from lavit_tok.checkpoints.files import atomic_files
 from lavit_tok.checkpoints.weights import (
     check_layers,
     check_replaceable,
@@ -58,11 +59,7 @@ def save_tokenizer(
     Raises:
         WeightsError: the directory holds other files, or weights are NaN or infinite.
     """
-    out = Path(out)
     check_out(out)
-    out.mkdir(parents=True, exist_ok=True)
-    save_weights(model.tokenizer, out, single=TOKENIZER)
-    save_weights(model.detokenizer, out, single=DETOKENIZER)
     image, text = model.shapes
     values = {
         "format": FORMAT,
@@ -75,7 +72,10 @@ def save_tokenizer(
         "diffusion": diffusion,
         "learned": list(learned),
     }
-    (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    with atomic_files(Path(out)) as folder:
+        save_weights(model.tokenizer, folder, single=TOKENIZER)
+        save_weights(model.detokenizer, folder, single=DETOKENIZER)
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -6,10 +6,13 @@ import glob
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -22,24 +25,66 @@ def atomic(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        if error.filename is None:  # e.g. of a full disk
-            reason = error.strerror or str(error)
-            raise OSError(error.errno, reason, str(path)) from error
-        raise
+        with named_errors(path):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files replace those of `folder`, one by one, on success.
+
+    It lies inside `folder`, which may be a file system of its own. That of a killed process is
+    removed by the next one that writes there.
+
+    Raises:
+        OSError: naming the folder.
+    """
+    with named_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_partials(folder)
+        partial = folder / f".new.{os.getpid()}.part"
+        try:
+            partial.mkdir(exist_ok=True)
+            yield partial
+            for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+                target = folder / path.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Errors of writing, e.g. of a full disk, as an OSError that names the path."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: not written: {error}") from error
+    except OSError as error:
+        if error.filename is not None or str(path) in str(error):
+            raise
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 def remove_partials(folder: Path, name: str = "*") -> None:
-    """Remove the partial files of `name` (and of names that begin with it) of killed processes."""
+    """Remove the partial files of `name` (and of names that begin with it) of killed processes.
+
+    Partial folders likewise (atomic_files).
+    """
     pattern = name if name == "*" else glob.escape(name)
     for partial in folder.glob(f".{pattern}.*.part"):
         process = partial.name.split(".")[-2]
         if process.isdigit() and not _is_running(int(process)):
-            partial.unlink(missing_ok=True)
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
 
 
 def _is_running(process: int) -> bool:

@@ -1,0 +1,64 @@
+"""Files appear when they are complete, or not at all."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lavit_tok import ImageError, VisualTokenizer
+from lavit_tok.checkpoints.files import atomic_files
+from lavit_tok.encode.image_processor import open_image
+
+
+@contextmanager
+def limited(kind: int, value: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_model_before(
+    tiny_tokenizer: VisualTokenizer, tmp_path: Path
+) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    tiny_tokenizer.quantizer.codebook.embeddings.neg_()
+    with (
+        limited(resource.RLIMIT_FSIZE, 2000),
+        pytest.raises(OSError, match=r"/model.*: not written: .*File too large"),
+    ):
+        tiny_tokenizer.save_pretrained(tmp_path / "model")
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    killed = tmp_path / ".new.999999999.part/part"
+    killed.mkdir(parents=True)
+    (killed / "model.safetensors").touch()
+    (tmp_path / "other").touch()
+    with atomic_files(tmp_path) as folder:
+        (folder / "part").mkdir()
+        (folder / "part/config.json").write_text("{}")
+        assert sorted(os.listdir(tmp_path)) == [folder.name, "other"]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(files) == [tmp_path / "other", tmp_path / "part/config.json"]
+
+
+def test_an_image_is_not_unreadable_because_too_many_files_are_open(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(path := tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    os.close(next_handle := os.open(os.devnull, os.O_RDONLY))
+    with limited(resource.RLIMIT_NOFILE, next_handle), pytest.raises(OSError, match="Too many open"):
+        open_image(path)
+    assert open_image(path).size == (8, 8)
+    with pytest.raises(ImageError, match="not an image"):
+        open_image(tmp_path / "bad.png")
