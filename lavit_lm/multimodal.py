@@ -108,6 +108,12 @@ class MultimodalLM:
                 raise ValueError(
                     f"the image decoder has a codebook of {size} entries, the model of {expected}"
                 )
+            found = getattr(self._decoder, "fingerprint", None)
+            if found not in (None, own := self.visual_tokenizer.fingerprint()):
+                raise ValueError(
+                    f"the image decoder has the codebook {found}, the visual tokenizer {own}: "
+                    "codes would decode to unrelated images"
+                )
         elif not isinstance(self._decoder, ImageDecoder):
             self._decoder = CodesDecoder(self._decoder)  # a PixelDecoder
         return self._decoder

@@ -52,7 +52,7 @@ class TokenizerConfig:
     codebook_size: int = 2048
     """K, the number of codes."""
     code_dim: int = 16
-    """Dimension of the codebook entries; entries and queries are L2-normalized."""
+    """Dimension of the codebook entries; of selected codes they are L2-normalized."""
     dither: bool = True
     """Spread kept patches by a fixed pattern (allocation.ordered_noise); False in LaVIT."""
     merger_depth: int = 2
@@ -76,9 +76,9 @@ class TokenizerConfig:
     sequence: Literal["selected", "nested"] = "selected"
     """Which patches have codes, and their order. "selected": those that the selector keeps, in
     raster order (LaVIT). "nested": one fixed order of all patches, of which every prefix covers the
-    image (nn/nested_order.py)."""
-    code_layers: int = 1
-    """Self-attention layers over the codes in the reconstructor of nested codes."""
+    image, each code of what those before it leave over (encode/nested_quantizer.py)."""
+    patch_dim: int = 0
+    """Dimension of the vector of a patch that nested codes add up to; 0 for selected codes."""
     color_cells: int = 0
     """The reconstructor of nested codes also predicts the mean colors of this number of cells per
     patch side; 0 for none."""
@@ -107,17 +107,22 @@ class TokenizerConfig:
             value = getattr(self, name)
             self._require(name, is_number(value) and value > 0, "a positive number")
         self._require("sequence", self.sequence in ("selected", "nested"), "'selected' or 'nested'")
-        for name in ("code_layers", "color_cells", "error_hidden"):
+        for name in ("patch_dim", "color_cells", "error_hidden"):
             value = getattr(self, name)
             self._require(name, type(value) is int and value >= 0, "an integer of at least 0")
         self._require("price", is_number(self.price) and self.price >= 0, "a number from 0 on")
         if self.sequence == "nested":
-            square = math.isqrt(self.num_patches) ** 2 == self.num_patches
-            self._require("sequence", square, "a square number of patches for 'nested'")
+            side = self.image_size // self.patch_size
+            expected = "'nested' only with a power of two of patches per side"
+            self._require("sequence", side & (side - 1) == 0, expected)
+            patches = 1 if side == 1 else 4  # of the smallest area
+            fits = 0 < self.code_dim <= patches * self.patch_dim
+            self._require("patch_dim", fits, f"at least code_dim / {patches} for nested codes")
             self._require("attention", self.attention == "strict", "'strict' for nested codes")
             self._require("continuous_width", self.continuous_width == 0, "0 for nested codes")
         else:
-            self._require("color_cells", self.color_cells == 0, "0, unless codes are nested")
+            for name in ("color_cells", "patch_dim"):
+                self._require(name, getattr(self, name) == 0, "0, unless codes are nested")
         self._require("attention", self.attention in ("strict", "compat"), "'strict' or 'compat'")
         patch = self.patch_size
         self._require(

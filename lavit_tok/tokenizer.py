@@ -7,7 +7,6 @@ images -preprocess-> pixels -features-> [b n d] -score-> [b n 2] -select-> keep 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -37,8 +36,8 @@ from lavit_tok.encode.continuous import ContinuousPath
 from lavit_tok.encode.error_head import ErrorHead, rank_log_odds
 from lavit_tok.encode.image_processor import Images, VisualImageProcessor
 from lavit_tok.encode.merger import Merger
-from lavit_tok.encode.nested_merger import NestedMerger
-from lavit_tok.encode.quantizer import Quantizer
+from lavit_tok.encode.nested_quantizer import NestedQuantizer
+from lavit_tok.encode.quantizer import Quantizer, fingerprint
 from lavit_tok.encode.rate_control import COLOR_ERROR_SCALE, RateControl, Request
 from lavit_tok.encode.rate_distortion import Quality
 from lavit_tok.encode.selector import Selector
@@ -82,10 +81,12 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
                 f"got {size}"
             )
         self.nested = c.sequence == "nested"
-        self.selector: Any = None  # nested codes have a fixed order
+        self.selector: Any = None  # nested codes have a fixed order,
+        self.merger = None  # and absorb what earlier ones leave
+        self.quantizer: Any
         if self.nested:
-            self.merger = NestedMerger(
-                c.width, c.num_patches, c.merger_depth, c.num_heads, c.mlp_width, c.layer_norm_eps
+            self.quantizer = NestedQuantizer(
+                c.width, c.codebook_size, c.code_dim, c.num_patches, c.patch_dim
             )
         else:
             self.selector = Selector(c.width, c.layer_norm_eps)
@@ -98,13 +99,13 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
                 c.attention,
                 c.positions,
             )
-        self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
+            self.quantizer = Quantizer(c.width, c.codebook_size, c.code_dim)
         self.reconstructor = None  # in a tokenizer that only encodes
         if c.reconstructor_depth:
             sizes = (c.reconstructor_depth, c.num_heads, c.mlp_width, c.layer_norm_eps)
             if self.nested:
                 self.reconstructor = NestedReconstructor(
-                    c.width, c.num_patches, c.code_dim, *sizes, 3 * c.color_cells**2, c.code_layers
+                    c.width, c.num_patches, c.patch_dim, *sizes, 3 * c.color_cells**2
                 )
             else:
                 self.reconstructor = Reconstructor(c.width, c.num_patches, c.code_dim, *sizes)
@@ -135,15 +136,13 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights; selector and codebook are always float32."""
+        if self.nested:
+            return next(self.encoder.parameters()).dtype
         return next(self.quantizer.projection.parameters()).dtype
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that identify the codebook.
-
-        Computed from float16 values, so that a copy saved in half precision has the same one.
-        """
-        entries = self.quantizer.codebook.embeddings.detach().to("cpu", torch.float16)
-        return hashlib.sha256(entries.numpy().tobytes()).hexdigest()[:16]
+        """16 hexadecimal digits that identify the codebook, also of a copy in half precision."""
+        return fingerprint(self.quantizer.codebook.embeddings)
 
     @torch.no_grad()
     def encode(
@@ -221,11 +220,23 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         keep: Bool[Tensor, "batch patches"],
         error: Float[Tensor, " batch"] | None = None,
     ) -> VisualCodes:
-        """The codes of the kept patches; `error` is passed on as their predicted_error."""
-        codes = self.quantize(self.project(self.merge(features, keep)), keep.sum(1))
-        return VisualCodes(
-            codes.values, codes.lengths, keep, codes.codebook_size, self.nested, error
-        )
+        """The codes of the kept patches; `error` is passed on as their predicted_error.
+
+        Raises:
+            ValueError: patches of nested codes that are not the first ones of the order.
+        """
+        size, lengths = self.config.codebook_size, keep.sum(1)
+        if not self.nested:
+            values = self.quantize(self.project(self.merge(features, keep)), lengths).values
+            return VisualCodes(values, lengths, keep, size, False, error)
+        if not torch.equal(keep, first_ranks(lengths, keep.shape[1])):
+            raise ValueError(
+                "nested codes are of the first patches of the nested order, "
+                "and this mask keeps others"
+            )
+        layout = RaggedLayout(lengths)
+        values = layout.unpad(self.quantizer.encode(features, layout.width))
+        return VisualCodes(values, lengths, keep, size, True, error)
 
     def predicted_errors(
         self, features: Float[Tensor, "batch patches width"], kind: str = "cosine"
@@ -301,20 +312,17 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
     def merge(
         self, features: Float[Tensor, "batch patches width"], keep: Bool[Tensor, "batch patches"]
     ) -> Float[Tensor, "total width"]:
-        """Merge other patches into the kept ones: raster order, or by rank; images concatenated.
+        """Merge other patches into the kept ones, in raster order, images concatenated.
 
         Raises:
-            ValueError: patches of nested codes that are not the first ones of the order.
+            ValueError: a tokenizer of nested codes, which merges nothing.
         """
-        if not self.nested:
-            return self.merger(features, keep)
-        layout = RaggedLayout.of(keep)
-        if not torch.equal(keep, first_ranks(layout.lengths, keep.shape[1])):
+        if self.nested:
             raise ValueError(
-                "nested codes are of the first patches of the nested order, "
-                "and this mask keeps others"
+                "nested codes are not of merged features: each is of what the codes before it "
+                "leave over; use encode_kept"
             )
-        return layout.unpad(self.merger(features, layout.width))
+        return self.merger(features, keep)
 
     def project(self, merged: Float[Tensor, "total width"]) -> Float[Tensor, "total code_dim"]:
         """Merged features -> unit-norm vectors of the code space, in float32."""
@@ -328,8 +336,15 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         return VisualCodes(values, lengths, codebook_size=self.config.codebook_size)
 
     def lookup(self, codes: VisualCodes) -> Float[Tensor, "total code_dim"]:
-        """Codebook entries of all codes. Raises CodeError for codes of another codebook."""
+        """Codebook entries of all codes. Raises CodeError for codes of another codebook.
+
+        ValueError for nested codes, whose entries depend on their rank.
+        """
         codes.check(self.config.codebook_size)
+        if self.nested:
+            raise ValueError(
+                "an entry of nested codes depends on its rank: use the codebook's decode"
+            )
         return self.quantizer.codebook.lookup(codes.values.to(self.device))
 
     def reconstruct_features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
@@ -350,10 +365,15 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
                 "this tokenizer only encodes: it has no reconstructor (config.reconstructor_depth "
                 "is 0)"
             )
+        codes.check(self.config.codebook_size)
         codes.check_lengths(self.config.num_patches)
-        layout = RaggedLayout(codes.lengths.to(self.device))
-        output = self.reconstructor.ragged(self.lookup(codes), layout)
-        return output if self.nested else Reconstruction(output, output[..., :0])
+        codes = codes.to(self.device)
+        if self.nested:
+            vectors = self.quantizer.codebook.decode(codes.layout.pad(codes.values), codes.lengths)
+            found: Reconstruction = self.reconstructor(vectors, codes.lengths)
+            return found
+        output = self.reconstructor.ragged(self.lookup(codes), codes.layout)
+        return Reconstruction(output, output[..., :0])
 
     @torch.no_grad()
     @without_autocast

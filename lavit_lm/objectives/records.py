@@ -116,6 +116,11 @@ class CodesDecoder:
         """K, of the codes that can be decoded."""
         return self.pipeline.conditioner.config.codebook_size
 
+    @property
+    def fingerprint(self) -> str:
+        """Identifies that codebook, see VisualTokenizer.fingerprint."""
+        return self.pipeline.conditioner.fingerprint()
+
     @classmethod
     def from_pretrained(cls, name: str, device: torch.device | str = "cpu") -> CodesDecoder:
         """Load "default", a directory or a Hub id. Raises WeightsError."""

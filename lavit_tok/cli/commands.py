@@ -64,7 +64,8 @@ def encode(arguments: argparse.Namespace) -> int:
     paths = list_images(arguments.images)
     tokenizer = _tokenizer(arguments)
     config = tokenizer.config
-    header = CodeFileHeader(str(arguments.tokenizer), config.codebook_size, config.num_patches)
+    sizes = config.codebook_size, config.num_patches
+    header = CodeFileHeader(str(arguments.tokenizer), *sizes, tokenizer.fingerprint())
     rejects_path = arguments.out and Path(f"{arguments.out}.rejects.jsonl")
     rejects = Rejects(rejects_path, only=len(paths) == 1)
     limit_images(tokenizer.image_processor, arguments)
@@ -104,6 +105,12 @@ def decode(arguments: argparse.Namespace) -> int:
         raise CodeError(
             f"{arguments.codes}: expected codes of a codebook of {size} entries, as the decoder "
             f"has, got {header.codebook_size}: they would decode to unrelated images"
+        )
+    if header.fingerprint not in (None, own := decoder.conditioner.fingerprint()):
+        raise CodeError(
+            f"{arguments.codes}: expected codes of the codebook {own}, as the decoder has, got "
+            f"those of {header.fingerprint} (tokenizer {header.tokenizer!r}): they would decode to "
+            "unrelated images; use the decoder of that tokenizer, or encode the images again"
         )
     rejects, count = Rejects(arguments.out / REJECTS, overwrite=arguments.overwrite), 0
     with rejects:

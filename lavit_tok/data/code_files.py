@@ -1,7 +1,7 @@
 r"""Code files: the codes of images as parquet or JSON lines, with a header that names the codebook.
 
     header     {"format": "lavit_tok.codes", "version": 1, "tokenizer": "default",
-                "codebook_size": 2048, "patches": 64}
+                "codebook_size": 2048, "patches": 64, "fingerprint": "91fa3ade00efa85e"}
     record     {"key": "cat.png", "codes": [17, 803, 4], "length": 3, "keep": [0, 9, 33]}
 
 `keep` lists the patches of the codes (raster order), or is null. In JSON lines the header is the
@@ -48,10 +48,13 @@ class CodeFileHeader:
     """K; codes are in 0..K-1."""
     patches: int
     """n; kept patches are in 0..n-1."""
+    fingerprint: str | None = None
+    """`VisualTokenizer.fingerprint()`, of the codebook; None in files of older versions."""
 
     def to_json(self) -> str:
         """JSON with format and version."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)})
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps({"format": FORMAT, "version": VERSION, **known})
 
     @classmethod
     def from_json(cls, text: str | bytes, path: Path) -> CodeFileHeader:
@@ -62,7 +65,9 @@ class CodeFileHeader:
             if (kind, version) == (FORMAT, VERSION):
                 sizes = values["codebook_size"], values["patches"]
                 if all(type(size) is int and 0 < size < 2**31 for size in sizes):
-                    return cls(str(values["tokenizer"]), *sizes)
+                    fingerprint = values.get("fingerprint")
+                    known = None if fingerprint is None else str(fingerprint)[:64]
+                    return cls(str(values["tokenizer"]), *sizes, known)
                 kind, version = "codebook_size and patches", f"{sizes[0]!r} and {sizes[1]!r}"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             kind, version = "no such header", ""

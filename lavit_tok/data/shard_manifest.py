@@ -225,7 +225,8 @@ def shard_bytes(table: Any, footer: dict[str, Any], config: ShardConfig) -> tupl
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    header = CodeFileHeader(config.tokenizer, config.codebook_size, config.patches)
+    sizes = config.codebook_size, config.patches
+    header = CodeFileHeader(config.tokenizer, *sizes, config.fingerprint)
     columns = schema(config.flip)
     table = table.select(columns.names).cast(columns).combine_chunks()
     sink = io.BytesIO()

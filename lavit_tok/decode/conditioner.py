@@ -33,7 +33,8 @@ from lavit_tok.codes import VisualCodes
 from lavit_tok.config import TokenizerConfig
 from lavit_tok.decode.nested_reconstructor import NestedReconstructor
 from lavit_tok.decode.reconstructor import Reconstructor
-from lavit_tok.encode.quantizer import Codebook
+from lavit_tok.encode.nested_quantizer import NestedCodebook
+from lavit_tok.encode.quantizer import Codebook, fingerprint
 from lavit_tok.nn.attention import attend
 from lavit_tok.nn.ranges import require_integers
 
@@ -209,7 +210,7 @@ class Conditioner(ModelMixin, ConfigMixin):
         nested: the codes are nested (TokenizerConfig.sequence), and reconstructed as such.
         color_cells: their reconstructed colors are projected beside the features
             (TokenizerConfig.color_cells).
-        code_layers: layers over the codes in their reconstructor (TokenizerConfig.code_layers).
+        patch_dim: dimension of a patch's vector of nested codes (TokenizerConfig.patch_dim).
 
     Raises:
         ValueError: naming the argument, what was expected and what was received.
@@ -238,7 +239,7 @@ class Conditioner(ModelMixin, ConfigMixin):
         feature_norm: bool = False,
         nested: bool = False,
         color_cells: int = 0,
-        code_layers: int = 1,
+        patch_dim: int = 0,
     ) -> None:
         super().__init__()
         require_integers(Conditioner.__init__, self.config, 0)
@@ -255,14 +256,20 @@ class Conditioner(ModelMixin, ConfigMixin):
         is_square = int(patches**0.5) ** 2 == patches
         expected = "a square number for spatial_channels"
         self._require("patches", is_square or not spatial_channels, expected)
-        self.codebook = Codebook(codebook_size, code_dim)
         if color_cells and not nested:
             raise ValueError(f"color_cells: expected 0, unless nested, got {color_cells}")
-        sizes = (width, patches, code_dim, depth, heads, mlp_width, layer_norm_eps)
-        colors = 3 * color_cells**2
-        self.reconstructor: Any = (
-            NestedReconstructor(*sizes, colors, code_layers) if nested else Reconstructor(*sizes)
-        )
+        sizes = (depth, heads, mlp_width, layer_norm_eps)
+        self.codebook: Any
+        self.reconstructor: Any
+        if nested:
+            self._require("patch_dim", patch_dim > 0, "a positive width for nested codes")
+            self.codebook = NestedCodebook(codebook_size, code_dim, patches, patch_dim)
+            self.reconstructor = NestedReconstructor(
+                width, patches, patch_dim, *sizes, 3 * color_cells**2
+            )
+        else:
+            self.codebook = Codebook(codebook_size, code_dim)
+            self.reconstructor = Reconstructor(width, patches, code_dim, *sizes)
         self.projection = Projection(self.config) if len(cross_dims) else None
         self.eval()
 
@@ -274,7 +281,7 @@ class Conditioner(ModelMixin, ConfigMixin):
     def for_tokenizer(
         cls,
         config: TokenizerConfig,
-        codebook: Codebook | None = None,
+        codebook: Codebook | NestedCodebook | None = None,
         reconstructor: Reconstructor | NestedReconstructor | None = None,
         **kwargs: Any,
     ) -> Conditioner:
@@ -288,7 +295,7 @@ class Conditioner(ModelMixin, ConfigMixin):
         """
         nested: dict[str, Any] = {}
         if config.sequence == "nested":
-            sizes = {"color_cells": config.color_cells, "code_layers": config.code_layers}
+            sizes = {"color_cells": config.color_cells, "patch_dim": config.patch_dim}
             nested = {"nested": True, **sizes}
         conditioner = cls(
             width=config.width,
@@ -308,6 +315,10 @@ class Conditioner(ModelMixin, ConfigMixin):
             conditioner.reconstructor.load_state_dict(reconstructor.state_dict())
         return conditioner
 
+    def fingerprint(self) -> str:
+        """Identifies the codebook, see VisualTokenizer.fingerprint."""
+        return fingerprint(self.codebook.embeddings)
+
     def features(self, codes: VisualCodes) -> Float[Tensor, "batch patches width"]:
         """X_rec, the features of every patch; followed by the colors of nested codes.
 
@@ -317,8 +328,12 @@ class Conditioner(ModelMixin, ConfigMixin):
         codes.check(self.config.codebook_size)
         codes.check_lengths(self.config.patches)
         codes = codes.to(self.codebook.embeddings.device)
-        output = self.reconstructor.ragged(self.codebook.lookup(codes.values), codes.layout)
-        return output.joined if self.config.nested else output
+        if self.config.nested:
+            vectors = self.codebook.decode(codes.layout.pad(codes.values), codes.lengths)
+            joined: Tensor = self.reconstructor(vectors, codes.lengths).joined
+            return joined
+        found: Tensor = self.reconstructor.ragged(self.codebook.lookup(codes.values), codes.layout)
+        return found
 
     def forward(self, codes: VisualCodes) -> Conditioning:
         """The conditioning of a batch of codes."""

@@ -1,12 +1,11 @@
-"""Reconstructor of nested codes: an image's first k codes -> features and colors of its patches.
+"""Reconstructor of nested codes: the sum of their entries -> features and colors of the patches.
 
-    codebook entries [b m c] -> Linear + position of the rank -> attend to each other -> keys
-    position of the patch + number of codes -> n queries -> cross-attention and MLP
-                                                -> features [b n d], colors [b n p]
+    vectors of the patches [b n p] -> Linear ---------------------------------> + = features [b n d]
+                                   -> Linear ---------------------------------> + = colors [b n q]
+       + position of the patch + number of codes -> blocks -> LayerNorm, Linear ^
 
-Queries do not attend to each other, so that some patches can be reconstructed without the others;
-training does so. A rank means a position, which the biases of the cross-attention encode
-(nn/nested_order.py).
+The first two are what a linear decoder makes of the codes. The blocks add what the patches around
+tell of a patch, e.g. that an edge goes on across areas; they begin by adding nothing.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lavit_tok.codes import RaggedLayout
-from lavit_tok.nn.nested_layer import NestedLayer
-from lavit_tok.nn.nested_order import nested_order, read_bias
+from lavit_tok.nn.attention import Attention
+from lavit_tok.nn.nested_order import distance_bias
 from lavit_tok.nn.positions import grid_positions
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Reconstruction of some or all patches."""
+    """Reconstruction of all patches."""
 
     features: Float[Tensor, "batch patches width"]
     """The encoder's features."""
@@ -41,19 +40,40 @@ class Reconstruction:
         return torch.cat([self.features, 2 * self.colors.to(self.features.dtype) - 1], -1)
 
 
+class BiasedBlock(nn.Module):
+    """x += self-attention with numbers added to its scores; x += MLP; LayerNorm before each."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, eps: float) -> None:
+        super().__init__()
+        self.norm_self = nn.LayerNorm(width, eps)
+        self.self_attention = Attention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width, eps)
+        expand, contract = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        self.mlp = nn.Sequential(expand, nn.GELU(), contract)
+
+    def forward(
+        self, x: Float[Tensor, "batch n width"], bias: Float[Tensor, "heads n n"]
+    ) -> Float[Tensor, "batch n width"]:
+        """One block."""
+        attention, y = self.self_attention, self.norm_self(x)
+        q, k, v = (attention.split(f(y)) for f in (attention.query, attention.key, attention.value))
+        out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
+        x = x + attention.out(out.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm_mlp(x))
+
+
 class NestedReconstructor(nn.Module):
-    """The first k codes of every image -> features and colors of its patches.
+    """The vectors of the patches, as NestedCodebook.decode sums them -> features and colors.
 
     Args:
-        width: of the features and of all layers.
+        width: of the features and of all blocks.
         patches: of an image, a square number.
-        code_dim: width of a codebook entry.
-        depth: layers of the patches' queries.
+        patch_dim: dimension of a patch's vector.
+        depth: blocks.
         heads: attention heads.
         mlp_width: hidden width of every MLP.
         eps: of the LayerNorms.
-        colors: outputs of the color head, 3 * cells * cells; 0 for none.
-        code_depth: layers over the codes.
+        colors: outputs for colors, 3 * cells * cells; 0 for none.
     """
 
     bias: Tensor
@@ -62,76 +82,55 @@ class NestedReconstructor(nn.Module):
         self,
         width: int,
         patches: int,
-        code_dim: int,
+        patch_dim: int,
         depth: int,
         heads: int,
         mlp_width: int,
         eps: float = 1e-5,
         colors: int = 48,
-        code_depth: int = 1,
     ) -> None:
         super().__init__()
-        order = nested_order(patches)
-        positions = grid_positions(patches, width)
-        self.project_in = nn.Linear(code_dim, width)
-        self.position = nn.Parameter(positions[order.patch].clone())
-        self.queries = nn.Parameter(positions)
+        self.linear = nn.Linear(patch_dim, width + colors)
+        self.project_in = nn.Linear(patch_dim, width)
+        self.position = nn.Parameter(grid_positions(patches, width))
         self.count = nn.Linear(8, width)
-        self.code_layers: Any = nn.ModuleList(
-            NestedLayer(width, heads, mlp_width, eps, cross=False) for _ in range(code_depth)
-        )
-        self.norm_codes = nn.LayerNorm(width, eps)
-        self.layers: Any = nn.ModuleList(
-            NestedLayer(width, heads, mlp_width, eps, own=False) for _ in range(depth)
+        self.blocks: Any = nn.ModuleList(
+            BiasedBlock(width, heads, mlp_width, eps) for _ in range(depth)
         )
         self.norm_out = nn.LayerNorm(width, eps)
-        self.project_out = nn.Sequential(
-            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)
-        )
-        self.colors = nn.Linear(width, colors) if colors else None
-        self.register_buffer("bias", read_bias(patches, heads), persistent=False)
+        self.project_out = nn.Linear(width, width + colors)
+        nn.init.zeros_(self.project_out.weight)
+        nn.init.zeros_(self.project_out.bias)
+        self.register_buffer("bias", distance_bias(patches, heads), persistent=False)
 
-    def ragged(
-        self, vectors: Float[Tensor, "total code_dim"], layout: RaggedLayout
-    ) -> Reconstruction:
-        """Forward for all patches, from the codebook entries of all images one after another."""
-        return self(layout.pad(vectors), layout.lengths)
+    def linear_part(self, vectors: Float[Tensor, "batch patches patch_dim"]) -> Reconstruction:
+        """What the linear decoder alone makes of the codes."""
+        return self._parts(self.linear(vectors.to(self.linear.weight.dtype)))
 
     def forward(
         self,
-        vectors: Float[Tensor, "batch m code_dim"],
+        vectors: Float[Tensor, "batch patches patch_dim"],
         lengths: Int64[Tensor, " batch"],
-        subset: Int64[Tensor, " subset"] | None = None,
     ) -> Reconstruction:
         """Features and colors.
 
         Args:
-            vectors: codebook entries by rank, padded to a rectangle.
-            lengths: codes of every image, 1..m.
-            subset: patches to reconstruct; None for all.
+            vectors: sums of codebook entries.
+            lengths: codes of every image, 1..patches.
         """
-        m = vectors.shape[1]
-        hidden = torch.arange(m, device=vectors.device) >= lengths[:, None]
-        dtype = self.project_in.weight.dtype
-        mask = torch.zeros(hidden.shape, device=vectors.device, dtype=dtype)
-        mask = mask.masked_fill(hidden, float("-inf"))[:, None, None]
-        codes = self.project_in(vectors.to(dtype)) + self.position[:m]
-        for layer in self.code_layers:
-            codes = layer(codes, own_bias=mask)
-        codes = self.norm_codes(codes)
-        queries: Tensor = self.queries
-        bias = self.bias[:, :, :m]
-        if subset is not None:
-            queries, bias = queries[subset], bias[:, subset]
-        x = queries + self.count(self._count_waves(lengths))[:, None]
-        for layer in self.layers:
-            x = layer(x, codes, bias=bias + mask)
-        x = self.norm_out(x)
-        colors = x.new_zeros(*x.shape[:2], 0) if self.colors is None else self.colors(x)
-        return Reconstruction(self.project_out(x), colors)
+        vectors = vectors.to(self.linear.weight.dtype)
+        count = self.count(self._count_waves(lengths))[:, None]
+        x = self.project_in(vectors) + self.position + count
+        for block in self.blocks:
+            x = block(x, self.bias)
+        return self._parts(self.linear(vectors) + self.project_out(self.norm_out(x)))
+
+    def _parts(self, joined: Tensor) -> Reconstruction:
+        width = self.position.shape[1]
+        return Reconstruction(joined[..., :width], joined[..., width:])
 
     def _count_waves(self, lengths: Int64[Tensor, " batch"]) -> Float[Tensor, "batch 8"]:
         """Sines and cosines of log2 of the number of codes, over log2 of the number of patches."""
-        ratio = lengths.float().log2() / max(1.0, math.log2(len(self.queries)))
+        ratio = lengths.float().log2() / max(1.0, math.log2(len(self.position)))
         angle = ratio[:, None] * math.pi * ratio.new_tensor([1, 2, 4, 8])
         return torch.cat([angle.sin(), angle.cos()], 1).to(self.count.weight.dtype)

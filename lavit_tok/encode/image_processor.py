@@ -12,8 +12,8 @@ different implementations of this; here every stage shares one `VisualImageProce
 
 from __future__ import annotations
 
-import inspect
 import errno
+import inspect
 import io
 import os
 import stat

@@ -2,15 +2,18 @@
 
     rank of 16 patches    0  8  2 10     The code of rank i is that of one patch. The first code
                          12  4 14  6     covers the image, the first 4 a quarter each, the first 16
-                          3 11  1  9     a sixteenth each. A rank has a cell: the square that it
-                         15  7 13  5     covers when it is added, its patch in the first corner.
+                          3 11  1  9     a sixteenth each.
+                         15  7 13  5
 
-The numbers are those of the Bayer matrix. The level of a rank is how fine its cell is: rank 0 has
-level 0, ranks 1-3 level 1, ranks 4-15 level 2; a cell of level l has 2^-l of the image's side. A
-code attends to the patches of its own rank and later ones, most to those near its cell
-(merge_bias); a patch attends to the codes whose cells are near it (read_bias). Both biases are
-fixed numbers that are added to attention scores, as in ALiBi (Press et al., 2022), in two
-dimensions and in units of a cell: attention starts as local averages, and learns the rest.
+The numbers are those of the Bayer matrix. Ranks that follow each other form stages, and the ranks
+of a stage are of one area each:
+
+    stage    0   1   2   3   4      5       6           areas of stage 4    4 4 6 6
+    ranks    0   1   2   3   4..7   8..11   12..15      by rank             4 4 6 6
+    areas    1   1   1   1   4      4       4                               7 7 5 5
+    level    0   1   1   1   2      2       2                               7 7 5 5
+
+A level is finer than the one before; after level 0 it has three stages with the same areas.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -32,18 +36,26 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class NestedOrder:
-    """The patch of every rank, and the cell that it covers."""
+    """The patch of every rank."""
 
     patch: Int64[Tensor, " patches"]
     """Patch of every rank (raster index)."""
     rank: Int64[Tensor, " patches"]
     """Rank of every patch: the inverse."""
-    level: Int64[Tensor, " patches"]
-    """Level of every rank."""
-    size: Float[Tensor, " patches"]
-    """Side of every rank's cell, in patches."""
-    center: Float[Tensor, "patches 2"]
-    """Coordinates (y, x) of the middle of every rank's cell, in patches."""
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """Stages whose codes are of the same areas."""
+
+    side: int
+    """Areas per side of the image."""
+    first: int
+    """Rank of the first code."""
+    stages: int
+    """1 or 3, each of side * side ranks."""
+    area: Int64[Tensor, "stages areas"]
+    """Area of every rank (raster index)."""
 
 
 def on_cpu(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -60,63 +72,67 @@ def on_cpu(function: Callable[..., Result]) -> Callable[..., Result]:
 @lru_cache(maxsize=8)
 @on_cpu
 def nested_order(patches: int) -> NestedOrder:
-    """The order for a square number of patches.
-
-    A side that is no power of two uses a part of the next larger matrix.
+    """The order.
 
     Raises:
-        ValueError: patches that form no square.
+        ValueError: patches that form no square whose side is a power of two.
     """
     side = math.isqrt(patches)
-    if side * side != patches or side == 0:
-        raise ValueError(f"a nested order needs a square number of patches, got {patches}")
+    if side * side != patches or side & (side - 1) or side == 0:
+        raise ValueError(
+            f"a nested order needs 1, 4, 16, 64, 256, ... patches, got {patches}: the side is no "
+            "power of two"
+        )
     bayer = torch.zeros(1, 1, dtype=torch.int64)
     while len(bayer) < side:
         bayer = torch.cat(
             [torch.cat([4 * bayer, 4 * bayer + 2], 1), torch.cat([4 * bayer + 3, 4 * bayer + 1], 1)]
         )
-    number = bayer[:side, :side].flatten()
-    patch = number.argsort()
-    # Rank n has the level ceil(log4(n + 1)) in the whole matrix: 0 | 1 2 3 | 4 ... 15 | 16 ...
-    level = torch.tensor([((int(n)).bit_length() + 1) // 2 for n in number[patch]])
-    size = len(bayer) / 2.0**level
-    corner = torch.stack([patch // side, patch % side], 1)
-    return NestedOrder(patch, patch.argsort(), level, size, corner + (size[:, None] - 1) / 2)
+    rank = bayer.flatten()
+    return NestedOrder(rank.argsort(), rank)
 
 
+@lru_cache(maxsize=8)
 @on_cpu
-def _distances(patches: int) -> Float[Tensor, "ranks patches"]:
-    """From the middle of every rank's cell to every patch, in sides of that cell."""
+def levels(patches: int) -> list[Level]:
+    """The levels of the order, the coarsest first."""
     order, side = nested_order(patches), math.isqrt(patches)
-    points = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float().view(-1, 2)
-    return torch.cdist(order.center, points) / order.size[:, None]
+    found = [Level(1, 0, 1, torch.zeros(1, 1, dtype=torch.int64))]
+    areas = 1
+    while areas * areas < patches:
+        first, count = areas * areas, 3 * areas * areas
+        patch, size = order.patch[first : first + count], side // areas
+        area = patch // side // size * areas + patch % side // size
+        found.append(Level(areas, first, 3, area.view(3, -1)))
+        areas *= 2
+    return found
+
+
+def split_areas(
+    x: Float[Tensor, "batch patches dim"], side: int
+) -> Float[Tensor, "batch areas joined"]:
+    """The vectors of an area's patches, joined; `side` areas per side of the image."""
+    grid = math.isqrt(x.shape[1])
+    shape = {"g": side, "h": side, "p": grid // side, "q": grid // side}
+    return rearrange(x, "b (g p h q) d -> b (g h) (p q d)", **shape)
+
+
+def join_areas(
+    x: Float[Tensor, "batch areas joined"], side: int, patches: int
+) -> Float[Tensor, "batch patches dim"]:
+    """The inverse of split_areas."""
+    size = math.isqrt(patches) // side
+    return rearrange(x, "b (g h) (p q d) -> b (g p h q) d", g=side, h=side, p=size, q=size)
 
 
 @on_cpu
-def merge_bias(patches: int, heads: int) -> Float[Tensor, "heads ranks patches"]:
-    """Added to the scores of rank i for patch p: -slope * distance; forbids earlier ranks.
+def distance_bias(patches: int, heads: int) -> Float[Tensor, "heads patches patches"]:
+    """Added to the scores of patches for each other: -slope * distance, in patches.
 
-    Slopes fall by half from head to head, from 4; the last head's is 0: it attends to all later
-    patches alike.
+    Slopes fall by half from head to head, from 2; the last head's is 0. Attention starts as local
+    averages, and learns the rest (ALiBi, Press et al., 2022, in two dimensions).
     """
-    later = nested_order(patches).rank[None, :] >= torch.arange(patches)[:, None]
-    slopes = 4.0 * 0.5 ** torch.arange(heads)
+    points = torch.cartesian_prod(*2 * [torch.arange(math.isqrt(patches))]).float().view(-1, 2)
+    slopes = 2.0 * 0.5 ** torch.arange(heads)
     slopes[-1] = 0.0
-    bias = -slopes[:, None, None] * _distances(patches)
-    return bias.masked_fill(~later, float("-inf"))
-
-
-@on_cpu
-def read_bias(patches: int, heads: int) -> Float[Tensor, "heads patches ranks"]:
-    """Added to the scores of patch p for rank j: -slope * distance + preference * level.
-
-    Heads come in pairs of one slope, from 4 on down: the first of a pair treats all levels alike,
-    the second prefers fine ones. The last head attends to all codes alike, since what is the same
-    everywhere may be encoded by any of them.
-    """
-    pair, fine = torch.arange(heads) // 2, torch.arange(heads) % 2
-    slopes, preference = 4.0 * 0.5**pair, 1.5 * fine
-    slopes[-1] = preference[-1] = 0.0
-    level = nested_order(patches).level.float()
-    bias = -slopes[:, None, None] * _distances(patches) + preference[:, None, None] * level[:, None]
-    return bias.transpose(1, 2).contiguous()
+    return -slopes[:, None, None] * torch.cdist(points, points)

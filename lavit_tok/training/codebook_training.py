@@ -1,6 +1,6 @@
-"""CodebookTraining: what the two trainers of tokenizers have in common.
+"""CodebookTraining: a codebook that is trained on the features of a frozen encoder.
 
-Both train a codebook on the features of a frozen encoder. Before `start_step` nothing is quantized
+Before `start_step` nothing is quantized
 and the latest vectors are collected; then k-means makes the codebook of them, and each vector z is
 blended into its codebook entry over `blend_steps`:
 
@@ -14,86 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from lavit_tok.config import TokenizerConfig
-from lavit_tok.encode.image_processor import VisualImageProcessor
-from lavit_tok.encode.vision_encoder import VisionEncoder
-from lavit_tok.tokenizer import VisualTokenizer
-from lavit_tok.training.base import TrainingModule
 from lavit_tok.training.codebook import (
     QuantizationConfig,
     TrainingCodebook,
     Usage,
     spherical_kmeans,
 )
+from lavit_tok.training.frozen_encoder_training import FrozenEncoderTraining
 
 
-class CodebookTraining(TrainingModule):
+class CodebookTraining(FrozenEncoderTraining):
     """A trainer of a tokenizer; a subclass calls `build_tokenizer` in its `__init__`."""
 
-    tokenizer: VisualTokenizer
     codebook: TrainingCodebook | None
     quantization: QuantizationConfig
     mean_feature: Tensor
     seed: int
-    kind = "tokenizer"
-    start_from: str | None = None
 
-    def build_tokenizer(
-        self,
-        config: TokenizerConfig | None,
-        encoder: str | None,
-        image_processor: dict[str, Any] | None,
-        start_from: str | None = None,
-    ) -> None:
-        """Create the tokenizer around its frozen encoder, and the buffers of the codebook.
-
-        Args:
-            config: sizes of the tokenizer; its `encoder` is replaced by the config of `encoder`.
-            encoder: "default" (that of the shipped tokenizer, with its image processor), directory
-                or Hub id of the frozen encoder; None for random weights.
-            image_processor: arguments of VisualImageProcessor besides its size.
-            start_from: "default", directory or Hub id of a tokenizer to train on, codebook
-                included, in place of the three above.
-
-        Raises:
-            ValueError: a config without a reconstructor; `start_from` with codes of another kind
-                than those of `config`.
-        """
-        config = config or TokenizerConfig()
-        vision = processor = None
-        self.start_from = start_from
-        if start_from is not None:
-            tokenizer = VisualTokenizer.from_pretrained(start_from)
-            if tokenizer.config.sequence != config.sequence:
-                raise ValueError(
-                    f"start_from: expected a tokenizer of {config.sequence} codes, {start_from!r} "
-                    f"is one of {tokenizer.config.sequence} codes: use a recipe for those"
-                )
-            config = tokenizer.config
-        elif encoder is not None:
-            norm = config.encoder_norm
-            if encoder == "default":
-                shipped = VisualTokenizer.from_pretrained("default")
-                vision, norm = shipped.encoder, shipped.config.encoder_norm
-                processor = shipped.image_processor if image_processor is None else None
-            else:
-                vision = VisionEncoder.from_pretrained(encoder, norm=norm)
-            values = {"encoder": vision.json_config(), "encoder_norm": norm}
-            config = TokenizerConfig.from_dict({**config.to_dict(), **values})
-        if not config.reconstructor_depth:
-            raise ValueError(
-                "reconstructor_depth: expected at least 1: the loss compares reconstructed features"
-            )
-        if start_from is None:
-            options = image_processor or {}
-            processor = processor or VisualImageProcessor(config.image_size, **options)
-            tokenizer = VisualTokenizer(config, vision, processor)
-        self.tokenizer = tokenizer
-        self.tokenizer.encoder.requires_grad_(False)
-        self.codebook = None
+    def build_tokenizer(self, *args: Any, **kwargs: Any) -> None:
+        """Create the tokenizer, see FrozenEncoderTraining, and the buffers of the codebook."""
+        super().build_tokenizer(*args, **kwargs)
+        config, self.codebook = self.tokenizer.config, None
         self.register_buffer("mean_feature", torch.zeros(config.width))
         self.recent_z = RecentValues(self.quantization.kmeans_samples, config.code_dim)
 
@@ -117,10 +61,6 @@ class CodebookTraining(TrainingModule):
                 self.tokenizer.quantizer.codebook, q.decay, q.dead_ratio, q.gradient
             )
 
-    def frozen_names(self) -> list[str]:
-        """The encoder's weights."""
-        return [name for name in self.state_dict() if name.startswith("tokenizer.encoder.")]
-
     def on_fit_start(self) -> None:
         super().on_fit_start()
         assert self.codebook is not None
@@ -140,22 +80,7 @@ class CodebookTraining(TrainingModule):
             f"raise trainer.max_steps above {start:,} (codebook.start_step)"
         )
 
-    def next_command(self) -> str:
-        """A pixel decoder is trained next, or shards are made."""
-        data = getattr(self.trainer.datamodule, "data", "DATASET")
-        return (
-            f"lavit-tok fit-decoder -c default/decoder --model.tokenizer={self.out} "
-            f"--data.data={data}"
-        )
-
     # The steps of a training step
-
-    def features(
-        self, images: UInt8[Tensor, "batch 3 h w"]
-    ) -> Float[Tensor, "batch patches width"]:
-        """The frozen encoder's features."""
-        pixels = self.tokenizer.image_processor.normalize(images)
-        return self.tokenizer.features(pixels.to(self.tokenizer.dtype)).float()
 
     @torch.no_grad()
     def update_mean_feature(self, features: Float[Tensor, "batch patches width"]) -> None:
@@ -209,7 +134,7 @@ class CodebookTraining(TrainingModule):
     def export(self, directory: str | Path) -> None:
         """Save the tokenizer with the trained codebook, for VisualTokenizer.from_pretrained."""
         self.copy_codebook()
-        self.tokenizer.save_pretrained(directory)
+        super().export(directory)
 
     def log_usage(self, split: str, used: Usage) -> None:
         """Log the codebook usage of the codes of a split."""

@@ -1,6 +1,6 @@
 """Fit the error heads of a trained tokenizer to the errors that it makes.
 
-    images -frozen encoder, merger, codebook-> all codes -first 1, 2, 4, ... n-> errors
+    images -frozen encoder, codebook-> all codes -first 1, 2, 4, ... n-> errors
     features -ErrorHead-> predicted errors;  loss = squared difference
 
 Heads that learn beside the codes lag behind them: errors fall until the last step.
@@ -26,7 +26,7 @@ Colors = Float[Tensor, "batch patches out"]
 
 @torch.no_grad()
 def measured_errors(
-    tokenizer: Any, features: Features, colors: Colors, patches: Tensor | None = None
+    tokenizer: Any, features: Features, colors: Colors
 ) -> dict[str, Float[Tensor, "batch points"]]:
     """Errors with 1, 2, 4, ... n exact codes, as the heads predict them.
 
@@ -34,23 +34,17 @@ def measured_errors(
         tokenizer: a VisualTokenizer of nested codes.
         features: of the encoder.
         colors: of the patches, 0..1.
-        patches: the patches that errors are averaged over; None for all.
     """
-    n = features.shape[1]
-    chosen = torch.arange(n, device=features.device) if patches is None else patches
-    z = tokenizer.quantizer.project(tokenizer.merger(features, n))
-    codebook = tokenizer.quantizer.codebook
-    vectors = codebook.lookup(codebook.nearest(z.flatten(0, 1))).view(z.shape)
+    n, mean = features.shape[1], tokenizer.mean_feature
+    codes = tokenizer.quantizer.encode(features, n)
     found: dict[str, list[Tensor]] = {"cosine": [], "psnr": []}
     for count in doublings(n):
         lengths = torch.full((len(features),), count, device=features.device)
-        output = tokenizer.reconstructor(vectors[:, :count], lengths, chosen)
-        x, y = (v[:, i] for v, i in ((features, chosen), (output.features, slice(None))))
-        mean = tokenizer.mean_feature
-        found["cosine"].append(
-            (1 - F.cosine_similarity(x - mean, y.float() - mean, dim=-1)).mean(1)
-        )
-        difference = output.colors.float().clamp(0, 1) - colors[:, chosen]
+        vectors = tokenizer.quantizer.codebook.decode(codes[:, :count], lengths)
+        output = tokenizer.reconstructor(vectors, lengths)
+        cosine = F.cosine_similarity(features - mean, output.features.float() - mean, dim=-1)
+        found["cosine"].append(1 - cosine.mean(1))
+        difference = output.colors.float().clamp(0, 1) - colors
         found["psnr"].append(COLOR_ERROR_SCALE * difference.square().mean((1, 2)).sqrt())
     return {kind: torch.stack(values, 1) for kind, values in found.items()}
 
@@ -61,7 +55,6 @@ def fit_error_heads(
     seed: int = 0,
     steps: int = 1500,
     batch_size: int = 128,
-    patches: int = 64,
     lr: float = 2e-3,
 ) -> dict[str, float]:
     """Replace the error heads of a tokenizer by newly fitted ones.
@@ -69,10 +62,9 @@ def fit_error_heads(
     Args:
         tokenizer: a VisualTokenizer of nested codes; everything but the heads stays.
         batches: features and colors of some thousand images.
-        seed: of the heads' initial weights, the patches and the order of images.
+        seed: of the heads' initial weights and the order of images.
         steps: of AdamW; the learning rate falls to 0 as half a cosine.
         batch_size: images of a step.
-        patches: of an image, over which its error is averaged.
         lr: first learning rate.
 
     Returns:
@@ -84,8 +76,7 @@ def fit_error_heads(
     inputs: list[Tensor] = []
     targets: dict[str, list[Tensor]] = {kind: [] for kind in tokenizer.error_heads}
     for features, colors in batches:
-        chosen = torch.randperm(config.num_patches, generator=generator)[:patches]
-        errors = measured_errors(tokenizer, features, colors, chosen.to(features.device))
+        errors = measured_errors(tokenizer, features, colors)
         inputs.append(summary(features, tokenizer.error_heads["cosine"].levels))
         for kind, values in targets.items():
             values.append(errors[kind])

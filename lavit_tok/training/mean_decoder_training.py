@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from lavit_tok.codes import RaggedLayout, VisualCodes
+from lavit_tok.codes import VisualCodes, first_ranks
 from lavit_tok.decode.conditioner import Conditioner
 from lavit_tok.decode.mean_decoder import MeanDecoder
 from lavit_tok.decode.pipeline import PixelDecoder
@@ -32,6 +32,7 @@ from lavit_tok.training.ema import EMATraining
 from lavit_tok.training.feature_cache import FeatureCache
 from lavit_tok.training.frozen import Frozen
 from lavit_tok.training.logging import step_generator
+from lavit_tok.training.nested_training import log_uniform
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
 
@@ -110,8 +111,7 @@ class MeanDecoderTraining(EMATraining):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         generator = step_generator(self.seed, self.global_step, self.global_rank, self.device)
         images, patches = batch["images"], self.tokenizer.config.num_patches
-        draw = torch.rand(len(images), generator=generator, device=self.device)
-        counts = (math.log(patches + 0.99) * draw).exp().long().clamp(1, patches)
+        counts = log_uniform(len(images), patches, generator)
         joined = self.reconstruct(self.encode(images), counts)
         pixels = self.pixels(images)
         error = (self.decoder(joined).float() - pixels).square().mean((1, 2, 3))
@@ -152,9 +152,7 @@ class MeanDecoderTraining(EMATraining):
         self, features: Float[Tensor, "batch patches width"], counts: Int64[Tensor, " batch"]
     ) -> VisualCodes:
         """The first `counts` exact codes of every image."""
-        tokenizer, layout = self.tokenizer, RaggedLayout(counts)
-        merged = layout.unpad(tokenizer.merger(features, layout.width))
-        return tokenizer.quantize(tokenizer.project(merged), counts)
+        return self.tokenizer.encode_kept(features, first_ranks(counts, features.shape[1]))
 
     def reconstruct(
         self, features: Float[Tensor, "batch patches width"], counts: Int64[Tensor, " batch"]

@@ -14,7 +14,7 @@ SETTINGS: dict[str, Any] = {
     },
     "codebook_size": 16,
     "code_dim": 4,
-    "merger_depth": 1,
+    "patch_dim": 6,
     "reconstructor_depth": 1,
     "num_heads": 3,
     "mlp_ratio": 2.0,

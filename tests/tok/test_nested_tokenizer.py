@@ -63,7 +63,11 @@ def test_kept_patches_are_the_first_of_the_order(
         nested_order(16).patch[:3].tolist()
     )
     with pytest.raises(ValueError, match="first patches of the nested order"):
-        tokenizer.merge(torch.randn(1, 16, 24), ~codes.keep)
+        tokenizer.encode_kept(torch.randn(1, 16, 24), ~codes.keep)
+    with pytest.raises(ValueError, match="not of merged features"):
+        tokenizer.merge(torch.randn(1, 16, 24), codes.keep)
+    with pytest.raises(ValueError, match="depends on its rank"):
+        tokenizer.lookup(codes)
 
 
 def test_lengths_do_not_depend_on_the_batch(
@@ -209,11 +213,16 @@ def test_configurations_that_cannot_be(images: torch.Tensor) -> None:
         {"price": -1.0},
         {"attention": "compat"},
         {"continuous_width": 8},
+        {"patch_dim": 0},
     ):
         with pytest.raises(ConfigError, match=next(iter(changes))):
             TokenizerConfig.from_dict({**SETTINGS, **changes})
-    with pytest.raises(ConfigError, match="color_cells"):
-        TokenizerConfig(color_cells=4)
+    for changes in ({"color_cells": 4}, {"patch_dim": 4}):
+        with pytest.raises(ConfigError, match=f"{next(iter(changes))}: expected 0, unless"):
+            TokenizerConfig(**changes)
+    encoder = {**SETTINGS["encoder"], "image_size": 24}
+    with pytest.raises(ConfigError, match="power of two of patches per side"):
+        TokenizerConfig.from_dict({**SETTINGS, "encoder": encoder})
     with pytest.raises(ConfigError, match="sources"):
         JoinedConfig(sources=(9,))
     assert Request().max_codes is None

@@ -57,7 +57,10 @@ def test_an_image_is_not_unreadable_because_too_many_files_are_open(tmp_path: Pa
     Image.new("RGB", (8, 8)).save(path := tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
     os.close(next_handle := os.open(os.devnull, os.O_RDONLY))
-    with limited(resource.RLIMIT_NOFILE, next_handle), pytest.raises(OSError, match="Too many open"):
+    with (
+        limited(resource.RLIMIT_NOFILE, next_handle),
+        pytest.raises(OSError, match="Too many open"),
+    ):
         open_image(path)
     assert open_image(path).size == (8, 8)
     with pytest.raises(ImageError, match="not an image"):

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -122,7 +123,8 @@ def test_encode_folder_then_decode(
 
     header, records = read_codes(out)
     good = list(records)
-    assert header == CodeFileHeader(str(weights / "tokenizer"), 16, 16)
+    fingerprint = VisualTokenizer.from_pretrained(weights / "tokenizer").fingerprint()
+    assert header == CodeFileHeader(str(weights / "tokenizer"), 16, 16, fingerprint)
     assert {Path(record.key).name for record in good} == {photo.name for photo in photos}
     if suffix == ".parquet":
         assert pq.read_table(out).column_names == ["key", "codes", "length", "keep"]
@@ -331,6 +333,22 @@ def test_parquet_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     header, read = read_codes(path)
     assert header == CodeFileHeader("owner/name", 16384, 256)
     assert list(read) == records
+
+
+def test_codes_of_another_codebook_of_the_same_size_are_refused(
+    weights: Path, tmp_path: Path, capsys: Any
+) -> None:
+    path, decoder = tmp_path / "codes.jsonl", weights / "decoder"
+    header = CodeFileHeader("other", 16, 16, "0123456789abcdef")
+    for known in (header, replace(header, fingerprint=None)):  # of an older version: not compared
+        with code_writer(path, known) as writer:
+            writer.add([CodeRecord("a", [1, 2])])
+        command = args("decode", path, "--decoder", decoder, "--steps", 1, "--out", tmp_path / "o")
+        assert main(command) == (2 if known.fingerprint else 0)
+        if known.fingerprint:
+            own = VisualTokenizer.from_pretrained(weights / "tokenizer").fingerprint()
+            message = capsys.readouterr().err
+            assert own in message and "0123456789abcdef (tokenizer 'other')" in message
 
 
 def test_a_job_that_dies_leaves_the_old_file(tmp_path: Path) -> None:

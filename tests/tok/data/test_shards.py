@@ -766,7 +766,7 @@ def test_reading_for_training(
     assert sum(map(len, records["codes"])) == opened.codes == sum(records["length"])
     assert Shards.open(out, "train", verify=False) == opened
     header, codes = read_codes(out / "train-00000.parquet")  # so `lavit-tok decode` draws it
-    assert header == CodeFileHeader(str(weights), 16, 16)
+    assert header == CodeFileHeader(str(weights), 16, 16, opened.fingerprint)
     assert list(codes)[1] == CodeRecord(records[1]["key"], records[1]["codes"], records[1]["keep"])
 
 

@@ -15,13 +15,9 @@ from PIL import Image
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.encode.rate_control import RateControl
 from lavit_tok.encode.rate_distortion import Target
-from lavit_tok.training.codebook import QuantizationConfig
 from lavit_tok.training.data_module import ImageDataModule
-from lavit_tok.training.nested_training import (
-    BudgetConfig,
-    NestedTokenizerTraining,
-    budgets,
-)
+from lavit_tok.training.nested_codebook import NestedCodebookConfig
+from lavit_tok.training.nested_training import NestedTokenizerTraining, log_uniform
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
 CONFIG = TokenizerConfig(**SETTINGS, error_hidden=8)
@@ -54,8 +50,7 @@ def fit(folder: Path, root: Path, steps: int, ckpt: str | None = None, **argumen
     pl.seed_everything(0, verbose=False)
     module = NestedTokenizerTraining(
         CONFIG,
-        budget=BudgetConfig(cut=4, large_ratio=0.25, patches_per_image=6),
-        codebook=QuantizationConfig(start_step=3, blend_steps=2, kmeans_samples=256),
+        codebook=NestedCodebookConfig(samples=256, iterations=3),
         optimizer=OptimizerConfig(lr=1.0),
         # The length of the run then does not enter the learning rate.
         schedule=ScheduleConfig(warmup_steps=1000),
@@ -78,24 +73,18 @@ def fit(folder: Path, root: Path, steps: int, ckpt: str | None = None, **argumen
     return module, trainer, losses.values
 
 
-def test_budgets_cover_all_numbers_of_codes() -> None:
+def test_budgets_are_log_uniform_up_to_all_patches() -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = [budgets(16, 64, 8, 0.25, generator) for _ in range(200)]
-    counts, large = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-    assert large[:, :12].sum() == 0 and bool(large[:, 12:].all())
-    assert int(counts[~large].min()) == 1 and int(counts[~large].max()) == 8
-    assert bool((counts[:, 12:14] == 64).all())  # half of the large ones
-    assert int(counts[large].min()) >= 8 and int(counts.max()) == 64
-    ratios = [(counts[~large] == k).float().mean() for k in (1, 2, 4)]
-    assert (
-        ratios[0] > ratios[1] > ratios[2]
-    )  # log-uniform: as many between 1 and 2 as between 4 and 8
-    alone, _ = budgets(3, 1, 8, 0.5, generator)
-    assert alone.tolist() == [1, 1, 1]
+    counts = torch.cat([log_uniform(16, 64, generator) for _ in range(300)])
+    assert int(counts.min()) == 1 and int(counts.max()) == 64
+    shares = [((counts >= k) & (counts < 2 * k)).float().mean() for k in (1, 2, 4, 8, 16)]
+    assert max(shares) < 1.2 * min(shares)  # as many in 1..1 as in 16..31
+    assert 0.05 < (counts == 64).float().mean() < 0.09
+    assert log_uniform(3, 1, generator).tolist() == [1, 1, 1]
 
 
 def test_resumed_run_repeats_the_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
-    """Stopped before quantization and resumed over the switch."""
+    """Stopped and resumed, with the codebook that was fitted before the first step."""
     whole, _, losses = fit(folder, tmp_path, 5)
     _, trainer, first = fit(folder, tmp_path, 2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
@@ -105,19 +94,27 @@ def test_resumed_run_repeats_the_uninterrupted_one(folder: Path, tmp_path: Path)
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_every_part_learns_but_the_encoder(folder: Path, tmp_path: Path) -> None:
+def test_the_reconstructor_learns_and_the_codebook_is_fitted(folder: Path, tmp_path: Path) -> None:
     pl.seed_everything(0, verbose=False)
     before = NestedTokenizerTraining(CONFIG).tokenizer.state_dict()
     module, trainer, _ = fit(folder, tmp_path, 6)
-    for name, value in module.tokenizer.state_dict().items():
-        if name.startswith("encoder."):
-            assert torch.equal(value, before[name]), name
-    moved = dict(module.tokenizer.named_parameters())
-    trained = [n for n in moved if not n.startswith(("encoder.", "error_heads."))]
-    still = [n for n in trained if torch.equal(moved[n], before[n])]
-    assert [n for n in still if not n.endswith("key.bias")] == []  # which no softmax depends on
+    after = module.tokenizer.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    expected = {n for n in after if n.startswith(("reconstructor.", "quantizer."))}
+    biases = {n for n in expected if n.endswith("key.bias")}  # no softmax depends on them
+    assert changed | biases == expected
     optimized = {p for group in trainer.optimizers[0].param_groups for p in group["params"]}
-    assert not optimized & set(module.tokenizer.encoder.parameters())
+    assert optimized == set(module.tokenizer.reconstructor.parameters())
+
+
+def test_a_tokenizer_is_trained_on(folder: Path, tmp_path: Path) -> None:
+    """Its codebook stays, so that its codes do."""
+    fit(folder, tmp_path, 2, out=str(tmp_path / "tokenizer"))
+    module, _, _ = fit(folder, tmp_path, 2, start_from=str(tmp_path / "tokenizer"))
+    first = VisualTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert module.tokenizer.fingerprint() == first.fingerprint()
+    reconstructors = (t.reconstructor.project_out.weight for t in (module.tokenizer, first))
+    assert not torch.equal(*reconstructors)
 
 
 def test_trained_saved_and_encoded(folder: Path, tmp_path: Path) -> None:
@@ -155,18 +152,6 @@ def test_kept_features_give_the_same_run(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(first, module.encode(images))
     assert len(module.encode.known) <= seen + 8
     torch.testing.assert_close(first, module.features(images), rtol=1e-3, atol=1e-3)
-
-
-def test_the_first_step_starts_at_the_scale_of_the_features(folder: Path, tmp_path: Path) -> None:
-    module = NestedTokenizerTraining(CONFIG)
-    data = ImageDataModule(str(folder), image_size=32, batch_size=40, cache=True)
-    data.setup("fit")
-    images = next(iter(data.train_dataloader()))["images"]
-    features, colors = module.features(images) * torch.logspace(-1, 1, 24), module.colors(images)
-    module._start_at(features, colors)
-    scaled = module.tokenizer.merger.norm_in(features).flatten(0, 1).std(0)
-    assert float(scaled.max()) < 1.01 and float(scaled.median()) > 0.9
-    torch.testing.assert_close(module.tokenizer.reconstructor.colors.bias, colors.mean((0, 1)))
 
 
 def test_only_nested_codes_are_trained_so() -> None:

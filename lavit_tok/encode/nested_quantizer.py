@@ -1,0 +1,146 @@
+"""Features -> nested codes: each code is of what the codes before it leave over.
+
+    features [b n d] -> a vector of every patch [b n p]
+    level by level (nn/nested_order.py):
+        what is left, area by area -> its coordinates in the level's basis [b areas c]
+        stage by stage: nearest entry of the stage's table -> code; coordinates -= entry
+        what is left -= the entries' sum, mapped back to the patches
+
+No code depends on how many follow, so a shorter encoding is a prefix of a longer one, and the sum
+of all entries approaches the vectors of the patches with every stage. This is residual quantization
+(Juang and Gray, 1982) over areas that become smaller, as the scales of VAR do (Tian et al., 2024);
+with three codes of an area in place of four of its quarters, an image never has more codes than
+patches. Nothing here learns by gradient: training/nested_codebook.py fits it to features.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lavit_tok.encode.quantizer import nearest
+from lavit_tok.nn.nested_order import join_areas, levels, split_areas
+from lavit_tok.nn.precision import KeepFloat32
+
+
+class NestedCodebook(KeepFloat32):
+    """A table of K entries for each stage, and a basis for each level, in float32.
+
+    Args:
+        size: K.
+        dim: c, dimension of the entries.
+        patches: n, of an image.
+        patch_dim: p, dimension of a patch's vector.
+    """
+
+    embeddings: Tensor
+
+    def __init__(self, size: int, dim: int, patches: int, patch_dim: int) -> None:
+        super().__init__()
+        self.patches, self.levels = patches, levels(patches)
+        stages = sum(level.stages for level in self.levels)
+        self.register_buffer("embeddings", torch.randn(stages, size, dim) * dim**-0.5)
+        for i, level in enumerate(self.levels):
+            joined = patches // level.side**2 * patch_dim
+            self.register_buffer(f"basis_{i}", nn.init.orthogonal_(torch.empty(joined, dim)))
+
+    def basis(self, level: int) -> Float[Tensor, "joined dim"]:
+        """Orthonormal columns: coordinates -> the vectors of an area's patches."""
+        found: Tensor = getattr(self, f"basis_{level}")
+        return found
+
+    def first_stage(self, level: int) -> int:
+        """Number of the level's first stage."""
+        return max(0, 3 * level - 2)
+
+    @torch.no_grad()
+    def encode(
+        self, vectors: Float[Tensor, "batch patches patch_dim"], count: int
+    ) -> Int64[Tensor, "batch count"]:
+        """The codes of the first `count` ranks: of each the nearest entry, in float32.
+
+        Raises:
+            ValueError: NaN or infinity.
+        """
+        left, codes = vectors.float(), []
+        for i, level in enumerate(self.levels):
+            if level.first >= count:
+                break
+            z = split_areas(left, level.side) @ self.basis(i)
+            total = torch.zeros_like(z)
+            for stage in range(level.stages):
+                table = self.embeddings[self.first_stage(i) + stage]
+                found = nearest(z.flatten(0, 1), table).view(z.shape[:2])
+                codes.append(found[:, level.area[stage].to(found.device)])
+                z, total = z - table[found], total + table[found]
+            left = left - join_areas(total @ self.basis(i).T, level.side, self.patches)
+        return torch.cat(codes, 1)[:, :count]
+
+    def decode(
+        self, codes: Int64[Tensor, "batch m"], lengths: Int64[Tensor, " batch"]
+    ) -> Float[Tensor, "batch patches patch_dim"]:
+        """The sum of the entries of each image's first codes, as vectors of the patches.
+
+        Args:
+            codes: by rank, padded to a rectangle.
+            lengths: codes of every image, 1..m.
+        """
+        kept = torch.arange(codes.shape[1], device=codes.device) < lengths[:, None]
+        found: Tensor | None = None
+        for i, level in enumerate(self.levels):
+            areas = level.side**2
+            total = self.embeddings.new_zeros(len(codes), areas, self.embeddings.shape[-1])
+            for stage in range(level.stages):
+                start = level.first + stage * areas
+                some = codes[:, start : start + areas]
+                entries = F.embedding(some, self.embeddings[self.first_stage(i) + stage])
+                entries = entries * kept[:, start : start + areas, None]
+                area = level.area[stage][: some.shape[1]].to(codes.device)
+                total = total.index_add(1, area, entries)
+                if start + areas >= codes.shape[1]:
+                    break
+            part = join_areas(total @ self.basis(i).T, level.side, self.patches)
+            found = part if found is None else found + part
+            if level.first + level.stages * areas >= codes.shape[1]:
+                break
+        assert found is not None
+        return found
+
+
+class NestedQuantizer(KeepFloat32):
+    """Features -> vectors of the patches -> codes, in float32.
+
+    The vector of a patch holds the direction of its feature around the mean feature, and what a
+    linear map reads of the feature itself, e.g. colors.
+
+    Args:
+        width: d, of the features.
+        size: K.
+        dim: c, dimension of the entries.
+        patches: n, of an image.
+        patch_dim: p, dimension of a patch's vector.
+    """
+
+    center: Tensor
+
+    def __init__(self, width: int, size: int, dim: int, patches: int, patch_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(width))
+        self.direction = nn.Linear(width, patch_dim, bias=False).requires_grad_(False)
+        self.value = nn.Linear(width, patch_dim).requires_grad_(False)
+        self.codebook = NestedCodebook(size, dim, patches, patch_dim)
+
+    def project(
+        self, features: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch patches patch_dim"]:
+        """The vectors of the patches, in float32."""
+        x = features.float()
+        return self.direction(F.normalize(x - self.center, dim=-1)) + self.value(x)
+
+    def encode(
+        self, features: Float[Tensor, "batch patches width"], count: int
+    ) -> Int64[Tensor, "batch count"]:
+        """The codes of the first `count` ranks. Raises ValueError for NaN or infinity."""
+        return self.codebook.encode(self.project(features), count)
