@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from torch.optim.lr_scheduler import LambdaLR
 
+from lavit_tok.training.checkpoints import AtomicCheckpointIO
 from lavit_tok.training.logging import PrintMetrics
 from lavit_tok.training.optimizers import ScheduleConfig
 
@@ -36,6 +39,10 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments(
             "out", "model.init_args.out" if self.subclass_mode_model else "model.out"
         )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With checkpoints that are whole whenever the run is killed."""
+        return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **kwargs)
 
     def before_instantiate_classes(self) -> None:
         threads = self.config[self.subcommand].threads if self.subcommand else self.config.threads

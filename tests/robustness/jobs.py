@@ -21,17 +21,22 @@ INPUTS = ("20 megapixels", "a FIFO", "an endless device", "a sparse file of 3 GB
 KILLS = 4  # of a job, at most, before it is left to end
 # A kill of training costs five times that of the others.
 ORDER = ["codes", "shards", "decoded", "table"] * 3 + ["tokenizer", "lm", "decoder"]
+ALONE = 300  # trials of these; from there on, shards with loading processes
+SCARCE = ["codes", "table", "shards", "decoded", "tokenizer", "decoder", "lm"]
 
 
 def kill(work: Workshop, number: int, at_replace: int = 0) -> Outcome:
     rng, job = np.random.default_rng((4, number)), ORDER[number % len(ORDER)]
+    job = job if number < ALONE else "workers"
     expected, duration = reference(work, job)
+    if job == "workers":  # the files of one process
+        expected = reference(work, "shards")[0]
     folder, kills, seconds, failure = cleared(work.folder / "killed"), 0, 0.0, None
     while failure is None:
         moment: dict[str, Any] = {}
         if kills < KILLS:
             moment = {"kill_after": float(rng.uniform(0, 1.05 * duration))}
-            if job in ORDER[:4] and rng.integers(3) == 0:
+            if job in (*ORDER[:4], "workers") and rng.integers(3) == 0:
                 moment = {"kill_at_replace": int(rng.integers(1, 4))}
         if at_replace:
             moment, at_replace = {"kill_at_replace": at_replace}, 0
@@ -48,7 +53,7 @@ def kill(work: Workshop, number: int, at_replace: int = 0) -> Outcome:
 def scarce(work: Workshop, number: int) -> Outcome:
     if number < 1 + len(INPUTS):
         return inputs(work, INPUTS[number - 1]) if number else many(work, 20_000)
-    rng, job = np.random.default_rng((5, number)), [*JOBS][number % len(JOBS)]
+    rng, job = np.random.default_rng((5, number)), SCARCE[number % len(SCARCE)]
     want = ("full disk", "read-only", "few handles")[number % 3]
     expected, _ = reference(work, job)
     folder = cleared(work.folder / "scarce")

@@ -18,6 +18,7 @@ from robustness.process import Done, command, fork
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STEPS = 5
+SHARDS = "--batch-size", "3", "--shard-size", "4"
 ENCODER = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32}
 ENCODER |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 CONFIG: dict[str, Any] = {"encoder": ENCODER, "num_heads": 2, "codebook_size": 16, "code_dim": 4}
@@ -145,7 +146,8 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_name(job: str) -> str:
-    return job + {"codes": ".jsonl", "table": ".parquet"}.get(job, "")
+    names = {"codes": "codes.jsonl", "table": "table.parquet", "workers": "shards"}
+    return names.get(job, job)
 
 
 def _save_parts(folder: Path) -> None:
@@ -192,7 +194,8 @@ def _tok(name: str, source: str, *args: str) -> Callable[..., Any]:
 JOBS: dict[str, Callable[[Workshop, Path], tuple[str, list[Any]]]] = {
     "codes": _tok("encode", "images", "--batch-size", "3"),
     "table": _tok("encode", "images", "--batch-size", "3"),
-    "shards": _tok("shards", "images", "--batch-size", "3", "--shard-size", "4"),
+    "shards": _tok("shards", "images", *SHARDS),
+    "workers": _tok("shards", "images", *SHARDS, "--num-workers", "2"),
     "decoded": _tok("decode", "codes", "--batch-size", "4", "--steps", "1"),
     "tokenizer": _fit,
     "decoder": _fit_decoder,
