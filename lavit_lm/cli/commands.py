@@ -125,12 +125,13 @@ def caption(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Write a plain `transformers` directory."""
+    """Write a directory for `transformers`."""
     from lavit_lm.multimodal import MultimodalLM
 
     lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
-    lm.export(arguments.out, getattr(torch, arguments.dtype))
-    load = f"AutoModelForCausalLM.from_pretrained({str(arguments.out)!r})"
+    lm.export(arguments.out, getattr(torch, arguments.dtype), arguments.format)
+    kind = "CausalLM" if arguments.format == "plain" else "MultimodalLM"
+    load = f"AutoModelFor{kind}.from_pretrained({str(arguments.out)!r})"
     print(f"exported to {arguments.out}; next: {load}, or a server", file=sys.stderr)
     return 0
 
