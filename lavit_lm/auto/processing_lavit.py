@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lavit_tok import VisualTokenizer
 
 IMAGE = "<image>"
+TEXT_KWARGS = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 CHAT = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -77,7 +79,6 @@ class LavitProcessor(ProcessorMixin):
     """
 
     image_token = IMAGE
-    text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -190,6 +191,7 @@ class LavitProcessor(ProcessorMixin):
         if text is None and images is not None:
             images = make_flat_list_of_images(self.image_processor.fetch_images(images))
             text = [IMAGE] * len(images)
+        kwargs = {**TEXT_KWARGS, **kwargs.pop("text_kwargs", {}), **kwargs}
         return super().__call__(images=images, text=text, **kwargs)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
@@ -258,5 +260,6 @@ class LavitProcessor(ProcessorMixin):
 
 
 BACKENDS: Any = {"pil": VisualImageProcessor, "torchvision": VisualImageProcessor}
-AutoImageProcessor.register(LavitConfig, image_processor_classes=BACKENDS, exist_ok=True)
+with suppress(ImportError):  # some versions of transformers require torchvision for this class
+    AutoImageProcessor.register(LavitConfig, image_processor_classes=BACKENDS, exist_ok=True)
 AutoProcessor.register(LavitConfig, LavitProcessor, exist_ok=True)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mpl_toolkits
 import pytest
 import torch
 from helpers.lm_parts import CODES, processor_and_model
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from lavit_lm import LavitForConditionalGeneration, LavitProcessor, MultimodalLM
+from lavit_lm.auto.registration import AfterImport
 from lavit_lm.checkpoints.export import ExportError
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.vision.continuous import ContinuousBridge
@@ -92,6 +94,13 @@ print([finder for finder in sys.meta_path if "lavit" in repr(finder)])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = ["LavitProcessor", "VisualImageProcessor", "LavitForConditionalGeneration", "[]"]
     assert done.stdout.split() == names
+
+
+def test_other_imports_are_left_alone():
+    """Those of a namespace package, too, whose path is not a Sequence."""
+    finder = AfterImport({"a": "b"})
+    assert finder.find_spec("mpl_toolkits.mplot3d", mpl_toolkits.__path__) is None
+    assert finder.find_spec("json", None) is None and finder.imports == {"a": "b"}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2 has no begin-of-text
