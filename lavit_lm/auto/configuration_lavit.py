@@ -28,6 +28,7 @@ class LavitConfig(PreTrainedConfig):
     """
 
     model_type = "lavit"
+    auto_map: ClassVar[dict[str, Any]] = {}  # no remote code; TRL reads it
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
     text_config: Any = None

@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     GenerationConfig,
     GenerationMixin,
@@ -79,7 +80,8 @@ class LavitForConditionalGeneration(PreTrainedModel, GenerationMixin):
         wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
         if wrong:
             raise WeightsError(f"{name}: these tensors do not fit the config: {wrong}")
-        if not any(value.is_meta for value in model.parameters()):  # some may stay on disk
+        quantized = getattr(model, "hf_quantizer", None) is not None  # tensors of other classes
+        if not quantized and not any(value.is_meta for value in model.parameters()):  # on disk
             require_finite(model, str(name))
         return (model, report) if output_loading_info else model
 
@@ -275,4 +277,5 @@ class LavitForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 # The pipeline logs an error for a class that is not in this table of names.
 NAMES[LavitConfig.model_type] = LavitForConditionalGeneration.__name__
-AutoModelForMultimodalLM.register(LavitConfig, LavitForConditionalGeneration, exist_ok=True)
+for auto_class in (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM):
+    auto_class.register(LavitConfig, LavitForConditionalGeneration, exist_ok=True)

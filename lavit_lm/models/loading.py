@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
 from lavit_lm.models.encoder_decoder import PrefixSeq2Seq
@@ -164,8 +158,6 @@ def _unreadable(path: Path, expected: str, error: BaseException) -> WeightsError
 
 def lm_class(config: Any) -> Any:
     """The class of `transformers` for an LM of this config."""
-    if config.model_type == "lavit":
-        return AutoModelForMultimodalLM
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
