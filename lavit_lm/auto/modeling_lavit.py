@@ -87,16 +87,8 @@ class LavitForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def base_model(self) -> Any:
-        """The LM without its head, whose hidden states trainers take for losses of their own."""
+        """The LM without its head: TRL computes losses from its hidden states."""
         return self.language_model.base_model
-
-    def get_input_embeddings(self) -> Any:
-        """Embeddings of text and image tokens."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: Any) -> None:
-        """Replace the embeddings of text and image tokens."""
-        self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> Any:
         """The layer from hidden states to logits."""

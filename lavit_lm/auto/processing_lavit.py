@@ -6,6 +6,9 @@
 An image has as many ids as it has codes, so that it must be encoded before its text: unlike most
 processors this one contains a model, the visual tokenizer. It is loaded with the first image, the
 pixel decoder with the first codes to decode.
+
+Other modules of this package are imported late: this one is imported while `transformers` is, which
+may be in the middle of their import (registration.py).
 """
 
 from __future__ import annotations

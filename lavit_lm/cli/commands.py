@@ -130,9 +130,10 @@ def export(arguments: argparse.Namespace) -> int:
 
     lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
     lm.export(arguments.out, getattr(torch, arguments.dtype), arguments.format)
-    kind = "CausalLM" if arguments.format == "plain" else "MultimodalLM"
-    load = f"AutoModelFor{kind}.from_pretrained({str(arguments.out)!r})"
-    print(f"exported to {arguments.out}; next: {load}, or a server", file=sys.stderr)
+    plain = arguments.format == "plain"
+    load = f"AutoModelFor{'Causal' if plain else 'Multimodal'}LM.from_pretrained"
+    following = f"{load}({str(arguments.out)!r}){', or a server' if plain else ''}"
+    print(f"exported to {arguments.out}; next: {following}", file=sys.stderr)
     return 0
 
 
