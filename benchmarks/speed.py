@@ -3,7 +3,8 @@
     encode    image -> codes, beside the bare encoder's features, and beside other tokenizers
     decode    codes -> image, beside the bare U-Net called as often, and beside other decoders
     train     Lightning's step of stage 1, beside the same modules' forward, backward and AdamW
-    generate  codes by the language model: guided or not, and by transformers' own loop
+    generate  codes by the language model: guided or not, by transformers' own loop, and by
+              LavitForConditionalGeneration
 
 Calls are timed in turns; ratios are medians of the pairs' ratios; FLOPs are of one image. Other
 sizes than `shipped` have random weights: speed depends on the ratio of patches kept, which is
@@ -23,6 +24,7 @@ import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -291,6 +293,10 @@ def generate(args: Namespace, batch: int) -> Records:
         entries.append(Entry(name, partial(ours, scale), batch, baseline=baseline))
         plain = plain_generation(lm, prompts, scale, args)
         entries.append(Entry(f"{name}, transformers", plain, batch, baseline=name))
+        native = native_generation(lm, prompts, scale, args)
+        entries.append(
+            Entry(f"{name}, LavitForConditionalGeneration", native, batch, baseline=name)
+        )
     records = timing.compare(entries, args.repeats, warm=1)
     return [r | {"codes_per_second": args.codes * r["images_per_second"]} for r in records]
 
@@ -314,6 +320,24 @@ def plain_generation(lm: Any, prompts: list[str], guidance: float, args: Namespa
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return lm.model.causal.generate(**inputs, **options)[:, ids.shape[1] :]
+
+    return call
+
+
+def native_generation(lm: Any, prompts: list[str], guidance: float, args: Namespace) -> Any:
+    """The same prompts, limits and generators by LavitForConditionalGeneration.generate."""
+    from lavit_lm import LavitForConditionalGeneration, LavitProcessor
+
+    with TemporaryDirectory() as folder:
+        lm.export(f"{folder}/lm", format="multimodal")
+        model = LavitForConditionalGeneration.from_pretrained(f"{folder}/lm").to(args.device)
+        processor = LavitProcessor.from_pretrained(f"{folder}/lm")
+    inputs = processor(text=prompts).to(args.device)
+    options = {"generation_mode": "image", "guidance_scale": guidance, "top_k": args.top_k}
+    limits = {"min_codes": args.codes, "max_codes": args.codes}
+
+    def call() -> Tensor:
+        return model.generate(**inputs, **options, **limits, generator=noise(len(prompts)))
 
     return call
 

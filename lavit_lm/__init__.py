@@ -5,7 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lavit_lm.auto.registration import register
+
 if TYPE_CHECKING:
+    from lavit_lm.auto.configuration_lavit import LavitConfig
+    from lavit_lm.auto.modeling_lavit import LavitForConditionalGeneration
+    from lavit_lm.auto.processing_lavit import LavitProcessor
     from lavit_lm.models.losses import LossSum, ModelOutput, cross_entropy, regression
     from lavit_lm.multimodal import MultimodalLM
     from lavit_lm.objectives.base import Objective
@@ -18,6 +23,9 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "MultimodalLM": "multimodal",
+    "LavitConfig": "auto.configuration_lavit",
+    "LavitProcessor": "auto.processing_lavit",
+    "LavitForConditionalGeneration": "auto.modeling_lavit",
     "VisualVocabulary": "vocabulary.visual_vocabulary",
     "VocabularyError": "vocabulary.visual_vocabulary",
     "MultimodalProcessor": "vocabulary.processor",
@@ -44,6 +52,9 @@ __all__ = [
     "Flags",
     "ImageOutput",
     "ImageSegment",
+    "LavitConfig",
+    "LavitForConditionalGeneration",
+    "LavitProcessor",
     "LossSum",
     "ModelOutput",
     "MultimodalLM",
@@ -70,3 +81,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"lavit_lm.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
+
+
+register()

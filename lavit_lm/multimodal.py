@@ -25,7 +25,14 @@ from lavit_lm.generation.prompts import (
     prompt_batch,
     require_text,
 )
-from lavit_lm.generation.sampling import GenerationConstraint, Generators, Sampling, generate_ids
+from lavit_lm.generation.sampling import (
+    GUIDANCE_SCALE,
+    TOP_K,
+    GenerationConstraint,
+    Generators,
+    Sampling,
+    generate_ids,
+)
 from lavit_lm.models.losses import log_likelihood
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
@@ -37,7 +44,6 @@ from lavit_tok import VisualCodes, VisualTokenizer
 from lavit_tok.nn.ranges import require_number
 
 MAX_IMAGES = 10_000  # of one call, which generates them in one batch
-GUIDANCE_SCALE, TOP_K = 3.0, 50  # for images; texts are generated greedily by default
 
 
 class MultimodalLM:
@@ -473,11 +479,36 @@ class MultimodalLM:
         fingerprint, shared = self.visual_tokenizer.fingerprint(), (self.model, self.processor)
         save_model(out, *shared, self.objective, visual_tokenizer, fingerprint, dtype)
 
-    def export(self, out: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a plain `transformers` directory; see checkpoints/export.py."""
-        from lavit_lm.checkpoints.export import export
+    def export(
+        self,
+        out: str | Path,
+        dtype: torch.dtype | None = None,
+        format: Literal["plain", "multimodal"] = "plain",
+    ) -> None:
+        """Write a directory for `transformers`.
 
-        export(self.model.lm, self.processor.text_tokenizer, out, dtype)
+        Args:
+            out: a directory that does not exist or is empty.
+            dtype: of the floats in the files; None for the model's own.
+            format: "plain" for AutoModelForCausalLM and servers (checkpoints/export.py);
+                "multimodal" for AutoModelForMultimodalLM and AutoProcessor (auto/conversion.py).
+
+        Raises:
+            ExportError: see there.
+            ValueError: another format.
+        """
+        if format == "plain":
+            from lavit_lm.checkpoints.export import export
+
+            export(self.model.lm, self.processor.text_tokenizer, out, dtype)
+        elif format == "multimodal":
+            from lavit_lm.auto.conversion import save_multimodal
+
+            parts = self.model, self.processor, self.objective, self.visual_tokenizer
+            name = self._decoder if isinstance(self._decoder, str) else "default"
+            save_multimodal(out, *parts, name, dtype)
+        else:
+            raise ValueError(f"format: expected 'plain' or 'multimodal', got {format!r}")
 
     @property
     def _num_vectors(self) -> int:

@@ -57,6 +57,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         ConfigError: an encoder or image processor whose size differs from the config's.
     """
 
+    name_or_path: str = ""  # what from_pretrained loaded
     merger: Any
     mean_feature: Tensor
     reconstructor: Any
@@ -469,4 +470,5 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         build = lambda: cls(config, image_processor=image_processor)  # noqa: E731
         tokenizer = empty(build, dtype, directory)
         load_weights(tokenizer, directory)
+        tokenizer.name_or_path = str(name)
         return tokenizer.to(device)

@@ -23,7 +23,7 @@ FOLDERS = {
     "lavit_tok": ["nn", "checkpoints", "encode", "decode", "released", "data", "training", "cli"],
     "lavit_lm": [
         *("vocabulary", "sequences", "vision", "models", "objectives", "checkpoints"),
-        *("generation", "training", "cli"),
+        *("generation", "auto", "training", "cli"),
     ],
 }
 SHARED = ("nn", "checkpoints", "data", "training", "cli")  # of lavit_tok, with lavit_lm

@@ -18,6 +18,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ CHAT = """\
 ADAPTERS = (".lora_", "modules_to_save", "trainable_tokens")
 """Parts of parameter names that only peft uses."""
 
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CARD = Path(__file__).parent / "export_card.md"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest difference of a logit after reading back, in standard deviations of the logits; attention
@@ -77,13 +80,11 @@ def export(
             weights that are NaN or infinite (in `dtype`); adapters that cannot be merged; a full
             disk; ids or logits that differ after reading back. Nothing is left behind then.
     """
-    target = Path(out)
     vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ExportError("the tokenizer has no end-of-text token: a server would never stop")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{target} already exists: expected a new or an empty directory")
-    plain = _plain_model(model, dtype)
+    check_new(out)
+    plain = plain_model(model, dtype)
     embeddings = plain.get_input_embeddings().weight.shape[0]
     if embeddings < vocabulary.stop:
         raise ExportError(
@@ -91,27 +92,60 @@ def export(
             "extend both together"
         )
     served = serving_tokenizer(tokenizer, vocabulary)
+    with new_directory(out) as partial:
+        _write(plain, served, vocabulary, partial)
+        _compare(getattr(model, "_orig_mod", model), plain, served, vocabulary, partial)
+    return Path(out)
+
+
+def check_new(out: str | os.PathLike[str]) -> None:
+    """Raise ExportError unless the directory does not exist or is empty."""
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{target} already exists: expected a new or an empty directory")
+
+
+@contextmanager
+def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory to write to, which becomes `out` when everything in it is complete.
+
+    Raises:
+        ExportError: files that cannot be written. Nothing is left behind then.
+    """
+    target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write(plain, served, vocabulary, partial)
-        _compare(getattr(model, "_orig_mod", model), plain, served, vocabulary, partial)
+        yield partial
         partial.chmod(0o755)  # mkdtemp makes it readable by its owner only
         partial.replace(target)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{target}: not written, and nothing was left behind: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
-def serving_tokenizer(tokenizer: Any, vocabulary: VisualVocabulary) -> PreTrainedTokenizerFast:
-    """A copy that encodes names of image tokens, decodes to them, and adds begin-of-text."""
+def serving_tokenizer(
+    tokenizer: Any, vocabulary: VisualVocabulary, special: bool = False, chat: str = CHAT
+) -> PreTrainedTokenizerFast:
+    """A copy that encodes names of image tokens and adds begin-of-text.
+
+    Args:
+        tokenizer: of the LM.
+        vocabulary: its image tokens.
+        special: whether image tokens are special, and so left out of decoded text. Text between
+            them is then encoded as in training, where each text of a sequence is one of its own.
+        chat: chat template.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None
     visual = {vocabulary.begin, vocabulary.end, *range(vocabulary.first, vocabulary.stop)}
     for token in state["added_tokens"]:
-        token["special"] = token["special"] and token["id"] not in visual
+        token["special"] = special if token["id"] in visual else token["special"]
+    splitter = state["pre_tokenizer"] or {}
+    for part in [splitter, *splitter.get("pretokenizers", [])] if special else []:
+        if part.get("prepend_scheme") == "first":  # of Llama: a space before the first text only
+            part["prepend_scheme"] = "always"
     backend = Tokenizer.from_str(json.dumps(state))
     bos = tokenizer.bos_token
     before = [] if bos is None else [bos]
@@ -120,20 +154,20 @@ def serving_tokenizer(tokenizer: Any, vocabulary: VisualVocabulary) -> PreTraine
         pair=[*before, "$A", "$B:1"],
         special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in before],
     )
-    special = tokenizer.special_tokens_map.items()
-    names = {name: value for name, value in special if isinstance(value, str)}
+    listed = tokenizer.special_tokens_map.items()
+    names = {name: value for name, value in listed if isinstance(value, str)}
     names.setdefault("pad_token", names["eos_token"])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=tokenizer.model_max_length,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT if bos is not None else CHAT.removeprefix("{{- bos_token }}\n"),
+        chat_template=chat if bos is not None else chat.removeprefix("{{- bos_token }}\n"),
         **names,
     )
 
 
-def _plain_model(model: Any, dtype: torch.dtype | None) -> Any:
+def plain_model(model: Any, dtype: torch.dtype | None) -> Any:
     """The LM itself, or a copy with adapters merged and floats converted."""
     original = plain = getattr(
         model, "_orig_mod", model
@@ -152,8 +186,7 @@ def _plain_model(model: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _write(model: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: Path) -> None:
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: getattr(tokenizer, name) for name in names}
+    ids = {name: getattr(tokenizer, name) for name in SPECIAL_IDS}
     config = copy.deepcopy(model.config)
     if config.is_encoder_decoder:  # the id that a suffix begins with, see DaVinci
         bos, eos = ids["bos_token_id"], ids["eos_token_id"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import PROCESSOR_NAME
 
 from lavit_lm.checkpoints.export import export
 from lavit_lm.models.loading import FILES, open_lm, open_text_tokenizer, sequence_model
@@ -105,7 +106,10 @@ def load_model(
             tokenizer with another codebook.
     """
     directory = find_directory(name, DEFAULT, FILES)
-    values = read_header(directory / CONFIG, FORMAT, VERSION, KEYS)
+    file = directory / CONFIG
+    if not file.exists() and (directory / PROCESSOR_NAME).exists():  # written by auto/
+        file = directory / PROCESSOR_NAME
+    values = read_header(file, FORMAT, VERSION, KEYS)
     source = visual_tokenizer or values["visual_tokenizer"]
     if not isinstance(source, str | os.PathLike):
         raise WeightsError(
@@ -129,6 +133,7 @@ def load_model(
     wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
     if wrong:
         raise WeightsError(f"{directory}: these tensors do not fit the config: {wrong}")
+    lm = lm.language_model if lm.config.model_type == "lavit" else lm
     embeddings = lm.get_input_embeddings().weight.shape[0]
     if embeddings < processor.vocabulary.stop:
         raise WeightsError(

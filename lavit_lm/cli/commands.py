@@ -125,13 +125,15 @@ def caption(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Write a plain `transformers` directory."""
+    """Write a directory for `transformers`."""
     from lavit_lm.multimodal import MultimodalLM
 
     lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
-    lm.export(arguments.out, getattr(torch, arguments.dtype))
-    load = f"AutoModelForCausalLM.from_pretrained({str(arguments.out)!r})"
-    print(f"exported to {arguments.out}; next: {load}, or a server", file=sys.stderr)
+    lm.export(arguments.out, getattr(torch, arguments.dtype), arguments.format)
+    plain = arguments.format == "plain"
+    load = f"AutoModelFor{'Causal' if plain else 'Multimodal'}LM.from_pretrained"
+    following = f"{load}({str(arguments.out)!r}){', or a server' if plain else ''}"
+    print(f"exported to {arguments.out}; next: {following}", file=sys.stderr)
     return 0
 
 

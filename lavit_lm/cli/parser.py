@@ -5,7 +5,7 @@
     fit-decoder -c RECIPE             train an image decoder for a model that generates vectors
     generate PROMPT --out DIR         generate images for a prompt
     caption IMAGES...                 caption images, or answer a question about them
-    export MODEL OUT_DIR              write a plain `transformers` directory that engines can serve
+    export MODEL OUT_DIR              write a directory for `transformers`, or for engines
 
 Exit codes are those of lavit-tok. Each command imports the packages it needs.
 """
@@ -79,6 +79,12 @@ CAPTION = (
 EXPORT = (
     Argument("model", metavar="MODEL", help=LOCATION),
     Argument("out", type=Path, metavar="OUT_DIR", help="new folder"),
+    Argument(
+        "--format",
+        choices=("plain", "multimodal"),
+        default="plain",
+        help="plain: a causal LM, for servers; multimodal: for AutoModelForMultimodalLM",
+    ),
     DTYPE,
 )
 RUN = "lavit_lm.cli.commands"
@@ -100,7 +106,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "generate": Command("images for a prompt", f"{RUN}:generate", GENERATE),
     "caption": Command("a caption for each image", f"{RUN}:caption", CAPTION),
-    "export": Command("a plain transformers directory", f"{RUN}:export", EXPORT),
+    "export": Command("a directory for transformers", f"{RUN}:export", EXPORT),
 }
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from lavit_tok.nn.ranges import require_number
 
 COMPACT = 4  # finished sequences leave the batch once they are a quarter of it: it is copied then
 
+GUIDANCE_SCALE, TOP_K = 3.0, 50
+"""Of images, by default; texts are generated greedily."""
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator, from which each sequence gets a seed of its own, or one for each sequence."""
 

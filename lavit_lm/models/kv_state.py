@@ -50,14 +50,8 @@ class DecodingState:
     ) -> None:
         if min(map(len, sequences)) == 0:
             raise ValueError("an empty prompt: there is no position from which to predict the next")
-        context = getattr(model.causal.config.get_text_config(), "max_position_embeddings", None)
-        length = max(map(len, sequences))
-        if context is not None and length + max_new_tokens > context:
-            raise ValueError(
-                f"a prompt of {length} tokens and an output of up to {max_new_tokens} exceed the "
-                "model's context of "
-                f"{context}: shorten the prompt or generate less"
-            )
+        longest = max(map(len, sequences))
+        check_context(model.causal.config.get_text_config(), longest, max_new_tokens)
         self.model, self.use_cache = model, use_cache
         self.device = model.causal.get_input_embeddings().weight.device
         ids, is_embedding, prefix, documents = left_padded(sequences, pad_id)
@@ -113,6 +107,16 @@ class DecodingState:
             past_key_values=self.cache,
             use_cache=self.use_cache,
         ).last_hidden_state[:, -1]
+
+
+def check_context(config: Any, length: int, max_new_tokens: int) -> None:
+    """Raise ValueError for a prompt and an output that exceed the context of an LM's config."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and length + max_new_tokens > context:
+        raise ValueError(
+            f"a prompt of {length} tokens and an output of up to {max_new_tokens} exceed the "
+            f"model's context of {context}: shorten the prompt or generate less"
+        )
 
 
 def left_padded(

@@ -130,8 +130,8 @@ class CodesDecoder:
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline)
 
-    def decode(self, outputs: VisualCodes, generator: Any = None, **options: Any) -> list[Any]:
-        """See ImageDecoder; options are those of PixelDecoder's call."""
+    def decode(self, outputs: VisualCodes, generator: Any = None, **options: Any) -> Any:
+        """See ImageDecoder; options, such as output_type, are those of PixelDecoder's call."""
         result: Any = self.pipeline(outputs, generator=generator, **options)
         return result.images
 

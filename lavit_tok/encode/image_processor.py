@@ -29,7 +29,7 @@ from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
-from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from lavit_tok.checkpoints.weights import find_directory
 from lavit_tok.config import ConfigError, read_config, require_known
@@ -173,6 +173,16 @@ class VisualImageProcessor(BaseImageProcessor):
         pixel_values = self.normalize(self.to_uint8(images))
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open what processors of `transformers` are given: also URLs and nested lists."""
+        source = image_url_or_urls
+        if isinstance(source, (list, tuple)):
+            return [self.fetch_images(one) for one in source]
+        if isinstance(source, str) and not os.path.isfile(source):
+            return super().fetch_images(source)
+        images = [self.open(one) for one in as_list(source)]
+        return images if len(images) != 1 else images[0]
+
     def to_dict(self) -> dict[str, Any]:
         """The arguments of the constructor, without a class name: no file chooses a class."""
         values = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
@@ -193,12 +203,17 @@ class VisualImageProcessor(BaseImageProcessor):
     def from_pretrained(
         cls, name: str | os.PathLike[str] = "default", **hub: Any
     ) -> VisualImageProcessor:
-        """Load preprocessor_config.json of "default" (shipped), a tokenizer directory or a Hub id.
+        """Load from "default" (shipped), a directory of a tokenizer or processor, or a Hub id.
 
         Raises:
             ConfigError, WeightsError: unreadable file or directory, or a wrong entry.
         """
-        return cls.from_json_file(find_directory(name, "tokenizer", **hub) / IMAGE_PROCESSOR_NAME)
+        hub.pop("_from_auto", None)  # of AutoImageProcessor
+        directory = find_directory(name, "tokenizer", **hub)
+        inside = directory / PROCESSOR_NAME  # a processor's file contains its image processor's
+        if inside.exists() and not (directory / IMAGE_PROCESSOR_NAME).exists():
+            return read_config(inside, lambda x: cls.from_dict(x.get("image_processor", {})))
+        return cls.from_json_file(directory / IMAGE_PROCESSOR_NAME)
 
 
 def open_image(

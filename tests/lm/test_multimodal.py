@@ -248,5 +248,9 @@ def test_commands(
     assert "1 of 2 images; 1 skipped" in printed.err
     assert main(["export", str(directory), str(tmp_path / "plain")]) == 0
     assert (tmp_path / "plain" / "tokenizer.json").exists()
+    native = str(tmp_path / "native")
+    assert main(["export", str(directory), native, "--format", "multimodal"]) == 0
+    assert f"AutoModelForMultimodalLM.from_pretrained({native!r})" in capsys.readouterr().err
+    assert main(["caption", str(photos[0]), "--model", native]) == 0
     assert main(["caption", str(photos[0]), "--model", str(tmp_path / "nothing")]) == 2
     assert "expected 'default', an existing directory or a Hub id" in capsys.readouterr().err

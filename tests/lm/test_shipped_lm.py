@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,25 @@ def test_images_and_texts(lm: MultimodalLM):
     (image,) = lm.generate_images(CAPTIONS[0], generator=generator, num_inference_steps=2)
     assert image.size == (64, 64)
     assert lm.complete([photos[0], " is"], max_new_tokens=5, max_images=0)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")  # TRL's
+def test_the_page_about_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its snippets run in order, and caption and generate as MultimodalLM does."""
+    text = (Path(__file__).parents[2] / "docs/transformers.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(snippets) == 4
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"docs/transformers.md, snippet {number}", "exec"), names)
+    lm = names["tuned"].__class__.from_pretrained("my_model")
+    photos, prompts = names["photos"], ["a photo of a bag", "photograph: mountain lake"]
+    assert [caption.strip() for caption in names["captions"]] == lm.caption(photos[:2])
+    assert names["caption"].strip() == names["captions"][0].strip()
+    expected = lm.generate_codes_batch(prompts, generator=torch.Generator().manual_seed(0))
+    assert names["codes"].to_list() == expected.to_list()
+    assert [image.size for image in [*names["images"], names["bag"]]] == [(64, 64)] * 3
 
 
 def test_transformers_generates_the_same_codes(lm: MultimodalLM, tmp_path: Path):
