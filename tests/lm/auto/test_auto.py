@@ -90,7 +90,7 @@ import lavit_lm, sys
 from transformers import AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor
 for kind in (AutoProcessor, AutoImageProcessor, AutoModelForMultimodalLM):
     print(type(kind.from_pretrained({str(directory)!r})).__name__)
-print([finder for finder in sys.meta_path if "lavit" in repr(finder)])"""
+print([finder for finder in sys.meta_path if type(finder).__name__ == "AfterImport"])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = ["LavitProcessor", "VisualImageProcessor", "LavitForConditionalGeneration", "[]"]
     assert done.stdout.split() == names

@@ -69,6 +69,7 @@ def test_encode_to_stdout(
         "tokenizer": str(weights / "tokenizer"),
         "codebook_size": 16,
         "patches": 16,
+        "fingerprint": tokenizer.fingerprint(),
     }
     codes = tokenizer.encode(photos)
     assert codes.keep is not None
