@@ -36,7 +36,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def atomic_files(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files replace those of `folder`, one by one, on success.
 
-    It lies inside `folder`, which may be a file system of its own. That of a killed process is
+    It is inside `folder`, which may be a file system of its own. That of a killed process is
     removed by the next one that writes there.
 
     Raises:

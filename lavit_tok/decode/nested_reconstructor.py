@@ -4,8 +4,8 @@
                                    -> Linear ---------------------------------> + = colors [b n q]
        + position of the patch + number of codes -> blocks -> LayerNorm, Linear ^
 
-The first two are what a linear decoder makes of the codes. The blocks add what the patches around
-tell of a patch, e.g. that an edge goes on across areas; they begin by adding nothing.
+The first two are what a linear decoder makes of the codes. The blocks add what follows
+from the patches around, e.g. that an edge goes on across areas; they begin by adding nothing.
 """
 
 from __future__ import annotations
