@@ -13,6 +13,7 @@ import torch
 import yaml
 from helpers.vlgpt_parts import TEXT, WIDTH, stage_one, tiny_diffusion
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from lavit_lm.cli import main
@@ -125,6 +126,17 @@ def test_stable_diffusion_s_own_encoders(grid: bool, tmp_path: Path):
     assert unguided[0].tobytes() != ours[0].tobytes()
     with pytest.raises(ValueError, match="to generate from"):
         c.generate(ConditionEmbeddings(None, None))
+
+
+@pytest.mark.parametrize("part", ["vae", "unet"])
+def test_numbers_that_are_none_are_refused(part: str, tmp_path: Path):
+    config = tiny_diffusion(tmp_path)
+    (file,) = (tmp_path / "diffusion" / part).glob("*.safetensors")
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"{part}.*NaN or infinity in 1 tensors"):
+        _ = load_diffusion(config, None).pipeline
 
 
 def test_a_pixel_decoder_s_condition(where: Path):

@@ -229,3 +229,12 @@ def test_a_directory_of_another_model_or_without_safetensors(tmp_path: Path):
     torch.save(encoder.model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         VisionEncoder.from_pretrained(str(tmp_path / "pickled"))
+
+
+def test_numbers_that_are_none_are_refused(tmp_path: Path):
+    encoder = made(tiny("clip_vision_model"))
+    with torch.no_grad():
+        next(encoder.model.parameters()).view(-1)[0] = torch.nan
+    encoder.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        VisionEncoder.from_pretrained(str(tmp_path))
