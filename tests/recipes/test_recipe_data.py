@@ -17,7 +17,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "data"
 @pytest.fixture(scope="module", autouse=True)
 def recipe_path():
     """Let the recipe's scripts be imported, and forget their short names afterwards."""
-    names = ("build", "captions", "fetch", "qt_resources", "sources", "views")
+    names = ("build", "captions", "fetch", "held_out", "qt_resources", "sources", "views")
     before = {name: sys.modules.pop(name, None) for name in names}
     sys.path.insert(0, str(RECIPE))
     yield
@@ -26,6 +26,21 @@ def recipe_path():
         sys.modules.pop(name, None)
         if before[name] is not None:
             sys.modules[name] = before[name]
+
+
+def test_held_out_images_are_copied_from_unpacked_packages(tmp_path: Path, monkeypatch):
+    import held_out
+
+    monkeypatch.setattr(held_out, "fetch_package", lambda *_: "1")  # no network
+    emoji = tmp_path / "raw" / held_out.EMOJI / "package/img/twitter/64"
+    emoji.mkdir(parents=True)
+    for i in range(150):
+        Image.new("RGB", (2, 2), (i, 0, 0)).save(emoji / f"{i:03}.png")
+    held_out.main(["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")])
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(names) == 8 + 60 and names[0] == "000-astronaut.png"
+    assert names[8:11] == ["008-000.png", "009-002.png", "010-005.png"]  # evenly from all
+    assert names[-1] == "067-147.png"
 
 
 def test_split_depends_on_the_hash_alone():
