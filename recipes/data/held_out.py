@@ -52,9 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         archives = f"{name}-*.tgz" if npm else f"{name}_*.deb"
         fetch_package(name, [*command, *([] if npm else [name])], archives, arguments.raw)
         found += spread(sorted((arguments.raw / name).glob(pattern)), count)
-    arguments.out.mkdir(parents=True)
+    folder = arguments.out / "test"  # else `datasets` finds splits in names of images
+    folder.mkdir(parents=True)
     for number, path in enumerate(found):
-        shutil.copyfile(path, arguments.out / f"{number:03}-{path.name}")
+        shutil.copyfile(path, folder / f"{number:03}-{path.name}")
     print(f"wrote {len(found)} images to {arguments.out}")
 
 

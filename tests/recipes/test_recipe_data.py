@@ -37,7 +37,7 @@ def test_held_out_images_are_copied_from_unpacked_packages(tmp_path: Path, monke
     for i in range(150):
         Image.new("RGB", (2, 2), (i, 0, 0)).save(emoji / f"{i:03}.png")
     held_out.main(["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")])
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out/test").iterdir())
     assert len(names) == 8 + 60 and names[0] == "000-astronaut.png"
     assert names[8:11] == ["008-000.png", "009-002.png", "010-005.png"]  # evenly from all
     assert names[-1] == "067-147.png"
