@@ -15,6 +15,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from lavit_tok.tokenizer import VisualTokenizer
 
 PACKAGES = ("torch", "transformers", "pillow")
 BLOCK_BYTES = 4 << 20  # of pixels that go to an actor at once: ten batches of 64-pixel images
+JOINING_S = 60
 Row = dict[str, bytes]
 
 
@@ -86,7 +88,7 @@ def ray_cluster(options: RayOptions) -> Iterator[None]:
     try:
         if not before:
             _init(options.address)
-        _require_resources(options, ray.cluster_resources())
+        _require_resources(options)
         yield
     finally:
         if not before:
@@ -148,7 +150,12 @@ def _init(address: str | None) -> None:
         if address not in (None, "auto", "local"):  # Ray tries for minutes
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address or "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise ShardError(f"--address {address}: no Ray cluster: {error}") from None
     finally:
@@ -156,17 +163,28 @@ def _init(address: str | None) -> None:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _require_resources(options: RayOptions, found: dict[str, float]) -> None:
-    """Raise ShardError if Ray would wait for more CPUs or GPUs than the cluster has."""
+def _require_resources(options: RayOptions) -> None:
+    """Raise ShardError if Ray would wait for more CPUs or GPUs than the cluster has.
+
+    The machines of a cluster have a minute to join it.
+    """
+    import ray
+
     needed = options.resources
     cpus = options.workers * needed["num_cpus"] + 1  # for reading
     gpus = options.workers * needed.get("num_gpus", 0)
-    has = {name: found.get(name, 0.0) for name in ("CPU", "GPU")}
-    if cpus > has["CPU"] or gpus > has["GPU"]:
-        raise ShardError(
-            f"{options.workers} workers need {cpus:g} CPUs and {gpus:g} GPUs, the Ray cluster has "
-            f"{has['CPU']:g} and {has['GPU']:g}: use fewer --workers or --gpus-per-worker"
-        )
+    end = time.monotonic() + (JOINING_S if options.address else 0)
+    while True:
+        found = ray.cluster_resources()
+        has = {name: found.get(name, 0.0) for name in ("CPU", "GPU")}
+        if cpus <= has["CPU"] and gpus <= has["GPU"]:
+            return
+        if time.monotonic() > end:
+            raise ShardError(
+                f"{options.workers} workers need {cpus:g} CPUs and {gpus:g} GPUs, the Ray cluster "
+                f"has {has['CPU']:g} and {has['GPU']:g}: use fewer --workers or --gpus-per-worker"
+            )
+        time.sleep(1)
 
 
 def _decode(row: dict[str, Any], read: Any) -> Iterator[Row]:
