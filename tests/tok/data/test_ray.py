@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,7 +29,6 @@ from lavit_tok.cli import main
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'lavit-tok[ray]')")
-psutil = pytest.importorskip("psutil")
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHARDS = 12
 EXAMPLE = Path(__file__).parents[3] / "examples/scale/ray_data.py"
