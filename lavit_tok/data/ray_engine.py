@@ -243,13 +243,16 @@ def _table(row: Row) -> pa.Table:
 
 def _error(error: Exception) -> ShardError:
     """What ended the job, on one line, without Ray's traceback and advice."""
-    if lacking := re.search("(?:ModuleNotFound|Import)Error: (.*)", str(error)):
-        return ShardError(
-            f"a worker of the cluster lacks a package ({lacking[1]}): install "
-            "'lavit-tok[train,ray]' on all machines"
-        )
     cause = getattr(error, "cause", error)
-    line = str(cause).strip().partition("\n")[0]
-    if isinstance(cause, ShardError):
-        return ShardError(line)
-    return ShardError(f"a worker failed: {type(cause).__name__}: {line}")
+    text = f"{type(cause).__name__}: {cause}\n{error}"  # Ray knows some causes as text only
+    found = dict(re.findall(r"^(?:\w+\.)*(\w+Error): (.+)", text, re.MULTILINE))
+    if "ShardError" in found:
+        return ShardError(found["ShardError"])
+    for name in ("ModuleNotFoundError", "ImportError"):
+        if name in found:
+            return ShardError(
+                f"a worker of the cluster lacks a package ({found[name]}): install "
+                "'lavit-tok[train,ray]' on all machines"
+            )
+    name, message = [*found.items(), (type(cause).__name__, str(cause).partition("\n")[0])][0]
+    return ShardError(f"a worker failed: {name}: {message}")
