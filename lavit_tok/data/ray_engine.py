@@ -34,6 +34,7 @@ from lavit_tok.tokenizer import VisualTokenizer
 PACKAGES = ("torch", "transformers", "pillow")
 BLOCK_BYTES = 4 << 20  # of pixels that go to an actor at once: ten batches of 64-pixel images
 JOINING_S = 60
+INIT_DEATHS = 20  # actors in turn that die before their first batch; by default Ray accepts none
 Row = dict[str, bytes]
 
 
@@ -119,6 +120,7 @@ def encode_on_ray(
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
+    context.max_consecutive_actor_init_deaths = INIT_DEATHS
     with DataContext.current(context):
         rows = [asdict(item) for item in work]
         items = ray.data.from_items(rows, override_num_blocks=len(rows))

@@ -27,7 +27,7 @@ from robustness.small import files, image
 from lavit_tok import TokenizeBatch, VisualTokenizer
 from lavit_tok.cli import main
 
-os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}  # Ray's default is 15
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'lavit-tok[ray]')")
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHARDS = 12
