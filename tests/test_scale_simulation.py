@@ -1,7 +1,8 @@
-"""examples/scale/simulation.py at its limits, where the result is known."""
+"""examples/scale: the simulation at its limits, where the result is known, and a measurement."""
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -27,3 +28,11 @@ def test_limits(capsys: pytest.CaptureFixture[str]) -> None:
     assert rate(64, "--stragglers", "0.5")[0] < 0.6 * 64 * 500
     script["main"](script["arguments"]().parse_args([*NEVER, "--driver", "35"]))
     assert "knee: 32 workers" in capsys.readouterr().out
+
+
+def test_cost_of_shards(capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards are written, and a second job finds them; what it prints are times."""
+    runpy.run_path(str(PATH.with_name("measure.py")))["shards"]([3])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "ms each" in line)
+    found = re.fullmatch(r"3 shards: ([\d.]+) ms each, resumed ([\d.]+) ms", line)
+    assert found and float(found[2]) > 0 and 0 < float(found[1]) < 1000

@@ -190,12 +190,17 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 def shards(arguments: argparse.Namespace) -> int:
     """A captioned data set -> parquet shards of codes."""
     try:
+        from lavit_tok.data.ray_engine import RayOptions
         from lavit_tok.data.shard_writer import write_shards
     except ImportError as error:
         raise ImportError(
             f"reading data sets needs more packages: pip install 'lavit-tok[train]' ({error})"
         ) from None
     names = ("split", "budget", "flip", "shard_size", "batch_size", "num_workers", "streaming")
+    options = (arguments.address, arguments.workers, arguments.gpus_per_worker)
+    ray = RayOptions(*options) if arguments.engine == "ray" else None
+    if ray is None and options != (None, 1, 0):
+        raise ValueError("--address, --workers and --gpus-per-worker are options of --engine ray")
     columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
     tokenizer = _tokenizer(arguments)
     limit_images(tokenizer.image_processor, arguments)
@@ -205,6 +210,7 @@ def shards(arguments: argparse.Namespace) -> int:
         str(arguments.tokenizer),
         tokenizer,
         columns=columns,
+        ray=ray,
         **{name: getattr(arguments, name) for name in names},
     ):
         print(summary, file=sys.stderr)

@@ -421,6 +421,23 @@ COMMANDS: dict[str, Command] = {
                 action="store_true",
                 help="read the data set's files (tar, parquet; URLs too) in order, without a copy",
             ),
+            Argument(
+                "--engine",
+                choices=("local", "ray"),
+                default="local",
+                help="ray: on a cluster, by pip install 'lavit-tok[ray]'; the same files",
+            ),
+            Argument("--address", metavar="A", help="of the Ray cluster, or auto; else a new one"),
+            Argument(
+                "--workers", type=positive, default=1, metavar="N", help="of Ray, each with a model"
+            ),
+            Argument(
+                "--gpus-per-worker",
+                type=float,
+                default=0.0,
+                metavar="G",
+                help="of Ray, may be a fraction; 0 encodes on CPUs",
+            ),
             Argument("--split", metavar="NAME", help="one split; by default all splits"),
             Argument(
                 "--image-column",

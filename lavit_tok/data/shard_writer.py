@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from lavit_tok.checkpoints.files import atomic, exclusive_folder
 from lavit_tok.data.image_sources import hold_out, load_splits
+from lavit_tok.data.ray_engine import RayOptions, encode_on_ray, ray_cluster
 from lavit_tok.data.rejects import AllSkippedError
 from lavit_tok.data.shard_footers import (
     complete_parts,
@@ -64,6 +66,7 @@ def write_shards(
     batch_size: int = 32,
     num_workers: int = 0,
     streaming: bool = False,
+    ray: RayOptions | None = None,
 ) -> list[str]:
     """Tokenize splits of a data set; see `lavit-tok shards --help`.
 
@@ -81,6 +84,7 @@ def write_shards(
         batch_size: images per batch.
         num_workers: processes that read images; 0 for none.
         streaming: read the input files in order, without a copy of the data set on this machine.
+        ray: run on Ray; None runs in this process.
 
     Returns:
         A summary of each split.
@@ -110,14 +114,16 @@ def write_shards(
         flip=flip,
         shard_size=shard_size,
     )
-    engine = partial(encode_here, tokenizer=tokenizer, num_workers=num_workers)
+    engine: Any = partial(encode_here, tokenizer=tokenizer, num_workers=num_workers)
+    if ray is not None:
+        engine = partial(encode_on_ray, tokenizer=tokenizer_name, options=ray)
     kind: Any = StreamedImages if streaming else SplitImages
     summaries = []
-    with exclusive_folder(out):
+    with exclusive_folder(out), nullcontext() if ray is None else ray_cluster(ray):
         for name in names:
             source = kind(splits[name], data, tokenizer.image_processor, *columns)
             job = ShardJob(out, name, source, config, data)
-            job.run(engine, batch_size)
+            job.run(engine, batch_size, shard_size if ray else batch_size)
             held_out = ", held out of train by content" if name not in given else ""
             summaries.append(job.summary() + held_out)
     return summaries
@@ -160,13 +166,14 @@ class ShardJob:
                     f"{len(source)} of {data}: use the same data set, or another --out"
                 )
 
-    def run(self, engine: Any, batch_size: int) -> None:
+    def run(self, engine: Any, batch_size: int, step: int) -> None:
         """Make the missing shards, then the manifest.
 
         Args:
             engine: maps (work, read, config) to tables of codes of the batches of `read(item)` for
                 each item of work, in any order.
             batch_size: images of a batch.
+            step: images of an item of work, if the source can be read at random.
 
         Raises:
             OSError: a file cannot be written.
@@ -175,7 +182,7 @@ class ShardJob:
         """
         done = {file: shard.footer.digest for file, shard in self.shards.items()}
         size, source = self.size, self.source
-        work = source.work(self.name, size, batch_size, done)
+        work = source.work(self.name, size, step, done)
         total = None
         if source.parts is None:
             total = len(source)

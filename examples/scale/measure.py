@@ -1,0 +1,211 @@
+"""What docs/results.md records of `lavit-tok shards` on one machine.
+
+    python examples/scale/measure.py kills --count 50
+    python examples/scale/measure.py speed --count 3000
+    python examples/scale/measure.py memory --count 2000 20000
+    python examples/scale/measure.py shards --count 10 100 1000 10000
+
+kills: SIGKILL to actors, reading tasks and drivers of jobs on Ray, at random moments; a driver is
+started again until the job ends; then every file equals that of an undisturbed job.
+shards: processor time of the writing process for shards of 64 images with 21 codes each.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from lavit_tok import TokenizerConfig, VisualTokenizer
+
+ENCODER = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32}
+ENCODER |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+VICTIMS = {"actor": "_Encoder", "task": "_decode"}
+PROGRAM = "import sys; from lavit_tok.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def write_images(folder: Path, count: int, side: int) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((side, side)).save(folder / f"{i:05d}.jpg", quality=90)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = TokenizerConfig(encoder=ENCODER, codebook_size=16, code_dim=4, num_heads=2)
+    VisualTokenizer(config).save_pretrained(folder)
+    return folder
+
+
+def start(*args: object, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", PROGRAM, "shards", *map(str, args), "--split", "train"]
+    return subprocess.Popen(command, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+
+
+def kill(draw: random.Random, kind: str, driver: subprocess.Popen[bytes]) -> bool:
+    """SIGKILL to a process of a kind that this job has started, if there is one."""
+    if kind == "driver":
+        driver.kill()
+        driver.wait()
+        return True
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if VICTIMS[kind] in " ".join(process.cmdline()):
+                found.append(process)
+    if found:
+        draw.choice(found).kill()
+    return bool(found)
+
+
+def kills(counts: list[int]) -> None:
+    (count,) = counts
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="kills") as name:
+        folder, log = Path(name), (Path(name) / "log").open("wb")
+        images = write_images(folder / "images", 200, 40)
+        job = [images, "--tokenizer", write_tokenizer(folder / "t"), "--shard-size", 4]
+        job += ["--batch-size", 3, "--budget", 0.4, "--flip"]
+        assert start(*job, "--out", folder / "whole", stderr=log).wait() == 0
+        whole, done = files(folder / "whole"), dict.fromkeys((*VICTIMS, "driver"), 0)
+        context = ray.init("local", log_to_driver=False, include_dashboard=False)
+        jobs = starts = 0
+        while sum(done.values()) < count:
+            draw, out = random.Random(jobs), folder / f"out{jobs}"
+            own = jobs % 4 == 3  # every fourth job has a cluster of its own, which dies with it
+            options = ["--engine", "ray", "--workers", 2, "--out", out]
+            options += [] if own else ["--address", context.address_info["address"]]
+            driver = start(*job, *options, stderr=log)
+            starts += 1
+            for at in sorted(draw.randrange(len(whole)) for _ in range(5)):
+                kind = draw.choice(list(done))
+                while driver.poll() is None and len([*out.glob("*.parquet")]) < at:
+                    time.sleep(0.01)
+                time.sleep(draw.uniform(0, 0.3))
+                if driver.poll() is None and kill(draw, kind, driver):
+                    done[kind] += 1
+                if driver.poll() is not None and driver.returncode != 0:
+                    driver = start(*job, *options, stderr=log)
+                    starts += 1
+            assert driver.wait() == 0, (folder / "log").read_text()[-3000:]
+            assert files(out) == whole, f"job {jobs} has other files"
+            jobs += 1
+            print(f"{jobs} jobs, {starts} starts, equal; kills {done}", flush=True)
+        ray.shutdown()
+
+
+def speed(counts: list[int]) -> None:
+    """Images a second of encoding alone, and of both engines with the shipped tokenizer."""
+    (count,) = counts
+    import ray
+
+    from lavit_tok.data.ray_engine import RayOptions
+    from lavit_tok.data.shard_writer import write_shards
+
+    tokenizer = VisualTokenizer.from_pretrained("default")
+    with tempfile.TemporaryDirectory(prefix="speed") as name:
+        images = write_images(Path(name) / "images", count, 96)
+        pixels = tokenizer.image_processor.resize(Image.open(images / "00000.jpg"))
+        batch = pixels.repeat(32, 1, 1, 1)
+        rates = {"load before": os.getloadavg()[0]}
+        begin = time.perf_counter()
+        for _ in range(60):
+            tokenizer.encode(batch)
+        rates["encode alone"] = 60 * 32 / (time.perf_counter() - begin)
+        os.environ |= {"RAY_worker_niceness": "0"}  # else they wait for every other process
+        ray.init("local", log_to_driver=False, include_dashboard=False)
+        for engine in ("local", "ray"):
+            out, options = Path(name) / engine, RayOptions(workers=2) if engine == "ray" else None
+            begin = time.perf_counter()
+            write_shards(
+                str(images), out, "default", tokenizer, "train", shard_size=256, ray=options
+            )
+            rates[engine] = count / (time.perf_counter() - begin)
+            times = sorted(path.stat().st_mtime for path in out.glob("*.parquet"))
+            rates[f"{engine}, without start"] = (count - 256) / (times[-1] - times[0])
+        ray.shutdown()
+        rates["load after"] = os.getloadavg()[0]
+        print({name: round(value, 2) for name, value in rates.items()})
+        assert files(Path(name) / "local") == files(Path(name) / "ray")
+
+
+def memory(counts: list[int]) -> None:
+    """Peak memory of the local engine with a tiny tokenizer."""
+    with tempfile.TemporaryDirectory(prefix="memory") as name:
+        tokenizer = write_tokenizer(Path(name) / "t")
+        for count in counts:
+            images = write_images(Path(name) / str(count), count, 40)
+            out, begin = Path(name) / f"out{count}", time.perf_counter()
+            process = start(images, "--tokenizer", tokenizer, "--shard-size", 256, "--out", out)
+            _, status, usage = os.wait4(process.pid, 0)
+            assert status == 0
+            seconds = time.perf_counter() - begin
+            print(f"{count} images: {usage.ru_maxrss / 1024:.0f} MB, {seconds:.0f} s", flush=True)
+
+
+def shards(counts: list[int]) -> None:
+    """Milliseconds for each shard: written, and read by a job that resumes."""
+    import datasets
+    import pyarrow as pa
+
+    from lavit_tok.data.shard_manifest import ShardConfig, shard_name
+    from lavit_tok.data.shard_source import BLOCK_END, PART_END, SplitImages
+    from lavit_tok.data.shard_writer import ShardJob
+    from lavit_tok.encode.image_processor import VisualImageProcessor
+
+    config = ShardConfig("default", "", "", 2048, 64, None, None, False, 64)
+    numbers = pa.array([[*range(21)]] * 64, pa.list_(pa.int32()))
+    features = datasets.Features({"image": datasets.Image(), "key": datasets.Value("string")})
+
+    def block(number: int, last: bool) -> pa.Table:
+        index = range(64 * number, 64 * number + 64)
+        table = {"file": [shard_name("train", number)] * 64, "index": index, "size": [1] * 64}
+        table |= {"end": [0] * 63 + [PART_END if last else BLOCK_END], "caption": [""] * 64}
+        table |= {"key": [str(i) for i in index], "codes": numbers, "keep": numbers}
+        return pa.table(table | {"length": [21] * 64, "reason": pa.nulls(64, pa.string())})
+
+    for count in counts:
+        values = {"image": [{"bytes": b"0", "path": None}] * (64 * count)}
+        split = datasets.Dataset.from_dict(
+            values | {"key": [str(i) for i in range(64 * count)]}, features
+        )
+        source = SplitImages(split, "data", VisualImageProcessor(64))
+        blocks = [block(number, number == count - 1) for number in range(count)]
+        with tempfile.TemporaryDirectory(prefix="shards") as name:
+            times = []
+            for engine in (
+                lambda work, read, config, blocks=blocks: iter(blocks),
+                lambda work, read, config: (table for item in work for table in read(item)),
+            ):
+                begin = time.process_time()
+                ShardJob(Path(name), "train", source, config, "data").run(engine, 64, 64)
+                times.append(1000 * (time.process_time() - begin) / count)
+        print(f"{count} shards: {times[0]:.2f} ms each, resumed {times[1]:.2f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    text = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    modes = {"kills": kills, "speed": speed, "memory": memory, "shards": shards}
+    parser.add_argument("what", choices=modes)
+    parser.add_argument("--count", type=int, nargs="+", default=[50], help="kills, images, shards")
+    values = parser.parse_args()
+    modes[values.what](values.count)

@@ -1,0 +1,260 @@
+"""The engine "ray": images are read by tasks on CPUs and encoded by actors that hold the model.
+
+    work -tasks: read, decode-> batches of pixels -actors: encode-> batches of codes -> driver
+
+Only the driver writes, so a block is written once, whatever dies: Ray runs lost tasks again, and a
+driver that dies is started again by the user. To Ray a batch is one value (an Arrow stream), which
+it neither splits nor joins with others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+
+from lavit_tok import __version__
+from lavit_tok.data.shard_manifest import ShardConfig, ShardError
+from lavit_tok.data.shard_source import Work, weights_digest
+from lavit_tok.data.tokenize_batch import tokenize_batch
+from lavit_tok.tokenizer import VisualTokenizer
+
+PACKAGES = ("torch", "transformers", "pillow")
+BLOCK_BYTES = 4 << 20  # of pixels that go to an actor at once: ten batches of 64-pixel images
+JOINING_S = 60
+INIT_DEATHS = 20  # actors in turn that die before their first batch; by default Ray accepts none
+Row = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """How `--engine ray` runs.
+
+    Raises:
+        ValueError: GPUs that Ray cannot reserve.
+    """
+
+    address: str | None = None
+    """Of a cluster, or "auto"; None starts one on this machine."""
+    workers: int = 1
+    """Actors, each with a copy of the tokenizer."""
+    gpus_per_worker: float = 0.0
+    """Whole, or a fraction of one; 0 encodes on CPUs."""
+
+    def __post_init__(self) -> None:
+        gpus = self.gpus_per_worker
+        if not (0 <= gpus < 1 or (gpus > 0 and float(gpus).is_integer())):
+            raise ValueError(f"--gpus-per-worker: expected 0..1 or a whole number, got {gpus}")
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray reserves for an actor; without GPUs half a CPU, the rest is for reading."""
+        if self.gpus_per_worker:
+            return {"num_cpus": 0, "num_gpus": self.gpus_per_worker}
+        return {"num_cpus": 0.5}
+
+
+@contextmanager
+def ray_cluster(options: RayOptions) -> Iterator[None]:
+    """A connection to a cluster, or a cluster of this machine, for as long as the block runs.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ShardError: no cluster at the address, or one that is too small.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError(
+            f"--engine ray needs more packages: pip install 'lavit-tok[ray]' ({error})"
+        ) from None
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the others write to Ray's log files
+            handler.setLevel(logging.CRITICAL)
+    before = ray.is_initialized()
+    try:
+        if not before:
+            _init(options.address)
+        _require_resources(options)
+        yield
+    finally:
+        if not before:
+            ray.shutdown()
+
+
+def encode_on_ray(
+    work: list[Work], read: Any, config: ShardConfig, tokenizer: str, options: RayOptions
+) -> Iterator[pa.Table]:
+    """Tables of codes in the order in which they are made, in a `ray_cluster`.
+
+    Args:
+        work: what to read.
+        read: gives decoded batches of an item of work; pickled, so files are read by paths or URLs
+            that all machines have in common.
+        config: what all shards have in common.
+        tokenizer: "default", directory or Hub id, loaded by every actor.
+        options: of the cluster.
+
+    Raises:
+        ShardError: of `read`, or a worker that would make other codes or no codes.
+    """
+    import ray
+    from ray.data.context import DataContext
+
+    if not work:
+        return
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
+    context.max_consecutive_actor_init_deaths = INIT_DEATHS
+    with DataContext.current(context):
+        rows = [asdict(item) for item in work]
+        items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    codes = items.flat_map(_decode, fn_kwargs={"read": read}).map(
+        _Encoder,
+        fn_constructor_args=(config, tokenizer, versions()),
+        compute=ray.data.ActorPoolStrategy(size=min(options.workers, len(work))),
+        **options.resources,
+    )
+    try:
+        for row in codes.iter_rows():
+            yield _table(row)
+    except ray.exceptions.RayError as error:
+        raise _error(error) from None
+
+
+def versions() -> dict[str, str]:
+    """Of the packages on which codes depend, without the build (cpu, cu130)."""
+    found = {name: version(name).partition("+")[0] for name in PACKAGES}
+    return found | {"lavit-tok": __version__}
+
+
+def _init(address: str | None) -> None:
+    """Connect to a cluster, or start one."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        if address not in (None, "auto", "local"):  # Ray tries for minutes
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(
+            address or "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ShardError(f"--address {address}: no Ray cluster: {error}") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Ray's own ends with code 15
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _require_resources(options: RayOptions) -> None:
+    """Raise ShardError if Ray would wait for more CPUs or GPUs than the cluster has.
+
+    The machines of a cluster have a minute to join it.
+    """
+    import ray
+
+    needed = options.resources
+    cpus = options.workers * needed["num_cpus"] + 1  # for reading
+    gpus = options.workers * needed.get("num_gpus", 0)
+    end = time.monotonic() + (JOINING_S if options.address else 0)
+    while True:
+        found = ray.cluster_resources()
+        has = {name: found.get(name, 0.0) for name in ("CPU", "GPU")}
+        if cpus <= has["CPU"] and gpus <= has["GPU"]:
+            return
+        if time.monotonic() > end:
+            raise ShardError(
+                f"{options.workers} workers need {cpus:g} CPUs and {gpus:g} GPUs, the Ray cluster "
+                f"has {has['CPU']:g} and {has['GPU']:g}: use fewer --workers or --gpus-per-worker"
+            )
+        time.sleep(1)
+
+
+def _decode(row: dict[str, Any], read: Any) -> Iterator[Row]:
+    """The task."""
+    for table in read(Work(**row)):
+        yield _row(table)
+
+
+class _Encoder:
+    """The actor."""
+
+    def __init__(self, config: ShardConfig, tokenizer: str, expected: dict[str, str]) -> None:
+        self.config, self.name, self.expected = config, tokenizer, expected
+
+    @cached_property
+    def tokenizer(self) -> VisualTokenizer:
+        """Loaded with the first batch, as Ray starts an actor that cannot be made once more.
+
+        Raises:
+            ShardError: it would make other codes than the driver expects.
+        """
+        import ray
+
+        if (found := versions()) != self.expected:
+            raise ShardError(
+                f"a worker has {found}, the driver {self.expected}: shards of both would be mixed; "
+                "install the same packages on all machines"
+            )
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        try:
+            tokenizer = VisualTokenizer.from_pretrained(self.name, device=device)
+        except (ValueError, OSError) as error:
+            raise ShardError(f"a worker cannot load the tokenizer: {error}") from None
+        if (digest := weights_digest(tokenizer)) != self.config.weights:
+            raise ShardError(
+                f"a worker's tokenizer {self.name!r} has weights {digest}, the driver's "
+                f"{self.config.weights}: shards of both would be mixed"
+            )
+        return tokenizer
+
+    def __call__(self, row: Row) -> Row:
+        config = self.config
+        return _row(tokenize_batch(_table(row), self.tokenizer, config.budget, config.flip))
+
+
+def _row(table: pa.Table) -> Row:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return {"batch": sink.getvalue().to_pybytes()}
+
+
+def _table(row: Row) -> pa.Table:
+    return pa.ipc.open_stream(row["batch"]).read_all()
+
+
+def _error(error: Exception) -> ShardError:
+    """What ended the job, on one line, without Ray's traceback and advice."""
+    cause = getattr(error, "cause", error)
+    text = f"{type(cause).__name__}: {cause}\n{error}"  # Ray knows some causes as text only
+    found = dict(re.findall(r"^(?:\w+\.)*(\w+Error): (.+)", text, re.MULTILINE))
+    if "ShardError" in found:
+        return ShardError(found["ShardError"])
+    for name in ("ModuleNotFoundError", "ImportError"):
+        if name in found:
+            return ShardError(
+                f"a worker of the cluster lacks a package ({found[name]}): install "
+                "'lavit-tok[train,ray]' on all machines"
+            )
+    name, message = [*found.items(), (type(cause).__name__, str(cause).partition("\n")[0])][0]
+    return ShardError(f"a worker failed: {name}: {message}")
