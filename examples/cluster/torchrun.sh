@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One of several machines: NODES=8 NODE=0 HEAD=first-machine examples/cluster/torchrun.sh -c recipes/lm/lavit-7b.yaml ...
+# One of several machines (not yet run on several): NODES=8 NODE=0 HEAD=first-machine examples/cluster/torchrun.sh -c recipes/lm/lavit-7b.yaml ...
 # Lightning takes ranks and addresses from torchrun; --ckpt_path=last continues after a failure.
 set -euo pipefail
 exec torchrun --nnodes="${NODES:-1}" --node-rank="${NODE:-0}" --nproc-per-node="${GPUS:-8}" \
