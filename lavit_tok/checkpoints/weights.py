@@ -22,7 +22,7 @@ from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lavit_tok.checkpoints.files import named_errors
+from lavit_tok.checkpoints.files import PARTIAL, named_errors
 from lavit_tok.nn.precision import float32_default
 
 PACKAGE = Path(__file__).parents[1]
@@ -129,7 +129,9 @@ def check_foreign(directory: Path) -> Path:
                 f"{directory / name}: expected weights and configs only: because of this file "
                 "transformers would run code or load another model"
             )
-    for folder in (directory, *(p for p in sorted(directory.iterdir()) if p.is_dir())):
+    folders = [path for path in sorted(directory.iterdir()) if path.is_dir()]
+    # Partial folders of a running or killed process are not read.
+    for folder in (directory, *(f for f in folders if not PARTIAL.fullmatch(f.name))):
         for path in sorted(folder.iterdir()):
             if path.suffix not in (".json", ".safetensors", ".model", ".jinja"):
                 continue

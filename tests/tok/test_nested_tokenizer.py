@@ -64,8 +64,13 @@ def test_kept_patches_are_the_first_of_the_order(
     )
     with pytest.raises(ValueError, match="first patches of the nested order"):
         tokenizer.encode_kept(torch.randn(1, 16, 24), ~codes.keep)
-    with pytest.raises(ValueError, match="not of merged features"):
-        tokenizer.merge(torch.randn(1, 16, 24), codes.keep)
+    for stage, arguments in (
+        (tokenizer.merge, (torch.randn(1, 16, 24), codes.keep)),
+        (tokenizer.project, (torch.randn(3, 24),)),
+        (tokenizer.quantize, (torch.randn(3, 4), codes.lengths)),
+    ):
+        with pytest.raises(ValueError, match="not of merged features"):
+            stage(*arguments)
     with pytest.raises(ValueError, match="depends on its rank"):
         tokenizer.lookup(codes)
 
