@@ -219,6 +219,7 @@ def test_configurations_that_cannot_be(images: torch.Tensor) -> None:
         {"attention": "compat"},
         {"continuous_width": 8},
         {"patch_dim": 0},
+        {"patch_dim": 24 + 3 * 16 + 1},
     ):
         with pytest.raises(ConfigError, match=next(iter(changes))):
             TokenizerConfig.from_dict({**SETTINGS, **changes})

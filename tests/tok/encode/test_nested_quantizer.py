@@ -93,7 +93,8 @@ def fitted(color_weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     reconstructor = NestedReconstructor(12, PATCHES, 10, 1, 3, 8, colors=6)
     with torch.no_grad():
         config = NestedCodebookConfig(color_weight=color_weight, samples=2000, iterations=5)
-        parts = (features, colors, config, generator, lambda _: None)
+        lines: list[str] = []
+        parts = (features, colors, config, generator, lines.append)
         fit_quantizer(quantizer, reconstructor, *parts)
         codes = quantizer.encode(features, PATCHES)
         errors = []
@@ -106,6 +107,10 @@ def fitted(color_weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             x, y = features - quantizer.center, found.features - quantizer.center
             cosine = 1 - F.cosine_similarity(x, y, dim=-1).mean()
             errors.append(torch.stack([cosine, (found.colors - colors).square().mean()]))
+    reported = [float(line.split()[-1]) for line in lines]
+    assert len(reported) == 7 and reported == sorted(reported, reverse=True)
+    left = (quantizer.project(features) - vectors).square().sum(-1).mean()
+    assert reported[-1] == pytest.approx(float(left), abs=1e-3)
     bases = [quantizer.codebook.basis(i) for i in range(3)]
     for basis in bases:
         torch.testing.assert_close(basis.T @ basis, torch.eye(8), atol=1e-4, rtol=0)
