@@ -228,6 +228,7 @@ def test_sizes_of_a_tokenizer(directory: Path, name: str, value: Any):
         ("conditioner", "depth", 10**7),
         ("conditioner", "codebook_size", 10**10),
         ("scheduler", "num_train_timesteps", 10**9),
+        ("scheduler", "prediction_type", "evil"),
         ("scheduler", "beta_start", float("nan")),
         ("scheduler", "beta_end", 2),
     ],

@@ -569,6 +569,7 @@ def test_bad_words(line: str, reason: str, capsys: pytest.CaptureFixture[str]) -
             "encode PHOTO --device toaster --tokenizer TOKENIZER",
             "device 'toaster' cannot be used here",
         ),
+        ("encode PHOTO --device meta --tokenizer TOKENIZER", "device 'meta' cannot be used here"),
         ("encode FOLDER", "no images found"),
         ("decode missing.parquet --out DIR", "missing.parquet"),
         ("decode codes.csv --out DIR", "codes.csv: expected a name that ends in"),
