@@ -26,6 +26,7 @@ from lavit_lm.generation.prompts import (
     require_text,
 )
 from lavit_lm.generation.sampling import (
+    GUIDANCE_RANGE,
     GUIDANCE_SCALE,
     TOP_K,
     GenerationConstraint,
@@ -213,6 +214,9 @@ class MultimodalLM:
             )
         patches = self.visual_tokenizer.config.num_patches
         least, most = self.objective.image_output.limits(patches)
+        for name, limit in (("min_codes", min_codes), ("max_codes", max_codes)):
+            if limit is not None and type(limit) is not int:
+                raise ValueError(f"{name}: expected an integer in 1..{patches}, got {limit!r:.60}")
         least = least if min_codes is None else min_codes
         most = most if max_codes is None else max_codes
         if not 1 <= least <= most <= patches:
@@ -346,6 +350,9 @@ class MultimodalLM:
             An answer of at least one token, or a list of answers.
         """
         template = self.objective.prompt_templates.answer if template is None else template
+        for name, text in (("question", question), ("template", template)):
+            if not isinstance(text, str):
+                raise ValueError(f"{name}: expected a text, got {type(text).__name__}")
         return self._texts(image, [template.replace("{}", question)], max_new_tokens, options)
 
     def _texts(self, images: Any, text: list[str], limit: int, options: dict[str, Any]) -> Any:
@@ -382,6 +389,8 @@ class MultimodalLM:
             ValueError: max_images above 0 for a model that never begins an image itself, or a
                 prompt that leaves too few positions in the context.
         """
+        require_number("max_images", max_images, 0, MAX_IMAGES, integer=True)
+        require_number("guidance_scale", guidance_scale, *GUIDANCE_RANGE)
         if max_images and not self.objective.image_output.emits_start:
             raise ValueError(
                 f"{self.objective.name} is not trained to generate the token that begins an image: "

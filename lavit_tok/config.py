@@ -56,7 +56,7 @@ class TokenizerConfig:
     dither: bool = True
     """Spread kept patches by a fixed pattern (allocation.ordered_noise); False in LaVIT."""
     merger_depth: int = 2
-    """Blocks of the merger; 0 quantizes the kept patches unchanged."""
+    """Blocks of the merger; 0 quantizes the kept patches unchanged. Nested codes have no merger."""
     merger_position: bool = True
     """Add learned positions in the merger; False in LaVIT, whose features encode them."""
     reconstructor_depth: int = 3
@@ -118,6 +118,9 @@ class TokenizerConfig:
             patches = 1 if side == 1 else 4  # of the smallest area
             fits = 0 < self.code_dim <= patches * self.patch_dim
             self._require("patch_dim", fits, f"at least code_dim / {patches} for nested codes")
+            most = self.width + 3 * self.color_cells**2  # what it is fitted to
+            expected = f"at most {most}, the width and the numbers of the colors"
+            self._require("patch_dim", self.patch_dim <= most, expected)
             self._require("attention", self.attention == "strict", "'strict' for nested codes")
             self._require("continuous_width", self.continuous_width == 0, "0 for nested codes")
         else:

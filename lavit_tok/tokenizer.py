@@ -3,12 +3,15 @@
 images -preprocess-> pixels -features-> [b n d] -score-> [b n 2] -select-> keep [b n]
        -merge-> [total d] -project-> [total c] -quantize-> VisualCodes
        -lookup-> [total c] -reconstruct_features-> [b n d]
+
+Nested codes have no merge, project, quantize and lookup: [b n d], keep -encode_kept-> VisualCodes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +85,8 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
                 f"got {size}"
             )
         self.nested = c.sequence == "nested"
-        self.selector: Any = None  # nested codes have a fixed order,
-        self.merger = None  # and absorb what earlier ones leave
+        self.selector: Any = None  # nested codes have a fixed order, and merge nothing
+        self.merger = None
         self.quantizer: Any
         if self.nested:
             self.quantizer = NestedQuantizer(
@@ -318,28 +321,39 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         Raises:
             ValueError: a tokenizer of nested codes, which merges nothing.
         """
-        if self.nested:
-            raise ValueError(
-                "nested codes are not of merged features: each is of what the codes before it "
-                "leave over; use encode_kept"
-            )
+        self._require_merged()
         return self.merger(features, keep)
 
     def project(self, merged: Float[Tensor, "total width"]) -> Float[Tensor, "total code_dim"]:
-        """Merged features -> unit-norm vectors of the code space, in float32."""
+        """Merged features -> unit-norm vectors of the code space, in float32.
+
+        Raises:
+            ValueError: a tokenizer of nested codes, likewise in quantize.
+        """
+        self._require_merged()
         return self.quantizer.project(merged)
 
     def quantize(
         self, z: Float[Tensor, "total code_dim"], lengths: Int64[Tensor, " batch"]
     ) -> VisualCodes:
         """The exact nearest codebook entries, in float32; `lengths` gives the codes per image."""
+        self._require_merged()
         values = self.quantizer.codebook.nearest(z)
         return VisualCodes(values, lengths, codebook_size=self.config.codebook_size)
 
-    def lookup(self, codes: VisualCodes) -> Float[Tensor, "total code_dim"]:
-        """Codebook entries of all codes. Raises CodeError for codes of another codebook.
+    def _require_merged(self) -> None:
+        if self.nested:
+            raise ValueError(
+                "nested codes are not of merged features: each is of what the codes before it "
+                "leave over; use encode_kept"
+            )
 
-        ValueError for nested codes, whose entries depend on their rank.
+    def lookup(self, codes: VisualCodes) -> Float[Tensor, "total code_dim"]:
+        """Codebook entries of all codes.
+
+        Raises:
+            CodeError: codes of another codebook.
+            ValueError: a tokenizer of nested codes, whose entries depend on their rank.
         """
         codes.check(self.config.codebook_size)
         if self.nested:
@@ -438,7 +452,10 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
         """
         self._save_dtype = dtype
         kwargs.setdefault("repo_id", Path(save_directory).name)  # not that of the temporary folder
+        card = Path(save_directory) / "README.md"
         with atomic_files(Path(save_directory)) as folder:
+            if card.is_file():  # a model card is written only where there is none
+                shutil.copy(card, folder)
             return super().save_pretrained(folder, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -28,6 +28,7 @@ COMPACT = 4  # finished sequences leave the batch once they are a quarter of it:
 
 GUIDANCE_SCALE, TOP_K = 3.0, 50
 """Of images, by default; texts are generated greedily."""
+GUIDANCE_RANGE = -1000, 1000
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator, from which each sequence gets a seed of its own, or one for each sequence."""
@@ -61,7 +62,7 @@ class Sampling:
             require_number("top_k", self.top_k, 1, 2**31, integer=True)
         if self.top_p is not None:
             require_number("top_p", self.top_p, 1e-6, 1)
-        require_number("guidance_scale", self.guidance_scale, -1000, 1000)
+        require_number("guidance_scale", self.guidance_scale, *GUIDANCE_RANGE)
 
     def draw(
         self, logits: Float[Tensor, "b v"], generators: Sequence[torch.Generator | None]

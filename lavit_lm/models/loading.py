@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -54,7 +57,10 @@ def load_lm(
     """
     try:
         if isinstance(source, str):
-            lm, _ = open_lm(find_directory(source, None, FILES), torch.float32)
+            lm, report = open_lm(find_directory(source, None, FILES), torch.float32)
+            if missing := sorted(map(str, report["missing_keys"])):
+                names = shorten(", ".join(missing), 160)
+                warnings.warn(f"lm: {source}: begins at random, as it has no {names}", stacklevel=2)
         else:
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
             special = {name: getattr(processor.text_tokenizer, name) for name in names}
@@ -97,14 +103,14 @@ def open_lm(directory: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
 
     Raises:
         WeightsError: a config or weights that transformers cannot read; a config of a larger model
-            than the weights', before it is built; NaN or infinity.
+            than the weights', before it is built; mis-shaped tensors, all listed; NaN or infinity.
     """
     check_layers(read_json(directory / "config.json"), directory)
     stored = tensor_elements(directory)  # a damaged file is reported here
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        kind = lm_class(config)
-        with torch.device("meta"):
+        with _quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            kind = lm_class(config)
             empty_lm = kind.from_config(copy.deepcopy(config), trust_remote_code=False)
         needed = sum(p.numel() for p in empty_lm.parameters())
         buffers = sum(b.numel() for b in empty_lm.buffers())
@@ -118,21 +124,22 @@ def open_lm(directory: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
             f"{directory}: config.json: expected a model of the {stored} numbers in the weights, "
             f"got one of {needed} (and {buffers} in buffers): the others would be random"
         )
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # an error is one line on stderr
     try:
-        lm, report = kind.from_pretrained(
-            directory,
-            use_safetensors=True,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with _quiet():
+            lm, report = kind.from_pretrained(
+                directory,
+                use_safetensors=True,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # listed below; transformers only prints them
+                trust_remote_code=False,
+            )
     except Exception as error:
         raise _unreadable(directory, "the weights of its config", error) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    if mismatched := report["mismatched_keys"]:
+        shapes = [f"{name}: expected {list(b)}, got {list(a)}" for name, a, b in mismatched]
+        listed = "; ".join(sorted(shapes))
+        raise WeightsError(f"{directory}: these tensors do not fit the config: {listed}")
     require_finite(lm, str(directory))
     return lm, report
 
@@ -144,11 +151,27 @@ def open_text_tokenizer(directory: Path) -> Any:
         WeightsError: files that transformers cannot read.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        with _quiet():
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except BaseException as error:  # tokenizers panics by an exception that is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise _unreadable(directory, "a text tokenizer of transformers", error) from None
+        expected = "a config and a text tokenizer of transformers"
+        raise _unreadable(directory, expected, error) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and reports of transformers: an error is one line on stderr."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _unreadable(path: Path, expected: str, error: BaseException) -> WeightsError:

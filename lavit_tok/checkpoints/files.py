@@ -14,6 +14,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+WEIGHTS = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+PARTIAL = re.compile(r"\..*\.\d+\.part")
+"""Names of partial files and folders."""
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -36,8 +40,9 @@ def atomic(path: Path) -> Iterator[Path]:
 def atomic_files(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files replace those of `folder`, one by one, on success.
 
-    It is inside `folder`, which may be a file system of its own. That of a killed process is
-    removed by the next one that writes there.
+    Weights that a model had as one file are removed if it now has shards, and the reverse. Other
+    files of `folder` stay. The temporary folder is inside `folder`, which may be a file system of
+    its own. That of a killed process is removed by the next one that writes there.
 
     Raises:
         OSError: naming the folder.
@@ -49,12 +54,23 @@ def atomic_files(folder: Path) -> Iterator[Path]:
         try:
             partial.mkdir(exist_ok=True)
             yield partial
-            for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+            paths = sorted(path for path in partial.rglob("*") if path.is_file())
+            new = {folder / path.relative_to(partial) for path in paths}
+            for old in {old for path in new for old in _same_weights(path)} - new:
+                old.unlink()
+            for path in paths:
                 target = folder / path.relative_to(partial)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _same_weights(path: Path) -> list[Path]:
+    """Existing files that hold the weights of the same name: one file, shards and their index."""
+    name = WEIGHTS.fullmatch(path.name)
+    found = (WEIGHTS.fullmatch(other.name) for other in path.parent.glob("*.safetensors*"))
+    return [path.with_name(other[0]) for other in found if name and other and other[1] == name[1]]
 
 
 @contextmanager
@@ -81,10 +97,14 @@ def remove_partials(folder: Path, name: str = "*") -> None:
     for partial in folder.glob(f".{pattern}.*.part"):
         process = partial.name.split(".")[-2]
         if process.isdigit() and not _is_running(int(process)):
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                partial.unlink(missing_ok=True)
+            _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        partial.unlink(missing_ok=True)
 
 
 def _is_running(process: int) -> bool:
@@ -124,7 +144,7 @@ def exclusive_folder(folder: Path) -> Iterator[None]:
                 "folder"
             ) from None
         for partial in folder.glob(".*.part"):
-            partial.unlink()
+            _remove(partial)
         yield
 
 

@@ -22,7 +22,7 @@ from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lavit_tok.checkpoints.files import named_errors
+from lavit_tok.checkpoints.files import PARTIAL, named_errors
 from lavit_tok.nn.precision import float32_default
 
 PACKAGE = Path(__file__).parents[1]
@@ -58,8 +58,8 @@ RANGES: list[tuple[re.Pattern[str], float, float]] = [
 ]
 UNLIMITED = {"lambda_min_clipped"}  # -inf is diffusers' default
 LAYERS = re.compile(r"(.*_)?(depths?|layers?|layers_per_block|num_blocks)")
-# Bytes of a config file; of tokenizer.json or an index.
-MAX_CONFIG, MAX_FILE = 16 << 20, 1 << 29
+# Bytes of a config file; of tokenizer.json or an index, which need many times as much memory.
+MAX_CONFIG, MAX_FILE = 16 << 20, 1 << 26
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -129,7 +129,9 @@ def check_foreign(directory: Path) -> Path:
                 f"{directory / name}: expected weights and configs only: because of this file "
                 "transformers would run code or load another model"
             )
-    for folder in (directory, *(p for p in sorted(directory.iterdir()) if p.is_dir())):
+    folders = [path for path in sorted(directory.iterdir()) if path.is_dir()]
+    # Partial folders of a running or killed process are not read.
+    for folder in (directory, *(f for f in folders if not PARTIAL.fullmatch(f.name))):
         for path in sorted(folder.iterdir()):
             if path.suffix not in (".json", ".safetensors", ".model", ".jinja"):
                 continue
@@ -150,7 +152,7 @@ def require_regular(path: Path, limit: int = MAX_FILE) -> None:
     size = path.stat().st_size
     if path.suffix != ".safetensors" and size > limit:
         raise WeightsError(
-            f"{path}: expected at most {limit} bytes, got {size}: no config is so large"
+            f"{path}: expected at most {limit} bytes, got {size}: no such file is so large"
         )
 
 
@@ -502,7 +504,7 @@ def check_entries(values: Any, label: str) -> None:
                 "Hub would be run, and these packages run none"
             )
         parts = name.split(".")
-        if any(part.endswith("attn_implementation") for part in parts) and (
+        if any("attn_implementation" in part for part in parts) and (
             not isinstance(value, dict) and (isinstance(value, list) or value not in ATTENTIONS)
         ):
             choices = sorted(str(a) for a in ATTENTIONS)

@@ -102,7 +102,9 @@ def limit_images(image_processor: VisualImageProcessor, arguments: argparse.Name
 def device(name: str) -> torch.device:
     """The device. Raises ValueError if it cannot be used."""
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # "meta" has no data
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device {name!r} cannot be used here: {str(error).splitlines()[0]}"

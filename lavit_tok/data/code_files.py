@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import IO, Any, Protocol, TypeGuard
 
 from lavit_tok.checkpoints.files import atomic, escape, json_line, unescape
 
@@ -32,6 +32,8 @@ SUFFIXES = (".parquet", ".jsonl")
 ROW_GROUP = 8192
 COLUMNS = ["key", "codes", "length", "keep"]
 CHECKSUM = f"{FORMAT}.sha256"
+MAX_LINE = 16 << 20
+"""Bytes of a line; only so much of a longer one, as of a sparse file, is in memory at a time."""
 
 
 class CodeFileError(ValueError):
@@ -137,23 +139,23 @@ def read_codes(path: Path) -> tuple[CodeFileHeader, Iterator[CodeRecord | BadRec
     if not path.is_dir() and not path.is_file() and path.exists():
         raise CodeFileError(f"{path}: expected a regular file, to be read more than once")
     if path.suffix == ".jsonl":
-        with open(path, "rb") as file:
-            header = CodeFileHeader.from_json(file.readline(), path)
+        with open(path, "rb", buffering=1 << 20) as file:
+            header = CodeFileHeader.from_json(file.readline(MAX_LINE), path)
         return header, _json_records(path)
     import pyarrow.parquet as pq
 
-    with open(path, "rb"):  # for the OSError of a missing file, which pyarrow raises otherwise
-        pass
+    file = open(path, "rb")  # noqa: SIM115 (until the records are read); pyarrow's paths are UTF-8
     # Damaged files raise many kinds of exceptions, UnicodeDecodeError and MemoryError among them.
     try:
-        parquet = pq.ParquetFile(path, page_checksum_verification=True)
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
         metadata = {**(parquet.schema_arrow.metadata or {}), **(parquet.metadata.metadata or {})}
         names = parquet.schema_arrow.names
     except Exception as error:
         raise CodeFileError(f"{path}: not a complete parquet file: {_one_line(error)}") from None
     text = metadata.get(FORMAT.encode(), b"")
     header = CodeFileHeader.from_json(text, path)
-    if not json.loads(text).get("checksum"):  # of a version that wrote none
+    # The header states it too: damage to either name must not end the comparison.
+    if not json.loads(text).get("checksum") and CHECKSUM.encode() not in metadata:  # a shard
         return header, _parquet_records(path, parquet)
     try:
         sha = _Checksum(header)
@@ -190,10 +192,13 @@ class _Checksum:
 
 
 def _json_records(path: Path) -> Iterator[CodeRecord | BadRecord]:
-    with open(path, "rb") as file:
-        next(file, None)
-        for number, line in enumerate(file, start=2):
+    with open(path, "rb", buffering=1 << 20) as file:
+        file.readline(MAX_LINE)  # the header
+        for number, line in enumerate(_lines(file), start=2):
             location = f"line {number}"
+            if len(line) > MAX_LINE:
+                yield BadRecord(location, f"longer than {MAX_LINE} bytes")
+                continue
             try:
                 yield _record(json.loads(line.decode()), location)
             except UnicodeDecodeError as error:
@@ -203,6 +208,15 @@ def _json_records(path: Path) -> Iterator[CodeRecord | BadRecord]:
                 yield BadRecord(location, "nested too deeply")
             except ValueError:
                 yield BadRecord(location, "not a JSON object")
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer than MAX_LINE only the beginning."""
+    while line := file.readline(MAX_LINE + 1):
+        rest = line
+        while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE + 1)
+        yield line
 
 
 def _parquet_records(
@@ -271,8 +285,9 @@ class _ParquetWriter:
         text = json.dumps({**json.loads(header.to_json()), "checksum": "sha256"})
         self.schema: Any = pa.schema(list(fields.items()), metadata={FORMAT: text})
         self.table: Any = pa.Table
+        self.sink = open(path, "wb")  # noqa: SIM115 (until __exit__); pyarrow's paths are UTF-8
         self.file: Any = pq.ParquetWriter(
-            path, self.schema, compression="zstd", write_page_checksum=True
+            self.sink, self.schema, compression="zstd", write_page_checksum=True
         )
         self.waiting: list[CodeRecord] = []
 
@@ -297,4 +312,5 @@ class _ParquetWriter:
                 self.flush()
                 self.file.add_key_value_metadata({CHECKSUM: self.checksum.digest()})
         finally:
-            self.file.close()
+            with self.sink:
+                self.file.close()

@@ -125,7 +125,8 @@ def verify(folder: Path) -> Iterator[str]:
                 footer = shard.footer
                 counts = footer.records, footer.codes, len(footer.rejects), shard.sha256
                 check_shard(folder / name, Shard(name, *counts, footer.images), footer.config)
-                table = pq.read_table(folder / name, columns=["key"])
+                with open(folder / name, "rb") as file:  # pyarrow's paths are UTF-8
+                    table = pq.read_table(file, columns=["key"])
                 distinct = {*table["key"].to_pylist()}
                 repeated += len(distinct & keys)
                 keys |= distinct

@@ -176,7 +176,7 @@ class Manifest:
                     "command adds the others"
                 ) from None
             raise ShardError(f"{path}: not a folder of shards: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = error if isinstance(error, ShardError) else f"{type(error).__name__}: {error}"
             raise ShardError(
                 f"{path}: expected a manifest, {FORMAT} version {VERSION}: {reason}"
@@ -246,6 +246,7 @@ def read_footer(path: Path) -> ShardFile:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    damaged = (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError, RecursionError)
     try:
         content = path.read_bytes()
         metadata = pq.read_metadata(io.BytesIO(content)).metadata or {}
@@ -256,7 +257,7 @@ def read_footer(path: Path) -> ShardFile:
             for name, kind in (("config", ShardConfig), ("columns", SplitColumns))
         )
         footer = Footer(**{**values, "config": config, "columns": columns})
-    except (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
+    except damaged as error:
         raise ShardError(
             f"{path}: truncated, or not a shard of version {VERSION}: {type(error).__name__}: "
             f"{error}"

@@ -140,7 +140,7 @@ def check_shard(path: Path, shard: Shard, config: ShardConfig, verify: bool = Tr
             f"{path}: truncated or altered: its sha256 is {digest}, in {MANIFEST} {shard.sha256}"
         )
     try:
-        with pq.ParquetFile(path) as file:
+        with open(path, "rb") as opened, pq.ParquetFile(opened) as file:  # paths need not be UTF-8
             columns = schema(config.flip)
             if not file.schema_arrow.equals(columns):
                 raise ShardError(f"{path}: expected columns {columns.names} of codes with captions")

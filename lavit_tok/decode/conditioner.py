@@ -256,8 +256,8 @@ class Conditioner(ModelMixin, ConfigMixin):
         is_square = int(patches**0.5) ** 2 == patches
         expected = "a square number for spatial_channels"
         self._require("patches", is_square or not spatial_channels, expected)
-        if color_cells and not nested:
-            raise ValueError(f"color_cells: expected 0, unless nested, got {color_cells}")
+        self._require("color_cells", nested or not color_cells, "0, unless nested")
+        self._require("patch_dim", nested or not patch_dim, "0, unless nested")
         sizes = (depth, heads, mlp_width, layer_norm_eps)
         self.codebook: Any
         self.reconstructor: Any

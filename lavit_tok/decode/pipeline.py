@@ -49,6 +49,7 @@ MODELS: dict[str, type[Any]] = {
     "mean_decoder": MeanDecoder,
 }
 SINGLE = "diffusion_pytorch_model.safetensors"
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SCHEDULERS = frozenset(
     {
         "DDIMScheduler",
@@ -444,6 +445,11 @@ def load_scheduler(directory: Path) -> Any:
     if kind not in SCHEDULERS:
         choices = sorted(SCHEDULERS)
         raise WeightsError(f"{path}: expected _class_name to be one of {choices}, got {kind!r}")
+    predicted = config.get("prediction_type", "epsilon")
+    if predicted not in PREDICTIONS:  # diffusers compares it in the first denoising step
+        raise WeightsError(
+            f"{path}: prediction_type: expected one of {PREDICTIONS}, got {predicted!r:.60}"
+        )
     # Unknown entries are allowed: diffusers keeps those of other schedulers in the file, so that
     # one scheduler can replace another and back.
     values = {k: v for k, v in config.items() if not k.startswith("_")}

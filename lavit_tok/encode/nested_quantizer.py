@@ -15,6 +15,8 @@ patches. Nothing here learns by gradient: training/nested_codebook.py fits it to
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -22,7 +24,9 @@ from torch.nn import functional as F
 
 from lavit_tok.encode.quantizer import nearest
 from lavit_tok.nn.nested_order import join_areas, levels, split_areas
-from lavit_tok.nn.precision import KeepFloat32
+from lavit_tok.nn.precision import KeepFloat32, without_autocast
+
+FLOAT32: dict[str, Any] = {"dtype": torch.float32}
 
 
 class NestedCodebook(KeepFloat32):
@@ -41,10 +45,11 @@ class NestedCodebook(KeepFloat32):
         super().__init__()
         self.patches, self.levels = patches, levels(patches)
         stages = sum(level.stages for level in self.levels)
-        self.register_buffer("embeddings", torch.randn(stages, size, dim) * dim**-0.5)
+        self.register_buffer("embeddings", torch.randn(stages, size, dim, **FLOAT32) * dim**-0.5)
         for i, level in enumerate(self.levels):
             joined = patches // level.side**2 * patch_dim
-            self.register_buffer(f"basis_{i}", nn.init.orthogonal_(torch.empty(joined, dim)))
+            basis = nn.init.orthogonal_(torch.empty(joined, dim, **FLOAT32))
+            self.register_buffer(f"basis_{i}", basis)
 
     def basis(self, level: int) -> Float[Tensor, "joined dim"]:
         """Orthonormal columns: coordinates -> the vectors of an area's patches."""
@@ -55,7 +60,13 @@ class NestedCodebook(KeepFloat32):
         """Number of the level's first stage."""
         return max(0, 3 * level - 2)
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the entries."""
+        return self.embeddings.device
+
     @torch.no_grad()
+    @without_autocast
     def encode(
         self, vectors: Float[Tensor, "batch patches patch_dim"], count: int
     ) -> Int64[Tensor, "batch count"]:
@@ -71,6 +82,8 @@ class NestedCodebook(KeepFloat32):
             z = split_areas(left, level.side) @ self.basis(i)
             total = torch.zeros_like(z)
             for stage in range(level.stages):
+                if level.first + stage * level.side**2 >= count:
+                    break
                 table = self.embeddings[self.first_stage(i) + stage]
                 found = nearest(z.flatten(0, 1), table).view(z.shape[:2])
                 codes.append(found[:, level.area[stage].to(found.device)])
@@ -78,6 +91,7 @@ class NestedCodebook(KeepFloat32):
             left = left - join_areas(total @ self.basis(i).T, level.side, self.patches)
         return torch.cat(codes, 1)[:, :count]
 
+    @without_autocast
     def decode(
         self, codes: Int64[Tensor, "batch m"], lengths: Int64[Tensor, " batch"]
     ) -> Float[Tensor, "batch patches patch_dim"]:
@@ -127,11 +141,17 @@ class NestedQuantizer(KeepFloat32):
 
     def __init__(self, width: int, size: int, dim: int, patches: int, patch_dim: int) -> None:
         super().__init__()
-        self.register_buffer("center", torch.zeros(width))
-        self.direction = nn.Linear(width, patch_dim, bias=False).requires_grad_(False)
-        self.value = nn.Linear(width, patch_dim).requires_grad_(False)
+        self.register_buffer("center", torch.zeros(width, **FLOAT32))
+        self.direction = nn.Linear(width, patch_dim, False, **FLOAT32).requires_grad_(False)
+        self.value = nn.Linear(width, patch_dim, **FLOAT32).requires_grad_(False)
         self.codebook = NestedCodebook(size, dim, patches, patch_dim)
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.center.device
+
+    @without_autocast
     def project(
         self, features: Float[Tensor, "batch patches width"]
     ) -> Float[Tensor, "batch patches patch_dim"]:

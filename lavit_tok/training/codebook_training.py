@@ -1,8 +1,7 @@
 """CodebookTraining: a codebook that is trained on the features of a frozen encoder.
 
-Before `start_step` nothing is quantized
-and the latest vectors are collected; then k-means makes the codebook of them, and each vector z is
-blended into its codebook entry over `blend_steps`:
+Before `start_step` nothing is quantized and the latest vectors are collected; then k-means makes
+the codebook of them, and each vector z is blended into its codebook entry over `blend_steps`:
 
     step  0 ........... start_step .................. start_step + blend_steps ......
           z             z + ratio * (entry - z), ratio from 0 to 1              entry

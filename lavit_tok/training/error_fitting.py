@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lavit_tok.encode.error_head import ErrorHead, doublings, summary
@@ -101,6 +101,5 @@ def fit_error_heads(
         with torch.no_grad():
             difference = head.at_points(x[last:]) - y[last:]
         left[kind] = float(difference.square().mean().sqrt())
-        fitted: nn.Module = head.requires_grad_(True).eval()
-        tokenizer.error_heads[kind].load_state_dict(fitted.state_dict())
+        tokenizer.error_heads[kind].load_state_dict(head.state_dict())
     return left

@@ -1,4 +1,4 @@
-"""TokenizerTraining of either kind: a tokenizer around a frozen encoder."""
+"""FrozenEncoderTraining: what the trainers of both kinds of tokenizers have in common."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
 
 Without the division, images with one code would outweigh all others. The copy of the reconstructor,
 which the PixelDecoder holds anyway, learns with the decoder: it no longer has to give the encoder's
-features. Codes do not change. Random numbers come from
-(seed, step, rank), so that a resumed run repeats an uninterrupted one.
+features. Codes do not change. Random numbers come from (seed, step, rank), so that a resumed run
+repeats an uninterrupted one.
 """
 
 from __future__ import annotations

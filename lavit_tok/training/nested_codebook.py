@@ -34,7 +34,8 @@ class NestedCodebookConfig:
     """How the codebook is fitted."""
 
     images: int = 24_000
-    """Training images, evenly spaced; their features are held in memory as float16."""
+    """Training images, at least as many as the codebook has entries; evenly spaced, of a stream the
+    first. Their features are held in memory as float16."""
     color_weight: float = 60.0
     """Weight of the mean squared error of colors in 0..1, beside 1 - cosine of the features."""
     samples: int = 100_000
@@ -61,10 +62,11 @@ def fit_quantizer(
         colors: mean colors of the cells of their patches, 0..1; of width 0 without colors.
         config: numbers of samples and iterations.
         generator: of samples and initial entries.
-        report: called with a line of text for every stage.
+        report: called with a line of text for every stage: the mean squared distance of a patch's
+            vector to the sum of the entries so far.
 
     Raises:
-        ValueError: fewer vectors than entries.
+        ValueError: fewer images or samples than entries.
     """
     vectors = _fit_vectors(quantizer, reconstructor, features, colors, config.color_weight)
     codebook = quantizer.codebook
@@ -75,6 +77,7 @@ def fit_quantizer(
         basis.copy_(_principal(_some(areas.flatten(0, 1), 20_000, generator), dim, generator))
         z = torch.cat([part @ basis for part in areas.split(PART)]).flatten(0, 1)
         before = z.clone()
+        outside = float(vectors.norm() ** 2 - before.norm() ** 2)  # not in the span of the basis
         for stage in range(level.stages):
             entries = kmeans(
                 _some(z, config.samples, generator), size, config.iterations, generator
@@ -82,7 +85,8 @@ def fit_quantizer(
             codebook.embeddings[codebook.first_stage(i) + stage] = entries
             for part in z.split(PART * level.side**2):
                 part -= entries[nearest(part, entries)]
-            report(f"level {i}, stage {stage}: {float(z.square().sum() / len(vectors)):.3f} left")
+            left = (outside + float(z.norm() ** 2)) / vectors.shape[:2].numel()
+            report(f"level {i}, stage {stage}: squared distance {left:.4f}")
         coded = (before - z).view(len(vectors), -1, dim)
         for k in range(0, len(vectors), PART):
             part = join_areas(coded[k : k + PART] @ basis.T, level.side, vectors.shape[1])
@@ -101,7 +105,8 @@ def _fit_vectors(
     few = features[:: max(1, len(features) // 4000)].flatten(0, 1).float()
     target = colors[:: max(1, len(colors) // 4000)].flatten(0, 1).float()
     quantizer.center.copy_(few.mean(0))
-    x, norm = few - quantizer.center, (few - quantizer.center).norm(dim=-1).mean()
+    x = few - quantizer.center
+    norm = x.norm(dim=-1).mean()
     scale = (color_weight / max(1, cells)) ** 0.5
     gram = (x.T @ x).double()
     ridge = 1e-6 * gram.diagonal().mean() * torch.eye(width, device=x.device, dtype=gram.dtype)
@@ -130,8 +135,8 @@ def kmeans(
     """
     if len(samples) < size:
         raise ValueError(
-            f"k-means of {size} codes needs at least {size} vectors, got {len(samples)}: use more "
-            "images or a smaller codebook_size"
+            f"k-means of {size} codes needs at least {size} vectors, got {len(samples)}: raise "
+            "codebook.samples, use more images, or a smaller codebook_size"
         )
     entries = _some(samples, size, generator).clone()
     for _ in range(iterations):
@@ -157,6 +162,6 @@ def _principal(
     basis = torch.linalg.qr(start).Q
     for _ in range(8):
         basis = torch.linalg.qr(x.T @ (x @ basis)).Q
-    # Sorted, so that the first coordinates hold most
+    # Sorted, the first coordinate has the largest mean square
     _, turn = torch.linalg.eigh((x @ basis).T @ (x @ basis))
     return basis @ turn.flip(1)

@@ -179,10 +179,9 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
         limit, count = self.codebook_config.images, 0
         for parts in self._training_images(limit):
             held = held or [p.new_empty(limit, *p.shape[1:], dtype=torch.float16) for p in parts]
-            size = min(len(parts[0]), limit - count)
             for images, part in zip(held, parts, strict=True):
-                images[count : count + size] = part[:size]
-            count += size
+                images[count : count + len(part)] = part
+            count += len(parts[0])
         features, colors = (images[:count] for images in held)
         fit_quantizer(
             self.tokenizer.quantizer,
@@ -205,17 +204,23 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
             super().export(directory)
 
     def _training_images(self, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and colors of about `limit` training images, evenly spaced."""
+        """Features and colors of `limit` training images: evenly spaced, or the first of a stream.
+
+        Of fewer images, all; unreadable ones are left out.
+        """
         data: Any = self.trainer.datamodule
         images, picked = data.sets["train"], None
         if not isinstance(images, IterableDataset):
-            picked = range(0, len(images), max(1, len(images) // limit))
-        count = 0
+            total = len(images)
+            picked = [i * total // limit for i in range(limit)] if total > limit else range(total)
+        left = limit
         for batch in DataLoader(images, data.batch_size, sampler=picked, collate_fn=collate):
-            if "images" in batch and count < limit:
-                pixels = batch["images"].to(self.device)
+            if "images" in batch:
+                pixels = batch["images"][:left].to(self.device)
                 yield self.encode(pixels), self.colors(pixels)
-                count += len(pixels)
+                left -= len(pixels)
+            if not left:
+                break
 
 
 def log_uniform(batch: int, patches: int, generator: torch.Generator) -> Int64[Tensor, " batch"]:

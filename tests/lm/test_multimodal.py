@@ -207,7 +207,7 @@ def test_unusable_directories(directory: Path, tmp_path: Path):
         MultimodalLM.from_pretrained(tmp_path / "nothing")
 
 
-def test_impossible_requests(lm: MultimodalLM):
+def test_impossible_requests(lm: MultimodalLM, unchecked: None):
     assert len(lm.generate_codes([], 2, generator=generator())) == 2, "without a prompt"
     foreign = VisualCodes.from_list([[CODES + 3]], codebook_size=CODES + 9)
     two = VisualCodes.from_list([[1], [2]], codebook_size=CODES)
@@ -224,6 +224,16 @@ def test_impossible_requests(lm: MultimodalLM):
             lm.generate_codes(prompt, **options)
     with pytest.raises(ValueError, match="at least one candidate"):
         lm.rank("a", [])
+    for name, value in (("min_codes", "1"), ("max_codes", 2.5), ("max_codes", float("nan"))):
+        with pytest.raises(ValueError, match=rf"{name}: expected an integer in 1\.\.16"):
+            lm.generate_codes("a", **{name: value})  # type: ignore[arg-type]
+    for name, value in (("max_images", -1), ("max_images", 1.5), ("guidance_scale", float("nan"))):
+        with pytest.raises(ValueError, match=rf"{name}: expected .*\.\."):
+            lm.complete("a", **{"max_images": 0, name: value})  # type: ignore[arg-type]
+    image = Image.new("RGB", (8, 8))
+    for name, options in (("question", {"question": None}), ("template", {"template": 3})):
+        with pytest.raises(ValueError, match=f"{name}: expected a text, got"):
+            lm.answer(image, **{"question": "q", **options})  # type: ignore[arg-type]
 
 
 def test_commands(

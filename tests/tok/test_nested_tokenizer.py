@@ -64,8 +64,13 @@ def test_kept_patches_are_the_first_of_the_order(
     )
     with pytest.raises(ValueError, match="first patches of the nested order"):
         tokenizer.encode_kept(torch.randn(1, 16, 24), ~codes.keep)
-    with pytest.raises(ValueError, match="not of merged features"):
-        tokenizer.merge(torch.randn(1, 16, 24), codes.keep)
+    for stage, arguments in (
+        (tokenizer.merge, (torch.randn(1, 16, 24), codes.keep)),
+        (tokenizer.project, (torch.randn(3, 24),)),
+        (tokenizer.quantize, (torch.randn(3, 4), codes.lengths)),
+    ):
+        with pytest.raises(ValueError, match="not of merged features"):
+            stage(*arguments)
     with pytest.raises(ValueError, match="depends on its rank"):
         tokenizer.lookup(codes)
 
@@ -214,6 +219,7 @@ def test_configurations_that_cannot_be(images: torch.Tensor) -> None:
         {"attention": "compat"},
         {"continuous_width": 8},
         {"patch_dim": 0},
+        {"patch_dim": 24 + 3 * 16 + 1},
     ):
         with pytest.raises(ConfigError, match=next(iter(changes))):
             TokenizerConfig.from_dict({**SETTINGS, **changes})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import sys
@@ -44,8 +45,14 @@ def edit(path: Path, **entries: Any) -> None:
 
 def refused(directory: Path, photos: list[Path], capsys: Any, *parts: str) -> None:
     """The command line ends with one line and code 2 in 10 s; no code of it has run."""
+    capsys.readouterr()  # progress bars of saving
+    reports = logging.StreamHandler(sys.stderr)  # that of transformers is for the real stderr
+    logging.getLogger("transformers").addHandler(reports)
     start = time.monotonic()
-    assert main(["caption", str(photos[0]), "--model", str(directory)]) == 2
+    try:
+        assert main(["caption", str(photos[0]), "--model", str(directory)]) == 2
+    finally:
+        logging.getLogger("transformers").removeHandler(reports)
     assert time.monotonic() - start < 10
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and all(part in err for part in parts), err
@@ -88,7 +95,7 @@ def test_folder_of_code_and_other_models(directory: Path, photos: list[Path], ca
     refused(directory, photos, capsys, "adapter_config.json")
 
 
-@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation_internal"])
 @pytest.mark.parametrize("value", ["evil/kernel", {"": "evil/kernel"}])
 def test_kernel_of_the_hub(directory: Path, photos: list[Path], capsys: Any, name: str, value: Any):
     edit(directory / "config.json", **{name: value})
@@ -104,6 +111,20 @@ def test_weights_that_are_not_finite(
     state[name][0] = value
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     refused(directory, photos, capsys, "NaN or infinity", name)
+
+
+def test_tensors_of_another_config_are_listed(directory: Path, photos: list[Path], capsys: Any):
+    rows = json.loads((directory / "config.json").read_text())["vocab_size"]
+    edit(directory / "config.json", vocab_size=5)
+    refused(directory, photos, capsys, "embed_tokens.weight: expected [5, ", f"got [{rows}, ")
+    edit(directory / "config.json", vocab_size=rows, model_type="gpt2")
+    refused(directory, photos, capsys, "missing_keys", "unexpected_keys")
+
+
+def test_a_text_tokenizer_of_100_megabytes(directory: Path, photos: list[Path], capsys: Any):
+    """Reading it would take 600 megabytes of memory, and half a gigabyte takes three."""
+    os.truncate(directory / "tokenizer.json", 100 << 20)
+    refused(directory, photos, capsys, "tokenizer.json: expected at most 67108864 bytes")
 
 
 def test_weights_stored_as_integers(directory: Path, photos: list[Path], capsys: Any):
@@ -207,6 +228,7 @@ def test_sizes_of_a_tokenizer(directory: Path, name: str, value: Any):
         ("conditioner", "depth", 10**7),
         ("conditioner", "codebook_size", 10**10),
         ("scheduler", "num_train_timesteps", 10**9),
+        ("scheduler", "prediction_type", "evil"),
         ("scheduler", "beta_start", float("nan")),
         ("scheduler", "beta_end", 2),
     ],

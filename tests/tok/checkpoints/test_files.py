@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from lavit_tok import ImageError, VisualTokenizer
-from lavit_tok.checkpoints.files import atomic_files
+from lavit_tok.checkpoints.files import atomic_files, exclusive_folder
+from lavit_tok.checkpoints.weights import load_weights, save_weights
 from lavit_tok.encode.image_processor import open_image
 
 
@@ -51,6 +54,39 @@ def test_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
         assert sorted(os.listdir(tmp_path)) == [folder.name, "other"]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(files) == [tmp_path / "other", tmp_path / "part/config.json"]
+
+
+def test_weights_as_one_file_or_as_shards_replace_each_other(tmp_path: Path) -> None:
+    """A single file would be read in place of newer shards."""
+    model, other = nn.Linear(4, 4), tmp_path / "other.safetensors"
+    for size, count in (("5GB", 2), (40, 4), ("5GB", 2)):
+        nn.init.normal_(model.weight)
+        with atomic_files(tmp_path) as folder:
+            save_weights(model, folder, max_shard_size=size)
+        other.touch()
+        assert len(os.listdir(tmp_path)) == count
+        load_weights(found := nn.Linear(4, 4), tmp_path)
+        assert torch.equal(found.weight, model.weight)
+
+
+def test_a_model_card_is_kept(tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert "model_hub_mixin" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_model_is_loaded_beside_the_partial_folder_of_a_killed_process(
+    tiny_tokenizer: VisualTokenizer, tmp_path: Path
+) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (partial := tmp_path / ".new.999999999.part").mkdir()
+    (partial / "config.json").write_text('{"auto')
+    loaded = VisualTokenizer.from_pretrained(tmp_path)
+    assert loaded.fingerprint() == tiny_tokenizer.fingerprint()
+    with exclusive_folder(tmp_path):
+        assert not partial.exists()
 
 
 def test_an_image_is_not_unreadable_because_too_many_files_are_open(tmp_path: Path) -> None:

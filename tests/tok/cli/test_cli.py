@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -568,6 +569,7 @@ def test_bad_words(line: str, reason: str, capsys: pytest.CaptureFixture[str]) -
             "encode PHOTO --device toaster --tokenizer TOKENIZER",
             "device 'toaster' cannot be used here",
         ),
+        ("encode PHOTO --device meta --tokenizer TOKENIZER", "device 'meta' cannot be used here"),
         ("encode FOLDER", "no images found"),
         ("decode missing.parquet --out DIR", "missing.parquet"),
         ("decode codes.csv --out DIR", "codes.csv: expected a name that ends in"),
@@ -640,6 +642,20 @@ def test_names_that_are_not_utf8(
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["000000-a_.png"]
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_output_folders_that_are_not_utf8(
+    weights: Path, photos: list[Path], tmp_path: Path, suffix: str
+) -> None:
+    out = tmp_path / os.fsdecode(b"\xfe")
+    codes = out / f"codes{suffix}"
+    assert (
+        main(args("encode", photos[0], "--tokenizer", weights / "tokenizer", "--out", codes)) == 0
+    )
+    command = args("decode", codes, "--decoder", weights / "decoder", "--steps", 1, "--out", out)
+    assert main(command) == 0
+    assert len(list(out.glob("*.png"))) == 1
+
+
 def test_sheets_of_a_name_that_is_not_utf8(
     weights: Path, photos: list[Path], tmp_path: Path, capsys: Any
 ) -> None:
@@ -677,6 +693,26 @@ def test_hostile_lines_are_rejected_and_the_others_decoded(
     assert "not UTF-8" in reasons[2]
 
 
+def test_lines_of_a_gigabyte_are_rejected(weights: Path, tmp_path: Path, capsys: Any) -> None:
+    """Sparse files: the memory is that of MAX_LINE, and no line before or after is lost."""
+    path, out = tmp_path / "codes.jsonl", tmp_path / "out"
+    command = args("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out)
+    with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
+        writer.add([CodeRecord("first", [1])])
+    with open(path, "rb+") as file:
+        file.seek(1 << 30, os.SEEK_END)
+        file.write(b'\n{"key": "last", "codes": [2]}\n')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(command) == 0
+    assert "decoded 2 of 3 records" in capsys.readouterr().err
+    (reject,) = json_lines((out / "rejects.jsonl").read_text())
+    assert reject["key"] == "line 3" and "longer than" in reject["reason"]
+    path.write_bytes(b"")
+    os.truncate(path, 1 << 30)
+    assert main(command) == 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
+
+
 @pytest.mark.parametrize("size", ["Infinity", "NaN", "-1", "1e400", "true", '"3"', "[" * 100_000])
 def test_hostile_headers(size: str, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "codes.jsonl"
@@ -708,6 +744,23 @@ def test_damaged_parquet_is_never_read_with_other_values(tmp_path: Path) -> None
         assert (read_header, read) == (header, records)
     assert len(messages) > 200
     assert all(str(path) in message and "\n" not in message for message in messages)
+
+
+@pytest.mark.parametrize("name", [b'"checksum"', b"lavit_tok.codes.sha256"])
+def test_damage_to_the_name_of_the_checksum(name: bytes, tmp_path: Path) -> None:
+    """Without a checksum, keys would not be unescaped, and any values accepted."""
+    path = tmp_path / "codes.parquet"
+    records = [CodeRecord("a\udcff", [1])]
+    with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
+        writer.add(records)
+    whole = path.read_bytes()
+    assert name in whole
+    path.write_bytes(whole.replace(name, name.replace(b"s", b"r")))
+    try:
+        read = list(read_codes(path)[1])
+    except CodeFileError:
+        return
+    assert read == records
 
 
 def test_altered_values_with_a_right_page_checksum(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_codes_and_sums_are_those_of_the_slow_version(codebook: NestedCodebook) 
 def test_fewer_codes_are_the_first_of_more(codebook: NestedCodebook) -> None:
     vectors = torch.randn(4, PATCHES, 3)
     whole = codebook.encode(vectors, PATCHES)
-    for count in (1, 2, 4, 7, 16):
+    for count in (1, 2, 4, 7, 9, 12, 16):
         assert torch.equal(codebook.encode(vectors, count), whole[:, :count])
     lengths = torch.tensor([1, 3, 9, 16])
     noisy = whole.clone()
@@ -67,12 +67,12 @@ def test_fewer_codes_are_the_first_of_more(codebook: NestedCodebook) -> None:
     torch.testing.assert_close(alone[0], together[2])
 
 
-def test_numbers_that_are_none_are_refused(codebook: NestedCodebook) -> None:
+def test_nan_is_refused(codebook: NestedCodebook) -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         codebook.encode(torch.full((1, PATCHES, 3), torch.nan), 1)
 
 
-def test_the_order_has_one_patch() -> None:
+def test_one_patch() -> None:
     codebook = NestedCodebook(size=4, dim=2, patches=1, patch_dim=2)
     vectors = torch.randn(2, 1, 2)
     codes = codebook.encode(vectors, 1)
@@ -93,7 +93,8 @@ def fitted(color_weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     reconstructor = NestedReconstructor(12, PATCHES, 10, 1, 3, 8, colors=6)
     with torch.no_grad():
         config = NestedCodebookConfig(color_weight=color_weight, samples=2000, iterations=5)
-        parts = (features, colors, config, generator, lambda _: None)
+        lines: list[str] = []
+        parts = (features, colors, config, generator, lines.append)
         fit_quantizer(quantizer, reconstructor, *parts)
         codes = quantizer.encode(features, PATCHES)
         errors = []
@@ -106,6 +107,10 @@ def fitted(color_weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             x, y = features - quantizer.center, found.features - quantizer.center
             cosine = 1 - F.cosine_similarity(x, y, dim=-1).mean()
             errors.append(torch.stack([cosine, (found.colors - colors).square().mean()]))
+    reported = [float(line.split()[-1]) for line in lines]
+    assert len(reported) == 7 and reported == sorted(reported, reverse=True)
+    left = (quantizer.project(features) - vectors).square().sum(-1).mean()
+    assert reported[-1] == pytest.approx(float(left), abs=1e-3)
     bases = [quantizer.codebook.basis(i) for i in range(3)]
     for basis in bases:
         torch.testing.assert_close(basis.T @ basis, torch.eye(8), atol=1e-4, rtol=0)
@@ -128,3 +133,24 @@ def test_kmeans_finds_separate_clusters_and_needs_samples() -> None:
     assert torch.cdist(centers, found).min(1).values.max() < 0.1
     with pytest.raises(ValueError, match="at least 200 vectors, got 150"):
         kmeans(samples, 200, 2, generator)
+
+
+def test_precision_of_the_caller_changes_no_code() -> None:
+    """As in a training with precision bf16-mixed, or of a model in half precision."""
+    torch.manual_seed(0)
+    features = torch.randn(8, PATCHES, 12)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        quantizer = NestedQuantizer(12, 32, 8, PATCHES, 10)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in quantizer.state_dict().values()} == {torch.float32}
+    lengths = torch.arange(1, 9)
+    codes = quantizer.encode(features, PATCHES)
+    vectors = quantizer.codebook.decode(codes, lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.encode(features, PATCHES), codes)
+        assert torch.equal(quantizer.codebook.decode(codes, lengths), vectors)
+    quantizer.half()
+    assert torch.equal(quantizer.encode(features, PATCHES), codes)
+    assert torch.equal(quantizer.codebook.decode(codes, lengths), vectors)

@@ -45,12 +45,20 @@ class Losses(pl.Callback):
         self.values.append({k: float(v) for k, v in found if k.startswith("train/")})
 
 
-def fit(folder: Path, root: Path, steps: int, ckpt: str | None = None, **arguments: Any) -> Any:
+def fit(
+    folder: Path,
+    root: Path,
+    steps: int,
+    ckpt: str | None = None,
+    config: TokenizerConfig = CONFIG,
+    streaming: bool = False,
+    **arguments: Any,
+) -> Any:
     """Train a few steps; returns the module, its trainer and the losses of every step."""
     pl.seed_everything(0, verbose=False)
     module = NestedTokenizerTraining(
-        CONFIG,
-        codebook=NestedCodebookConfig(samples=256, iterations=3),
+        config,
+        codebook=NestedCodebookConfig(images=30, samples=256, iterations=3),
         optimizer=OptimizerConfig(lr=1.0),
         # The length of the run then does not enter the learning rate.
         schedule=ScheduleConfig(warmup_steps=1000),
@@ -68,7 +76,8 @@ def fit(folder: Path, root: Path, steps: int, ckpt: str | None = None, **argumen
         default_root_dir=root,
         num_sanity_val_steps=0,
     )
-    data = ImageDataModule(str(folder), image_size=32, batch_size=8, flip=0.5, cache=True)
+    options = {"streaming": streaming, "cache": not streaming}
+    data = ImageDataModule(str(folder), image_size=32, batch_size=8, flip=0.5, **options)
     trainer.fit(module, data, ckpt_path=ckpt, weights_only=False if ckpt else None)
     return module, trainer, losses.values
 
@@ -152,6 +161,18 @@ def test_kept_features_give_the_same_run(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(first, module.encode(images))
     assert len(module.encode.known) <= seen + 8
     torch.testing.assert_close(first, module.features(images), rtol=1e-3, atol=1e-3)
+
+
+def test_the_codebook_is_fitted_to_images_that_are_evenly_spaced(
+    folder: Path, tmp_path: Path
+) -> None:
+    module, trainer, _ = fit(folder, tmp_path, 1)
+    images = trainer.datamodule.sets["train"]
+    total = len(images)
+    for limit in (7, 30, 100):
+        found = torch.cat([colors for _, colors in module._training_images(limit)])
+        wanted = [int(i * max(1, total / limit)) for i in range(min(limit, total))]
+        assert torch.equal(found, module.colors(torch.stack([images[i]["images"] for i in wanted])))
 
 
 def test_only_nested_codes_are_trained_so() -> None:
