@@ -59,8 +59,9 @@ def load_lm(
         if isinstance(source, str):
             lm, report = open_lm(find_directory(source, None, FILES), torch.float32)
             if missing := sorted(map(str, report["missing_keys"])):
-                names = shorten(", ".join(missing), 160)
-                warnings.warn(f"lm: {source}: begins at random, as it has no {names}", stacklevel=2)
+                absent = shorten(", ".join(missing), 160)
+                text = f"lm: {source}: begins at random, as it has no {absent}"
+                warnings.warn(text, stacklevel=2)
         else:
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
             special = {name: getattr(processor.text_tokenizer, name) for name in names}
