@@ -114,7 +114,8 @@ def fitted(color_weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bases = [quantizer.codebook.basis(i) for i in range(3)]
     for basis in bases:
         torch.testing.assert_close(basis.T @ basis, torch.eye(8), atol=1e-4, rtol=0)
-    return (*errors, colors.var())
+    one, four, all_codes = errors
+    return one, four, all_codes, colors.var()
 
 
 def test_a_fitted_codebook_describes_features_and_colors() -> None:
