@@ -10,7 +10,8 @@
     loss = sum of 1 - cosine, 1 - centered cosine and squared error of colors,
            each divided by that of the linear decoder
 
-Without the division, images with few codes would outweigh all others. All random numbers come from
+The linear decoder learns too, and its present error is the divisor. Without the division, images
+with few codes would outweigh all others. All random numbers come from
 (seed, step, rank); a resumed run repeats an uninterrupted one exactly.
 """
 
@@ -54,8 +55,8 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
         encoder: "default", directory or Hub id of the frozen encoder; None for random weights
             (tests only).
         image_processor: arguments of VisualImageProcessor besides its size; None for LaVIT's.
-        start_from: "nested", directory or Hub id of a tokenizer to train on, in place of `config`,
-            `encoder` and `image_processor`; its codebook stays.
+        start_from: "nested", directory or Hub id of a tokenizer to train on; its codebook stays, and
+            its own config, encoder and image processor are used.
         out: where the trained tokenizer is saved; None keeps checkpoints only.
         codebook: how the codebook is fitted.
         optimizer: AdamW.
