@@ -17,6 +17,7 @@ from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins import CheckpointIO
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lavit_tok.cli.parser import similar
 from lavit_tok.training.checkpoints import AtomicCheckpointIO, find_checkpoint
@@ -186,6 +187,8 @@ def run_training(
         )
     except argparse.ArgumentError as error:
         raise ValueError(f"{error} (see {program} {command} --help)") from None
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from None
     if action == "fit" and cli.trainer.is_global_zero:
         print(cli.model.outcome(), file=sys.stderr)
     return 0

@@ -520,6 +520,10 @@ def test_fit_decoder_then_reconstruct(
             "fit -c RECIPE --model.selection.rho 3.0",
             "rho: expected a ratio between 0 and 1, got 3.0",
         ),
+        (
+            "fit -c RECIPE --trainer.check_val_every_n_epoch null --trainer.val_check_interval 0.5",
+            "trainer: `val_check_interval` should be an integer",
+        ),
     ],
 )
 def test_bad_recipes(line: str, reason: str, recipe: Path, capsys: Any) -> None:
