@@ -246,8 +246,8 @@ def sequence_generators(generator: Generators, count: int) -> list[torch.Generat
         size, device = (count,), generator.device
         seeds = torch.randint(2**62, size, generator=generator, device=device).tolist()
         return [torch.Generator().manual_seed(seed) for seed in seeds]
-    if len(generator) != count:
-        raise ValueError(
-            f"expected one generator, or one for each of {count} sequences, got {len(generator)}"
-        )
-    return list(generator)
+    given = list(generator) if isinstance(generator, Sequence) else []
+    if len(given) != count or not all(isinstance(g, torch.Generator) for g in given):
+        got = len(given) if given else repr(generator)[:60]
+        raise ValueError(f"expected one generator, or one for each of {count} sequences, got {got}")
+    return [*given]

@@ -300,9 +300,13 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         """
         factor, channels = self.vae_scale_factor, self.vae.config.latent_channels
         shape = (batch, channels, height // factor, width // factor)
-        if isinstance(generator, list) and len(generator) != batch:
-            got = f"a list of {len(generator)}"
-            raise ValueError(f"generator: expected one or a list of {batch}, got {got}")
+        given = generator if isinstance(generator, list) else [generator] * batch
+        kinds = torch.Generator | None
+        if len(given) != batch or not all(isinstance(g, kinds) for g in given):
+            got = f"a list of {len(given)}" if len(given) != batch else repr(generator)[:60]
+            raise ValueError(
+                f"generator: expected a torch.Generator or a list of {batch}, got {got}"
+            )
         if latents is None:
             device, dtype = self._execution_device, self.unet.dtype
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)

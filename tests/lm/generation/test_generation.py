@@ -10,7 +10,12 @@ import torch
 from helpers.lm_parts import CODES, image, processor_and_model
 from helpers.small_lms import FAMILIES
 
-from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generate_ids
+from lavit_lm.generation.sampling import (
+    GenerationConstraint,
+    Sampling,
+    generate_ids,
+    sequence_generators,
+)
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.sequences.token_sequence import Role, SequenceBuilder, TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
@@ -207,6 +212,12 @@ def test_equal_prompts_share_a_prefill_and_finished_sequences_leave(monkeypatch:
     assert shared == apart == alone and rows[:2] == [3, 10]
     lengths = sorted(map(len, shared))
     assert lengths[0] < lengths[-1], "one ends before the others"
+
+
+def test_what_ids_are_drawn_from(unchecked: None):
+    for generator, got in ((4, "4"), ([generators(1), 4], "2"), ("ab", "2")):
+        with pytest.raises(ValueError, match=f"one for each of 2 sequences, got {got}"):
+            sequence_generators(generator, 2)
 
 
 def test_impossible_requests():

@@ -157,7 +157,7 @@ def test_chance_is_an_argument(decoders: dict[str, PixelDecoder], codes: VisualC
     assert torch.equal(first, same) and not torch.equal(first, other)
     plain = draw(decoder, codes, generator=torch.Generator().manual_seed(1))
     assert not torch.equal(first, plain)  # eta adds noise
-    with pytest.raises(ValueError, match="one or a list of 3, got a list of 2"):
+    with pytest.raises(ValueError, match=r"a torch\.Generator or a list of 3, got a list of 2"):
         draw(decoder, codes, generator=generators([1, 2]))
 
 
@@ -434,3 +434,11 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
 def test_what_is_decoded(codes: Any, tiny_decoder: PixelDecoder, unchecked: None) -> None:
     with pytest.raises(CodeError, match=r"expected VisualCodes, e\.g\. VisualCodes\.from_list"):
         tiny_decoder(codes)
+
+
+@pytest.mark.parametrize("generator", [3, [torch.Generator(), 3], [torch.Generator()]])
+def test_what_noise_is_drawn_from(
+    generator: Any, tiny_decoder: PixelDecoder, codes: VisualCodes, unchecked: None
+) -> None:
+    with pytest.raises(ValueError, match=r"generator: expected a torch\.Generator or a list of 2"):
+        tiny_decoder(codes.take([0, 1]), generator=generator)
