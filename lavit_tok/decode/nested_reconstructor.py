@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lavit_tok.nn.attention import Attention
 from lavit_tok.nn.nested_order import distance_bias
@@ -55,10 +54,7 @@ class BiasedBlock(nn.Module):
         self, x: Float[Tensor, "batch n width"], bias: Float[Tensor, "heads n n"]
     ) -> Float[Tensor, "batch n width"]:
         """One block."""
-        attention, y = self.self_attention, self.norm_self(x)
-        q, k, v = (attention.split(f(y)) for f in (attention.query, attention.key, attention.value))
-        out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
-        x = x + attention.out(out.transpose(1, 2).flatten(2))
+        x = x + self.self_attention(self.norm_self(x), bias=bias)
         return x + self.mlp(self.norm_mlp(x))
 
 

@@ -60,10 +60,13 @@ def attend(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    if q.device.type == "cpu" and q.requires_grad and q.dtype == torch.bfloat16:
+    dtype = q.dtype
+    if q.device.type == "cpu" and q.requires_grad and dtype == torch.bfloat16:
         # The CPU kernel's backward pass takes about 1.5 times as long in bfloat16 as in float32.
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+        q, k, v = q.float(), k.float(), v.float()
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask).to(dtype)
 
 
 def masked_softmax(
@@ -105,11 +108,15 @@ class Attention(nn.Module):
         context: Float[Tensor, "batch keys width"] | None = None,
         policy: Tensor | None = None,
         formula: Formula = "strict",
+        bias: Float[Tensor, "#heads queries keys"] | None = None,
     ) -> Float[Tensor, "batch queries width"]:
-        """Attend from x to the context, or to x itself; policy and formula as in `attend`."""
+        """Attend from x to the context, or to x itself.
+
+        Policy and formula as in `attend`; in place of a policy, `bias` is added to the scores.
+        """
         context = x if context is None else context
-        q, k, v = self.query(x), self.key(context), self.value(context)
-        out = attend(self.split(q), self.split(k), self.split(v), policy, formula)
+        q, k, v = (self.split(y) for y in (self.query(x), self.key(context), self.value(context)))
+        out = attend(q, k, v, policy, formula) if bias is None else _fused(q, k, v, bias)
         return self.out(rearrange(out, "b h n d -> b n (h d)"))
 
 
