@@ -40,10 +40,13 @@ class NestedCodebook(KeepFloat32):
     """
 
     embeddings: Tensor
+    area: Tensor
 
     def __init__(self, size: int, dim: int, patches: int, patch_dim: int) -> None:
         super().__init__()
-        self.patches, self.levels = patches, levels(patches)
+        self.patches, self.patch_dim, self.levels = patches, patch_dim, levels(patches)
+        area = torch.cat([level.area.flatten() for level in self.levels])  # of every rank
+        self.register_buffer("area", area, persistent=False)
         stages = sum(level.stages for level in self.levels)
         self.register_buffer("embeddings", torch.randn(stages, size, dim, **FLOAT32) * dim**-0.5)
         for i, level in enumerate(self.levels):
@@ -82,11 +85,12 @@ class NestedCodebook(KeepFloat32):
             z = split_areas(left, level.side) @ self.basis(i)
             total = torch.zeros_like(z)
             for stage in range(level.stages):
-                if level.first + stage * level.side**2 >= count:
+                start = level.first + stage * level.side**2
+                if start >= count:
                     break
                 table = self.embeddings[self.first_stage(i) + stage]
                 found = nearest(z.flatten(0, 1), table).view(z.shape[:2])
-                codes.append(found[:, level.area[stage].to(found.device)])
+                codes.append(found[:, self.area[start : start + level.side**2]])
                 z, total = z - table[found], total + table[found]
             left = left - join_areas(total @ self.basis(i).T, level.side, self.patches)
         return torch.cat(codes, 1)[:, :count]
@@ -102,24 +106,19 @@ class NestedCodebook(KeepFloat32):
             lengths: codes of every image, 1..m.
         """
         kept = torch.arange(codes.shape[1], device=codes.device) < lengths[:, None]
-        found: Tensor | None = None
+        found = self.embeddings.new_zeros(len(codes), self.patches, self.patch_dim)
         for i, level in enumerate(self.levels):
+            if level.first >= codes.shape[1]:
+                break
             areas = level.side**2
             total = self.embeddings.new_zeros(len(codes), areas, self.embeddings.shape[-1])
             for stage in range(level.stages):
                 start = level.first + stage * areas
-                some = codes[:, start : start + areas]
+                some = codes[:, start : start + areas]  # of the last stages fewer, or none
                 entries = F.embedding(some, self.embeddings[self.first_stage(i) + stage])
                 entries = entries * kept[:, start : start + areas, None]
-                area = level.area[stage][: some.shape[1]].to(codes.device)
-                total = total.index_add(1, area, entries)
-                if start + areas >= codes.shape[1]:
-                    break
-            part = join_areas(total @ self.basis(i).T, level.side, self.patches)
-            found = part if found is None else found + part
-            if level.first + level.stages * areas >= codes.shape[1]:
-                break
-        assert found is not None
+                total = total.index_add(1, self.area[start : start + some.shape[1]], entries)
+            found = found + join_areas(total @ self.basis(i).T, level.side, self.patches)
         return found
 
 
