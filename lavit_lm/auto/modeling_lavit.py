@@ -35,8 +35,7 @@ from lavit_lm.generation.logits_processors import (
 )
 from lavit_lm.generation.sampling import GUIDANCE_SCALE, TOP_K, Sampling, sequence_generators
 from lavit_lm.models.kv_state import check_context
-from lavit_tok import WeightsError
-from lavit_tok.checkpoints.weights import require_finite
+from lavit_tok.checkpoints.weights import require_finite, require_fitting
 
 
 class LavitForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -76,10 +75,7 @@ class LavitForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model, report = super().from_pretrained(
             name, *model_args, output_loading_info=True, **options
         )
-        # transformers only warns of missing tensors, and fills them at random.
-        wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
-        if wrong:
-            raise WeightsError(f"{name}: these tensors do not fit the config: {wrong}")
+        require_fitting(report, str(name))
         quantized = getattr(model, "hf_quantizer", None) is not None  # tensors of other classes
         if not quantized and not any(value.is_meta for value in model.parameters()):  # on disk
             require_finite(model, str(name))

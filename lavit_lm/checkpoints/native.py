@@ -31,6 +31,7 @@ from lavit_tok.checkpoints.weights import (
     find_directory,
     load_weights,
     read_header,
+    require_fitting,
     save_weights,
 )
 
@@ -129,10 +130,7 @@ def load_model(
     if has_modules:
         check_layers(values["objective"], directory, MODULES, CONFIG)
     lm, report = open_lm(directory, dtype)
-    # transformers only warns of missing tensors, and fills them at random.
-    wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
-    if wrong:
-        raise WeightsError(f"{directory}: these tensors do not fit the config: {wrong}")
+    require_fitting(report, str(directory))
     lm = lm.language_model if lm.config.model_type == "lavit" else lm
     embeddings = lm.get_input_embeddings().weight.shape[0]
     if embeddings < processor.vocabulary.stop:

@@ -375,6 +375,16 @@ def require_finite(module: nn.Module, label: str) -> None:
         )
 
 
+def require_fitting(report: dict[str, Any], label: str) -> None:
+    """Raise WeightsError for tensors that the loading report of `transformers` lists.
+
+    transformers only warns of missing tensors, and fills them at random.
+    """
+    wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
+    if wrong:
+        raise WeightsError(f"{label}: these tensors do not fit the config: {wrong}")
+
+
 def fill(target: Tensor, value: Tensor, label: str, device: torch.device | str = "cpu") -> Tensor:
     """Copy `value` into the target, or into new memory on `device` if the target is on meta.
 
