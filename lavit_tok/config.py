@@ -83,7 +83,7 @@ class TokenizerConfig:
     """The reconstructor of nested codes also predicts the mean colors of this number of cells per
     patch side; 0 for none."""
     error_hidden: int = 0
-    """Width of the heads that predict an image's error at every number of codes
+    """Width of the heads that predict an image's error at every number of nested codes
     (encode/error_head.py); 0 for none."""
     price: float = 0.0
     """Smallest reduction of the predicted error by one more code, without a budget."""
@@ -124,7 +124,7 @@ class TokenizerConfig:
             self._require("attention", self.attention == "strict", "'strict' for nested codes")
             self._require("continuous_width", self.continuous_width == 0, "0 for nested codes")
         else:
-            for name in ("color_cells", "patch_dim"):
+            for name in ("color_cells", "patch_dim", "error_hidden"):
                 self._require(name, getattr(self, name) == 0, "0, unless codes are nested")
         self._require("attention", self.attention in ("strict", "compat"), "'strict' or 'compat'")
         patch = self.patch_size

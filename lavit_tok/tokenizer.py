@@ -215,8 +215,7 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
             return self.encode_kept(features, keep)
         if sample:
             raise ValueError("sample: expected no quality, rate, min_codes or max_codes beside it")
-        keep, error = RateControl(self, features, pixels).answer(request)
-        return self.encode_kept(features, keep, error)
+        return RateControl(self, features, pixels).answer(request)
 
     def encode_kept(
         self,
@@ -239,18 +238,23 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
                 "and this mask keeps others"
             )
         layout = RaggedLayout(lengths)
-        values = layout.unpad(self.quantizer.encode(features, layout.width))
+        values = layout.unpad(self.quantizer.encode(features, layout.width)[0])
         return VisualCodes(values, lengths, keep, size, True, error)
 
     def predicted_errors(
-        self, features: Float[Tensor, "batch patches width"], kind: str = "cosine"
-    ) -> Float[Tensor, "batch patches"]:
-        """Predicted error of every image with 1, 2, ... n codes.
+        self,
+        features: Float[Tensor, "batch patches width"],
+        kind: str = "cosine",
+        left: Float[Tensor, "batch most"] | None = None,
+    ) -> Float[Tensor, "batch most"]:
+        """Predicted error of every image with 1, 2, 3, ... codes.
 
         Args:
             features: of the encoder.
             kind: "cosine" for 1 - centered cosine, "psnr" for the root mean squared error of
                 colors.
+            left: what the first codes leave over, as quantizer.encode returns it; None computes
+                all n.
 
         Raises:
             ValueError: a tokenizer without an error head of this kind.
@@ -260,7 +264,9 @@ class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
                 f"this tokenizer has no head that predicts the error of kind {kind!r}: quality= "
                 "works with verify=True, which measures instead; or give an integer budget"
             )
-        predicted = self.error_heads[kind](features)
+        if left is None:
+            left = self.quantizer.encode(features, features.shape[1])[1]
+        predicted = self.error_heads[kind](features, left)
         return predicted / COLOR_ERROR_SCALE if kind == "psnr" else predicted
 
     def preprocess(self, images: Images) -> Float[Tensor, "batch 3 h w"]:

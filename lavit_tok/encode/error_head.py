@@ -1,13 +1,13 @@
-"""Predict an image's error at every number of codes from its features, before it is encoded.
+"""Predict an image's error at every number of codes, from features and what the codes leave over.
 
-    features [b n d] -> mean and deviation of every channel, variance left within cells
-                     -> MLP -> errors at 1, 2, 4, ... n codes, never rising
-                     -> errors [b n] at every number of codes
+    features [b n d] -> mean and deviation of every channel, variance within cells --.
+    squared distance left over by 1, 2, 3, ... codes [b m]; by 1, 4 and 16 codes ----+-> MLP
+    -> errors [b m], never rising
 
-Variance within cells is what an image loses when each cell is one color: most of its
-rate-distortion curve. The MLP learns the rest from errors measured in training; its gradient stops
-at the features. Between two powers of two the error is a straight line over log2 of the number of
-codes.
+The distance (nested_quantizer.py) is measured while codes are computed. What a reconstructor makes
+of it depends on the image: the MLP learns that from errors measured in training; its gradient stops
+at the features. The error with k codes is predicted from what the first k leave over, and does not
+depend on how many more are computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,11 +25,13 @@ from lavit_tok.nn.nested_order import nested_order
 from lavit_tok.nn.precision import KeepFloat32
 
 LEAST = 1e-4
-"""No error is predicted below this."""
+"""No error is predicted below this, and no distance is told from a smaller one."""
+EARLIER = (1, 4, 16)
+"""Numbers of codes whose distances are inputs of every later prediction."""
 
 
 class ErrorHead(KeepFloat32):
-    """Features -> predicted errors, in float32 whatever the precision of the rest.
+    """Features and distances -> predicted errors, in float32 whatever the precision of the rest.
 
     Args:
         width: of the features.
@@ -37,36 +39,63 @@ class ErrorHead(KeepFloat32):
         hidden: width of the MLP.
     """
 
-    weights: Tensor
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self, width: int, patches: int, hidden: int = 128) -> None:
         super().__init__()
-        self.points = len(doublings(patches))
+        self.patches = patches
         self.levels = max(1, math.isqrt(patches).bit_length() - 1)
-        self.norm = nn.LayerNorm(2 * width + self.levels + 1)
+        inputs = 2 * width + self.levels + 1
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("deviation", torch.ones(inputs))
+        self.image = nn.Linear(inputs, hidden)
+        self.count = nn.Linear(5 + len(EARLIER), hidden, bias=False)
         self.mlp = nn.Sequential(
-            nn.Linear(2 * width + self.levels + 1, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            last := nn.Linear(hidden, self.points),
+            nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), last := nn.Linear(hidden, 1)
         )
         nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, -3.0)  # each doubling of the codes then saves .05
-        self.register_buffer("weights", interpolation(patches), persistent=False)
+        nn.init.constant_(last.bias, math.log(0.2))
 
     def forward(
-        self, features: Float[Tensor, "batch patches width"]
-    ) -> Float[Tensor, "batch patches"]:
-        """Predicted error with 1, 2, ... n codes, float32, never rising."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self.at_points(summary(features.detach().float(), self.levels)) @ self.weights
+        self,
+        features: Float[Tensor, "batch patches width"],
+        left: Float[Tensor, "batch most"],
+    ) -> Float[Tensor, "batch most"]:
+        """Predicted error with 1, 2, 3, ... codes, float32, never rising.
 
-    def at_points(self, values: Float[Tensor, "batch values"]) -> Float[Tensor, "batch points"]:
-        """Predicted error with 1, 2, 4, ... n codes, from a summary of the features."""
-        # The error with all codes, and what each halving of them adds
-        steps = F.softplus(self.mlp(self.norm(values)))
-        return LEAST + steps.flip(1).cumsum(1).flip(1)
+        Args:
+            features: of the encoder.
+            left: what these numbers of codes leave over, from NestedQuantizer.encode.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            counts = torch.arange(1, left.shape[1] + 1, device=left.device)
+            values = summary(features.detach().float(), self.levels)
+            return self.at(values, left.float(), counts).cummin(1).values
+
+    def at(
+        self,
+        values: Float[Tensor, "batch inputs"],
+        left: Float[Tensor, "batch most"],
+        counts: Int64[Tensor, " points"],
+    ) -> Float[Tensor, "batch points"]:
+        """Predicted errors with some numbers of codes.
+
+        Args:
+            values: summary of the features.
+            left: what 1, 2, 3, ... codes leave over.
+            counts: numbers of codes, from 1 to `most`.
+        """
+        image = self.image((values - self.mean) / self.deviation)
+        position = counts.float().log2() / max(1.0, math.log2(self.patches)) * math.pi
+        waves = [position, position.sin(), position.cos(), (2 * position).sin()]
+        logs = left.clamp(min=LEAST).log()
+        earlier = [counts.clamp(max=count) for count in EARLIER]
+        distances = torch.stack([logs[:, i - 1] for i in (counts, *earlier)], -1)
+        point = self.count(
+            torch.cat([torch.stack(waves, -1).expand(len(left), -1, -1), distances], -1)
+        )
+        return LEAST + self.mlp(image[:, None] + point)[..., 0].exp()
 
 
 def doublings(patches: int) -> list[int]:
@@ -118,27 +147,3 @@ def summary(
         within.append(whole.square().mean((1, 2, 3)) - means)
     logs = torch.stack(within, 1).clamp(min=1e-6).log()
     return torch.cat([features.mean(1), features.std(1, correction=0), logs], 1)
-
-
-def interpolation(patches: int) -> Float[Tensor, "points patches"]:
-    """Weights of the values at 1, 2, 4, ... n codes in the value at 1, 2, 3, ... n codes.
-
-    For n = 4:
-
-    codes      1  2  3    4
-    point 1    1  .  .    .
-    point 2    .  1  .42  .        3 codes: log2(3) - 1 = .58 of the way from 2 to 4
-    point 4    .  .  .58  1
-    """
-    position = torch.arange(1, patches + 1).double().log2()
-    grid = torch.tensor(doublings(patches), dtype=torch.float64).log2()
-    points = len(grid)
-    right = torch.searchsorted(grid, position).clamp(max=points - 1)
-    left = (right - 1).clamp(min=0)
-    gap = (grid[right] - grid[left]).clamp(min=1e-12)
-    ratio = torch.where(right == left, 1.0, ((position - grid[left]) / gap).clamp(0, 1))
-    weights = torch.zeros(points, patches, dtype=torch.float64)
-    columns = torch.arange(patches)
-    weights[left, columns] += 1 - ratio
-    weights[right, columns] += ratio
-    return weights.float()

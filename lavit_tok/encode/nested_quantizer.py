@@ -72,13 +72,18 @@ class NestedCodebook(KeepFloat32):
     @without_autocast
     def encode(
         self, vectors: Float[Tensor, "batch patches patch_dim"], count: int
-    ) -> Int64[Tensor, "batch count"]:
-        """The codes of the first `count` ranks: of each the nearest entry, in float32.
+    ) -> tuple[Int64[Tensor, "batch count"], Float[Tensor, "batch count"]]:
+        """The codes of the first `count` ranks, each the nearest entry; and what they leave over.
+
+        Returns:
+            The codes, and after each of them the squared distance between the vectors and the sum
+            of the entries so far, mean over the patches, in float32.
 
         Raises:
             ValueError: NaN or infinity.
         """
         left, codes = vectors.float(), []
+        distance, saved = left.square().sum((1, 2)), []
         for i, level in enumerate(self.levels):
             if level.first >= count:
                 break
@@ -90,10 +95,15 @@ class NestedCodebook(KeepFloat32):
                     break
                 table = self.embeddings[self.first_stage(i) + stage]
                 found = nearest(z.flatten(0, 1), table).view(z.shape[:2])
-                codes.append(found[:, self.area[start : start + level.side**2]])
-                z, total = z - table[found], total + table[found]
+                ranks = self.area[start : start + level.side**2]
+                # The basis is orthonormal: distances in it are distances of the vectors
+                before, z = z.square().sum(-1), z - table[found]
+                codes.append(found[:, ranks])
+                saved.append((before - z.square().sum(-1))[:, ranks])
+                total = total + table[found]
             left = left - join_areas(total @ self.basis(i).T, level.side, self.patches)
-        return torch.cat(codes, 1)[:, :count]
+        after = distance[:, None] - torch.cat(saved, 1)[:, :count].cumsum(1)
+        return torch.cat(codes, 1)[:, :count], after.clamp(min=0) / self.patches
 
     @without_autocast
     def decode(
@@ -160,6 +170,6 @@ class NestedQuantizer(KeepFloat32):
 
     def encode(
         self, features: Float[Tensor, "batch patches width"], count: int
-    ) -> Int64[Tensor, "batch count"]:
-        """The codes of the first `count` ranks. Raises ValueError for NaN or infinity."""
+    ) -> tuple[Int64[Tensor, "batch count"], Float[Tensor, "batch count"]]:
+        """The codes of the first `count` ranks, and what they leave over; see NestedCodebook."""
         return self.codebook.encode(self.project(features), count)

@@ -6,7 +6,7 @@
     rate     codes are added while each saves more than this; config.price by default
 
 Predictions come from the error heads (error_head.py). Measuring reconstructs, and gives an image
-the same count whatever else is in its batch. Nested codes are computed once and cut to every count
+the same count whatever else is in its batch. Nested codes are computed once, and cut to every count
 that is measured; selected ones are computed again.
 """
 
@@ -109,10 +109,10 @@ class RateControl:
     ) -> None:
         self.tokenizer, self.features, self.pixels = tokenizer, features, pixels
         self.patches = features.shape[1]
-        self.whole: VisualCodes | None = None
+        self.nested: tuple[Tensor, Tensor] | None = None
 
-    def answer(self, request: Request) -> tuple[Bool[Tensor, "batch patches"], Errors | None]:
-        """The keep mask, and each image's predicted or measured error where there is one."""
+    def answer(self, request: Request) -> VisualCodes:
+        """The codes, with each image's predicted or measured error where there is one."""
         least = min(request.min_codes, self.patches)
         most = min(request.max_codes or self.patches, self.patches)
         if request.quality is not None:
@@ -129,8 +129,8 @@ class RateControl:
         else:
             counts, error = self._for_price(request, least, most)
         if error is None and self.tokenizer.config.error_hidden:
-            error = at(self.tokenizer.predicted_errors(self.features), counts)
-        return self.keep(counts), error
+            error = at(self._predicted("cosine", int(counts.max())), counts)
+        return self.codes(counts, error)
 
     def keep(self, counts: Counts) -> Bool[Tensor, "batch patches"]:
         """The keep mask of these counts: the first ranks, or the patches of the highest scores."""
@@ -140,7 +140,7 @@ class RateControl:
         return first_kept(kept.argsort(dim=1, descending=True, stable=True), counts)
 
     def _for_price(self, request: Request, least: int, most: int) -> tuple[Counts, Errors]:
-        errors = self.tokenizer.predicted_errors(self.features)
+        errors = self._predicted("cosine", most)
         price = self.tokenizer.config.price if request.rate is None else request.rate
         if request.budget is not None:
             counts = counts_at_total(errors, round(request.budget * errors.numel()))
@@ -156,7 +156,7 @@ class RateControl:
         self, target: Target, request: Request, least: int, most: int
     ) -> tuple[Counts, Errors]:
         if self.tokenizer.config.error_hidden or not request.verify:
-            errors = self.tokenizer.predicted_errors(self.features, target.kind)
+            errors = self._predicted(target.kind, most)
             start = counts_at_error(errors, target.error).clamp(least, most)
             if not (request.exact or request.verify):
                 return start, at(errors, start)
@@ -200,7 +200,7 @@ class RateControl:
         center = tok.mean_feature if tok.config.error_hidden else 0.0
 
         def measured(counts: Counts) -> Errors:
-            output = tok.reconstruct_patches(self._codes(counts))
+            output = tok.reconstruct_patches(self.codes(counts))
             if target.kind == "psnr":
                 return (output.colors.float().clamp(0, 1) - colors).square().mean((1, 2)).sqrt()
             x, y = self.features.float() - center, output.features.float() - center
@@ -208,14 +208,24 @@ class RateControl:
 
         return measured
 
-    def _codes(self, counts: Counts) -> VisualCodes:
-        if not self.tokenizer.nested:
-            return self.tokenizer.encode_kept(self.features, self.keep(counts))
-        if self.whole is None:
-            self.whole = self.tokenizer.encode_kept(
-                self.features, self.keep(torch.full_like(counts, self.patches))
-            )
-        return self.whole.truncate(counts)
+    def codes(self, counts: Counts, error: Errors | None = None) -> VisualCodes:
+        """The codes at these counts, with `error` as their predicted_error."""
+        tok, keep = self.tokenizer, self.keep(counts)
+        if not tok.nested:
+            return tok.encode_kept(self.features, keep, error)
+        values = self._encoded(int(counts.max()))[0]
+        kept = torch.arange(values.shape[1], device=counts.device) < counts[:, None]
+        return VisualCodes(values[kept], counts, keep, tok.config.codebook_size, True, error)
+
+    def _predicted(self, kind: str, most: int) -> Float[Tensor, "batch most"]:
+        left = self._encoded(most)[1] if self.tokenizer.nested else None
+        return self.tokenizer.predicted_errors(self.features, kind, left)
+
+    def _encoded(self, most: int) -> tuple[Int64[Tensor, "b most"], Float[Tensor, "b most"]]:
+        """Nested codes and what they leave over, computed again only where more are needed."""
+        if self.nested is None or self.nested[0].shape[1] < most:
+            self.nested = self.tokenizer.quantizer.encode(self.features, most)
+        return self.nested[0][:, :most], self.nested[1][:, :most]
 
 
 def at(errors: Float[Tensor, "batch most"], counts: Counts) -> Errors:

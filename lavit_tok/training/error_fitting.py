@@ -1,7 +1,7 @@
 """Fit the error heads of a trained tokenizer to the errors that it makes.
 
     images -frozen encoder, codebook-> all codes -first 1, 2, 4, ... n-> errors
-    features -ErrorHead-> predicted errors;  loss = squared difference
+    features, what the codes leave over -ErrorHead-> predicted errors;  loss = squared difference
 
 Heads that learn beside the codes lag behind them: errors fall until the last step.
 """
@@ -20,6 +20,8 @@ from lavit_tok.encode.error_head import ErrorHead, doublings, summary
 from lavit_tok.encode.rate_control import COLOR_ERROR_SCALE
 from lavit_tok.training.optimizers import parameter_groups
 
+NOISE = 0.1
+"""Added to the summaries of features, in standard deviations: there are few images to fit to."""
 Features = Float[Tensor, "batch patches width"]
 Colors = Float[Tensor, "batch patches out"]
 
@@ -27,8 +29,8 @@ Colors = Float[Tensor, "batch patches out"]
 @torch.no_grad()
 def measured_errors(
     tokenizer: Any, features: Features, colors: Colors
-) -> dict[str, Float[Tensor, "batch points"]]:
-    """Errors with 1, 2, 4, ... n exact codes, as the heads predict them.
+) -> tuple[dict[str, Float[Tensor, "batch points"]], Float[Tensor, "batch patches"]]:
+    """Errors with 1, 2, 4, ... n exact codes; and what 1, 2, 3, ... n codes leave over.
 
     Args:
         tokenizer: a VisualTokenizer of nested codes.
@@ -36,7 +38,7 @@ def measured_errors(
         colors: of the patches, 0..1.
     """
     n, mean = features.shape[1], tokenizer.mean_feature
-    codes = tokenizer.quantizer.encode(features, n)
+    codes, left = tokenizer.quantizer.encode(features, n)
     found: dict[str, list[Tensor]] = {"cosine": [], "psnr": []}
     for count in doublings(n):
         lengths = torch.full((len(features),), count, device=features.device)
@@ -46,7 +48,7 @@ def measured_errors(
         found["cosine"].append(1 - cosine.mean(1))
         difference = output.colors.float().clamp(0, 1) - colors
         found["psnr"].append(COLOR_ERROR_SCALE * difference.square().mean((1, 2)).sqrt())
-    return {kind: torch.stack(values, 1) for kind, values in found.items()}
+    return {kind: torch.stack(values, 1) for kind, values in found.items()}, left
 
 
 def fit_error_heads(
@@ -74,32 +76,40 @@ def fit_error_heads(
     config = tokenizer.config
     generator = torch.Generator().manual_seed(seed)
     inputs: list[Tensor] = []
+    distances: list[Tensor] = []
     targets: dict[str, list[Tensor]] = {kind: [] for kind in tokenizer.error_heads}
     for features, colors in batches:
-        errors = measured_errors(tokenizer, features, colors)
+        errors, left = measured_errors(tokenizer, features, colors)
         inputs.append(summary(features, tokenizer.error_heads["cosine"].levels))
+        distances.append(left)
         for kind, values in targets.items():
             values.append(errors[kind])
-    x = torch.cat(inputs)
+    x, left = torch.cat(inputs), torch.cat(distances)
+    counts = torch.tensor(doublings(config.num_patches), device=x.device)
     last = len(x) - len(x) // 10
-    left: dict[str, float] = {}
+    deviation, mean = torch.std_mean(x[:last], 0, correction=0)
+    deviation = deviation.clamp(min=1e-4)
+    difference: dict[str, float] = {}
     for kind, values in targets.items():
         y = torch.cat(values)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             head = ErrorHead(config.width, config.num_patches, config.error_hidden).to(x.device)
+        head.mean.copy_(mean)
+        head.deviation.copy_(deviation)
         optimizer = torch.optim.AdamW(parameter_groups(head.parameters(), 0.05), lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
             picked = torch.randint(last, (batch_size,), generator=generator).to(x.device)
-            noise = 0.02 * torch.randn(batch_size, x.shape[1], generator=generator).to(x.device)
-            loss = (head.at_points(x[picked] + noise) - y[picked]).square().mean()
+            noise = torch.randn(batch_size, x.shape[1], generator=generator).to(x.device)
+            noisy = x[picked] + NOISE * deviation * noise
+            loss = (head.at(noisy, left[picked], counts) - y[picked]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            difference = head.at_points(x[last:]) - y[last:]
-        left[kind] = float(difference.square().mean().sqrt())
+            error = head.at(x[last:], left[last:], counts) - y[last:]
+        difference[kind] = float(error.square().mean().sqrt())
         tokenizer.error_heads[kind].load_state_dict(head.state_dict())
-    return left
+    return difference

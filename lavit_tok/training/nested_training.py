@@ -118,7 +118,7 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
         generator = step_generator(self.seed, self.global_step, self.global_rank, self.device)
         features, colors = self.encode(batch["images"]), self.colors(batch["images"])
         counts = log_uniform(len(features), features.shape[1], generator)
-        codes = self.tokenizer.quantizer.encode(features, int(counts.max()))
+        codes, _ = self.tokenizer.quantizer.encode(features, int(counts.max()))
         vectors = self.tokenizer.quantizer.codebook.decode(codes, counts)
         reconstructor = self.tokenizer.reconstructor
         with torch.no_grad():
@@ -134,7 +134,7 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
         """The curve over budgets."""
         features, colors = self.encode(batch["images"]), self.colors(batch["images"])
         patches, batch_size = features.shape[1], len(features)
-        codes = self.tokenizer.quantizer.encode(features, patches)
+        codes, _ = self.tokenizer.quantizer.encode(features, patches)
         used = usage(codes.flatten(), self.tokenizer.config.codebook_size)
         values: dict[str, Tensor | float] = {"codebook_usage": used.used}
         for count in doublings(patches):

@@ -1,30 +1,28 @@
-"""The error head: shape of its curves, its interpolation, and that it learns what a curve depends
-on."""
+"""The error head: curves never rise, depend on earlier codes only, and learn what images need."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lavit_tok.encode.error_head import ErrorHead, interpolation, summary
+from lavit_tok.encode.error_head import ErrorHead, doublings, summary
 
 
-def test_the_drawn_interpolation():
-    drawn = torch.tensor([[1, 0, 0, 0], [0, 1, 0.415, 0], [0, 0, 0.585, 1]])
-    assert torch.allclose(interpolation(4), drawn, atol=1e-3)
-    assert interpolation(1).tolist() == [[1.0]]
-
-
-@pytest.mark.parametrize("patches", [4, 9, 64, 144, 256])
-def test_weights_sum_to_one_and_curves_never_rise(patches):
-    weights = interpolation(patches)
-    assert torch.allclose(weights.sum(0), torch.ones(patches))
-    assert weights[0, 0] == 1 and weights[-1, -1] == 1
+@pytest.mark.parametrize("patches", [4, 16, 64, 256])
+def test_curves_never_rise_and_do_not_depend_on_later_codes(patches):
     head = ErrorHead(8, patches)
-    torch.nn.init.normal_(head.mlp[-1].weight)
-    curve = head(torch.randn(3, patches, 8))
+    for layer in (head.mlp[-1], head.count):
+        torch.nn.init.normal_(layer.weight)
+    features, left = torch.randn(3, patches, 8), torch.rand(3, patches).sort(descending=True).values
+    curve = head(features, left)
     assert curve.shape == (3, patches)
-    assert bool((curve.diff(dim=1) <= 1e-6).all()) and bool((curve > 0).all())
+    assert bool((curve.diff(dim=1) <= 0).all()) and bool((curve > 0).all())
+    for count in (1, patches // 2, patches - 1):
+        torch.testing.assert_close(head(features, left[:, :count]), curve[:, :count])
+    points = torch.tensor(doublings(patches))
+    at = head.at(summary(features, head.levels), left, points)
+    assert bool((curve[:, points - 1] <= at + 1e-6).all())
+    torch.testing.assert_close(curve[:, 0], at[:, 0])
 
 
 def test_variance_within_cells():
@@ -44,9 +42,9 @@ def test_variance_within_cells():
 def test_no_gradient_reaches_the_features():
     features = torch.randn(2, 16, 8, requires_grad=True)
     head = ErrorHead(8, 16)
-    head(features).sum().backward()
+    head(features, torch.rand(2, 16)).sum().backward()
     assert features.grad is None
-    assert head.mlp[0].weight.grad is not None
+    assert head.image.weight.grad is not None
 
 
 def test_it_learns_that_busy_images_need_more():
@@ -56,8 +54,24 @@ def test_it_learns_that_busy_images_need_more():
     busy = torch.rand(256, 1, 1)
     features = torch.randn(256, 16, 8) * busy
     target = busy[:, :, 0] * torch.linspace(1, 0.1, 16)
+    left = torch.ones(256, 16)  # says nothing
     for _ in range(150):
-        loss = (head(features) - target).abs().mean()
+        loss = (head(features, left) - target).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.05
+
+
+def test_it_learns_from_what_the_codes_leave_over():
+    torch.manual_seed(0)
+    head = ErrorHead(8, 16)
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    left = torch.rand(256, 1) * torch.linspace(1, 0.1, 16)
+    values = torch.ones(256, 2 * 8 + head.levels + 1)  # says nothing
+    counts = torch.arange(1, 17)
+    for _ in range(150):
+        loss = (head.at(values, left, counts) - 0.5 * left).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

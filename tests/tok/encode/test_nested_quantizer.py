@@ -43,7 +43,7 @@ def codebook() -> NestedCodebook:
 
 def test_codes_and_sums_are_those_of_the_slow_version(codebook: NestedCodebook) -> None:
     vectors = torch.randn(3, PATCHES, 3)
-    codes = codebook.encode(vectors, PATCHES)
+    codes, left = codebook.encode(vectors, PATCHES)
     for image in range(3):
         expected, sums = slow(codebook, vectors[image])
         assert codes[image].tolist() == expected
@@ -51,13 +51,16 @@ def test_codes_and_sums_are_those_of_the_slow_version(codebook: NestedCodebook) 
             some = codes[image : image + 1, :count]
             found = codebook.decode(some, torch.tensor([count]))[0]
             torch.testing.assert_close(found, sums[count - 1], atol=1e-5, rtol=1e-5)
+            distance = (vectors[image] - found).square().sum(-1).mean()
+            torch.testing.assert_close(left[image, count - 1], distance, atol=1e-5, rtol=1e-4)
 
 
 def test_fewer_codes_are_the_first_of_more(codebook: NestedCodebook) -> None:
     vectors = torch.randn(4, PATCHES, 3)
-    whole = codebook.encode(vectors, PATCHES)
+    whole, left = codebook.encode(vectors, PATCHES)
     for count in (1, 2, 4, 7, 9, 12, 16):
-        assert torch.equal(codebook.encode(vectors, count), whole[:, :count])
+        codes, distances = codebook.encode(vectors, count)
+        assert torch.equal(codes, whole[:, :count]) and torch.equal(distances, left[:, :count])
     lengths = torch.tensor([1, 3, 9, 16])
     noisy = whole.clone()
     noisy[torch.arange(PATCHES) >= lengths[:, None]] = 0
@@ -75,7 +78,7 @@ def test_nan_is_refused(codebook: NestedCodebook) -> None:
 def test_one_patch() -> None:
     codebook = NestedCodebook(size=4, dim=2, patches=1, patch_dim=2)
     vectors = torch.randn(2, 1, 2)
-    codes = codebook.encode(vectors, 1)
+    codes, _ = codebook.encode(vectors, 1)
     assert codes.shape == (2, 1)
     assert codebook.decode(codes, torch.tensor([1, 1])).shape == (2, 1, 2)
 
@@ -96,7 +99,7 @@ def fitted(color_weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         lines: list[str] = []
         parts = (features, colors, config, generator, lines.append)
         fit_quantizer(quantizer, reconstructor, *parts)
-        codes = quantizer.encode(features, PATCHES)
+        codes, _ = quantizer.encode(features, PATCHES)
         errors = []
         for count in (1, 4, 16):
             lengths = torch.full((400,), count)
@@ -147,11 +150,11 @@ def test_precision_of_the_caller_changes_no_code() -> None:
         torch.set_default_dtype(torch.float32)
     assert {value.dtype for value in quantizer.state_dict().values()} == {torch.float32}
     lengths = torch.arange(1, 9)
-    codes = quantizer.encode(features, PATCHES)
+    codes, _ = quantizer.encode(features, PATCHES)
     vectors = quantizer.codebook.decode(codes, lengths)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(quantizer.encode(features, PATCHES), codes)
+        assert torch.equal(quantizer.encode(features, PATCHES)[0], codes)
         assert torch.equal(quantizer.codebook.decode(codes, lengths), vectors)
     quantizer.half()
-    assert torch.equal(quantizer.encode(features, PATCHES), codes)
+    assert torch.equal(quantizer.encode(features, PATCHES)[0], codes)
     assert torch.equal(quantizer.codebook.decode(codes, lengths), vectors)
