@@ -182,12 +182,19 @@ class LavitProcessor(ProcessorMixin):
         """The pixel decoder, on the CPU. Raises ValueError for one with another codebook."""
         from lavit_lm.objectives.records import CodesDecoder
 
-        decoder = CodesDecoder.from_pretrained(self.sources["pixel_decoder"])
+        source = self.sources["pixel_decoder"]
+        decoder = CodesDecoder.from_pretrained(source)
         size = self.vocabulary.codebook_size
         if decoder.codebook_size != size:
             raise ValueError(
                 f"the pixel decoder has a codebook of {decoder.codebook_size} entries, the "
                 f"language model of {size}"
+            )
+        if self.fingerprint not in (None, decoder.fingerprint):
+            raise ValueError(
+                f"expected the codebook {self.fingerprint}, the pixel decoder {source!r} has "
+                f"{decoder.fingerprint}: codes would decode to unrelated images; pixel_decoder= of "
+                "from_pretrained names another"
             )
         return decoder
 

@@ -414,6 +414,8 @@ def test_processors_that_do_not_fit(directory: Path, tmp_path: Path, photos: lis
     path.write_text(json.dumps(values | {"fingerprint": "0" * 16}))
     with pytest.raises(WeightsError, match="codes would be of unrelated images"):
         AutoProcessor.from_pretrained(directory)(images=photos[0])
+    with pytest.raises(ValueError, match="pixel_decoder= of from_pretrained names another"):
+        AutoProcessor.from_pretrained(directory).pixel_decoder  # noqa: B018
     path.write_text(json.dumps(values | {"version": 2}))
     with pytest.raises(WeightsError, match="expected lavit_lm version 1"):
         AutoProcessor.from_pretrained(directory)
