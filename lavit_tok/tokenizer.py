@@ -48,7 +48,13 @@ from lavit_tok.encode.vision_encoder import VisionEncoder
 from lavit_tok.nn.precision import without_autocast
 
 
-class VisualTokenizer(nn.Module, PyTorchModelHubMixin):
+class VisualTokenizer(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="lavit-tok",
+    tags=["image-tokenizer", "vector-quantization"],
+    paper_url="https://arxiv.org/abs/2309.04669",
+):
     """Images <-> a dynamic number of discrete codes (LaVIT, ICLR 2024).
 
     Args:

@@ -1,14 +1,10 @@
-r"""Guided images by vLLM from an exported directory: a logits processor, two sequences an image.
-
-    prompt, <|img|>    logits c  \
-                                   u + s (c - u) for both: they get the same id at every step
-    <|img|>            logits u  /
+"""Guided images by vLLM from an exported directory: a logits processor, two sequences an image.
 
     python examples/serve/vllm_images.py DIRECTORY --scale 3 --count 64 "a photo of a bag"
 
-Runs in vLLM's environment (docs/serving.md), which needs nothing of this package. Guidance is
-LaVIT's (section 3.2). Both sequences of a pair have one seed, so that equal logits give equal ids;
-an image whose two sequences differ is an error. Prints the codes of every image as JSON lines.
+Runs in vLLM's environment (docs/serving.md), which needs nothing of this package; guided_pairs.py
+beside this file has the arithmetic. Guidance is LaVIT's (section 3.2). An image whose two sequences
+differ is an error. Prints the codes of every image as JSON lines.
 """
 
 from __future__ import annotations
@@ -24,61 +20,49 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
+from guided_pairs import Pairs
 from vllm import LLM, SamplingParams
-from vllm.v1.sample.logits_processor import (
-    BatchUpdate,
-    LogitsProcessor,
-    MoveDirectionality,
-)
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
 
 CODE = re.compile(r"<\|vis_(\d+)\|>")
 
 
-class GuidedPairs(LogitsProcessor):
-    """Mixes the logits of the two requests that have the same `extra_args["guidance_pair"]`.
+class GuidedPairs(LogitsProcessor, SlotLogitsProcessor):
+    """Pairs for both of vLLM's interfaces: of model runner V1 (CPU), and of V2 (GPU).
 
-    `extra_args["guidance_scale"]` is positive for the conditional one, 0 for the other. A request
-    whose partner is not in the same step keeps its own logits.
+    V1 reports which requests move to which rows of the batch, V2 gives each row's slot.
     """
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self.rows: dict[int, tuple[Any, float]] = {}  # index in the batch -> (pair, scale)
+    def __init__(self, vllm_config: Any, *state: Any) -> None:
+        self.pairs = Pairs()
 
     def is_argmax_invariant(self) -> bool:
         return False
+
+    # V1
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         if batch_update is None:
             return
         for index in batch_update.removed:  # removed, added, moved: the order that vLLM demands
-            self.rows.pop(index, None)
+            self.pairs.add(index, None)
         for index, params, *_ in batch_update.added:
-            extra = params.extra_args or {}
-            self.rows.pop(index, None)
-            if "guidance_pair" in extra:
-                self.rows[index] = (extra["guidance_pair"], float(extra["guidance_scale"]))
+            self.pairs.add(index, params.extra_args)
         for first, second, direction in batch_update.moved:
-            one, other = self.rows.pop(first, None), self.rows.pop(second, None)
-            if one is not None:
-                self.rows[second] = one
-            if direction == MoveDirectionality.SWAP and other is not None:
-                self.rows[first] = other
+            self.pairs.move(first, second, direction == MoveDirectionality.SWAP)
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        pairs: dict[Any, dict[bool, tuple[int, float]]] = {}
-        for index, (pair, factor) in self.rows.items():
-            pairs.setdefault(pair, {})[factor > 0] = (index, factor)
-        whole = [pair for pair in pairs.values() if len(pair) == 2]
-        if not whole:
-            return logits
-        conditional = torch.tensor([pair[True][0] for pair in whole], device=logits.device)
-        free = torch.tensor([pair[False][0] for pair in whole], device=logits.device)
-        scale = torch.tensor([pair[True][1] for pair in whole], device=logits.device)[:, None]
-        c, u = logits[conditional], logits[free]
-        # Forbidden ids are -inf in both: their difference would be nan.
-        mixed = torch.where(u.isneginf() | c.isneginf(), -torch.inf, u + scale * (c - u))
-        logits[conditional], logits[free] = mixed, mixed
-        return logits
+    # V2
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        return bool(self.pairs.add(req_idx, sampling_params.extra_args))
+
+    # Both
+
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
+        places = range(len(logits)) if ctx is None else ctx.expanded_idx_mapping.tolist()
+        guided: torch.Tensor = self.pairs.apply(logits, places)
+        return guided
 
 
 def requests(
@@ -90,13 +74,13 @@ def requests(
     inputs, params = [], []
     for number, prompt in enumerate(prompts):
         for text, factor in ((f"{prompt}<|img|>", scale), ("<|img|>", 0.0)):
-            extra = {"guidance_pair": number, "guidance_scale": factor}
+            extra = {"guidance_pair": number, "guidance_scale": factor, "seed": seed + number}
+            extra |= {"temperature": temperature, "top_k": 50}
             inputs.append({"prompt_token_ids": tokenizer(text).input_ids})
             params.append(
                 SamplingParams(
-                    temperature=temperature, top_k=50, seed=seed + number, max_tokens=codes,
-                    min_tokens=codes, allowed_token_ids=visual, extra_args=extra,
-                    skip_special_tokens=False,
+                    temperature=0.0, max_tokens=codes, min_tokens=codes,
+                    allowed_token_ids=visual, extra_args=extra, skip_special_tokens=False,
                 )
             )  # fmt: skip
     return inputs, params

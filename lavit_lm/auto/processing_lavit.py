@@ -17,18 +17,20 @@ import inspect
 import os
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME
 
 from lavit_lm.auto.configuration_lavit import LavitConfig
 from lavit_tok import VisualCodes, VisualImageProcessor, WeightsError
 from lavit_tok.checkpoints.weights import find_directory, read_header
+from lavit_tok.encode.rate_control import Request
 
 if TYPE_CHECKING:
     from lavit_lm.objectives.records import CodesDecoder
@@ -36,6 +38,18 @@ if TYPE_CHECKING:
 
 IMAGE = "<image>"
 TEXT_KWARGS = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+# Not by `class`, whose annotations would be strings here: `transformers` reads types from them.
+CODES_KWARGS = {name: kind | None for name, kind in get_type_hints(Request).items()}
+CodesKwargs: Any = TypedDict(
+    "CodesKwargs",
+    {**ImagesKwargs.__annotations__, **CODES_KWARGS},  # type: ignore[misc]
+    total=False,
+)
+LavitProcessorKwargs: Any = TypedDict(
+    "LavitProcessorKwargs",
+    {**ProcessingKwargs.__annotations__, "images_kwargs": CodesKwargs},  # type: ignore[misc]
+    total=False,
+)
 CHAT = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -82,6 +96,7 @@ class LavitProcessor(ProcessorMixin):
     """
 
     image_token = IMAGE
+    valid_processor_kwargs = LavitProcessorKwargs
 
     def __init__(
         self,
@@ -167,12 +182,19 @@ class LavitProcessor(ProcessorMixin):
         """The pixel decoder, on the CPU. Raises ValueError for one with another codebook."""
         from lavit_lm.objectives.records import CodesDecoder
 
-        decoder = CodesDecoder.from_pretrained(self.sources["pixel_decoder"])
+        source = self.sources["pixel_decoder"]
+        decoder = CodesDecoder.from_pretrained(source)
         size = self.vocabulary.codebook_size
         if decoder.codebook_size != size:
             raise ValueError(
                 f"the pixel decoder has a codebook of {decoder.codebook_size} entries, the "
                 f"language model of {size}"
+            )
+        if self.fingerprint not in (None, decoder.fingerprint):
+            raise ValueError(
+                f"expected the codebook {self.fingerprint}, the pixel decoder {source!r} has "
+                f"{decoder.fingerprint}: codes would decode to unrelated images; pixel_decoder= of "
+                "from_pretrained names another"
             )
         return decoder
 
@@ -182,14 +204,17 @@ class LavitProcessor(ProcessorMixin):
         Args:
             images: whatever `transformers` takes: PIL images, arrays, paths or URLs, one or a list.
             text: a text or a list of texts; None for each image alone, to caption it.
-            kwargs: as in `transformers`.
+            kwargs: as in `transformers`. images_kwargs={"budget": 16}, or just budget=16, and
+                quality, rate, verify, exact, min_codes and max_codes, set the number of codes of
+                the images, as in VisualTokenizer.encode.
 
         Returns:
             input_ids and attention_mask, int64 [b l], left-padded. Names of special and image
             tokens in a text become these tokens: remove them from text that you do not trust.
 
         Raises:
-            ValueError: other numbers of images and of <image> in the texts.
+            ValueError: other numbers of images and of <image> in the texts; an option of images
+                that is none of those above; an impossible number of codes.
         """
         if text is None and images is not None:
             images = make_flat_list_of_images(self.image_processor.fetch_images(images))
@@ -199,9 +224,17 @@ class LavitProcessor(ProcessorMixin):
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         """No inputs of their own; the image tokens of each image."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        given.pop("return_tensors", None)
+        if unknown := given.keys() - CODES_KWARGS.keys():
+            raise ValueError(
+                f"images_kwargs: expected {', '.join(CODES_KWARGS)}; got {', '.join(unknown)}: "
+                "image_processor has the options of the preprocessing"
+            )
         visual, batch = self.visual_tokenizer, make_flat_list_of_images(images)
         pixels = self.image_processor.normalize(self.image_processor.to_uint8(batch))
-        codes = visual.encode_pixels(pixels.to(visual.device, visual.dtype))
+        pixels = pixels.to(visual.device, visual.dtype)
+        codes = visual.encode_pixels(pixels, request=Request(**given))
         v = self.vocabulary
         ids = [[v.begin, *v.to_ids(one.cpu()).tolist(), v.end] for one in codes]
         names = [self.tokenizer.convert_ids_to_tokens(one) for one in ids]

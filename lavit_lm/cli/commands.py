@@ -128,7 +128,7 @@ def export(arguments: argparse.Namespace) -> int:
     """Write a directory for `transformers`."""
     from lavit_lm.multimodal import MultimodalLM
 
-    lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)
+    lm = MultimodalLM.from_pretrained(arguments.model, decoder=arguments.decoder)
     lm.export(arguments.out, getattr(torch, arguments.dtype), arguments.format)
     plain = arguments.format == "plain"
     load = f"AutoModelFor{'Causal' if plain else 'Multimodal'}LM.from_pretrained"

@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("lavit-lm", "Language models of text and images.", COMMANDS, argv)
 
 
+LM_LOCATION = "'default', a directory or a Hub id"
 MODEL_ARGUMENTS = (
-    Argument("--model", default="default", metavar="M", help=LOCATION),
+    Argument("--model", default="default", metavar="M", help=LM_LOCATION),
     Argument("--visual-tokenizer", metavar="T", help="replaces the visual tokenizer of the model"),
     DEVICE,
 )
@@ -77,13 +78,19 @@ CAPTION = (
     *MODEL_ARGUMENTS,
 )
 EXPORT = (
-    Argument("model", metavar="MODEL", help=LOCATION),
+    Argument("model", metavar="MODEL", help=LM_LOCATION),
     Argument("out", type=Path, metavar="OUT_DIR", help="new folder"),
     Argument(
         "--format",
         choices=("plain", "multimodal"),
         default="plain",
         help="plain: a causal LM, for servers; multimodal: for AutoModelForMultimodalLM",
+    ),
+    Argument(
+        "--decoder",
+        default="default",
+        metavar="D",
+        help=f"pixel decoder that the format multimodal names: {LOCATION}",
     ),
     DTYPE,
 )

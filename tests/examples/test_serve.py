@@ -32,6 +32,7 @@ from lavit_tok import VisualTokenizer
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "serve"))
 import check
+import guided_pairs
 import load
 from app import MODEL, create_app
 from engines import Batches, InProcess, Job, Limits, Options, Upstream
@@ -322,6 +323,34 @@ def test_transformers_serve_answers_as_greedy_decoding(lm: MultimodalLM, tmp_pat
     lm.export(tmp_path / "exported")
     command = f"{Path(sys.executable).parent / 'transformers'} serve"
     assert check.main([str(tmp_path / "exported"), "--command", command]) == 0
+
+
+def test_both_sequences_of_a_pair_get_the_guided_id() -> None:
+    forbidden = torch.arange(20) < 5
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(30, 4, 20, generator=generator).masked_fill(forbidden, -torch.inf)
+
+    def run(temperature: float, conditional: int, seed: int) -> list[int]:
+        pairs = guided_pairs.Pairs()
+        options = {"temperature": temperature, "top_k": 3, "seed": seed}
+        assert pairs.add(8, {"guidance_pair": "a", "guidance_scale": 3.0, **options})
+        pairs.move(8, conditional, swap=False)
+        assert pairs.add(3, {"guidance_pair": "a", "guidance_scale": 0.0})
+        assert pairs.add(9, {"guidance_pair": "b", "guidance_scale": 3.0})  # without its partner
+        assert not pairs.add(1, None) and not pairs.add(1, {"other": 1})
+        ids = []
+        for logits in steps:
+            got = pairs.apply(logits.clone(), [3, 9, conditional, 1])
+            assert torch.equal(got[[1, 3]], logits[[1, 3]])
+            assert torch.equal(got[0], got[2]) and got[0].isfinite().sum() == 1
+            mixed = (logits[0] + 3 * (logits[2] - logits[0])).masked_fill(forbidden, -torch.inf)
+            ids.append(int(got[0].argmax()))
+            assert ids[-1] in mixed.topk(3).indices
+            assert temperature or ids[-1] == int(mixed.argmax())
+        return ids
+
+    greedy, sampled = run(0.0, 2, 0), run(1.0, 2, 0)
+    assert run(1.0, 5, 0) == sampled not in (greedy, run(1.0, 2, 1))
 
 
 # The shipped model: vLLM's attention on a CPU has no heads of 8, as the small random ones have.

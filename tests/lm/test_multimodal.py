@@ -259,7 +259,10 @@ def test_commands(
     assert main(["export", str(directory), str(tmp_path / "plain")]) == 0
     assert (tmp_path / "plain" / "tokenizer.json").exists()
     native = str(tmp_path / "native")
-    assert main(["export", str(directory), native, "--format", "multimodal"]) == 0
+    decoder = ["--decoder", str(tmp_path / "decoder")]
+    assert main(["export", str(directory), native, "--format", "multimodal", *decoder]) == 0
+    names = json.loads((tmp_path / "native/processor_config.json").read_text())
+    assert names["pixel_decoder"] == decoder[1]
     assert f"AutoModelForMultimodalLM.from_pretrained({native!r})" in capsys.readouterr().err
     assert main(["caption", str(photos[0]), "--model", native]) == 0
     assert main(["caption", str(photos[0]), "--model", str(tmp_path / "nothing")]) == 2

@@ -126,6 +126,33 @@ def test_images_equal_our_own_loop(
         both(scale, {"min_codes": 5, "max_codes": 5})
 
 
+def test_number_of_codes_of_one_call(processor: LavitProcessor, photos: list[Path]):
+    images = [str(photo) for photo in photos[:2]]
+    visual = processor.visual_tokenizer
+
+    def codes(**options: Any) -> list[list[int]]:
+        ids = processor(images=images, **options)["input_ids"]
+        return processor.image_codes(ids).to_list()
+
+    own = codes()
+    for options in ({"budget": 7}, {"budget": 0.25}, {"min_codes": 12}, {"max_codes": 2}):
+        expected = visual.encode(images, **options).to_list()
+        assert codes(images_kwargs=options) == codes(**options) == expected != own
+    chat = [{"role": "user", "content": [{"type": "image", "path": images[0]}]}]
+    named = {"processor_kwargs": {"images_kwargs": {"budget": 7}}}
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, **named)
+    assert processor.image_codes(inputs["input_ids"])[0].shape == (7,)
+    for wrong, message in [
+        ({"budget": 0}, "positive number of codes"),
+        ({"budget": 3, "quality": 0.5}, "budget and quality"),
+        ({"quality": 0.5}, "no head that predicts"),
+        ({"quality": 0.9, "verify": True}, "expected 0.9"),
+        ({"size": 32}, "expected budget, quality, .* got size"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            codes(images_kwargs=wrong)
+
+
 def test_what_images_depend_on(model: Any, processor: LavitProcessor):
     inputs = processor(text=PROMPTS[:2])
 
@@ -387,6 +414,8 @@ def test_processors_that_do_not_fit(directory: Path, tmp_path: Path, photos: lis
     path.write_text(json.dumps(values | {"fingerprint": "0" * 16}))
     with pytest.raises(WeightsError, match="codes would be of unrelated images"):
         AutoProcessor.from_pretrained(directory)(images=photos[0])
+    with pytest.raises(ValueError, match="pixel_decoder= of from_pretrained names another"):
+        AutoProcessor.from_pretrained(directory).pixel_decoder  # noqa: B018
     path.write_text(json.dumps(values | {"version": 2}))
     with pytest.raises(WeightsError, match="expected lavit_lm version 1"):
         AutoProcessor.from_pretrained(directory)

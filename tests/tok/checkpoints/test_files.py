@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
 
@@ -71,10 +72,17 @@ def test_weights_as_one_file_or_as_shards_replace_each_other(tmp_path: Path) -> 
 
 def test_a_model_card_is_kept(tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> None:
     tiny_tokenizer.save_pretrained(tmp_path)
-    assert "model_hub_mixin" in (tmp_path / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "lavit-tok" and "image-tokenizer" in card.data.tags
     (tmp_path / "README.md").write_text("mine")
     tiny_tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", ["lavit_tok/default", "lavit_tok/nested", "lavit_lm/default"])
+def test_shipped_cards_have_metadata(folder: str) -> None:
+    card = ModelCard.load(Path(__file__).parents[3] / folder / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.tags and card.text.startswith("# ")
 
 
 def test_a_model_is_loaded_beside_the_partial_folder_of_a_killed_process(
