@@ -87,8 +87,9 @@ class LanguageModeling(TrainingModule):
         compile: torch.compile the LM.
         out: where the trained model is saved; None keeps checkpoints only.
         seed: seed of all initial weights.
-        max_codes: codes of an image at most, where a stage of nested codes ends: later codes get no
-            ids, and images are cut. None for all codes, or one of an objective without codes.
+        max_codes: nested codes of an image at most, at the end of a stage: later codes get no ids,
+            and images are cut. None for all codes, or one if the objective uses none. Codes that
+            are not nested are not cut.
         code_embeddings: new embeddings of codes are drawn like those of text ("random"), or made
             from their codebook entries ("codebook", see vocabulary/embeddings.py).
     """
@@ -152,8 +153,12 @@ class LanguageModeling(TrainingModule):
                 "other codes"
             )
         self.processor.vocabulary.require_stages(self.visual.stages)
-        if max_codes not in (None, found := self.processor.vocabulary.max_codes):
-            raise VocabularyError(f"max_codes: expected {found}, as the text tokenizer has ids of")
+        vocabulary = self.processor.vocabulary
+        if max_codes and stages_for(max_codes, self.visual.stages) != vocabulary.stages:
+            raise VocabularyError(
+                f"max_codes: the text tokenizer has ids of {vocabulary.max_codes} codes, got "
+                f"{max_codes}"
+            )
         self.model: SequenceModel | None = None
         self.held_out: dict[str, list[LossSum]] = {}
 

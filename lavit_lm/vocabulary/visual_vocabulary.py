@@ -283,6 +283,33 @@ class VisualVocabulary:
         masks = [(ids >= one.start) & (ids < one.stop) for one in ranges]
         return [masks[stage] for stage in self.rank_stages.tolist()] if self.stages else masks
 
+    def pattern(self, min_codes: int, max_codes: int) -> str:
+        r"""A regular expression of an image's tokens, for servers that generate by a grammar.
+
+        Args:
+            min_codes: codes of the image at least.
+            max_codes: codes of the image at most.
+
+        Returns: with 2 stages, 1 and 2 it is
+            <\|vis_00_\d+\|>(<\|vis_01_\d+\|>)?<\|/img\|>
+
+        Raises:
+            VocabularyError: not 1 <= min_codes <= max_codes, or more nested codes than have ids.
+        """
+        if not 1 <= min_codes <= max_codes <= (self.max_codes or max_codes):
+            raise VocabularyError(
+                f"expected 1 <= min_codes <= max_codes <= {self.max_codes}, got {min_codes} and "
+                f"{max_codes}"
+            )
+        end = r"<\|/img\|>"
+        if not self.stages:
+            return rf"(<\|vis_\d+\|>){{{min_codes},{max_codes}}}{end}"
+        pattern = ""
+        for rank in reversed(range(max_codes)):
+            pattern = rf"<\|vis_{int(self.rank_stages[rank]):02d}_\d+\|>{pattern}"
+            pattern = pattern if rank < min_codes else f"({pattern})?"
+        return pattern + end
+
     def encode_text(self, tokenizer: Any, text: str) -> list[int]:
         """Encode text without any special or image token, whatever it contains; see encode_plain.
 
@@ -312,23 +339,18 @@ class VisualVocabulary:
 
 
 def stages_for(max_codes: int | None, visual_stages: int) -> int:
-    """How many stages of a visual tokenizer's nested codes get ids.
+    """How many stages of a visual tokenizer's codes get ids; 0 for codes that are not nested.
 
     Args:
-        max_codes: codes of an image at most; None for all.
+        max_codes: nested codes of an image at most; None for all.
         visual_stages: VisualTokenizer.stages.
 
     Raises:
-        VocabularyError: codes that are not nested, or a number at which no stage ends.
+        VocabularyError: a number at which no stage ends.
     """
-    if max_codes is None:
-        return visual_stages
-    if not visual_stages:
-        raise VocabularyError(
-            f"max_codes: expected none for a visual tokenizer whose codes are not nested, got "
-            f"{max_codes!r}"
-        )
     ends = [len(rank_stages(stages)) for stages in range(1, visual_stages + 1)]
+    if not ends or max_codes is None or max_codes >= ends[-1]:
+        return visual_stages
     if max_codes not in ends:
         raise VocabularyError(
             f"max_codes: expected the end of a stage of nested codes, one of {ends}, got "

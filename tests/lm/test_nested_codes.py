@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,28 @@ def test_ids_of_codes_depend_on_the_stage_of_their_rank() -> None:
         VisualVocabulary.extend(small_tokenizer("llama"), None, CODES, stages=29)
 
 
+def test_the_pattern_of_an_image_is_what_generation_allows() -> None:
+    tokenizer = small_tokenizer("llama")
+    v = VisualVocabulary.extend(tokenizer, None, CODES, stages=2)
+    assert v.pattern(1, 2) in (VisualVocabulary.pattern.__doc__ or "")
+    nested, table = v.pattern(1, 2), VisualVocabulary(3, 4, 5, CODES).pattern(2, 3)
+    for ranks in ([0], [0, 1], [1], [0, 0], [0, 1, 1], []):
+        image = "".join(f"<|vis_{stage:02d}_00007|>" for stage in ranks) + "<|/img|>"
+        assert bool(re.fullmatch(nested, image)) == (ranks in ([0], [0, 1])), image
+    for count in range(5):
+        image = "<|vis_00007|>" * count + "<|/img|>"
+        assert bool(re.fullmatch(table, image)) == (count in (2, 3))
+    for limits in ((0, 1), (2, 1), (1, 3)):
+        with pytest.raises(VocabularyError, match="1 <= min_codes <= max_codes <= 2"):
+            v.pattern(*limits)
+
+
 def test_max_codes_is_the_end_of_a_stage() -> None:
     assert [stages_for(n, 13) for n in (1, 4, 8, 32, 256, None)] == [1, 4, 5, 8, 13, 13]
-    assert stages_for(None, 0) == 0
+    assert stages_for(32, 7) == 7, "fewer patches than that"
+    assert stages_for(None, 0) == stages_for(32, 0) == 0, "not nested"
     with pytest.raises(VocabularyError, match=r"one of \[1, 2, 3, 4, 8, 12, 16\], got 5"):
         stages_for(5, 7)
-    with pytest.raises(VocabularyError, match="not nested, got 32"):
-        stages_for(32, 0)
 
 
 def test_images_are_cut_to_the_codes_that_have_ids(parts: Any) -> None:
