@@ -526,6 +526,7 @@ class MultimodalLM:
 
             parts = self.model, self.processor, self.objective, self.visual_tokenizer
             name = self._decoder if isinstance(self._decoder, str) else "default"
+            name = shipped_decoder(name, self.visual_tokenizer)
             save_multimodal(out, *parts, name, dtype)
         else:
             raise ValueError(f"format: expected 'plain' or 'multimodal', got {format!r}")

@@ -160,6 +160,7 @@ class LavitProcessor(ProcessorMixin):
                 f"expected the codebook {self.fingerprint}, the visual tokenizer {source!r} has "
                 f"{visual.fingerprint()}: codes would be of unrelated images"
             )
+        self.vocabulary.require_stages(visual.stages)
         return visual
 
     @cached_property

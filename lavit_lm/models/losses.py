@@ -90,7 +90,7 @@ def shift_targets(
 
 def cross_entropy(output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
     """Sums of -log p(id) in nats: "text", and "image" (codes and delimiters)."""
-    nats, target = _nats(output, batch)
+    nats, target = target_nats(output, batch)
     is_text = batch.roles.flatten()[target] == Role.TEXT
     return {
         name: LossSum(nats[where].sum(), where.sum())
@@ -132,15 +132,15 @@ def regression(output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
 
 def log_likelihood(output: ModelOutput, batch: PackedBatch) -> Float[Tensor, " b"]:
     """The log p in nats of each block's predicted ids, given the positions before them."""
-    nats, target = _nats(output, batch)
+    nats, target = target_nats(output, batch)
     block = torch.div(target, batch.ids.shape[1], rounding_mode="floor")
     return -torch.zeros(len(batch.ids), device=nats.device).index_add(0, block, nats)
 
 
-def _nats(
+def target_nats(
     output: ModelOutput, batch: PackedBatch
 ) -> tuple[Float[Tensor, " t"], Int64[Tensor, " t"]]:
-    """(-log p of every predicted id, its position in the flattened batch)."""
+    """(-log p in nats of every predicted id, its position in the flattened batch)."""
     source, target = shift_targets(batch, batch.predict)
     hidden, ids = output.hidden_states.flatten(0, 1)[source], batch.ids.flatten()[target]
     if output.vocabulary is not None:
