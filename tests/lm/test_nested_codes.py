@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.lm_parts import CODES, image, processor_and_model
+from helpers.lm_runs import Losses, data, module, trainer
 from helpers.small_lms import small_tokenizer
 from helpers.small_nested import SETTINGS
 
@@ -19,14 +20,17 @@ from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generat
 from lavit_lm.models.losses import log_likelihood
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.davinci import DaVinci
+from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import pack, pad
 from lavit_lm.sequences.segments import ImageSegment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
+from lavit_lm.training.module import LanguageModeling
 from lavit_lm.vocabulary.embeddings import embed_codebook
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import CODE, stages_for
 from lavit_tok import TokenizerConfig, VisualCodes, VisualTokenizer, WeightsError
+from lavit_tok.cli import main as lavit_tok
 from lavit_tok.nn.nested_order import levels, rank_stages
 
 STAGES, MOST = 5, 8  # ranks 0 | 1 | 2 | 3 | 4 5 6 7
@@ -245,6 +249,38 @@ def test_a_vocabulary_without_stages_is_refused_with_nested_codes(
     lm.save_pretrained(tmp_path / "model", visual.name_or_path)
     with pytest.raises(WeightsError, match="ids for codes of one table, the visual tokenizer has"):
         MultimodalLM.from_pretrained(tmp_path / "model")
+
+
+def test_training_with_nested_shards(visual: VisualTokenizer, folder: Path) -> None:
+    """Shards of all codes, a model of the first four, saved and loaded again."""
+    source, shards = str(visual.name_or_path), folder / "nested"
+    command = ["shards", str(folder / "pictures"), "--tokenizer", source, "--out", str(shards)]
+    assert lavit_tok([*command, "--budget", "9"]) == 0
+    objective = LaVIT(restricted_softmax=True)
+    options: dict[str, Any] = {"code_embeddings": "codebook", "objective": objective}
+    options |= {"visual_tokenizer": source, "max_codes": 4}
+    trained = module(folder, out=str(folder / "made"), **options)
+    vocabulary = trained.processor.vocabulary
+    assert (vocabulary.stages, vocabulary.max_codes) == (4, 4)
+    losses = Losses()
+    trainer(folder, 2, [losses]).fit(trained, data(folder, shards=str(shards)))
+    assert len(losses.values) == 2
+    lm = MultimodalLM.from_pretrained(folder / "made", decoder=None)
+    assert lm.processor.vocabulary == lm.model.restricted == vocabulary
+    assert lm.generate_codes("a red apple", 2).lengths.max() <= 4
+    small = module(folder, visual_tokenizer=source, objective=Emu())
+    assert small.processor.vocabulary.max_codes == 1, "no ids for codes that are not used"
+    with pytest.raises(ValueError, match=r"max_codes: expected the end of a stage.*got 5"):
+        module(folder, visual_tokenizer=source, max_codes=5)
+    made = {"lm": str(folder / "made"), "text_tokenizer": None, "visual_tokenizer": source}
+    with pytest.raises(VocabularyError, match="has ids of 4 codes, got 8"):
+        module(folder, **made, max_codes=8)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_another_kind_of_embeddings() -> None:
+    with pytest.raises(ValueError, match="expected 'random' or 'codebook', got 'other'"):
+        LanguageModeling("default", code_embeddings="other")  # type: ignore[arg-type]
 
 
 def test_every_stage_learns_its_own_codes() -> None:
