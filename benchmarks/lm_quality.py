@@ -20,19 +20,19 @@ import json
 import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.shared import cli, datasets, metrics, plots, protocol, report
 from benchmarks.shared.cache import Stages, concatenated, generator_for
 from benchmarks.shared.image_text_similarity import Teacher, ranks, top
 from lavit_lm import MultimodalLM
-from lavit_lm.models.losses import shift_targets
+from lavit_lm.models.losses import target_nats
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import pad
 from lavit_lm.sequences.segments import ImageSegment, TextSegment
@@ -128,6 +128,12 @@ class Judge:
         return self.nearness(images) | self.distances(images)
 
 
+def encode(lm: MultimodalLM, pixels: Tensor) -> VisualCodes:
+    """The codes of images that have ids."""
+    codes, most = lm.visual_tokenizer.encode(pixels).to("cpu"), lm.processor.vocabulary.max_codes
+    return codes if most is None else codes.truncate(most)
+
+
 def measure_images(
     lm: MultimodalLM, data: datasets.ImageSet, indices: list[int], stages: Stages, args: Namespace
 ) -> tuple[dict[str, Any], Tensor]:
@@ -138,7 +144,7 @@ def measure_images(
         protocol.refuse_few(count, args.force)
     judge, generator = Judge(args, lm, pixels, captions), ImageGenerator(lm, args, pixels.shape[-1])
     coded = lm.objective.image_output.kind == "codes"
-    codes: Any = lm.visual_tokenizer.encode(pixels).to("cpu") if coded else None
+    codes: Any = encode(lm, pixels) if coded else None
     runs: dict[str, list[Any]] = {"generated": [], "from_own_codes": []}
     first: Any = None
 
@@ -180,7 +186,7 @@ def code_nats(
 ) -> Tensor:
     """-log p in nats, float64 [images 2]: sums over each image's codes, and of the id that ends it.
 
-    Probabilities are over the whole vocabulary, as in training.
+    Probabilities are as in training: over the whole vocabulary, or over what can be at a position.
 
     Args:
         captions: prompts of the images; None for images without a prompt.
@@ -197,9 +203,8 @@ def code_nats(
         chosen = order[start : start + batch_size]
         batch = pad([sequences[i] for i in chosen], lm.processor.pad).to(lm.device)
         targets = (batch.roles == Role.VISUAL) | (batch.roles == Role.END)
-        before, at = shift_targets(batch, targets)
-        logits = lm.model.head(lm.model(batch).hidden_states.flatten(0, 1)[before]).float()
-        losses = F.cross_entropy(logits, batch.ids.flatten()[at], reduction="none").double().cpu()
+        losses, at = target_nats(lm.model(batch), replace(batch, predict=targets))
+        losses = losses.double().cpu()
         element = torch.div(at, batch.ids.shape[1], rounding_mode="floor").cpu()
         is_end = (batch.roles.flatten()[at] == Role.END).long().cpu()
         nats.index_put_((torch.tensor(chosen)[element], is_end), losses, accumulate=True)
@@ -212,7 +217,7 @@ def measure_bits(
     """Bits per code of all images that have a caption, and of each source of a mixed set."""
     size, indices = lm.visual_tokenizer.config.codebook_size, data.with_caption()
     pixels = data.pixels[indices].split(args.batch_size)
-    codes = VisualCodes.cat([lm.visual_tokenizer.encode(part).to("cpu") for part in pixels])
+    codes = VisualCodes.cat([encode(lm, part) for part in pixels])
     prompts = {"given the caption": [data.captions[i] for i in indices], "without it": None}
     nats = {}
     for name, captions in prompts.items():
@@ -221,7 +226,11 @@ def measure_bits(
 
     def numbers(chosen: list[int]) -> dict[str, Any]:
         some = codes.take(chosen)
-        total, unigram = int(some.lengths.sum()), usage(some.values, size).entropy_bits
+        total, v = int(some.lengths.sum()), lm.processor.vocabulary
+        ids = torch.cat([v.to_ids(one) for one in some]) - v.first
+        stage, tables = torch.div(ids, size, rounding_mode="floor"), max(1, v.stages)
+        # of codes given their stage
+        unigram = usage(ids, tables * size).entropy_bits - usage(stage, tables).entropy_bits
         found: dict[str, Any] = {"images": len(chosen), "codes": total, "unigram_entropy": unigram}
         for name, values in nats.items():
             per_code = float(values[chosen, 0].sum()) / total / math.log(2)

@@ -42,6 +42,7 @@ from lavit_lm.objectives.records import CodesDecoder, ImageDecoder, ImageVectors
 from lavit_lm.sequences.packing import pad
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
+from lavit_tok.checkpoints.weights import SHIPPED
 from lavit_tok.nn.ranges import require_number
 
 MAX_IMAGES = 10_000  # of one call, which generates them in one batch
@@ -88,12 +89,21 @@ class MultimodalLM:
     ) -> MultimodalLM:
         """Load the shipped model ("default"), a directory, or a Hub id.
 
+        Args:
+            name: of the model.
+            visual_tokenizer: see load_model.
+            decoder: "default" for the shipped decoder of the model's visual tokenizer, a directory,
+                a Hub id, or None.
+            dtype: of the weights in memory.
+            device: of the model.
+            objective: see load_model.
+
         Raises:
             WeightsError: see load_model.
         """
         loaded = load_model(name, visual_tokenizer, dtype, device, objective)
         model, processor, visual, objective = loaded
-        return cls(model, processor, visual, decoder, objective)
+        return cls(model, processor, visual, shipped_decoder(decoder, visual), objective)
 
     @property
     def device(self) -> torch.device:
@@ -212,7 +222,7 @@ class MultimodalLM:
             raise ValueError(
                 f"{self.objective.name} generates vectors for images, no codes: use generate_images"
             )
-        patches = self.visual_tokenizer.config.num_patches
+        patches = self.processor.count(self.visual_tokenizer.config.num_patches)
         least, most = self.objective.image_output.limits(patches)
         for name, limit in (("min_codes", min_codes), ("max_codes", max_codes)):
             if limit is not None and type(limit) is not int:
@@ -235,7 +245,8 @@ class MultimodalLM:
         generated = generate_ids(*shared, repeated, constraint, chosen, free, generator, use_cache)
         v = self.processor.vocabulary
         codes = [v.to_codes(torch.tensor([i for i in ids if i != v.end])) for ids in generated]
-        return VisualCodes.from_list([c.tolist() for c in codes], v.codebook_size)
+        listed = [c.tolist() for c in codes]
+        return VisualCodes.from_list(listed, v.codebook_size, v.stages > 0)
 
     def generate_vectors_batch(
         self, prompts: Sequence[Prompt], use_cache: bool = True
@@ -515,6 +526,7 @@ class MultimodalLM:
 
             parts = self.model, self.processor, self.objective, self.visual_tokenizer
             name = self._decoder if isinstance(self._decoder, str) else "default"
+            name = shipped_decoder(name, self.visual_tokenizer)
             save_multimodal(out, *parts, name, dtype)
         else:
             raise ValueError(f"format: expected 'plain' or 'multimodal', got {format!r}")
@@ -522,6 +534,12 @@ class MultimodalLM:
     @property
     def _num_vectors(self) -> int:
         return self.objective.image_output.limits(self.visual_tokenizer.config.num_patches)[1]
+
+
+def shipped_decoder(decoder: Any, visual_tokenizer: VisualTokenizer) -> Any:
+    """The decoder as given; of "default" the one that is shipped with the visual tokenizer."""
+    name = visual_tokenizer.name_or_path
+    return name if decoder == "default" and name in SHIPPED else decoder
 
 
 def _text_sampling(arguments: dict[str, Any]) -> Sampling:

@@ -194,12 +194,14 @@ class VisualCodes:
             )
 
     @classmethod
-    def from_list(cls, codes: Sequence[Any], codebook_size: int | None = None) -> VisualCodes:
+    def from_list(
+        cls, codes: Sequence[Any], codebook_size: int | None = None, nested: bool = False
+    ) -> VisualCodes:
         """From one sequence of integers (list or tensor) per image. Raises CodeError."""
         sequences = [_sequence(c, i) for i, c in enumerate(codes)]
         values = torch.cat(sequences) if sequences else torch.empty(0, dtype=torch.int64)
         lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
-        return cls(values, lengths, codebook_size=codebook_size)
+        return cls(values, lengths, codebook_size=codebook_size, nested=nested)
 
     def to_list(self) -> list[list[int]]:
         """One list of codes per image."""

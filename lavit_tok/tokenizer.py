@@ -150,6 +150,11 @@ class VisualTokenizer(
             return next(self.encoder.parameters()).dtype
         return next(self.quantizer.projection.parameters()).dtype
 
+    @property
+    def stages(self) -> int:
+        """Stages of nested codes (nn/nested_order.py), each with a table; 0 for other codes."""
+        return len(self.quantizer.codebook.embeddings) if self.nested else 0
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify the codebook, also of a copy in half precision."""
         return fingerprint(self.quantizer.codebook.embeddings)

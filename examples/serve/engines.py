@@ -121,6 +121,7 @@ class Engine(ABC):
         sizes = prompts.visual_tokenizer.config.codebook_size, prompts.processor.vocabulary
         if sizes[0] != sizes[1].codebook_size:
             raise ValueError(f"the visual tokenizer has {sizes[0]} codes, expected {sizes[1]}")
+        sizes[1].require_stages(prompts.visual_tokenizer.stages)
         self.prompts, self.decoder, self.limits, self.steps = prompts, decoder, limits, steps
         self.batches = Batches(self.compute, limits.batch)
         self.size = "{}x{}".format(*self._images([[0]], [torch.Generator()], 1)[0].size)
@@ -220,10 +221,12 @@ class Upstream(Engine):
         most = options.max_tokens
         if options.image:
             ids = self.prompts.for_image(job.prompt).ids.tolist()
-            patches = self.prompts.visual_tokenizer.config.num_patches
+            patches = processor.count(self.prompts.visual_tokenizer.config.num_patches)
             least, codes = self.prompts.objective.image_output.limits(patches)
             extra = {"allowed_token_ids": [v.end, *range(v.first, v.stop)], "top_k": TOP_K}
             extra |= {"stop_token_ids": [v.end], "min_tokens": least}
+            if v.stages:  # which codes are allowed depends on the rank
+                extra["structured_outputs"] = {"regex": v.pattern(least, codes)}
             most = codes + 1
         else:
             ids = self.prompts.sequence(job.prompt, "text").ids.tolist()

@@ -23,6 +23,7 @@ class LavitConfig(PreTrainedConfig):
         eoi_token_id: id after them.
         first_code_id: id of code 0.
         codebook_size: K; code k has the id first_code_id + k.
+        stages: of nested codes that have ids (VisualVocabulary); 0 for codes of one table.
         min_codes: smallest number of codes of a generated image.
         max_codes: largest number of codes of a generated image.
     """
@@ -36,6 +37,7 @@ class LavitConfig(PreTrainedConfig):
     eoi_token_id: int = 1
     first_code_id: int = 2
     codebook_size: int = 1
+    stages: int = 0
     min_codes: int = 1
     max_codes: int = 64
 
@@ -53,7 +55,7 @@ class LavitConfig(PreTrainedConfig):
         from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
         ids = self.boi_token_id, self.eoi_token_id, self.first_code_id
-        return VisualVocabulary(*ids, self.codebook_size)
+        return VisualVocabulary(*ids, self.codebook_size, self.stages)
 
 
 AutoConfig.register(LavitConfig.model_type, LavitConfig, exist_ok=True)

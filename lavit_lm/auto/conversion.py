@@ -74,7 +74,7 @@ def save_multimodal(
         )
     plain = plain_model(model.lm, dtype)
     v, patches = processor.vocabulary, visual_tokenizer.config.num_patches
-    least, most = objective.image_output.limits(patches)
+    least, most = map(processor.count, objective.image_output.limits(patches))
     tokenizer = serving_tokenizer(processor.text_tokenizer, v, special=True, chat=CHAT)
     special = {name: getattr(tokenizer, name) for name in SPECIAL_IDS}
     text_config = copy.deepcopy(plain.config)
@@ -88,6 +88,7 @@ def save_multimodal(
         eoi_token_id=v.end,
         first_code_id=v.first,
         codebook_size=v.codebook_size,
+        stages=v.stages,
         min_codes=least,
         max_codes=most,
         dtype=plain.dtype,
@@ -96,7 +97,7 @@ def save_multimodal(
         native = LavitForConditionalGeneration(config)
     native.language_model = plain
     size = plain.get_output_embeddings().weight.shape[0]
-    text = GenerationConstraint("text").content_mask(processor, size, torch.device("cpu"))
+    (text,) = GenerationConstraint("text").content_masks(processor, size, torch.device("cpu"))
     allowed = text | v.is_visual(torch.arange(size))
     allowed[processor.stop] = True
     suppressed = (~allowed).nonzero().flatten().tolist()

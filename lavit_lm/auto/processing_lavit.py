@@ -175,6 +175,7 @@ class LavitProcessor(ProcessorMixin):
                 f"expected the codebook {self.fingerprint}, the visual tokenizer {source!r} has "
                 f"{visual.fingerprint()}: codes would be of unrelated images"
             )
+        self.vocabulary.require_stages(visual.stages)
         return visual
 
     @cached_property
@@ -236,7 +237,8 @@ class LavitProcessor(ProcessorMixin):
         pixels = pixels.to(visual.device, visual.dtype)
         codes = visual.encode_pixels(pixels, request=Request(**given))
         v = self.vocabulary
-        ids = [[v.begin, *v.to_ids(one.cpu()).tolist(), v.end] for one in codes]
+        images_ids = [v.to_ids(one[: v.max_codes].cpu()).tolist() for one in codes]
+        ids = [[v.begin, *one, v.end] for one in images_ids]
         names = [self.tokenizer.convert_ids_to_tokens(one) for one in ids]
         return {}, ["".join(one) for one in names]
 
@@ -256,7 +258,7 @@ class LavitProcessor(ProcessorMixin):
                     f"sequence {i} has no codes of an image: expected the output of "
                     "generate(generation_mode='image')"
                 )
-        return VisualCodes.from_list(codes, v.codebook_size)
+        return VisualCodes.from_list(codes, v.codebook_size, v.stages > 0)
 
     def decode_image_tokens(self, ids: Int64[Tensor, "b l"], **options: Any) -> Any:
         """Decode the last image of each sequence.

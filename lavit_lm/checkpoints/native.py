@@ -23,6 +23,7 @@ from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.base import Objective
 from lavit_lm.vocabulary.processor import MultimodalProcessor
+from lavit_lm.vocabulary.visual_vocabulary import VocabularyError
 from lavit_tok import VisualTokenizer, WeightsError
 from lavit_tok.checkpoints.weights import (
     check_layers,
@@ -124,7 +125,7 @@ def load_model(
             f"tokenizer {source!r} has {visual.fingerprint()}: codes would be of unrelated images"
         )
     objective = objective or _objective(directory, values["objective"])
-    processor = _processor(directory, values["codebook_size"], visual.config.codebook_size)
+    processor = _processor(directory, values["codebook_size"], visual)
     parts = objective.connectors
     has_modules = bool(parts.bridge or parts.regressor or (directory / MODULES).exists())
     if has_modules:
@@ -145,7 +146,8 @@ def load_model(
             return _modules(*objective.connectors.build(visual, width))
 
         empty(build, dtype, directory, MODULES)  # the shapes, before memory is allocated
-    model = sequence_model(lm, *objective.connectors.build(visual, width))
+    restricted = processor.vocabulary if objective.restricted_softmax else None
+    model = sequence_model(lm, *objective.connectors.build(visual, width), restricted)
     modules = _objective_modules(model)
     if has_modules:
         load_weights(modules, directory, MODULES)
@@ -153,9 +155,10 @@ def load_model(
     return model, processor, visual, objective
 
 
-def _processor(directory: Path, stated: Any, codebook_size: int) -> MultimodalProcessor:
+def _processor(directory: Path, stated: Any, visual: VisualTokenizer) -> MultimodalProcessor:
     """The processor of the directory's text tokenizer, if all three have the same codebook."""
     processor = MultimodalProcessor.from_tokenizer(open_text_tokenizer(directory))
+    codebook_size = visual.config.codebook_size
     sizes = {
         f"codebook_size of {CONFIG}": stated,
         "the number of codes in tokenizer.json": processor.vocabulary.codebook_size,
@@ -166,6 +169,10 @@ def _processor(directory: Path, stated: Any, codebook_size: int) -> MultimodalPr
                 f"{directory}: {name}: expected {codebook_size}, as the visual tokenizer has, got "
                 f"{size!r}: ids would be of other codes, or codes without ids"
             )
+    try:
+        processor.vocabulary.require_stages(visual.stages)
+    except VocabularyError as error:
+        raise WeightsError(f"{directory}: tokenizer.json: {error}") from None
     return processor
 
 

@@ -60,10 +60,10 @@ def beam_search(
     scores = torch.full((len(prompts), num_beams), -torch.inf, device=state.device)
     scores[:, 0] = 0.0  # all beams of a prompt are equal at first: continue only one of them
     logits = model.head(state.prefill()).float()
-    content = constraint.content_mask(processor, logits.shape[1], state.device)
+    contents = constraint.content_masks(processor, logits.shape[1], state.device)
     for step in range(constraint.max_steps):
         last = step == constraint.max_steps - 1
-        allowed = constraint.allowed(content, stops, step)
+        allowed = constraint.allowed(contents, stops, step)
         log_p = logits.masked_fill(~allowed, -torch.inf).log_softmax(1)
         totals = (scores[..., None] + log_p.unflatten(0, scores.shape)).flatten(1)
         # Twice as many candidates as beams: if every beam can end, as many still go on.

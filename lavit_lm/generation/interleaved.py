@@ -136,7 +136,7 @@ def generate_interleaved(
             logits = model.head(hidden[texts]).float()
             if allowed is None:  # the same at every step
                 constraint = GenerationConstraint("text")
-                allowed = constraint.content_mask(processor, logits.shape[1], logits.device)
+                (allowed,) = constraint.content_masks(processor, logits.shape[1], logits.device)
                 allowed[processor.stop] = True
             masks = allowed.repeat(len(texts), 1)
             may_begin = [sequences[i].images_left > 0 for i in texts]

@@ -57,9 +57,9 @@ class ImageConstraintLogitsProcessor(LogitsProcessor):
         self, input_ids: Int64[Tensor, "r l"], scores: Float[Tensor, "r v"]
     ) -> Float[Tensor, "r v"]:
         """Scores with -inf at ids that may not follow."""
-        content = self.vocabulary.mask(scores.shape[1], scores.device)
+        contents = self.vocabulary.masks(scores.shape[1], scores.device)
         stops = torch.tensor([self.vocabulary.end], device=scores.device)
-        allowed = self.constraint.allowed(content, stops, input_ids.shape[1] - self.prompt_length)
+        allowed = self.constraint.allowed(contents, stops, input_ids.shape[1] - self.prompt_length)
         return scores.masked_fill(~allowed, -torch.inf)
 
 

@@ -134,31 +134,36 @@ class GenerationConstraint:
         stops = {"image": [v.end], "text": [processor.stop], "mixed": [processor.stop, v.begin]}
         return stops[self.kind]
 
-    def content_mask(
+    def content_masks(
         self, processor: MultimodalProcessor, size: int, device: torch.device
-    ) -> Bool[Tensor, " v"]:
-        """True at codes, or at text tokens that are not special, for logits of width `size`."""
+    ) -> list[Bool[Tensor, " v"]]:
+        """True at codes, or at text tokens that are not special, for logits of width `size`.
+
+        Returns: a mask for each number of ids generated before, the last for all further ones:
+            nested codes of different ranks have different ids.
+        """
         if self.kind == "image":
-            return processor.vocabulary.mask(size, device)
+            return processor.vocabulary.masks(size, device)
         ids = torch.arange(size, device=device)
         tokenizer = processor.text_tokenizer
         added = tokenizer.added_tokens_decoder.items()
         special = [i for i, token in added if token.special] + tokenizer.all_special_ids
         forbidden = torch.isin(ids, torch.tensor(special, device=device))
         forbidden |= processor.vocabulary.is_visual(ids)
-        return (ids < len(tokenizer)) & ~forbidden
+        return [(ids < len(tokenizer)) & ~forbidden]
 
     def allowed(
-        self, content: Bool[Tensor, " v"], stops: Int64[Tensor, " s"], generated: int
+        self, contents: list[Bool[Tensor, " v"]], stops: Int64[Tensor, " s"], generated: int
     ) -> Bool[Tensor, " v"]:
         """True at ids that may follow after `generated` ids.
 
         Args:
-            content: see content_mask.
+            contents: see content_masks.
             stops: see stop_ids.
             generated: number of ids generated before.
         """
         complete = self.kind == "image" and generated >= self.max_new_tokens
+        content = contents[min(generated, len(contents) - 1)]
         allowed = torch.zeros_like(content) if complete else content.clone()
         allowed[stops] = generated >= self.min_new_tokens
         return allowed
@@ -215,14 +220,14 @@ def generate_ids(
         state.reorder(copies)
         hidden = hidden[copies]
     logits = model.head(hidden).float()
-    content = constraint.content_mask(processor, logits.shape[1], state.device)
+    contents = constraint.content_masks(processor, logits.shape[1], state.device)
     left = torch.arange(len(prompts), device=state.device)  # the sequence of each row
     finished = torch.zeros_like(left, dtype=torch.bool)
     for step in range(constraint.max_steps):
         if guided:
             conditional, free = logits.chunk(2)
             logits = free + sampling.guidance_scale * (conditional - free)
-        allowed = constraint.allowed(content, stops, step)
+        allowed = constraint.allowed(contents, stops, step)
         chosen = [generators[i] for i in left.tolist()]
         ids = sampling.draw(logits.masked_fill(~allowed, -torch.inf), chosen)
         for row in (~finished).nonzero().flatten().tolist():

@@ -11,13 +11,13 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
 from lavit_lm.models.encoder_decoder import PrefixSeq2Seq
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.vocabulary.embeddings import extend_embeddings
+from lavit_lm.vocabulary.embeddings import embed_codebook, extend_embeddings
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
 from lavit_tok import WeightsError
@@ -40,6 +40,7 @@ def load_lm(
     text_ids: int,
     new_embeddings: bool,
     seed: int,
+    codebook: Tensor | None = None,
 ) -> Any:
     """A causal LM, or an encoder-decoder, with embeddings of the image tokens, float32.
 
@@ -50,6 +51,8 @@ def load_lm(
         new_embeddings: whether to initialize the image tokens' embeddings; False if they were
             trained already.
         seed: for them, and for the weights of a new LM.
+        codebook: float [tables K c], the entries of the codes, if new embeddings of codes are to be
+            made from them; see embed_codebook.
 
     Raises:
         ValueError: a directory or config that is not an LM of `transformers`.
@@ -83,9 +86,10 @@ def load_lm(
         ) from None
     vocabulary = processor.vocabulary
     if new_embeddings or not isinstance(source, str):
-        extend_embeddings(
-            lm, vocabulary.begin, vocabulary.stop, torch.Generator().manual_seed(seed)
-        )
+        generator = torch.Generator().manual_seed(seed)
+        extend_embeddings(lm, vocabulary.begin, vocabulary.stop, generator)
+        if codebook is not None:
+            embed_codebook(lm, vocabulary.begin, vocabulary.first, codebook, generator)
     elif lm.get_input_embeddings().num_embeddings < vocabulary.stop:
         rows = lm.get_input_embeddings().num_embeddings
         raise VocabularyError(
@@ -186,10 +190,15 @@ def lm_class(config: Any) -> Any:
 
 
 def sequence_model(
-    lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None
+    lm: Any,
+    bridge: nn.Module | None = None,
+    regressor: nn.Module | None = None,
+    restricted: VisualVocabulary | None = None,
 ) -> SequenceModel:
     """The LM over packed sequences; an encoder-decoder splits each at the end of its prefix."""
-    return (PrefixSeq2Seq if lm.config.is_encoder_decoder else SequenceModel)(lm, bridge, regressor)
+    if lm.config.is_encoder_decoder:
+        return PrefixSeq2Seq(lm, bridge, regressor)
+    return SequenceModel(lm, bridge, regressor, restricted)
 
 
 def with_lora(lm: Any, vocabulary: VisualVocabulary, lora: dict[str, Any]) -> Any:

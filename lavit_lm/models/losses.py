@@ -12,7 +12,7 @@ otherwise the model lowers the loss by moving its targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,10 @@ from torch.nn import functional as F
 
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.sequences.token_sequence import Role
+from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states -> logits."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,17 @@ class ModelOutput:
         head: hidden states -> logits over the vocabulary.
         regressor: hidden states -> vectors of the LM's hidden size; None for a model that predicts
             ids only.
+        vocabulary: predict every id among those that can be at its position (restricted_nats); None
+            for all ids.
+        split_head: groups of ids -> a head for each, see SequenceModel.split_head.
     """
 
     hidden_states: Float[Tensor, "b l d"]
     inputs_embeds: Float[Tensor, "b l d"]
-    head: Callable[[Tensor], Tensor]
+    head: Head
     regressor: Callable[[Tensor], Tensor] | None = None
+    vocabulary: VisualVocabulary | None = None
+    split_head: Callable[[Sequence[Sequence[range]]], list[Head]] | None = None
 
 
 def shift_targets(
@@ -81,7 +90,7 @@ def shift_targets(
 
 def cross_entropy(output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
     """Sums of -log p(id) in nats: "text", and "image" (codes and delimiters)."""
-    nats, target = _nats(output, batch)
+    nats, target = target_nats(output, batch)
     is_text = batch.roles.flatten()[target] == Role.TEXT
     return {
         name: LossSum(nats[where].sum(), where.sum())
@@ -123,16 +132,56 @@ def regression(output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
 
 def log_likelihood(output: ModelOutput, batch: PackedBatch) -> Float[Tensor, " b"]:
     """The log p in nats of each block's predicted ids, given the positions before them."""
-    nats, target = _nats(output, batch)
+    nats, target = target_nats(output, batch)
     block = torch.div(target, batch.ids.shape[1], rounding_mode="floor")
     return -torch.zeros(len(batch.ids), device=nats.device).index_add(0, block, nats)
 
 
-def _nats(
+def target_nats(
     output: ModelOutput, batch: PackedBatch
 ) -> tuple[Float[Tensor, " t"], Int64[Tensor, " t"]]:
-    """(-log p of every predicted id, its position in the flattened batch)."""
+    """(-log p in nats of every predicted id, its position in the flattened batch)."""
     source, target = shift_targets(batch, batch.predict)
+    hidden, ids = output.hidden_states.flatten(0, 1)[source], batch.ids.flatten()[target]
+    if output.vocabulary is not None:
+        return _restricted_nats(output, batch, hidden, ids, target), target
     # In float32: sums over a large vocabulary lose their last digits in 16 bits.
-    logits = output.head(output.hidden_states.flatten(0, 1)[source]).float()
-    return F.cross_entropy(logits, batch.ids.flatten()[target], reduction="none"), target
+    return F.cross_entropy(output.head(hidden).float(), ids, reduction="none"), target
+
+
+def _restricted_nats(
+    output: ModelOutput,
+    batch: PackedBatch,
+    hidden: Float[Tensor, "t d"],
+    ids: Int64[Tensor, " t"],
+    target: Int64[Tensor, " t"],
+) -> Float[Tensor, " t"]:
+    """-log p of every id among those that can be at its position, as generation is constrained.
+
+        position    rank 0, 1, ... of an image             after the last rank    elsewhere
+        ids         codes of the rank's stage, </img>      </img>                 text, <img>
+
+    Targets are grouped by these ids, so that only logits of these ids are computed.
+    """
+    v, is_image = output.vocabulary, batch.roles.flatten()[target] > Role.BEGIN
+    assert v is not None and output.split_head is not None
+    index = torch.arange(batch.ids.shape[1], device=ids.device)
+    begins = torch.where(batch.roles == Role.BEGIN, index, -1).cummax(1).values
+    rank = (index - begins - 1).flatten()[target]
+    stage = torch.zeros_like(rank)
+    if v.stages:  # one more for </img> after the last rank, which is the only id there
+        stages = torch.cat([v.rank_stages, torch.tensor([v.stages])]).to(ids.device)
+        stage = stages[rank.clamp(0, len(stages) - 1)]
+    stage = stage.masked_fill(~is_image, -1)
+    end, tables = range(v.end, v.end + 1), range(max(1, v.stages))
+    groups = {-1: [range(v.begin + 1)], **{s: [end, v.stage_ids(s)] for s in tables}}
+    nats = torch.zeros(len(ids), device=ids.device)
+    for group, head in zip(groups, output.split_head(list(groups.values())), strict=True):
+        at = (stage == group).nonzero().flatten()
+        if len(at):
+            found = ids[at]
+            if group >= 0:
+                found = torch.where(found == v.end, 0, found - v.stage_ids(group).start + 1)
+            losses = F.cross_entropy(head(hidden[at]).float(), found, reduction="none")
+            nats = nats.index_add(0, at, losses)
+    return nats

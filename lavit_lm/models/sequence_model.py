@@ -8,6 +8,7 @@ ids, images -> input embeddings -> the LM's blocks under the mask of masks.py ->
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from lavit_lm.models.kv_state import DecodingState
-from lavit_lm.models.losses import ModelOutput
+from lavit_lm.models.losses import Head, ModelOutput
 from lavit_lm.sequences.masks import model_mask
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.sequences.token_sequence import TokenSequence
+from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
 
 class SequenceModel(nn.Module):
@@ -30,15 +32,27 @@ class SequenceModel(nn.Module):
             ids. Its parameters are trained with a learning rate of their own, those of its
             submodule "encoder", if any, with a third.
         regressor: hidden states -> vectors of the LM's hidden size; None if only ids are predicted.
+        restricted: the vocabulary, if losses compare every id with those only that can be at its
+            position; see LaVIT.
+
+    Raises:
+        ValueError: `restricted` with ids in another order than VisualVocabulary.extend gives.
     """
 
     def __init__(
-        self, lm: Any, bridge: nn.Module | None = None, regressor: nn.Module | None = None
+        self,
+        lm: Any,
+        bridge: nn.Module | None = None,
+        regressor: nn.Module | None = None,
+        restricted: VisualVocabulary | None = None,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.bridge = bridge
         self.regressor = regressor
+        self.restricted = v = restricted
+        if v is not None and (v.end, v.first) != (v.begin + 1, v.begin + 2):
+            raise ValueError(f"restricted softmax: expected text, begin, end, codes, got {v}")
 
     @property
     def causal(self) -> Any:
@@ -49,7 +63,8 @@ class SequenceModel(nn.Module):
         """Hidden states of a batch, from which an objective computes its losses."""
         inputs_embeds = self.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
         hidden_states = self.hidden_states(inputs_embeds, batch)
-        return ModelOutput(hidden_states, inputs_embeds, self.head, self.regressor)
+        heads = self.head, self.regressor, self.restricted, self.split_head
+        return ModelOutput(hidden_states, inputs_embeds, *heads)
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Parameters with a gradient by learning rate: "lm", "visual" (the bridge), "encoder"."""
@@ -118,6 +133,38 @@ class SequenceModel(nn.Module):
         Raises:
             ValueError: a family that scales its logits in a way that is not implemented here.
         """
+        return self._capped(self.causal.get_output_embeddings()(hidden_states))
+
+    def split_head(self, groups: Sequence[Sequence[range]]) -> list[Head]:
+        """For each group of ids a head that computes their logits only, in the group's order.
+
+        The gradients of all parts of the output layer become one: a slice of the weight for each
+        part would have a gradient of the whole weight's size.
+        """
+        layer: Any = self.causal.get_output_embeddings()
+        if type(layer) is not nn.Linear:  # of peft: its weight is not all that it computes
+
+            def chosen(group: Sequence[range]) -> Head:
+                ids = torch.cat([torch.arange(r.start, r.stop) for r in group])
+                return lambda x: self.head(x)[:, ids.to(x.device)]
+
+            return [chosen(group) for group in groups]
+        starts = {edge for group in groups for r in group for edge in (r.start, r.stop)}
+        edges = sorted(starts | {0, len(layer.weight)})
+        sizes = [stop - start for start, stop in pairwise(edges)]
+        weights = layer.weight.split(sizes)
+        biases = None if layer.bias is None else layer.bias.split(sizes)
+
+        def part(group: Sequence[range]) -> Head:
+            numbers = [i for r in group for i, edge in enumerate(edges[:-1]) if edge in r]
+            weight = torch.cat([weights[i] for i in numbers])
+            bias = None if biases is None else torch.cat([biases[i] for i in numbers])
+            return lambda x: self._capped(nn.functional.linear(x, weight, bias))
+
+        return [part(group) for group in groups]
+
+    def _capped(self, logits: Float[Tensor, "t n"]) -> Float[Tensor, "t n"]:
+        """Logits of the output layer -> those of the LM. Raises ValueError, see head."""
         config = self.causal.config.get_text_config()
         for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
             if getattr(config, name, None) not in (None, 1, 1.0):
@@ -125,6 +172,5 @@ class SequenceModel(nn.Module):
                     f"{config.model_type}: {name}={getattr(config, name)} would be left out of "
                     "the loss"
                 )
-        logits = self.causal.get_output_embeddings()(hidden_states)
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -50,6 +50,11 @@ class Objective(ABC):
         """What is generated for an image; by default codes, at most one for each patch."""
         return ImageOutput()
 
+    @property
+    def restricted_softmax(self) -> bool:
+        """Whether ids are predicted among those only that can be at their position; see LaVIT."""
+        return False
+
     @abstractmethod
     def layout(
         self,

@@ -105,6 +105,10 @@ class ImageDecoder(Protocol):
         ...
 
 
+SAMPLING = {"num_inference_steps", "guidance_scale", "eta", "latents"}
+"""Options of PixelDecoder that only its sampling has."""
+
+
 class CodesDecoder:
     """ImageDecoder of a PixelDecoder pipeline: images from codes."""
 
@@ -131,7 +135,12 @@ class CodesDecoder:
         return cls(pipeline)
 
     def decode(self, outputs: VisualCodes, generator: Any = None, **options: Any) -> Any:
-        """See ImageDecoder; options, such as output_type, are those of PixelDecoder's call."""
+        """See ImageDecoder; options, such as output_type, are those of PixelDecoder's call.
+
+        Nested codes are decoded to the expected image, unless an option of sampling is given.
+        """
+        if self.pipeline.conditioner.config.nested and not options.keys() & SAMPLING:
+            options = {"mode": "mean", **options}
         result: Any = self.pipeline(outputs, generator=generator, **options)
         return result.images
 

@@ -22,7 +22,7 @@ from PIL import Image
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
-from lavit_lm.multimodal import MultimodalLM
+from lavit_lm.multimodal import MultimodalLM, shipped_decoder
 from lavit_lm.sequences.segments import ImageSegment, TextSegment
 from lavit_tok import VisualCodes
 from lavit_tok.training.logging import log_image, log_text
@@ -84,6 +84,7 @@ class LogSamples(pl.Callback):
     def _log(self, trainer: Any, module: Any) -> None:
         examples = self._examples(trainer.datamodule.held_out.examples)
         captions = [text for _, text in examples]
+        self._decoder = shipped_decoder(self._decoder, module.visual)
         if self._decoder == "default" and module.visual_tokenizer != "default":
             beside = Path(module.visual_tokenizer).parent / "decoder"
             self._decoder = str(beside) if beside.is_dir() else None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,9 +36,13 @@ from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.text_tokenizer import saved_text_tokenizer
-from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
+from lavit_lm.vocabulary.visual_vocabulary import (
+    VisualVocabulary,
+    VocabularyError,
+    stages_for,
+)
 from lavit_tok import Shards, VisualTokenizer
-from lavit_tok.checkpoints.weights import check_replaceable, find_directory
+from lavit_tok.checkpoints.weights import SHIPPED, check_replaceable, find_directory
 from lavit_tok.data.shard_manifest import Manifest
 from lavit_tok.training.base import TrainingModule
 from lavit_tok.training.frozen import Frozen
@@ -83,6 +87,11 @@ class LanguageModeling(TrainingModule):
         compile: torch.compile the LM.
         out: where the trained model is saved; None keeps checkpoints only.
         seed: seed of all initial weights.
+        max_codes: nested codes of an image at most, at the end of a stage: later codes get no ids,
+            and images are cut. None for all codes, or one if the objective uses none. Codes that
+            are not nested are not cut.
+        code_embeddings: new embeddings of codes are drawn like those of text ("random"), or made
+            from their codebook entries ("codebook", see vocabulary/embeddings.py).
     """
 
     def __init__(
@@ -98,9 +107,15 @@ class LanguageModeling(TrainingModule):
         compile: bool = False,
         out: str | None = None,
         seed: int = 0,
+        max_codes: int | None = None,
+        code_embeddings: Literal["random", "codebook"] = "random",
     ) -> None:
         super().__init__()
         self.save_arguments("objective")
+        if code_embeddings not in ("random", "codebook"):
+            raise ValueError(
+                f"code_embeddings: expected 'random' or 'codebook', got {code_embeddings!r}"
+            )
         if lm == "default":
             lm = str(DEFAULT)
         visual_tokenizer = visual_tokenizer or "default"
@@ -121,12 +136,14 @@ class LanguageModeling(TrainingModule):
         self.frozen_visual = Frozen(VisualTokenizer.from_pretrained(visual_tokenizer))
         self.fingerprint = self.visual.fingerprint()
         self.codebook_size = self.visual.config.codebook_size
-        self.pretrained_tokens = len(tokenizer)
+        self.pretrained_tokens, self.code_embeddings = len(tokenizer), code_embeddings
         try:
             self.processor = MultimodalProcessor.from_tokenizer(tokenizer)
             self.new_embeddings = False
         except VocabularyError:
-            VisualVocabulary.extend(tokenizer, None, self.codebook_size)
+            least = 1 if self.visual.stages and not self.objective.connectors.needs_codes else None
+            stages = stages_for(least if max_codes is None else max_codes, self.visual.stages)
+            VisualVocabulary.extend(tokenizer, None, self.codebook_size, stages=stages)
             self.processor = MultimodalProcessor.from_tokenizer(tokenizer)
             self.new_embeddings = True
         if self.processor.vocabulary.codebook_size != self.codebook_size:
@@ -134,6 +151,13 @@ class LanguageModeling(TrainingModule):
                 f"the text tokenizer has {self.processor.vocabulary.codebook_size} codes, the "
                 f"visual tokenizer {visual_tokenizer!r} {self.codebook_size}: ids would map to "
                 "other codes"
+            )
+        self.processor.vocabulary.require_stages(self.visual.stages)
+        vocabulary = self.processor.vocabulary
+        if max_codes and stages_for(max_codes, self.visual.stages) != vocabulary.stages:
+            raise VocabularyError(
+                f"max_codes: the text tokenizer has ids of {vocabulary.max_codes} codes, got "
+                f"{max_codes}"
             )
         self.model: SequenceModel | None = None
         self.held_out: dict[str, list[LossSum]] = {}
@@ -160,7 +184,7 @@ class LanguageModeling(TrainingModule):
     def next_command(self) -> str:
         """Images are generated next."""
         beside = Path(self.visual_tokenizer).parent / "decoder"
-        decoder = "default" if self.visual_tokenizer == "default" else "DECODER"
+        decoder = "default" if self.visual_tokenizer in SHIPPED else "DECODER"
         if beside.is_dir():
             decoder = str(beside)
         return f"lavit-lm generate PROMPT --model {self.out} --decoder {decoder} --out images"
@@ -327,9 +351,8 @@ class LanguageModeling(TrainingModule):
 
     def _sequence_model(self) -> SequenceModel:
         """The LM and its connector before training, not sharded."""
-        lm = load_lm(
-            self.lm, self.processor, self.pretrained_tokens, self.new_embeddings, self.seed
-        )
+        shared = self.pretrained_tokens, self.new_embeddings, self.seed
+        lm = load_lm(self.lm, self.processor, *shared, self._codebook())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             hidden_size = lm.config.get_text_config().hidden_size
@@ -339,7 +362,16 @@ class LanguageModeling(TrainingModule):
                 lm.train()
             if self.lora is not None:
                 lm = with_lora(lm, self.processor.vocabulary, self.lora)
-            return sequence_model(lm, *connectors)
+            restricted = self.objective.restricted_softmax
+            vocabulary = self.processor.vocabulary if restricted else None
+            return sequence_model(lm, *connectors, vocabulary)
+
+    def _codebook(self) -> Tensor | None:
+        """The entries of all codes that have ids, if embeddings begin with them."""
+        if self.code_embeddings != "codebook":
+            return None
+        entries: Tensor = self.visual.quantizer.codebook.embeddings
+        return entries[: self.processor.vocabulary.stages] if self.visual.nested else entries[None]
 
 
 def _as_pair(loss: LossSum) -> Tensor:

@@ -97,7 +97,7 @@ class Examples:
         text_length = [SegmentLength(count, text)] if text else []
         if kind == "text":
             return text_length or [SegmentLength(0, "")], f"text {i}"
-        return [SegmentLength(record["length"]), *text_length], record["key"]
+        return [SegmentLength(processor.count(record["length"])), *text_length], record["key"]
 
     def _find(self, number: int) -> tuple[str, int]:
         for kind, records in (("pair", self.pairs), ("text", self.texts)):
@@ -111,7 +111,7 @@ def segment_length(segment: Segment, processor: MultimodalProcessor) -> SegmentL
     """The length of a segment that is there."""
     if isinstance(segment, TextSegment):
         return SegmentLength(len(processor.text(segment.text)), segment.text)
-    return SegmentLength(0 if segment.codes is None else len(segment.codes))
+    return SegmentLength(0 if segment.codes is None else processor.count(len(segment.codes)))
 
 
 @dataclass(frozen=True)

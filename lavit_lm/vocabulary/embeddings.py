@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lavit_lm.vocabulary.text_tokenizer import VocabularyError
@@ -56,6 +57,54 @@ def extend_embeddings(model: Any, first: int, stop: int, generator: torch.Genera
         _draw(outputs.weight, first, stop, generator)
     if outputs.bias is not None:
         outputs.bias[first:stop] = outputs.bias[:first].float().mean().to(outputs.bias.dtype)
+
+
+@torch.no_grad()
+def embed_codebook(
+    model: Any,
+    text_ids: int,
+    first: int,
+    codebook: Float[Tensor, "tables size dim"],
+    generator: torch.Generator | None,
+) -> None:
+    """Replace the embeddings of codes by their codebook entries, in place.
+
+        entry, scaled to deviation 1 -> random orthonormal map -> + a random vector of the table
+        -> scaled to the mean and deviation of the text embeddings
+
+    Codes of similar entries then begin with similar embeddings and, with tied weights, similar
+    logits. Tables of a level of nested codes are of the same space, and have the same map.
+
+    Args:
+        model: a causal LM that has the embeddings already.
+        text_ids: number of text tokens, whose ids are the first.
+        first: id of code 0; the ids of the tables follow each other.
+        codebook: entries of every table.
+        generator: of the maps and vectors; None for torch's own.
+    """
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [inputs.weight]
+    weights += [] if outputs.weight is inputs.weight else [outputs.weight]
+    width, size, dim = inputs.weight.shape[1], codebook.shape[1], codebook.shape[2]
+    device = generator.device if generator else "cpu"
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    entries = codebook.to(device=device, dtype=torch.float32)
+    entries = entries - entries.mean(1, keepdim=True)
+    entries = entries / entries.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
+    levels = (len(entries) + 1) // 3 + 1
+    maps = [torch.linalg.qr(normal(max(dim, width), min(dim, width))).Q for _ in range(levels)]
+    maps = [m.T if width >= dim else m for m in maps]
+    for table, values in enumerate(entries):
+        mapped = values @ maps[(table + 2) // 3] * (max(dim, width) / dim) ** 0.5
+        found = (mapped + normal(width)) / 2**0.5
+        at = slice(first + table * size, first + (table + 1) * size)
+        for weight in weights:
+            deviation, mean = torch.std_mean(weight[:text_ids].float(), dim=0, correction=0)
+            made = mean + deviation * found.to(weight.device)
+            weight[at] = made.to(weight.dtype)
 
 
 def _draw(weight: Tensor, first: int, stop: int, generator: torch.Generator | None) -> None:

@@ -42,8 +42,17 @@ class MultimodalProcessor:
         return self.vocabulary.encode_text(self.text_tokenizer, text)
 
     def codes(self, codes: Int64[Tensor, " n"]) -> list[int]:
-        """Ids of the codes of an image. Raises VocabularyError for codes outside the codebook."""
-        return self.vocabulary.to_ids(codes).tolist()
+        """Ids of the codes of an image, of nested codes of the first that have ids.
+
+        Raises:
+            VocabularyError: codes outside the codebook.
+        """
+        return self.vocabulary.to_ids(codes[: self.vocabulary.max_codes]).tolist()
+
+    def count(self, codes: int) -> int:
+        """How many ids `codes` gives for so many codes."""
+        most = self.vocabulary.max_codes
+        return codes if most is None else min(codes, most)
 
     def decode(self, ids: Any) -> str:
         """The text of ids, without special tokens and image tokens."""

@@ -108,6 +108,11 @@ def levels(patches: int) -> list[Level]:
     return found
 
 
+def rank_stages(stages: int) -> list[int]:
+    """The stage of every rank of the first stages, whatever the number of patches; see above."""
+    return [stage for stage in range(stages) for _ in range(4 ** max(0, (stage - 1) // 3))]
+
+
 def split_areas(
     x: Float[Tensor, "batch patches dim"], side: int
 ) -> Float[Tensor, "batch areas joined"]:

@@ -18,11 +18,15 @@ CODES = 16
 
 
 def processor_and_model(
-    family: str = "llama", kernel: str = "sdpa", tied: bool = False, seed: int = 0
+    family: str = "llama",
+    kernel: str = "sdpa",
+    tied: bool = False,
+    seed: int = 0,
+    stages: int = 0,
 ) -> tuple[MultimodalProcessor, SequenceModel]:
     tokenizer = small_tokenizer(family)
     lm = small_lm(family, len(tokenizer), tied, seed)
-    VisualVocabulary.extend(tokenizer, lm, CODES, torch.Generator().manual_seed(seed))
+    VisualVocabulary.extend(tokenizer, lm, CODES, torch.Generator().manual_seed(seed), stages)
     lm.set_attn_implementation(kernel)
     return MultimodalProcessor.from_tokenizer(tokenizer), SequenceModel(lm).eval()
 

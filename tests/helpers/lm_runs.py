@@ -72,9 +72,8 @@ def module(folder: Path, continuous: bool = False, **more: Any) -> Any:
 def data(folder: Path, **more: Any) -> Any:
     from lavit_lm.training.data_module import LanguageDataModule
 
-    return LanguageDataModule(
-        str(folder / "shards"), **{"block": 64, "batch_size": 2, "window": 10, **more}
-    )
+    settings = {"shards": str(folder / "shards"), "block": 64, "batch_size": 2, "window": 10}
+    return LanguageDataModule(**{**settings, **more})
 
 
 def trainer(folder: Path, steps: int, callbacks: list[Any], **more: Any) -> Any:

@@ -256,6 +256,11 @@ class DaVinci(Objective):
         return builder.text(sequences.ids(sequences.split(opening.text))) if is_caption else builder
 
     def _sequences(self, processor: MultimodalProcessor) -> PrefixSequences:
+        if processor.vocabulary.stages:
+            raise ValueError(
+                "davinci: expected codes in raster order, whose lines are prefix or suffix; nested "
+                "codes have no lines"
+            )
         return PrefixSequences(processor, self.lower_case)
 
     def losses(self, output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:

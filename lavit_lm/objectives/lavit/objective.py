@@ -43,6 +43,12 @@ class LaVIT(Objective):
         image_weight: weight of a code's cross-entropy against a text token's; 1 as published.
         continuous: embed images that precede text as vectors through a bridge, instead of as codes;
             the data module then needs `images`.
+        restricted_softmax: the probability of an id is among those that can be at its position:
+            text tokens and <img>, or inside an image codes (of nested codes those of the rank's
+            stage) and </img>. That is what generation here is constrained to, and the cost of a
+            step no longer grows with the number of stages. False, as published, trains the
+            probability among all ids; without it an unconstrained sampler may choose an id that
+            cannot be there.
 
     Raises:
         ValueError: a probability outside 0..1, or a weight below 0.
@@ -53,6 +59,7 @@ class LaVIT(Objective):
     prompt_drop: float = 0.1
     image_weight: float = 1.0
     continuous: bool = False
+    restricted_softmax: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_drop <= 1:

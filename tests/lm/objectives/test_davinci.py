@@ -744,7 +744,7 @@ def test_beams_find_the_most_probable(lm: MultimodalLM, photos: list[Path]):
     wide = beam_search(
         lm.model, lm.processor, sequences, GenerationConstraint("text", 1, 2), 400, 0.0
     )
-    allowed = GenerationConstraint("text").content_mask(
+    (allowed,) = GenerationConstraint("text").content_masks(
         lm.processor, lm.model.head(torch.zeros(1, 32)).shape[1], lm.device
     )
     stop = lm.processor.stop

@@ -261,13 +261,15 @@ def test_codes_and_ids() -> None:
 
 def test_mask_equals_the_drawing_in_the_docstring() -> None:
     vocabulary = VisualVocabulary(begin=3, end=4, first=5, codebook_size=2)
-    drawn = "".join("X" if allowed else "." for allowed in vocabulary.mask(9))
-    assert " ".join(drawn) == ". . . . . X X . ."
-    assert " ".join(drawn) in (VisualVocabulary.mask.__doc__ or "")
-    assert vocabulary.mask(7).sum() == 2
+    nested = VisualVocabulary(begin=3, end=4, first=5, codebook_size=2, stages=2)
+    drawn = [" ".join(".X"[allowed] for allowed in mask.int()) for mask in nested.masks(10)]
+    assert drawn == [". . . . . X X . . .", ". . . . . . . X X ."]
+    assert all(f"  {line}\n" in (VisualVocabulary.masks.__doc__ or "") for line in drawn)
+    (mask,) = vocabulary.masks(7)
+    assert mask.tolist() == [False] * 5 + [True] * 2
     for size in (0, 1, 6):
         with pytest.raises(VocabularyError, match=f"width {size} do not include"):
-            vocabulary.mask(size)
+            vocabulary.masks(size)
 
 
 def test_extending_twice() -> None:
@@ -304,7 +306,7 @@ def test_models_that_do_not_fit() -> None:
         (["<|img|>", "<|/img|>", "<|vis_00000|>", "<|vis_00002|>"], "none named <|vis_00001|>"),
         (
             ["<|img|>", "<|/img|>", "<|vis_00000|>", "<other>", "<|vis_00001|>"],
-            "not contiguous: code 0 has id",
+            r"not contiguous: <\|vis_00000\|> has id",
         ),
         (["<|img|>", "<|/img|>", "<|vis_00000|>", "<|vis_0|>"], "different lengths"),
     ],

@@ -1,0 +1,310 @@
+"""Language models of nested codes: ids for each stage, generation, the restricted softmax."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.lm_parts import CODES, image, processor_and_model
+from helpers.lm_runs import Losses, data, module, trainer
+from helpers.small_lms import small_tokenizer
+from helpers.small_nested import SETTINGS
+
+from lavit_lm import MultimodalLM, VisualVocabulary, VocabularyError
+from lavit_lm.generation.beam_search import beam_search
+from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generate_ids
+from lavit_lm.models.losses import log_likelihood
+from lavit_lm.models.sequence_model import SequenceModel
+from lavit_lm.objectives.davinci import DaVinci
+from lavit_lm.objectives.emu import Emu
+from lavit_lm.objectives.lavit import LaVIT
+from lavit_lm.sequences.packing import pack, pad
+from lavit_lm.sequences.segments import ImageSegment, SegmentLength, TextSegment
+from lavit_lm.sequences.token_sequence import Role, TokenSequence
+from lavit_lm.training.module import LanguageModeling
+from lavit_lm.vocabulary.embeddings import embed_codebook
+from lavit_lm.vocabulary.processor import MultimodalProcessor
+from lavit_lm.vocabulary.visual_vocabulary import CODE, stages_for
+from lavit_tok import TokenizerConfig, VisualCodes, VisualTokenizer, WeightsError
+from lavit_tok.cli import main as lavit_tok
+from lavit_tok.nn.nested_order import levels, rank_stages
+
+STAGES, MOST = 5, 8  # ranks 0 | 1 | 2 | 3 | 4 5 6 7
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def visual(tmp_path_factory: pytest.TempPathFactory) -> VisualTokenizer:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("nested") / "tokenizer"
+    VisualTokenizer(TokenizerConfig.from_dict(SETTINGS)).save_pretrained(folder)
+    return VisualTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[MultimodalProcessor, SequenceModel]:
+    return processor_and_model(stages=STAGES)
+
+
+def sequences(processor: MultimodalProcessor, count: int = 6) -> list[TokenSequence]:
+    texts = [TextSegment("a red apple"), TextSegment("rain")]
+    pairs = [[image(i, 1 + 3 * i % 11), texts[i % 2]] for i in range(count)]
+    return [LaVIT().layout(s, processor, generator(i), str(i)) for i, s in enumerate(pairs)]
+
+
+def test_stages_of_the_ranks_are_those_of_the_order() -> None:
+    found = [
+        max(0, 3 * i - 2) + stage
+        for i, level in enumerate(levels(256))
+        for stage in range(level.stages)
+        for _ in range(level.side**2)
+    ]
+    assert rank_stages(13) == found and len(found) == 256
+    assert rank_stages(0) == [] and rank_stages(5) == [0, 1, 2, 3, 4, 4, 4, 4]
+
+
+def test_ids_of_codes_depend_on_the_stage_of_their_rank() -> None:
+    tokenizer = small_tokenizer("llama")
+    v = VisualVocabulary.extend(tokenizer, None, CODES, stages=STAGES)
+    assert VisualVocabulary.from_tokenizer(tokenizer) == v
+    assert v.max_codes == MOST and v.stop == v.first + STAGES * CODES
+    codes = torch.tensor([[3] * 8, list(range(8))])
+    stage = torch.tensor([0, 1, 2, 3, 4, 4, 4, 4])
+    ids = v.to_ids(codes)
+    assert torch.equal(ids, v.first + stage * CODES + codes)
+    assert torch.equal(v.to_codes(ids), codes)
+    names = tokenizer.convert_ids_to_tokens(ids[1].tolist())
+    assert names[2] == "<|vis_02_00002|>" and names[7] == "<|vis_04_00007|>"
+    assert [int(number) for number in CODE.findall("".join(names))] == list(range(8))
+    assert torch.equal(v.to_codes(ids[:, :3]), codes[:, :3]), "a prefix is an image too"
+    with pytest.raises(VocabularyError, match=r"stage 1 at rank 1, got id \d+ of stage 0"):
+        v.to_codes(ids[0, [0, 0]])
+    with pytest.raises(VocabularyError, match="at most 8 codes of an image, got 9"):
+        v.to_ids(torch.zeros(9, dtype=torch.int64))
+    with pytest.raises(VocabularyError, match=r"0\.\.15, got 16"):
+        v.to_ids(torch.tensor([16]))
+    with pytest.raises(VocabularyError, match=r"stages: expected 0\.\.28, got 29"):
+        VisualVocabulary.extend(small_tokenizer("llama"), None, CODES, stages=29)
+
+
+def test_the_pattern_of_an_image_is_what_generation_allows() -> None:
+    tokenizer = small_tokenizer("llama")
+    v = VisualVocabulary.extend(tokenizer, None, CODES, stages=2)
+    assert v.pattern(1, 2) in (VisualVocabulary.pattern.__doc__ or "")
+    nested, table = v.pattern(1, 2), VisualVocabulary(3, 4, 5, CODES).pattern(2, 3)
+    for ranks in ([0], [0, 1], [1], [0, 0], [0, 1, 1], []):
+        image = "".join(f"<|vis_{stage:02d}_00007|>" for stage in ranks) + "<|/img|>"
+        assert bool(re.fullmatch(nested, image)) == (ranks in ([0], [0, 1])), image
+    for count in range(5):
+        image = "<|vis_00007|>" * count + "<|/img|>"
+        assert bool(re.fullmatch(table, image)) == (count in (2, 3))
+    for limits in ((0, 1), (2, 1), (1, 3)):
+        with pytest.raises(VocabularyError, match="1 <= min_codes <= max_codes <= 2"):
+            v.pattern(*limits)
+
+
+def test_max_codes_is_the_end_of_a_stage() -> None:
+    assert [stages_for(n, 13) for n in (1, 4, 8, 32, 256, None)] == [1, 4, 5, 8, 13, 13]
+    assert stages_for(32, 7) == 7, "fewer patches than that"
+    assert stages_for(None, 0) == stages_for(32, 0) == 0, "not nested"
+    with pytest.raises(VocabularyError, match=r"one of \[1, 2, 3, 4, 8, 12, 16\], got 5"):
+        stages_for(5, 7)
+
+
+def test_images_are_cut_to_the_codes_that_have_ids(parts: Any) -> None:
+    processor, _ = parts
+    segments = [image(0, 11), TextSegment("a red apple")]
+    sequence = LaVIT().layout(segments, processor, generator())
+    assert (sequence.roles == Role.VISUAL).sum() == MOST
+    text = "a red apple"
+    lengths = [
+        SegmentLength(processor.count(11)),
+        SegmentLength(len(processor.text(text)), text),
+    ]
+    assert LaVIT().sequence_length(lengths, processor, generator()) == len(sequence)
+    with pytest.raises(ValueError, match="nested codes have no lines"):
+        DaVinci().layout([TextSegment("a red apple")], processor, generator())
+
+
+@pytest.mark.parametrize("beams", [0, 3])
+def test_generated_codes_are_of_their_stage(parts: Any, beams: int) -> None:
+    processor, model = parts
+    v = processor.vocabulary
+    prompts = [LaVIT().prompt([TextSegment(t)], processor, "image") for t in ("rain", "a red")]
+    constraint = GenerationConstraint("image", 7, MOST)
+    if beams:
+        found = beam_search(model, processor, prompts * 4, constraint, beams)
+    else:
+        found = generate_ids(
+            model, processor, prompts * 4, constraint, Sampling(3.0), None, generator()
+        )
+    assert {len(ids) for ids in found} <= {8, 9}
+    for ids in found:
+        assert ids[-1] == v.end
+        v.to_codes(torch.tensor(ids[:-1]))  # raises for an id of another stage
+
+
+@pytest.mark.parametrize(("family", "stages"), [("llama", 5), ("phi", 5), ("gemma", 0)])
+def test_the_restricted_softmax_is_a_softmax_over_what_generation_allows(
+    family: str, stages: int
+) -> None:
+    processor, plain = processor_and_model(family, stages=stages, tied=family == "gemma")
+    v = processor.vocabulary
+    some = sequences(processor)
+    batch = pack([some[:3], some[3:]], 64, processor.pad)
+    model = SequenceModel(plain.lm, restricted=v).train()
+    LaVIT().total(LaVIT().losses(model(batch), batch)).backward()
+    weight = model.causal.get_output_embeddings().weight
+    found, weight.grad = weight.grad.clone(), None
+    # the same with the logits of all ids, forbidden ones set to -inf
+    output = plain(batch)
+    logits = output.head(output.hidden_states.flatten(0, 1)).unflatten(0, batch.ids.shape)
+    text = torch.arange(logits.shape[2]) <= v.begin
+    nats = []
+    for b in range(len(batch.ids)):
+        rank = None
+        for i in range(1, batch.ids.shape[1]):
+            role, before = batch.roles[b, i], batch.roles[b, i - 1]
+            rank = 0 if before == Role.BEGIN else rank + 1 if rank is not None else None
+            rank = None if role in (Role.TEXT, Role.BEGIN) else rank
+            if not batch.predict[b, i]:
+                continue
+            allowed = text.clone()
+            if rank is not None:
+                allowed = torch.zeros_like(text)
+                allowed[v.end] = True
+                masks = v.masks(logits.shape[2])
+                if rank < len(masks) or not stages:
+                    allowed |= masks[min(rank, len(masks) - 1)]
+            masked = logits[b, i - 1].masked_fill(~allowed, -torch.inf)
+            nats.append(-masked.log_softmax(0)[batch.ids[b, i]])
+    torch.stack(nats).mean().backward()
+    assert torch.allclose(found, weight.grad, atol=1e-6) and found.abs().max() > 1e-3
+    restricted = log_likelihood(model(batch), batch)
+    assert torch.isclose(-restricted.sum(), torch.stack(nats).sum(), rtol=1e-5)
+
+
+def test_other_orders_of_ids_have_no_restricted_softmax(parts: Any) -> None:
+    with pytest.raises(ValueError, match="expected text, begin, end, codes"):
+        SequenceModel(parts[1].lm, restricted=VisualVocabulary(3, 9, 4, 5))
+
+
+def test_embeddings_of_codes_begin_like_their_entries() -> None:
+    processor, model = processor_and_model(tied=True, stages=STAGES)
+    v, weight = processor.vocabulary, model.causal.get_input_embeddings().weight
+    text = weight[: v.begin].detach().clone()
+    entries = torch.randn(STAGES, CODES, 4, generator=generator()) * 7 + 3
+    entries[:, 1] = entries[:, 0] + 0.01
+    embed_codebook(model.causal, v.begin, v.first, entries, generator(1))
+    made = weight[v.first : v.stop].detach().unflatten(0, (STAGES, CODES))
+    assert torch.equal(weight[: v.begin], text)
+    scaled = (made - text.mean(0)) / text.std(0, correction=0)
+    assert 0.6 < float(scaled.std()) < 1.5, "as large as the embeddings of text"
+    between = torch.cdist(scaled, scaled)
+    assert between[:, 0, 1].max() < 0.1 * between.mean()
+    # an orthonormal map keeps distances, up to the scale of each table
+    expected = torch.cdist(entries, entries)
+    ratio = (between / expected.clamp(min=1e-9))[:, 0, 2:]
+    assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3)
+    assert (made.mean(1)[0] - made.mean(1)[1]).abs().max() > 0.01, "a vector for each table"
+
+
+def test_a_saved_model_has_its_ids_again_and_refuses_other_tokenizers(
+    visual: VisualTokenizer, parts: Any, tiny_tokenizer: VisualTokenizer, tmp_path: Path
+) -> None:
+    processor, model = parts
+    objective = LaVIT(restricted_softmax=True)
+    lm = MultimodalLM(model, processor, visual, None, objective)
+    lm.save_pretrained(tmp_path / "model", visual.name_or_path)
+    again = MultimodalLM.from_pretrained(tmp_path / "model", decoder=None)
+    assert again.processor.vocabulary == processor.vocabulary
+    assert again.model.restricted == processor.vocabulary
+    codes = again.generate_codes("a red apple", 3, generator=generator())
+    assert codes.nested and int(codes.lengths.max()) <= MOST
+    assert codes.to_list() == lm.generate_codes("a red apple", 3, generator=generator()).to_list()
+    with pytest.raises(ValueError, match="max_codes <= 8"):
+        again.generate_codes("a red apple", max_codes=9)
+    whole = VisualCodes.from_list([[1] * 16], CODES, nested=True)
+    cut = whole.truncate(MOST)
+    assert again.rank("rain", [whole]).tolist() == again.rank("rain", [cut]).tolist()
+    for stages, other in ((5, 0), (0, 7), (9, 7)):
+        made = VisualVocabulary(3, 4, 5, CODES, stages)
+        with pytest.raises(VocabularyError, match="there are ids for"):
+            made.require_stages(other)
+    assert visual.stages == 7 and tiny_tokenizer.stages == 0
+
+
+def test_a_vocabulary_without_stages_is_refused_with_nested_codes(
+    visual: VisualTokenizer, tmp_path: Path
+) -> None:
+    processor, model = processor_and_model()
+    lm = MultimodalLM(model, processor, visual)
+    lm.save_pretrained(tmp_path / "model", visual.name_or_path)
+    with pytest.raises(WeightsError, match="ids for codes of one table, the visual tokenizer has"):
+        MultimodalLM.from_pretrained(tmp_path / "model")
+
+
+def test_training_with_nested_shards(visual: VisualTokenizer, folder: Path) -> None:
+    """Shards of all codes, a model of the first four, saved and loaded again."""
+    source, shards = str(visual.name_or_path), folder / "nested"
+    command = ["shards", str(folder / "pictures"), "--tokenizer", source, "--out", str(shards)]
+    assert lavit_tok([*command, "--budget", "9"]) == 0
+    objective = LaVIT(restricted_softmax=True)
+    options: dict[str, Any] = {"code_embeddings": "codebook", "objective": objective}
+    options |= {"visual_tokenizer": source, "max_codes": 4}
+    trained = module(folder, out=str(folder / "made"), **options)
+    vocabulary = trained.processor.vocabulary
+    assert (vocabulary.stages, vocabulary.max_codes) == (4, 4)
+    losses = Losses()
+    trainer(folder, 2, [losses]).fit(trained, data(folder, shards=str(shards)))
+    assert len(losses.values) == 2
+    lm = MultimodalLM.from_pretrained(folder / "made", decoder=None)
+    assert lm.processor.vocabulary == lm.model.restricted == vocabulary
+    assert lm.generate_codes("a red apple", 2).lengths.max() <= 4
+    small = module(folder, visual_tokenizer=source, objective=Emu())
+    assert small.processor.vocabulary.max_codes == 1, "no ids for codes that are not used"
+    with pytest.raises(ValueError, match=r"max_codes: expected the end of a stage.*got 5"):
+        module(folder, visual_tokenizer=source, max_codes=5)
+    made = {"lm": str(folder / "made"), "text_tokenizer": None, "visual_tokenizer": source}
+    with pytest.raises(VocabularyError, match="has ids of 4 codes, got 8"):
+        module(folder, **made, max_codes=8)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_another_kind_of_embeddings() -> None:
+    with pytest.raises(ValueError, match="expected 'random' or 'codebook', got 'other'"):
+        LanguageModeling("default", code_embeddings="other")  # type: ignore[arg-type]
+
+
+def test_every_stage_learns_its_own_codes() -> None:
+    """One number at two ranks is two ids: their counts are learned apart."""
+    processor, model = processor_and_model(tied=True, stages=2)
+    v = processor.vocabulary
+    model = SequenceModel(model.lm, restricted=v).train()
+    image_codes = [[3, 5], [3, 5], [4, 3], [4, 3]]
+    objective = LaVIT(order="image_first", restricted_softmax=True)
+    rows = [
+        objective.layout([ImageSegment(torch.tensor(c))], processor, generator())
+        for c in image_codes
+    ]
+    batch, optimizer = pad(rows, processor.pad), torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(40):
+        losses = objective.losses(model(batch), batch)
+        optimizer.zero_grad()
+        objective.total(losses).backward()
+        optimizer.step()
+    # The first code is one of two, everything after it follows: ln 2 for each image at best.
+    per_image = float(losses["image"].total.detach()) / len(rows)
+    assert 0.69 < per_image < 0.8
+    prompt = objective.prompt([], processor, "image")
+    constraint = GenerationConstraint("image", 1, 2)
+    drawn = generate_ids(model, processor, [prompt] * 40, constraint, Sampling(), None, generator())
+    found = Counter(tuple(v.to_codes(torch.tensor(ids[:-1])).tolist()) for ids in drawn)
+    assert found[(3, 5)] + found[(4, 3)] >= 38
