@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "data"
-MODULES = ("build", "captions", "colors", "composed", "objects", "sources", "views")
+MODULES = ("build", "captions", "colors", "composed", "instruct", "objects", "sources", "views")
 MONUMENTS = "explore_monuments/resource"
 SHAPES = ("star", "heart", "apple", "pear", "book", "fish", "key", "car", "cat", "tree")
 
@@ -45,6 +45,7 @@ def shape(number: int, fill: tuple[int, int, int]) -> Image.Image:
 def made(tmp_path_factory: pytest.TempPathFactory):
     """A tiny data set composed of ten objects of six images each."""
     import composed
+    import instruct
     from build import build
     from sources import CLIPART
 
@@ -62,13 +63,14 @@ def made(tmp_path_factory: pytest.TempPathFactory):
         patch.setattr(composed, "TEST_OF_COLOR", {True: 1, False: 1})
         build(raw, root / "data", workers=0)
         composed.build(raw, root / "data", root / "out", 80, seed=0)
+        instruct.build(root / "out", root / "instruct", 40, seed=0)
         from datasets import load_dataset
 
         files = {s: str(root / f"out/data/{s}-*.parquet") for s in ("train", "validation", "test")}
         splits = load_dataset("parquet", data_files=files)
     lines = (root / "out/records.jsonl").read_text().splitlines()
     held = json.loads((root / "out/combinations.json").read_text())
-    return splits, [json.loads(line) for line in lines], held
+    return splits, [json.loads(line) for line in lines], held, root / "instruct"
 
 
 def combinations(record: dict) -> set[tuple[str, str]]:
@@ -81,7 +83,7 @@ def combinations(record: dict) -> set[tuple[str, str]]:
 def test_no_combination_of_the_test_split_occurs_in_training(made):
     from colors import COLORS
 
-    splits, records, held = made
+    splits, records, held, _ = made
     held_out = {tuple(pair) for pair in held["colors"] + held["pairs"]}
     seen = {split: set() for split in splits}
     for record in records:
@@ -98,7 +100,7 @@ def test_no_combination_of_the_test_split_occurs_in_training(made):
 
 
 def test_images_of_different_splits_have_different_sources(made):
-    _, records, _ = made
+    _, records, *_ = made
     bases = {split: set() for split in ("train", "validation")}
     for record in records:
         if record["split"] != "test":
@@ -114,7 +116,7 @@ def test_captions_say_what_was_composed(made):
     from colors import named_color
     from objects import plural
 
-    splits, records, _ = made
+    splits, records, *_ = made
     examples = {example["key"]: example for split in splits.values() for example in split}
     assert splits["train"].column_names == ["image", "caption", "source", "key", "license"]
     kinds = {record["kind"] for record in records}
@@ -139,7 +141,7 @@ def test_captions_say_what_was_composed(made):
 def test_positions_and_counts_are_those_of_the_caption(made):
     from scipy.ndimage import label
 
-    splits, records, _ = made
+    splits, records, *_ = made
     examples = {example["key"]: example for split in splits.values() for example in split}
     for record in records:
         image = np.asarray(examples[record["key"]]["image"].convert("RGB")).astype(int)
@@ -286,3 +288,66 @@ def test_left_and_right_are_swapped_in_mirrored_views():
                       for e in (examples[0], mirrored[0]))  # fmt: skip
     assert np.array_equal(original[:, ::-1], view)
     assert len(list(plain("test", rows, lambda *about: about[0], none))) == 12
+
+
+def test_questions_are_documents_whose_answers_are_right(made):
+    from objects import plural, with_article
+
+    from lavit_lm.sequences.documents import Documents
+    from lavit_tok import VisualImageProcessor
+
+    _, records, _, folder = made
+    by_key = {record["key"]: record for record in records}
+    images = VisualImageProcessor(32)
+    kinds = set()
+    for split in ("train", "test"):
+        documents = Documents(folder / f"{split}.jsonl", images)
+        lines = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        for (segments, key), line in zip(documents, lines, strict=True):
+            assert [s.is_target for s in segments] == [False] * (len(segments) - 1) + [True]
+            kind, (question, answer) = key.split("/")[1], [s.text for s in segments[-2:]]
+            kinds.add(kind)
+            asked = question.removeprefix("Question: ").removesuffix(" Answer:")
+            names = [segment["image"] for segment in line["segments"] if "image" in segment]
+            shown = [by_key["composed/" + n.replace("-", "/").removesuffix(".webp")] for n in names]
+            assert all(record["split"] == split for record in shown)
+            objects = [[item["object"] for item in record["objects"]] for record in shown]
+            if kind == "object":
+                assert answer == with_article(objects[0][0], objects[0][0])
+            elif kind == "color":
+                item = next(i for i in shown[0]["objects"] if f" {i['object']}?" in asked)
+                assert answer == item["color"]
+            elif kind == "count":
+                assert plural(objects[0][0]) in asked
+                assert answer == ("one", "two", "three", "four")[shown[0]["count"] - 1]
+            elif kind == "place":
+                assert answer == shown[0]["place"]
+            elif kind == "presence":
+                assert (answer == "yes") == any(f" {name}?" in asked for name in objects[0])
+            elif "same object" in asked:
+                assert (answer == "yes") == (objects[0] == objects[1])
+            elif "same color" in asked:
+                first, second = (record["objects"][0]["color"] for record in shown)
+                assert (answer == "yes") == (first == second)
+            else:
+                index = ("the first", "the second").index(answer)
+                assert f" {objects[index][0]}?" in asked and objects[0] != objects[1]
+    assert kinds == {"object", "color", "count", "place", "presence", "compare", "which"}
+
+
+def test_questions_with_yes_and_no_are_balanced():
+    from instruct import questions
+
+    records = []
+    for number in range(400):
+        item = {"object": ("apple", "fish", "key")[number % 3], "named": True, "color": "red"}
+        item["color"] = ("red", "blue")[number // 3 % 2]
+        records.append(
+            {"key": f"composed/train/color/{number}", "kind": "color", "split": "train",
+             "objects": [item]}
+        )  # fmt: skip
+    asked = list(questions(records, 0))
+    for kind in ("presence", "compare"):
+        answers = [answer for name, _, question, answer in asked
+                   if name == kind and not question.startswith("which")]  # fmt: skip
+        assert 0.37 < answers.count("yes") / len(answers) < 0.63
