@@ -9,6 +9,8 @@
 
     {"key": "a walk", "segments": [{"text": "Then"}, {"image": "walk/1.png"}, {"text": "we left."}]}
 
+The model is trained to generate every segment but those with "target": false, such as questions.
+
     frames at 0, 4, 8 s; subtitles at 1, 2, 9 s  ->  frame 0, "one two", frame 4, frame 8, "nine"
 """
 
@@ -159,12 +161,13 @@ class Documents:
             key, segments = self._parse(lines.readline(), self.line_numbers[number])
         return [self._segment(segment, self.line_numbers[number]) for segment in segments], key
 
-    def _segment(self, segment: dict[str, str], line: int) -> Segment:
+    def _segment(self, segment: dict[str, Any], line: int) -> Segment:
         if "text" in segment:
-            return TextSegment(segment["text"])
+            return TextSegment(segment["text"], segment.get("target", True))
         name = segment["image"]
         codes, keep = self.codes.get(name, (None, None))
-        return ImageSegment(codes, partial(self._open, name, line) if self.pixels else None, keep)
+        pixels = partial(self._open, name, line) if self.pixels else None
+        return ImageSegment(codes, pixels, keep, segment.get("target", True))
 
     def _open(self, name: str, line: int) -> UInt8[Tensor, "3 s s"]:
         try:
@@ -172,7 +175,7 @@ class Documents:
         except ImageError as error:
             raise ImageError(f"{self.file}, line {line}: {error}") from None
 
-    def _parse(self, line: bytes, number: int) -> tuple[str, list[dict[str, str]]]:
+    def _parse(self, line: bytes, number: int) -> tuple[str, list[dict[str, Any]]]:
         label = f"{self.file}, line {number}"
         try:
             document = json.loads(line)
@@ -193,9 +196,11 @@ class Documents:
 
     def _problem(self, segment: Any) -> str:
         """Why this is not a segment; empty if it is one."""
-        if not isinstance(segment, dict) or set(segment) not in ({"text"}, {"image"}):
+        if not isinstance(segment, dict) or set(segment) - {"target"} not in ({"text"}, {"image"}):
             return 'expected segments {"text": ...} or {"image": ...}'
-        (value,) = segment.values()
+        if not isinstance(segment.get("target", True), bool):
+            return 'expected "target": true or false'
+        (value,) = (value for name, value in segment.items() if name != "target")
         if not isinstance(value, str) or not value:
             return "expected a string that is not empty"
         if "image" in segment:

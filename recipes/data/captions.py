@@ -77,3 +77,48 @@ def file_caption(name: str) -> str:
     """A file name such as ``greatPyramidOfGiza`` or ``fish12`` in lower case, without numbers."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", name)
     return re.sub(r"\d+", "", spaced).strip().lower() or "image"
+
+
+PARTICLES = {"of", "with", "and", "in", "on", "for", "to", "the", "a", "an", "or", "by", "from"}
+SHORT = {"ox", "tv", "up", "no", "go", "us", "uk"}
+NOTHING = {"clip art", "image"}
+DATE = re.compile(r"\b(?:\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}|(?:19|20)\d\d)\b")
+
+
+def _english(text: str, words: frozenset[str]) -> str:
+    """The words of `text` that are English, without what an author's name leaves at the end."""
+    kept = [word for word in text.split() if word in words]
+    while kept and (kept[-1] in PARTICLES or (len(kept[-1]) < 3 and kept[-1] not in SHORT)):
+        kept.pop()
+    return " ".join(kept)
+
+
+def clean(caption: str, source: str, key: str, words: frozenset[str], names: frozenset[str]) -> str:
+    """A caption for a language model: in lower case, without dates, names and other languages.
+
+    One of NOTHING if nothing is left.
+
+    Args:
+        caption: as this module made it.
+        source: of the image, as in the data set.
+        key: path of the image.
+        words: English words in lower case.
+        names: proper names in lower case, which are allowed in titles of monuments.
+    """
+    text = DATE.sub("", re.sub(r"\([^)]*\)", "", caption)).lower()
+    if source == "openclipart":
+        parts = dict.fromkeys(_english(part, words) for part in text.split(","))
+        return ", ".join(filter(None, parts)) or "clip art"
+    if source == "tuxpaint":
+        text = re.split(
+            r"(?<=[a-z])[.!?](?:\s|$)", re.sub('[\u201c\u201d"\u2013\u2014]', " ", text)
+        )[0]
+    if source == "gcompris":
+        known = all(len(word) > 1 and (word in words or word in names) for word in text.split())
+        if "/paintings/" in key:
+            text = f"painting: {text}" if known else "a painting"
+        elif not known:
+            country = re.search(r"explore_monuments/resource/([^/]+)/", key)
+            text = f"a monument in {country[1]}" if country else _english(text, words) or "image"
+            text = text.removesuffix(" in wonders")
+    return re.sub(r"\s+", " ", text).strip(" .!,") or "image"

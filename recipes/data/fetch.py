@@ -31,6 +31,7 @@ DEBIAN_PACKAGES = (
     "lomiri-wallpapers-20.04",
     "endless-sky-data",
     "gcompris-qt-data",
+    "wamerican",
 )
 NPM_PACKAGES = ("emoji-datasource-google@16.0.0", "@lobehub/fluent-emoji-3d@1.1.0")
 

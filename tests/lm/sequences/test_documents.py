@@ -103,6 +103,12 @@ def test_documents_with_pixels_only(album: Path):
     )
 
 
+def test_segments_that_are_no_targets(album: Path):
+    line = {"segments": [{"image": "walk/0.png", "target": False}, {"text": "a", "target": True}]}
+    album.write_text(json.dumps(line))
+    assert [segment.is_target for segment in Documents(album, IMAGES)[0][0]] == [False, True]
+
+
 def test_documents_are_encoded(album: Path, tiny_tokenizer: VisualTokenizer):
     documents = Documents(album, IMAGES, encode=tiny_tokenizer.encode, pixels=False, batch=1)
     shown: Any = documents[2][0][1]
@@ -125,6 +131,8 @@ BAD = {
     '{"segments": [{"words": "a"}]}': "line 2: expected segments "
     '{"text": ...} or {"image": ...}, got {"words": "a"}',
     '{"segments": [{"text": "a", "image": "b.png"}]}': "line 2: expected segments",
+    '{"segments": [{"text": "a", "target": 1}]}': 'line 2: expected "target": true or false',
+    '{"segments": [{"target": true}]}': "line 2: expected segments",
     '{"segments": [{"text": ""}]}': "line 2: expected a string that is not empty",
     '{"segments": [{"image": 4}]}': "line 2: expected a string that is not empty",
     '{"segments": [{"image": "/etc/hostname"}]}': "line 2: expected an image in the file's folder",

@@ -1,0 +1,353 @@
+"""Composed images: their colors and captions, and that no test combination occurs in training."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "data"
+MODULES = ("build", "captions", "colors", "composed", "instruct", "objects", "sources", "views")
+MONUMENTS = "explore_monuments/resource"
+SHAPES = ("star", "heart", "apple", "pear", "book", "fish", "key", "car", "cat", "tree")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recipe_path():
+    """Let the recipe's scripts be imported, and forget their short names afterwards."""
+    before = {name: sys.modules.pop(name, None) for name in MODULES}
+    sys.path.insert(0, str(RECIPE))
+    yield
+    sys.path.remove(str(RECIPE))
+    for name in MODULES:
+        sys.modules.pop(name, None)
+        if before[name] is not None:
+            sys.modules[name] = before[name]
+
+
+def shape(number: int, fill: tuple[int, int, int]) -> Image.Image:
+    """An ellipse with a darker spot on transparent ground."""
+    image = Image.new("RGBA", (60, 50))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((4, 4, 55 - number % 20, 45), fill=(*fill, 255))
+    draw.ellipse((15, 15, 25, 25), fill=(*(value // 2 for value in fill), 255))
+    return image
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny data set composed of ten objects of six images each."""
+    import composed
+    import instruct
+    from build import build
+    from sources import CLIPART
+
+    root = tmp_path_factory.mktemp("composed")
+    raw, fills = root / "raw", [(200, 40, 40), (60, 60, 200), (120, 120, 120)]
+    (raw / CLIPART / "things").mkdir(parents=True)
+    for number, (name, copy) in enumerate(itertools.product(SHAPES, range(6))):
+        shape(number, fills[copy % 3]).save(raw / CLIPART / f"things/{name}_{copy:02}.png")
+    words = raw / composed.WORDS
+    words.parent.mkdir(parents=True)
+    words.write_text("\n".join(["things", "Rome", *SHAPES]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(root / "cache"))
+        patch.setattr(composed, "TEST_IMAGES", {"place": 8, "pair": 8, "count": 6, "view": 4})
+        patch.setattr(composed, "TEST_OF_COLOR", {True: 1, False: 1})
+        build(raw, root / "data", workers=0)
+        composed.build(raw, root / "data", root / "out", 80, seed=0)
+        instruct.build(root / "out", root / "instruct", 40, seed=0)
+        from datasets import load_dataset
+
+        files = {s: str(root / f"out/data/{s}-*.parquet") for s in ("train", "validation", "test")}
+        splits = load_dataset("parquet", data_files=files)
+    lines = (root / "out/records.jsonl").read_text().splitlines()
+    held = json.loads((root / "out/combinations.json").read_text())
+    return splits, [json.loads(line) for line in lines], held, root / "instruct"
+
+
+def combinations(record: dict) -> set[tuple[str, str]]:
+    """What a composed image shows, from its record alone."""
+    names = sorted({item["object"] for item in record["objects"]})
+    colors = {(item["color"], item["object"]) for item in record["objects"]}
+    return colors | set(itertools.combinations(names, 2))
+
+
+def test_no_combination_of_the_test_split_occurs_in_training(made):
+    from colors import COLORS
+
+    splits, records, held, _ = made
+    held_out = {tuple(pair) for pair in held["colors"] + held["pairs"]}
+    seen = {split: set() for split in splits}
+    for record in records:
+        shown = combinations(record)
+        seen[record["split"]] |= shown
+        assert bool(shown & held_out) == (record["split"] == "test"), record["key"]
+    tested = seen["test"] & held_out
+    assert len(tested) > 10 and not tested & (seen["train"] | seen["validation"])
+    for caption in [*splits["train"]["caption"], *splits["validation"]["caption"]]:
+        scene = caption.split(" on a ")[0]  # a color of the background is no color of the object
+        for first, second in tested:
+            assert f"{first} {second}" not in scene, caption
+            assert not {first, second} <= set(scene.split()) - set(COLORS)
+
+
+def test_images_of_different_splits_have_different_sources(made):
+    _, records, *_ = made
+    bases = {split: set() for split in ("train", "validation")}
+    for record in records:
+        if record["split"] != "test":
+            bases[record["split"]] |= set(record["bases"])
+    both = bases["train"] & bases["validation"]
+    objects = {Path(key).name.split("_")[0] for key in bases["validation"] - both}
+    assert not any(Path(key).name.split("_")[0] in objects for key in both), (
+        "training images only for an object that the split does not have"
+    )
+
+
+def test_captions_say_what_was_composed(made):
+    from colors import named_color
+    from objects import plural
+
+    splits, records, *_ = made
+    examples = {example["key"]: example for split in splits.values() for example in split}
+    assert splits["train"].column_names == ["image", "caption", "source", "key", "license"]
+    kinds = {record["kind"] for record in records}
+    assert kinds == {"color", "place", "pair", "count", "view"}
+    for record in records:
+        example = examples[record["key"]]
+        caption, first = example["caption"], record["objects"][0]
+        assert example["image"].size == (128, 128)
+        assert example["source"] == f"composed-{record['kind']}"
+        several = record.get("count", 1) > 1
+        assert (plural(first["object"]) if several else first["object"]) in caption
+        for item in record["objects"]:
+            assert not item["named"] or item["color"] in caption
+        for word in ("place", "size", "relation"):
+            assert record.get(word, "") in caption
+        if record["kind"] == "color":
+            assert named_color(np.asarray(example["image"].convert("RGB"))) == first["color"]
+        if record["ground"] != "white":
+            assert caption.endswith(f"on a {record['ground']} background")
+
+
+def test_positions_and_counts_are_those_of_the_caption(made):
+    from scipy.ndimage import label
+
+    splits, records, *_ = made
+    examples = {example["key"]: example for split in splits.values() for example in split}
+    for record in records:
+        image = np.asarray(examples[record["key"]]["image"].convert("RGB")).astype(int)
+        far = np.abs(image - image[64, -1] if record["kind"] == "count" else image - image[0, 64])
+        inside = far.max(-1) > 60
+        if record["kind"] == "count":
+            _, parts = label(inside, np.ones((3, 3)))
+            assert parts == record["count"], record["key"]
+        if record.get("place") in ("on the left", "on the right"):
+            assert (np.nonzero(inside)[1].mean() < 64) == (record["place"] == "on the left")
+
+
+@pytest.mark.parametrize("fill", [(200, 40, 40), (60, 60, 200), (150, 150, 150), (20, 20, 20)])
+def test_a_recolored_object_is_named_by_its_color(fill):
+    from colors import COLORS, named_color, recolor
+    from composed import on_ground
+
+    cutout = shape(3, fill)
+    for color in COLORS:
+        draw = random.Random(color)
+        ground = "blue" if color == "white" else "white"
+        image = on_ground(ground, [(recolor(cutout, color, draw), 0.7, 0.5, 0.5)])
+        assert named_color(image) == color
+
+
+def test_named_color_ignores_the_ground():
+    from colors import named_color
+
+    image = np.full((40, 40, 3), (90, 130, 220), np.uint8)
+    assert named_color(image) is None
+    image[10:30, 10:30] = (230, 30, 20)
+    assert named_color(image) == "red"
+    image[10:30, 10:16] = 255  # a highlight
+    assert named_color(image) == "red"
+
+
+def test_garments_are_cut_from_black():
+    from composed import cut_from_black
+
+    gray = np.zeros((28, 28), np.uint8)
+    gray[4:24, 8:20] = 160
+    gray[12:15, 12:15] = 0  # a dark emblem is part of it
+    cut = cut_from_black(Image.fromarray(gray))
+    alpha = np.asarray(cut)[..., 3]
+    assert alpha[alpha.shape[0] // 2, alpha.shape[1] // 2] == 255
+    assert 0.55 < cut.width / cut.height < 0.7
+    whole = Image.new("RGBA", (40, 40), "red")
+    from composed import cut_out
+
+    assert cut_out(whole) is None and cut_out(Image.new("RGBA", (40, 40))) is None
+
+
+def test_scenes_depend_on_the_seed_alone():
+    import composed
+    from colors import measure
+
+    cut = shape(1, (200, 40, 40))
+    pixels = np.asarray(cut)
+    color = measure(pixels[..., :3][pixels[..., 3] > 127])
+    cutouts = [composed.Cutout(n, cut, color, n, "train", "MIT") for n in ("apple", "fish")]
+    composer = composed.Composer(cutouts, composed.held_out(cutouts))
+    counts = {"color": 3, "place": 2, "pair": 2, "count": 2, "view": 2}
+
+    def content(seed: int) -> list[tuple[str, str]]:
+        examples = composed.compose(composer, "train", counts, seed)
+        return [(e["caption"], hashlib.sha256(e["image"]["bytes"]).hexdigest()) for e in examples]
+
+    combinations = composed.Combinations(frozenset(), frozenset())
+    composer = composed.Composer(cutouts, combinations)
+    assert content(0) == content(0) != content(1)
+
+
+@pytest.mark.parametrize(
+    ("caption", "source", "key", "clean_caption"),
+    [
+        ("bullet hole linda kim, weapons", "openclipart", "a.png", "bullet hole, weapons"),
+        ("rana, animals", "openclipart", "a.png", "animals"),
+        ("rana", "openclipart", "a.png", "clip art"),
+        ("dog with strai, animals", "openclipart", "a.png", "dog, animals"),
+        ("A penny (2008).", "tuxpaint", "a.png", "a penny"),
+        ("A star. It is far away.", "tuxpaint", "a.png", "a star"),
+        ("pala di pesaro", "gcompris", "x/paintings/y.webp", "a painting"),
+        ("the star", "gcompris", "x/paintings/y.webp", "painting: the star"),
+        ("chenonceau", "gcompris", f"{MONUMENTS}/france/c.webp", "a monument in france"),
+        ("rome", "gcompris", f"{MONUMENTS}/italy/c.webp", "rome"),
+        ("photograph: 2014-05-06 a lake", "wallpapers", "a.jpg", "photograph: a lake"),
+        ("f", "gcompris", "a.webp", "image"),
+    ],
+)  # fmt: skip
+def test_captions_are_cleaned(caption, source, key, clean_caption):
+    from captions import clean
+
+    words = frozenset(["bullet", "hole", "weapons", "animals", "dog", "with", "the", "star"])
+    assert clean(caption, source, key, words, frozenset({"rome"})) == clean_caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [
+        ("another apple, fruit, food", "apple"),
+        ("a photo of a t-shirt or top", "t-shirt"),
+        ("A blue truck.", "truck"),
+        ("large red circle", "circle"),
+        ("apple core, fruit", None),
+        ("", None),
+    ],
+)
+def test_objects_are_found_in_captions(caption, name):
+    from objects import object_of
+
+    assert object_of(caption) == name
+
+
+def test_numbers_and_articles():
+    from objects import plural, with_article
+
+    assert [plural(n) for n in ("bus", "butterfly", "mouse", "key", "wine glass", "leaf")] == [
+        "buses", "butterflies", "mice", "keys", "wine glasses", "leaves",
+    ]  # fmt: skip
+    assert with_article("apple", "apple") == "an apple"
+    assert with_article("red apple", "apple") == "a red apple"
+    assert with_article("unicorn", "unicorn") == "a unicorn"
+    assert with_article("blue trousers", "trousers") == "blue trousers"
+
+
+def test_left_and_right_are_swapped_in_mirrored_views():
+    import io
+
+    from composed import Combinations, plain
+
+    buffer = io.BytesIO()
+    shape(1, (200, 40, 40)).convert("RGB").save(buffer, "PNG")
+    image = {"bytes": buffer.getvalue(), "path": None}
+    caption = "a fish on the left, above a cup"
+    rows = [
+        {"image": image, "caption": caption, "source": "emoji", "key": f"k{n}", "license": "MIT"}
+        for n in range(12)
+    ]
+    none = Combinations(frozenset(), frozenset())
+    examples = list(plain("train", rows, lambda *about: about[0], none))
+    mirrored = [e for e in examples if e["key"].endswith("@mirrored")]
+    assert mirrored and all("on the right" in e["caption"] for e in mirrored)
+    original, view = (np.asarray(Image.open(io.BytesIO(e["image"]["bytes"])))
+                      for e in (examples[0], mirrored[0]))  # fmt: skip
+    assert np.array_equal(original[:, ::-1], view)
+    assert len(list(plain("test", rows, lambda *about: about[0], none))) == 12
+
+
+def test_questions_are_documents_whose_answers_are_right(made):
+    from objects import plural, with_article
+
+    from lavit_lm.sequences.documents import Documents
+    from lavit_tok import VisualImageProcessor
+
+    _, records, _, folder = made
+    by_key = {record["key"]: record for record in records}
+    images = VisualImageProcessor(32)
+    kinds = set()
+    for split in ("train", "test"):
+        documents = Documents(folder / f"{split}.jsonl", images)
+        lines = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        for (segments, key), line in zip(documents, lines, strict=True):
+            assert [s.is_target for s in segments] == [False] * (len(segments) - 1) + [True]
+            kind, (question, answer) = key.split("/")[1], [s.text for s in segments[-2:]]
+            kinds.add(kind)
+            asked = question.removeprefix("Question: ").removesuffix(" Answer:")
+            names = [segment["image"] for segment in line["segments"] if "image" in segment]
+            shown = [by_key["composed/" + n.replace("-", "/").removesuffix(".webp")] for n in names]
+            assert all(record["split"] == split for record in shown)
+            objects = [[item["object"] for item in record["objects"]] for record in shown]
+            if kind == "object":
+                assert answer == with_article(objects[0][0], objects[0][0])
+            elif kind == "color":
+                item = next(i for i in shown[0]["objects"] if f" {i['object']}?" in asked)
+                assert answer == item["color"]
+            elif kind == "count":
+                assert plural(objects[0][0]) in asked
+                assert answer == ("one", "two", "three", "four")[shown[0]["count"] - 1]
+            elif kind == "place":
+                assert answer == shown[0]["place"]
+            elif kind == "presence":
+                assert (answer == "yes") == any(f" {name}?" in asked for name in objects[0])
+            elif "same object" in asked:
+                assert (answer == "yes") == (objects[0] == objects[1])
+            elif "same color" in asked:
+                first, second = (record["objects"][0]["color"] for record in shown)
+                assert (answer == "yes") == (first == second)
+            else:
+                index = ("the first", "the second").index(answer)
+                assert f" {objects[index][0]}?" in asked and objects[0] != objects[1]
+    assert kinds == {"object", "color", "count", "place", "presence", "compare", "which"}
+
+
+def test_questions_with_yes_and_no_are_balanced():
+    from instruct import questions
+
+    records = []
+    for number in range(400):
+        item = {"object": ("apple", "fish", "key")[number % 3], "named": True, "color": "red"}
+        item["color"] = ("red", "blue")[number // 3 % 2]
+        records.append(
+            {"key": f"composed/train/color/{number}", "kind": "color", "split": "train",
+             "objects": [item]}
+        )  # fmt: skip
+    asked = list(questions(records, 0))
+    for kind in ("presence", "compare"):
+        answers = [answer for name, _, question, answer in asked
+                   if name == kind and not question.startswith("which")]  # fmt: skip
+        assert 0.37 < answers.count("yes") / len(answers) < 0.63
