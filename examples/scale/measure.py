@@ -1,12 +1,14 @@
 """What docs/results.md records of `lavit-tok shards` on one machine.
 
     python examples/scale/measure.py kills --count 50
-    python examples/scale/measure.py speed --count 3000
+    python examples/scale/measure.py speed --count 2000
+    python examples/scale/measure.py engines --count 20000
     python examples/scale/measure.py memory --count 2000 20000
     python examples/scale/measure.py shards --count 10 100 1000 10000
 
 kills: SIGKILL to actors, reading tasks and drivers of jobs on Ray, at random moments; a driver is
 started again until the job ends; then every file equals that of an undisturbed job.
+engines: with Ray, which starts a cluster for each turn.
 shards: processor time of the writing process for shards of 64 images with 21 codes each.
 """
 
@@ -18,15 +20,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import psutil
+import pyarrow as pa
 import torch
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
+from lavit_tok.data.shard_writer import write_shards
+from lavit_tok.data.tokenize_batch import decode_batch
 
 ENCODER = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32}
 ENCODER |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -113,38 +122,85 @@ def kills(counts: list[int]) -> None:
 
 
 def speed(counts: list[int]) -> None:
-    """Images a second of encoding alone, and of both engines with the shipped tokenizer."""
+    """Encoding and decoding alone in turns with the local engine; then both engines once.
+
+    Encoding alone is that of preloaded pixels, by torch's threads for one batch or by a batch for
+    each of them, whichever is faster; decoding alone has as many threads. A turn's ratio is the
+    time of both alone / the engine's, start included.
+    """
     (count,) = counts
-    import ray
+    tokenizer, threads = VisualTokenizer.from_pretrained("default"), torch.get_num_threads()
 
-    from lavit_tok.data.ray_engine import RayOptions
-    from lavit_tok.data.shard_writer import write_shards
+    def at_once(function: Any, batches: list[Any]) -> None:
+        with ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as pool:
+            [*pool.map(function, batches)]
+        torch.set_num_threads(threads)
 
-    tokenizer = VisualTokenizer.from_pretrained("default")
     with tempfile.TemporaryDirectory(prefix="speed") as name:
         images = write_images(Path(name) / "images", count, 96)
-        pixels = tokenizer.image_processor.resize(Image.open(images / "00000.jpg"))
-        batch = pixels.repeat(32, 1, 1, 1)
-        rates = {"load before": os.getloadavg()[0]}
-        begin = time.perf_counter()
-        for _ in range(60):
-            tokenizer.encode(batch)
-        rates["encode alone"] = 60 * 32 / (time.perf_counter() - begin)
-        os.environ |= {"RAY_worker_niceness": "0"}  # else they wait for every other process
-        ray.init("local", log_to_driver=False, include_dashboard=False)
-        for engine in ("local", "ray"):
-            out, options = Path(name) / engine, RayOptions(workers=2) if engine == "ray" else None
-            begin = time.perf_counter()
-            write_shards(
-                str(images), out, "default", tokenizer, "train", shard_size=256, ray=options
+        paths = [{"path": str(path)} for path in sorted(images.iterdir())]
+        table = pa.table({"image": paths})
+        tables = [table[at : at + 32] for at in range(0, count, 32)]
+        decode = partial(decode_batch, image_processor=tokenizer.image_processor)
+        pixels = b"".join(decode(table)["pixels"].to_pylist())
+        batches: Any = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
+        batches = batches.reshape(count, 3, *[tokenizer.image_processor.size] * 2).split(32)
+        few = batches[: max(1, len(batches) // 8)]
+        few_images = sum(map(len, few))
+
+        def engine(turn: int) -> None:
+            out, cache = Path(name) / f"out{turn}", Path(name) / f"cache{turn}"
+            datasets.config.HF_DATASETS_CACHE = str(cache)  # nothing is left of the turn before
+            write_shards(str(images), out, "default", tokenizer, "train", shard_size=1024)
+
+        sides: dict[str, tuple[Callable[[int], Any], int]] = {
+            "encode, one batch": (lambda turn: [*map(tokenizer.encode, few)], few_images),
+            "encode, batches at once": (lambda turn: at_once(tokenizer.encode, batches), count),
+            "decode": (lambda turn: at_once(decode, tables), count),
+            "local": (engine, count),
+        }
+        ratios = []
+        for turn in range(5):
+            seconds = {}
+            for side, (function, number) in sides.items():
+                processor, begin = time.process_time(), time.perf_counter()
+                function(turn)
+                seconds[side] = (time.perf_counter() - begin) / number
+                processor = 1000 * (time.process_time() - processor) / number
+                print(f"{side}: {1 / seconds[side]:.0f} images/s, {processor:.2f} ms of processors")
+            one, many, alone, local = seconds.values()
+            ratios.append((min(one, many) / local, (min(one, many) + alone) / local))
+            print(
+                "local / encode, / encode and decode: {:.2f}, {:.2f}".format(*ratios[-1]),
+                flush=True,
             )
-            rates[engine] = count / (time.perf_counter() - begin)
-            times = sorted(path.stat().st_mtime for path in out.glob("*.parquet"))
-            rates[f"{engine}, without start"] = (count - 256) / (times[-1] - times[0])
-        ray.shutdown()
-        rates["load after"] = os.getloadavg()[0]
-        print({name: round(value, 2) for name, value in rates.items()})
-        assert files(Path(name) / "local") == files(Path(name) / "ray")
+        print("medians: {:.2f}, {:.2f}".format(*np.median(ratios, 0)))
+
+
+def engines(counts: list[int]) -> None:
+    """Images a second of both engines, in turns; their files are equal."""
+    (count,) = counts
+    from lavit_tok.data.ray_engine import RayOptions
+
+    tokenizer = VisualTokenizer.from_pretrained("default")
+    with tempfile.TemporaryDirectory(prefix="engines") as name:
+        images = write_images(Path(name) / "images", count, 96)
+        os.environ |= {"RAY_worker_niceness": "0"}  # else they wait for every other process
+        for turn in range(3):
+            seconds = {}
+            for engine, options in (("local", None), ("ray", RayOptions(workers=2))):
+                out = Path(name) / f"{engine}{turn}"
+                begin = time.perf_counter()
+                write_shards(
+                    str(images), out, "default", tokenizer, "train", shard_size=256, ray=options
+                )
+                seconds[engine] = time.perf_counter() - begin
+                times = sorted(path.stat().st_mtime for path in out.glob("*.parquet"))
+                after = (count - 256) / (times[-1] - times[0])
+                rate = count / seconds[engine]
+                print(f"{engine}: {rate:.0f} images/s, {after:.0f} after the first shard")
+            print(f"ray / local: {seconds['local'] / seconds['ray']:.2f}", flush=True)
+            assert files(Path(name) / f"local{turn}") == files(Path(name) / f"ray{turn}")
 
 
 def memory(counts: list[int]) -> None:
@@ -163,9 +219,6 @@ def memory(counts: list[int]) -> None:
 
 def shards(counts: list[int]) -> None:
     """Milliseconds for each shard: written, and read by a job that resumes."""
-    import datasets
-    import pyarrow as pa
-
     from lavit_tok.data.shard_manifest import ShardConfig, shard_name
     from lavit_tok.data.shard_source import BLOCK_END, PART_END, SplitImages
     from lavit_tok.data.shard_writer import ShardJob
@@ -204,7 +257,7 @@ def shards(counts: list[int]) -> None:
 if __name__ == "__main__":
     text = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
-    modes = {"kills": kills, "speed": speed, "memory": memory, "shards": shards}
+    modes = {"kills": kills, "speed": speed, "engines": engines, "memory": memory, "shards": shards}
     parser.add_argument("what", choices=modes)
     parser.add_argument("--count", type=int, nargs="+", default=[50], help="kills, images, shards")
     values = parser.parse_args()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -22,6 +23,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from datasets.data_files import DataFilesDict
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
@@ -39,6 +41,10 @@ from lavit_tok.encode.image_processor import (
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 KEY_COLUMNS = ("key", "__key__", "id", "file_name")
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
+SPLITS = ("train", "validation", "test")
+WORDS = "train(ing)?|validation|valid|val|dev|test(ing)?|eval(uation)?"  # for splits in `datasets`
+SPLIT_WORDS = re.compile(f"(^|[-._ 0-9])({WORDS})([-._ 0-9]|$)|-of-[0-9]")
 HOLDOUT_EVERY = 20
 """Without a validation split, one of so many training images is held out."""
 HASHED_BYTES = 1 << 16
@@ -76,9 +82,11 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
             )
         if path.is_dir() and not streaming and any(map(_text_file, islice(_images(path), 100))):
             # `datasets` would infer a folder of texts
-            loaded = datasets.load_dataset("imagefolder", data_dir=data)
+            found = _image_files(path, SUFFIXES | {".txt"})
+            loaded = datasets.load_dataset("imagefolder", data_dir=data, data_files=found)
             return {name: _with_captions(split) for name, split in loaded.items()}
-        return dict(datasets.load_dataset(data, streaming=streaming))
+        found = _image_files(path, SUFFIXES)
+        return dict(datasets.load_dataset(data, data_files=found, streaming=streaming))
     except Exception as error:  # the builders raise many kinds
         names = map(str, path.rglob("*"))
         if foreign := [name for name in names if printable(name) != name]:
@@ -89,6 +97,28 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
             f"{data}: expected an image folder, parquet, webdataset tars, an arrow folder or a Hub "
             f"name: {error}"
         ) from error
+
+
+def _image_files(folder: Path, suffixes: set[str]) -> DataFilesDict | None:
+    """The files and splits that `datasets` would find in a folder of images by 60 walks through it.
+
+    None if names do not tell: a file that is neither an image nor metadata, or a word for a split
+    anywhere else than in "train", "validation" or "test" as a folder of the first level.
+    """
+    splits = set()
+    for root, folders, files in os.walk(folder):
+        head, *parts = Path(root).relative_to(folder).parts or ("",)
+        if files:
+            splits.add(head if head in SPLITS else "")
+        names = [*parts, *files] if head in SPLITS else [head, *parts, *files]
+        if (
+            any(map(SPLIT_WORDS.search, names))
+            or any(os.path.islink(os.path.join(root, name)) for name in folders)
+            or any(Path(name).suffix.lower() not in suffixes for name in {*files} - METADATA)
+        ):
+            return None
+    patterns = {name: [f"{name}/**"] for name in SPLITS if name in splits} or {"train": ["**"]}
+    return DataFilesDict.from_patterns(patterns, str(folder.resolve())) if splits else None
 
 
 def _images(folder: Path) -> Iterator[Path]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker
 from tqdm import tqdm
@@ -51,6 +54,8 @@ from lavit_tok.data.shard_source import (
 )
 from lavit_tok.data.tokenize_batch import tokenize_batch
 from lavit_tok.tokenizer import VisualTokenizer
+
+AT_ONCE = 4  # batches that are encoded at a time on CPUs
 
 
 def write_shards(
@@ -302,8 +307,33 @@ def encode_here(
     tokenizer: VisualTokenizer,
     num_workers: int,
 ) -> Iterator[pa.Table]:
-    """The engine that `write_shards` uses: images are read in `num_workers` processes."""
-    batches = iter(DataLoader(_Batches(work, read), batch_size=None, num_workers=num_workers))
+    """The engine that `write_shards` uses: images are read in `num_workers` processes.
+
+    On CPUs up to AT_ONCE batches are encoded at a time, among which torch's threads are divided:
+    they wait neither for reading and writing, nor for each other after every operation.
+    """
+    batches = _read(DataLoader(_Batches(work, read), batch_size=None, num_workers=num_workers))
+    threads = torch.get_num_threads()
+    encoders = min(threads, AT_ONCE) if tokenizer.device.type == "cpu" else 1
+    share = (threads // encoders,)
+    waiting: deque[Future[pa.Table]] = deque()
+    with ThreadPoolExecutor(encoders, "encode", torch.set_num_threads, share) as pool:
+        try:
+            for batch in batches:
+                waiting.append(
+                    pool.submit(tokenize_batch, batch, tokenizer, config.budget, config.flip)
+                )
+                if len(waiting) > 2 * encoders:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # that of new threads too
+
+
+def _read(loader: Any) -> Iterator[pa.Table]:
+    batches = iter(loader)
     while True:
         try:
             batch = next(batches, None)
@@ -311,7 +341,7 @@ def encode_here(
             raise ShardError(str(error).strip().rpartition("ShardError: ")[2]) from error
         if batch is None:
             return
-        yield tokenize_batch(batch, tokenizer, config.budget, config.flip)
+        yield batch
 
 
 def _images(table: pa.Table) -> pa.Table:

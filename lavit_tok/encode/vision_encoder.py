@@ -10,6 +10,7 @@ a new encoder needs only an entry in the table of names.
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -140,9 +141,11 @@ class VisionEncoder(nn.Module):
         self, pixels: Float[Tensor, "batch 3 h w"]
     ) -> Float[Tensor, "batch patches width"]:
         outputs: list[Tensor] = []
+        thread = get_ident()  # batches of other threads may be in the same block
 
         def read(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.append(output[0] if isinstance(output, tuple) else output)
+            if get_ident() == thread:
+                outputs.append(output[0] if isinstance(output, tuple) else output)
 
         handle = self._last_block[0].register_forward_hook(read)
         try:

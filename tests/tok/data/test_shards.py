@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import lavit_tok
 from lavit_tok import ShardError, Shards, VisualTokenizer
@@ -208,6 +210,21 @@ def test_neither_processes_nor_the_place_of_the_data_matter(
     }
     before = files(shards("alone", "--flip", "--budget", 0.25, data=tmp_path / "moved album"))
     assert before == alone  # the same data set elsewhere: nothing to do
+
+
+def test_threads_do_not_matter(shards: Callable[..., Path]) -> None:
+    """Batches encoded at the same time, with flips and a budget across each; and the next job."""
+    options = ["--flip", "--budget", 0.25, "--batch-size", 1]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = files(shards("alone", *options))
+        torch.set_num_threads(3)
+        assert files(shards("together", *options)) == alone
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_budgets(shards: Callable[..., Path]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,19 @@ def test_every_type_gives_one_feature_a_patch(kind: str):
     assert torch.equal(features, encoder(noise()))
     torch.testing.assert_close(encoder(noise()[1:]), features[1:], rtol=1e-5, atol=1e-5)
     assert (features[0] - features[1]).abs().max() > 1e-3
+
+
+def test_threads_get_the_features_of_their_own_images():
+    """Both are in the last block at a time, and neither returns before the other has left it."""
+    encoder = made(tiny("clip_vision_model"))
+    batches = noise(4).split(2)
+    expected = [encoder(batch) for batch in batches]
+    before, after = threading.Barrier(2, timeout=10), threading.Barrier(2, timeout=10)
+    encoder._last_block[0].register_forward_pre_hook(lambda *_: [before.wait(), None][1])
+    encoder.model.register_forward_hook(lambda *_: [after.wait(), None][1])
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(encoder, batches))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("kind", ENCODERS)

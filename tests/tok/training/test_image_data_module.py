@@ -17,6 +17,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lavit_tok import VisualImageProcessor
+from lavit_tok.data import image_sources
 from lavit_tok.data.image_sources import Augmentation
 from lavit_tok.training.data_module import EpochOrder, ImageDataModule
 
@@ -35,6 +36,36 @@ def numbers(batches: list[dict]) -> list[int]:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("names", "by_names"),
+    [
+        (["b.png", "a.png", "carnival.png", ".hidden.png"], True),
+        (["cat/1.png", "dog/2.png"], True),
+        (["train/x/1.png", "validation/1.png", "test/2.png", "other/3.png"], True),
+        (["1.png", "1.txt", "2.png", "2.txt"], True),
+        (["train/1.png", "val/2.png"], False),
+        (["train_1.png", "test_2.png"], False),
+        (["1.png", "2.png", "LICENSE"], False),
+    ],
+)
+def test_folders_are_those_that_datasets_finds(tmp_path, monkeypatch, names, by_names):
+    for number, name in enumerate(names):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image(number) if path.suffix == ".png" else b"a text")
+    suffixes = image_sources.SUFFIXES | {".txt"}
+    assert (image_sources._image_files(tmp_path / "images", suffixes) is not None) == by_names
+
+    def found():
+        splits = image_sources.load_splits(str(tmp_path / "images"))
+        undecoded = datasets.Image(decode=False)
+        return {k: (v.features, v.cast_column("image", undecoded)[:]) for k, v in splits.items()}
+
+    fast = found()
+    monkeypatch.setattr(image_sources, "_image_files", lambda *_: None)
+    assert fast == found() and list(fast)
 
 
 def folder(path: Path, count: int = 23, corrupt: tuple[int, ...] = (3,)) -> Path:
