@@ -87,6 +87,9 @@ class TokenizerConfig:
     (encode/error_head.py); 0 for none."""
     price: float = 0.0
     """Smallest reduction of the predicted error by one more code, without a budget."""
+    priced: str = "cosine"
+    """That error: "cosine" for 1 - centered cosine of the features, "colors" for the mean squared
+    error of the patches' colors in 0..1."""
 
     def __post_init__(self) -> None:
         is_model = isinstance(self.encoder, dict) and "model_type" in self.encoder
@@ -111,6 +114,12 @@ class TokenizerConfig:
             value = getattr(self, name)
             self._require(name, type(value) is int and value >= 0, "an integer of at least 0")
         self._require("price", is_number(self.price) and self.price >= 0, "a number from 0 on")
+        self._require("priced", self.priced in ("cosine", "colors"), "'cosine' or 'colors'")
+        self._require(
+            "priced",
+            self.priced == "cosine" or self.color_cells > 0,
+            "'cosine' without color_cells",
+        )
         if self.sequence == "nested":
             side = self.image_size // self.patch_size
             expected = "'nested' only with a power of two of patches per side"

@@ -189,8 +189,8 @@ class VisualTokenizer(
             generator: its source of randomness.
             quality: the fewest codes that reach this centered cosine between the encoder's features
                 and the reconstructed ones, or ("psnr", dB) of the patches' colors.
-            rate: add codes while each reduces 1 - centered cosine by more than this; config.price
-                by default.
+            rate: add codes while each reduces the error by more than this: the error that
+                config.priced names; config.price by default.
             verify: every image must reach the quality, by measurement; an error where all codes do
                 not suffice.
             exact: quality and rate only start from the predicted number of codes, and measure up to
@@ -280,6 +280,16 @@ class VisualTokenizer(
         predicted = self.error_heads[kind](features, left)
         return predicted / COLOR_ERROR_SCALE if kind == "psnr" else predicted
 
+    def priced_errors(
+        self,
+        features: Float[Tensor, "batch patches width"],
+        left: Float[Tensor, "batch most"] | None = None,
+    ) -> Float[Tensor, "batch most"]:
+        """The predicted error that config.priced names; arguments as in predicted_errors."""
+        if self.config.priced == "colors":
+            return self.predicted_errors(features, "psnr", left).square()
+        return self.predicted_errors(features, "cosine", left)
+
     def preprocess(self, images: Images) -> Float[Tensor, "batch 3 h w"]:
         """Any images -> normalized pixels, on the model's device and in its dtype."""
         uint8 = self.image_processor.to_uint8(images).to(self.device)
@@ -312,7 +322,7 @@ class VisualTokenizer(
     ) -> Float[Tensor, "batch patches 2"]:
         """Log-probabilities in float32, keep first; with config.dither plus the fixed pattern."""
         if self.nested:  # log-odds of a rank: its predicted gain over the price of a code
-            errors = self.predicted_errors(features) if self.config.error_hidden else None
+            errors = self.priced_errors(features) if self.config.error_hidden else None
             odds = rank_log_odds(errors, self.config.price, features.shape[:2], features.device)
             return torch.stack([F.logsigmoid(odds), F.logsigmoid(-odds)], -1)
         log_probs = self.selector(features)

@@ -127,7 +127,7 @@ class RateControl:
             selected = self.tokenizer.select(self.tokenizer.score(self.features), request.budget)
             counts, error = selected.sum(1).clamp(least, most), None
         else:
-            counts, error = self._for_price(request, least, most)
+            counts, error = self._for_price(request, least, most), None
         if error is None and self.tokenizer.config.error_hidden:
             error = at(self._predicted("cosine", int(counts.max())), counts)
         return self.codes(counts, error)
@@ -139,8 +139,8 @@ class RateControl:
         kept = keep_scores(self.tokenizer.score(self.features))
         return first_kept(kept.argsort(dim=1, descending=True, stable=True), counts)
 
-    def _for_price(self, request: Request, least: int, most: int) -> tuple[Counts, Errors]:
-        errors = self._predicted("cosine", most)
+    def _for_price(self, request: Request, least: int, most: int) -> Counts:
+        errors = self.tokenizer.priced_errors(self.features, self._left(most))
         price = self.tokenizer.config.price if request.rate is None else request.rate
         if request.budget is not None:
             counts = counts_at_total(errors, round(request.budget * errors.numel()))
@@ -148,9 +148,9 @@ class RateControl:
             counts = counts_at_price(errors, price)
         counts = counts.clamp(least, most)
         if request.rate is not None and request.exact:
-            counts, error = cheapest_near(self.measure(Target("cosine", 0.5)), counts, price, most)
-            return counts.clamp(min=least), error
-        return counts, at(errors, counts)
+            counts, _ = cheapest_near(self._measure_priced(), counts, price, most)
+            counts = counts.clamp(min=least)
+        return counts
 
     def _for_quality(
         self, target: Target, request: Request, least: int, most: int
@@ -217,9 +217,17 @@ class RateControl:
         kept = torch.arange(values.shape[1], device=counts.device) < counts[:, None]
         return VisualCodes(values[kept], counts, keep, tok.config.codebook_size, True, error)
 
+    def _measure_priced(self) -> Callable[[Counts], Errors]:
+        if self.tokenizer.config.priced == "cosine":
+            return self.measure(Target("cosine", 0.5))
+        measured = self.measure(Target("psnr", 20.0))
+        return lambda counts: measured(counts).square()
+
     def _predicted(self, kind: str, most: int) -> Float[Tensor, "batch most"]:
-        left = self._encoded(most)[1] if self.tokenizer.nested else None
-        return self.tokenizer.predicted_errors(self.features, kind, left)
+        return self.tokenizer.predicted_errors(self.features, kind, self._left(most))
+
+    def _left(self, most: int) -> Float[Tensor, "batch most"] | None:
+        return self._encoded(most)[1] if self.tokenizer.nested else None
 
     def _encoded(self, most: int) -> tuple[Int64[Tensor, "b most"], Float[Tensor, "b most"]]:
         """Nested codes and what they leave over, computed again only where more are needed."""

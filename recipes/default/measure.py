@@ -220,13 +220,16 @@ class Measured:
         }
 
     def quality(self, targets: tuple[float, ...]) -> list[dict[str, float]]:
-        """Requested and reached centered cosines; images that all codes do not suffice for apart.
+        """Requested and reached centered cosines, by prediction alone and by the search.
 
-        With `exact=False`, so that the prediction is measured, and not the search.
+        Of the images that some number of codes brings to the target, and one code does not.
         """
         rows = []
         for target in targets:
-            reachable = self.errors(torch.full((len(self.images),), self.patches)) <= 1 - target
+            first, last = (
+                self.errors(torch.full((len(self.images),), n)) for n in (1, self.patches)
+            )
+            reachable = (last <= 1 - target) & (first > 1 - target)
             for exact in (False, True):
                 counts = torch.cat(
                     [
@@ -315,7 +318,7 @@ def main() -> None:
         "smallest_jpeg_bytes": float(np.mean([compressed_size(i, "JPEG", 1) for i in images])),
         "lengths": measured.lengths(),
         "allocation": measured.allocation(errors),
-        "quality": measured.quality((0.7, 0.8)),
+        "quality": measured.quality((0.7, 0.8, 0.85)),
         "changed_codes": measured.changed(),
         "content": content(tokenizer),
     }

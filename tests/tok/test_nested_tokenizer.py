@@ -12,7 +12,8 @@ from helpers.small_nested import SETTINGS as SMALL
 
 from lavit_tok import CodeError, ConfigError, TokenizerConfig, VisualCodes, VisualTokenizer
 from lavit_tok.encode.efficientnet import JoinedConfig
-from lavit_tok.encode.rate_control import Request
+from lavit_tok.encode.rate_control import RateControl, Request
+from lavit_tok.encode.rate_distortion import Target, counts_at_price
 from lavit_tok.nn.nested_order import nested_order
 
 SETTINGS = {**SMALL, "codebook_size": 64, "error_hidden": 8, "price": 0.01}
@@ -101,6 +102,23 @@ def test_lengths_follow_the_price_and_the_limits(
     assert torch.equal(codes.keep, tokenizer.select(tokenizer.score(features)))  # the stages agree
 
 
+def test_a_price_can_be_of_colors(images: torch.Tensor) -> None:
+    tokenizer = build(priced="colors", price=1e-3)
+    features = tokenizer.features(tokenizer.preprocess(images))
+    errors = tokenizer.predicted_errors(features, "psnr").square()
+    codes = tokenizer.encode(images)
+    assert torch.equal(codes.lengths, counts_at_price(errors, 1e-3))
+    assert not torch.equal(codes.lengths, build(price=1e-3).encode(images).lengths)
+    assert torch.equal(codes.keep, tokenizer.select(tokenizer.score(features)))
+    control = RateControl(tokenizer, features, tokenizer.preprocess(images))
+    measured = control.measure(Target("psnr", 20.0))
+    start = counts_at_price(errors, 3e-4)
+    tried = [(start * 2 ** (step / 2)).round().long().clamp(1, 16) for step in range(-2, 3)]
+    costs = torch.stack([measured(counts).square() + 3e-4 * counts for counts in tried])
+    exact = torch.stack(tried).gather(0, costs.argmin(0, keepdim=True))[0]
+    assert torch.equal(tokenizer.encode(images, rate=3e-4).lengths, exact)
+
+
 def test_a_fraction_is_dealt_by_predicted_gain(
     tokenizer: VisualTokenizer, images: torch.Tensor
 ) -> None:
@@ -113,9 +131,6 @@ def test_a_fraction_is_dealt_by_predicted_gain(
 def test_quality_takes_the_fewest_codes_that_are_measured_to_do(
     tokenizer: VisualTokenizer, images: torch.Tensor, quality: object
 ) -> None:
-    from lavit_tok.encode.rate_control import RateControl
-    from lavit_tok.encode.rate_distortion import Target
-
     pixels = tokenizer.preprocess(images)
     target = Target.of(quality)
     measure = RateControl(tokenizer, tokenizer.features(pixels), pixels).measure(target)
