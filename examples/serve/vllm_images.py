@@ -22,10 +22,12 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import torch
 from guided_pairs import Pairs
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
 
-CODE = re.compile(r"<\|vis_(\d+)\|>")
+CODE = re.compile(r"<\|vis_(?:(\d+)_)?(\d+)\|>")
+"""Its groups are the stage of a nested code, and the code."""
 
 
 class GuidedPairs(LogitsProcessor, SlotLogitsProcessor):
@@ -70,7 +72,15 @@ def requests(
 ) -> tuple[list[dict[str, Any]], list[SamplingParams]]:
     """Two requests for each prompt, for images of exactly so many codes."""
     vocabulary = tokenizer.get_vocab()
-    visual = [i for name, i in vocabulary.items() if CODE.fullmatch(name)]
+    names = {name: match[1] for name in vocabulary if (match := CODE.fullmatch(name))}
+    visual, grammar = [vocabulary[name] for name in names], None
+    if None not in names.values():  # nested codes: which are allowed depends on their rank
+        stages = len(set(names.values()))
+        ranks = [stage for stage in range(stages) for _ in range(4 ** max(0, (stage - 1) // 3))]
+        if codes > len(ranks):
+            raise SystemExit(f"--codes: expected at most {len(ranks)}, got {codes}")
+        image = "".join(rf"<\|vis_{stage:02d}_\d+\|>" for stage in ranks[:codes])
+        grammar = StructuredOutputsParams(regex=image)
     inputs, params = [], []
     for number, prompt in enumerate(prompts):
         for text, factor in ((f"{prompt}<|img|>", scale), ("<|img|>", 0.0)):
@@ -81,6 +91,7 @@ def requests(
                 SamplingParams(
                     temperature=0.0, max_tokens=codes, min_tokens=codes,
                     allowed_token_ids=visual, extra_args=extra, skip_special_tokens=False,
+                    structured_outputs=grammar,
                 )
             )  # fmt: skip
     return inputs, params
@@ -119,7 +130,7 @@ def main() -> None:
     for guided, partner in zip(texts[::2], texts[1::2], strict=True):
         if guided != partner:
             raise SystemExit("the two sequences of an image differ: they were not in one step")
-        print(json.dumps({"codes": [int(code) for code in CODE.findall(guided)]}))
+        print(json.dumps({"codes": [int(code) for _, code in CODE.findall(guided)]}))
     print(json.dumps({"images": args.count, "seconds": round(seconds, 3)}))
 
 

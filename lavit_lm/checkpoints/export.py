@@ -46,6 +46,10 @@ CHAT = """\
 ADAPTERS = (".lora_", "modules_to_save", "trainable_tokens")
 """Parts of parameter names that only peft uses."""
 
+NESTED = """the table of their stage (the number before
+them: codes of ranks 0, 1, 2, 3, 4-7, 8-11, 12-15, 16-31, ... are of the stages 00, 01, 02, ...)"""
+"""For the card: an image has its codes in this order, and can end after any of them."""
+
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CARD = Path(__file__).parent / "export_card.md"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -209,6 +213,8 @@ def _write(model: Any, tokenizer: Any, vocabulary: VisualVocabulary, directory: 
     card = CARD.read_text()
     for name, value in {
         "size": vocabulary.codebook_size,
+        "table": NESTED if vocabulary.stages else "the codebook",
+        "image": f"{first} ... {last}",
         "bos": tokenizer.bos_token or "",
         "begin": vocabulary.begin,
         "end": vocabulary.end,

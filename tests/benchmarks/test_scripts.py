@@ -24,7 +24,7 @@ from lavit_lm import MultimodalLM
 from lavit_tok import VisualTokenizer
 
 from benchmarks import captioning, compare, lm_quality, packing  # isort: skip
-from benchmarks import reconstruction, speed, tokens_per_image  # isort: skip
+from benchmarks import reconstruction, softmax, speed, tokens_per_image  # isort: skip
 from benchmarks.shared import cache, cli, datasets, metrics, provenance, report  # isort: skip
 
 ROOT = Path(__file__).parents[2]
@@ -361,6 +361,18 @@ def test_packing(run: Any, refused: Any, folder: Path, tmp_path: Path) -> None:
     assert "expected --shards" in refused(packing, "--out", tmp_path)
     line = refused(packing, *args, "--model", "nowhere", "--out", tmp_path)
     assert "--model: expected a JSON config" in line
+
+
+def test_softmax(run: Any, tmp_path: Path) -> None:
+    from helpers.lm_runs import SMALL
+
+    (tmp_path / "lm.json").write_text(json.dumps(SMALL))
+    args = ["--model", tmp_path / "lm.json", "--codebook-size", 64, "--stages", 5, "--block", 64]
+    found = run(softmax, *args, "--batch-size", 2, "--repeats", 1)
+    assert (found["ids"], found["positions"]) == (2050 + 5 * 64, 128)
+    assert 100 < found["targets"] < 128
+    slow, fast = found["seconds"].values()
+    assert found["ratio"] == pytest.approx(slow / fast)
 
 
 def test_padded_batches() -> None:

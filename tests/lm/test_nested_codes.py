@@ -13,8 +13,10 @@ from helpers.lm_parts import CODES, image, processor_and_model
 from helpers.lm_runs import Losses, data, module, trainer
 from helpers.small_lms import small_tokenizer
 from helpers.small_nested import SETTINGS
+from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 from lavit_lm import MultimodalLM, VisualVocabulary, VocabularyError
+from lavit_lm.checkpoints.export import export
 from lavit_lm.generation.beam_search import beam_search
 from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generate_ids
 from lavit_lm.models.losses import log_likelihood
@@ -308,3 +310,48 @@ def test_every_stage_learns_its_own_codes() -> None:
     drawn = generate_ids(model, processor, [prompt] * 40, constraint, Sampling(), None, generator())
     found = Counter(tuple(v.to_codes(torch.tensor(ids[:-1])).tolist()) for ids in drawn)
     assert found[(3, 5)] + found[(4, 3)] >= 38
+
+
+@pytest.fixture
+def exported(visual: VisualTokenizer, parts: Any, tmp_path: Path) -> MultimodalLM:
+    """A model whose directory is tmp_path / "lm", for the Auto classes of transformers."""
+    lm = MultimodalLM(parts[1], parts[0], visual, None, LaVIT(restricted_softmax=True))
+    lm.export(tmp_path / "lm", format="multimodal")
+    return lm
+
+
+@pytest.mark.usefixtures("exported")
+def test_auto_classes_generate_codes_of_their_stage(
+    visual: VisualTokenizer, parts: Any, tmp_path: Path
+) -> None:
+    v = parts[0].vocabulary
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "lm")
+    processor = AutoProcessor.from_pretrained(tmp_path / "lm")
+    assert model.config.vocabulary == v and model.config.max_codes == MOST
+    inputs = processor(text=["a red apple", "rain"])
+    output = model.generate(
+        **inputs, generation_mode="image", min_codes=6, temperature=3.0, generator=generator()
+    )
+    codes = processor.image_codes(output)  # raises for an id of another stage
+    assert codes.nested and codes.lengths.min() >= 6
+    text = model.generate(**inputs, max_new_tokens=4)
+    assert not v.is_visual(text[:, inputs["input_ids"].shape[1] :]).any()
+    photo = torch.randint(256, (3, 32, 32), generator=generator(), dtype=torch.uint8)
+    ids = processor(images=[photo], text="<image>")["input_ids"]
+    assert 1 <= int(v.is_code(ids).sum()) <= MOST
+    own = visual.encode(photo[None]).truncate(MOST)
+    assert processor.image_codes(ids).to_list() == own.to_list()
+
+
+def test_a_plain_export_has_the_same_ids(parts: Any, tmp_path: Path) -> None:
+    processor, model = parts
+    export(model.lm, processor.text_tokenizer, tmp_path / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    v = VisualVocabulary.from_tokenizer(tokenizer)
+    assert v == processor.vocabulary
+    ids = v.to_ids(torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])).tolist()
+    image = tokenizer.decode([v.begin, *ids, v.end])
+    assert tokenizer(image).input_ids[-10:] == [v.begin, *ids, v.end]
+    found = re.fullmatch(r"<\|img\|>(.*)", image)
+    assert found and re.fullmatch(v.pattern(1, MOST), found[1])
+    assert "index the table of their stage" in (tmp_path / "plain" / "README.md").read_text()
