@@ -48,7 +48,7 @@ def greedy(directory: Path, prompt: str, max_tokens: int) -> str:
 
 
 @contextmanager
-def server(command: list[str], directory: Path, seconds: float = 180.0) -> Iterator[str]:
+def server(command: list[str], directory: Path, seconds: float = 900.0) -> Iterator[str]:
     """Run `command DIRECTORY --host H --port P` until the block ends; yields the address.
 
     Raises:
@@ -74,6 +74,10 @@ def server(command: list[str], directory: Path, seconds: float = 180.0) -> Itera
             yield address
         finally:
             process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:  # vLLM waits for an engine that does not start
+                process.kill()
 
 
 def answers(url: str) -> bool:

@@ -34,7 +34,7 @@ from lavit_lm.generation.logits_processors import (
     SamplingLogitsProcessor,
 )
 from lavit_lm.generation.sampling import GUIDANCE_SCALE, TOP_K, Sampling, sequence_generators
-from lavit_lm.models.kv_state import check_context
+from lavit_lm.models.kv_state import cache_argument, check_context
 from lavit_tok.checkpoints.weights import require_finite, require_fitting
 
 
@@ -104,6 +104,7 @@ class LavitForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the mean cross-entropy of `labels` in nats; see the LM's own forward.
@@ -118,11 +119,11 @@ class LavitForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **cache_argument(self.language_model, past_key_values if cache is None else cache),
             **kwargs,
         )
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from lavit_lm.models.kv_state import DecodingState
+from lavit_lm.models.kv_state import DecodingState, cache_argument
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.sequences.packing import PADDING, PackedBatch, pad
 from lavit_lm.sequences.token_sequence import TokenSequence
@@ -174,12 +174,13 @@ class PrefixDecodingState(DecodingState):
         self._reorder(index)
 
     def _forward(self, inputs_embeds: Float[Tensor, "b l d"]) -> Float[Tensor, "b d"]:
-        return self.model.causal.get_decoder()(
+        decoder = self.model.causal.get_decoder()
+        return decoder(
             inputs_embeds=inputs_embeds,
             encoder_hidden_states=self.memory,
             encoder_attention_mask=self.context_mask.long(),
-            past_key_values=self.cache,
             use_cache=self.use_cache,
+            **cache_argument(decoder, self.cache),
         ).last_hidden_state[:, -1]
 
 

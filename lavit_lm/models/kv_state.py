@@ -12,6 +12,7 @@ never attended to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -104,9 +105,15 @@ class DecodingState:
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=(is_token.cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :],
-            past_key_values=self.cache,
             use_cache=self.use_cache,
+            **cache_argument(self.model.causal.base_model, self.cache),
         ).last_hidden_state[:, -1]
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument of a model's forward pass for a cache: "cache" from transformers 5.24 on."""
+    names = signature(type(model).forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def check_context(config: Any, length: int, max_new_tokens: int) -> None:

@@ -363,7 +363,7 @@ def test_vllm_answers_as_greedy_decoding_and_by_a_grammar(tmp_path: Path) -> Non
     directory = tmp_path / "exported"
     MultimodalLM.from_pretrained("default").export(directory)
     command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", "128", "--gpu-memory-utilization", "0.3"]
+    command += ["--enforce-eager", "--max-model-len", "128", "--gpu-memory-utilization", "0.1"]
     with check.server([*command, "--model"], directory) as address:
         assert check.compare(address, directory, "a red apple", [0, 1, 2], 12) == 0
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
@@ -381,7 +381,7 @@ def test_vllm_generates_guided_images(tmp_path: Path) -> None:
     lm.export(tmp_path / "exported")
     script = Path(check.__file__).with_name("vllm_images.py")
     command = [VLLM, str(script), str(tmp_path / "exported"), PHOTO, "--codes", "5"]
-    command += ["--scale", "3", "--memory", "0.3"]
+    command += ["--scale", "3", "--memory", "0.1"]
 
     def codes(*options: str) -> list[list[int]]:
         output = subprocess.run([*command, *options], stdout=subprocess.PIPE, check=True).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from lavit_lm.generation.sampling import (
     generate_ids,
     sequence_generators,
 )
+from lavit_lm.models.kv_state import cache_argument
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.sequences.token_sequence import Role, SequenceBuilder, TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
@@ -238,3 +240,15 @@ def test_impossible_requests():
             Sampling(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"0 <= min_new_tokens <= max_new_tokens .* got 3 and 2"):
         GenerationConstraint("image", 3, 2)
+
+
+def test_the_cache_has_the_name_that_a_model_gives_it() -> None:
+    class Newer(torch.nn.Module):
+        """As the models of transformers 5.24."""
+
+        def forward(self, cache: Any = None) -> None: ...
+
+    _, model = processor_and_model()
+    name = next(iter(cache_argument(model.causal.base_model, None)))
+    assert name in inspect.signature(model.causal.base_model.forward).parameters
+    assert cache_argument(Newer(), 1) == {"cache": 1}
