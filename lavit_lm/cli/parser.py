@@ -4,7 +4,9 @@
     fit-tokenizer -c RECIPE           train VL-GPT's tokenizer and detokenizer
     fit-decoder -c RECIPE             train an image decoder for a model that generates vectors
     generate PROMPT --out DIR         generate images for a prompt
+    generate --prompts FILE --out DIR     for every prompt of a file, in batches, resumable
     caption IMAGES...                 caption images, or answer a question about them
+    caption IMAGES... --out DIR           likewise for any number, or for codes of shards
     export MODEL OUT_DIR              write a directory for `transformers`, or for engines
 
 Exit codes are those of lavit-tok. Each command imports the packages it needs.
@@ -44,8 +46,33 @@ MODEL_ARGUMENTS = (
     Argument("--visual-tokenizer", metavar="T", help="replaces the visual tokenizer of the model"),
     DEVICE,
 )
+BLOCKS = (
+    Argument("--split", default="train", metavar="NAME", help="of shards"),
+    Argument(
+        "--block-size",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="items of a file of results, which a job that is repeated does not make again",
+    ),
+)
 GENERATE = (
-    Argument("prompt", metavar="PROMPT", help="description of the image"),
+    Argument("prompt", nargs="?", metavar="PROMPT", help="description of the image"),
+    Argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='a job of many prompts: JSON lines {"prompt": TEXT, "key": TEXT}, parquet with these '
+        "columns, or a folder of shards, whose captions are used; random numbers depend on --seed "
+        "and the key only",
+    ),
+    *BLOCKS,
+    batch_argument(" of --prompts", 16),
+    Argument(
+        "--codes-only",
+        action="store_true",
+        help="of --prompts: no images; `lavit-tok decode` makes them",
+    ),
     out_argument("folder for PNG files and codes"),
     OVERWRITE_FOLDER,
     Argument("-n", type=positive, default=4, help="number of images"),
@@ -69,6 +96,14 @@ GENERATE = (
 )
 CAPTION = (
     images_argument("+"),
+    Argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for JSON lines instead of stdout; IMAGE may then be a folder of shards",
+    ),
+    *BLOCKS,
+    OVERWRITE_FOLDER,
     Argument("--question", help="answer this question about each image instead"),
     Argument(
         "--max-new-tokens", type=positive, default=64, metavar="N", help="longest caption or answer"

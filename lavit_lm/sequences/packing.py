@@ -143,24 +143,32 @@ def pack(blocks: Sequence[Sequence[TokenSequence]], length: int, pad_id: int) ->
                 f"sequences of {[len(s) for s in sequences]} tokens do not fit into a block of "
                 f"{length}"
             )
-    size = (len(blocks), length)
+    every = [sequence for sequences in blocks for sequence in sequences]
+    lengths = [[len(sequence) for sequence in sequences] for sequences in blocks]
+    gaps = torch.tensor([length - sum(of_block) for of_block in lengths])
+    # Documents and their lengths, block by block, with the padding as the last of each block.
+    spans = [
+        n for of_block, gap in zip(lengths, gaps.tolist(), strict=True) for n in (*of_block, gap)
+    ]
+    numbers = [n for of_block in lengths for n in (*range(len(of_block)), PADDING)]
+    size, counts = (len(blocks), length), torch.tensor(spans)
+    documents = torch.tensor(numbers).repeat_interleave(counts)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    positions = torch.arange(len(blocks) * length) - starts
+    filled = documents != PADDING
+
+    def packed(name: str, padding: int, dtype: torch.dtype) -> Tensor:
+        values = torch.full((len(blocks) * length,), padding, dtype=dtype)
+        if every:
+            values[filled] = torch.cat([getattr(sequence, name) for sequence in every])
+        return values.reshape(size)
+
+    ids = packed("ids", pad_id, torch.int64)
+    roles = packed("roles", int(Role.TEXT), torch.int8)
     names = ("predict", "regress", "prefix", "is_embedding")
-    flags = {name: torch.zeros(size, dtype=torch.bool) for name in names}
-    ids = torch.full(size, pad_id, dtype=torch.int64)
-    roles = torch.full(size, int(Role.TEXT), dtype=torch.int8)
-    documents = torch.full(size, PADDING, dtype=torch.int64)
-    positions = torch.zeros(size, dtype=torch.int64)
-    for b, sequences in enumerate(blocks):
-        start = 0
-        for number, sequence in enumerate(sequences):
-            at = slice(start, start + len(sequence))
-            ids[b, at], roles[b, at], documents[b, at] = sequence.ids, sequence.roles, number
-            positions[b, at] = torch.arange(len(sequence))
-            for name, flag in flags.items():
-                flag[b, at] = getattr(sequence, name)
-            start += len(sequence)
-        positions[b, start:] = torch.arange(length - start)
-    images, keep = embedded_images([s for sequences in blocks for s in sequences])
+    flags = {name: packed(name, 0, torch.bool) for name in names}
+    documents, positions = documents.reshape(size), positions.reshape(size)
+    images, keep = embedded_images(every)
     keys = tuple(tuple(s.key for s in sequences) for sequences in blocks)
     return PackedBatch(
         ids,

@@ -20,6 +20,7 @@ from enum import IntEnum
 from functools import cached_property
 from typing import TypedDict, Unpack
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int8, Int64, UInt8
 from torch import Tensor
@@ -99,7 +100,10 @@ class SequenceBuilder:
     """Appends positions one after another; `build` makes the TokenSequence."""
 
     ids: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """Positions of each call of `add`."""
     roles: list[int] = field(default_factory=list)
+    """One for each of `lengths`, as `flags`."""
     flags: list[tuple[bool, bool, bool, bool]] = field(default_factory=list)
     image_segments: list[ImageSegment] = field(default_factory=list)
 
@@ -115,8 +119,9 @@ class SequenceBuilder:
     ) -> SequenceBuilder:
         """Append positions of one role; `embed` is an image whose vectors are their inputs."""
         self.ids += ids
-        self.roles += [int(role)] * len(ids)
-        self.flags += [(predict, regress, prefix, embed is not None)] * len(ids)
+        self.lengths.append(len(ids))
+        self.roles.append(int(role))
+        self.flags.append((predict, regress, prefix, embed is not None))
         if embed is not None:
             self.image_segments.append(embed)
         return self
@@ -150,12 +155,17 @@ class SequenceBuilder:
 
     def build(self, key: str = "") -> TokenSequence:
         """The sequence of all positions appended so far."""
-        flags = torch.tensor(self.flags, dtype=torch.bool).reshape(-1, 4)
+        flags = np.array(self.flags, dtype=bool).reshape(-1, 4).repeat(self.lengths, 0)
         flags[:1, :2] = False  # the first position has no position before it to be predicted from
+        predict, regress, prefix, is_embedding = torch.from_numpy(flags).unbind(1)
+        roles = np.array(self.roles, dtype=np.int8).repeat(self.lengths)
         return TokenSequence(
-            torch.tensor(self.ids, dtype=torch.int64),
-            torch.tensor(self.roles, dtype=torch.int8),
-            *(flags[:, 0], flags[:, 1], flags[:, 2], flags[:, 3]),
+            torch.from_numpy(np.array(self.ids, dtype=np.int64)),
+            torch.from_numpy(roles),
+            predict,
+            regress,
+            prefix,
+            is_embedding,
             tuple(self.image_segments),
             key,
         )

@@ -1,8 +1,9 @@
 """Token shards and plain texts -> packed batches that a stopped run continues exactly.
 
-    shards (codes, captions) --+-- sampler.py: sequences, blocks --> batches
-    texts ---------------------+
-    documents -----------------+
+    shards (codes, captions) --+
+    texts ---------------------+-- a source --+
+    documents -----------------+              +-- mixture.py: order --> sampler.py: blocks, batches
+                                 other sources --+
 
 The state of a run is the number of batches trained on, which Lightning saves, and the window of
 examples that contains this batch, which is saved with it so that earlier windows need not be
@@ -12,7 +13,10 @@ planned again.
 from __future__ import annotations
 
 import json
+import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,23 +25,75 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lavit_lm.sequences.documents import Documents
+from lavit_lm.training.mixture import Mixture
 from lavit_lm.training.sampler import (
     BlockDataset,
     BlockSampler,
     ExampleLayout,
     Examples,
     HeldOutSampler,
+    MixedExamples,
 )
 from lavit_tok import Shards
 from lavit_tok.data.shard_images import ShardImages
+from lavit_tok.data.shard_records import ShardRecords
 from lavit_tok.training.data_module import ResumingLoader
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of examples: token shards, texts, documents, or several of them in equal terms."""
+
+    shards: str | None = None
+    """Folder written by `lavit-tok shards`."""
+    texts: str | None = None
+    """JSON lines, parquet or a Hub name with a column "text"."""
+    documents: str | None = None
+    """JSON lines of texts and images in turn, see documents.py."""
+    images: str | None = None
+    """The data set from which the shards were created."""
+    weight: float = 1.0
+    """Number of its examples relative to those of the other sources."""
+
+    @property
+    def paths(self) -> list[str]:
+        """What it reads examples from."""
+        return [path for path in (self.shards, self.texts, self.documents) if path is not None]
+
+
+def require_sources(sources: Sequence[Source]) -> list[Source]:
+    """The sources. Raises ValueError for a weight, or for a path that is missing or repeated."""
+    used: set[str] = set()
+    for number, source in enumerate(sources):
+        if not source.paths:
+            raise ValueError(f"source {number}: expected shards, texts or documents, got none")
+        if not 0 < source.weight < float("inf"):
+            raise ValueError(
+                f"source {number} ({source.paths[0]}): expected a finite weight above 0, got "
+                f"{source.weight}"
+            )
+        for path in source.paths:
+            if os.path.realpath(path) in used:
+                raise ValueError(f"{path}: is given twice; a larger weight has the same effect")
+            used.add(os.path.realpath(path))
+    if not any(source.shards for source in sources):
+        raise ValueError("expected data.shards, or data.sources of which at least one has shards")
+    return list(sources)
+
+
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """The first path of each source, without what the paths of all of them begin with."""
+    paths = [os.path.realpath(source.paths[0]) for source in sources]
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, common) for path in paths]
 
 
 class LanguageDataModule(LightningDataModule):
     """Packed blocks of token shards and texts, laid out by the trained module's objective.
 
     Args:
-        shards: folder written by `lavit-tok shards`.
+        shards: folder written by `lavit-tok shards`; with `texts`, `images` and `documents` the
+            only source, of which every example comes once an epoch.
         block: tokens of a block.
         batch_size: blocks of a batch and device.
         texts: JSON lines, parquet or a Hub name with a column "text", mixed in as text-only
@@ -51,11 +107,15 @@ class LanguageDataModule(LightningDataModule):
         documents: JSON lines of texts and images in turn, mixed in as sequences of their own; see
             documents.py. For an objective with codes their images are encoded at the start, by the
             module's visual tokenizer.
+        sources: several sources with weights, in place of `shards` and the other three; held-out
+            losses are logged for each source with shards and for all of them together.
+        verify: compare every shard with its digest at the start; False does so when a shard is
+            first read, for data of which this would take long.
     """
 
     def __init__(
         self,
-        shards: str,
+        shards: str | None = None,
         block: int = 512,
         batch_size: int = 8,
         texts: str | None = None,
@@ -65,14 +125,22 @@ class LanguageDataModule(LightningDataModule):
         splits: tuple[str, str, str] = ("train", "validation", "test"),
         images: str | None = None,
         documents: str | None = None,
+        sources: list[Source] | None = None,
+        verify: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (("block", block), ("batch_size", batch_size), ("window", window)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        self.shards, self.block, self.batch_size, self.texts = shards, block, batch_size, texts
-        self.window, self.num_workers, self.seed, self.splits = window, num_workers, seed, splits
-        self.images, self.documents = images, documents
+        alone = Source(shards, texts, documents, images)
+        if sources and alone != Source():
+            raise ValueError(
+                "expected data.sources, or data.shards with texts, documents and images, got both"
+            )
+        self.sources = require_sources(sources or [alone])
+        self.names = source_names(self.sources)
+        self.block, self.batch_size, self.window = block, batch_size, window
+        self.num_workers, self.seed, self.splits, self.verify = num_workers, seed, splits, verify
         self.sampler: BlockSampler | None = None
         self.too_long: dict[str, int] = {}
         self._warned = False
@@ -87,48 +155,94 @@ class LanguageDataModule(LightningDataModule):
                 does not; a line that is not a document.
         """
         module: Any = self.trainer.lightning_module
-        name, needs_pixels = module.objective.name, module.objective.connectors.needs_pixels
-        if needs_pixels and self.images is None:
-            raise ValueError(
-                f"{name}: images are embedded as vectors of their pixels, which the shards do "
-                "not contain; give "
-                f"data.images, the data set from which {self.shards} was created"
-            )
-        if self.images is not None and not needs_pixels:
-            raise ValueError(
-                f"data.images: the objective {name}, as configured, uses codes and no pixels"
-            )
+        objective = module.objective
+        for source in self.sources:
+            needs_pixels = objective.connectors.needs_pixels and source.shards is not None
+            if needs_pixels and source.images is None:
+                raise ValueError(
+                    f"{objective.name}: images are embedded as vectors of their pixels, which the "
+                    "shards do not contain; give "
+                    f"data.images, the data set from which {source.shards} was created"
+                )
+            if source.images is not None and not needs_pixels:
+                raise ValueError(
+                    f"data.images: the objective {objective.name}, as configured, uses codes and "
+                    "no pixels"
+                )
         if stage == "fit":
-            examples = self._examples(self.splits[0], self._texts(), self._documents())
-            layout = ExampleLayout(examples, module.objective, module.processor, self.seed)
+            sources = [self._training_examples(source) for source in self.sources]
+            examples = sources[0] if len(sources) == 1 else MixedExamples(sources)
+            layout = self._layout(examples)
+            weights = [source.weight for source in self.sources]
+            self.mixture = Mixture([len(source) for source in sources], weights, self.seed)
             sizes = self.block, self.batch_size, self.window
-            self.sampler = BlockSampler(layout, *sizes, *self._ranks(), self._consumed)
+            ranks = self._ranks()
+            self.sampler = BlockSampler(layout, *sizes, *ranks, self._consumed, self.mixture)
             self.blocks = BlockDataset(layout, self.block)
-        examples = self._examples(self.splits[2 if stage == "test" else 1])
-        self.held_out = ExampleLayout(examples, module.objective, module.processor, self.seed)
-        self._held_out_blocks, too_long = self.held_out.plan(
-            [(0, i) for i in range(len(examples))], self.block
-        )
-        self.too_long |= too_long
+        split = self.splits[2 if stage == "test" else 1]
+        self.held_out = {
+            name: self._layout(self._pairs(source, split))
+            for name, source in zip(self.names, self.sources, strict=True)
+            if source.shards is not None
+        }
+        self._held_out_blocks = {}
+        for name, held_out in self.held_out.items():
+            indices = [(0, i) for i in range(len(held_out.examples))]
+            self._held_out_blocks[name], too_long = held_out.plan(indices, self.block)
+            self.too_long |= too_long
         self._report_too_long()
         if stage == "fit" and self.trainer.is_global_zero:
-            train = len(self.sampler.layout.examples) if self.sampler else 0
-            print(f"examples: {self.splits[0]} {train}, {self.splits[1]} {len(examples)}")
+            counts = "" if len(self.sources) == 1 else f" ({self._counts()})"
+            held_out_count = sum(len(h.examples) for h in self.held_out.values())
+            print(
+                f"examples: {self.splits[0]} {len(self.mixture)}{counts}, {split} {held_out_count}"
+            )
 
-    def _examples(
-        self, split: str, texts: Any | None = None, documents: Any | None = None
+    @property
+    def held_out_examples(self) -> MixedExamples:
+        """Those of all sources with shards."""
+        return MixedExamples([layout.examples for layout in self.held_out.values()])
+
+    def _counts(self) -> str:
+        """E.g. "images 100 with weight 0.7, texts.jsonl 20 with weight 0.3"."""
+        listed = zip(self.names, self.mixture.sizes, self.sources, strict=True)
+        return ", ".join(f"{name} {size} with weight {s.weight:g}" for name, size, s in listed)
+
+    def _layout(self, examples: Any) -> ExampleLayout:
+        module: Any = self.trainer.lightning_module
+        return ExampleLayout(examples, module.objective, module.processor, self.seed)
+
+    def _training_examples(self, source: Source) -> Examples:
+        others = _texts(source.texts), self._documents(source.documents)
+        if source.shards is not None:
+            return self._pairs(source, self.splits[0], *others)
+        examples = Examples((), others[0], documents=others[1])
+        if not len(examples):
+            raise ValueError(f"{source.paths[0]}: expected at least one example, got none")
+        return examples
+
+    def _pairs(
+        self,
+        source: Source,
+        split: str,
+        texts: Any | None = None,
+        documents: Documents | None = None,
     ) -> Examples:
         module: Any = self.trainer.lightning_module
-        shards = Shards.open(self.shards, split)
+        assert source.shards is not None
+        shards = Shards.open(source.shards, split, True if self.verify else None)
         vocabulary = module.processor.vocabulary
         shards.require(fingerprint=module.fingerprint, codebook_size=vocabulary.codebook_size)
+        records = ShardRecords(shards, verify=not self.verify)
         images = None
-        if self.images is not None:
-            images = ShardImages(shards, self.images, module.visual.image_processor)
-        return Examples(shards.dataset(), texts, images, shards.patches, documents)
+        if source.images is not None:
+            images = ShardImages(shards, source.images, module.visual.image_processor)
+        else:
+            records = records.select_columns(["key", "caption", "codes"])
+        return Examples(records, texts, images, shards.patches, documents)
 
-    def _documents(self) -> Documents | None:
-        if self.documents is None:
+    def _documents(self, file: str | None) -> Documents | None:
+        if file is None:
             return None
         module: Any = self.trainer.lightning_module
         encode = None
@@ -136,19 +250,8 @@ class LanguageDataModule(LightningDataModule):
         if connectors.needs_codes:
             budget = image_output.encode_budget(module.visual.config.num_patches)
             encode = partial(module.visual.encode, budget=budget)
-        return Documents(
-            self.documents, module.visual.image_processor, encode, pixels=connectors.needs_pixels
-        )
-
-    def _texts(self) -> Any | None:
-        if self.texts is None:
-            return None
-        import datasets
-
-        formats = {".jsonl": "json", ".parquet": "parquet"}
-        file_format = formats.get(Path(self.texts).suffix)
-        files = {} if file_format is None else {"data_files": self.texts}
-        return datasets.load_dataset(file_format or self.texts, split="train", **files)
+        processor = module.visual.image_processor
+        return Documents(file, processor, encode, pixels=connectors.needs_pixels)
 
     def train_dataloader(self) -> DataLoader:
         return ResumingLoader(
@@ -160,16 +263,21 @@ class LanguageDataModule(LightningDataModule):
             num_workers=self.num_workers,
         )
 
-    def val_dataloader(self) -> DataLoader:
-        """Every held-out example once, always with the draws of epoch 0."""
-        blocks = BlockDataset(self.held_out, self.block)
-        return DataLoader(
-            blocks,
-            self.batch_size,
-            sampler=HeldOutSampler(self._held_out_blocks, *self._ranks()),
-            collate_fn=blocks.collate,
-            num_workers=self.num_workers,
-        )
+    def val_dataloader(self) -> list[DataLoader]:
+        """For each source with shards, every held-out example once, with the draws of epoch 0."""
+        loaders = []
+        for name, layout in self.held_out.items():
+            blocks = BlockDataset(layout, self.block)
+            loaders.append(
+                DataLoader(
+                    blocks,
+                    self.batch_size,
+                    sampler=HeldOutSampler(self._held_out_blocks[name], *self._ranks()),
+                    collate_fn=blocks.collate,
+                    num_workers=self.num_workers,
+                )
+            )
+        return loaders
 
     test_dataloader = val_dataloader
 
@@ -232,12 +340,14 @@ class LanguageDataModule(LightningDataModule):
         self.sampler.starts.append((first, number))
         self.sampler.resumed = state["batches"], state["blocks"]
 
-    def _order_arguments(self) -> dict[str, int]:
+    def _order_arguments(self) -> dict[str, Any]:
         """What the order is a function of."""
-        names = ("seed", "block", "window")
-        examples = 0 if self.sampler is None else len(self.sampler.layout.examples)
-        arguments = {name: getattr(self, name) for name in names}
-        return {**arguments, "examples": examples}
+        arguments = {name: getattr(self, name) for name in ("seed", "block", "window")}
+        arguments |= {"examples": len(self.mixture)}
+        if len(self.sources) > 1:
+            weights = [source.weight for source in self.sources]
+            arguments["sources"] = [*map(list, zip(self.mixture.sizes, weights, strict=True))]
+        return arguments
 
     def _ranks(self) -> tuple[int, int]:
         return self.trainer.global_rank, self.trainer.world_size
@@ -245,3 +355,20 @@ class LanguageDataModule(LightningDataModule):
     def _consumed(self) -> int:
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return progress.processed
+
+
+def _texts(path: str | None) -> Any | None:
+    if path is None:
+        return None
+    import datasets
+
+    formats = {".jsonl": "json", ".parquet": "parquet"}
+    file_format = formats.get(Path(path).suffix)
+    if file_format and Path(path).is_file() and not Path(path).stat().st_size:
+        raise ValueError(f"{path}: expected at least one text, got an empty file")
+    files = {} if file_format is None else {"data_files": path}
+    texts = datasets.load_dataset(file_format or path, split="train", **files)
+    if "text" not in texts.column_names:
+        got = ", ".join(texts.column_names)
+        raise ValueError(f"{path}: expected a column 'text', got {got}")
+    return texts

@@ -82,7 +82,7 @@ class LogSamples(pl.Callback):
                 warnings.warn(f"step {step}: no samples are logged: {error}", stacklevel=2)
 
     def _log(self, trainer: Any, module: Any) -> None:
-        examples = self._examples(trainer.datamodule.held_out.examples)
+        examples = self._examples(trainer.datamodule.held_out_examples)
         captions = [text for _, text in examples]
         self._decoder = shipped_decoder(self._decoder, module.visual)
         if self._decoder == "default" and module.visual_tokenizer != "default":

@@ -160,7 +160,7 @@ class LanguageModeling(TrainingModule):
                 f"{max_codes}"
             )
         self.model: SequenceModel | None = None
-        self.held_out: dict[str, list[LossSum]] = {}
+        self.held_out: dict[int, dict[str, list[LossSum]]] = {}
 
     @staticmethod
     def complete_arguments(model: Any, data: Any, root: Path) -> None:
@@ -169,17 +169,23 @@ class LanguageModeling(TrainingModule):
         Args:
             model: arguments of this class, changed in place: the visual tokenizer becomes that of
                 the shards, and a new LM's text tokenizer one that is trained on their captions.
-            data: arguments of LanguageDataModule.
+            data: arguments of LanguageDataModule; of several sources, the first with shards names
+                the visual tokenizer.
             root: folder of the run, where the text tokenizer is saved.
 
         Raises:
             ShardError: shards that cannot be read.
         """
+        folders = [source.shards for source in data.sources or [data] if source.shards]
         if not isinstance(model.lm, str) and model.text_tokenizer is None:
-            captions = Shards.open(data.shards, data.splits[0]).dataset()["caption"]
+            captions = [
+                caption
+                for folder in folders
+                for caption in Shards.open(folder, data.splits[0]).dataset()["caption"]
+            ]
             model.text_tokenizer = str(saved_text_tokenizer(captions, root))
-        if model.visual_tokenizer is None:
-            model.visual_tokenizer = Manifest.read(Path(data.shards)).config.tokenizer
+        if model.visual_tokenizer is None and folders:
+            model.visual_tokenizer = Manifest.read(Path(folders[0])).config.tokenizer
 
     def next_command(self) -> str:
         """Images are generated next."""
@@ -238,13 +244,19 @@ class LanguageModeling(TrainingModule):
         )
         return loss
 
-    def validation_step(self, batch: PackedBatch, batch_index: int) -> None:
+    def validation_step(
+        self, batch: PackedBatch, batch_index: int, dataloader_idx: int = 0
+    ) -> None:
         assert self.model is not None
+        sums = self.held_out.setdefault(dataloader_idx, {})
         for name, loss in self.objective.losses(self.model(batch), batch).items():
-            self.held_out.setdefault(name, []).append(loss)
+            sums.setdefault(name, []).append(loss)
 
     def on_validation_epoch_end(self) -> None:
-        """Exact means over all targets of the split, not means of batch means."""
+        """Exact means over all targets of the split, not means of batch means.
+
+        Of several sources those of each, and those over all of them.
+        """
         self._log_held_out("val")
 
     test_step = validation_step
@@ -335,19 +347,34 @@ class LanguageModeling(TrainingModule):
         return optimized, {name: LossSum(totals[i], counts[i]) for i, name in enumerate(losses)}
 
     def _log_held_out(self, split: str) -> None:
-        sums = {}
-        for name, losses in self.held_out.items():
-            local = torch.stack([_as_pair(loss) for loss in losses]).sum(0)
-            total, count = self.all_gather(local).reshape(-1, 2).sum(0)
-            sums[name] = LossSum(total, count)
+        sums: dict[int, dict[str, Tensor]] = {}
+        together: dict[str, Tensor] = {}
+        for source, collected in self.held_out.items():
+            for name, losses in collected.items():
+                local = torch.stack([_as_pair(loss) for loss in losses]).sum(0)
+                pair = self.all_gather(local).reshape(-1, 2).sum(0)
+                sums.setdefault(source, {})[name] = pair
+                together[name] = together.get(name, torch.zeros_like(pair)) + pair
         self.held_out.clear()
+        metrics = self._metrics(together)
+        if len(sums) > 1:
+            trainer: Any = self.trainer
+            names = list(trainer.datamodule.held_out)
+            for source, pairs in sums.items():
+                of_source = self._metrics(pairs).items()
+                metrics |= {f"{names[source]}/{name}": value for name, value in of_source}
+        self.log_dict(
+            {f"{split}/{k}": v for k, v in metrics.items()}, prog_bar=True, sync_dist=True
+        )
+
+    def _metrics(self, pairs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means from the (total, count) of each loss."""
+        sums = {name: LossSum(*pair) for name, pair in pairs.items()}
         metrics = {name: s.mean for name, s in sums.items()}
         if "image" in metrics:
             metrics["bits_per_image_token"] = metrics["image"] / NATS_PER_BIT
         metrics["loss"] = self.objective.total(sums)
-        self.log_dict(
-            {f"{split}/{k}": v for k, v in metrics.items()}, prog_bar=True, sync_dist=True
-        )
+        return metrics
 
     def _sequence_model(self) -> SequenceModel:
         """The LM and its connector before training, not sharded."""

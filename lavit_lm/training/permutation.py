@@ -8,6 +8,10 @@ import numpy as np
 from jaxtyping import Int64
 
 ROUNDS = 8
+CHUNK, CHUNKS = 4096, 64
+"""Consecutive examples that are read together, and how many such chunks are shuffled together."""
+ORDER_OF_CHUNKS = 2**32 - 1
+"""The number of a pool that no pool has: the permutation of the chunks."""
 
 
 class Permutation:
@@ -46,6 +50,51 @@ class Permutation:
         for key in self.keys:
             left, right = right, (left + _mixed(right + key)) % base
         return left * base + right
+
+
+class LocalPermutation:
+    """A permutation of 0..size-1 whose neighbors are in few chunks, so that files are read once.
+
+    The chunks of 4,096 consecutive examples are permuted; each 64 of them that follow one another
+    are a pool, and the examples of a pool are permuted:
+
+        size 9, chunks of 2, pools of 2 chunks, seed 3     chunks     0 3     | 1 2     | 4
+                                                           examples   0 1 7 6 | 4 2 3 5 | 8
+
+    An incomplete last chunk is in the last pool. Up to one pool, 262,144 examples, this is
+    `Permutation(size, *seed)`.
+
+    Args:
+        size: number of examples.
+        seed: integers of at least 0, e.g. seed, epoch and source.
+        chunk: consecutive examples of a chunk.
+        chunks: of a pool.
+    """
+
+    def __init__(self, size: int, *seed: int, chunk: int = CHUNK, chunks: int = CHUNKS) -> None:
+        self.size, self.seed, self.chunk, self.chunks = size, seed, chunk, chunks
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, positions: slice) -> Int64[np.ndarray, " count"]:
+        """The examples at consecutive positions, in time proportional to their number."""
+        start, stop, _ = positions.indices(self.size)
+        pool = self.chunk * self.chunks
+        parts = [np.empty(0, np.int64)]
+        for number in range(start // pool, -(-stop // pool) if stop > start else 0):
+            first, last = number * pool, min((number + 1) * pool, self.size)
+            order = Permutation(last - first, *self.seed, number)
+            inside = order[max(start, first) - first : min(stop, last) - first]
+            parts.append(inside if self.size <= pool else self._of_chunks(number, inside))
+        return np.concatenate(parts)
+
+    def _of_chunks(self, pool: int, inside: np.ndarray) -> np.ndarray:
+        """The examples at positions of a pool, before those are permuted."""
+        order = Permutation(self.size // self.chunk, *self.seed, ORDER_OF_CHUNKS)
+        chunks = order[pool * self.chunks : (pool + 1) * self.chunks]
+        chunks = np.append(chunks, self.size // self.chunk)  # an incomplete one
+        return chunks[inside // self.chunk] * self.chunk + inside % self.chunk
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

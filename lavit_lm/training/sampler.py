@@ -1,14 +1,15 @@
 """Which examples a run trains on, in which order and blocks: functions of seed and index.
 
-    epoch  -Permutation->  windows of examples  -lengths, plan_blocks->  blocks, an endless order
+    positions  -Mixture->  windows of examples  -lengths, plan_blocks->  blocks, an endless order
 
-Draws depend on (seed, epoch, example) and the order on (seed, epoch), so that a run can continue
+Draws depend on (seed, epoch, example) and the order on (seed, position), so that a run can continue
 from any batch. An example is built once, in the loader: blocks are planned from the stored number
 of codes and the number of text tokens, counted once.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,9 @@ from lavit_lm.objectives.base import Objective
 from lavit_lm.sequences.packing import PackedBatch, pack, plan_blocks
 from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import TokenSequence
-from lavit_lm.training.permutation import Permutation
+from lavit_lm.training.mixture import ExampleIndex, Mixture
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 
-ExampleIndex = tuple[int, int]
-"""(epoch, number of the example): with the seed, what its random draws depend on."""
 COUNTS_KEPT = 1_000_000
 """Texts of which the number of tokens is kept, so that it is counted once in a small data set."""
 
@@ -37,7 +36,7 @@ class Examples:
 
     Args:
         pairs: records with "key", "caption", "codes" and "length" (the number of codes), e.g.
-            Shards.dataset().
+            ShardRecords.
         texts: records with "text", or None.
         images: the image of each pair by number, e.g. ShardImages; the pairs then need "keep", the
             indices of the patches of the codes. None gives segments without pixels.
@@ -105,6 +104,32 @@ class Examples:
                 return kind, number
             number -= len(records)
         return "document", number
+
+
+class MixedExamples:
+    """The examples of several sources; numbers count through the sources, as those of Mixture."""
+
+    def __init__(self, sources: Sequence[Any]) -> None:
+        self.sources = sources
+        self._ends = [*itertools.accumulate(len(source) for source in sources)]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, number: int) -> tuple[list[Segment], str]:
+        source, i = self._find(number)
+        return source[i]
+
+    def lengths(
+        self, number: int, processor: MultimodalProcessor
+    ) -> tuple[list[SegmentLength], str]:
+        """(lengths of the segments, key), without codes."""
+        source, i = self._find(number)
+        return source.lengths(i, processor)
+
+    def _find(self, number: int) -> tuple[Any, int]:
+        at = bisect.bisect_right(self._ends, number)
+        return self.sources[at], number - (self._ends[at - 1] if at else 0)
 
 
 def segment_length(segment: Segment, processor: MultimodalProcessor) -> SegmentLength:
@@ -191,6 +216,10 @@ class BlockSampler(DistributedSampler):
         rank, world_size: batches are assigned to the ranks in turn.
         consumed: returns how many batches each rank has trained on; called whenever an iteration
             starts.
+        mixture: the order of the examples; by default that of a single source.
+
+    A pass is as many positions as there are examples, and its last window is shorter: of a single
+    source, no window has examples of two epochs.
 
     `resumed` is (batches of each rank, blocks of all ranks) when the number of processes or the
     batch size last changed.
@@ -205,7 +234,9 @@ class BlockSampler(DistributedSampler):
         rank: int = 0,
         world_size: int = 1,
         consumed: Callable[[], int] = lambda: 0,
+        mixture: Mixture | None = None,
     ) -> None:
+        self.mixture = mixture or Mixture([len(layout.examples)], seed=layout.seed)
         self.layout, self.length, self.batch_size, self.window = layout, length, batch_size, window
         self.rank, self.world_size, self.consumed = rank, world_size, consumed
         self.resumed = (0, 0)
@@ -246,23 +277,25 @@ class BlockSampler(DistributedSampler):
         return blocks + (self.consumed() - batches) * self.batch_size * self.world_size
 
     def _windows(self) -> int:
-        return max(1, -(-len(self.layout.examples) // self.window))
+        return -(-len(self.mixture) // self.window)
 
     def _plan(self, number: int) -> list[list[ExampleIndex]]:
         """Blocks of one window, in the order of training; longer sequences are left out."""
         if self._latest[0] == number:
             return self._latest[1]
-        epoch, part = divmod(number, self._windows())
-        order = Permutation(len(self.layout.examples), self.layout.seed, epoch)
-        examples = order[part * self.window : (part + 1) * self.window]
-        blocks, too_long = self.layout.plan([(epoch, int(i)) for i in examples], self.length)
+        number_of_pass, part = divmod(number, self._windows())
+        start, stop = (
+            number_of_pass * len(self.mixture) + p * self.window for p in (part, part + 1)
+        )
+        examples = self.mixture[start : min(stop, (number_of_pass + 1) * len(self.mixture))]
+        blocks, too_long = self.layout.plan(examples, self.length)
         if not blocks:
             raise ValueError(
                 f"blocks of {self.length} tokens: no sequence fits, the shortest has "
                 f"{min(too_long.values())}"
             )
         self.too_long |= too_long
-        np.random.default_rng([self.layout.seed, epoch, part]).shuffle(blocks)
+        np.random.default_rng([self.layout.seed, number_of_pass, part]).shuffle(blocks)
         self._latest = number, blocks
         return blocks
 

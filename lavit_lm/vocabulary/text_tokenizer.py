@@ -145,5 +145,10 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
         raise VocabularyError(
             f"expected valid Unicode, got half a surrogate pair at {error.start}"
         ) from None
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return [int(i) for i in ids]
+    # As tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), which takes
+    # three times as long; it sets these options itself when it is next called.
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.no_truncation()
+    return backend.encode(text, add_special_tokens=False).ids

@@ -20,7 +20,11 @@ from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lavit_tok.cli.parser import similar
-from lavit_tok.training.checkpoints import AtomicCheckpointIO, find_checkpoint
+from lavit_tok.training.checkpoints import (
+    WRITTEN_LAST,
+    AtomicCheckpointIO,
+    find_checkpoint,
+)
 from lavit_tok.training.logging import PrintMetrics, progress_bar
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -65,6 +69,13 @@ class SaveCheckpoints(ModelCheckpoint):
 
     def __init__(self, dirpath: str | None = None, every: int = 500) -> None:
         super().__init__(dirpath, every_n_train_steps=every, save_last=True)
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        """Save; of a directory that is overwritten in part, the rest is not taken for whole."""
+        if trainer.is_global_zero and Path(filepath).is_dir():
+            for name in WRITTEN_LAST:
+                (Path(filepath) / name).unlink(missing_ok=True)
+        super()._save_checkpoint(trainer, filepath)
 
 
 class ShortHelp(DefaultHelpFormatter):

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 
 from lavit_tok.checkpoints.files import atomic
 from lavit_tok.data.code_files import FORMAT as CODES
-from lavit_tok.data.code_files import CodeFileHeader
+from lavit_tok.data.code_files import ROW_GROUP, CodeFileHeader
 
 FORMAT, VERSION, MANIFEST = "lavit_tok.shards", 3, "manifest.json"
 FOOTER = "lavit_tok.shard"
@@ -232,7 +232,7 @@ def shard_bytes(table: Any, footer: dict[str, Any], config: ShardConfig) -> tupl
     sink = io.BytesIO()
     metadata = {CODES: header.to_json()}
     with pq.ParquetWriter(sink, columns.with_metadata(metadata), compression="zstd") as writer:
-        writer.write_table(table)
+        writer.write_table(table, row_group_size=ROW_GROUP)
         codes = pc.sum(table["length"]).as_py() or 0
         digest = hashlib.sha256(sink.getvalue()).hexdigest()
         made = Footer(config, records=len(table), codes=codes, sha256=digest, **footer)

@@ -14,6 +14,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from lavit_tok.checkpoints.files import atomic, remove_partials
 
+WRITTEN_LAST = ".metadata", "meta.pt"
+"""In a checkpoint that is a directory of parts, the files that are written at the end."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is not whole."""
@@ -81,8 +84,9 @@ def find_checkpoint(name: str, folder: str | Path | None) -> str:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is whole: a zip archive with right checksums."""
-    if path.is_dir():  # of a strategy that saves in parts, this file at the end
-        return None if (path / ".metadata").is_file() else "it has no .metadata"
+    if path.is_dir():  # of a strategy that saves in parts
+        missing = [name for name in WRITTEN_LAST if not (path / name).is_file()]
+        return f"it has no {missing[0]}" if missing else None
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -27,15 +29,22 @@ TOGETHER = {"gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "val_check_inte
 
 
 class Losses(Callback):
-    """Records each batch's logged loss and keys, and held-out losses; fails at step `stop`."""
+    """Records each batch's logged loss and keys, and held-out losses; fails at step `stop`.
+
+    `kill` ends the process at once instead, as the system does when memory is short.
+    """
 
     def __init__(
-        self, stop: int | None = None, pause: float = 0.0, out: Path | None = None
+        self,
+        stop: int | None = None,
+        pause: float = 0.0,
+        out: Path | None = None,
+        kill: bool = False,
     ) -> None:
         self.values: list[float] = []
         self.keys: list[Any] = []
         self.held_out: list[dict[str, float]] = []
-        self.stop, self.pause, self.out = stop, pause, out
+        self.stop, self.pause, self.out, self.kill = stop, pause, out, kill
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
@@ -47,6 +56,8 @@ class Losses(Callback):
                 file.write(f"{trainer.global_step} {self.values[-1]!r}\n")
         time.sleep(self.pause)
         if self.stop is not None and trainer.global_step >= self.stop:
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("power cut")
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
@@ -97,14 +108,21 @@ def train_until_killed(folder: Path, losses: Path, steps: int, pause: float) -> 
     )
 
 
-def train_together(folder: Path, strategy: str, stop: int | None, settings: dict[str, Any]) -> Any:
-    """4 steps in one of several processes, stopped or resumed: (losses, held-out losses, keys)."""
+def train_together(
+    folder: Path, strategy: str, batch: int, stop: int | None, settings: dict[str, Any]
+) -> Any:
+    """4 steps in one of several processes, resumed if possible: (losses, held-out losses, keys).
+
+    At step `stop` the second process is killed.
+    """
     from pytorch_lightning.strategies import ModelParallelStrategy
 
     from lavit_lm.training.log_samples import LogSamples
+    from lavit_tok.training.checkpoints import AtomicCheckpointIO, find_checkpoint
 
-    world = int(os.environ["WORLD_SIZE"])
-    losses = Losses(stop)
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    out = folder / f"losses-{world}-{rank}"
+    losses = Losses(stop if rank == 1 else None, out=out, kill=True)
     parallel = functools.partial(ModelParallelStrategy, world, 1)
     kinds: dict[str, Any] = {
         "ddp": lambda: "ddp",
@@ -112,17 +130,12 @@ def train_together(folder: Path, strategy: str, stop: int | None, settings: dict
         "fsdp, one file": lambda: parallel(save_distributed_checkpoint=False),
     }
     samples = LogSamples(every=2, images=2, decoder=None, max_new_tokens=4)
-    callbacks = [losses, saving(folder), samples]
-    fitted = trainer(folder, 4, callbacks, devices=world, strategy=kinds[strategy](), **TOGETHER)
+    options = {"strategy": kinds[strategy](), "plugins": [AtomicCheckpointIO()], **TOGETHER}
+    fitted = trainer(folder, 4, [losses, saving(folder), samples], devices=world, **options)
     images = str(folder / "pictures") if settings.get("continuous") else None
-    ckpt = None if stop is not None else "last"
-    try:
-        fitted.fit(
-            module(folder, **settings), data(folder, batch_size=1, images=images), ckpt_path=ckpt
-        )
-    except RuntimeError as error:
-        if str(error) != "power cut":
-            raise
+    last = find_checkpoint("last-good", folder / "ckpt")
+    rows = data(folder, batch_size=batch, images=images)
+    fitted.fit(module(folder, **settings), rows, ckpt_path=last)
     return losses.values, losses.held_out, losses.keys
 
 
@@ -139,7 +152,10 @@ def start(target: Callable[..., Any], *arguments: Any, **variables: str) -> Any:
 
 
 def together(world: int, target: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The results of `world` processes with the environment that torchrun sets."""
+    """The results of `world` processes with the environment that torchrun sets.
+
+    When one is killed, the others are, as torchrun does, and there are no results.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -149,16 +165,25 @@ def together(world: int, target: Callable[..., Any], *arguments: Any) -> list[An
         start(target, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in range(world)
     ]
-    results = []
-    for process, pipe in started:
-        result = pipe.recv() if pipe.poll(180) else "no result in three minutes"
-        if isinstance(result, str):
-            for other, _ in started:
-                other.kill()
-            raise AssertionError(result)
-        results.append(result)
-        process.join()
-    return results
+    results: dict[Any, Any] = {}
+    try:
+        while len(results) < world:
+            waiting = [pipe for _, pipe in started if pipe not in results]
+            ready = multiprocessing.connection.wait(waiting, 180)
+            assert ready, "no result in three minutes"
+            for pipe in ready:
+                try:
+                    results[pipe] = pipe.recv()
+                except EOFError:
+                    return []
+                if isinstance(results[pipe], str):
+                    raise AssertionError(results[pipe])
+    finally:
+        for process, pipe in started:
+            if pipe not in results or len(results) < world:
+                process.kill()
+            process.join()
+    return [results[pipe] for _, pipe in started]
 
 
 def _run(target: Callable[..., Any], arguments: Any, variables: dict[str, str], pipe: Any) -> None:

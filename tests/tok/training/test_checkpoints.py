@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 
+from lavit_tok.cli.training import SaveCheckpoints
 from lavit_tok.training.checkpoints import (
     AtomicCheckpointIO,
     CheckpointError,
@@ -81,8 +85,18 @@ def test_a_full_disk_is_one_error_that_names_the_file(folder: Path) -> None:
     assert path.read_bytes() == before and not list(folder.glob("*.part"))
 
 
-def test_a_distributed_checkpoint_is_whole_with_its_metadata(tmp_path: Path) -> None:
-    (tmp_path / "last.ckpt").mkdir()
-    assert damage(tmp_path / "last.ckpt") is not None
-    (tmp_path / "last.ckpt/.metadata").touch()
-    assert damage(tmp_path / "last.ckpt") is None
+def test_a_distributed_checkpoint_is_whole_with_its_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files that are written at the end; they are removed before it is written again."""
+    path = tmp_path / "last.ckpt"
+    path.mkdir()
+    for name in (".metadata", "meta.pt"):
+        assert damage(path) == f"it has no {name}"
+        (path / name).touch()
+    assert damage(path) is None
+    trainer: Any = SimpleNamespace(is_global_zero=True)
+    found = []
+    monkeypatch.setattr(ModelCheckpoint, "_save_checkpoint", lambda *_: found.append(damage(path)))
+    SaveCheckpoints(str(tmp_path))._save_checkpoint(trainer, str(path))
+    assert found == ["it has no .metadata"]
