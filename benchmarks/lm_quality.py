@@ -49,6 +49,15 @@ MODEL: dict[str, tuple[Any, ...]] = {
     "visual_tokenizer": (str, "by default the one that the model names"),
     "scorer": (Path, "folder that recipes/default/teacher.py wrote: what do captions identify?"),
 }
+SAMPLING: dict[str, tuple[Any, ...]] = {
+    "decoder": ("default", "'default', a directory or a Hub id"),
+    "guidance": (3.0, "guidance scale of the language model, where it generates codes"),
+    "top_k": (50, "of sampling codes"),
+    "top_p": (float, "of sampling codes"),
+    "temperature": (1.0, "of sampling codes"),
+    "steps": (20, "decoding steps"),
+    "decoder_guidance": (2.0, "guidance scale of the decoder"),
+}
 AIMS = {"top-5 over chance": 5, "bits below unigram entropy": 0.15}
 
 
@@ -268,10 +277,9 @@ def main(args: Namespace) -> dict[str, Any]:
         indices = choose(data.captions, args.captions, args.seed, exclude)
     decoder = lm.decoder if "images" in args.parts else None
     stages = Stages(args, args.name, lm.model, lm.visual_tokenizer, decoder, data.pixels)
-    sampling = ("guidance", "top_k", "top_p", "temperature", "steps", "decoder_guidance")
     values: dict[str, Any] = {
         **about,
-        "sampling": {name: getattr(args, name) for name in sampling},
+        "sampling": {name: getattr(args, name) for name in SAMPLING if name != "decoder"},
         "seed": args.seed,
         "seen_in_training": sum(datasets.normalized(data.captions[i]) in known for i in indices),
     }
@@ -321,13 +329,7 @@ def arguments() -> ArgumentParser:
         __doc__,
         batch_size=(50, "captions or images per batch"),
         **MODEL,
-        decoder=("default", "'default', a directory or a Hub id"),
-        guidance=(3.0, "guidance scale of the language model, where it generates codes"),
-        top_k=(50, "of sampling codes"),
-        top_p=(float, "of sampling codes"),
-        temperature=(1.0, "of sampling codes"),
-        steps=(20, "decoding steps"),
-        decoder_guidance=(2.0, "guidance scale of the decoder"),
+        **SAMPLING,
         parts=(PARTS, "what is measured", PARTS),
         captions=(100, "captions that images are generated for"),
         unseen=(False, "only captions that the train split does not have"),

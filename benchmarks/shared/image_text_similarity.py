@@ -4,7 +4,6 @@ images uint8 [n 3 h w] -describe-> unit vectors [n d]
 captions               -embed->    unit vectors [n d]
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
-from benchmarks.shared.provenance import ROOT
+from benchmarks.shared.provenance import recipe
 from lavit_tok import VisualImageProcessor
 
 TIE = 1e-9  # products of equal vectors may differ by rounding
@@ -60,12 +59,7 @@ class Teacher:
 
 def sentence_embeddings(captions: Sequence[str]) -> Tensor:
     """Unit vectors [n 384]. Raises ModuleNotFoundError, which names the package to install."""
-    folder = str(ROOT / "recipes" / "default")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    import sentences
-
-    return sentences.embed(list(captions))
+    return recipe("default/sentences.py").embed(list(captions))
 
 
 def ranks(queries: Tensor, candidates: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -77,3 +78,11 @@ def short_path(argument: str) -> str:
     if not path.is_absolute():
         return argument
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+
+
+def recipe(path: str) -> Any:
+    """A script of recipes/ as a module; it must import no other script."""
+    spec: Any = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "recipes" / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

