@@ -297,7 +297,8 @@ QUALITY = (
         "--rate",
         type=rate,
         metavar="R",
-        help="add a code while it reduces the error, 1 - centered cosine, by more than this",
+        help="add a code while it reduces the error (of colors, or 1 - centered cosine, as the "
+        "tokenizer's config names it) by more than this",
     ),
     Argument(
         "--verify",
