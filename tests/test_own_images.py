@@ -15,16 +15,17 @@ from lavit_lm.cli import main as lavit_lm
 from lavit_tok.cli import main as lavit_tok
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-SMALL = {  # what a command of the block is shortened by
-    "fit": "--model.config.codebook_size=16 --model.config.merger_depth=1 --trainer.max_steps=3"
+NEW = (
+    "--model.config.codebook_size=16 --model.config.merger_depth=1 --trainer.max_steps=1"
     " --model.selection.stop_sampling_step=1 --model.codebook.start_step=2 --data.batch_size=4"
-    " --model.config.reconstructor_depth=1 --trainer.precision=32-true",
-    "fit-decoder": "--trainer.max_steps=2 --data.batch_size=4 --model.samples.every=0"
-    " --trainer.precision=32-true"
-    " --model.unet.config.block_out_channels=[16,16]",
+    " --model.config.reconstructor_depth=1 --trainer.precision=32-true"
+)
+STEPS = "--trainer.max_steps=2 --trainer.precision=32-true --data.batch_size="
+SMALL = {  # what a command of the block is shortened by
+    "fit": f"{STEPS}4",
+    "fit-decoder": f"{STEPS}4 --model.samples.every=0",
     "shards": "",
-    "lavit-lm fit": "--trainer.max_steps=2 --data.batch_size=1 --model.lm.num_hidden_layers=1"
-    " --trainer.precision=32-true",
+    "lavit-lm fit": f"{STEPS}1",
     "generate": "-n 2 --steps 2",
     "caption": "--max-new-tokens 4",
     "export": "",
@@ -52,8 +53,8 @@ def test_own_images(
     monkeypatch.chdir(tmp_path)
     photographs(tmp_path / "my_images")
     threads = torch.get_num_threads()
-    before = shlex.split(f"lavit-tok {commands[0].split(' ', 1)[1]} {SMALL['fit']}")[1:]
-    assert lavit_tok([*before, "--trainer.max_steps=1"]) == 0
+    recipe = ["fit", "-c", "default/tokenizer", "--data.data=my_images"]
+    assert lavit_tok([*recipe, *NEW.split()]) == 0
     assert re.search(
         r"no tokenizer saved: .* step 1, before .* raise trainer.max_steps above 2 ",
         capsys.readouterr().err,
@@ -65,6 +66,10 @@ def test_own_images(
         arguments = shlex.split(f"{command} {SMALL[key]}")[1:]
         assert {"lavit-tok": lavit_tok, "lavit-lm": lavit_lm}[program](arguments) == 0, command
         lines.append(capsys.readouterr())
+    new = f"fit -c lm/lavit {STEPS}1 --model.lm.num_hidden_layers=1 --model.out=new"
+    assert lavit_lm(new.split()) == 0
+    assert list(Path("runs/lm").glob("*/text-tokenizer-*/tokenizer.json"))
+    capsys.readouterr()
     torch.set_num_threads(threads)
     ends = [captured.err.splitlines()[-1] for captured in lines]
     assert ends[0].startswith("wrote the tokenizer to runs/default/tokenizer; next: ")
@@ -75,4 +80,3 @@ def test_own_images(
     assert len(list(Path("generated").glob("*.png"))) == 2
     assert len(lines[5].out.splitlines()) == 12, "a caption for each image"
     assert (tmp_path / "exported/model.safetensors").is_file()
-    assert list(Path("runs/lm").glob("*/text-tokenizer-*/tokenizer.json"))

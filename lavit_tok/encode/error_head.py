@@ -25,7 +25,7 @@ from lavit_tok.nn.nested_order import nested_order
 from lavit_tok.nn.precision import KeepFloat32
 
 LEAST = 1e-4
-"""No error is predicted below this, and no distance is told from a smaller one."""
+"""No error is predicted below this; smaller distances count as this one."""
 EARLIER = (1, 4, 16)
 """Numbers of codes whose distances are inputs of every later prediction."""
 
