@@ -108,7 +108,7 @@ def start(counts: list[int]) -> None:
 
 
 def run(folder: Path, begin: float) -> None:
-    """Three steps on the shards of a folder, then the data of 60 more."""
+    """Two steps on the shards of a folder, then the data of 40 more."""
     import torch
     from pytorch_lightning import Callback, Trainer
 
@@ -136,14 +136,14 @@ def run(folder: Path, begin: float) -> None:
     module = LanguageModeling(LM, text_tokenizer=str(DEFAULT))
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
     options: dict[str, Any] = {"max_epochs": -1, "accelerator": "cpu", "limit_val_batches": 0}
-    trainer = Trainer(max_steps=3, callbacks=[Clock()], default_root_dir=folder, **options, **quiet)
+    trainer = Trainer(max_steps=2, callbacks=[Clock()], default_root_dir=folder, **options, **quiet)
     trainer.fit(module, data)
     batches = iter(data.train_dataloader())
     next(batches)
     clock = time.process_time()
-    for _ in range(60):
+    for _ in range(40):
         next(batches)
-    of_data = (time.process_time() - clock) / 60
+    of_data = (time.process_time() - clock) / 40
     total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     values = {"examples": len(data.mixture), "imports": imported, **ready, "MB, later": total}
     values |= {"step": float(np.median(steps)), "its data": of_data}

@@ -161,7 +161,7 @@ def _generate_for_all(arguments: argparse.Namespace) -> int:
     if makes_codes:  # the files are code files, too
         config, tokenizer = lm.visual_tokenizer.config, lm.visual_tokenizer
         sizes = config.codebook_size, config.num_patches
-        name = arguments.visual_tokenizer or arguments.model
+        name = str(tokenizer.name_or_path or arguments.model)
         header = json.loads(CodeFileHeader(name, *sizes, tokenizer.fingerprint()).to_json())
     header |= {"options": options}
     sizes = max(1, arguments.batch_size // n), arguments.block_size

@@ -150,6 +150,19 @@ def test_a_run_on_two_sources(folder: Path):
         )
 
 
+def test_sources_on_the_command_line():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(LanguageDataModule, "data")
+    text = "--data.sources=[{shards: a, weight: 0.7}, {texts: b.jsonl}]"
+    parsed = parser.parse_args([text]).data.sources
+    assert [(s.shards, s.texts, s.weight) for s in parsed] == [
+        ("a", None, 0.7),
+        (None, "b.jsonl", 1.0),
+    ]
+
+
 @pytest.mark.parametrize(
     ("weight", "got"), [(0.0, "0.0"), (-1.0, "-1.0"), (float("nan"), "nan"), (float("inf"), "inf")]
 )
