@@ -148,23 +148,25 @@ class Measured:
             ]
         )
 
-    def curve(self) -> tuple[list[dict[str, float]], Tensor]:
-        """Every budget 1, 2, 4, ... all; and the errors [budgets n]."""
-        rows, errors, bits = [], [], math.log2(self.tokenizer.config.codebook_size)
+    def curve(self) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+        """Every budget 1, 2, 4, ... all; and both kinds of errors [budgets n]."""
+        rows, bits = [], math.log2(self.tokenizer.config.codebook_size)
+        errors: dict[str, list[Tensor]] = {"cosine": [], "psnr": []}
         count = 1
         while count <= self.patches:
             counts = torch.full((len(self.images),), count)
-            errors.append(self.errors(counts))
+            for kind, measured in errors.items():
+                measured.append(self.errors(counts, kind))
             drawn = self.decode(self.codes.truncate(counts))
             small = thumbnail(self.originals, count * bits)
             flat = [F.adaptive_avg_pool2d(x, 16).flatten(1) for x in (drawn, self.originals)]
             nearest = torch.cdist(flat[0], flat[1]).argmin(1) == torch.arange(len(drawn))
-            colors = -20 * self.errors(counts, "psnr").clamp(min=1e-4).log10()
+            colors = -20 * errors["psnr"][-1].clamp(min=1e-4).log10()
             rows.append(
                 {
                     "codes": count,
                     "bits": count * bits,
-                    "centered_error": float(errors[-1].mean()),
+                    "centered_error": float(errors["cosine"][-1].mean()),
                     "colors_psnr": float(colors.mean()),
                     "psnr": psnr(drawn, self.originals),
                     "ssim": ssim(drawn, self.originals),
@@ -175,16 +177,20 @@ class Measured:
             )
             print(rows[-1], flush=True)
             count *= 2
-        return rows, torch.stack(errors)
+        return rows, {kind: torch.stack(measured) for kind, measured in errors.items()}
 
-    def allocation(self, errors: Tensor) -> list[dict[str, float]]:
-        """Fixed length, own prediction and oracle at the same mean number of codes."""
+    def allocation(self, errors: Tensor, kind: str) -> list[dict[str, float]]:
+        """Fixed length, own prediction and oracle at the same mean number of codes.
+
+        Of 1 - centered cosine, or of the squared error of colors.
+        """
+        power = 2 if kind == "psnr" else 1
         grid = 2.0 ** torch.arange(len(errors))
         every = torch.arange(1, self.patches + 1).double()
         table = torch.from_numpy(
-            np.stack([np.interp(every.log2(), grid.log2(), e) for e in errors.T.numpy()])
+            np.stack([np.interp(every.log2(), grid.log2(), e) for e in (errors**power).T.numpy()])
         )
-        predicted = self.tokenizer.predicted_errors(self.features)
+        predicted = self.tokenizer.predicted_errors(self.features, kind) ** power
         rows = []
         for mean in (4, 8, 16, 32, 64):
             total = mean * len(table)
@@ -317,7 +323,7 @@ def main() -> None:
         "smallest_webp_bytes": float(np.mean([compressed_size(i, "WEBP", 0) for i in images])),
         "smallest_jpeg_bytes": float(np.mean([compressed_size(i, "JPEG", 1) for i in images])),
         "lengths": measured.lengths(),
-        "allocation": measured.allocation(errors),
+        "allocation": {kind: measured.allocation(e, kind) for kind, e in errors.items()},
         "quality": measured.quality((0.7, 0.8, 0.85)),
         "changed_codes": measured.changed(),
         "content": content(tokenizer),
