@@ -63,7 +63,7 @@ class CodebookTraining(FrozenEncoderTraining):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         assert self.codebook is not None
-        self.codebook.set_vectors_per_step(self.vectors_per_step())
+        self.codebook.set_vectors_per_step(self._vectors_of_all())
 
     def on_fit_end(self) -> None:
         if self.out and self.trainer.is_global_zero and self.quantizes:
@@ -84,7 +84,10 @@ class CodebookTraining(FrozenEncoderTraining):
     @torch.no_grad()
     def update_mean_feature(self, features: Float[Tensor, "batch patches width"]) -> None:
         """The running mean feature, which starts at the mean of the first batch."""
-        self.mean_feature.lerp_(features.mean((0, 1)), 1.0 if self.global_step == 0 else 0.02)
+        mean = features.mean((0, 1))
+        if self.num_processes > 1:
+            mean = self.all_gather(mean).mean(0)
+        self.mean_feature.lerp_(mean, 1.0 if self.global_step == 0 else 0.02)
 
     def quantize(self, z: Float[Tensor, "total c"]) -> tuple[Tensor, Tensor | None, Tensor]:
         """(vectors, codes, commitment loss).
@@ -112,7 +115,7 @@ class CodebookTraining(FrozenEncoderTraining):
         assert self.codebook is not None
         if self.start_from is not None:
             entries = self.tokenizer.quantizer.codebook.embeddings
-            counts = torch.full((len(entries),), self.vectors_per_step() / len(entries))
+            counts = torch.full((len(entries),), self._vectors_of_all() / len(entries))
             self.codebook.load_embeddings(entries, counts.to(entries.device))
             return
         generator = torch.Generator().manual_seed(self.seed)
@@ -123,7 +126,11 @@ class CodebookTraining(FrozenEncoderTraining):
             generator,
         )
         entries, counts = self.trainer.strategy.broadcast((entries, counts))
-        self.codebook.load_embeddings(entries, counts * self.vectors_per_step() / counts.sum())
+        self.codebook.load_embeddings(entries, counts * self._vectors_of_all() / counts.sum())
+
+    def _vectors_of_all(self) -> float:
+        """Those of a step of all processes, whose counts the codebook has."""
+        return self.vectors_per_step() * self.num_processes
 
     def copy_codebook(self) -> None:
         """Put the trained entries into the tokenizer."""

@@ -45,3 +45,31 @@ def trainer_of(kind: Any, **arguments: Any) -> Any:
             values = {key: arguments.pop(key) for key in names & arguments.keys()}
             arguments[name] = dataclasses.replace(default, **values)
     return kind(**arguments)
+
+
+def fit_tokenizer(folder: Path, config: Any, options: dict[str, Any]) -> Any:
+    """Six steps through all stages: (images of each step, codes of each step, state)."""
+    from pytorch_lightning import Callback, Trainer
+
+    from lavit_tok import ImageDataModule
+    from lavit_tok.training.tokenizer_training import TokenizerTraining
+
+    images, codes = [], []
+
+    class Record(Callback):
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, out: Any, batch: Any, i: int
+        ) -> None:
+            images.append(batch["index"].tolist())
+            mean = trainer.callback_metrics["train/codes_per_image"]
+            codes.append(round(float(mean) * len(batch["index"])))
+
+    arguments = {"stop_sampling_step": 2, "start_step": 3, "blend_steps": 1, "kmeans_samples": 64}
+    arguments |= {"decay": 0.5, "dead_ratio": 0.0, "warmup_steps": 1, "lr": 3e-3}
+    module = trainer_of(TokenizerTraining, config=config, log_images_every=0, **arguments)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
+    options = {"max_steps": 6, "accelerator": "cpu", "num_sanity_val_steps": 0, **options, **quiet}
+    trainer = Trainer(callbacks=[Record()], default_root_dir=folder, **options)
+    trainer.fit(module, ImageDataModule(str(folder / "images"), image_size=32, batch_size=4))
+    # Not as tensors: those are shared with the sending process, which ends.
+    return images, codes, {name: value.numpy() for name, value in module.state_dict().items()}
