@@ -30,6 +30,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lavit_lm import MultimodalLM
 from lavit_lm.generation.prompts import Prompts
+from lavit_lm.multimodal import shipped_decoder
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer
@@ -270,7 +271,8 @@ def main() -> None:
         processor = MultimodalProcessor.from_tokenizer(AutoTokenizer.from_pretrained(args.model))
         visual = VisualTokenizer.from_pretrained(args.visual_tokenizer)
         prompts = Prompts(processor, visual, LaVIT())
-        decoder = LaVIT().image_output.load_decoder(args.decoder, torch.device("cpu"))
+        source = shipped_decoder(args.decoder, visual)
+        decoder = LaVIT().image_output.load_decoder(source, torch.device("cpu"))
         client = AsyncOpenAI(base_url=args.upstream, api_key="none")
         name = args.upstream_model or args.model
         engine = Upstream(prompts, decoder, client, name, args.plain, limits, args.steps)
