@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lavit_tok.checkpoints.weights import WeightsError
     from lavit_tok.codes import CodeError, VisualCodes
     from lavit_tok.config import ConfigError, TokenizerConfig
+    from lavit_tok.data.decode_batch import DecodeBatch, decode_batch
     from lavit_tok.data.shard_manifest import ShardError
     from lavit_tok.data.shard_reader import Shards
     from lavit_tok.data.tokenize_batch import TokenizeBatch, tokenize_batch
@@ -30,6 +31,7 @@ __all__ = [
     "Conditioning",
     "ConfigError",
     "ContinuousPath",
+    "DecodeBatch",
     "ImageError",
     "PixelDecoder",
     "ShardError",
@@ -40,6 +42,7 @@ __all__ = [
     "VisualImageProcessor",
     "VisualTokenizer",
     "WeightsError",
+    "decode_batch",
     "load_released",
     "tokenize_batch",
 ]
@@ -61,6 +64,8 @@ _MODULES = {
     "Shards": "data.shard_reader",
     "TokenizeBatch": "data.tokenize_batch",
     "tokenize_batch": "data.tokenize_batch",
+    "DecodeBatch": "data.decode_batch",
+    "decode_batch": "data.decode_batch",
     "ImageDataModule": "training.data_module",
 }
 

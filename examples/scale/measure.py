@@ -35,11 +35,11 @@ from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.data.shard_writer import write_shards
-from lavit_tok.data.tokenize_batch import decode_batch
+from lavit_tok.data.tokenize_batch import open_batch
 
 ENCODER = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32}
 ENCODER |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-VICTIMS = {"actor": "_Encoder", "task": "_decode"}
+VICTIMS = {"actor": "_Worker", "task": "_read_work"}
 PROGRAM = "import sys; from lavit_tok.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -141,7 +141,7 @@ def speed(counts: list[int]) -> None:
         paths = [{"path": str(path)} for path in sorted(images.iterdir())]
         table = pa.table({"image": paths})
         tables = [table[at : at + 32] for at in range(0, count, 32)]
-        decode = partial(decode_batch, image_processor=tokenizer.image_processor)
+        decode = partial(open_batch, image_processor=tokenizer.image_processor)
         pixels = b"".join(decode(table)["pixels"].to_pylist())
         batches: Any = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
         batches = batches.reshape(count, 3, *[tokenizer.image_processor.size] * 2).split(32)

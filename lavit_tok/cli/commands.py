@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -29,27 +30,21 @@ from lavit_tok.cli.items import (
 )
 from lavit_tok.codes import CodeError, VisualCodes
 from lavit_tok.data.code_files import (
-    BadRecord,
     CodeFileError,
     CodeFileHeader,
     CodeRecord,
     code_writer,
-    read_codes,
     require_suffix,
 )
+from lavit_tok.data.decode_batch import DecodeBatch, generators
+from lavit_tok.data.decode_files import CodeSource, code_files, decode_files, existing
+from lavit_tok.data.ray_engine import RayOptions, map_on_ray, ray_cluster
 from lavit_tok.data.rejects import Rejects
 from lavit_tok.encode.image_processor import open_image
 from lavit_tok.tokenizer import VisualTokenizer
 
 PANEL = 256  # side of a panel in pixels, unless the model's images are larger
 SHEET_IMAGES = 64  # images on the common sheet
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-"""--scheduler -> diffusers class; each is built from the config of the decoder's own."""
 
 
 def encode(arguments: argparse.Namespace) -> int:
@@ -96,42 +91,39 @@ def encode(arguments: argparse.Namespace) -> int:
 
 
 def decode(arguments: argparse.Namespace) -> int:
-    """A code file -> PNG files, named by number and key."""
-    header, records = read_codes(arguments.codes)
-    require_own(arguments.out, arguments.overwrite)
-    decoder = _decoder(arguments, header.tokenizer)
-    size, patches = decoder.conditioner.config.codebook_size, decoder.conditioner.config.patches
+    """Code files -> PNG files, named by number and key, or parquet files of them."""
+    paths, header = code_files(arguments.codes)
+    ray = _ray(arguments)
+    done = existing(arguments.out, arguments.format, arguments.overwrite)
+    stage = _decode_batch(arguments, header.tokenizer)
+    conditioner = stage.decoder.conditioner
+    size, patches = conditioner.config.codebook_size, conditioner.config.patches
     if header.codebook_size != size:
         raise CodeError(
             f"{arguments.codes}: expected codes of a codebook of {size} entries, as the decoder "
             f"has, got {header.codebook_size}: they would decode to unrelated images"
         )
-    if header.fingerprint not in (None, own := decoder.conditioner.fingerprint()):
+    if header.fingerprint not in (None, own := conditioner.fingerprint()):
         raise CodeError(
             f"{arguments.codes}: expected codes of the codebook {own}, as the decoder has, got "
             f"those of {header.fingerprint} (tokenizer {header.tokenizer!r}): they would decode to "
             "unrelated images; use the decoder of that tokenizer, or encode the images again"
         )
-    rejects, count = Rejects(arguments.out / REJECTS, overwrite=arguments.overwrite), 0
-    with rejects:
-        for chunk in chunks(enumerate(progress(records, "decode")), arguments.batch_size):
-            valid: list[tuple[int, CodeRecord]] = []
-            for number, record in chunk:
-                try:
-                    valid.append((number, _validated(record, size, patches)))
-                except ValueError as error:
-                    rejects.add(record.key, error)
-            if not valid:
-                continue
-            codes = VisualCodes.from_list([record.codes for _, record in valid], size)
-            images = _decode(decoder, codes, [number for number, _ in valid], arguments)
-            for (number, record), image in zip(valid, images, strict=True):
-                save_png(image, arguments.out / png_name(number, record.key))
-            count += len(valid)
-        rejects.require(count)
+    block = arguments.shard_size if arguments.format == "parquet" else None
+    digest = stage.digest()
+    source = CodeSource(paths, arguments.batch_size, block, digest, size, patches, done)
+    rejects = Rejects(arguments.out / REJECTS, overwrite=arguments.overwrite)
+    with rejects, nullcontext() if ray is None else ray_cluster(ray):
+        tables: Iterator[Any] = (
+            stage(table) for item in source.work() for table in source.batches(item)
+        )
+        if ray is not None:
+            tables = map_on_ray(source.work(), source.batches, stage, digest, ray)
+        count, earlier = decode_files(tables, arguments.out, rejects)
     remove_partials(arguments.out)
     total = count + len(rejects.items)
-    summary = f"decoded {count} of {total} records into {arguments.out}{rejects.summary()}"
+    before = f", {earlier} of them by earlier runs" if earlier else ""
+    summary = f"decoded {count} of {total} records into {arguments.out}{before}{rejects.summary()}"
     print(summary, file=sys.stderr)
     return 0
 
@@ -142,7 +134,10 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 
     paths = list_images(arguments.images) if arguments.images else photographs()
     require_own(arguments.out, arguments.overwrite)
-    tokenizer, decoder = _tokenizer(arguments), _decoder(arguments, arguments.tokenizer)
+    tokenizer, decoder = (
+        _tokenizer(arguments),
+        _decode_batch(arguments, arguments.tokenizer).decoder,
+    )
     limit_images(tokenizer.image_processor, arguments)
     config, processor = tokenizer.config, tokenizer.image_processor
     side, grid = max(PANEL, config.image_size), config.image_size // config.patch_size
@@ -190,17 +185,13 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 def shards(arguments: argparse.Namespace) -> int:
     """A captioned data set -> parquet shards of codes."""
     try:
-        from lavit_tok.data.ray_engine import RayOptions
         from lavit_tok.data.shard_writer import write_shards
     except ImportError as error:
         raise ImportError(
             f"reading data sets needs more packages: pip install 'lavit-tok[train]' ({error})"
         ) from None
     names = ("split", "budget", "flip", "shard_size", "batch_size", "num_workers", "streaming")
-    options = (arguments.address, arguments.workers, arguments.gpus_per_worker)
-    ray = RayOptions(*options) if arguments.engine == "ray" else None
-    if ray is None and options != (None, 1, 0):
-        raise ValueError("--address, --workers and --gpus-per-worker are options of --engine ray")
+    ray = _ray(arguments)
     columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
     tokenizer = _tokenizer(arguments)
     limit_images(tokenizer.image_processor, arguments)
@@ -291,26 +282,21 @@ def _keep(codes: VisualCodes) -> torch.Tensor:
     return codes.keep
 
 
-def _validated(record: CodeRecord | BadRecord, size: int, patches: int) -> CodeRecord:
-    """The record, if a decoder of this codebook size and patch count can decode it."""
-    if isinstance(record, BadRecord):
-        raise CodeFileError(record.reason)
-    VisualCodes.from_list([record.codes], size)
-    if not 1 <= len(record.codes) <= patches:
-        raise CodeError(f"expected 1..{patches} codes, got {len(record.codes)}")
-    return record
+def _ray(arguments: argparse.Namespace) -> RayOptions | None:
+    """How to run on Ray. Raises ValueError for its options without it."""
+    options = (arguments.address, arguments.workers, arguments.gpus_per_worker)
+    if arguments.engine == "ray":
+        return RayOptions(*options)
+    if options != (None, 1, 0):
+        raise ValueError("--address, --workers and --gpus-per-worker are options of --engine ray")
+    return None
 
 
 def _decode(
     decoder: Any, codes: VisualCodes, numbers: list[int], arguments: argparse.Namespace
 ) -> list[Image.Image]:
     """Images whose noise depends on the seed and their number only, not on the batch size."""
-    seeds = [
-        np.random.SeedSequence((arguments.seed, number)).generate_state(1, np.uint64)[0]
-        for number in numbers
-    ]
-    generators = [torch.Generator().manual_seed(int(seed >> np.uint64(1))) for seed in seeds]
-    options = {"generator": generators, "mode": arguments.mode}
+    options = {"generator": generators(arguments.seed, numbers), "mode": arguments.mode}
     return decoder(codes, arguments.steps, arguments.guidance, **options).images
 
 
@@ -318,18 +304,15 @@ def _tokenizer(arguments: argparse.Namespace) -> VisualTokenizer:
     return VisualTokenizer.from_pretrained(arguments.tokenizer, device=device(arguments.device))
 
 
-def _decoder(arguments: argparse.Namespace, tokenizer: str) -> Any:
-    """The decoder that is named, else the shipped one for this tokenizer."""
-    import diffusers
-
-    from lavit_tok.decode.pipeline import PixelDecoder
-
+def _decode_batch(arguments: argparse.Namespace, tokenizer: str) -> DecodeBatch:
+    """With the decoder that is named, else the shipped one for this tokenizer."""
     name = arguments.decoder or (tokenizer if str(tokenizer) in SHIPPED else "default")
-    decoder = PixelDecoder.from_pretrained(name, device=device(arguments.device))
-    decoder.set_progress_bar_config(disable=True)
-    if arguments.scheduler is not None:
-        if decoder.scheduler is None:
-            raise ValueError("--scheduler: expected a decoder of mode 'sample', this one has none")
-        scheduler = getattr(diffusers, SCHEDULERS[arguments.scheduler])
-        decoder.scheduler = scheduler.from_config(decoder.scheduler.config)
-    return decoder
+    return DecodeBatch(
+        str(name),
+        str(device(arguments.device)),
+        arguments.scheduler,
+        arguments.seed,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance,
+        mode=arguments.mode,
+    )

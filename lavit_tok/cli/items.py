@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
@@ -15,11 +14,14 @@ from typing import TypeVar
 import torch
 from jaxtyping import UInt8
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
 from lavit_tok.checkpoints.files import atomic
+from lavit_tok.data.decode_batch import PROGRAM as PROGRAM
+from lavit_tok.data.decode_batch import png
+from lavit_tok.data.decode_files import existing
+from lavit_tok.data.decode_files import png_name as png_name
 from lavit_tok.data.rejects import Rejects
 from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor, find_images
 
@@ -34,7 +36,6 @@ PHOTOGRAPHS = (
     "coins.png",
 )
 """Photographs in the package scikit-image: six in color, two gray."""
-PROGRAM = "lavit-tok"
 REJECTS, SHEET = "rejects.jsonl", "sheet.png"
 Item = TypeVar("Item")
 
@@ -113,30 +114,14 @@ def device(name: str) -> torch.device:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Save an image, marked as this program's; the file appears when it is complete."""
-    mark = PngInfo()
-    mark.add_text("Software", PROGRAM)
+    content = png(image)
     with atomic(path) as partial:
-        image.save(partial, "PNG", pnginfo=mark)
+        partial.write_bytes(content)
 
 
 def require_own(folder: Path, overwrite: bool) -> None:
     """Raise ValueError for a file that the results would replace, if another program wrote it."""
-    if overwrite or not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if path.name == SHEET or re.fullmatch(r"\d{6}-.*\.png", path.name):
-            with open(path, "rb") as file:  # the mark is in front of the pixels
-                is_own = b"tEXtSoftware\0" + PROGRAM.encode() in file.read(256)
-            if not is_own:
-                raise ValueError(
-                    f"{path}: not written by {PROGRAM}, and results could replace it: use another "
-                    "--out, or --overwrite"
-                )
-
-
-def png_name(number: int, key: str) -> str:
-    """Item 7 with key "a/cat 1.jpg" -> "000007-cat_1.png"."""
-    return f"{number:06d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', Path(key).stem)[:80]}.png"
+    existing(folder, "png", overwrite)
 
 
 def progress(items: Iterable[Item], title: str) -> Iterable[Item]:

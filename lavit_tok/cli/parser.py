@@ -352,6 +352,24 @@ DECODING = (
     ),
 )
 
+ENGINE = (
+    Argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on a cluster, by pip install 'lavit-tok[ray]'; the same files",
+    ),
+    Argument("--address", metavar="A", help="of the Ray cluster, or auto; else a new one"),
+    Argument("--workers", type=positive, default=1, metavar="N", help="of Ray, each with a model"),
+    Argument(
+        "--gpus-per-worker",
+        type=float,
+        default=0.0,
+        metavar="G",
+        help="of Ray, may be a fraction; 0 uses CPUs",
+    ),
+)
+
 COMMANDS: dict[str, Command] = {
     "encode": Command(
         "images -> codes",
@@ -382,9 +400,28 @@ COMMANDS: dict[str, Command] = {
         "codes -> images",
         "lavit_tok.cli.commands:decode",
         (
-            Argument("codes", type=Path, metavar="CODES", help=".parquet or .jsonl from encode"),
-            out_argument("folder for one PNG per record"),
+            Argument(
+                "codes",
+                type=Path,
+                metavar="CODES",
+                help=".parquet or .jsonl from encode, or a folder of such files or shards",
+            ),
+            out_argument("folder for the images; those of an interrupted job are not made again"),
             OVERWRITE_FOLDER,
+            Argument(
+                "--format",
+                choices=("png", "parquet"),
+                default="png",
+                help="a PNG per record, or parquet files of them",
+            ),
+            Argument(
+                "--shard-size",
+                type=positive,
+                default=1024,
+                metavar="N",
+                help="records per parquet file",
+            ),
+            *ENGINE,
             *DECODING,
             batch_argument("; the noise of an image depends only on --seed and its record number"),
             DEVICE,
@@ -422,23 +459,7 @@ COMMANDS: dict[str, Command] = {
                 action="store_true",
                 help="read the data set's files (tar, parquet; URLs too) in order, without a copy",
             ),
-            Argument(
-                "--engine",
-                choices=("local", "ray"),
-                default="local",
-                help="ray: on a cluster, by pip install 'lavit-tok[ray]'; the same files",
-            ),
-            Argument("--address", metavar="A", help="of the Ray cluster, or auto; else a new one"),
-            Argument(
-                "--workers", type=positive, default=1, metavar="N", help="of Ray, each with a model"
-            ),
-            Argument(
-                "--gpus-per-worker",
-                type=float,
-                default=0.0,
-                metavar="G",
-                help="of Ray, may be a fraction; 0 encodes on CPUs",
-            ),
+            *ENGINE,
             Argument("--split", metavar="NAME", help="one split; by default all splits"),
             Argument(
                 "--image-column",

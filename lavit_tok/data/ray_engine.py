@@ -1,6 +1,6 @@
-"""The engine "ray": images are read by tasks on CPUs and encoded by actors that hold the model.
+"""The engine "ray": batches are read by tasks on CPUs and mapped by actors that hold the model.
 
-    work -tasks: read, decode-> batches of pixels -actors: encode-> batches of codes -> driver
+    work -tasks: read-> batches of pixels or codes -actors-> batches of codes or images -> driver
 
 Only the driver writes, so a block is written once, whatever dies: Ray runs lost tasks again, and a
 driver that dies is started again by the user. To Ray a batch is one value (an Arrow stream), which
@@ -27,15 +27,22 @@ import pyarrow as pa
 
 from lavit_tok import __version__
 from lavit_tok.data.shard_manifest import ShardConfig, ShardError
-from lavit_tok.data.shard_source import Work, weights_digest
-from lavit_tok.data.tokenize_batch import tokenize_batch
-from lavit_tok.tokenizer import VisualTokenizer
+from lavit_tok.data.tokenize_batch import TokenizeBatch
 
 PACKAGES = ("torch", "transformers", "pillow")
 BLOCK_BYTES = 4 << 20  # of pixels that go to an actor at once: ten batches of 64-pixel images
 JOINING_S = 60
 INIT_DEATHS = 20  # actors in turn that die before their first batch; by default Ray accepts none
 Row = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Examples for one process to read: of part `part`, numbers start..stop-1, or all."""
+
+    part: int
+    start: int = 0
+    stop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,18 +106,27 @@ def ray_cluster(options: RayOptions) -> Iterator[None]:
 def encode_on_ray(
     work: list[Work], read: Any, config: ShardConfig, tokenizer: str, options: RayOptions
 ) -> Iterator[pa.Table]:
-    """Tables of codes in the order in which they are made, in a `ray_cluster`.
+    """`map_on_ray` by the tokenizer of a config."""
+    stage = TokenizeBatch(tokenizer, "cpu", config.budget, config.flip)
+    return map_on_ray(work, read, stage, config.weights, options)
+
+
+def map_on_ray(
+    work: list[Work], read: Any, stage: Any, digest: str, options: RayOptions
+) -> Iterator[pa.Table]:
+    """Tables in the order in which they are made, in a `ray_cluster`.
 
     Args:
         work: what to read.
-        read: gives decoded batches of an item of work; pickled, so files are read by paths or URLs
-            that all machines have in common.
-        config: what all shards have in common.
-        tokenizer: "default", directory or Hub id, loaded by every actor.
+        read: gives batches of an item of work; pickled, so files are read by paths or URLs that all
+            machines have in common.
+        stage: maps tables by a model that it loads in every actor; a `TokenizeBatch` or
+            `DecodeBatch`.
+        digest: that of the stage here.
         options: of the cluster.
 
     Raises:
-        ShardError: of `read`, or a worker that would make other codes or no codes.
+        ShardError: of `read`, or a worker with another model or packages, or without them.
     """
     import ray
     from ray.data.context import DataContext
@@ -124,14 +140,14 @@ def encode_on_ray(
     with DataContext.current(context):
         rows = [asdict(item) for item in work]
         items = ray.data.from_items(rows, override_num_blocks=len(rows))
-    codes = items.flat_map(_decode, fn_kwargs={"read": read}).map(
-        _Encoder,
-        fn_constructor_args=(config, tokenizer, versions()),
+    mapped = items.flat_map(_read_work, fn_kwargs={"read": read}).map(
+        _Worker,
+        fn_constructor_args=(stage, digest, versions()),
         compute=ray.data.ActorPoolStrategy(size=min(options.workers, len(work))),
         **options.resources,
     )
     try:
-        for row in codes.iter_rows():
+        for row in mapped.iter_rows():
             yield _table(row)
     except ray.exceptions.RayError as error:
         raise _error(error) from None
@@ -189,47 +205,47 @@ def _require_resources(options: RayOptions) -> None:
         time.sleep(1)
 
 
-def _decode(row: dict[str, Any], read: Any) -> Iterator[Row]:
+def _read_work(row: dict[str, Any], read: Any) -> Iterator[Row]:
     """The task."""
     for table in read(Work(**row)):
         yield _row(table)
 
 
-class _Encoder:
+class _Worker:
     """The actor."""
 
-    def __init__(self, config: ShardConfig, tokenizer: str, expected: dict[str, str]) -> None:
-        self.config, self.name, self.expected = config, tokenizer, expected
+    def __init__(self, stage: Any, digest: str, expected: dict[str, str]) -> None:
+        self.unchecked, self.digest, self.expected = stage, digest, expected
 
     @cached_property
-    def tokenizer(self) -> VisualTokenizer:
+    def stage(self) -> Any:
         """Loaded with the first batch, as Ray starts an actor that cannot be made once more.
 
         Raises:
-            ShardError: it would make other codes than the driver expects.
+            ShardError: it would make other codes or images than the driver expects.
         """
         import ray
 
         if (found := versions()) != self.expected:
             raise ShardError(
-                f"a worker has {found}, the driver {self.expected}: shards of both would be mixed; "
-                "install the same packages on all machines"
+                f"a worker has {found}, the driver {self.expected}: results of both would be "
+                "mixed; install the same packages on all machines"
             )
-        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        stage = self.unchecked
+        stage.device = "cuda" if ray.get_gpu_ids() else "cpu"
         try:
-            tokenizer = VisualTokenizer.from_pretrained(self.name, device=device)
+            digest = stage.digest()
         except (ValueError, OSError) as error:
-            raise ShardError(f"a worker cannot load the tokenizer: {error}") from None
-        if (digest := weights_digest(tokenizer)) != self.config.weights:
+            raise ShardError(f"a worker cannot load the {stage.model}: {error}") from None
+        if digest != self.digest:
             raise ShardError(
-                f"a worker's tokenizer {self.name!r} has weights {digest}, the driver's "
-                f"{self.config.weights}: shards of both would be mixed"
+                f"a worker's {stage.model} {stage.name!r} has weights {digest}, the driver's "
+                f"{self.digest}: results of both would be mixed"
             )
-        return tokenizer
+        return stage
 
     def __call__(self, row: Row) -> Row:
-        config = self.config
-        return _row(tokenize_batch(_table(row), self.tokenizer, config.budget, config.flip))
+        return _row(self.stage(_table(row)))
 
 
 def _row(table: pa.Table) -> Row:

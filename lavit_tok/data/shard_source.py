@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,9 @@ import pyarrow.compute as pc
 import torch
 
 from lavit_tok.data.image_sources import KEY_COLUMNS, example_key, undecoded
+from lavit_tok.data.ray_engine import Work
 from lavit_tok.data.shard_manifest import ShardError, SplitColumns, shard_name
-from lavit_tok.data.tokenize_batch import decode_batch
+from lavit_tok.data.tokenize_batch import open_batch
 from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.tokenizer import VisualTokenizer
 
@@ -47,15 +47,6 @@ EXAMPLES = pa.schema(
 )
 BLOCK_END, PART_END = 1, 2
 Example = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Work:
-    """Examples for one process to read: of part `part`, numbers start..stop-1, or all."""
-
-    part: int
-    start: int = 0
-    stop: int | None = None
 
 
 class ImageSource:
@@ -164,10 +155,10 @@ class SplitImages(ImageSource):
                 if start + i + 1 == block_end:
                     end = PART_END if block_end == len(self) else BLOCK_END
                 rows.append({"file": file, "index": start + i, "end": end, **row})
-            yield decode_batch(pa.Table.from_pylist(rows, EXAMPLES), self.image_processor)
+            yield open_batch(pa.Table.from_pylist(rows, EXAMPLES), self.image_processor)
 
     def decoded(self, index: int) -> pa.Table:
-        """One example; see `decode_batch`."""
+        """One example; see `open_batch`."""
         (table,) = self.batches(Work(0, index, index + 1), "", len(self), 1, {})
         return table
 
@@ -207,7 +198,7 @@ class StreamedImages(ImageSource):
         following = next(stream, None)
         if following is None:
             rows = [{"file": shard_name(name, 0, work.part), "index": -1, "end": PART_END}]
-            yield decode_batch(pa.Table.from_pylist(rows, EXAMPLES), self.image_processor)
+            yield open_batch(pa.Table.from_pylist(rows, EXAMPLES), self.image_processor)
         block = 0
         while following is not None:
             file = shard_name(name, block, work.part)
@@ -227,7 +218,7 @@ class StreamedImages(ImageSource):
                     index, following = index + 1, ahead
                     if len(rows) == step or end:
                         table = pa.Table.from_pylist(rows, EXAMPLES)
-                        yield decode_batch(table, self.image_processor)
+                        yield open_batch(table, self.image_processor)
                         rows = []
             block += 1
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from lavit_tok.checkpoints.files import atomic, exclusive_folder
 from lavit_tok.data.image_sources import hold_out, load_splits
-from lavit_tok.data.ray_engine import RayOptions, encode_on_ray, ray_cluster
+from lavit_tok.data.ray_engine import RayOptions, Work, encode_on_ray, ray_cluster
 from lavit_tok.data.rejects import AllSkippedError
 from lavit_tok.data.shard_footers import (
     complete_parts,
@@ -48,7 +48,6 @@ from lavit_tok.data.shard_source import (
     PART_END,
     SplitImages,
     StreamedImages,
-    Work,
     digest,
     weights_digest,
 )

@@ -1,6 +1,6 @@
 """One function from a table of images to a table of codes, for every engine that maps tables.
 
-    key, image, ...  -decode_batch->  key, pixels, reason, ...
+    key, image, ...  -open_batch->    key, pixels, reason, ...
                      -tokenize_batch-> key, codes, length, keep, reason, ...[, flipped]
 
 Other columns are passed through. With flip every image is followed by its horizontal flip:
@@ -23,7 +23,7 @@ from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
 from lavit_tok.tokenizer import VisualTokenizer
 
 
-def decode_batch(table: pa.Table, image_processor: VisualImageProcessor) -> pa.Table:
+def open_batch(table: pa.Table, image_processor: VisualImageProcessor) -> pa.Table:
     """Open and resize images, on any CPU.
 
     Args:
@@ -64,7 +64,7 @@ def tokenize_batch(
     """Encode the images of a table; a corrupt image is a record with a reason and no codes.
 
     Args:
-        table: with "image", or with "pixels" and "reason"; see `decode_batch`.
+        table: with "image", or with "pixels" and "reason"; see `open_batch`.
         tokenizer: encodes all images as one batch.
         budget: see `VisualTokenizer.encode`.
         flip: add the horizontal flip of each image.
@@ -74,7 +74,7 @@ def tokenize_batch(
         "length" (int32), "reason", and with flip "flipped" (bool), in place of the image.
     """
     if "pixels" not in table.column_names:
-        table = decode_batch(table, tokenizer.image_processor)
+        table = open_batch(table, tokenizer.image_processor)
     readable = table["reason"].is_null().to_numpy()
     views, count = 1 + flip, int(readable.sum())
     copies = np.where(readable, views, 1)
@@ -102,6 +102,8 @@ class TokenizeBatch:
         budget, flip: see `tokenize_batch`.
     """
 
+    model = "tokenizer"
+
     def __init__(
         self,
         tokenizer: str = "default",
@@ -115,6 +117,12 @@ class TokenizeBatch:
     def tokenizer(self) -> VisualTokenizer:
         """The loaded tokenizer."""
         return VisualTokenizer.from_pretrained(self.name, device=self.device)
+
+    def digest(self) -> str:
+        """16 hexadecimal digits of all that codes depend on."""
+        from lavit_tok.data.shard_source import weights_digest
+
+        return weights_digest(self.tokenizer)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return tokenize_batch(table, self.tokenizer, self.budget, self.flip)

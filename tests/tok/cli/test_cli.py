@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -16,12 +17,13 @@ from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
 
-from lavit_tok import TokenizerConfig, VisualTokenizer
+from lavit_tok import DecodeBatch, TokenizerConfig, VisualTokenizer
 from lavit_tok.cli.items import photographs
 from lavit_tok.cli.parser import COMMANDS, main, quality
 from lavit_tok.data.code_files import (
@@ -695,6 +697,71 @@ def test_hostile_lines_are_rejected_and_the_others_decoded(
     reasons = [line["reason"] for line in json_lines((out / "rejects.jsonl").read_text())]
     assert reasons[:2] == ["nested too deeply"] * 2
     assert "not UTF-8" in reasons[2]
+
+
+@pytest.mark.parametrize("suffix", ["png", "parquet"])
+def test_decoding_is_resumed(suffix: str, weights: Path, tmp_path: Path, capsys: Any) -> None:
+    """Two code files, number 1 of the second corrupt; other options and records are made again."""
+    (codes := tmp_path / "codes").mkdir()
+    for name in "ab":
+        with code_writer(codes / f"{name}.jsonl", CodeFileHeader("t", 16, 16)) as writer:
+            bad = [99] if name == "b" else [1]
+            writer.add([CodeRecord(f"{name}{i}", bad if i == 1 else [i]) for i in range(3)])
+    out = tmp_path / "out"
+    command = args("decode", codes, "--decoder", weights / "decoder", "--steps", 1, "--out", out)
+    command += ["--format", suffix, "--shard-size", "2", "--batch-size", "2"]
+
+    def run(*more: str) -> tuple[str, dict[str, bytes]]:
+        assert main([*command, *more]) == 0
+        found = {path.name: path.read_bytes() for path in out.glob(f"*.{suffix}")}
+        return capsys.readouterr().err.splitlines()[-1], found
+
+    message, whole = run()
+    assert message.startswith("decoded 5 of 6")
+    assert "1 skipped" in message and "earlier" not in message
+    (reject,) = json_lines((out / "rejects.jsonl").read_text())
+    assert reject["key"] == "b1"
+    if suffix == "parquet":
+        names = [f"0000{part}-0000{block}.parquet" for part in (0, 1) for block in (0, 1)]
+        assert sorted(whole) == names
+        tables = [pq.read_table(out / name) for name in sorted(whole)]
+        keys = [key for table in tables for key in table["key"].to_pylist()]
+        assert keys == ["a0", "a1", "a2", "b0", "b2"]
+        for image in tables[0]["image"].to_pylist():
+            assert Image.open(io.BytesIO(image["bytes"])).size == (16, 16)
+    else:
+        assert sorted(whole) == [f"00000-00000{i}-a{i}.png" for i in range(3)] + [
+            "00001-000000-b0.png",
+            "00001-000002-b2.png",
+        ]
+    first, *others = sorted(out.glob(f"*.{suffix}"))
+    first.unlink()
+    times = [path.stat().st_mtime_ns for path in others]
+    message, found = run()
+    assert found == whole and [path.stat().st_mtime_ns for path in others] == times
+    assert f"{3 if suffix == 'parquet' else 4} of them by earlier runs; 1 skipped" in message
+    message, found = run("--seed", "1")
+    assert "earlier" not in message and all(found[name] != whole[name] for name in whole)
+    with code_writer(codes / "c.jsonl", CodeFileHeader("t", 16, 16, "another")) as writer:
+        writer.add([CodeRecord("c", [1])])
+    assert main(command) == 2
+    assert "c.jsonl: expected the fingerprint None of a.jsonl" in capsys.readouterr().err
+
+
+def test_decode_batch(weights: Path) -> None:
+    """The table that engines map: other columns stay, bad records have a reason."""
+    codes = [[1, 2], [16], None]
+    table = pa.table({"key": ["a", "b", "c"], "codes": codes, "length": [2, 1, None]})
+    stage = pickle.loads(pickle.dumps(DecodeBatch(str(weights / "decoder"), num_inference_steps=1)))
+    found = stage(table)
+    assert found.column_names == ["key", "image", "reason"] and found["key"] == table["key"]
+    image, bad, absent = found["image"].to_pylist()
+    assert Image.open(io.BytesIO(image)).size == (16, 16) and bad is absent is None
+    assert found["reason"].is_null().to_pylist() == [True, False, True]
+    alone = stage(table.slice(0, 1).append_column("index", pa.array([0])))
+    assert alone["image"][0].as_py() == image
+    other = stage(table.slice(0, 1).append_column("index", pa.array([1])))
+    assert other["image"][0].as_py() != image
 
 
 def test_lines_of_a_gigabyte_are_rejected(weights: Path, tmp_path: Path, capsys: Any) -> None:

@@ -113,11 +113,24 @@ def test_streams(cluster: str, work: tuple[Path, list[str]], tmp_path: Path) -> 
     assert files(tmp_path / "out") == whole and len(whole) == 8  # 2 x 3 shards
 
 
+def test_decoding(
+    cluster: str, work: tuple[Path, list[str]], tiny_decoder: Any, tmp_path: Path
+) -> None:
+    folder, _ = work
+    tiny_decoder.save_pretrained(tmp_path / "decoder")
+    job = ["decode", str(folder / "streamed"), "--decoder", str(tmp_path / "decoder")]
+    job += ["--steps", "1", "--format", "parquet", "--shard-size", "4", "--batch-size", "3"]
+    assert main([*job, "--out", str(tmp_path / "local")]) == 0
+    assert main([*job, "--out", str(tmp_path / "ray"), "--engine", "ray", "--workers", "2"]) == 0
+    whole = files(tmp_path / "local")
+    assert files(tmp_path / "ray") == whole and len(whole) >= 6
+
+
 def _kill_encoders(stop: threading.Event, killed: list[int], seed: int) -> None:
     """SIGKILL to a random process that encodes, now and then; at most three."""
     draw = random.Random(seed)
     while not stop.is_set() and len(killed) < 3:
-        found = [p for p in psutil.Process().children(True) if "_Encoder" in _title(p)]
+        found = [p for p in psutil.Process().children(True) if "_Worker" in _title(p)]
         if found and draw.random() < 0.3:
             process = draw.choice(found)
             process.kill()
@@ -180,13 +193,13 @@ def test_clusters_that_would_make_other_codes(
         assert main(job) == 2
         message = capsys.readouterr().err
         assert "error: a worker's tokenizer" in message
-        assert "the driver's 0000000000000000: shards of both would be mixed" in message
+        assert "the driver's 0000000000000000: results of both would be mixed" in message
     with monkeypatch.context() as patch:
         patch.setattr(ray_engine, "versions", lambda: {"torch": "0.4"})
         assert main(job) == 2
         message = capsys.readouterr().err
         assert "error: a worker has {'torch': " in message
-        assert "the driver {'torch': '0.4'}: shards of both would be mixed" in message
+        assert "the driver {'torch': '0.4'}: results of both would be mixed" in message
     assert main([*job, "--workers", "3"]) == 2
     assert (
         "3 workers need 2.5 CPUs and 0 GPUs, the Ray cluster has 2 and 0" in capsys.readouterr().err
