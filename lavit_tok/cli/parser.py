@@ -1,7 +1,7 @@
 """The command line `lavit-tok`: its commands and arguments, and how bad input is reported.
 
     encode IMAGES...          images -> codes (.parquet, .jsonl, or JSON lines on stdout)
-    decode CODES --out DIR    codes -> PNG files
+    decode CODES --out DIR    codes -> PNG or parquet files
     reconstruct [IMAGES...]   original, kept patches and reconstruction side by side
     shards DATASET --out DIR  a captioned data set -> parquet shards of codes, to train LMs on
     shards verify DIR         their check; makes the manifest again

@@ -111,6 +111,10 @@ def test_streams(cluster: str, work: tuple[Path, list[str]], tmp_path: Path) -> 
     assert main([*job, "--engine", "ray", "--workers", "2"]) == 0
     whole = files(folder / "streamed")
     assert files(tmp_path / "out") == whole and len(whole) == 8  # 2 x 3 shards
+    job[-4:] = [f"file://{folder}/tars/*.tar", "--streaming", "--out", str(tmp_path / "url")]
+    assert main([*job, "--engine", "ray", "--workers", "2"]) == 0
+    found = files(tmp_path / "url")
+    assert {name for name in whole if found[name] != whole[name]} == {"manifest.json"}
 
 
 def test_decoding(

@@ -535,6 +535,25 @@ def test_streams_of_tars_and_urls(
     assert records["caption"][:] == [f"text {i}" for i in good]
 
 
+def test_keys_that_occur_twice_and_addresses_without_data(
+    shards: Callable[..., Path], album: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """No record is lost; `verify` counts the keys, and an address is one line."""
+    content = {"bytes": (album / "train/00.png").read_bytes(), "path": None}
+    path = tmp_path / "keys.parquet"
+    keys = ["a", "a", "b", "c", "d", "a"]  # two in one shard, one in another
+    pq.write_table(pa.table({"key": keys, "image": [content] * 6}), path)
+    out = shards("out", "--flip", data=path)
+    assert main(["shards", "verify", str(out)]) == 0
+    assert "2 shards, 12 records; " in (message := capsys.readouterr().err)
+    assert message.endswith("; 2 images have the key of another one\n")
+    for url in (f"file://{tmp_path}/absent.tar", "http://127.0.0.1:9/a.parquet"):
+        shards("absent", "--streaming", data=url, code=2)
+        message = capsys.readouterr().err
+        assert message.startswith(f"lavit-tok: error: {url}: expected an image folder")
+        assert message.count("\n") == 1 and f"Unable to find '{url}'" in message
+
+
 def test_streams_without_examples_and_damaged_ones(
     shards: Callable[..., Path], album: Path, tmp_path: Path, capsys: Any
 ) -> None:
