@@ -28,18 +28,20 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME
 
 from lavit_lm.auto.configuration_lavit import LavitConfig
-from lavit_tok import VisualCodes, VisualImageProcessor, WeightsError
+from lavit_tok import VisualCodes, VisualImageProcessor, VisualTokenizer, WeightsError
 from lavit_tok.checkpoints.weights import find_directory, read_header
-from lavit_tok.encode.rate_control import Request
 
 if TYPE_CHECKING:
     from lavit_lm.objectives.records import CodesDecoder
-    from lavit_tok import VisualTokenizer
 
 IMAGE = "<image>"
 TEXT_KWARGS = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 # Not by `class`, whose annotations would be strings here: `transformers` reads types from them.
-CODES_KWARGS = {name: kind | None for name, kind in get_type_hints(Request).items()}
+CODES_KWARGS = {
+    name: kind | None
+    for name, kind in get_type_hints(VisualTokenizer.encode).items()
+    if name not in ("images", "sample", "generator", "return")
+}
 CodesKwargs: Any = TypedDict(
     "CodesKwargs",
     {**ImagesKwargs.__annotations__, **CODES_KWARGS},  # type: ignore[misc]
@@ -233,9 +235,7 @@ class LavitProcessor(ProcessorMixin):
                 "image_processor has the options of the preprocessing"
             )
         visual, batch = self.visual_tokenizer, make_flat_list_of_images(images)
-        pixels = self.image_processor.normalize(self.image_processor.to_uint8(batch))
-        pixels = pixels.to(visual.device, visual.dtype)
-        codes = visual.encode_pixels(pixels, request=Request(**given))
+        codes = visual.encode(self.image_processor.to_uint8(batch), **given)
         v = self.vocabulary
         images_ids = [v.to_ids(one[: v.max_codes].cpu()).tolist() for one in codes]
         ids = [[v.begin, *one, v.end] for one in images_ids]
