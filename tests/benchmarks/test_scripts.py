@@ -23,8 +23,8 @@ from PIL import Image
 from lavit_lm import MultimodalLM
 from lavit_tok import VisualTokenizer
 
-from benchmarks import captioning, compare, lm_quality, packing  # isort: skip
-from benchmarks import reconstruction, softmax, speed, tokens_per_image  # isort: skip
+from benchmarks import captioning, compare, lm_quality  # isort: skip
+from benchmarks import reconstruction, speed, tokens_per_image  # isort: skip
 from benchmarks.shared import cache, cli, datasets, metrics, provenance, report  # isort: skip
 
 ROOT = Path(__file__).parents[2]
@@ -341,46 +341,6 @@ def test_generation(run: Any, refused: Any, model: Path, tmp_path: Path) -> None
 
 
 # Language models
-
-
-def test_packing(run: Any, refused: Any, folder: Path, tmp_path: Path) -> None:
-    from helpers.lm_runs import SMALL
-
-    (tmp_path / "lm.json").write_text(json.dumps(SMALL))
-    args = ["--shards", folder / "shards", "--text-tokenizer", folder / "text", "--batch-size", 2]
-    args += ["--tokenizer", folder / "visual", "--model", tmp_path / "lm.json", "--block", 64]
-    found = run(packing, *args, "--repeats", 2, "--batches", 2, "--steps", 2, "--warm", 1)
-    fill, forms, overhead = found["fill"], found["speed"]["forms"], found["overhead"]
-    assert fill["fill"] == pytest.approx(fill["used"] / (64 * fill["blocks"]))
-    assert (fill["sequences"], fill["too_long"]) == (24, 0)
-    for form in forms.values():
-        assert form["fill"] * form["positions"] == pytest.approx(found["speed"]["useful_tokens"])
-    # Before the first step both have the same weights, and so the same loss.
-    first = overhead["first_loss"]
-    assert first["lavit-tok"] == pytest.approx(first["bare"], abs=1e-4)
-    assert "expected --shards" in refused(packing, "--out", tmp_path)
-    line = refused(packing, *args, "--model", "nowhere", "--out", tmp_path)
-    assert "--model: expected a JSON config" in line
-
-
-def test_softmax(run: Any, tmp_path: Path) -> None:
-    from helpers.lm_runs import SMALL
-
-    (tmp_path / "lm.json").write_text(json.dumps(SMALL))
-    args = ["--model", tmp_path / "lm.json", "--codebook-size", 64, "--stages", 5, "--block", 64]
-    found = run(softmax, *args, "--batch-size", 2, "--repeats", 1)
-    assert (found["ids"], found["positions"]) == (2050 + 5 * 64, 128)
-    assert 100 < found["targets"] < 128
-    slow, fast = found["seconds"].values()
-    assert found["ratio"] == pytest.approx(slow / fast)
-
-
-def test_padded_batches() -> None:
-    sequences = [[0] * n for n in (3, 9, 1, 2, 8, 4)]
-    dealt = packing.shuffled(sequences, 4, seed=0)
-    assert sorted(len(one) for batch in dealt for one in batch) == [1, 2, 3, 4, 8, 9]
-    batches = packing.similar_lengths(sequences, 16)  # two sequences of 9 positions would be 18
-    assert [[len(one) for one in batch] for batch in batches] == [[9], [8, 4], [3, 2, 1]]
 
 
 def test_captions_are_chosen_by_seed() -> None:
