@@ -23,6 +23,18 @@ def small_unet(cross_attention_dim: int) -> Any:
     )
 
 
+UNET: dict[str, Any] = {
+    "sample_size": 16,
+    "block_out_channels": [16, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+}
+"""Config of a U-Net for latents of 16 x 16."""
+
+
 def small_vae(sample_size: int = 16, **others: Any) -> Any:
     """Half the side, 4 channels."""
     from diffusers import AutoencoderKL

@@ -73,3 +73,28 @@ def fit_tokenizer(folder: Path, config: Any, options: dict[str, Any]) -> Any:
     trainer.fit(module, ImageDataModule(str(folder / "images"), image_size=32, batch_size=4))
     # Not as tensors: those are shared with the sending process, which ends.
     return images, codes, {name: value.numpy() for name, value in module.state_dict().items()}
+
+
+def fit_decoder(folder: Path, unet: Any, options: dict[str, Any]) -> Any:
+    """Three steps with the tokenizer and VAE of a folder: (images of each step, state)."""
+    from pytorch_lightning import Callback, Trainer
+
+    from lavit_tok import ImageDataModule
+    from lavit_tok.training.decoder_training import PixelDecoderTraining
+
+    images = []
+
+    class Record(Callback):
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, out: Any, batch: Any, i: int
+        ) -> None:
+            images.append(batch["index"].tolist())
+
+    parts = {name: str(folder / name) for name in ("tokenizer", "vae")}
+    arguments = {"config": unet, "cross_dims": (16,), "every": 0, "warmup_steps": 1, "lr": 1e-2}
+    module = trainer_of(PixelDecoderTraining, **parts, **arguments, ema_decay=0.6)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
+    options = {"max_steps": 3, "accelerator": "cpu", "num_sanity_val_steps": 0, **options, **quiet}
+    trainer = Trainer(callbacks=[Record()], default_root_dir=folder, **options)
+    trainer.fit(module, ImageDataModule(str(folder / "images"), image_size=32, batch_size=4))
+    return images, {name: value.numpy() for name, value in module.state_dict().items()}

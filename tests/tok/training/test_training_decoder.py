@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers.small_diffusion import small_vae
+from helpers.small_diffusion import UNET, small_vae
 from helpers.trainers import trainer_of, two_steps
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -22,16 +22,6 @@ from lavit_tok.training.data_module import ImageDataModule
 from lavit_tok.training.decoder_training import PixelDecoderTraining
 from lavit_tok.training.encoded_images import EncodedSet, FrozenEncoders
 from lavit_tok.training.logging import step_generator
-
-UNET: dict[str, Any] = {
-    "sample_size": 16,
-    "block_out_channels": [16, 16],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "attention_head_dim": 4,
-    "norm_num_groups": 4,
-}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from lavit_tok.training.nested_codebook import NestedCodebookConfig
 from lavit_tok.training.nested_training import NestedTokenizerTraining, log_uniform
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
-CONFIG = TokenizerConfig(**SETTINGS, error_hidden=8)
+CONFIG = TokenizerConfig(**SETTINGS, error_hidden=32)
 
 
 @pytest.fixture(scope="module")
