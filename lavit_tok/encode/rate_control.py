@@ -143,7 +143,8 @@ class RateControl:
         errors = self.tokenizer.priced_errors(self.features, self._left(most))
         price = self.tokenizer.config.price if request.rate is None else request.rate
         if request.budget is not None:
-            counts = counts_at_total(errors, round(request.budget * errors.numel()))
+            total = round(request.budget * len(errors) * self.patches)
+            counts = counts_at_total(errors, total)
         else:
             counts = counts_at_price(errors, price)
         counts = counts.clamp(least, most)

@@ -125,6 +125,8 @@ def test_a_fraction_is_dealt_by_predicted_gain(
     codes = tokenizer.encode(images, budget=0.4)
     assert int(codes.lengths.sum()) == 32
     assert len(set(codes.lengths.tolist())) > 1
+    limited = tokenizer.encode(images, budget=0.4, max_codes=8).lengths
+    assert int(limited.sum()) == 32 and int(limited.max()) <= 8
 
 
 @pytest.mark.parametrize("quality", [0.05, ("psnr", 6.0)])
