@@ -177,6 +177,11 @@ def together(world: int, target: Callable[..., Any], *arguments: Any) -> list[An
                 except EOFError:
                     return []
                 if isinstance(results[pipe], str):
+                    # Others lose their connection to a process that is killed, maybe first.
+                    for process, _ in started:
+                        process.join(5)
+                    if any((process.exitcode or 0) < 0 for process, _ in started):
+                        return []
                     raise AssertionError(results[pipe])
     finally:
         for process, pipe in started:
