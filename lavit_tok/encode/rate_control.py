@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_tok.codes import VisualCodes, first_ranks
+from lavit_tok.codes import RaggedLayout, VisualCodes, first_ranks
 from lavit_tok.encode.allocation import check_budget
 from lavit_tok.encode.efficientnet import patch_colors
 from lavit_tok.encode.rate_distortion import (
@@ -127,7 +127,7 @@ class RateControl:
             selected = self.tokenizer.select(self.tokenizer.score(self.features), request.budget)
             counts, error = selected.sum(1).clamp(least, most), None
         else:
-            counts, error = self._for_price(request, least, most), None
+            counts, error = self._for_price(request, least, most)
         if error is None and self.tokenizer.config.error_hidden:
             error = at(self._predicted("cosine", int(counts.max())), counts)
         return self.codes(counts, error)
@@ -139,7 +139,7 @@ class RateControl:
         kept = keep_scores(self.tokenizer.score(self.features))
         return first_kept(kept.argsort(dim=1, descending=True, stable=True), counts)
 
-    def _for_price(self, request: Request, least: int, most: int) -> Counts:
+    def _for_price(self, request: Request, least: int, most: int) -> tuple[Counts, Errors | None]:
         errors = self.tokenizer.priced_errors(self.features, self._left(most))
         price = self.tokenizer.config.price if request.rate is None else request.rate
         if request.budget is not None:
@@ -151,7 +151,8 @@ class RateControl:
         if request.rate is not None and request.exact:
             counts, _ = cheapest_near(self._measure_priced(), counts, price, most)
             counts = counts.clamp(min=least)
-        return counts
+        # Of colors, the cosine's error is another prediction
+        return counts, at(errors, counts) if self.tokenizer.config.priced == "cosine" else None
 
     def _for_quality(
         self, target: Target, request: Request, least: int, most: int
@@ -214,9 +215,9 @@ class RateControl:
         tok, keep = self.tokenizer, self.keep(counts)
         if not tok.nested:
             return tok.encode_kept(self.features, keep, error)
-        values = self._encoded(int(counts.max()))[0]
-        kept = torch.arange(values.shape[1], device=counts.device) < counts[:, None]
-        return VisualCodes(values[kept], counts, keep, tok.config.codebook_size, True, error)
+        layout = RaggedLayout(counts)
+        values = layout.unpad(self._encoded(layout.width)[0])
+        return VisualCodes(values, counts, keep, tok.config.codebook_size, True, error)
 
     def _measure_priced(self) -> Callable[[Counts], Errors]:
         if self.tokenizer.config.priced == "cosine":

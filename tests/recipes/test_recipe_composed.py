@@ -6,30 +6,17 @@ import hashlib
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "data"
-MODULES = ("build", "captions", "colors", "composed", "instruct", "objects", "sources", "views")
 MONUMENTS = "explore_monuments/resource"
 SHAPES = ("star", "heart", "apple", "pear", "book", "fish", "key", "car", "cat", "tree")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def recipe_path():
-    """Let the recipe's scripts be imported, and forget their short names afterwards."""
-    before = {name: sys.modules.pop(name, None) for name in MODULES}
-    sys.path.insert(0, str(RECIPE))
-    yield
-    sys.path.remove(str(RECIPE))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-        if before[name] is not None:
-            sys.modules[name] = before[name]
+pytestmark = pytest.mark.usefixtures("data_recipe")
 
 
 def shape(number: int, fill: tuple[int, int, int]) -> Image.Image:

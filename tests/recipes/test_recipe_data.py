@@ -11,21 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "data"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def recipe_path():
-    """Let the recipe's scripts be imported, and forget their short names afterwards."""
-    names = ("build", "captions", "fetch", "held_out", "qt_resources", "sources", "views")
-    before = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(RECIPE))
-    yield
-    sys.path.remove(str(RECIPE))
-    for name in names:
-        sys.modules.pop(name, None)
-        if before[name] is not None:
-            sys.modules[name] = before[name]
+pytestmark = pytest.mark.usefixtures("data_recipe")
 
 
 def test_held_out_images_are_copied_from_unpacked_packages(tmp_path: Path, monkeypatch):
