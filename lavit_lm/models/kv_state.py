@@ -12,6 +12,7 @@ never attended to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -112,8 +113,14 @@ class DecodingState:
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     """The argument of a model's forward pass for a cache: "cache" from transformers 5.24 on."""
-    names = signature(type(model).forward).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
+    kind: Any = type(model)
+    return {_cache_name(kind): cache}
+
+
+@lru_cache(maxsize=32)  # needed at every step
+def _cache_name(kind: Any) -> str:
+    names = signature(kind.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def check_context(config: Any, length: int, max_new_tokens: int) -> None:
