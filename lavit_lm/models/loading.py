@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from lavit_lm.models.encoder_decoder import PrefixSeq2Seq
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.vocabulary.embeddings import embed_codebook, extend_embeddings
+from lavit_lm.vocabulary.embeddings import CodeMap, embed_codebook, extend_embeddings
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary, VocabularyError
 from lavit_tok import WeightsError
@@ -194,11 +194,18 @@ def sequence_model(
     bridge: nn.Module | None = None,
     regressor: nn.Module | None = None,
     restricted: VisualVocabulary | None = None,
+    code_map: CodeMap | None = None,
 ) -> SequenceModel:
-    """The LM over packed sequences; an encoder-decoder splits each at the end of its prefix."""
+    """The LM over packed sequences; an encoder-decoder splits each at the end of its prefix.
+
+    Raises:
+        ValueError: see SequenceModel; a `code_map` with an encoder-decoder.
+    """
     if lm.config.is_encoder_decoder:
+        if code_map is not None:
+            raise ValueError("mapped embeddings of codes: expected a causal LM")
         return PrefixSeq2Seq(lm, bridge, regressor)
-    return SequenceModel(lm, bridge, regressor, restricted)
+    return SequenceModel(lm, bridge, regressor, restricted, code_map)
 
 
 def with_lora(lm: Any, vocabulary: VisualVocabulary, lora: dict[str, Any]) -> Any:

@@ -8,18 +8,21 @@ ids, images -> input embeddings -> the LM's blocks under the mask of masks.py ->
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lavit_lm.models.kv_state import DecodingState
 from lavit_lm.models.losses import Head, ModelOutput
 from lavit_lm.sequences.masks import model_mask
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.sequences.token_sequence import TokenSequence
+from lavit_lm.vocabulary.embeddings import CodeMap
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
 
@@ -34,9 +37,11 @@ class SequenceModel(nn.Module):
         regressor: hidden states -> vectors of the LM's hidden size; None if only ids are predicted.
         restricted: the vocabulary, if losses compare every id with those only that can be at its
             position; see LaVIT.
+        code_map: computes the embeddings of codes while the model is trained; see CodeMap.
 
     Raises:
-        ValueError: `restricted` with ids in another order than VisualVocabulary.extend gives.
+        ValueError: `restricted` with ids in another order than VisualVocabulary.extend gives; a
+            `code_map` with input embeddings and output layer that are not tied.
     """
 
     def __init__(
@@ -45,12 +50,18 @@ class SequenceModel(nn.Module):
         bridge: nn.Module | None = None,
         regressor: nn.Module | None = None,
         restricted: VisualVocabulary | None = None,
+        code_map: CodeMap | None = None,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.bridge = bridge
         self.regressor = regressor
+        self.code_map = code_map
         self.restricted = v = restricted
+        if code_map is not None:
+            tables = [lm.get_input_embeddings(), lm.get_output_embeddings()]
+            if tables[0].weight is not tables[1].weight:
+                raise ValueError("mapped embeddings of codes: expected an LM with tied embeddings")
         if v is not None and (v.end, v.first) != (v.begin + 1, v.begin + 2):
             raise ValueError(f"restricted softmax: expected text, begin, end, codes, got {v}")
 
@@ -61,10 +72,35 @@ class SequenceModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> ModelOutput:
         """Hidden states of a batch, from which an objective computes its losses."""
-        inputs_embeds = self.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
+        images = batch.is_embedding, batch.images, batch.keep
+        if self.code_map is None or not self.training:
+            inputs_embeds = self.embed(batch.ids, *images)
+            hidden_states = self.hidden_states(inputs_embeds, batch)
+            heads = self.head, self.regressor, self.restricted, self.split_head
+            return ModelOutput(hidden_states, inputs_embeds, *heads)
+        table = self.code_map(self.causal.get_input_embeddings().weight)
+        inputs_embeds = self.embed(batch.ids, *images, table)
         hidden_states = self.hidden_states(inputs_embeds, batch)
-        heads = self.head, self.regressor, self.restricted, self.split_head
+
+        def head(x: Tensor) -> Tensor:
+            return self._capped(nn.functional.linear(x, table))
+
+        split_head = partial(self.split_head, weight=table)
+        heads = head, self.regressor, self.restricted, split_head
         return ModelOutput(hidden_states, inputs_embeds, *heads)
+
+    def train(self, mode: bool = True) -> SequenceModel:
+        """Before evaluation, embeddings that the code map computes are written into the LM."""
+        if not mode:
+            self.write_code_embeddings()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def write_code_embeddings(self) -> None:
+        """Write the embeddings that the code map computes, if there is one, into the LM."""
+        if self.code_map is not None:
+            weight = self.causal.get_input_embeddings().weight
+            weight.copy_(self.code_map(weight))
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Parameters with a gradient by learning rate: "lm", "visual" (the bridge), "encoder"."""
@@ -85,9 +121,20 @@ class SequenceModel(nn.Module):
         is_embedding: Bool[Tensor, "b l"],
         images: UInt8[Tensor, "k 3 h w"],
         keep: Bool[Tensor, "j patches"],
+        table: Float[Tensor, "vocabulary d"] | None = None,
     ) -> Float[Tensor, "b l d"]:
-        """The LM's inputs: embeddings of ids, and the bridge's vectors where `is_embedding`."""
-        embedded = self.causal.get_input_embeddings()(ids)
+        """The LM's inputs: embeddings of ids, and the bridge's vectors where `is_embedding`.
+
+        Args:
+            ids: of all positions.
+            is_embedding: positions of image vectors.
+            images: the images of these vectors.
+            keep: True at patches that the bridge uses.
+            table: embeddings of all ids, in place of the LM's own.
+        """
+        layer = self.causal.get_input_embeddings()
+        # Not F.embedding: some families scale embeddings in their layer
+        embedded = layer(ids) if table is None else functional_call(layer, {"weight": table}, ids)
         if not bool(is_embedding.any()):
             if self.bridge is not None and torch.is_grad_enabled():
                 # DDP and FSDP wait for a gradient of every parameter in every process: without
@@ -135,8 +182,14 @@ class SequenceModel(nn.Module):
         """
         return self._capped(self.causal.get_output_embeddings()(hidden_states))
 
-    def split_head(self, groups: Sequence[Sequence[range]]) -> list[Head]:
+    def split_head(
+        self, groups: Sequence[Sequence[range]], weight: Tensor | None = None
+    ) -> list[Head]:
         """For each group of ids a head that computes their logits only, in the group's order.
+
+        Args:
+            groups: ranges of ids.
+            weight: of the output layer, in place of its own.
 
         The gradients of all parts of the output layer become one: a slice of the weight for each
         part would have a gradient of the whole weight's size.
@@ -150,16 +203,17 @@ class SequenceModel(nn.Module):
 
             return [chosen(group) for group in groups]
         starts = {edge for group in groups for r in group for edge in (r.start, r.stop)}
-        edges = sorted(starts | {0, len(layer.weight)})
+        weight = layer.weight if weight is None else weight
+        edges = sorted(starts | {0, len(weight)})
         sizes = [stop - start for start, stop in pairwise(edges)]
-        weights = layer.weight.split(sizes)
+        weights = weight.split(sizes)
         biases = None if layer.bias is None else layer.bias.split(sizes)
 
         def part(group: Sequence[range]) -> Head:
             numbers = [i for r in group for i, edge in enumerate(edges[:-1]) if edge in r]
-            weight = torch.cat([weights[i] for i in numbers])
+            joined = torch.cat([weights[i] for i in numbers])
             bias = None if biases is None else torch.cat([biases[i] for i in numbers])
-            return lambda x: self._capped(nn.functional.linear(x, weight, bias))
+            return lambda x: self._capped(nn.functional.linear(x, joined, bias))
 
         return [part(group) for group in groups]
 

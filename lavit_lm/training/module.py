@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavit_lm.checkpoints.native import CONFIG, DEFAULT, save_model
 from lavit_lm.models.loading import (
@@ -34,6 +34,7 @@ from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import PackedBatch
+from lavit_lm.vocabulary.embeddings import CodeMap
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.text_tokenizer import saved_text_tokenizer
 from lavit_lm.vocabulary.visual_vocabulary import (
@@ -49,11 +50,12 @@ from lavit_tok.training.frozen import Frozen
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig, parameter_groups
 
 NATS_PER_BIT = 0.6931471805599453
+CodeEmbeddings = Literal["random", "codebook", "mapped"]
 
 
 @dataclass(frozen=True)
 class LMOptimizerConfig(OptimizerConfig):
-    """AdamW, with a learning rate per part of the model."""
+    """AdamW, with a learning rate per part of the model; Muon for the LM's hidden matrices."""
 
     lr: float = 1e-3
     """Peak learning rate of the LM and its regression head."""
@@ -65,6 +67,8 @@ class LMOptimizerConfig(OptimizerConfig):
     """Weight decay of matrices; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the running mean of gradients and of their squares."""
+    muon: bool = False
+    """Train the matrices of the LM's blocks by Muon in place of AdamW."""
 
 
 class LanguageModeling(TrainingModule):
@@ -90,8 +94,9 @@ class LanguageModeling(TrainingModule):
         max_codes: nested codes of an image at most, at the end of a stage: later codes get no ids,
             and images are cut. None for all codes, or one if the objective uses none. Codes that
             are not nested are not cut.
-        code_embeddings: new embeddings of codes are drawn like those of text ("random"), or made
-            from their codebook entries ("codebook", see vocabulary/embeddings.py).
+        code_embeddings: new embeddings of codes are drawn like those of text ("random"), made from
+            their codebook entries in the beginning ("codebook"), or computed from them by a learned
+            network as long as the model is trained ("mapped"); see vocabulary/embeddings.py.
     """
 
     def __init__(
@@ -108,13 +113,19 @@ class LanguageModeling(TrainingModule):
         out: str | None = None,
         seed: int = 0,
         max_codes: int | None = None,
-        code_embeddings: Literal["random", "codebook"] = "random",
+        code_embeddings: CodeEmbeddings = "random",
     ) -> None:
         super().__init__()
         self.save_arguments("objective")
-        if code_embeddings not in ("random", "codebook"):
+        kinds = get_args(CodeEmbeddings)
+        if code_embeddings not in kinds:
             raise ValueError(
-                f"code_embeddings: expected 'random' or 'codebook', got {code_embeddings!r}"
+                f"code_embeddings: expected one of {', '.join(kinds)}, got {code_embeddings!r}"
+            )
+        if code_embeddings == "mapped" and lora is not None:
+            raise ValueError(
+                "code_embeddings: 'mapped' trains new embeddings; with lora they are "
+                "trained one by one: use 'codebook'"
             )
         if lm == "default":
             lm = str(DEFAULT)
@@ -209,6 +220,8 @@ class LanguageModeling(TrainingModule):
         if self.compile_lm:
             self.model.causal.base_model.compile(dynamic=False)
         if self._mesh is not None:
+            if self.model.code_map is not None:
+                raise ValueError("code_embeddings: 'mapped' is not possible under FSDP2")
             shard(self.model, self._mesh)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -216,11 +229,21 @@ class LanguageModeling(TrainingModule):
         o = self.optimizer_config
         assert self.model is not None and isinstance(o, LMOptimizerConfig)
         rates = {"lm": o.lr, "visual": o.visual_lr, "encoder": o.encoder_lr}
-        return [
+        trained = self.model.trained_parameters()
+        muon: list[nn.Parameter] = []
+        if o.muon:
+            layers = self.model.causal.base_model.modules()
+            hidden = {id(m.weight) for m in layers if isinstance(m, nn.Linear)}
+            muon = [p for p in trained["lm"] if id(p) in hidden]
+            trained["lm"] = [p for p in trained["lm"] if id(p) not in hidden]
+        groups = [
             group
-            for part, trained in self.model.trained_parameters().items()
-            for group in parameter_groups(trained, o.weight_decay, lr=rates[part])
+            for part, parameters in trained.items()
+            for group in parameter_groups(parameters, o.weight_decay, lr=rates[part])
         ]
+        if not muon:
+            return groups
+        return [{"params": muon, "weight_decay": o.weight_decay, "lr": o.lr, "muon": True}, *groups]
 
     def training_step(self, batch: PackedBatch, batch_index: int) -> Tensor:
         assert self.model is not None
@@ -304,6 +327,7 @@ class LanguageModeling(TrainingModule):
             if self.global_rank == 0:
                 model = self._sequence_model().to(next(iter(weights.values())).dtype)
                 model.load_state_dict(weights)
+        model.write_code_embeddings()
         if self.global_rank == 0:
             names = self.visual_tokenizer, self.fingerprint
             save_model(out, model, self.processor, self.objective, *names)
@@ -391,11 +415,22 @@ class LanguageModeling(TrainingModule):
                 lm = with_lora(lm, self.processor.vocabulary, self.lora)
             restricted = self.objective.restricted_softmax
             vocabulary = self.processor.vocabulary if restricted else None
-            return sequence_model(lm, *connectors, vocabulary)
+            return sequence_model(lm, *connectors, vocabulary, self._code_map(lm))
+
+    def _code_map(self, lm: Any) -> CodeMap | None:
+        """The network that computes embeddings of codes, if one does."""
+        codebook = self._codebook()
+        if self.code_embeddings != "mapped" or codebook is None:
+            return None
+        weight = lm.get_input_embeddings().weight
+        deviation = float(weight[: self.processor.vocabulary.begin].std())
+        generator = torch.Generator().manual_seed(self.seed)
+        first = self.processor.vocabulary.first
+        return CodeMap(codebook, first, weight.shape[1], deviation, generator=generator)
 
     def _codebook(self) -> Tensor | None:
-        """The entries of all codes that have ids, if embeddings begin with them."""
-        if self.code_embeddings != "codebook":
+        """The entries of all codes that have ids, if embeddings are made from them."""
+        if self.code_embeddings == "random":
             return None
         entries: Tensor = self.visual.quantizer.codebook.embeddings
         return entries[: self.processor.vocabulary.stages] if self.visual.nested else entries[None]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lavit_lm.vocabulary.text_tokenizer import VocabularyError
 
@@ -57,6 +58,62 @@ def extend_embeddings(model: Any, first: int, stop: int, generator: torch.Genera
         _draw(outputs.weight, first, stop, generator)
     if outputs.bias is not None:
         outputs.bias[first:stop] = outputs.bias[:first].float().mean().to(outputs.bias.dtype)
+
+
+class CodeMap(nn.Module):
+    """Embeddings of codes, computed from their codebook entries by a small learned network.
+
+        entry, scaled to deviation 1 -> a linear map of its table, + a network with a hidden layer
+        -> [codes, width]
+
+    What is learned from one code then holds for codes of similar entries as well, where tens of
+    thousands of embeddings of their own would each be seen in a few images only. After training
+    the computed embeddings are written into the LM, which is any LM of `transformers` again.
+
+    Args:
+        codebook: entries of every table.
+        first: id of code 0; the ids of the tables follow each other.
+        width: of the embeddings.
+        deviation: of the embeddings in the beginning.
+        hidden: size of the hidden layer.
+        generator: of the weights; None for torch's own.
+    """
+
+    entries: Tensor
+
+    def __init__(
+        self,
+        codebook: Float[Tensor, "tables size dim"],
+        first: int,
+        width: int,
+        deviation: float,
+        hidden: int = 256,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.first = first
+        entries = codebook.float() - codebook.float().mean(1, keepdim=True)
+        scale = entries.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
+        self.register_buffer("entries", entries / scale, persistent=False)
+        tables, _, dim = codebook.shape
+
+        def normal(*shape: int, scale: float) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator) * scale)
+
+        self.linear = normal(tables, dim, width, scale=deviation * (2 * dim) ** -0.5)
+        self.bias = normal(tables, 1, width, scale=deviation * 2**-0.5)
+        self.inner = normal(tables, dim, hidden, scale=dim**-0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(tables, 1, hidden))
+        self.outer = nn.Parameter(torch.zeros(tables, hidden, width))
+
+    def forward(
+        self, weight: Float[Tensor, "vocabulary width"]
+    ) -> Float[Tensor, "vocabulary width"]:
+        """All embeddings: those of codes as computed, all others from `weight`."""
+        hidden = F.gelu(torch.baddbmm(self.inner_bias, self.entries, self.inner))
+        codes = torch.baddbmm(self.bias, self.entries, self.linear) + hidden @ self.outer
+        stop = self.first + codes.shape[0] * codes.shape[1]
+        return torch.cat([weight[: self.first], codes.flatten(0, 1).to(weight), weight[stop:]])
 
 
 @torch.no_grad()

@@ -12,7 +12,12 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from lavit_tok.training.frozen import drop_frozen, restore_frozen
-from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig, adamw, parameter_groups
+from lavit_tok.training.optimizers import (
+    OptimizerConfig,
+    ScheduleConfig,
+    parameter_groups,
+    scheduled,
+)
 
 
 class TrainingModule(pl.LightningModule):
@@ -100,7 +105,7 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with one factor on all learning rates, updated every step."""
         total = int(self.trainer.estimated_stepping_batches)
-        return adamw(
+        return scheduled(
             self.parameter_groups(),
             self.optimizer_config,
             lambda step: self.learning_rate_factor(step, total),

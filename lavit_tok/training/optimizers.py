@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups and the learning-rate schedule, for all trainers."""
+"""AdamW, Muon, their parameter groups and the learning-rate schedule, for all trainers."""
 
 from __future__ import annotations
 
@@ -66,10 +66,58 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def adamw(
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for some parameter groups and AdamW for all others, as one optimizer.
+
+    torch.optim.Muon (Jordan et al., 2024) takes matrices only. Its updates are scaled to the size
+    of AdamW's, so that both share a learning rate.
+
+    Args:
+        groups: parameter groups; those with a true "muon" hold hidden matrices only.
+        lr: learning rate of groups without one.
+        betas: AdamW's decay rates.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        muon = [group for group in groups if group.get("muon")]
+        others = [group for group in groups if not group.get("muon")]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(muon, lr=lr, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, betas=betas),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
+        # The groups of the parts themselves: a schedule changes the learning rates of both
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the states of both."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def scheduled(
     groups: list[dict[str, Any]], config: OptimizerConfig, factor: Callable[[int], float]
 ) -> dict[str, Any]:
-    """AdamW with a per-step factor on its learning rates, as `configure_optimizers` returns it."""
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    """AdamW, and Muon for groups that ask for it, with a per-step factor on all learning rates.
+
+    Returns: what Lightning's `configure_optimizers` returns.
+    """
+    kind = MuonWithAdamW if any(group.get("muon") for group in groups) else torch.optim.AdamW
+    optimizer = kind(groups, lr=config.lr, betas=config.betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

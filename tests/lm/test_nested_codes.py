@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.lm_parts import CODES, image, processor_and_model
-from helpers.lm_runs import Losses, data, module, trainer
+from helpers.lm_runs import SMALL, Losses, data, module, trainer
 from helpers.small_lms import small_tokenizer
 from helpers.small_nested import SETTINGS
 from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
@@ -28,7 +28,7 @@ from lavit_lm.sequences.packing import pack, pad
 from lavit_lm.sequences.segments import ImageSegment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_lm.training.module import LanguageModeling
-from lavit_lm.vocabulary.embeddings import embed_codebook
+from lavit_lm.vocabulary.embeddings import CodeMap, embed_codebook
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import CODE, stages_for
 from lavit_tok import TokenizerConfig, VisualCodes, VisualTokenizer, WeightsError
@@ -218,6 +218,50 @@ def test_embeddings_of_codes_begin_like_their_entries() -> None:
     assert (made.mean(1)[0] - made.mean(1)[1]).abs().max() > 0.01, "a vector for each table"
 
 
+@pytest.mark.parametrize("restricted", [True, False])
+def test_embeddings_of_codes_are_computed_from_their_entries(restricted: bool) -> None:
+    """In training by the map, in evaluation by the LM's own table, into which it was written."""
+    processor, plain = processor_and_model(tied=True, stages=STAGES)
+    v, weight = processor.vocabulary, plain.causal.get_input_embeddings().weight
+    entries = torch.randn(STAGES, CODES, 4, generator=generator())
+    code_map = CodeMap(entries, v.first, weight.shape[1], 0.02, 8, generator())
+    torch.nn.init.normal_(code_map.outer, generator=generator())
+    model = SequenceModel(plain.lm, restricted=v if restricted else None, code_map=code_map)
+    objective = LaVIT(restricted_softmax=restricted)
+    batch = pad(sequences(processor), processor.pad)
+
+    def total() -> torch.Tensor:
+        return objective.total(objective.losses(model(batch), batch))
+
+    before = weight.detach().clone()
+    loss = total()
+    loss.backward()
+    assert torch.equal(weight, before)
+    assert not weight.grad[v.first : v.stop].any() and weight.grad[: v.first].any()
+    assert all(p.grad is not None and p.grad.any() for p in code_map.parameters())
+    for table in range(STAGES):  # one table at a time, as the docstring draws it
+        x = code_map.entries[table]
+        hidden = torch.nn.functional.gelu(x @ code_map.inner[table] + code_map.inner_bias[table])
+        made = x @ code_map.linear[table] + code_map.bias[table] + hidden @ code_map.outer[table]
+        ids = v.stage_ids(table)
+        found = code_map(weight)[ids.start : ids.stop]
+        assert torch.allclose(found, made, atol=1e-6)
+    model.eval()
+    assert torch.allclose(total(), loss, rtol=1e-5)
+    assert not torch.equal(weight[v.first : v.stop], before[v.first : v.stop])
+    assert torch.equal(weight[: v.first], before[: v.first])
+
+
+def test_embeddings_that_are_not_tied_are_not_computed() -> None:
+    processor, model = processor_and_model(tied=False, stages=STAGES)
+    weight = model.causal.get_input_embeddings().weight
+    code_map = CodeMap(
+        torch.randn(STAGES, CODES, 4), processor.vocabulary.first, weight.shape[1], 0.02
+    )
+    with pytest.raises(ValueError, match="expected an LM with tied embeddings"):
+        SequenceModel(model.lm, code_map=code_map)
+
+
 def test_a_saved_model_has_its_ids_again_and_refuses_other_tokenizers(
     visual: VisualTokenizer, parts: Any, tiny_tokenizer: VisualTokenizer, tmp_path: Path
 ) -> None:
@@ -253,14 +297,16 @@ def test_a_vocabulary_without_stages_is_refused_with_nested_codes(
         MultimodalLM.from_pretrained(tmp_path / "model")
 
 
-def test_training_with_nested_shards(visual: VisualTokenizer, folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["codebook", "mapped"])
+def test_training_with_nested_shards(visual: VisualTokenizer, folder: Path, kind: str) -> None:
     """Shards of all codes, a model of the first four, saved and loaded again."""
-    source, shards = str(visual.name_or_path), folder / "nested"
+    source, shards = str(visual.name_or_path), folder / f"nested-{kind}"
     command = ["shards", str(folder / "pictures"), "--tokenizer", source, "--out", str(shards)]
     assert lavit_tok([*command, "--budget", "9"]) == 0
     objective = LaVIT(restricted_softmax=True)
-    options: dict[str, Any] = {"code_embeddings": "codebook", "objective": objective}
+    options: dict[str, Any] = {"code_embeddings": kind, "objective": objective}
     options |= {"visual_tokenizer": source, "max_codes": 4}
+    options |= {"lm": {**SMALL, "tie_word_embeddings": True}, "muon": kind == "mapped"}
     trained = module(folder, out=str(folder / "made"), **options)
     vocabulary = trained.processor.vocabulary
     assert (vocabulary.stages, vocabulary.max_codes) == (4, 4)
@@ -281,7 +327,7 @@ def test_training_with_nested_shards(visual: VisualTokenizer, folder: Path) -> N
 
 @pytest.mark.usefixtures("unchecked")
 def test_another_kind_of_embeddings() -> None:
-    with pytest.raises(ValueError, match="expected 'random' or 'codebook', got 'other'"):
+    with pytest.raises(ValueError, match="expected one of random, codebook, mapped, got 'other'"):
         LanguageModeling("default", code_embeddings="other")  # type: ignore[arg-type]
 
 
