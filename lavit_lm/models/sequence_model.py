@@ -72,22 +72,18 @@ class SequenceModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> ModelOutput:
         """Hidden states of a batch, from which an objective computes its losses."""
+        table = None
+        if self.code_map is not None and self.training:
+            table = self.code_map(self.causal.get_input_embeddings().weight)
         images = batch.is_embedding, batch.images, batch.keep
-        if self.code_map is None or not self.training:
-            inputs_embeds = self.embed(batch.ids, *images)
-            hidden_states = self.hidden_states(inputs_embeds, batch)
-            heads = self.head, self.regressor, self.restricted, self.split_head
-            return ModelOutput(hidden_states, inputs_embeds, *heads)
-        table = self.code_map(self.causal.get_input_embeddings().weight)
         inputs_embeds = self.embed(batch.ids, *images, table)
         hidden_states = self.hidden_states(inputs_embeds, batch)
-
-        def head(x: Tensor) -> Tensor:
-            return self._capped(nn.functional.linear(x, table))
-
-        split_head = partial(self.split_head, weight=table)
-        heads = head, self.regressor, self.restricted, split_head
-        return ModelOutput(hidden_states, inputs_embeds, *heads)
+        heads: list[Any] = [self.head, self.split_head]
+        if table is not None:
+            heads = [partial(head, weight=table) for head in heads]
+        return ModelOutput(
+            hidden_states, inputs_embeds, heads[0], self.regressor, self.restricted, heads[1]
+        )
 
     def train(self, mode: bool = True) -> SequenceModel:
         """Before evaluation, embeddings that the code map computes are written into the LM."""
@@ -174,13 +170,22 @@ class SequenceModel(nn.Module):
         """The state from which sequences are continued; see DecodingState."""
         return DecodingState(self, sequences, pad_id, max_new_tokens, use_cache)
 
-    def head(self, hidden_states: Float[Tensor, "t d"]) -> Float[Tensor, "t vocabulary"]:
+    def head(
+        self, hidden_states: Float[Tensor, "t d"], weight: Tensor | None = None
+    ) -> Float[Tensor, "t vocabulary"]:
         """Logits as the LM's own forward computes them.
+
+        Args:
+            hidden_states: after the LM's last norm.
+            weight: of the output layer, in place of its own.
 
         Raises:
             ValueError: a family that scales its logits in a way that is not implemented here.
         """
-        return self._capped(self.causal.get_output_embeddings()(hidden_states))
+        layer = self.causal.get_output_embeddings()
+        if weight is None:
+            return self._capped(layer(hidden_states))
+        return self._capped(functional_call(layer, {"weight": weight}, hidden_states))
 
     def split_head(
         self, groups: Sequence[Sequence[range]], weight: Tensor | None = None

@@ -349,7 +349,7 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
         "--trainer.precision=32",
         "--trainer.accumulate_grad_batches=1",
     ]
-    small = {"bart": SMALL_BART}.get(_lm(head), SMALL)
+    small = {"bart": SMALL_BART}.get(_lm(head), {**SMALL, "tie_word_embeddings": True})
     words += [f"--model.lm={json.dumps(small)}", f"--model.text_tokenizer={folder}/text"]
     words += [
         f"--model.visual_tokenizer={folder}/visual",
