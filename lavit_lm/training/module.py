@@ -96,7 +96,8 @@ class LanguageModeling(TrainingModule):
             are not nested are not cut.
         code_embeddings: new embeddings of codes are drawn like those of text ("random"), made from
             their codebook entries in the beginning ("codebook"), or computed from them by a learned
-            network as long as the model is trained ("mapped"); see vocabulary/embeddings.py.
+            network as long as the model is trained ("mapped"); see vocabulary/embeddings.py. An LM
+            that has embeddings of codes keeps these.
     """
 
     def __init__(
@@ -418,9 +419,10 @@ class LanguageModeling(TrainingModule):
             return sequence_model(lm, *connectors, vocabulary, self._code_map(lm))
 
     def _code_map(self, lm: Any) -> CodeMap | None:
-        """The network that computes embeddings of codes, if one does."""
+        """The network that computes new embeddings of codes, if one does."""
+        new = self.new_embeddings or not isinstance(self.lm, str)
         codebook = self._codebook()
-        if self.code_embeddings != "mapped" or codebook is None:
+        if self.code_embeddings != "mapped" or codebook is None or not new:
             return None
         weight = lm.get_input_embeddings().weight
         deviation = float(weight[: self.processor.vocabulary.begin].std())

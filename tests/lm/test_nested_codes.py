@@ -316,6 +316,10 @@ def test_training_with_nested_shards(visual: VisualTokenizer, folder: Path, kind
     lm = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     assert lm.processor.vocabulary == lm.model.restricted == vocabulary
     assert lm.generate_codes("a red apple", 2).lengths.max() <= 4
+    more = module(folder, **options | {"lm": str(folder / "made"), "text_tokenizer": None})
+    more.configure_model()
+    weights = [m.causal.get_input_embeddings().weight for m in (more.model.eval(), lm.model)]
+    assert torch.equal(*weights), "embeddings that were trained are kept"
     small = module(folder, visual_tokenizer=source, objective=Emu())
     assert small.processor.vocabulary.max_codes == 1, "no ids for codes that are not used"
     with pytest.raises(ValueError, match=r"max_codes: expected the end of a stage.*got 5"):
