@@ -12,6 +12,7 @@ otherwise the model lowers the loss by moving its targets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,8 @@ class ModelOutput:
             ids only.
         vocabulary: predict every id among those that can be at its position (restricted_nats); None
             for all ids.
+        negatives: how many ids of every other group, text or a stage, are drawn to be predicted
+            against as well.
         split_head: groups of ids -> a head for each, see SequenceModel.split_head.
     """
 
@@ -67,6 +70,7 @@ class ModelOutput:
     regressor: Callable[[Tensor], Tensor] | None = None
     vocabulary: VisualVocabulary | None = None
     split_head: Callable[[Sequence[Sequence[range]]], list[Head]] | None = None
+    negatives: int = 0
 
 
 def shift_targets(
@@ -162,6 +166,11 @@ def _restricted_nats(
         ids         codes of the rank's stage, </img>      </img>                 text, <img>
 
     Targets are grouped by these ids, so that only logits of these ids are computed.
+
+    In training some ids of every other group are added, whose logits stand for all of that group
+    (sampled softmax, Bengio and Senecal, 2008). Otherwise nothing would keep these logits small,
+    and generation without constraints, as servers do it, would choose ids that cannot be there.
+    They are `negatives` neighboring ids from a place that is drawn by the batch's ids.
     """
     v, is_image = output.vocabulary, batch.roles.flatten()[target] > Role.BEGIN
     assert v is not None and output.split_head is not None
@@ -173,15 +182,35 @@ def _restricted_nats(
         stages = torch.cat([v.rank_stages, torch.tensor([v.stages])]).to(ids.device)
         stage = stages[rank.clamp(0, len(stages) - 1)]
     stage = stage.masked_fill(~is_image, -1)
-    end, tables = range(v.end, v.end + 1), range(max(1, v.stages))
-    groups = {-1: [range(v.begin + 1)], **{s: [end, v.stage_ids(s)] for s in tables}}
+    tables = {-1: range(v.begin + 1), **{s: v.stage_ids(s) for s in range(max(1, v.stages))}}
+    end = range(v.end, v.end + 1)
+    allowed = {group: [table] if group < 0 else [end, table] for group, table in tables.items()}
+    allowed |= {v.stages: [end]} if v.stages else {}
+    generator = torch.Generator().manual_seed(int(batch.ids.sum()))
+    drawn = {group: _drawn(table, output.negatives, generator) for group, table in tables.items()}
+    others = {group: [d for g, d in drawn.items() if g != group and len(d)] for group in allowed}
     nats = torch.zeros(len(ids), device=ids.device)
-    for group, head in zip(groups, output.split_head(list(groups.values())), strict=True):
+    heads = output.split_head([allowed[group] + others[group] for group in allowed])
+    for group, head in zip(allowed, heads, strict=True):
         at = (stage == group).nonzero().flatten()
         if len(at):
             found = ids[at]
             if group >= 0:
                 found = torch.where(found == v.end, 0, found - v.stage_ids(group).start + 1)
-            losses = F.cross_entropy(head(hidden[at]).float(), found, reduction="none")
+            logits = head(hidden[at]).float()
+            added = [
+                torch.full((len(d),), math.log(len(tables[g]) / len(d)))
+                for g, d in drawn.items()
+                if g != group and len(d)
+            ]
+            weights = torch.cat([torch.zeros(sum(map(len, allowed[group]))), *added])
+            losses = F.cross_entropy(logits + weights.to(logits), found, reduction="none")
             nats = nats.index_add(0, at, losses)
     return nats
+
+
+def _drawn(table: range, count: int, generator: torch.Generator) -> range:
+    """`count` neighboring ids of a table, or all of a smaller one."""
+    count = min(count, len(table))
+    start = int(torch.randint(len(table) - count + 1, (), generator=generator))
+    return table[start : start + count]

@@ -25,6 +25,9 @@ from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.embeddings import CodeMap
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
+NEGATIVES = 64
+"""Ids of every group that cannot be at a position, to which its id is compared in training."""
+
 
 class SequenceModel(nn.Module):
     """A causal LM, the bridge that computes its input vectors, and the head that predicts vectors.
@@ -82,7 +85,13 @@ class SequenceModel(nn.Module):
         if table is not None:
             heads = [partial(head, weight=table) for head in heads]
         return ModelOutput(
-            hidden_states, inputs_embeds, heads[0], self.regressor, self.restricted, heads[1]
+            hidden_states,
+            inputs_embeds,
+            heads[0],
+            self.regressor,
+            self.restricted,
+            heads[1],
+            NEGATIVES if self.training else 0,
         )
 
     def train(self, mode: bool = True) -> SequenceModel:

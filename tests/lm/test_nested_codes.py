@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lavit_lm import MultimodalLM, VisualVocabulary, VocabularyError
 from lavit_lm.checkpoints.export import export
 from lavit_lm.generation.beam_search import beam_search
 from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generate_ids
-from lavit_lm.models.losses import log_likelihood
+from lavit_lm.models.losses import log_likelihood, shift_targets, target_nats
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.davinci import DaVinci
 from lavit_lm.objectives.emu import Emu
@@ -161,7 +162,7 @@ def test_the_restricted_softmax_is_a_softmax_over_what_generation_allows(
     v = processor.vocabulary
     some = sequences(processor)
     batch = pack([some[:3], some[3:]], 64, processor.pad)
-    model = SequenceModel(plain.lm, restricted=v).train()
+    model = SequenceModel(plain.lm, restricted=v).eval()
     LaVIT().total(LaVIT().losses(model(batch), batch)).backward()
     weight = model.causal.get_output_embeddings().weight
     found, weight.grad = weight.grad.clone(), None
@@ -191,6 +192,51 @@ def test_the_restricted_softmax_is_a_softmax_over_what_generation_allows(
     assert torch.allclose(found, weight.grad, atol=1e-6) and found.abs().max() > 1e-3
     restricted = log_likelihood(model(batch), batch)
     assert torch.isclose(-restricted.sum(), torch.stack(nats).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stages", [5, 0])
+def test_the_restricted_softmax_with_all_negatives_is_the_softmax_over_all_ids(stages: int) -> None:
+    """Except that no </img> is expected outside of an image."""
+    processor, plain = processor_and_model(stages=stages)
+    v = processor.vocabulary
+    batch = pad(sequences(processor), processor.pad)
+    output = SequenceModel(plain.lm, restricted=v).eval()(batch)
+    found, at = target_nats(replace(output, negatives=10**6), batch)
+    source, _ = shift_targets(batch, batch.predict)
+    logits = output.head(output.hidden_states.flatten(0, 1)[source])[:, : v.stop].clone()
+    outside = batch.roles.flatten()[at] <= Role.BEGIN
+    logits[outside, v.end] = -torch.inf
+    nats = torch.nn.functional.cross_entropy(logits, batch.ids.flatten()[at], reduction="none")
+    assert torch.allclose(found, nats, atol=1e-5)
+    fewer, _ = target_nats(replace(output, negatives=4), batch)
+    none, _ = target_nats(output, batch)
+    assert bool((none < fewer).all()) and 0.8 < float(fewer.mean() / nats.mean()) < 1.2
+
+
+def test_generation_without_constraints_follows_from_training() -> None:
+    """The most probable of all ids can be at its position, although few are compared there."""
+    processor, model = processor_and_model(tied=True, stages=STAGES)
+    v = processor.vocabulary
+    first, second = sequences(processor, 2)
+    model = SequenceModel(model.lm, restricted=v).train()
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for step in range(160):
+        batch = pad([first] * (step % 16) + [second], processor.pad)  # each draws other ids
+        nats, _ = target_nats(model(batch), batch)
+        optimizer.zero_grad()
+        nats.mean().backward()
+        optimizer.step()
+    batch = pad([first, second], processor.pad)
+    source, at = shift_targets(batch, batch.predict)
+    model.eval()
+    chosen = model.head(model(batch).hidden_states.flatten(0, 1)[source]).argmax(1)
+    expected = batch.ids.flatten()[at]
+
+    def group(ids: torch.Tensor) -> torch.Tensor:
+        stage = torch.div(ids - v.first, CODES, rounding_mode="floor")
+        return torch.where(ids <= v.begin, -2, torch.where(ids == v.end, -1, stage))
+
+    assert float((group(chosen) == group(expected)).float().mean()) > 0.9
 
 
 def test_other_orders_of_ids_have_no_restricted_softmax(parts: Any) -> None:
@@ -227,11 +273,10 @@ def test_embeddings_of_codes_are_computed_from_their_entries(restricted: bool) -
     code_map = CodeMap(entries, v.first, weight.shape[1], 0.02, 8, generator())
     torch.nn.init.normal_(code_map.outer, generator=generator())
     model = SequenceModel(plain.lm, restricted=v if restricted else None, code_map=code_map)
-    objective = LaVIT(restricted_softmax=restricted)
     batch = pad(sequences(processor), processor.pad)
 
     def total() -> torch.Tensor:
-        return objective.total(objective.losses(model(batch), batch))
+        return target_nats(replace(model(batch), negatives=0), batch)[0].mean()
 
     before = weight.detach().clone()
     loss = total()

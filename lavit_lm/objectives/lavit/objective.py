@@ -46,9 +46,9 @@ class LaVIT(Objective):
         restricted_softmax: the probability of an id is among those that can be at its position:
             text tokens and <img>, or inside an image codes (of nested codes those of the rank's
             stage) and </img>. That is what generation here is constrained to, and the cost of a
-            step no longer grows with the number of stages. False, as published, trains the
-            probability among all ids; without it an unconstrained sampler may choose an id that
-            cannot be there.
+            step no longer grows with the number of stages; a few other ids keep the others
+            improbable for samplers without the constraint. False, as published, trains the
+            probability among all ids.
 
     Raises:
         ValueError: a probability outside 0..1, or a weight below 0.
