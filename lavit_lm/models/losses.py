@@ -12,7 +12,6 @@ otherwise the model lowers the loss by moving its targets.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -188,23 +187,21 @@ def _restricted_nats(
     allowed |= {v.stages: [end]} if v.stages else {}
     generator = torch.Generator().manual_seed(int(batch.ids.sum()))
     drawn = {group: _drawn(table, output.negatives, generator) for group, table in tables.items()}
-    others = {group: [d for g, d in drawn.items() if g != group and len(d)] for group in allowed}
+    others = {group: [g for g in drawn if g != group and len(drawn[g])] for group in allowed}
+    heads = output.split_head([allowed[g] + [drawn[other] for other in others[g]] for g in allowed])
     nats = torch.zeros(len(ids), device=ids.device)
-    heads = output.split_head([allowed[group] + others[group] for group in allowed])
     for group, head in zip(allowed, heads, strict=True):
         at = (stage == group).nonzero().flatten()
         if len(at):
             found = ids[at]
             if group >= 0:
                 found = torch.where(found == v.end, 0, found - v.stage_ids(group).start + 1)
+            # An id that was drawn stands for as many ids as its group has for each one drawn
+            counts = [(len(drawn[g]), len(tables[g])) for g in others[group]]
+            added = [torch.full((few,), all_ids / few) for few, all_ids in counts]
+            weights = torch.cat([torch.ones(sum(map(len, allowed[group]))), *added])
             logits = head(hidden[at]).float()
-            added = [
-                torch.full((len(d),), math.log(len(tables[g]) / len(d)))
-                for g, d in drawn.items()
-                if g != group and len(d)
-            ]
-            weights = torch.cat([torch.zeros(sum(map(len, allowed[group]))), *added])
-            losses = F.cross_entropy(logits + weights.to(logits), found, reduction="none")
+            losses = F.cross_entropy(logits + weights.log().to(logits), found, reduction="none")
             nats = nats.index_add(0, at, losses)
     return nats
 
