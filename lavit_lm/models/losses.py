@@ -58,8 +58,7 @@ class ModelOutput:
             ids only.
         vocabulary: predict every id among those that can be at its position (restricted_nats); None
             for all ids.
-        negatives: how many ids of every other group, text or a stage, are drawn to be predicted
-            against as well.
+        every: with a vocabulary, one target in so many is predicted among all ids; 0 for none.
         split_head: groups of ids -> a head for each, see SequenceModel.split_head.
     """
 
@@ -69,7 +68,7 @@ class ModelOutput:
     regressor: Callable[[Tensor], Tensor] | None = None
     vocabulary: VisualVocabulary | None = None
     split_head: Callable[[Sequence[Sequence[range]]], list[Head]] | None = None
-    negatives: int = 0
+    every: int = 0
 
 
 def shift_targets(
@@ -166,10 +165,9 @@ def _restricted_nats(
 
     Targets are grouped by these ids, so that only logits of these ids are computed.
 
-    In training some ids of every other group are added, whose logits stand for all of that group
-    (sampled softmax, Bengio and Senecal, 2008). Otherwise nothing would keep these logits small,
+    Of one target in `every` the -log p among all ids replaces it, weighted so that the expected sum
+    is that of a softmax over all ids: otherwise nothing would keep the logits of other ids small,
     and generation without constraints, as servers do it, would choose ids that cannot be there.
-    They are `negatives` neighboring ids from a place that is drawn by the batch's ids.
     """
     v, is_image = output.vocabulary, batch.roles.flatten()[target] > Role.BEGIN
     assert v is not None and output.split_head is not None
@@ -184,30 +182,20 @@ def _restricted_nats(
     tables = {-1: range(v.begin + 1), **{s: v.stage_ids(s) for s in range(max(1, v.stages))}}
     end = range(v.end, v.end + 1)
     allowed = {group: [table] if group < 0 else [end, table] for group, table in tables.items()}
-    allowed |= {v.stages: [end]} if v.stages else {}
-    generator = torch.Generator().manual_seed(int(batch.ids.sum()))
-    drawn = {group: _drawn(table, output.negatives, generator) for group, table in tables.items()}
-    others = {group: [g for g in drawn if g != group and len(drawn[g])] for group in allowed}
-    heads = output.split_head([allowed[g] + [drawn[other] for other in others[g]] for g in allowed])
     nats = torch.zeros(len(ids), device=ids.device)
-    for group, head in zip(allowed, heads, strict=True):
+    for group, head in zip(allowed, output.split_head(list(allowed.values())), strict=True):
         at = (stage == group).nonzero().flatten()
         if len(at):
             found = ids[at]
             if group >= 0:
                 found = torch.where(found == v.end, 0, found - v.stage_ids(group).start + 1)
-            # An id that was drawn stands for as many ids as its group has for each one drawn
-            counts = [(len(drawn[g]), len(tables[g])) for g in others[group]]
-            added = [torch.full((few,), all_ids / few) for few, all_ids in counts]
-            weights = torch.cat([torch.ones(sum(map(len, allowed[group]))), *added])
-            logits = head(hidden[at]).float()
-            losses = F.cross_entropy(logits + weights.log().to(logits), found, reduction="none")
+            losses = F.cross_entropy(head(hidden[at]).float(), found, reduction="none")
             nats = nats.index_add(0, at, losses)
+    if output.every and len(ids):
+        generator = torch.Generator().manual_seed(int(ids.sum()))  # other ones in each batch
+        some = torch.randperm(len(ids), generator=generator)[:: output.every].to(ids.device)
+        logits = output.head(hidden[some])[:, : v.stop].float()
+        among_all = F.cross_entropy(logits, ids[some], reduction="none")
+        weight = len(ids) / len(some)
+        nats = nats.index_add(0, some, weight * (among_all - nats[some]))
     return nats
-
-
-def _drawn(table: range, count: int, generator: torch.Generator) -> range:
-    """`count` neighboring ids of a table, or all of a smaller one."""
-    count = min(count, len(table))
-    start = int(torch.randint(len(table) - count + 1, (), generator=generator))
-    return table[start : start + count]

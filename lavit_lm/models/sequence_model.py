@@ -25,8 +25,8 @@ from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.embeddings import CodeMap
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
-NEGATIVES = 64
-"""Ids of every group that cannot be at a position, to which its id is compared in training."""
+FULL_SOFTMAX_EVERY = 16
+"""Of the restricted softmax in training, one target in so many is predicted among all ids."""
 
 
 class SequenceModel(nn.Module):
@@ -91,7 +91,7 @@ class SequenceModel(nn.Module):
             self.regressor,
             self.restricted,
             heads[1],
-            NEGATIVES if self.training else 0,
+            FULL_SOFTMAX_EVERY if self.training else 0,
         )
 
     def train(self, mode: bool = True) -> SequenceModel:

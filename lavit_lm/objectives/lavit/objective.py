@@ -46,8 +46,8 @@ class LaVIT(Objective):
         restricted_softmax: the probability of an id is among those that can be at its position:
             text tokens and <img>, or inside an image codes (of nested codes those of the rank's
             stage) and </img>. That is what generation here is constrained to, and the cost of a
-            step no longer grows with the number of stages; a few other ids keep the others
-            improbable for samplers without the constraint. False, as published, trains the
+            step hardly grows with the number of stages. In training a few targets are predicted
+            among all ids, for samplers without the constraint. False, as published, trains the
             probability among all ids.
 
     Raises:
