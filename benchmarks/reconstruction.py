@@ -256,10 +256,8 @@ def text(values: dict[str, Any]) -> str:
     if pixels:
         how = "{steps} steps, guidance {guidance:g}".format(**pixels) if "steps" in pixels else ""
         body += f"\n\nPSNR and SSIM with data_range=1; retrieval: top-1 among {pixels['sources']} "
-        body += (
-            f"sources in 16x16 RGB. {how}. The reference is the same crops. LPIPS needs --lpips, "
-        )
-        body += "rFID --inception."
+        body += f"sources in 16x16 RGB. {how}. The reference is the same crops. "
+        body += "LPIPS needs --lpips, rFID --inception."
         reasons = "; ".join(pixels["against_published"])
         body += f" Not comparable with published numbers: {reasons}." if reasons else ""
         body += " Published numbers: `compare.py`.\n\n![pairs](reconstruction.png)"

@@ -55,24 +55,27 @@ def beam_search(
         raise ValueError("expected at least one prompt, got none")
     sequences = [prompt for prompt in prompts for _ in range(num_beams)]
     state = model.start_decoding(sequences, processor.pad, constraint.max_new_tokens, use_cache)
-    stops = torch.tensor(constraint.stop_ids(processor), device=state.device)
-    beams = [_Beams(num_beams, length_penalty, stops.tolist()) for _ in prompts]
+    stops = constraint.stop_ids(processor)
+    beams = [_Beams(num_beams, length_penalty, stops) for _ in prompts]
     scores = torch.full((len(prompts), num_beams), -torch.inf, device=state.device)
     scores[:, 0] = 0.0  # all beams of a prompt are equal at first: continue only one of them
-    logits = model.head(state.prefill()).float()
-    contents = constraint.content_masks(processor, logits.shape[1], state.device)
+    hidden = state.prefill()
+    size = model.causal.config.get_text_config().vocab_size
+    candidates = constraint.candidates(processor, size, state.device)
     for step in range(constraint.max_steps):
         last = step == constraint.max_steps - 1
-        allowed = constraint.allowed(contents, stops, step)
+        options = candidates[min(step, len(candidates) - 1)]
+        logits = state.logits(hidden, options.ids).float()
+        allowed = constraint.allowed([options.content], options.stops, step)
         log_p = logits.masked_fill(~allowed, -torch.inf).log_softmax(1)
         totals = (scores[..., None] + log_p.unflatten(0, scores.shape)).flatten(1)
         # Twice as many candidates as beams: if every beam can end, as many still go on.
         best = totals.topk(min(2 * num_beams, totals.shape[1]))
         sources = best.indices.div(logits.shape[1], rounding_mode="floor")
-        candidates = best.values, sources, best.indices % logits.shape[1]
+        found = best.values, sources, options.ids[best.indices % logits.shape[1]]
         chosen = [
             one.advance(list(zip(*columns, strict=True)), last)
-            for one, *columns in zip(beams, *(c.tolist() for c in candidates), strict=True)
+            for one, *columns in zip(beams, *(c.tolist() for c in found), strict=True)
         ]
         if last or all(one.complete for one in beams):
             break
@@ -80,7 +83,7 @@ def beam_search(
         rows = [i * num_beams + c[1] for i, one in enumerate(chosen) for c in one]
         state.reorder(torch.tensor(rows, device=state.device))
         ids = torch.tensor([c[2] for one in chosen for c in one], device=state.device)
-        logits = model.head(state.append_ids(ids)).float()
+        hidden = state.append_ids(ids)
     return [max(one.ended, key=lambda pair: pair[0])[1] for one in beams]
 
 

@@ -127,22 +127,22 @@ def generate_interleaved(
     first = Mode.IMAGE if starts_with_image else Mode.TEXT
     sequences = [_Sequence(first, max_new_tokens, max_images, num_vectors) for _ in prompts]
     hidden = state.prefill()
-    allowed: Tensor | None = None
+    constraint, size = (
+        GenerationConstraint("mixed"),
+        model.causal.config.get_text_config().vocab_size,
+    )
+    (options,) = constraint.candidates(processor, size, hidden.device)
+    begins = options.ids == v.begin
     pad, end = state.embed_ids(torch.tensor([processor.pad, v.end], device=hidden.device))
     while any(one.mode is not Mode.DONE for one in sequences):
         inputs = pad.expand(len(prompts), -1).clone()  # what finished sequences get
         at = {m: [i for i, one in enumerate(sequences) if one.mode is m] for m in Mode}
         if texts := at[Mode.TEXT]:
-            logits = model.head(hidden[texts]).float()
-            if allowed is None:  # the same at every step
-                constraint = GenerationConstraint("text")
-                (allowed,) = constraint.content_masks(processor, logits.shape[1], logits.device)
-                allowed[processor.stop] = True
-            masks = allowed.repeat(len(texts), 1)
-            may_begin = [sequences[i].images_left > 0 for i in texts]
-            masks[:, v.begin] = torch.tensor(may_begin, device=masks.device)
-            logits = logits.masked_fill(~masks, -torch.inf)
-            ids = sampling.draw(logits, [generators[i] for i in texts])
+            logits = state.logits(hidden[texts], options.ids).float()
+            may_not = torch.tensor([sequences[i].images_left == 0 for i in texts])
+            forbidden = may_not.to(begins.device)[:, None] & begins
+            logits = logits.masked_fill(forbidden, -torch.inf)
+            ids = options.ids[sampling.draw(logits, [generators[i] for i in texts])]
             inputs[texts] = state.embed_ids(ids)
             for i, token in zip(texts, ids.tolist(), strict=True):
                 sequences[i].add_id(token, v.begin, processor.stop)

@@ -6,14 +6,15 @@ Classifier-free guidance (LaVIT, section 3.2) is u + s (c - u): conditional and 
 sequences are one batch, and both get every sampled id. The constraint is applied after guidance,
 which could otherwise favor a forbidden id, and before top-k, so that k counts allowed ids only. The
 ids of a sequence depend on its prompt and generator, not on the rest of the batch: equal prompts
-share their prefill, and finished sequences leave the batch.
+share their prefill, finished sequences leave the batch, and so does the unconditional half once
+guidance has ended. Logits are computed of ids that may follow only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -44,6 +45,9 @@ class Sampling:
             (its API) for codes.
         top_p: sample from the most likely ids whose probabilities add up to p; None for all.
         guidance_scale: s above; 1 for no guidance.
+        guidance_interval: (first, stop): guidance for ids first..stop-1 of a sequence only
+            (arXiv:2404.07724); None for all. After `stop` a step costs what it does without
+            guidance.
 
     Raises:
         ValueError: a value outside its range.
@@ -53,6 +57,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     guidance_scale: float = 1.0
+    guidance_interval: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         require_number("temperature", self.temperature, 0, 1000)
@@ -63,6 +68,19 @@ class Sampling:
         if self.top_p is not None:
             require_number("top_p", self.top_p, 1e-6, 1)
         require_number("guidance_scale", self.guidance_scale, *GUIDANCE_RANGE)
+        if self.guidance_interval is not None:
+            given: Any = self.guidance_interval
+            whole = isinstance(given, list | tuple) and [type(n) for n in given] == [int, int]
+            if not whole or not 0 <= given[0] <= given[1]:
+                raise ValueError(
+                    "guidance_interval: expected two integers 0 <= first <= stop, got "
+                    f"{given!r:.60}"
+                )
+
+    def guided(self, step: int) -> bool:
+        """Whether the id after `step` generated ones is chosen with guidance."""
+        first, stop = self.guidance_interval or (0, step + 1)
+        return self.guidance_scale != 1 and first <= step < stop
 
     def draw(
         self, logits: Float[Tensor, "b v"], generators: Sequence[torch.Generator | None]
@@ -93,6 +111,21 @@ class Sampling:
         last = (probabilities > 0).sum(1, keepdim=True) - 1
         # Rounding must not select an id of probability 0 after the last possible one.
         return ids.gather(1, index.minimum(last))[:, 0]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The ids that may follow somewhere, in ascending order, and what they are.
+
+    Args:
+        ids: int64 [n].
+        content: True at codes or text tokens.
+        stops: indices in `ids` of those that end a sequence.
+    """
+
+    ids: Int64[Tensor, " n"]
+    content: Bool[Tensor, " n"]
+    stops: Int64[Tensor, " s"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +185,21 @@ class GenerationConstraint:
         forbidden |= processor.vocabulary.is_visual(ids)
         return [(ids < len(tokenizer)) & ~forbidden]
 
+    def candidates(
+        self, processor: MultimodalProcessor, size: int, device: torch.device
+    ) -> list[Candidates]:
+        """What may follow after each number of generated ids; arguments as of content_masks."""
+        stops = torch.tensor(sorted(self.stop_ids(processor)), device=device)
+        made: dict[int, Candidates] = {}
+        masks = self.content_masks(processor, size, device)
+        for mask in masks:
+            if id(mask) not in made:  # ranks of a stage share theirs
+                either = mask.clone()
+                either[stops] = True
+                ids = either.nonzero().flatten()
+                made[id(mask)] = Candidates(ids, mask[ids], torch.searchsorted(ids, stops))
+        return [made[id(mask)] for mask in masks]
+
     def allowed(
         self, contents: list[Bool[Tensor, " v"]], stops: Int64[Tensor, " s"], generated: int
     ) -> Bool[Tensor, " v"]:
@@ -204,6 +252,8 @@ def generate_ids(
     guided = sampling.guidance_scale != 1
     if guided and (unconditional is None or len(unconditional) != len(prompts)):
         raise ValueError("guidance needs an unconditional sequence for each prompt")
+    last_guided = (sampling.guidance_interval or (0, constraint.max_steps))[1]
+    guided = guided and last_guided > 0
     sequences = [*prompts, *(unconditional or [])] if guided else list(prompts)
     generators = sequence_generators(generator, len(prompts))
     # A sequence that is given several times, as for n images of one prompt, is computed once.
@@ -212,34 +262,47 @@ def generate_ids(
     state = model.start_decoding(
         list(distinct.values()), processor.pad, constraint.max_new_tokens, use_cache
     )
-    stops = torch.tensor(constraint.stop_ids(processor), device=state.device)
+    stops = set(constraint.stop_ids(processor))
     generated: list[list[int]] = [[] for _ in prompts]
     hidden = state.prefill()
     if len(distinct) < len(sequences):
         copies = torch.tensor([rows[id(sequence)] for sequence in sequences], device=state.device)
         state.reorder(copies)
         hidden = hidden[copies]
-    logits = model.head(hidden).float()
-    contents = constraint.content_masks(processor, logits.shape[1], state.device)
-    left = torch.arange(len(prompts), device=state.device)  # the sequence of each row
-    finished = torch.zeros_like(left, dtype=torch.bool)
+    size = model.causal.config.get_text_config().vocab_size
+    candidates = constraint.candidates(processor, size, state.device)
+    left = list(range(len(prompts)))  # the sequence of each row
+    finished = [False] * len(prompts)
     for step in range(constraint.max_steps):
-        if guided:
+        if constraint.kind == "image" and step == constraint.max_new_tokens:
+            for row, ended in zip(left, finished, strict=True):  # nothing else may follow
+                generated[row] += [] if ended else stops
+            break
+        options = candidates[min(step, len(candidates) - 1)]
+        wanted = hidden if not guided or sampling.guided(step) else hidden[: len(left)]
+        logits = state.logits(wanted, options.ids).float()
+        if len(logits) > len(left):
             conditional, free = logits.chunk(2)
             logits = free + sampling.guidance_scale * (conditional - free)
-        allowed = constraint.allowed(contents, stops, step)
-        chosen = [generators[i] for i in left.tolist()]
-        ids = sampling.draw(logits.masked_fill(~allowed, -torch.inf), chosen)
-        for row in (~finished).nonzero().flatten().tolist():
-            generated[int(left[row])].append(int(ids[row]))
-        finished |= torch.isin(ids, stops)
-        if bool(finished.all()):
+        if step < constraint.min_new_tokens:
+            logits = logits.index_fill(1, options.stops, -torch.inf)
+        drawn = sampling.draw(logits, [generators[i] for i in left])
+        ids = options.ids[drawn]
+        for row, token in enumerate(ids.tolist()):
+            if not finished[row]:
+                generated[left[row]].append(token)
+                finished[row] = token in stops
+        if all(finished):
             break
-        if int(finished.sum()) * COMPACT >= len(left):
-            going = (~finished).nonzero().flatten()
-            state.reorder(torch.cat([going, going + len(left)]) if guided else going)
-            left, ids, finished = left[going], ids[going], finished[going]
-        logits = model.head(state.append_ids(torch.cat([ids, ids]) if guided else ids)).float()
+        ends = guided and step + 1 >= last_guided
+        if ends or sum(finished) * COMPACT >= len(left):
+            going = [row for row, ended in enumerate(finished) if not ended]
+            both = going if ends or not guided else [*going, *(row + len(left) for row in going)]
+            state.reorder(torch.tensor(both, device=state.device))
+            ids, left = ids[torch.tensor(going, device=state.device)], [left[row] for row in going]
+            finished, guided = [False] * len(left), guided and not ends
+        if step + 1 < constraint.max_new_tokens:
+            hidden = state.append_ids(torch.cat([ids, ids]) if guided else ids)
     return generated
 
 

@@ -79,6 +79,12 @@ class DecodingState:
         self.documents, self.prefix = F.pad(self.documents, (0, 1)), F.pad(self.prefix, (0, 1))
         return self._append(vectors)
 
+    def logits(
+        self, hidden: Float[Tensor, "b d"], ids: Int64[Tensor, " n"]
+    ) -> Float[Tensor, "b n"]:
+        """Logits of some ids only."""
+        return self.model.head(hidden)[:, ids]
+
     def reorder(self, index: Int64[Tensor, " b"]) -> None:
         """Continue with these of the sequences, some more than once, as beam search does."""
         self.documents, self.prefix = self.documents[index], self.prefix[index]
@@ -123,11 +129,15 @@ def _cache_name(kind: Any) -> str:
     return "cache" if "cache" in names else "past_key_values"
 
 
+class ContextError(ValueError):
+    """A prompt and an output that exceed the context of an LM."""
+
+
 def check_context(config: Any, length: int, max_new_tokens: int) -> None:
-    """Raise ValueError for a prompt and an output that exceed the context of an LM's config."""
+    """Raise ContextError for a prompt and an output that exceed the context of an LM's config."""
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and length + max_new_tokens > context:
-        raise ValueError(
+        raise ContextError(
             f"a prompt of {length} tokens and an output of up to {max_new_tokens} exceed the "
             f"model's context of {context}: shorten the prompt or generate less"
         )

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lavit_lm.models.fused_decoder import FusedDecodingState, fused_decoder
 from lavit_lm.models.kv_state import DecodingState
 from lavit_lm.models.losses import Head, ModelOutput
 from lavit_lm.sequences.masks import model_mask
@@ -177,6 +178,10 @@ class SequenceModel(nn.Module):
         use_cache: bool = True,
     ) -> DecodingState:
         """The state from which sequences are continued; see DecodingState."""
+        if use_cache:
+            longest = max(map(len, sequences), default=0) + max_new_tokens
+            if decoder := fused_decoder(self.causal, longest):
+                return FusedDecodingState(decoder, self, sequences, pad_id, max_new_tokens)
         return DecodingState(self, sequences, pad_id, max_new_tokens, use_cache)
 
     def head(
@@ -193,8 +198,8 @@ class SequenceModel(nn.Module):
         """
         layer = self.causal.get_output_embeddings()
         if weight is None:
-            return self._capped(layer(hidden_states))
-        return self._capped(functional_call(layer, {"weight": weight}, hidden_states))
+            return self.capped(layer(hidden_states))
+        return self.capped(functional_call(layer, {"weight": weight}, hidden_states))
 
     def split_head(
         self, groups: Sequence[Sequence[range]], weight: Tensor | None = None
@@ -227,11 +232,11 @@ class SequenceModel(nn.Module):
             numbers = [i for r in group for i, edge in enumerate(edges[:-1]) if edge in r]
             joined = torch.cat([weights[i] for i in numbers])
             bias = None if biases is None else torch.cat([biases[i] for i in numbers])
-            return lambda x: self._capped(nn.functional.linear(x, joined, bias))
+            return lambda x: self.capped(nn.functional.linear(x, joined, bias))
 
         return [part(group) for group in groups]
 
-    def _capped(self, logits: Float[Tensor, "t n"]) -> Float[Tensor, "t n"]:
+    def capped(self, logits: Float[Tensor, "t n"]) -> Float[Tensor, "t n"]:
         """Logits of the output layer -> those of the LM. Raises ValueError, see head."""
         config = self.causal.config.get_text_config()
         for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):

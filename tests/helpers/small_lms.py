@@ -36,11 +36,11 @@ SHAPE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden
 SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
 GPT2_SHAPE = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
 CONFIGS: dict[str, Callable[..., Any]] = {
-    "llama": lambda **more: LlamaConfig(**SHAPE, **more),
-    "qwen2": lambda **more: Qwen2Config(**SHAPE, **more),
-    "qwen3": lambda **more: Qwen3Config(**SHAPE, head_dim=8, **more),
-    "gemma": lambda **more: GemmaConfig(**SHAPE, head_dim=8, **more),
-    "mistral": lambda **more: MistralConfig(**SHAPE, **more),
+    "llama": lambda **more: LlamaConfig(**{**SHAPE, **more}),
+    "qwen2": lambda **more: Qwen2Config(**{**SHAPE, **more}),
+    "qwen3": lambda **more: Qwen3Config(**{**SHAPE, "head_dim": 8, **more}),
+    "gemma": lambda **more: GemmaConfig(**{**SHAPE, "head_dim": 8, **more}),
+    "mistral": lambda **more: MistralConfig(**{**SHAPE, **more}),
     "gpt2": lambda **more: GPT2Config(**{**GPT2_SHAPE, **more}),
     # Its output layer has a bias.
     "phi": lambda **more: PhiConfig(**{**SHAPE, "num_key_value_heads": 2}, **more),

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lm_parts import CODES, image, processor_and_model
-from helpers.small_lms import FAMILIES
+from helpers.lm_parts import image, processor_and_model
+from helpers.small_lms import FAMILIES, small_lm
+from peft import LoraConfig, get_peft_model
 
 from lavit_lm.generation.sampling import (
     GenerationConstraint,
@@ -17,6 +18,7 @@ from lavit_lm.generation.sampling import (
     generate_ids,
     sequence_generators,
 )
+from lavit_lm.models.fused_decoder import FusedDecodingState, fits, fused_decoder
 from lavit_lm.models.kv_state import cache_argument
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.sequences.token_sequence import Role, SequenceBuilder, TokenSequence
@@ -70,12 +72,16 @@ def slow(
 
     while not generated or (generated[-1] not in stops and len(generated) < most + is_image):
         logits = logits_after(prompt)
-        if sampling.guidance_scale != 1:
+        first, stop = sampling.guidance_interval or (0, most + 1)
+        if sampling.guidance_scale != 1 and first <= len(generated) < stop:
             u = logits_after(unconditional(processor))
             logits = u + sampling.guidance_scale * (logits - u)
         for i in range(len(logits)):
-            if is_image:
-                allowed = v.first <= i < v.first + CODES and len(generated) < most
+            if is_image and len(generated) < most:
+                stage = v.rank_stages[len(generated)] if v.stages else 0
+                allowed = i in v.stage_ids(int(stage))
+            elif is_image:
+                allowed = False
             else:
                 allowed = i < v.begin and i not in special
             if not (allowed or (i in stops and len(generated) >= least)):
@@ -84,11 +90,18 @@ def slow(
     return generated
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(top_k=5), GUIDED])
-@pytest.mark.parametrize("family", FAMILIES)
+INTERVALS = [replace(GUIDED, guidance_interval=interval) for interval in ((0, 3), (1, 4), (0, 0))]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(top_k=5), GUIDED, *INTERVALS])
+@pytest.mark.parametrize("family", [*FAMILIES, "phi", "nested qwen3"])
 def test_images_equal_the_slow_loop(family: str, sampling: Sampling):
-    processor, model = processor_and_model(family)
+    """Some images end before others; nested codes have other ids at every rank."""
+    *nested, family = family.split()
+    processor, model = processor_and_model(family, stages=5 if nested else 0)
     given, constraint = prompts(processor), GenerationConstraint("image", 2, 6)
+    fused = isinstance(model.start_decoding(given, processor.pad, 6), FusedDecodingState)
+    assert fused == (family in ("llama", "qwen2", "qwen3", "mistral"))
     free = unconditional(processor)
     expected = [
         slow(processor, model, prompt, constraint, sampling, g)
@@ -116,6 +129,70 @@ def test_texts_equal_the_slow_loop(kind: Any):
     ]
     found = generate_ids(model, processor, given, constraint, sampling, None, generators(3))
     assert found == expected
+
+
+def hidden_states(model: SequenceModel, sequences: list[TokenSequence], fused: bool) -> Any:
+    """After the prompts, after an id, and after other two sequences have got one more."""
+    state = model.start_decoding(sequences, 0, 4, use_cache=fused)
+    assert isinstance(state, FusedDecodingState) == fused
+    found = [state.prefill(), state.append_ids(torch.arange(len(sequences)) + 3)]
+    state.reorder(torch.tensor([2, 2, 0]))
+    found.append(state.append_embeddings(found[-1][[2, 2, 0]]))
+    return found, state.logits(found[-1], torch.tensor([0, 4, 7, 20]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", [{}, {"num_key_value_heads": 2}, {"attention_bias": True}])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_hidden_states_are_those_of_the_lm(family: str, more: dict[str, Any]):
+    """Also with prefixes, biases, and as many heads of keys as of queries."""
+    processor, _ = processor_and_model(family)
+    if family in ("qwen2", "mistral"):  # their biases are fixed
+        more = {name: value for name, value in more.items() if name != "attention_bias"}
+    lm = small_lm(family, processor.vocabulary.stop, **more)
+    for name, parameter in lm.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    model, given = SequenceModel(lm).eval(), prompts(processor)
+    prefixes = [replace(one, prefix=torch.arange(len(one)) < 2) for one in given]
+    for sequences in (given, prefixes, [given[1]] * 3):
+        fast, slow_ones = (hidden_states(model, sequences, fused) for fused in (True, False))
+        for a, b in zip(fast[0], slow_ones[0], strict=True):
+            assert torch.allclose(a, b, atol=2e-5)
+        assert torch.allclose(fast[1], slow_ones[1], atol=2e-5)
+
+
+@torch.no_grad()
+def test_copies_of_weights_are_made_anew_when_these_change():
+    processor, model = processor_and_model("llama")
+    given, lm = prompts(processor), model.causal
+    before = model.start_decoding(given, 0, 1).prefill()
+    assert fused_decoder(lm, 20) is fused_decoder(lm, 20)
+    lm.base_model.layers[0].mlp.up_proj.weight[0] += 1
+    lm.get_output_embeddings().weight[3] += 1
+    state = model.start_decoding(given, 0, 1)
+    after = state.prefill()
+    assert not torch.allclose(before, after, atol=1e-3)
+    ids = torch.tensor([2, 3])
+    assert torch.allclose(state.logits(after, ids), model.head(after)[:, ids], atol=1e-5)
+
+
+def test_models_that_are_not_fused():
+    _, model = processor_and_model("llama")
+    lm = model.causal
+    assert fits(lm, 128)
+    assert not fits(lm.train(), 128)
+    assert not fits(lm.eval().double(), 128)
+    hook = lm.float().base_model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert not fits(lm, 128), "a hook may change what a layer computes"
+    hook.remove()
+    assert fits(lm, 128)
+    assert not fits(small_lm("mistral", 300, sliding_window=8), 9)
+    assert fits(small_lm("mistral", 300, sliding_window=8), 8)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert not fits(small_lm("llama", 300, rope_parameters=rope), 8)
+    adapted = get_peft_model(lm, LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    assert not fits(adapted.get_base_model(), 128)
 
 
 def test_only_allowed_ids_are_generated():
@@ -222,7 +299,7 @@ def test_what_ids_are_drawn_from(unchecked: None):
             sequence_generators(generator, 2)
 
 
-def test_impossible_requests():
+def test_impossible_requests(unchecked: None):
     processor, model = processor_and_model("llama")
     given, text = prompts(processor), GenerationConstraint("text")
     guided, empty = Sampling(guidance_scale=2.0), [SequenceBuilder().build()]
@@ -235,6 +312,9 @@ def test_impossible_requests():
     ):
         with pytest.raises(ValueError, match=message):
             generate_ids(model, processor, *arguments)
+    for interval in ((2, 1), (0,), (0.5, 1), 3):
+        with pytest.raises(ValueError, match="guidance_interval: expected two integers"):
+            Sampling(guidance_interval=interval)  # type: ignore[arg-type]
     for name, value in (("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)):
         with pytest.raises(ValueError, match=name):
             Sampling(**{name: value})  # type: ignore[arg-type]
