@@ -155,6 +155,23 @@ def load_model(
     return model, processor, visual, objective
 
 
+def load_connectors(
+    directory: Path, objective: Objective, bridge: nn.Module | None, regressor: nn.Module | None
+) -> None:
+    """Load the bridge and regression head of a trained model, to go on training it.
+
+    They are left as they are if the directory has none, or those of another objective.
+
+    Raises:
+        WeightsError: tensors that are missing, unexpected or of another shape.
+    """
+    if not (directory / MODULES).exists():
+        return
+    values = read_header(directory / CONFIG, FORMAT, VERSION, KEYS)
+    if values["objective"].get("name") == objective.name:
+        load_weights(_modules(bridge, regressor), directory, MODULES)
+
+
 def _processor(directory: Path, stated: Any, visual: VisualTokenizer) -> MultimodalProcessor:
     """The processor of the directory's text tokenizer, if all three have the same codebook."""
     processor = MultimodalProcessor.from_tokenizer(open_text_tokenizer(directory))

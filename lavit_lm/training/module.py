@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lavit_lm.checkpoints.native import CONFIG, DEFAULT, save_model
+from lavit_lm.checkpoints.native import CONFIG, DEFAULT, load_connectors, save_model
 from lavit_lm.models.loading import (
     FILES,
     load_lm,
@@ -76,7 +76,8 @@ class LanguageModeling(TrainingModule):
 
     Args:
         lm: "default", directory or Hub id of a causal LM or encoder-decoder, or the JSON of a
-            `transformers` config (with its model_type) for a new one with random weights.
+            `transformers` config (with its model_type) for a new one with random weights. Of a
+            model that was trained with this objective, bridge and regression head are loaded too.
         text_tokenizer: directory or Hub id of its tokenizer; by default the LM's own, and on the
             command line, for a new LM, one trained on the captions of the shards. If it has no
             image tokens they are added, with new embeddings in the LM.
@@ -409,6 +410,9 @@ class LanguageModeling(TrainingModule):
             torch.manual_seed(self.seed)
             hidden_size = lm.config.get_text_config().hidden_size
             connectors = self.objective.connectors.build(self.visual, hidden_size)
+            if isinstance(self.lm, str):
+                directory = find_directory(self.lm, None, FILES)
+                load_connectors(directory, self.objective, *connectors)
             if self.gradient_checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
                 lm.train()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 MONUMENTS = "explore_monuments/resource"
@@ -338,3 +339,45 @@ def test_questions_with_yes_and_no_are_balanced():
         answers = [answer for name, _, question, answer in asked
                    if name == kind and not question.startswith("which")]  # fmt: skip
         assert 0.37 < answers.count("yes") / len(answers) < 0.63
+
+
+def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
+    """A few steps of a small model on the questions that instruct.py wrote."""
+    from helpers.lm_runs import SMALL
+    from helpers.trainers import two_steps
+
+    from lavit_lm import MultimodalLM
+    from lavit_lm.cli import main
+    from lavit_lm.objectives.lavit import LaVIT
+    from lavit_lm.sequences.documents import Documents
+    from lavit_tok import VisualTokenizer
+
+    questions = made[3] / "train.jsonl"
+    recipe = Path(__file__).parents[2] / "recipes/lm/instruct.yaml"
+    sources = [
+        {"documents": str(questions), "weight": 4},
+        {"shards": str(folder / "shards"), "weight": 1},
+    ]
+    small = {
+        "model.lm": json.dumps(SMALL),
+        "model.text_tokenizer": folder / "text",
+        "model.visual_tokenizer": folder / "visual",
+        "model.out": folder / "made",
+        "model.schedule.warmup_steps": 1,
+        "trainer.default_root_dir": folder / "run",
+        "data.sources": json.dumps(sources),
+        "data.block": 256,
+        "data.batch_size": 2,
+    }
+    assert main(["fit", *two_steps(recipe, small)]) == 0
+    lm = MultimodalLM.from_pretrained(folder / "made", decoder=None)
+    visual = VisualTokenizer.from_pretrained(folder / "visual")
+    documents = Documents(questions, visual.image_processor, visual.encode, pixels=False)
+    assert len(documents) > 40
+    for i in range(0, len(documents), 7):
+        segments, key = documents[i]
+        sequence = LaVIT().layout(segments, lm.processor, torch.Generator().manual_seed(i), key)
+        answer = [*lm.processor.text(segments[-1].text), lm.processor.stop]
+        assert sequence.ids[sequence.predict].tolist() == answer, key
+        prompt = LaVIT().prompt(segments[:-1], lm.processor, "text").ids.tolist()
+        assert sequence.ids.tolist() == [*prompt, *answer], "what `answer` asks"
