@@ -26,6 +26,7 @@ from lavit_lm.models.losses import LossSum, ModelOutput, cross_entropy, regressi
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.emu import Emu
+from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.objectives.records import ImageVectors
 from lavit_lm.sequences.documents import as_segments, clip
 from lavit_lm.sequences.packing import PADDING, PackedBatch, pack, pad
@@ -492,6 +493,14 @@ def test_emu_09_three_learning_rates(folder: Path):
     assert loaded.objective == objective
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.model.state_dict()[name]), name
+    source = {"lm": str(folder / "out"), "text_tokenizer": None, "seed": 5}
+    again = module(folder, objective=objective, **source)
+    again.configure_model()
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), f"{name} is trained on"
+    other = module(folder, objective=LaVIT(), **source)
+    other.configure_model()
+    assert other.model.bridge is None, "of another objective the LM only"
     frozen = module(folder, objective=replace(objective, train_encoder=False))
     frozen.configure_model()
     assert frozen.model.trained_parameters()["encoder"] == [] and not any(
