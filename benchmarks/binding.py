@@ -22,7 +22,6 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +30,10 @@ from torch.nn import functional as F
 
 from benchmarks.lm_quality import MODEL, SAMPLING, ImageGenerator
 from benchmarks.shared import cli, plots, report
-from benchmarks.shared.cache import Stages, concatenated, generator_for
+from benchmarks.shared.cache import Stages, generator_for
 from benchmarks.shared.datasets import first_line, normalized
 from benchmarks.shared.provenance import recipe
+from benchmarks.shared.tokenizers import Lavit
 from lavit_lm import MultimodalLM
 from lavit_tok import PixelDecoder, VisualImageProcessor, VisualTokenizer
 from lavit_tok.data.image_sources import load_splits
@@ -133,9 +133,8 @@ def chance(wanted: list[str], judged: dict[str, ObjectJudge]) -> dict[str, float
     share = sum((n / len(wanted)) ** 2 for n in collections.Counter(wanted).values())
     found = {"named color": share}
     for judge, of in judged.items():
-        object_share = 1 / len(of.labels)
-        found[f"object by {judge}"] = object_share
-        found[f"color and object by {judge}"] = share * object_share
+        found[f"object by {judge}"] = 1 / len(of.labels)
+        found[f"color and object by {judge}"] = share / len(of.labels)
     return found
 
 
@@ -144,16 +143,8 @@ def measure_images(lm: MultimodalLM, test: Scenes, stages: Stages, args: Namespa
     held = sorted(set(zip(test.colors, test.names, strict=True))) * args.images
     prompts = [objects.with_article(f"{color} {name}", name) for color, name in held]
     keys = [f"{prompt} {i}" for i, prompt in enumerate(prompts)]
-    generator = ImageGenerator(lm, args, test.pixels.shape[-1])
-
-    def generate(seed: int, batch: list[int]) -> dict[str, Tensor]:
-        return generator([prompts[i] for i in batch], [keys[i] for i in batch], seed)
-
-    runs = []
-    for seed in range(args.seeds):
-        call, indices = partial(generate, seed), range(len(held))
-        parts = stages.batches(f"generate {seed}", indices, args.batch_size, call)
-        runs.append(concatenated(parts)["images"])
+    generator = ImageGenerator(lm, args, test.pixels.shape[-1], stages)
+    runs = [generator.of(prompts, keys, seed)["images"] for seed in range(args.seeds)]
     shades, names = map(list, zip(*held, strict=True))
     return runs, names, shades, prompts
 
@@ -161,13 +152,11 @@ def measure_images(lm: MultimodalLM, test: Scenes, stages: Stages, args: Namespa
 def reconstructed(tokenizer: Any, pixels: Tensor, args: Namespace) -> Tensor:
     """The images decoded from their codes."""
     made: list[Tensor] = []
-    decoder = PixelDecoder.from_pretrained(args.decoder).to(args.device)
-    options = {"num_inference_steps": args.steps, "guidance_scale": args.decoder_guidance}
-    processor = VisualImageProcessor(pixels.shape[-1])
+    decoder = PixelDecoder.from_pretrained(args.decoder, device=args.device)
+    both = Lavit(tokenizer, decoder, args.decoder, args.steps, args.decoder_guidance)
     for part in pixels.split(args.batch_size):
         noise = [generator_for("noise", len(made), i) for i in range(len(part))]
-        codes = tokenizer.encode(part, budget=args.budget)
-        made.append(processor.to_uint8(decoder(codes, generator=noise, **options).images))
+        made.append(both.decode(tokenizer.encode(part, budget=args.budget), noise))
     return torch.cat(made)
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shared import cli, datasets, metrics, plots, protocol, report
-from benchmarks.shared.cache import Stages, concatenated, generator_for
+from benchmarks.shared.cache import Stages, generator_for
 from benchmarks.shared.image_text_similarity import Teacher, ranks, top
 from lavit_lm import MultimodalLM
 from lavit_lm.models.losses import target_nats
@@ -82,8 +82,8 @@ def choose(captions: Sequence[str], count: int, seed: int, exclude: Any = ()) ->
 class ImageGenerator:
     """Generates images of captions; each depends on (seed, image key) alone."""
 
-    def __init__(self, lm: MultimodalLM, args: Namespace, size: int) -> None:
-        self.lm, self.args = lm, args
+    def __init__(self, lm: MultimodalLM, args: Namespace, size: int, stages: Stages) -> None:
+        self.lm, self.args, self.stages = lm, args, stages
         self.processor = VisualImageProcessor(size, "center_crop")
         self.decoding = {"num_inference_steps": args.steps, "guidance_scale": args.decoder_guidance}
 
@@ -96,6 +96,18 @@ class ImageGenerator:
             codes = lm.generate_codes_batch(captions, args.guidance, draws, **sampling)
             return self.decode(codes, keys, seed)
         return self.decode(lm.generate_vectors_batch(captions), keys, seed)
+
+    def of(self, given: list[str] | VisualCodes, keys: list[str], seed: int) -> dict[str, Tensor]:
+        """Images generated from captions, or decoded from codes, in batches; each is a stage."""
+
+        def compute(batch: list[int]) -> dict[str, Tensor]:
+            own = [keys[i] for i in batch]
+            if isinstance(given, VisualCodes):
+                return self.decode(given.take(batch), own, seed)
+            return self([given[i] for i in batch], own, seed)
+
+        stage = f"{'decode' if isinstance(given, VisualCodes) else 'generate'} {seed}"
+        return self.stages.tensors(stage, range(len(keys)), self.args.batch_size, compute)
 
     def decode(self, outputs: Any, keys: Sequence[str], seed: int) -> dict[str, Tensor]:
         noise = [generator_for("noise", seed, key) for key in keys]
@@ -151,29 +163,19 @@ def measure_images(
     pixels, count = data.pixels[indices], len(indices)
     if args.inception:
         protocol.refuse_few(count, args.force)
-    judge, generator = Judge(args, lm, pixels, captions), ImageGenerator(lm, args, pixels.shape[-1])
-    coded = lm.objective.image_output.kind == "codes"
-    codes: Any = encode(lm, pixels) if coded else None
+    judge = Judge(args, lm, pixels, captions)
+    generator = ImageGenerator(lm, args, pixels.shape[-1], stages)
+    codes = encode(lm, pixels) if lm.objective.image_output.kind == "codes" else None
     runs: dict[str, list[Any]] = {"generated": [], "from_own_codes": []}
     first: Any = None
 
-    def generate(seed: int, batch: list[int]) -> dict[str, Tensor]:
-        return generator([captions[i] for i in batch], [keys[i] for i in batch], seed)
-
-    def from_own_codes(seed: int, batch: list[int]) -> dict[str, Tensor]:
-        return generator.decode(codes.take(batch), [keys[i] for i in batch], seed)
-
-    def images_of(call: Any, seed: int) -> dict[str, Tensor]:
-        stage, size = f"{call.__name__} {seed}", args.batch_size
-        return concatenated(stages.batches(stage, range(count), size, partial(call, seed)))
-
     for seed in range(args.seeds):
-        made = images_of(generate, seed)
+        made = generator.of(captions, keys, seed)
         images, lengths = made["images"], made["codes"].double()
         runs["generated"].append(judge(images) | {"codes per image": float(lengths.mean())})
         first = images if first is None else first
-        if coded:
-            runs["from_own_codes"].append(judge(images_of(from_own_codes, seed)["images"]))
+        if codes is not None:
+            runs["from_own_codes"].append(judge(generator.of(codes, keys, seed)["images"]))
     others = sorted(set(range(len(data))) - set(indices))[:count]
     true = judge.nearness(pixels)
     if len(others) == count:  # a distance that no model is expected to be far below

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shared import cli, datasets, metrics, plots, protocol, report, tokenizers
-from benchmarks.shared.cache import Stages, concatenated, generator_for
+from benchmarks.shared.cache import Stages, generator_for
 from lavit_tok import VisualCodes, VisualTokenizer
 from lavit_tok.data.image_sources import load_splits
 from lavit_tok.encode.allocation import keep_by_budget, ordered_noise
@@ -127,7 +127,7 @@ class Run:
             return {name: value.cpu() for name, value in found.items()}
 
         stage = f"encode {point} {seed}"
-        return concatenated(self.stages.batches(stage, indices, self.args.batch_size, encode))
+        return self.stages.tensors(stage, indices, self.args.batch_size, encode)
 
     def decode(self, point: Point, codes: VisualCodes, seed: int) -> dict[str, Tensor]:
         """Scores, thumbnail and features of each decoded image."""
@@ -145,9 +145,9 @@ class Run:
             return scores | {name: space(images) for name, space in self.spaces.items()} | shown
 
         items, size = range(len(self.decoded)), self.args.batch_size
-        parts = self.stages.batches(f"decode {point} {seed}", items, size, score)
-        self.shown = parts[0].pop("images", self.shown)
-        return concatenated(parts)
+        found = self.stages.tensors(f"decode {point} {seed}", items, size, score)
+        self.shown = found.pop("images", self.shown)
+        return found
 
     def prepare_pixels(self) -> None:
         """Feature spaces, LPIPS, and the sources' thumbnails and features."""
@@ -165,8 +165,7 @@ class Run:
         def features(batch: list[int]) -> dict[str, Tensor]:
             return {name: space(self.images.pixels[batch]) for name, space in self.spaces.items()}
 
-        parts = self.stages.batches("sources", self.decoded, args.batch_size, features)
-        self.real = concatenated(parts)
+        self.real = self.stages.tensors("sources", self.decoded, args.batch_size, features)
 
     def numbers(self, point: Point, found: dict[str, Tensor], seed: int) -> dict[str, float]:
         """The numbers of one seed at one point, over the decoded images."""

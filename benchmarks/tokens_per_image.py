@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.shared import cli, datasets, plots, report, tokenizers
-from benchmarks.shared.cache import Stages, concatenated
+from benchmarks.shared.cache import Stages
 from lavit_tok import VisualCodes
 from lavit_tok.encode.image_processor import open_image
 from lavit_tok.training.codebook import usage
@@ -50,8 +50,7 @@ def main(args: Namespace) -> dict[str, Any]:
         masks = {} if codes.keep is None else {"keep": codes.keep}
         return {"values": codes.values, "lengths": codes.lengths, "jpeg": sizes, **masks}
 
-    parts = stages.batches("encode", range(len(images)), args.batch_size, encode)
-    found = concatenated(parts)
+    found = stages.tensors("encode", range(len(images)), args.batch_size, encode)
     keep, codebook_size = found.get("keep"), tokenizer.codebook_size
     codes = VisualCodes(found["values"], found["lengths"], keep, codebook_size)
     rho = args.rho if isinstance(tokenizer, tokenizers.Lavit) else None

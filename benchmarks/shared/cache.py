@@ -54,6 +54,14 @@ class Stages:
         bar = progress(parts, stage)
         return [self(f"{stage} {digest(part)}", partial(compute, part)) for part in bar]
 
+    def tensors(
+        self, stage: str, items: Sequence[int], size: int, compute: Callable[[list[int]], Any]
+    ) -> dict[str, Tensor]:
+        """The tensors of all batches, one after another; not every batch needs every name."""
+        parts = self.batches(stage, items, size, compute)
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {n: torch.cat([part[n] for part in parts if n in part]) for n in names}
+
     def done(self) -> None:
         """Remove the stages: the result is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -61,11 +69,6 @@ class Stages:
 
 def _stage(key: str, stage: str, compute: Callable[[], T]) -> T:
     return compute()
-
-
-def concatenated(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of several batches, one after another."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def progress(items: Iterable[T], label: str) -> Iterable[T]:

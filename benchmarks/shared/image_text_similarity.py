@@ -54,12 +54,8 @@ class Teacher:
         return torch.cat(vectors)
 
     def embed(self, captions: Sequence[str]) -> Tensor:
-        return sentence_embeddings(captions)
-
-
-def sentence_embeddings(captions: Sequence[str]) -> Tensor:
-    """Unit vectors [n 384]. Raises ModuleNotFoundError, which names the package to install."""
-    return recipe("default/sentences.py").embed(list(captions))
+        """Unit vectors [n 384]. Raises ModuleNotFoundError, which names the package to install."""
+        return recipe("default/sentences.py").embed(list(captions))
 
 
 def ranks(queries: Tensor, candidates: Tensor) -> Tensor:

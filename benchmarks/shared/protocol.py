@@ -43,7 +43,7 @@ class Protocol:
         return found
 
     def against_published(self) -> list[str]:
-        """All reasons why a number cannot stand beside published ones."""
+        """All reasons why a number cannot be compared with published ones."""
         found = self.departures()
         if self.set_name != PUBLISHED_SET:
             found.append(f"the images are not declared to be {PUBLISHED_SET}")

@@ -8,7 +8,7 @@
     vqmodel | vqmodel:DIR       diffusers' VQModel, with random weights or a directory's
     package.module:function     yours: function(device) returns an object like ImageTokenizer
 
-With random weights images and codebook use mean nothing, and every result says so. Only a command
+With random weights images and codebook use mean nothing, as every result states. Only a command
 line names code to run, never a file.
 """
 

@@ -25,7 +25,7 @@ class TimedSteps(pl.Callback):
         self._since = timer()
 
     def on_train_batch_end(self, trainer: Any, module: Any, out: Any, batch: Any, *_: Any) -> None:
-        """What lies between two of the baseline's steps is Lightning's."""
+        """The time between two of the baseline's steps is Lightning's."""
         start = timer()
         self.baseline(batch)
         self.seconds[0].append(start - self._since)

@@ -64,7 +64,7 @@ def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     from benchmarks.shared import image_text_similarity
 
-    monkeypatch.setattr(image_text_similarity, "sentence_embeddings", letters)
+    monkeypatch.setattr(image_text_similarity.Teacher, "embed", letters)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     config = CLIPVisionConfig(image_size=16, patch_size=8, num_attention_heads=2, **sizes)
     with torch.random.fork_rng(devices=[]):
@@ -75,7 +75,7 @@ def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "teacher"
 
 
-def letters(captions: Any) -> torch.Tensor:
+def letters(teacher: Any, captions: Any) -> torch.Tensor:
     """Unit vectors [n 384] in place of sentence embeddings, whose model is a package of its own."""
     counts = torch.zeros(len(captions), 384)
     for i, caption in enumerate(captions):
