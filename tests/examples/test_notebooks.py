@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).parents[2] / "examples" / "notebooks"
 PARAMETERS = {
@@ -28,7 +32,8 @@ def test_all_are_run() -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_notebook(name: str) -> None:
+def test_notebook(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """In this process, which has imported the packages, by the shell that a kernel runs."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)
@@ -36,9 +41,12 @@ def test_notebook(name: str) -> None:
     set_there = set(re.findall(r"\b[A-Z_]{2,}\b(?=.*=)", parameters.source))
     assert set(re.findall(r"[A-Z_]{2,}", PARAMETERS[name])) <= set_there
     parameters.source += "\n" + PARAMETERS[name]
-    here = {"metadata": {"path": str(NOTEBOOKS)}}
-    NotebookClient(notebook, timeout=500, kernel_name="python3", resources=here).execute()
-    printed = "".join(
-        output.get("text", "") for cell in cells for output in cell.outputs if "text" in output
-    )
-    assert re.search(PRINTED[name], printed), printed
+    monkeypatch.chdir(NOTEBOOKS)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # seed_everything sets it
+    module, config = ModuleType("notebook"), Config({"HistoryManager": {"enabled": False}})
+    monkeypatch.setitem(sys.modules, "notebook", module)
+    shell = InteractiveShell(user_module=module, config=config)
+    for cell in cells:
+        shell.run_cell(cell.source).raise_error()
+    assert re.search(PRINTED[name], capsys.readouterr().out)

@@ -1,11 +1,16 @@
-"""Trainers from flat arguments, and arguments that run a recipe for two steps on one CPU."""
+"""Training in a few steps on one CPU: trainers from flat arguments, images, and recipes."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
+from pytorch_lightning import Callback, Trainer
 
 TWO_STEPS = {
     "trainer.accelerator": "cpu",
@@ -21,6 +26,12 @@ TWO_STEPS = {
     "trainer.enable_checkpointing": "false",
     "data.num_workers": 0,
 }
+
+
+def recipes_of(command: str) -> list[Path]:
+    """The recipes below recipes/lm whose header has this command, such as "lavit-lm fit"."""
+    paths = (Path(__file__).parents[2] / "recipes" / "lm").glob("*.yaml")
+    return sorted(p for p in paths if f"{command} -c recipes/lm/{p.name}" in p.read_text())
 
 
 def two_steps(recipe: Path, overrides: dict[str, Any]) -> list[str]:
@@ -47,54 +58,73 @@ def trainer_of(kind: Any, **arguments: Any) -> Any:
     return kind(**arguments)
 
 
+def rectangles(root: Path, **splits: int) -> Path:
+    """Folders of so many images, 00.png, ...: a rectangle on a ground of another color."""
+    rng = np.random.default_rng(0)
+    for split, count in splits.items():
+        (root / split).mkdir()
+        for i in range(count):
+            image = np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)
+            top, left = rng.integers(0, 20, size=2)
+            image[top : top + 12, left : left + 9] = rng.integers(256, size=3)
+            Image.fromarray(image).save(root / split / f"{i:02}.png")
+    return root
+
+
+def quiet_trainer(root: Path, steps: int, *callbacks: Callback, **options: Any) -> Trainer:
+    """Lightning's Trainer without progress bar, logger and checkpoints of its own."""
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    fixed = {"accelerator": "cpu", "num_sanity_val_steps": 0, "default_root_dir": root}
+    options = {**dict.fromkeys(quiet, False), **fixed, **options}
+    return Trainer(max_steps=steps, callbacks=[*callbacks], **options)
+
+
+class EachStep(Callback):
+    """The value of a function of trainer, module and batch after every step."""
+
+    def __init__(self, function: Callable[[Any, Any, Any], Any]) -> None:
+        self.function = function
+        self.values: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, out: Any, batch: Any, i: int) -> None:
+        self.values.append(self.function(trainer, module, batch))
+
+
+def training_metrics(trainer: Any, module: Any, batch: Any) -> dict[str, float]:
+    """Of EachStep: what is logged as "train/..."."""
+    metrics = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in metrics if name.startswith("train/")}
+
+
 def fit_tokenizer(folder: Path, config: Any, options: dict[str, Any]) -> Any:
     """Six steps through all stages: (images of each step, codes of each step, state)."""
-    from pytorch_lightning import Callback, Trainer
-
-    from lavit_tok import ImageDataModule
     from lavit_tok.training.tokenizer_training import TokenizerTraining
-
-    images, codes = [], []
-
-    class Record(Callback):
-        def on_train_batch_end(
-            self, trainer: Any, module: Any, out: Any, batch: Any, i: int
-        ) -> None:
-            images.append(batch["index"].tolist())
-            mean = trainer.callback_metrics["train/codes_per_image"]
-            codes.append(round(float(mean) * len(batch["index"])))
 
     arguments = {"stop_sampling_step": 2, "start_step": 3, "blend_steps": 1, "kmeans_samples": 64}
     arguments |= {"decay": 0.5, "dead_ratio": 0.0, "warmup_steps": 1, "lr": 3e-3}
     module = trainer_of(TokenizerTraining, config=config, log_images_every=0, **arguments)
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
-    options = {"max_steps": 6, "accelerator": "cpu", "num_sanity_val_steps": 0, **options, **quiet}
-    trainer = Trainer(callbacks=[Record()], default_root_dir=folder, **options)
-    trainer.fit(module, ImageDataModule(str(folder / "images"), image_size=32, batch_size=4))
-    # Not as tensors: those are shared with the sending process, which ends.
-    return images, codes, {name: value.numpy() for name, value in module.state_dict().items()}
+    values, state = _fit(folder, module, 6, options)
+    codes = [round(metrics["train/codes_per_image"] * len(index)) for index, metrics in values]
+    return [index for index, _ in values], codes, state
 
 
 def fit_decoder(folder: Path, unet: Any, options: dict[str, Any]) -> Any:
     """Three steps with the tokenizer and VAE of a folder: (images of each step, state)."""
-    from pytorch_lightning import Callback, Trainer
-
-    from lavit_tok import ImageDataModule
     from lavit_tok.training.decoder_training import PixelDecoderTraining
-
-    images = []
-
-    class Record(Callback):
-        def on_train_batch_end(
-            self, trainer: Any, module: Any, out: Any, batch: Any, i: int
-        ) -> None:
-            images.append(batch["index"].tolist())
 
     parts = {name: str(folder / name) for name in ("tokenizer", "vae")}
     arguments = {"config": unet, "cross_dims": (16,), "every": 0, "warmup_steps": 1, "lr": 1e-2}
     module = trainer_of(PixelDecoderTraining, **parts, **arguments, ema_decay=0.6)
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
-    options = {"max_steps": 3, "accelerator": "cpu", "num_sanity_val_steps": 0, **options, **quiet}
-    trainer = Trainer(callbacks=[Record()], default_root_dir=folder, **options)
-    trainer.fit(module, ImageDataModule(str(folder / "images"), image_size=32, batch_size=4))
-    return images, {name: value.numpy() for name, value in module.state_dict().items()}
+    values, state = _fit(folder, module, 3, options)
+    return [index for index, _ in values], state
+
+
+def _fit(folder: Path, module: Any, steps: int, options: dict[str, Any]) -> Any:
+    """(indices of the images and metrics of each step, state)."""
+    from lavit_tok import ImageDataModule
+
+    record = EachStep(lambda *args: (args[2]["index"].tolist(), training_metrics(*args)))
+    data = ImageDataModule(str(folder / "images"), image_size=32, batch_size=4)
+    quiet_trainer(folder, steps, record, **options).fit(module, data)
+    # Not as tensors: those are shared with the sending process, which ends.
+    return record.values, {name: value.numpy() for name, value in module.state_dict().items()}

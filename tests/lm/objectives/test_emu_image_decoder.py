@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler
 from helpers.emu_parts import EMU, N, built
 from helpers.lm_parts import processor_and_model
 from helpers.lm_runs import CAPTIONS
-from helpers.trainers import trainer_of
+from helpers.trainers import EachStep, quiet_trainer, recipes_of, trainer_of, two_steps
 from safetensors.torch import load_file, save_file
 
 from lavit_lm import MultimodalLM
@@ -27,12 +27,7 @@ from lavit_lm.training.emu_decoder import EmuDecoderTraining, renew_keys
 from lavit_tok import ImageDataModule, VisualCodes, VisualTokenizer, WeightsError
 from lavit_tok.training.denoising import vae_latents
 
-FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
-RECIPES = sorted(
-    path
-    for path in FOLDER.glob("*.yaml")
-    if "lavit-lm fit-decoder -c recipes/lm/" + path.name in path.read_text()
-)
+RECIPES = recipes_of("lavit-lm fit-decoder")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -42,41 +37,26 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.fixture
 def decoder(tiny_decoder: Any) -> VectorDecoder:
     """For N vectors of width 16; 16 features of width 32, images of 16 pixels."""
+    config = VectorReaderConfig(16, N, 32, 16, depth=1, heads=2, hidden_size=32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        return VectorDecoder(
-            VectorReader(VectorReaderConfig(16, N, 32, 16, depth=1, heads=2, hidden_size=32)),
-            tiny_decoder,
-        )
+        return VectorDecoder(VectorReader(config), tiny_decoder)
 
 
 @pytest.fixture
 def parts(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) -> dict[str, str]:
     """Directories of a language model that predicts vectors, and of a pixel decoder."""
     processor, model = built(tiny_tokenizer)
-    tiny_tokenizer.save_pretrained(tmp_path / "visual")
-    save_model(
-        tmp_path / "lm",
-        model,
-        processor,
-        EMU,
-        str(tmp_path / "visual"),
-        tiny_tokenizer.fingerprint(),
-    )
+    visual, fingerprint = tmp_path / "visual", tiny_tokenizer.fingerprint()
+    tiny_tokenizer.save_pretrained(visual)
+    save_model(tmp_path / "lm", model, processor, EMU, str(visual), fingerprint)
     tiny_decoder.save_pretrained(tmp_path / "pixels")
     return {"model": str(tmp_path / "lm"), "pixel_decoder": str(tmp_path / "pixels")}
 
 
 def training(parts: dict[str, str], **settings: Any) -> EmuDecoderTraining:
-    small = {
-        "depth": 1,
-        "heads": 2,
-        "hidden_size": 32,
-        "lr": 5e-3,
-        "warmup_steps": 1,
-        "ema_decay": 0.6,
-    }
-    return trainer_of(EmuDecoderTraining, **parts, **{**small, **settings})
+    small = {"depth": 1, "heads": 2, "hidden_size": 32, "lr": 5e-3, "warmup_steps": 1}
+    return trainer_of(EmuDecoderTraining, **parts, **{**small, "ema_decay": 0.6, **settings})
 
 
 def generated(seed: int, count: int = 2) -> torch.Tensor:
@@ -85,36 +65,32 @@ def generated(seed: int, count: int = 2) -> torch.Tensor:
 
 def test_vectors_replace_features(decoder: VectorDecoder):
     vectors = generated(0)
-    condition = decoder.conditioning(vectors)
+    tokens = decoder.conditioning(vectors).tokens
     of_codes = decoder.pixels.conditioner(VisualCodes.from_list([[1, 2], [3]], 16))
-    assert condition.tokens.shape == of_codes.tokens.shape
+    assert tokens.shape == of_codes.tokens.shape
     other = vectors.clone()
     other[0, N - 1] += torch.linspace(-1, 1, 16)
     moved = decoder.conditioning(other).tokens
-    assert (
-        torch.equal(moved[1], condition.tokens[1])
-        and (moved[0] - condition.tokens[0]).abs().max() > 1e-4
-    )
+    assert torch.equal(moved[1], tokens[1]) and (moved[0] - tokens[0]).abs().max() > 1e-4
     swapped = decoder.conditioning(vectors.flip(1)).tokens
-    assert (swapped - condition.tokens).abs().max() > 1e-5, "which of the vectors it is matters"
+    assert (swapped - tokens).abs().max() > 1e-5, "the order of vectors matters"
 
 
 def test_guidance(decoder: VectorDecoder):
-    """At a scale of 1 the conditional prediction alone; at others what was said of nothing is
+    """At a scale of 1 the conditional prediction alone; at others that of the null vectors is
     subtracted.
     """
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
-    vectors, null = generated(0), generated(1, 1)
+    vectors, null, other = generated(0), generated(1, 1), generated(2, 1)
 
     def drawn(null: torch.Tensor, scale: float) -> torch.Tensor:
-        return decoder.decode(
-            ImageVectors(vectors, null), generator(), guidance_scale=scale, **options
-        )
+        both = ImageVectors(vectors, null)
+        return decoder.decode(both, generator(), guidance_scale=scale, **options)
 
     given = decoder.conditioning(vectors)
     alone = decoder.pixels.decode_condition(given, given, 2, 1.0, generator(), output_type="pt")
-    assert torch.equal(drawn(null, 1.0), alone) and torch.equal(drawn(generated(2, 1), 1.0), alone)
-    assert not torch.equal(drawn(null, 3.0), drawn(generated(2, 1), 3.0))
+    assert torch.equal(drawn(null, 1.0), alone) and torch.equal(drawn(other, 1.0), alone)
+    assert not torch.equal(drawn(null, 3.0), drawn(other, 3.0))
     assert not torch.equal(drawn(null, 3.0), drawn(torch.zeros(1, N, 16), 3.0))
     outputs = ImageVectors(vectors, null)
     images = decoder.decode(outputs, [generator(1), generator(2)], num_inference_steps=2)
@@ -122,14 +98,12 @@ def test_guidance(decoder: VectorDecoder):
 
 
 def test_what_does_not_fit(decoder: VectorDecoder, tiny_decoder: Any):
-    with pytest.raises(
-        ValueError, match=rf"expected {N} vectors of width 16 per image, got shape \[2, 5, 16\]"
-    ):
+    shape = rf"expected {N} vectors of width 16 per image, got shape \[2, 5, 16\]"
+    with pytest.raises(ValueError, match=shape):
         decoder.decode(ImageVectors(torch.zeros(2, 5, 16), torch.zeros(1, 5, 16)))
-    with pytest.raises(
-        ValueError, match="the pixel decoder needs 16 features of width 32, the reader makes 9"
-    ):
-        VectorDecoder(VectorReader(VectorReaderConfig(16, N, 32, 9)), tiny_decoder)
+    reader, count = VectorReader(VectorReaderConfig(16, N, 32, 9)), "the reader makes 9"
+    with pytest.raises(ValueError, match=f"pixel decoder needs 16 features of width 32, {count}"):
+        VectorDecoder(reader, tiny_decoder)
     with pytest.raises(ValueError, match="a hidden_size that is a multiple of heads"):
         VectorReaderConfig(16, N, 32, 9, heads=5)
 
@@ -172,28 +146,24 @@ def test_saved_and_loaded(decoder: VectorDecoder, tmp_path: Path):
 
 
 def test_trained_on_generated_vectors(parts: dict[str, str]):
-    module = training(parts)
+    module, keeps = training(parts), training(parts, cache_vectors=True)
     lm = MultimodalLM.from_pretrained(parts["model"], decoder=None)
     captions = [CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]]
-    torch.testing.assert_close(
-        module.vectors(captions), lm.generate_vectors_batch(captions), atol=1e-5, rtol=1e-4
-    )
-    assert module.cached == {}
-    keeps = training(parts, cache_vectors=True)
-    first = keeps.vectors(captions)
-    assert (
-        set(keeps.cached) == set(CAPTIONS[:2]) and keeps.cached[CAPTIONS[0]].dtype == torch.float16
-    )
-    assert (
-        torch.equal(keeps.vectors(captions[:1])[0], first[0])
-        and (first - module.vectors(captions)).abs().max() < 1e-2
-    )
+    vectors, first = module.vectors(captions), keeps.vectors(captions)
+    expected = lm.generate_vectors_batch(captions)
+    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-4)
+    assert module.cached == {} and set(keeps.cached) == set(CAPTIONS[:2])
+    assert keeps.cached[CAPTIONS[0]].dtype == torch.float16
+    assert torch.equal(keeps.vectors(captions[:1])[0], first[0])
+    assert (first - vectors).abs().max() < 1e-2
     images = torch.randint(256, (3, 3, 16, 16), generator=generator(), dtype=torch.uint8)
-    with torch.no_grad():
-        dropped = module.diffusion_loss(images, captions, generator(), condition_drop=1.0)
-        of_nothing = module.diffusion_loss(images, [""] * 3, generator(), condition_drop=0.0)
-        whole = module.diffusion_loss(images, captions, generator(), condition_drop=0.0)
-    torch.testing.assert_close(dropped, of_nothing)
+
+    def loss(captions: list[str], drop: float) -> torch.Tensor:
+        with torch.no_grad():
+            return module.diffusion_loss(images, captions, generator(), condition_drop=drop)
+
+    dropped, whole = loss(captions, 1.0), loss(captions, 0.0)
+    torch.testing.assert_close(dropped, loss([""] * 3, 0.0))
     assert abs(float(whole - dropped)) > 1e-7
 
 
@@ -227,35 +197,25 @@ def test_what_is_trained(parts: dict[str, str], tmp_path: Path):
     with pytest.raises(ValueError, match=r"the data have none: set data\.caption_column"):
         whole.validation_step({"images": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, 0)
     processor, model = processor_and_model()
-    lm = MultimodalLM.from_pretrained(parts["model"], decoder=None)
-    out = tmp_path / "codes"
-    save_model(
-        out, model, processor, LaVIT(), str(tmp_path / "visual"), lm.visual_tokenizer.fingerprint()
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"expected one that generates vectors, got .*codes, which generates codes \(lavit\)",
-    ):
+    out, visual = tmp_path / "codes", tmp_path / "visual"
+    fingerprint = VisualTokenizer.from_pretrained(visual).fingerprint()
+    save_model(out, model, processor, LaVIT(), str(visual), fingerprint)
+    expected = r"one that generates vectors, got .*codes, which generates codes \(lavit\)"
+    with pytest.raises(ValueError, match=expected):
         training({**parts, "model": str(out)})
 
 
 def test_four_images_are_overfitted(parts: dict[str, str]):
-    """The loss falls, by what the words tell and not only by what images have in common."""
+    """The loss falls, by what the captions say and not only by what images have in common."""
     module = training(parts, lr=3e-3)
     pixels, vae = module.decoder.pixels, module.decoder.pixels.vae
-    pixels.scheduler = DDIMScheduler(
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )  # under which the noisiest steps, where nothing but words tells the color, weigh most
-    colours = torch.tensor(
-        [[250, 10, 10], [10, 250, 10], [10, 10, 250], [240, 240, 240]], dtype=torch.uint8
-    )
-    images = colours[:, :, None, None].expand(-1, -1, 16, 16).repeat(4, 1, 1, 1)
-    latents = vae_latents(
-        vae, images[:4]
-    )  # a random VAE's tell colors apart by little: make that unit variance
+    # Under this schedule the noisiest steps, where only the caption tells the color, weigh most.
+    schedule = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pixels.scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, **schedule)
+    colors = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250], [240, 240, 240]])
+    images = colors.to(torch.uint8)[:, :, None, None].expand(-1, -1, 16, 16).repeat(4, 1, 1, 1)
+    # Latents of a random VAE hardly depend on the color: that variance becomes 1.
+    latents = vae_latents(vae, images[:4])
     vae.register_to_config(scaling_factor=vae.config.scaling_factor / float(latents.std(0).mean()))
     vae.register_to_config(shift_factor=float(latents.mean()) / 0.18215)
     captions = CAPTIONS * 4
@@ -263,15 +223,10 @@ def test_four_images_are_overfitted(parts: dict[str, str]):
     read = (module.vectors(CAPTIONS) - module.reader.mean) / module.reader.deviation
     assert abs(float(read.mean())) < 1e-5 and abs(float(read.square().mean()) - 1) < 1e-3
 
+    @torch.no_grad()
     def loss(captions: list[str]) -> float:
-        with torch.no_grad():
-            return (
-                sum(
-                    float(module.diffusion_loss(images, captions, generator(s), 0.0))
-                    for s in range(4)
-                )
-                / 4
-            )
+        each = [module.diffusion_loss(images, captions, generator(s), 0.0) for s in range(4)]
+        return float(torch.stack(each).mean())
 
     before = loss(captions)
     optimizer = torch.optim.AdamW(module.parameters(), 3e-3)
@@ -282,136 +237,81 @@ def test_four_images_are_overfitted(parts: dict[str, str]):
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
     after, swapped = loss(captions), loss([*CAPTIONS[1:], CAPTIONS[0]] * 4)
-    print(f"before {before:.3f}, after {after:.3f}, with other words {swapped:.3f}")
-    assert after < 0.5 * before and swapped > 1.3 * after
+    assert after < 0.5 * before and swapped > 1.3 * after, (before, after, swapped)
     module.unet.eval()
     noise = torch.randn(1, 4, 8, 8, generator=generator(1)).expand(4, -1, -1, -1)
-    options: dict[str, Any] = {
-        "num_inference_steps": 8,
-        "guidance_scale": 2.0,
-        "output_type": "latent",
-    }
     outputs = ImageVectors(module.vectors(CAPTIONS), module.vectors([""]))
-    drawn = module.decoder.decode(outputs, latents=noise, **options)
+    options: dict[str, Any] = {"num_inference_steps": 8, "output_type": "latent"}
+    drawn = module.decoder.decode(outputs, latents=noise, guidance_scale=2.0, **options)
     distance = torch.cdist(drawn.flatten(1), drawn.flatten(1)) + torch.eye(4)
     assert distance.min() > 0.1, "from the same noise"
 
 
 def fit(
     module: EmuDecoderTraining, images: Path, root: Path, steps: int, ckpt: str | None = None
-) -> Any:
-    saved = pl.callbacks.ModelCheckpoint(
-        root / "ckpt", every_n_train_steps=1, save_last=True, save_top_k=-1
-    )
-    output = Losses()
-    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    options |= {"num_sanity_val_steps": 0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    trainer = pl.Trainer(
-        max_steps=steps,
-        default_root_dir=root,
-        callbacks=[output, saved],
-        enable_model_summary=False,
-        **options,
-    )
+) -> list[float]:
+    """The loss of every step."""
+    kept = {"every_n_train_steps": 1, "save_last": True, "save_top_k": -1}
+    saved = pl.callbacks.ModelCheckpoint(root / "ckpt", **kept)
+    losses = EachStep(lambda trainer, *_: float(trainer.callback_metrics["train/loss"]))
+    options: dict[str, Any] = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    trainer = quiet_trainer(root, steps, losses, saved, enable_checkpointing=True, **options)
     data = ImageDataModule(str(images), 16, 8, caption_column="caption", cache=True)
     trainer.fit(module, data, ckpt_path=ckpt, weights_only=False)
-    return output
-
-
-class Losses(pl.Callback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.values.append(float(trainer.callback_metrics["train/loss"]))
+    return losses.values
 
 
 def test_a_stopped_run_goes_on_exactly(parts: dict[str, str], folder: Path):
-    whole, rest = (
-        training(parts),
-        training(parts, out=str(folder / "out"), prompts=("rain", ""), every=2),
-    )
-    every = fit(whole, folder / "pictures", folder / "whole", 4).values
+    out, images = folder / "out", folder / "pictures"
+    whole, rest = training(parts), training(parts, out=str(out), prompts=("rain", ""), every=2)
+    every = fit(whole, images, folder / "whole", 4)
     assert len(set(every)) == 4
     at = next((folder / "whole" / "ckpt").glob("*step=2*"))
-    resumed = fit(rest, folder / "pictures", folder / "rest", 4, str(at)).values
-    assert resumed == every[2:]
-    for (name, one), other in zip(
-        whole.state_dict().items(), rest.state_dict().values(), strict=True
-    ):
-        assert torch.equal(one, other), name
-    for one, other in zip(whole.ema.shadow_params, rest.ema.shadow_params, strict=True):
-        assert torch.equal(one, other)
+    assert fit(rest, images, folder / "rest", 4, str(at)) == every[2:]
+    other = rest.state_dict()
+    for name, one in whole.state_dict().items():
+        assert torch.equal(one, other[name]), name
+    for one, two in zip(whole.ema.shadow_params, rest.ema.shadow_params, strict=True):
+        assert torch.equal(one, two)
     saved = torch.load(at, weights_only=True)["state_dict"]
-    assert {name.split(".")[0] for name in saved} == {"reader", "projection", "unet"}, (
-        "no language model, no VAE"
-    )
-    made = VectorDecoder.from_pretrained(folder / "out")
+    names = {name.split(".")[0] for name in saved}
+    assert names == {"reader", "projection", "unet"}, "no language model, no VAE"
+    made = VectorDecoder.from_pretrained(out).reader.state_dict()
     with whole.averaged():
-        for (name, one), other in zip(
-            whole.reader.state_dict().items(), made.reader.state_dict().values(), strict=True
-        ):
-            assert torch.equal(one, other), name
-    assert [path.name for path in (folder / "rest" / "images").glob("*.png")] == [
-        "samples-0000004.png"
-    ]
+        for name, one in whole.reader.state_dict().items():
+            assert torch.equal(one, made[name]), name
+    sheets = [path.name for path in (folder / "rest" / "images").glob("*.png")]
+    assert sheets == ["samples-0000004.png"]
 
 
 def test_trained_and_used_by_command(parts: dict[str, str], folder: Path, capsys: Any):
+    overrides = {
+        "trainer.precision": 32,
+        "trainer.accumulate_grad_batches": 1,
+        "trainer.default_root_dir": folder / "run",
+        "model.model": parts["model"],
+        "model.pixel_decoder": parts["pixel_decoder"],
+        "model.out": folder / "made",
+        "model.schedule.warmup_steps": 1,
+        "model.reader.hidden_size": 32,
+        "model.reader.depth": 1,
+        "model.reader.heads": 2,
+        "data.data": folder / "pictures",
+        "data.image_size": 16,
+        "data.batch_size": 4,
+    }
     for recipe in RECIPES:
-        head = recipe.read_text()
-        for word in ("command:", "hardware:", "time:", "expected:"):
-            assert word in head
-        words = [
-            "--trainer.accelerator=cpu",
-            "--trainer.devices=1",
-            "--trainer.num_nodes=1",
-            "--trainer.strategy=auto",
-        ]
-        words += [
-            "--trainer.max_steps=2",
-            "--trainer.callbacks=[]",
-            "--trainer.precision=32",
-            "--trainer.logger=false",
-        ]
-        words += [
-            "--trainer.limit_val_batches=1",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.val_check_interval=2",
-        ]
-        words += ["--trainer.enable_checkpointing=false", "--trainer.accumulate_grad_batches=1"]
-        words += [f"--trainer.default_root_dir={folder}/run", f"--model.model={parts['model']}"]
-        words += [f"--model.pixel_decoder={parts['pixel_decoder']}", f"--model.out={folder}/made"]
-        words += [
-            "--model.schedule.warmup_steps=1",
-            "--model.reader.hidden_size=32",
-            "--model.reader.depth=1",
-            "--model.reader.heads=2",
-        ]
-        words += [
-            f"--data.data={folder}/pictures",
-            "--data.image_size=16",
-            "--data.batch_size=4",
-            "--data.num_workers=0",
-        ]
         shutil.rmtree(folder / "made", ignore_errors=True)
-        assert main(["fit-decoder", "-c", str(recipe), *words]) == 0
+        assert main(["fit-decoder", *two_steps(recipe, overrides)]) == 0
     assert len(RECIPES) == 2
     lm = MultimodalLM.from_pretrained(parts["model"], decoder=str(folder / "made"))
     options: dict[str, Any] = {"num_inference_steps": 2, "decoder_guidance_scale": 2.0}
-    assert [p.size for p in lm.generate_images("rain", 2, generator=generator(), **options)] == [
-        (16, 16)
-    ] * 2
-    words = [
-        "generate",
-        "a red apple",
-        "--model",
-        parts["model"],
-        "--decoder",
-        str(folder / "made"),
-    ]
-    assert main([*words, "--out", str(folder / "drawn"), "-n", "2", "--steps", "2"]) == 0
+    drawn = lm.generate_images("rain", 2, generator=generator(), **options)
+    assert [image.size for image in drawn] == [(16, 16)] * 2
+    command = ["generate", "rain", "--model", parts["model"], "--out"]
+    decoder = ["--decoder", str(folder / "made"), "-n", "2", "--steps", "2"]
+    assert main([*command, str(folder / "drawn"), *decoder]) == 0
     assert len(list((folder / "drawn").glob("*.png"))) == 2
     capsys.readouterr()
-    assert main(["generate", "rain", "--model", parts["model"], "--out", str(folder / "none")]) == 2
+    assert main([*command, str(folder / "none")]) == 2
     assert "no decoder of vectors is shipped with this version" in capsys.readouterr().err

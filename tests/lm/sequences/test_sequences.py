@@ -4,6 +4,7 @@ nothing.
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -21,7 +22,8 @@ from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.masks import attention_mask, model_mask
 from lavit_lm.sequences.packing import PADDING, PackedBatch, pack, pad, plan_blocks
 from lavit_lm.sequences.segments import ImageSegment, TextSegment
-from lavit_lm.sequences.token_sequence import Role
+from lavit_lm.sequences.token_sequence import Role, TokenSequence
+from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VocabularyError
 
 
@@ -34,98 +36,60 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def test_the_drawing_of_a_sequence():
     processor, _ = processor_and_model("llama")
-    v = processor.vocabulary
+    v, words = processor.vocabulary, processor.text("a cat")
     sample = [TextSegment("a cat"), ImageSegment(torch.tensor([7, 3, 9]))]
     sequence = LaVIT(order="given").layout(sample, processor, generator())
-    words = processor.text("a cat")
     codes = [v.first + c for c in (7, 3, 9)]
     bos, eos = processor.text_tokenizer.bos_token_id, processor.text_tokenizer.eos_token_id
     assert sequence.ids.tolist() == [bos, *words, v.begin, *codes, v.end, eos]
     names = [Role(int(r)).name for r in sequence.roles]
     assert names == ["TEXT"] * (1 + len(words)) + ["BEGIN", *["VISUAL"] * 3, "END", "TEXT"]
     assert sequence.predict.tolist() == [False] + [True] * (len(sequence) - 1)
-    assert (
-        not sequence.regress.any()
-        and not sequence.prefix.any()
-        and not sequence.is_embedding.any()
-        and len(sequence.images) == 0
-    )
+    for flags in (sequence.regress, sequence.prefix, sequence.is_embedding, sequence.images):
+        assert not flags.any()
 
 
 def test_both_orders_and_dropped_prompts():
     processor, _ = processor_and_model("llama")
-    sample = [image(1), TextSegment("rain")]
-    kinds = {"image_first": 0, "text_first": 0, "dropped": 0}
-    text = processor.text("rain")
+    sample, text = [image(1), TextSegment("rain")], processor.text("rain")
+    counts = {"image_first": 0, "text_first": 0, "dropped": 0}
     for seed in range(400):
         sequence = LaVIT(prompt_drop=0.25).layout(sample, processor, generator(seed))
-        first = int(sequence.roles[1])
-        kind = (
-            "text_first"
-            if first == Role.TEXT
-            else ("image_first" if text[0] in sequence.ids.tolist() else "dropped")
-        )
-        kinds[kind] += 1
+        kind = "image_first" if text[0] in sequence.ids.tolist() else "dropped"
+        kind = "text_first" if int(sequence.roles[1]) == Role.TEXT else kind
+        counts[kind] += 1
         assert len(sequence) == 4 + len(sample[0].codes) + (0 if kind == "dropped" else len(text))
-        assert bool(sequence.predict[-1]) == (kind != "dropped"), (
-            "that a picture has no caption is not learnt"
-        )
-    assert abs(kinds["image_first"] - 200) < 40 and abs(kinds["dropped"] - 50) < 25, kinds
-    assert (
-        LaVIT(order="image_first").layout(sample[::-1], processor, generator()).roles[1]
-        == Role.BEGIN
-    )
-    assert (
-        LaVIT(order="text_first", prompt_drop=0.0).layout(sample, processor, generator()).roles[1]
-        == Role.TEXT
-    )
+        end = bool(sequence.predict[-1])
+        assert end == (kind != "dropped"), "the absence of a caption is no target"
+    assert abs(counts["image_first"] - 200) < 40 and abs(counts["dropped"] - 50) < 25, counts
+    image_first, text_first = LaVIT(order="image_first"), LaVIT("text_first", prompt_drop=0.0)
+    assert image_first.layout(sample[::-1], processor, generator()).roles[1] == Role.BEGIN
+    assert text_first.layout(sample, processor, generator()).roles[1] == Role.TEXT
     interleaved = [TextSegment("a"), image(1), TextSegment("dog"), image(2)]
     roles = LaVIT().layout(interleaved, processor, generator()).roles.tolist()
-    assert [r for i, r in enumerate(roles) if i == 0 or roles[i - 1] != r] == [
-        0,
-        1,
-        2,
-        3,
-        0,
-        1,
-        2,
-        3,
-        0,
-    ]
+    assert [role for role, _ in itertools.groupby(roles)] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
 
 
 def test_questions_are_no_targets():
     processor, _ = processor_and_model("llama")
-    question, answer = TextSegment("a dog?", is_target=False), TextSegment("two dogs")
-    sequence = LaVIT(order="given").layout(
-        [image(1, 3, is_target=False), question, answer], processor, generator()
-    )
+    asked = [image(1, 3, is_target=False), TextSegment("a dog?", is_target=False)]
+    sample = [*asked, TextSegment("two dogs")]
+    sequence = LaVIT(order="given").layout(sample, processor, generator())
     targets = sequence.ids[sequence.predict].tolist()
     assert targets == [*processor.text("two dogs"), processor.stop]
 
 
 def test_images_are_embedded_only_before_text():
     processor, _ = processor_and_model("llama")
-    keep = torch.tensor([True, False, True, False])
+    keep, layout = torch.tensor([True, False, True, False]), LaVIT("given", continuous=True).layout
     shown = ImageSegment(torch.tensor([3, 4]), torch.zeros(3, 8, 8, dtype=torch.uint8), keep)
-    before = LaVIT("given", continuous=True).layout(
-        [shown, TextSegment("rain")], processor, generator()
-    )
-    after = LaVIT("given", continuous=True).layout(
-        [TextSegment("rain"), shown], processor, generator()
-    )
-    assert (
-        before.is_embedding.sum() == 2
-        and before.images.shape == (1, 3, 8, 8)
-        and torch.equal(before.keep[0], keep)
-    )
-    assert torch.equal(
-        before.roles[before.is_embedding], torch.full((2,), int(Role.VISUAL), dtype=torch.int8)
-    )
+    before = layout([shown, TextSegment("rain")], processor, generator())
+    after = layout([TextSegment("rain"), shown], processor, generator())
+    assert before.images.shape == (1, 3, 8, 8) and torch.equal(before.keep[0], keep)
+    assert before.roles[before.is_embedding].tolist() == [int(Role.VISUAL)] * 2
     assert not after.is_embedding.any() and len(after.images) == 0
-    assert torch.equal(before.ids[before.is_embedding], processor.vocabulary.to_ids(shown.codes)), (
-        "targets are codes all the same"
-    )
+    ids = before.ids[before.is_embedding]
+    assert torch.equal(ids, processor.vocabulary.to_ids(shown.codes)), "targets are still codes"
 
 
 def test_examples_that_are_refused():
@@ -134,14 +98,10 @@ def test_examples_that_are_refused():
         LaVIT().layout([], processor, generator(), "k")
     with pytest.raises(ValueError, match="at least one code"):
         ImageSegment(torch.zeros(0, dtype=torch.int64))
-    with pytest.raises(
-        ValueError, match="an image with 2 codes need a mask that keeps as many patches, got 1"
-    ):
-        ImageSegment(
-            torch.tensor([1, 2]),
-            torch.zeros(3, 8, 8, dtype=torch.uint8),
-            torch.tensor([True, False]),
-        )
+    codes, pixels = torch.tensor([1, 2]), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    expected = "an image with 2 codes need a mask that keeps as many patches, got 1"
+    with pytest.raises(ValueError, match=expected):
+        ImageSegment(codes, pixels, torch.tensor([True, False]))
     with pytest.raises(VocabularyError, match=rf"0\.\.{CODES - 1}, got {CODES}"):
         LaVIT().layout([ImageSegment(torch.tensor([CODES]))], processor, generator())
     with pytest.raises(ValueError, match="prompt_drop: expected a probability"):
@@ -154,18 +114,13 @@ def test_examples_that_are_refused():
 
 
 def test_the_drawing_of_blocks():
-    sequences = [
-        plain_sequence([1, 1, 1], key="a"),
-        plain_sequence([2, 2], key="c"),
-        plain_sequence([3, 3, 3, 3], key="b"),
-    ]
+    a, c = plain_sequence([1, 1, 1], key="a"), plain_sequence([2, 2], key="c")
+    b = plain_sequence([3, 3, 3, 3], key="b")
     assert plan_blocks([3, 2, 4], 8) == [[2, 0], [1]]
-    batch = pack([[sequences[2], sequences[0]], [sequences[1]]], 8, 0)
-    drawing = lavit_lm.sequences.packing.__doc__ or ""
+    batch = pack([[b, a], [c]], 8, 0)
+    lines = [line.split() for line in (lavit_lm.sequences.packing.__doc__ or "").splitlines()]
     for name, values in (("documents", batch.documents), ("positions", batch.positions)):
-        drawn = next(
-            line for line in drawing.splitlines() if line.strip().startswith(name)
-        ).split()[1:]
+        drawn = next(line[1:] for line in lines if line[:1] == [name])
         assert [int(word) for word in drawn] == values.flatten().tolist(), name
     assert batch.ids.tolist() == [[3, 3, 3, 3, 1, 1, 1, 0], [2, 2, 0, 0, 0, 0, 0, 0]]
     assert batch.keys == (("b", "a"), ("c",)) and batch.fill == 9 / 16
@@ -174,22 +129,20 @@ def test_the_drawing_of_blocks():
 
 @pytest.mark.parametrize("block", [64, 100, 513])
 def test_plans_against_the_slow_version(block: int):
-    chance = random.Random(block)
-    lengths = [chance.randrange(1, block + 1) for _ in range(300)]
+    draw = random.Random(block)
+    lengths = [draw.randrange(1, block + 1) for _ in range(300)]
     left, slow = list(range(300)), []
     while left:
         sequences: list[int] = []
         while True:
-            room = block - sum(lengths[i] for i in sequences)
+            free = block - sum(lengths[i] for i in sequences)
             pairs = [(i, j) for i in left for j in left if i != j and lengths[i] >= lengths[j]]
-            closing = [(i,) for i in left if lengths[i] == room]
-            closing = closing or [
-                pair for pair in pairs if lengths[pair[0]] + lengths[pair[1]] == room
-            ]
-            fitting = closing or [(i,) for i in left if lengths[i] <= room]
+            closing = [(i,) for i in left if lengths[i] == free]
+            closing = closing or [(i, j) for i, j in pairs if lengths[i] + lengths[j] == free]
+            fitting = closing or [(i,) for i in left if lengths[i] <= free]
             if not fitting:
                 break
-            chosen = min(fitting, key=lambda sequences: (-lengths[sequences[0]], sequences))
+            chosen = min(fitting, key=lambda indices: (-lengths[indices[0]], indices))
             sequences += chosen
             left = [i for i in left if i not in chosen]
         slow.append(sequences)
@@ -198,8 +151,8 @@ def test_plans_against_the_slow_version(block: int):
 
 
 def test_short_sequences_fill_blocks():
-    chance = random.Random(0)
-    lengths = [chance.randrange(10, 80) for _ in range(2000)]
+    draw = random.Random(0)
+    lengths = [draw.randrange(10, 80) for _ in range(2000)]
     blocks = plan_blocks(lengths, 512)
     assert sum(lengths) / (512 * len(blocks)) >= 0.98
 
@@ -210,16 +163,13 @@ def test_the_smallest_plans(count: int):
 
 
 def test_sequences_that_do_not_fit():
-    with pytest.raises(
-        ValueError, match="sequence 1: expected 1 to 4 tokens, the length of a block, got 5"
-    ):
+    with pytest.raises(ValueError, match="sequence 1: expected 1 to 4 tokens, the length of a blo"):
         plan_blocks([2, 5], 4)
     with pytest.raises(ValueError, match="got 0"):
         plan_blocks([0], 4)
-    with pytest.raises(
-        ValueError, match=r"sequences of \[3, 3\] tokens do not fit into a block of 4"
-    ):
-        pack([[plain_sequence([1, 1, 1]), plain_sequence([1, 1, 1])]], 4, 0)
+    three = plain_sequence([1, 1, 1])
+    with pytest.raises(ValueError, match=r"of \[3, 3\] tokens do not fit into a block of 4"):
+        pack([[three, three]], 4, 0)
     with pytest.raises(ValueError, match="at least one block"):
         pack([], 4, 0)
 
@@ -230,22 +180,18 @@ def test_sequences_that_do_not_fit():
 def test_the_drawing_of_the_mask():
     sequences = [plain_sequence([1, 2, 3, 4], prefix=2), plain_sequence([5, 6], prefix=1)]
     batch = pack([sequences], 6, 0)
-    output = attention_mask(batch.documents, batch.prefix)[0]
-    drawn = [
-        line.split()[2:8]
-        for line in (lavit_lm.sequences.masks.__doc__ or "").splitlines()
-        if line.split()[:2] in (["0", "P"], ["0", "."], ["1", "P"], ["1", "."])
-    ]
+    mask = attention_mask(batch.documents, batch.prefix)[0]
+    lines = [line.split() for line in (lavit_lm.sequences.masks.__doc__ or "").splitlines()]
+    heads = [[document, kind] for document in "01" for kind in "P."]
+    drawn = [line[2:8] for line in lines if line[:2] in heads]
     assert len(drawn) == 6
-    assert [["x" if s else "." for s in line] for line in output.tolist()] == drawn
+    assert [["x" if flag else "." for flag in line] for line in mask.tolist()] == drawn
 
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_the_smallest_masks(length: int):
-    documents = torch.zeros(1, length, dtype=torch.int64)
-    assert (
-        attention_mask(documents).shape == (1, length, length) and attention_mask(documents).all()
-    )
+    mask = attention_mask(torch.zeros(1, length, dtype=torch.int64))
+    assert mask.shape == (1, length, length) and mask.all()
 
 
 def mask_of(model: Any, batch: PackedBatch) -> torch.Tensor | None:
@@ -254,26 +200,21 @@ def mask_of(model: Any, batch: PackedBatch) -> torch.Tensor | None:
 
 def test_masks_of_kernels():
     _, model = processor_and_model("llama")
+    config = model.causal.config
     batch = pack([[plain_sequence([1, 2]), plain_sequence([3])]], 4, 0)
-    as_bool = mask_of(model, batch)
-    assert as_bool is not None and as_bool.dtype == torch.bool
-    assert batch.documents[0, 3] == PADDING and as_bool[0, 0, 3].tolist() == [
-        False,
-        False,
-        False,
-        True,
-    ]
     prefixed = pack([[plain_sequence([1, 2, 3], prefix=2)]], 4, 0)
-    seen = mask_of(model, prefixed)
-    assert seen is not None and seen[0, 0, 0].tolist() == [True, True, False, False]
+    as_bool, both_ways = mask_of(model, batch), mask_of(model, prefixed)
+    assert as_bool is not None and as_bool.dtype == torch.bool
+    assert batch.documents[0, 3] == PADDING and as_bool[0, 0, 3].tolist() == [False] * 3 + [True]
+    assert both_ways is not None and both_ways[0, 0, 0].tolist() == [True, True, False, False]
     model.causal.set_attn_implementation("eager")
     added = mask_of(model, batch)
     assert added is not None and torch.equal(added == 0, as_bool)
-    model.causal.config._attn_implementation = "flash_attention_2"
+    config._attn_implementation = "flash_attention_2"
     assert mask_of(model, batch) is None
     with pytest.raises(ValueError, match="causal only"):
         mask_of(model, prefixed)
-    model.causal.config._attn_implementation = "flex_attention"
+    config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="expected 'sdpa', 'eager' or a flash kernel"):
         mask_of(model, batch)
 
@@ -291,6 +232,11 @@ def test_a_sliding_window_is_not_switched_off_silently():
 # PackedBatch equals unpacked, in every family
 
 
+def laid_out(processor: MultimodalProcessor, count: int) -> list[TokenSequence]:
+    samples = enumerate(pairs(count))
+    return [LaVIT().layout(s, processor, generator(i), str(i)) for i, s in samples]
+
+
 def sums_of(model: Any, batch: PackedBatch) -> dict[str, tuple[float, int]]:
     with torch.no_grad():
         found = losses_of(model, LaVIT(), batch)
@@ -301,10 +247,8 @@ def sums_of(model: Any, batch: PackedBatch) -> dict[str, tuple[float, int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_loss_equals_unpacked(family: str, kernel: str):
     processor, model = processor_and_model(family, kernel)
-    sequences = [
-        LaVIT().layout(s, processor, generator(i), str(i)) for i, s in enumerate(pairs(12))
-    ]
-    blocks = plan_blocks([len(r) for r in sequences], 64)
+    sequences = laid_out(processor, 12)
+    blocks = plan_blocks([len(one) for one in sequences], 64)
     assert len(blocks) < len(sequences) / 2
     packed = sums_of(model, pack([[sequences[i] for i in b] for b in blocks], 64, processor.pad))
     alone = [sums_of(model, pad([sequence], processor.pad)) for sequence in sequences]
@@ -322,13 +266,11 @@ def test_packed_loss_equals_unpacked(family: str, kernel: str):
 def test_without_the_mask_documents_leak(monkeypatch: pytest.MonkeyPatch):
     """The test above can fail: a causal mask over the whole block gives another loss."""
     processor, model = processor_and_model("llama")
-    sequences = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(4))]
+    sequences = laid_out(processor, 4)
     batch = pack([sequences], sum(map(len, sequences)), processor.pad)
     right = sums_of(model, batch)
-    monkeypatch.setattr(
-        "lavit_lm.sequences.masks.attention_mask",
-        lambda documents, prefix=None: attention_mask(torch.zeros_like(documents)),
-    )
+    whole = lambda documents, prefix=None: attention_mask(torch.zeros_like(documents))  # noqa: E731
+    monkeypatch.setattr("lavit_lm.sequences.masks.attention_mask", whole)
     wrong = sums_of(model, batch)
     assert abs(right["text"][0] - wrong["text"][0]) / right["text"][1] > 1e-4
 
@@ -336,7 +278,7 @@ def test_without_the_mask_documents_leak(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_no_gradient_from_later_positions_or_other_documents(family: str):
     processor, model = processor_and_model(family)
-    sequences = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
+    sequences = laid_out(processor, 3)
     batch = pack([sequences], sum(map(len, sequences)) + 2, processor.pad)
     inputs: list[torch.Tensor] = []
     model.causal.get_input_embeddings().register_forward_hook(
@@ -344,16 +286,12 @@ def test_no_gradient_from_later_positions_or_other_documents(family: str):
     )
     states = model(batch).hidden_states
     before, at = shift_targets(batch, batch.predict)
-    direction = torch.randn(
-        states.shape[2], generator=generator()
-    )  # their sum is constant after a LayerNorm
+    direction = torch.randn(states.shape[2], generator=generator())  # a LayerNorm's sum is constant
     for source, target in zip(before.tolist(), at.tolist(), strict=True):
         (slope,) = torch.autograd.grad(states[0, source] @ direction, inputs[0], retain_graph=True)
         reached = slope[0].abs().sum(1) > 0
         document = batch.documents[0] == batch.documents[0, target]
-        assert not reached[target:].any(), (
-            "the target, or something after it, is seen by what predicts it"
-        )
+        assert not reached[target:].any(), "the target, or what follows it, reaches its prediction"
         assert not (reached & ~document).any() and reached[source]
 
 
@@ -368,7 +306,7 @@ def test_a_first_position_is_never_a_target():
 
 def test_log_likelihood_of_each_sequence():
     processor, model = processor_and_model("llama")
-    sequences = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
+    sequences = laid_out(processor, 3)
     with torch.no_grad():
         together = pad(sequences, processor.pad)
         found = log_likelihood(model(together), together)
@@ -380,8 +318,7 @@ def test_log_likelihood_of_each_sequence():
 
 def test_weights_of_modalities():
     processor, model = processor_and_model("llama")
-    sequences = [LaVIT().layout(s, processor, generator(i)) for i, s in enumerate(pairs(3))]
-    losses = losses_of(model, LaVIT(), pad(sequences, processor.pad))
+    losses = losses_of(model, LaVIT(), pad(laid_out(processor, 3), processor.pad))
     text, image_sum = losses["text"], losses["image"]
     every = LaVIT().total(losses)
     assert torch.isclose(every, (text.total + image_sum.total) / (text.count + image_sum.count))

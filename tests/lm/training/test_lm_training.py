@@ -4,7 +4,6 @@ it.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from helpers.lm_parts import image, pairs, processor_and_model
 from helpers.lm_parts import losses as losses_of
 from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, Losses, data, module, saving, trainer
 from helpers.small_lms import small_tokenizer
+from helpers.trainers import recipes_of, two_steps
 from helpers.vlgpt_parts import stage_one_directory
 
 from lavit_lm import MultimodalLM
@@ -32,42 +32,33 @@ from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 from lavit_tok import ShardError, VisualTokenizer, WeightsError
 from lavit_tok.cli import main as lavit_tok
 
-FOLDER = Path(__file__).parents[3] / "recipes" / "lm"
-RECIPES = sorted(
-    path
-    for path in FOLDER.glob("*.yaml")
-    if "lavit-lm fit -c recipes/lm/" + path.name in path.read_text()
-    and path.name != "instruct.yaml"  # tests/recipes/test_recipe_composed.py
-)
+# tests/recipes/test_recipe_composed.py trains instruct.yaml.
+RECIPES = [path for path in recipes_of("lavit-lm fit") if path.name != "instruct.yaml"]
 
 
 def test_a_stopped_run_is_resumed_exactly(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Through borders of windows, of the data's epochs and of Lightning's, with two batches a
     step.
     """
-    steps = 14
+    steps, twice = 14, {"accumulate_grad_batches": 2}
     whole, weights = Losses(), module(folder)
-    trainer(folder, steps, [whole], accumulate_grad_batches=2).fit(weights, data(folder))
+    trainer(folder, steps, [whole], **twice).fit(weights, data(folder))
     cut = Losses(stop=5)
+    interrupted = trainer(folder, steps, [cut, saving(folder)], **twice)
     with pytest.raises(RuntimeError, match="power cut"):
-        trainer(folder, steps, [cut, saving(folder)], accumulate_grad_batches=2).fit(
-            module(folder), data(folder)
-        )
+        interrupted.fit(module(folder), data(folder))
     planned: list[int] = []
-    plans = BlockSampler._plan
-    monkeypatch.setattr(
-        BlockSampler, "_plan", lambda self, number: planned.append(number) or plans(self, number)
-    )
+    plan = BlockSampler._plan
+    counted = lambda self, number: planned.append(number) or plan(self, number)  # noqa: E731
+    monkeypatch.setattr(BlockSampler, "_plan", counted)
     rest, resumed = Losses(), module(folder)
     at = sorted((folder / "ckpt").glob("epoch*"), key=lambda path: path.stat().st_mtime)[-1]
-    trainer(folder, steps, [rest], accumulate_grad_batches=2).fit(
-        resumed, data(folder), ckpt_path=at
-    )
+    trainer(folder, steps, [rest], **twice).fit(resumed, data(folder), ckpt_path=at)
     done = len(whole.values) - len(rest.values)
     assert done in (8, 10), "the checkpoint is of a step's end"
     assert cut.values[:done] + rest.values == whole.values
     assert cut.keys[:done] + rest.keys == whole.keys
-    assert planned[0] == 0 and planned[1] > 2, "what lies before is not planned again"
+    assert planned[0] == 0 and planned[1] > 2, "earlier windows are not planned again"
     assert weights.model is not None and resumed.model is not None
     for name, tensor in weights.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
@@ -77,28 +68,22 @@ def test_a_stopped_run_is_resumed_exactly(folder: Path, monkeypatch: pytest.Monk
 
 def test_the_order_of_blocks(folder: Path):
     processor = module(folder).processor
-    sequences = [
-        {
-            "key": str(i),
-            "caption": CAPTIONS[i % 4],
-            "codes": [i % 16] * (1 + i % 5),
-            "length": 1 + i % 5,
-        }
-        for i in range(50)
-    ]
-    layout = ExampleLayout(Examples(sequences), LaVIT(), processor, seed=3)
+    records = []
+    for i in range(50):
+        length = 1 + i % 5
+        record = {"key": str(i), "caption": CAPTIONS[i % 4], "codes": [i % 16] * length}
+        records.append(record | {"length": length})
+    layout = ExampleLayout(Examples(records), LaVIT(), processor, seed=3)
 
     def blocks(count: int, **more: Any) -> list[list[tuple[int, int]]]:
         order = iter(BlockSampler(layout, 64, 2, window=16, **more))
         return [next(order) for _ in range(count)]
 
     every = blocks(60)
-    assert every == blocks(60), "the same anew"
-    epoch = [position for block in every for position in block if position[0] == 0]
-    assert sorted(i for _, i in epoch) == list(range(50)), "each row once an epoch"
-    assert [i for _, i in epoch] != [i for e, i in (p for b in every for p in b) if e == 1][:50], (
-        "each epoch anew"
-    )
+    assert every == blocks(60), "the same again"
+    first, second = ([i for block in every for e, i in block if e == epoch] for epoch in (0, 1))
+    assert sorted(first) == list(range(50)), "each example once an epoch"
+    assert first != second[:50], "each epoch in another order"
     assert all(sum(len(layout.sequence(p)) for p in block) <= 64 for block in every)
     for consumed in (1, 7, 20):
         assert blocks(10, consumed=lambda: consumed) == every[2 * consumed : 2 * consumed + 10]  # noqa: B023
@@ -108,11 +93,9 @@ def test_the_order_of_blocks(folder: Path):
     for rank in range(4):  # after 5 batches on one rank, 3 of each rank, then four ranks
         order = BlockSampler(layout, 64, 2, 16, rank, 4, consumed=lambda: 8)
         order.resumed = (5, 10)
-        at = 10 + 3 * 8 + 2 * rank
-        blocks_of_rank = iter(order)
-        assert [next(blocks_of_rank) for _ in range(4)] == every[at : at + 2] + every[
-            at + 8 : at + 10
-        ]
+        at, blocks_of_rank = 10 + 3 * 8 + 2 * rank, iter(order)
+        expected = every[at : at + 2] + every[at + 8 : at + 10]
+        assert [next(blocks_of_rank) for _ in range(4)] == expected
     short = BlockSampler(layout, 9, 1, window=50)
     assert short.too_long and all(length > 9 for length in short.too_long.values())
     with pytest.raises(ValueError, match="no sequence fits, the shortest has"):
@@ -148,30 +131,25 @@ def test_lengths_are_known_before_sequences_are_built(objective: Any, monkeypatc
 
 
 def test_texts_are_mixed_in(folder: Path):
-    (folder / "texts.jsonl").write_text("\n".join('{"text": "rain and rain"}' for _ in range(12)))
-    output = Losses()
-    trainer(folder, 6, [output]).fit(
-        module(folder), data(folder, texts=str(folder / "texts.jsonl"))
-    )
+    texts, output = folder / "texts.jsonl", Losses()
+    texts.write_text("\n".join('{"text": "rain and rain"}' for _ in range(12)))
+    trainer(folder, 6, [output]).fit(module(folder), data(folder, texts=str(texts)))
     keys = {key for batch in output.keys for block in batch for key in block}
-    assert any(key.startswith("text ") for key in keys) and any(
-        key.endswith(".png") for key in keys
-    )
+    assert any(key.startswith("text ") for key in keys)
+    assert any(key.endswith(".png") for key in keys)
 
 
 def test_eight_samples_are_overfitted(folder: Path):
-    """Codes from text that is given: nothing is left to chance, so the loss can reach 0."""
+    """Codes from text that is given: no target is random, so the loss can reach 0."""
     training = module(folder)
     training.configure_model()
     assert training.model is not None
-    samples = [
-        [TextSegment(f"{'a red apple ' * i}rain", is_target=False), image(i, 8)] for i in range(8)
-    ]
-    generator = torch.Generator().manual_seed(0)
-    batch = pad(
-        [LaVIT("given").layout(s, training.processor, generator) for s in samples],
-        training.processor.pad,
-    )
+    processor, layout, generator = training.processor, LaVIT("given").layout, torch.Generator()
+    sequences = []
+    for i in range(8):
+        text = TextSegment(f"{'a red apple ' * i}rain", is_target=False)
+        sequences.append(layout([text, image(i, 8)], processor, generator))
+    batch = pad(sequences, processor.pad)
     optimizer = torch.optim.AdamW(training.model.parameters(), 5e-3)
     for _ in range(150):
         loss = LaVIT().total(losses_of(training.model, LaVIT(), batch))
@@ -182,7 +160,8 @@ def test_eight_samples_are_overfitted(folder: Path):
 
 
 def test_frozen_means_absent(folder: Path):
-    training = module(folder, lora={"r": 2, "target_modules": ["q_proj", "v_proj"]})
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    training = module(folder, lora=lora)
     fitted = trainer(folder, 3, [saving(folder)])
     fitted.fit(training, data(folder))
     assert training.model is not None
@@ -190,22 +169,18 @@ def test_frozen_means_absent(folder: Path):
     assert trained and all("lora" in n or "trainable_tokens" in n for n in trained), trained
     held = {id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for n, p in training.named_parameters() if n in trained}
-    saved = torch.load(sorted((folder / "ckpt").glob("epoch*"))[0], weights_only=True)["state_dict"]
+    first, *_, last = sorted((folder / "ckpt").glob("epoch*"))
+    saved = torch.load(first, weights_only=True)["state_dict"]
     assert set(saved) == trained, "neither the LM nor the visual tokenizer is saved twice"
-    again = module(folder, lora={"r": 2, "target_modules": ["q_proj", "v_proj"]})
-    trainer(folder, 4, []).fit(
-        again, data(folder), ckpt_path=sorted((folder / "ckpt").glob("epoch*"))[-1]
-    )
+    trainer(folder, 4, []).fit(module(folder, lora=lora), data(folder), ckpt_path=last)
     training.save(folder / "merged")
     merged = MultimodalLM.from_pretrained(folder / "merged", decoder=None)
-    batch = pad(
-        [LaVIT().layout(s, training.processor, torch.Generator()) for s in pairs(2)],
-        training.processor.pad,
-    )
+    processor, generator = training.processor, torch.Generator()
+    batch = pad([LaVIT().layout(s, processor, generator) for s in pairs(2)], processor.pad)
     with torch.no_grad():
         ours, theirs = training.model.eval()(batch).hidden_states, merged.model(batch).hidden_states
-    output = batch.documents >= 0
-    torch.testing.assert_close(theirs[output], ours[output], atol=1e-4, rtol=1e-4)
+    used = batch.documents >= 0
+    torch.testing.assert_close(theirs[used], ours[used], atol=1e-4, rtol=1e-4)
 
 
 def test_a_whole_lm_is_trained_and_saved(folder: Path):
@@ -229,16 +204,8 @@ data: {{shards: {folder}/shards, block: 64, batch_size: 2, window: 10}}
     assert main(["fit", "-c", str(config)]) == 0
     metrics = next((folder / "run").rglob("metrics.csv")).read_text().splitlines()
     columns = metrics[0].split(",")
-    for name in (
-        "train/loss",
-        "train/text",
-        "train/image",
-        "val/loss",
-        "val/text",
-        "val/image",
-        "val/bits_per_image_token",
-    ):
-        assert name in columns
+    names = {f"{split}/{name}" for split in ("train", "val") for name in ("loss", "text", "image")}
+    assert {*names, "val/bits_per_image_token"} <= {*columns}
     lm = MultimodalLM.from_pretrained(folder / "out", decoder=None)
     assert len(lm.generate_codes("a red apple", 2, generator=torch.Generator().manual_seed(0))) == 2
     assert main(["validate", "-c", str(config), "--model.out", "null"]) == 0
@@ -261,32 +228,25 @@ def test_a_batch_with_nan_is_named(folder: Path):
     training = module(folder)
     training.configure_model()
     assert training.model is not None
-    sequences = [
-        LaVIT().layout(s, training.processor, torch.Generator(), f"picture {i}")
-        for i, s in enumerate(pairs(2))
-    ]
-    batch = pack([sequences], 64, training.processor.pad)
+    processor, generator = training.processor, torch.Generator()
+    named = enumerate(pairs(2))
+    sequences = [LaVIT().layout(s, processor, generator, f"image {i}") for i, s in named]
+    batch = pack([sequences], 64, processor.pad)
     with torch.no_grad():
         next(training.model.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"got nan; stopped .* held: picture 0, picture 1"):
+    with pytest.raises(ValueError, match=r"got nan; stopped .* held: image 0, image 1"):
         training.training_step(batch, 0)
 
 
 def test_what_does_not_fit_together(folder: Path, tmp_path: Path):
     config = VisualTokenizer.from_pretrained(folder / "visual").config
     VisualTokenizer(config).save_pretrained(folder / "other")
+    other, text = module(folder, visual_tokenizer=str(folder / "other")), str(folder / "text")
     with pytest.raises(ShardError, match="the codes index another codebook"):
-        trainer(folder, 1, []).fit(
-            module(folder, visual_tokenizer=str(folder / "other")), data(folder)
-        )
-    for lm in (
-        {"model_type": "nonsense"},
-        {"hidden_size": 8},
-        {"model_type": "vit"},
-        str(folder / "text"),
-    ):
+        trainer(folder, 1, []).fit(other, data(folder))
+    for lm in ({"model_type": "nonsense"}, {"hidden_size": 8}, {"model_type": "vit"}, text):
         with pytest.raises(ValueError, match="lm: expected a causal LM of transformers, got"):
-            module(folder, lm=lm, text_tokenizer=str(folder / "text")).configure_model()
+            module(folder, lm=lm, text_tokenizer=text).configure_model()
     tokenizer = small_tokenizer("llama")
     VisualVocabulary.extend(tokenizer, None, 5)
     tokenizer.save_pretrained(folder / "five")
@@ -296,109 +256,64 @@ def test_what_does_not_fit_together(folder: Path, tmp_path: Path):
         module(folder, text_tokenizer=None)
     with pytest.raises(WeightsError, match="expected a new or empty directory"):
         module(folder, out=str(folder))
-    tokenizer = copy.deepcopy(small_tokenizer("llama"))
     tokenizer.eos_token = None
-    VisualVocabulary.extend(tokenizer, None, 5)
     with pytest.raises(ValueError, match="no end-of-text token"):
         MultimodalProcessor.from_tokenizer(tokenizer)
 
 
 def test_a_batch_with_images_needs_a_bridge(folder: Path):
-    training = module(folder)
-    training.configure_model()
-    assert training.model is not None
+    training, bridged = module(folder), module(folder, continuous=True)
+    for one in (training, bridged):
+        one.configure_model()
+        assert one.model is not None
     keep = torch.zeros(16, dtype=torch.bool).index_fill(0, torch.tensor([3, 5]), True)
     shown = ImageSegment(torch.tensor([1, 2]), torch.zeros(3, 32, 32, dtype=torch.uint8), keep)
-    sequence = LaVIT("given", continuous=True).layout(
-        [shown, TextSegment("rain")], training.processor, torch.Generator()
-    )
+    layout, pair = LaVIT("given", continuous=True).layout, [shown, TextSegment("rain")]
+    sequence = layout(pair, training.processor, torch.Generator())
+    batch = pad([sequence], training.processor.pad)
     with pytest.raises(ValueError, match="but the model has no bridge"):
-        losses_of(training.model, LaVIT(), pad([sequence], training.processor.pad))
-    bridged = module(folder, continuous=True)
-    bridged.configure_model()
-    assert bridged.model is not None
-    losses = losses_of(bridged.model, LaVIT(), pad([sequence], bridged.processor.pad))
-    LaVIT().total(losses).backward()
-    moved = [
-        n
-        for n, p in bridged.model.bridge.named_parameters()
-        if p.grad is not None and p.grad.abs().sum() > 0
-    ]  # type: ignore[union-attr]
+        losses_of(training.model, LaVIT(), batch)
+    LaVIT().total(losses_of(bridged.model, LaVIT(), batch)).backward()
+    gradients = {n: p.grad for n, p in bridged.model.bridge.named_parameters()}  # type: ignore[union-attr]
+    moved = [n for n, grad in gradients.items() if grad is not None and grad.abs().sum() > 0]
     assert "path.projection.weight" in moved and any("merger.blocks" in n for n in moved)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
-    """Two steps at reduced width, everything else as the recipe predicts."""
+    """Two steps at reduced width, everything else as in the recipe."""
     head = recipe.read_text()
-    for word in ("command:", "hardware:", "time:", "expected:"):
-        assert word in head
-    words = [
-        "--trainer.accelerator=cpu",
-        "--trainer.devices=1",
-        "--trainer.num_nodes=1",
-        "--trainer.strategy=auto",
-    ]
-    words += ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.val_check_interval=2"]
-    words += [
-        "--trainer.limit_val_batches=1",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.logger=false",
-    ]
-    words += [
-        "--trainer.enable_checkpointing=false",
-        "--trainer.precision=32",
-        "--trainer.accumulate_grad_batches=1",
-    ]
-    small = {"bart": SMALL_BART}.get(_lm(head), {**SMALL, "tie_word_embeddings": True})
-    words += [f"--model.lm={json.dumps(small)}", f"--model.text_tokenizer={folder}/text"]
-    words += [
-        f"--model.visual_tokenizer={folder}/visual",
-        f"--model.out={folder}/made",
-        "--model.schedule.warmup_steps=1",
-    ]
-    words += [
-        f"--data.shards={folder}/shards",
-        "--data.block=64",
-        "--data.batch_size=2",
-        "--data.num_workers=0",
-    ]
-    needs_pixels = "images" in yaml.safe_load(head)["data"] or "--data.images" in head
-    words += [f"--data.images={folder}/pictures"] if needs_pixels else []
+    values = yaml.safe_load(head)
+    lm, arguments = values["model"]["lm"], values["model"]["objective"].get("init_args", {})
+    family = lm if isinstance(lm, str) else lm["model_type"]
+    tied = {**SMALL, "tie_word_embeddings": True}
+    needs_pixels = "images" in values["data"] or "--data.images" in head
+    overrides = {
+        "trainer.precision": 32,
+        "trainer.accumulate_grad_batches": 1,
+        "model.lm": json.dumps(SMALL_BART if family == "bart" else tied),
+        "model.text_tokenizer": folder / "text",
+        "model.visual_tokenizer": folder / "visual",
+        "model.out": folder / "made",
+        "model.schedule.warmup_steps": 1,
+        "data.shards": folder / "shards",
+        "data.block": 64,
+        "data.batch_size": 2,
+    }
+    overrides |= {"data.images": folder / "pictures"} if needs_pixels else {}
     if "--budget" in head:  # a code for every patch
         (folder / "shards").rename(folder / "dynamic")
-        command = [
-            "shards",
-            str(folder / "pictures"),
-            "--tokenizer",
-            str(folder / "visual"),
-            "--budget",
-            "16",
-        ]
-        assert lavit_tok([*command, "--out", str(folder / "shards")]) == 0
-    if "tokenizer" in yaml.safe_load(head)["model"]["objective"].get(
-        "init_args", {}
-    ):  # stage 1 comes before it
+        command = ["shards", folder / "pictures", "--tokenizer", folder / "visual"]
+        command += ["--budget", 16, "--out", folder / "shards"]
+        assert lavit_tok([str(word) for word in command]) == 0
+    reduced: dict[str, Any] = {"depth": 1, "heads": 2, "hidden_size": 32}
+    if "tokenizer" in arguments:  # stage 1 comes before it
         tiny_decoder.save_pretrained(folder / "decoder")
-        stage = stage_one_directory(folder, SMALL["hidden_size"])
-        words += [f"--model.objective.init_args.tokenizer={stage}"]
-    of_the_objective = yaml.safe_load(head)["model"]["objective"].get("init_args", {})
-    reduced = {"depth": 1, "heads": 2, "hidden_size": 32}
-    words += [
-        f"--model.objective.init_args.{n}={value}"
-        for n, value in reduced.items()
-        if n in of_the_objective
-    ]
-    assert main(["fit", "-c", str(recipe), *words]) == 0
+        reduced["tokenizer"] = stage_one_directory(folder, SMALL["hidden_size"])
+    own = {name: value for name, value in reduced.items() if name in arguments}
+    overrides |= {f"model.objective.init_args.{name}": value for name, value in own.items()}
+    assert main(["fit", *two_steps(recipe, overrides)]) == 0
     made = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     assert made.caption(str(folder / "pictures" / "train" / "0.png"), 4) is not None
-    assert (
-        made.objective.connectors.needs_pixels == needs_pixels
-        and (made.model.bridge is not None) == needs_pixels
-    )
-
-
-def _lm(recipe: str) -> str:
-    """The family that a recipe's LM is made new of, or its name."""
-    lm = yaml.safe_load(recipe)["model"]["lm"]
-    return lm if isinstance(lm, str) else lm["model_type"]
+    assert made.objective.connectors.needs_pixels == needs_pixels
+    assert (made.model.bridge is not None) == needs_pixels

@@ -49,16 +49,16 @@ def error(got: Tensor, reference: Tensor) -> float:
     return float((got - reference).abs().max() / reference.std())
 
 
+def same_tensors(first: Any, second: Any) -> None:
+    for (name, a), (_, b) in zip(
+        first.state_dict().items(), second.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
 def draw(decoder: PixelDecoder, codes: VisualCodes, latents: Tensor, **options: Any) -> Tensor:
-    asked = {
-        "num_inference_steps": 6,
-        "guidance_scale": 3.0,
-        "height": 64,
-        "width": 64,
-        "output_type": "pt",
-        **options,
-    }
-    return decoder(codes, latents=latents, **asked).images
+    asked = {"num_inference_steps": 6, "guidance_scale": 3.0, "height": 64, "width": 64}
+    return decoder(codes, latents=latents, output_type="pt", **{**asked, **options}).images
 
 
 # The golden outputs
@@ -68,28 +68,27 @@ def draw(decoder: PixelDecoder, codes: VisualCodes, latents: Tensor, **options: 
 @pytest.mark.parametrize("mask", ["argmax", "given"])
 def test_golden_codes(golden: dict[str, Tensor], loaded: dict[str, Any], mask: str):
     tokenizer, _ = loaded["lowres"]
-    features = tokenizer.features(golden["pixel_values"])
-    assert error(features, golden["encoder_features"]) < 1e-4
-    log_probs = tokenizer.score(features)
-    assert error(log_probs, golden["selector_log_probs"]) < 1e-4
-    keep = golden[f"{mask}.keep"]
+    pixels, keep = golden["pixel_values"], golden[f"{mask}.keep"]
+    features = tokenizer.features(pixels)
+    log_probs, merged = tokenizer.score(features), tokenizer.merge(features, keep)
+    codes = tokenizer.quantize(tokenizer.project(merged), keep.sum(1))
+    for got, name in (
+        (features, "encoder_features"),
+        (log_probs, "selector_log_probs"),
+        (merged, f"{mask}.merged"),
+        (tokenizer.quantizer.projection(merged), f"{mask}.pre_quant"),
+        (tokenizer.lookup(codes), f"{mask}.quantized"),
+    ):
+        assert error(got, golden[name]) < 1e-4, name
+    every = [codes]
     if mask == "argmax":
         assert torch.equal(tokenizer.select(log_probs), keep)
-        codes = tokenizer.encode_pixels(golden["pixel_values"])
-        assert torch.equal(codes.values, golden["argmax.ids"]) and torch.equal(
-            codes.lengths, golden["argmax.lengths"]
-        )
-    merged = tokenizer.merge(features, keep)
-    assert error(merged, golden[f"{mask}.merged"]) < 1e-4
-    assert error(tokenizer.quantizer.projection(merged), golden[f"{mask}.pre_quant"]) < 1e-4
-    codes = tokenizer.quantize(tokenizer.project(merged), keep.sum(1))
-    assert torch.equal(codes.values, golden[f"{mask}.ids"])
-    assert torch.equal(codes.lengths, golden[f"{mask}.lengths"])
-    assert error(tokenizer.lookup(codes), golden[f"{mask}.quantized"]) < 1e-4
+        every.append(tokenizer.encode_pixels(pixels))
+    for one in every:
+        assert torch.equal(one.values, golden[f"{mask}.ids"])
+        assert torch.equal(one.lengths, golden[f"{mask}.lengths"])
     for i, image in enumerate(codes):  # one by one as in the batch
-        alone = tokenizer.merge(
-            tokenizer.features(golden["pixel_values"][i : i + 1]), keep[i : i + 1]
-        )
+        alone = tokenizer.merge(tokenizer.features(pixels[i : i + 1]), keep[i : i + 1])
         assert torch.equal(tokenizer.quantizer.codebook.nearest(tokenizer.project(alone)), image)
 
 
@@ -109,18 +108,13 @@ def test_golden_continuous_path(golden: dict[str, Tensor], loaded: dict[str, Any
 def test_golden_conditions(golden: dict[str, Tensor], loaded: dict[str, Any], kind: str, mask: str):
     tokenizer, decoder = loaded[kind]
     codes = VisualCodes(golden[f"{mask}.ids"], golden[f"{mask}.lengths"])
+    names = {"lowres": ["condition"], "highres": ["prompt_embeds", "pooled_prompt_embeds"]}[kind]
     for part in (slice(0, 3), slice(1, 2)):  # together, and one alone
         condition = decoder.conditioner(codes.take(range(3)[part]))
-        if kind == "lowres":
-            assert error(condition.tokens, golden[f"{mask}.lowres.condition"][part]) < 1e-4
-        else:
-            assert error(condition.tokens, golden[f"{mask}.highres.prompt_embeds"][part]) < 1e-4
-            assert (
-                error(condition.pooled, golden[f"{mask}.highres.pooled_prompt_embeds"][part]) < 1e-4
-            )
-    assert torch.equal(
-        tokenizer.reconstruct_features(codes), decoder.conditioner.features(codes)
-    )  # the same reconstructor
+        for name, got in zip(names, (condition.tokens, condition.pooled), strict=False):
+            assert error(got, golden[f"{mask}.{kind}.{name}"][part]) < 1e-4
+    features = tokenizer.reconstruct_features(codes)
+    assert torch.equal(features, decoder.conditioner.features(codes)), "the same reconstructor"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,29 +129,15 @@ def test_golden_images(golden: dict[str, Tensor], loaded: dict[str, Any], kind: 
 # Another size
 
 
-SIZES = {
-    "image": 40,
-    "patch": 8,
-    "width": 96,
-    "layers": 2,
-    "encoder_mlp": 160,
-    "merger_depth": 1,
-    "mlp": 200,
-    "reconstructor_depth": 3,
-    "codes": 64,
-    "code_dim": 6,
-    "llm": 56,
-    "low": 20,
-    "high": (12, 28),
-    "null": 3,
-}
+SIZES: dict[str, Any] = {"image": 40, "patch": 8, "width": 96, "layers": 2, "encoder_mlp": 160}
+SIZES |= {"merger_depth": 1, "mlp": 200, "reconstructor_depth": 3, "codes": 64, "code_dim": 6}
+SIZES |= {"llm": 56, "low": 20, "high": (12, 28), "null": 3}
 HEADS = 3  # not what the width suggests
 
 
 def images() -> Tensor:
-    return torch.randn(
-        2, 3, SIZES["image"], SIZES["image"], generator=torch.Generator().manual_seed(3)
-    )
+    side, generator = SIZES["image"], torch.Generator().manual_seed(3)
+    return torch.randn(2, 3, side, side, generator=generator)
 
 
 @pytest.fixture(scope="module")
@@ -168,58 +148,35 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("release")
     slow.write(root, 1, **SIZES)
     eva, encoder = slow.read(root / ENCODER), slow.read(root / TOKENIZER)
-    log_probs = torch.cat(
-        [slow.score(encoder, slow.encode_features(eva, image, HEADS)) for image in images()]
-    )
-    # Half of the patches are kept: a mask of all or nothing would prove little.
-    scores = (log_probs[:, 0] - log_probs[:, 1]).sort().values
-    middle = (
-        scores[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean().float()
-    )  # and none is at the threshold
-    change(
-        root / TOKENIZER, lambda tensors: tensors["token_predictor.out_conv.4.bias"][0].sub_(middle)
-    )
-    common = {
-        "sample_size": 4,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-    }
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
-    blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 2}
-    xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    every = [slow.score(encoder, slow.encode_features(eva, image, HEADS)) for image in images()]
+    # Half of the patches are kept, and none is at the threshold: all or nothing would prove little.
+    scores = torch.cat([one[:, 0] - one[:, 1] for one in every]).sort().values
+    middle = scores[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean().float()
+    bias = "token_predictor.out_conv.4.bias"
+    change(root / TOKENIZER, lambda tensors: tensors[bias][0].sub_(middle))
+    shape = {"sample_size": 4, "block_out_channels": (8, 16), "layers_per_block": 1}
+    shape |= {"norm_num_groups": 4, "attention_head_dim": 2}
+    shape |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    shape |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
     first, second = SIZES["high"]
-    for folder, more in (
-        ("pixel_decoding", {"cross_attention_dim": SIZES["low"]}),
-        (
-            "highres_pixel_decoding",
-            {
-                "cross_attention_dim": first + second,
-                "projection_class_embeddings_input_dim": second + 24,
-                **xl,
-            },
-        ),
-    ):
+    xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    xl |= {"projection_class_embeddings_input_dim": second + 24}
+    kinds = {"pixel_decoding": {"cross_attention_dim": SIZES["low"]}}
+    kinds["highres_pixel_decoding"] = {"cross_attention_dim": first + second, **xl}
+    # The names of Stable Diffusion 1.5.
+    old = {"to_out.0": "proj_attn", "to_q": "query", "to_k": "key", "to_v": "value"}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2}
+    blocks |= {"up_block_types": ("UpDecoderBlock2D",) * 2}
+    for folder, more in kinds.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
-            unet = UNet2DConditionModel(**common, **blocks, **more)
-            vae = AutoencoderKL(
-                block_out_channels=(4, 8),
-                norm_num_groups=2,
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-            )
+            unet = UNet2DConditionModel(**shape, **more)
+            vae = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, **blocks)
         for name, model in (("unet", unet), ("vae", vae)):
             model.save_config(root / folder / name)
             state = model.state_dict()
-            if name == "vae":  # the names of Stable Diffusion 1.5
-                state = {
-                    k.replace("to_out.0", "proj_attn").replace("to_q", "query"): v
-                    for k, v in state.items()
-                }
-                state = {
-                    k.replace("to_k", "key").replace("to_v", "value"): v for k, v in state.items()
-                }
+            for new, published in old.items() if name == "vae" else ():
+                state = {key.replace(new, published): value for key, value in state.items()}
             torch.save(state, root / folder / name / "diffusion_pytorch_model.bin")
         PNDMScheduler(skip_prk_steps=True).save_config(root / folder / "scheduler")
     return root
@@ -232,13 +189,9 @@ def test_other_sizes_equal_the_slow_reference(other: Path, kind: str):
     count = len(pixels)
     tokenizer, decoder = load_released(other, kind, num_heads=heads)  # type: ignore[arg-type]
     assert decoder is not None
-    files = {
-        name: slow.read(other / "visual_tokenizer" / name)
-        for name in os.listdir(other / "visual_tokenizer")
-    }
-    eva, encoder = files["eva_vitg_psz14.bin"], files["tokenizer_encoder.bin"]
-    w = files["tokenizer_decoder.bin" if kind == "lowres" else "highres_tokenizer_decoder.bin"]
-    lm = slow.read(other / LM)
+    prefix = "" if kind == "lowres" else "highres_"
+    names = (ENCODER, TOKENIZER, f"visual_tokenizer/{prefix}tokenizer_decoder.bin", LM)
+    eva, encoder, w, lm = (slow.read(other / name) for name in names)
     codes = tokenizer.encode_pixels(pixels)
     condition = decoder.conditioner(codes)
     embeds = tokenizer.embed_features(tokenizer.features(pixels)).split(codes.lengths.tolist())
@@ -247,37 +200,28 @@ def test_other_sizes_equal_the_slow_reference(other: Path, kind: str):
         assert error(tokenizer.features(pixels[i : i + 1])[0].double(), features) < 1e-4
         log_probs = slow.score(encoder, features)
         keep = log_probs[:, 0] > log_probs[:, 1]
-        assert 0 < int(keep.sum()) < len(keep)
-        assert torch.equal(codes.keep[i], keep)
-        expected = slow.nearest(
-            encoder, slow.project(encoder, slow.merge(encoder, features, keep, heads))
-        )
+        assert 0 < int(keep.sum()) < len(keep) and torch.equal(codes.keep[i], keep)
+        merged = slow.project(encoder, slow.merge(encoder, features, keep, heads))
+        expected = slow.nearest(encoder, merged)
         assert codes[i].tolist() == expected
         llm = slow.linear(lm, "vit_proj", slow.merge(lm, features, keep, heads))
         assert error(embeds[i].double(), llm) < 1e-4
         x = slow.decode_features(w, encoder["quantize.embedding.weight"][expected], heads)
         assert error(tokenizer.reconstruct_features(codes)[i].double(), x) < 1e-4
-        if kind == "lowres":
-            tokens = slow.linear(w, "unet_proj", x)
-        else:
-            tokens = torch.cat(
-                [slow.linear(w, "unet_proj_1", x), slow.linear(w, "unet_proj_2", x)], 1
-            )
-            assert error(condition.pooled[i].double(), slow.pool(w, x, heads)) < 1e-4
+        layers = ["unet_proj"] if kind == "lowres" else ["unet_proj_1", "unet_proj_2"]
+        tokens = torch.cat([slow.linear(w, layer, x) for layer in layers], 1)
         assert error(condition.tokens[i].double(), tokens) < 1e-4
+        if kind == "highres":
+            assert error(condition.pooled[i].double(), slow.pool(w, x, heads)) < 1e-4
     if kind == "lowres":
-        null = decoder.conditioner.unconditional(condition)
-        assert null.mask.sum(1).tolist() == [SIZES["null"]] * count
-        assert torch.equal(
-            null.tokens[0, : SIZES["null"]],
-            torch.load(other / "pixel_decoding/uncond_embeddings.bin")[0],
-        )
-    assert (
-        type(decoder.scheduler).__name__ == "DDIMScheduler"
-    )  # published, whichever class the file names
-    image = decoder(
-        codes, 2, 2.0, torch.Generator().manual_seed(0), height=8, width=12, output_type="pt"
-    ).images
+        null, m = decoder.conditioner.unconditional(condition), SIZES["null"]
+        assert null.mask.sum(1).tolist() == [m] * count
+        published = torch.load(other / "pixel_decoding/uncond_embeddings.bin")
+        assert torch.equal(null.tokens[0, :m], published[0])
+    name = type(decoder.scheduler).__name__
+    assert name == "DDIMScheduler", "published, whichever class the file names"
+    options = {"height": 8, "width": 12, "output_type": "pt"}
+    image = decoder(codes, 2, 2.0, torch.Generator().manual_seed(0), **options).images
     assert image.shape == (count, 3, 8, 12) and bool(image.isfinite().all())
 
 
@@ -311,12 +255,10 @@ def test_every_difference_is_listed_by_file_and_tensor(copy: Path):
         tensors["causal_encoder.blocks.1.extra"] = torch.zeros(2)
         tensors["encode_task_layer.2.bias"] = torch.zeros(7)
 
+    unet = "pixel_decoding/unet/diffusion_pytorch_model.bin"
     change(copy / TOKENIZER, edit)
     change(copy / ENCODER, lambda tensors: tensors.pop("blocks.1.attn.q_bias"))
-    change(
-        copy / "pixel_decoding/unet/diffusion_pytorch_model.bin",
-        lambda tensors: tensors.pop("conv_in.bias"),
-    )
+    change(copy / unet, lambda tensors: tensors.pop("conv_in.bias"))
     with pytest.raises(WeightsError) as caught:
         load_released(copy, "lowres")
     for line in (
@@ -324,7 +266,7 @@ def test_every_difference_is_listed_by_file_and_tensor(copy: Path):
         f"{TOKENIZER}: unexpected  causal_encoder.blocks.1.extra [2]",
         f"{TOKENIZER}: mis-shaped  encode_task_layer.2.bias: expected [8], got [7]",
         f"{ENCODER}: missing     blocks.1.attn.q_bias [64]",
-        "pixel_decoding/unet/diffusion_pytorch_model.bin: missing     conv_in.bias [16]",
+        f"{unet}: missing     conv_in.bias [16]",
     ):
         assert line in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1 + 5
@@ -333,10 +275,8 @@ def test_every_difference_is_listed_by_file_and_tensor(copy: Path):
 def test_tensors_that_tell_the_size(copy: Path):
     change(copy / ENCODER, lambda tensors: tensors.pop("pos_embed"))
     change(copy / TOKENIZER, lambda tensors: tensors.pop("quantize.embedding.weight"))
-    with pytest.raises(
-        WeightsError,
-        match=r"(?s)eva_vitg_psz14.bin: missing +pos_embed.*quantize\.embedding\.weight",
-    ):
+    missing = r"(?s)eva_vitg_psz14.bin: missing +pos_embed.*quantize\.embedding\.weight"
+    with pytest.raises(WeightsError, match=missing):
         load_released(copy)
 
 
@@ -374,15 +314,13 @@ def test_is_finite():
 def test_absent_and_damaged_files(copy: Path):
     (copy / "pixel_decoding/uncond_embeddings.bin").unlink()
     (copy / TOKENIZER).unlink()
-    with pytest.raises(
-        WeightsError, match=r"tokenizer_encoder\.bin, pixel_decoding/uncond_embeddings\.bin"
-    ):
+    absent = r"tokenizer_encoder\.bin, pixel_decoding/uncond_embeddings\.bin"
+    with pytest.raises(WeightsError, match=absent):
         load_released(copy, "lowres")
-    for damage in (b"", b"not a file of tensors", (MINI / TOKENIZER).read_bytes()[:5000]):
-        (copy / TOKENIZER).write_bytes(damage)
-        with pytest.raises(
-            WeightsError, match=r"tokenizer_encoder\.bin: (refused|not a complete file)"
-        ):
+    damaged = r"tokenizer_encoder\.bin: (refused|not a complete file)"
+    for content in (b"", b"not a file of tensors", (MINI / TOKENIZER).read_bytes()[:5000]):
+        (copy / TOKENIZER).write_bytes(content)
+        with pytest.raises(WeightsError, match=damaged):
             load_released(copy)
     with pytest.raises(ValueError, match="'highres', 'lowres' or None, got 'middle'"):
         load_released(copy, "middle")  # type: ignore[arg-type]
@@ -413,11 +351,8 @@ def test_a_file_that_wants_to_run_code_is_refused(
     copy: Path, tmp_path: Path, name: str, zipped: bool
 ):
     mark = tmp_path / "it-ran"
-    torch.save(
-        {"a": torch.zeros(2), "b": Malicious(mark)},
-        copy / name,
-        _use_new_zipfile_serialization=zipped,
-    )
+    tensors = {"a": torch.zeros(2), "b": Malicious(mark)}
+    torch.save(tensors, copy / name, _use_new_zipfile_serialization=zipped)
     torch.load(copy / name, weights_only=False)
     assert mark.is_dir(), "this pickle is harmless, so the test would prove nothing"
     mark.rmdir()
@@ -467,23 +402,17 @@ def test_streaming_and_shared_memory(monkeypatch: pytest.MonkeyPatch, loaded: di
     tokenizer, decoder = loaded["highres"]
     opened: list[Path] = []
     load = pickled.load_pickled
-    monkeypatch.setattr(
-        pickled, "load_pickled", lambda path, *rest: (opened.append(path), load(path, *rest))[1]
-    )
+    record = lambda path, *rest: (opened.append(path), load(path, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(pickled, "load_pickled", record)
     monkeypatch.setattr(pickled, "MAPPED", 200_000)  # bytes: the files are mapped anew all the time
     again, _ = load_released(MINI, "highres")
     assert opened.count(MINI / ENCODER) > 4
-    for (name, a), (_, b) in zip(
-        tokenizer.state_dict().items(), again.state_dict().items(), strict=True
-    ):
-        assert torch.equal(a, b), name
+    same_tensors(tokenizer, again)
     own = decoder.conditioner.reconstructor.state_dict()
     for name, tensor in tokenizer.reconstructor.state_dict().items():
         assert own[name].data_ptr() == tensor.data_ptr(), name
-    biases = [
-        layer.self_attn.qkv.bias.chunk(3)[1] for layer in tokenizer.encoder.model.encoder.layers
-    ]
-    assert not any(bool(bias.any()) for bias in biases)
+    for layer in tokenizer.encoder.model.encoder.layers:
+        assert not bool(layer.self_attn.qkv.bias.chunk(3)[1].any())
     assert not any(p.requires_grad for p in tokenizer.encoder.parameters())
 
 
@@ -492,19 +421,16 @@ def test_dtype(golden: dict[str, Tensor]):
     assert decoder is not None
     assert {p.dtype for p in tokenizer.encoder.parameters()} == {torch.bfloat16}
     assert decoder.unet.dtype == tokenizer.merger.norm_in.weight.dtype == torch.bfloat16
-    assert (
-        tokenizer.quantizer.codebook.embeddings.dtype
-        == tokenizer.selector.judge[0].weight.dtype
-        == torch.float32
-    )
+    exact = tokenizer.quantizer.codebook.embeddings, tokenizer.selector.judge[0].weight
+    assert {tensor.dtype for tensor in exact} == {torch.float32}
     features = tokenizer.features(golden["pixel_values"]).float()
     assert error(features, golden["encoder_features"]) < 0.2
     decoder.set_progress_bar_config(disable=True)
-    seen: list[torch.dtype] = []
-    decoder.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    dtypes: list[torch.dtype] = []
+    decoder.vae.decoder.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
     codes = VisualCodes(golden["given.ids"], golden["given.lengths"]).take([0])
     image = draw(decoder, codes, golden["highres.latents"][:1], num_inference_steps=2)
-    assert seen == [torch.float32] and bool(image.isfinite().all())  # force_upcast
+    assert dtypes == [torch.float32] and bool(image.isfinite().all())  # force_upcast
     assert decoder.vae.dtype == torch.bfloat16
 
 
@@ -581,31 +507,22 @@ def test_convert(
     golden: dict[str, Tensor], loaded: dict[str, Any], kind: str, tmp_path: Path, capsys: Any
 ):
     out = tmp_path / "out"
-    assert (
-        cli.main(
-            ["convert", str(MINI), str(out), *(["--decoder", "lowres"] if kind == "lowres" else [])]
-        )
-        == 0
-    )
-    assert f"{kind} decoder" in capsys.readouterr().err
-    assert not list(out.rglob("*.bin"))
+    options = ["--decoder", "lowres"] if kind == "lowres" else []
+    assert cli.main(["convert", str(MINI), str(out), *options]) == 0
+    assert f"{kind} decoder" in capsys.readouterr().err and not list(out.rglob("*.bin"))
     tokenizer = VisualTokenizer.from_pretrained(out / "tokenizer")
     decoder = PixelDecoder.from_pretrained(out / "decoder")
     before, drawn = loaded[kind]
     assert tokenizer.config == before.config
-    for name, tensor in before.state_dict().items():
-        assert torch.equal(tensor, tokenizer.state_dict()[name]), name
+    same_tensors(before, tokenizer)
     for part in ("conditioner", "unet", "vae"):
-        for name, tensor in getattr(drawn, part).state_dict().items():
-            assert torch.equal(tensor, getattr(decoder, part).state_dict()[name]), name
-    assert (
-        dict(decoder.scheduler.config).items() >= {"steps_offset": 1, "clip_sample": False}.items()
-    )
+        same_tensors(getattr(drawn, part), getattr(decoder, part))
+    scheduler = dict(decoder.scheduler.config)
+    assert scheduler["steps_offset"] == 1 and scheduler["clip_sample"] is False
     codes = tokenizer.encode_pixels(golden["pixel_values"])
     assert torch.equal(codes.values, golden["argmax.ids"])
-    embeds = tokenizer.embed_features(
-        tokenizer.features(golden["pixel_values"]), keep=golden["given.keep"]
-    )
+    features = tokenizer.features(golden["pixel_values"])
+    embeds = tokenizer.embed_features(features, keep=golden["given.keep"])
     assert error(embeds, golden["given.llm_embeds"]) < 1e-4
     decoder.set_progress_bar_config(disable=True)
     given = VisualCodes(golden["given.ids"], golden["given.lengths"])
@@ -630,6 +547,5 @@ def test_large_models_are_sharded(
     tokenizer.image_processor.save_pretrained(tmp_path)
     monkeypatch.setattr(weights, "MAPPED", 100_000)
     again = VisualTokenizer.from_pretrained(tmp_path)
-    for name, tensor in tokenizer.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
+    same_tensors(tokenizer, again)
     load_weights(again, tmp_path)  # into a model that has memory already

@@ -11,7 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -34,6 +34,9 @@ from lavit_tok.data.code_files import (
     read_codes,
 )
 
+HEADER = CodeFileHeader("t", 16, 16)
+NOT_UTF8 = os.fsdecode(b"a\xff\xc3(.png")
+
 
 @pytest.fixture
 def weights(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) -> Path:
@@ -54,17 +57,30 @@ def json_lines(text: str) -> list[Any]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def args(*parts: Any) -> list[str]:
-    return [str(part) for part in parts]
+@pytest.fixture
+def run(weights: Path, capsys: Any) -> Callable[..., Any]:
+    """Runs a command with the tiny models; its output, after a look at the exit code."""
+    tokenizer, decoder = ["--tokenizer", weights / "tokenizer"], ["--decoder", weights / "decoder"]
+    options: dict[str, list[Any]] = {"encode": tokenizer, "decode": [*decoder, "--steps", 1]}
+    options["reconstruct"] = [*tokenizer, *options["decode"]]
+
+    def call(command: str, *parts: Any, code: int = 0) -> Any:
+        capsys.readouterr()
+        assert main([str(part) for part in [command, *options.get(command, []), *parts]]) == code
+        return capsys.readouterr()
+
+    return call
 
 
-def test_encode_to_stdout(
-    weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (
-        main(args("encode", *photos, "--tokenizer", weights / "tokenizer", "--batch-size", 3)) == 0
-    )
-    header, *records = json_lines(capsys.readouterr().out)
+def code_file(path: Path, codes: dict[str, list[int]], header: CodeFileHeader = HEADER) -> Path:
+    """A file of these codes; returns its path."""
+    with code_writer(path, header) as writer:
+        writer.add([CodeRecord(key, one) for key, one in codes.items()])
+    return path
+
+
+def test_encode_to_stdout(weights: Path, photos: list[Path], run: Any) -> None:
+    header, *records = json_lines(run("encode", *photos, "--batch-size", 3).out)
     tokenizer = VisualTokenizer.from_pretrained(weights / "tokenizer")
     assert header == {
         "format": "lavit_tok.codes",
@@ -79,19 +95,13 @@ def test_encode_to_stdout(
     assert [record["key"] for record in records] == list(map(str, photos))
     assert [record["codes"] for record in records] == codes.to_list()
     assert [record["length"] for record in records] == codes.lengths.tolist()
-    assert [record["keep"] for record in records] == [
-        mask.nonzero().flatten().tolist() for mask in codes.keep
-    ]
+    kept = [mask.nonzero().flatten().tolist() for mask in codes.keep]
+    assert [record["keep"] for record in records] == kept
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_encode_folder_then_decode(
-    weights: Path,
-    photos: list[Path],
-    broken: Path,
-    tmp_path: Path,
-    suffix: str,
-    capsys: pytest.CaptureFixture[str],
+    weights: Path, photos: list[Path], broken: Path, tmp_path: Path, suffix: str, run: Any
 ) -> None:
     folder, out = tmp_path / "in", tmp_path / f"new/codes{suffix}"
     (folder / "deeper").mkdir(parents=True)
@@ -99,31 +109,13 @@ def test_encode_folder_then_decode(
         with Image.open(photo) as image:
             image.resize((40, 30)).save(folder / ("deeper" if i % 2 else "") / photo.name)
     (folder / "broken.png").write_bytes(broken.read_bytes())
-    assert (
-        main(
-            args(
-                "encode",
-                folder,
-                "--tokenizer",
-                weights / "tokenizer",
-                "--out",
-                out,
-                "--batch-size",
-                2,
-            )
-        )
-        == 0
-    )
+    message = run("encode", folder, "--out", out, "--batch-size", 2).err
     rejects = Path(f"{out}.rejects.jsonl")
-    assert "encoded 4 of 5 images" in (message := capsys.readouterr().err)
-    assert f"1 skipped, listed in {rejects}" in message
+    assert "encoded 4 of 5 images" in message and f"1 skipped, listed in {rejects}" in message
     (reject,) = json_lines(rejects.read_text())
-    assert reject["key"] == str(folder / "broken.png")
-    assert "not an image" in reject["reason"]
-    assert sorted(p.name for p in out.parent.iterdir()) == [
-        out.name,
-        rejects.name,
-    ]  # no part is left behind
+    assert reject["key"] == str(folder / "broken.png") and "not an image" in reject["reason"]
+    names = [out.name, rejects.name]
+    assert sorted(p.name for p in out.parent.iterdir()) == names, "no partial file is left behind"
 
     header, records = read_codes(out)
     good = list(records)
@@ -133,29 +125,23 @@ def test_encode_folder_then_decode(
     if suffix == ".parquet":
         assert pq.read_table(out).column_names == ["key", "codes", "length", "keep"]
 
-    command = args("decode", out, "--decoder", weights / "decoder", "--steps", 2, "--seed", 5)
-    assert main([*command, "--out", str(tmp_path / "together")]) == 0
-    assert main([*command, "--out", str(tmp_path / "alone"), "--batch-size", "1"]) == 0
-    assert main([*command[:-1], "6", "--out", str(tmp_path / "otherwise")]) == 0
-    together = sorted((tmp_path / "together").iterdir())
-    assert [p.name for p in together] == [
-        f"{i:06d}-{Path(record.key).stem}.png" for i, record in enumerate(good)
-    ]
-    for path in together:
-        decoded = np.asarray(Image.open(path)).astype(int)
-        assert decoded.shape == (16, 16, 3)
-        assert np.abs(decoded - np.asarray(Image.open(tmp_path / "alone" / path.name))).max() <= 1
-        assert (
-            np.abs(decoded - np.asarray(Image.open(tmp_path / "otherwise" / path.name))).max() > 1
-        )
+    def decoded(*more: Any) -> list[np.ndarray]:
+        where = tmp_path / "-".join(map(str, more))
+        run("decode", out, "--steps", 2, *more, "--out", where)
+        paths = sorted(where.iterdir())
+        stems = [Path(record.key).stem for record in good]
+        assert [p.name for p in paths] == [f"{i:06d}-{stem}.png" for i, stem in enumerate(stems)]
+        return [np.asarray(Image.open(path)).astype(int) for path in paths]
+
+    together, alone = decoded("--seed", 5), decoded("--seed", 5, "--batch-size", 1)
+    for image, single, other in zip(together, alone, decoded("--seed", 6), strict=True):
+        assert image.shape == (16, 16, 3)
+        assert np.abs(image - single).max() <= 1 < np.abs(image - other).max()
 
 
-def test_budget_and_sampling(
-    weights: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_budget_and_sampling(photos: list[Path], run: Any) -> None:
     def lengths(*more: Any) -> list[int]:
-        assert main(args("encode", *photos, "--tokenizer", weights / "tokenizer", *more)) == 0
-        return [record["length"] for record in json_lines(capsys.readouterr().out)[1:]]
+        return [record["length"] for record in json_lines(run("encode", *photos, *more).out)[1:]]
 
     assert lengths("--budget", 5) == [5] * 4
     assert sum(lengths("--budget", 0.25)) == 16
@@ -164,48 +150,27 @@ def test_budget_and_sampling(
     assert len({tuple(s) for s in sampled}) > 1
 
 
-def test_list_on_stdin(
-    weights: Path,
-    photos: list[Path],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_list_on_stdin(photos: list[Path], run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{photos[1]}\n\n{photos[2]}\n"))
-    assert main(args("encode", photos[0], "-", "--tokenizer", weights / "tokenizer")) == 0
-    assert [record["key"] for record in json_lines(capsys.readouterr().out)[1:]] == list(
-        map(str, photos[:3])
-    )
-
-
-def test_encode_passes_quality_and_rate(weights: Path, photos: list[Path], capsys: Any) -> None:
-    """The shipped kind of tokenizer has no error head: the message offers verify and budgets."""
-    for option in (["--quality", "0.5"], ["--rate", "0.01"]):
-        assert main(args("encode", photos[0], "--tokenizer", weights / "tokenizer", *option)) == 2
-        error = capsys.readouterr().err
-        assert "no head that predicts the error of kind 'cosine'" in error
-        assert "verify=True" in error and error.count("\n") == 1
-    both = ["--quality", "20dB", "--budget", "4"]
-    assert main(args("encode", photos[0], "--tokenizer", weights / "tokenizer", *both)) == 2
-    assert "expected one of budget, quality and rate" in capsys.readouterr().err
-    verified = ["--quality", "0.999", "--verify"]
-    assert main(args("encode", photos[0], "--tokenizer", weights / "tokenizer", *verified)) == 2
-    assert "quality: image 0 reached a centered cosine of" in capsys.readouterr().err
+    records = json_lines(run("encode", photos[0], "-").out)[1:]
+    assert [record["key"] for record in records] == list(map(str, photos[:3]))
 
 
 @pytest.mark.parametrize(
-    ("option", "expected"),
+    ("line", "expected"),
     [
-        (["--quality", "1.5"], "expected a cosine between 0 and 1, or decibels such as 20dB"),
-        (["--quality", "0dB"], "expected more than 0 dB"),
-        (["--quality", "high"], "invalid quality value"),
-        (["--rate", "0"], "expected a number above 0"),
-        (["--rate", "nan"], "expected a number above 0"),
+        ("--quality 0.5", ["no head that predicts the error of kind 'cosine'", "verify=True"]),
+        ("--rate 0.01", ["no head that predicts the error of kind 'cosine'", "verify=True"]),
+        ("--quality 20dB --budget 4", ["expected one of budget, quality and rate"]),
+        ("--quality 0.999 --verify", ["quality: image 0 reached a centered cosine of"]),
     ],
 )
-def test_bad_quality_or_rate(option: list[str], expected: str, capsys: Any) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["encode", "photo.png", *option])
-    assert stopped.value.code == 2 and expected in capsys.readouterr().err
+def test_encode_passes_quality_and_rate(
+    line: str, expected: list[str], photos: list[Path], run: Any
+) -> None:
+    """The shipped kind of tokenizer has no error head: the message offers verify and budgets."""
+    error = run("encode", photos[0], *line.split(), code=2).err
+    assert all(text in error for text in expected) and error.count("\n") == 1
 
 
 def test_quality_as_text() -> None:
@@ -213,146 +178,92 @@ def test_quality_as_text() -> None:
     assert quality("20dB") == quality("20.0db") == ("psnr", 20.0)
 
 
-def test_a_single_bad_image_is_one_line(
-    weights: Path, broken: Path, tmp_path: Path, capsys: Any
-) -> None:
-    for command in (
-        ["encode"],
-        ["reconstruct", "--decoder", weights / "decoder", "--out", tmp_path / "out"],
-    ):
-        assert main(args(*command, broken, "--tokenizer", weights / "tokenizer")) == 2
-        captured = capsys.readouterr()
+def test_a_single_bad_image_is_one_line(broken: Path, tmp_path: Path, run: Any) -> None:
+    for command in (["encode"], ["reconstruct", "--out", tmp_path / "out"]):
+        captured = run(*command, broken, code=2)
         expected = f"lavit-tok: error: {broken}: not an image in a format that Pillow supports\n"
         assert (captured.out, captured.err) == ("", expected)
 
 
-def test_only_bad_images(
-    weights: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "codes.parquet"
-    missing = tmp_path / "missing.png"
-    assert (
-        main(args("encode", broken, missing, "--tokenizer", weights / "tokenizer", "--out", out))
-        == 1
-    )
-    assert f"none of 2 could be used; the first is {broken}" in capsys.readouterr().err
-    assert not out.exists()
-    assert [
-        record["key"] for record in json_lines(Path(f"{out}.rejects.jsonl").read_text())
-    ] == args(broken, missing)
+def test_only_bad_images(broken: Path, tmp_path: Path, run: Any) -> None:
+    out, missing = tmp_path / "codes.parquet", tmp_path / "missing.png"
+    message = run("encode", broken, missing, "--out", out, code=1).err
+    assert f"none of 2 could be used; the first is {broken}" in message and not out.exists()
+    rejects = json_lines(Path(f"{out}.rejects.jsonl").read_text())
+    assert [record["key"] for record in rejects] == [str(broken), str(missing)]
 
 
-def test_rejects_without_a_file_go_to_stderr(
-    weights: Path, broken: Path, photos: list[Path], capsys: Any
-) -> None:
-    assert main(args("encode", broken, photos[0], "--tokenizer", weights / "tokenizer")) == 0
-    captured = capsys.readouterr()
+def test_rejects_without_a_file_go_to_stderr(broken: Path, photos: list[Path], run: Any) -> None:
+    captured = run("encode", broken, photos[0])
     assert len(json_lines(captured.out)) == 2
     assert f"skipped {broken}: not an image" in captured.err
     assert "encoded 1 of 2 images" in captured.err
 
 
-def test_bad_rows_are_skipped_and_listed(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, out = tmp_path / "codes.jsonl", tmp_path / "out"
-    with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
-        writer.add(
-            [
-                CodeRecord("good", [1, 2, 3]),
-                CodeRecord("large", [16]),
-                CodeRecord("empty", []),
-                CodeRecord("long", [1] * 17),
-            ]
-        )
+def test_bad_rows_are_skipped_and_listed(tmp_path: Path, run: Any) -> None:
+    codes = {"good": [1, 2, 3], "large": [16], "empty": [], "long": [1] * 17}
+    path, out = code_file(tmp_path / "codes.jsonl", codes), tmp_path / "out"
     with open(path, "a") as file:
-        file.write(
-            '{"key": "text", "codes": ["1"]}\nnot json\n'
-            '{"key": "short", "codes": [1], "length": 2}\n'
-        )
+        file.write('{"key": "text", "codes": ["1"]}\nnot json\n')
+        file.write('{"key": "short", "codes": [1], "length": 2}\n')
         file.write('{"key": "../../up/../good", "codes": [15]}\n')
-    assert (
-        main(args("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out))
-        == 0
-    )
-    assert "decoded 2 of 8 records" in (message := capsys.readouterr().err)
+    message = run("decode", path, "--out", out).err
+    assert "decoded 2 of 8 records" in message
     assert f"6 skipped, listed in {out / 'rejects.jsonl'}" in message
-    assert sorted(p.name for p in out.iterdir()) == [
-        "000000-good.png",
-        "000007-good.png",
-        "rejects.jsonl",
-    ]
-    reasons = {
-        record["key"]: record["reason"]
-        for record in json_lines((out / "rejects.jsonl").read_text())
+    names = ["000000-good.png", "000007-good.png", "rejects.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    rejects = json_lines((out / "rejects.jsonl").read_text())
+    assert {record["key"]: record["reason"] for record in rejects} == {
+        "large": "expected codes in 0..15, got 16..16",
+        "empty": "expected 1..16 codes, got 0",
+        "long": "expected 1..16 codes, got 17",
+        "text": "codes: expected a list of integers",
+        "line 7": "not a JSON object",
+        "short": "length is 2, but there are 1 codes",
     }
-    assert reasons["large"] == "expected codes in 0..15, got 16..16"
-    assert reasons["empty"] == "expected 1..16 codes, got 0"
-    assert reasons["long"] == "expected 1..16 codes, got 17"
-    assert reasons["text"] == "codes: expected a list of integers"
-    assert reasons["line 7"] == "not a JSON object"
-    assert reasons["short"] == "length is 2, but there are 1 codes"
 
 
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (CodeFileHeader("t", 1024, 16), ["codebook of 16 entries, as the decoder has, got 1024"]),
+        (CodeFileHeader("other", 16, 16, "0123456789abcdef"), ["0123456789abcdef (tokenizer 'o"]),
+        (CodeFileHeader("other", 16, 16), []),  # of an older version: not compared
+    ],
+)
 def test_codes_of_another_codebook(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    header: CodeFileHeader, expected: list[str], weights: Path, tmp_path: Path, run: Any
 ) -> None:
-    path = tmp_path / "codes.parquet"
-    with code_writer(path, CodeFileHeader("t", 1024, 16)) as writer:
-        writer.add([CodeRecord("a", [1, 2, 3])])
-    assert (
-        main(args("decode", path, "--decoder", weights / "decoder", "--out", tmp_path / "out")) == 2
-    )
-    message = capsys.readouterr().err
-    assert (
-        f"{path}: expected codes of a codebook of 16 entries, as the decoder has, got 1024"
-        in message
-    )
-    assert message.count("\n") == 1
+    path = code_file(tmp_path / "codes.parquet", {"a": [1, 2, 3]}, header)
+    message = run("decode", path, "--out", tmp_path / "out", code=2 if expected else 0).err
+    if header.fingerprint:
+        expected = [*expected, VisualTokenizer.from_pretrained(weights / "tokenizer").fingerprint()]
+    if expected:
+        assert all(text in message for text in [str(path), *expected])
+        assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{}\n", b'{"format": "other", "version": 1}\n', b"\xff\x00"]
 )
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_files_that_hold_no_codes(content: bytes, suffix: str, tmp_path: Path, capsys: Any) -> None:
+def test_files_that_hold_no_codes(content: bytes, suffix: str, tmp_path: Path, run: Any) -> None:
     path = tmp_path / f"codes{suffix}"
     path.write_bytes(content)
-    assert main(args("decode", path, "--out", tmp_path)) == 2
-    message = capsys.readouterr().err
-    assert str(path) in message
-    assert message.count("\n") == 1
+    message = run("decode", path, "--out", tmp_path, code=2).err
+    assert str(path) in message and message.count("\n") == 1
 
 
 def test_parquet_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lavit_tok.data.code_files.ROW_GROUP", 300)
-    path = tmp_path / "codes.parquet"
-    records = [
-        CodeRecord(f"image {i}", list(range(i % 5)), None if i % 3 else [0, i % 7])
-        for i in range(1500)
-    ]
-    with code_writer(path, CodeFileHeader("owner/name", 16384, 256)) as writer:
+    path, header = tmp_path / "codes.parquet", CodeFileHeader("owner/name", 16384, 256)
+    kept = [None if i % 3 else [0, i % 7] for i in range(1500)]
+    records = [CodeRecord(f"image {i}", list(range(i % 5)), kept[i]) for i in range(1500)]
+    with code_writer(path, header) as writer:
         for start in range(0, len(records), 200):
             writer.add(records[start : start + 200])
-    header, read = read_codes(path)
-    assert header == CodeFileHeader("owner/name", 16384, 256)
-    assert list(read) == records
-
-
-def test_codes_of_another_codebook_of_the_same_size_are_refused(
-    weights: Path, tmp_path: Path, capsys: Any
-) -> None:
-    path, decoder = tmp_path / "codes.jsonl", weights / "decoder"
-    header = CodeFileHeader("other", 16, 16, "0123456789abcdef")
-    for known in (header, replace(header, fingerprint=None)):  # of an older version: not compared
-        with code_writer(path, known) as writer:
-            writer.add([CodeRecord("a", [1, 2])])
-        command = args("decode", path, "--decoder", decoder, "--steps", 1, "--out", tmp_path / "o")
-        assert main(command) == (2 if known.fingerprint else 0)
-        if known.fingerprint:
-            own = VisualTokenizer.from_pretrained(weights / "tokenizer").fingerprint()
-            message = capsys.readouterr().err
-            assert own in message and "0123456789abcdef (tokenizer 'other')" in message
+    found, read = read_codes(path)
+    assert found == header and list(read) == records
 
 
 def test_a_job_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
@@ -371,26 +282,13 @@ def test_a_job_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_reconstruct(
-    weights: Path, photos: list[Path], broken: Path, tmp_path: Path, capsys: Any
+    weights: Path, photos: list[Path], broken: Path, tmp_path: Path, run: Any
 ) -> None:
     out = tmp_path / "out"
-    options = [
-        "--tokenizer",
-        weights / "tokenizer",
-        "--decoder",
-        weights / "decoder",
-        "--steps",
-        2,
-        "--out",
-        out,
-    ]
-    assert (
-        main(args("reconstruct", photos[0], broken, photos[0], *options, "--scheduler", "dpm")) == 0
-    )
-    text = capsys.readouterr().out
-    length = int(
-        VisualTokenizer.from_pretrained(weights / "tokenizer").encode(photos[0]).lengths[0]
-    )
+    images = photos[0], broken, photos[0]
+    text = run("reconstruct", *images, "--steps", 2, "--out", out, "--scheduler", "dpm").out
+    tokenizer = VisualTokenizer.from_pretrained(weights / "tokenizer")
+    length = int(tokenizer.encode(photos[0]).lengths[0])
     assert text.count(f"{length} of 16 codes  {photos[0]}") == 2
     assert f"{length:.1f} codes per image on average, 2 images; 1 skipped" in text
     assert f"sheet: {out / 'sheet.png'}" in text
@@ -402,19 +300,13 @@ def test_reconstruct(
     same = (original == kept).all(-1).reshape(4, 64, 4, 64).all((1, 3))
     assert same.sum() == length  # the kept patches are untouched
     with Image.open(photos[0]) as photo:
-        assert np.array_equal(
-            original, np.asarray(photo.resize((256, 256), Image.Resampling.BICUBIC))
-        )
-    assert drawn.std() > 0
+        resized = np.asarray(photo.resize((256, 256), Image.Resampling.BICUBIC))
+    assert np.array_equal(original, resized) and drawn.std() > 0
 
 
-def test_reconstruct_without_images_takes_photographs(
-    weights: Path, tmp_path: Path, capsys: Any
-) -> None:
-    options = ["--tokenizer", weights / "tokenizer", "--decoder", weights / "decoder", "--steps", 1]
-    assert main(args("reconstruct", *options, "--out", tmp_path / "out")) == 0
-    assert len(photographs()) == 8
-    assert "8 images" in capsys.readouterr().out
+def test_reconstruct_without_images_takes_photographs(tmp_path: Path, run: Any) -> None:
+    text = run("reconstruct", "--out", tmp_path / "out").out
+    assert len(photographs()) == 8 and "8 images" in text
     assert len(list((tmp_path / "out").glob("0*.png"))) == 8
 
 
@@ -425,23 +317,17 @@ def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> 
     folder.mkdir(parents=True)
     for i in range(12):
         with Image.open(photos[i % 4]) as image:
-            image.crop((i * 10, 0, i * 10 + 150, 150)).resize((32, 32)).save(
-                folder / f"{i:02d}.png"
-            )
+            crop = image.crop((i * 10, 0, i * 10 + 150, 150)).resize((32, 32))
+        crop.save(folder / f"{i:02d}.png")
+    config = {k: v for k, v in tiny_config.to_dict().items() if not k.startswith("format")}
+    trainer: dict[str, Any] = {"accelerator": "cpu", "max_steps": 2, "logger": False}
+    trainer |= {"enable_progress_bar": False, "default_root_dir": str(tmp_path / "run")}
     values = {
         "seed_everything": 0,
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 2,
-            "logger": False,
-            "enable_progress_bar": False,
-            "default_root_dir": str(tmp_path / "run"),
-        },
+        "trainer": trainer,
         "checkpoint": {"every": 1},
         "model": {
-            "config": {
-                k: v for k, v in tiny_config.to_dict().items() if not k.startswith("format")
-            },
+            "config": config,
             "out": str(tmp_path / "tokenizer"),
             "selection": {"stop_sampling_step": 1},
             "codebook": {"start_step": 1, "kmeans_samples": 64},
@@ -455,86 +341,62 @@ def recipe(tiny_config: TokenizerConfig, photos: list[Path], tmp_path: Path) -> 
 
 
 def test_fit_then_resume_then_encode(
-    recipe: Path, photos: list[Path], tmp_path: Path, capsys: Any
+    recipe: Path, photos: list[Path], tmp_path: Path, run: Any
 ) -> None:
-    assert main(args("fit", "-c", recipe)) == 0
+    fit = ["fit", "-c", recipe]
+    run(*fit)
     first = (tmp_path / "tokenizer/model.safetensors").read_bytes()
-    assert main(args("fit", "-c", recipe, "--ckpt_path", "last", "--trainer.max_steps", 4)) == 0
+    run(*fit, "--ckpt_path", "last", "--trainer.max_steps", 4)
     assert (tmp_path / "tokenizer/model.safetensors").read_bytes() != first
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["max_steps"] == 4
     assert any(path.name.endswith("step=4.ckpt") for path in (tmp_path / "run").iterdir())
     last = tmp_path / "run/last.ckpt"
     last.write_bytes(last.read_bytes()[:-1000])
-    capsys.readouterr()
-    more = args("fit", "-c", recipe, "--trainer.max_steps", 5, "--ckpt_path")
-    assert main([*more, "last"]) == 2
-    message = capsys.readouterr().err
+    fit += ["--trainer.max_steps", 5, "--ckpt_path"]
+    message = run(*fit, "last", code=2).err
     assert message.count("\n") == 1 and "step=4.ckpt, from which --ckpt_path last-good" in message
-    assert main([*more, "last-good"]) == 0
+    run(*fit, "last-good")
     assert any(path.name.endswith("step=5.ckpt") for path in (tmp_path / "run").iterdir())
-    capsys.readouterr()
-    assert main(args("encode", photos[0], "--tokenizer", tmp_path / "tokenizer")) == 0
-    assert json_lines(capsys.readouterr().out)[1]["length"] >= 1
+    shown = run("encode", photos[0], "--tokenizer", tmp_path / "tokenizer").out
+    assert json_lines(shown)[1]["length"] >= 1
 
 
 def test_fit_decoder_then_reconstruct(
-    recipe: Path, weights: Path, photos: list[Path], tmp_path: Path
+    recipe: Path, weights: Path, photos: list[Path], tmp_path: Path, run: Any
 ) -> None:
     values = yaml.safe_load(recipe.read_text())
     unet = json.loads((weights / "decoder/unet/config.json").read_text())
-    shape = (
-        "block_out_channels",
-        "layers_per_block",
-        "down_block_types",
-        "up_block_types",
-        "norm_num_groups",
-    )
+    shape = "block_out_channels layers_per_block down_block_types up_block_types norm_num_groups"
+    names = (*shape.split(), "sample_size", "attention_head_dim")
     values["model"] = {
         "tokenizer": str(weights / "tokenizer"),
         "vae": str(weights / "decoder/vae"),
-        "unet": {
-            "config": {name: unet[name] for name in (*shape, "sample_size", "attention_head_dim")}
-        },
+        "unet": {"config": {name: unet[name] for name in names}},
         "condition": {"cross_dims": [16]},
         "out": str(tmp_path / "decoder"),
         "samples": {"every": 0},
     }
     recipe.write_text(yaml.safe_dump(values))
-    assert main(args("fit-decoder", "-c", recipe)) == 0
-    options = [
-        "--tokenizer",
-        weights / "tokenizer",
-        "--decoder",
-        tmp_path / "decoder",
-        "--steps",
-        1,
-    ]
-    assert main(args("reconstruct", photos[0], *options, "--out", tmp_path / "out")) == 0
+    run("fit-decoder", "-c", recipe)
+    run("reconstruct", photos[0], "--decoder", tmp_path / "decoder", "--out", tmp_path / "out")
     assert (tmp_path / "out/sheet.png").is_file()
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("fit -c missing.yaml", "missing.yaml"),
-        ("fit -c RECIPE --model.rhoo 1", "--model.rhoo"),
+        ("-c missing.yaml", "missing.yaml"),
+        ("-c RECIPE --model.rhoo 1", "--model.rhoo"),
+        ("-c RECIPE --model.selection.rho 3.0", "rho: expected a ratio between 0 and 1, got 3.0"),
         (
-            "fit -c RECIPE --model.selection.rho 3.0",
-            "rho: expected a ratio between 0 and 1, got 3.0",
-        ),
-        (
-            "fit -c RECIPE --trainer.check_val_every_n_epoch null --trainer.val_check_interval 0.5",
+            "-c RECIPE --trainer.check_val_every_n_epoch null --trainer.val_check_interval 0.5",
             "trainer: `val_check_interval` should be an integer",
         ),
     ],
 )
-def test_bad_recipes(line: str, reason: str, recipe: Path, capsys: Any) -> None:
-    assert main([word.replace("RECIPE", str(recipe)) for word in line.split()]) == 2
-    (error,) = [
-        text
-        for text in capsys.readouterr().err.splitlines()
-        if text.startswith("lavit-tok: error: ")
-    ]
+def test_bad_recipes(line: str, reason: str, recipe: Path, run: Any) -> None:
+    message = run("fit", *line.replace("RECIPE", str(recipe)).split(), code=2).err
+    (error,) = [x for x in message.splitlines() if x.startswith("lavit-tok: error: ")]
     assert reason in error
 
 
@@ -548,55 +410,43 @@ def test_bad_recipes(line: str, reason: str, recipe: Path, capsys: Any) -> None:
         ("encode a.png --budget 1.5", "fraction in (0, 1], got 1.5"),
         ("encode a.png --seed -1", "expected at least 0"),
         ("encode a.png --batch-size 0", "expected at least 1"),
+        ("encode a.png --quality 1.5", "a cosine between 0 and 1, or decibels such as 20dB"),
+        ("encode a.png --quality 0dB", "expected more than 0 dB"),
+        ("encode a.png --quality high", "invalid quality value"),
+        ("encode a.png --rate 0", "expected a number above 0"),
+        ("encode a.png --rate nan", "expected a number above 0"),
         ("decode a.parquet", "required: --out"),
+        ("shards a --shard-size 0 --out b", "at least 1"),
+        ("shards a --num-workers -1 --out b", "at least 0"),
+        ("shards a", "--out"),
     ],
 )
 def test_bad_words(line: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(line.split())
     message = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert reason in message
-    assert message.count("\n") == 1
+    assert caught.value.code == 2 and reason in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (
-            "encode PHOTO --tokenizer no/such/folder",
-            "no/such/folder: expected 'default', 'nested', an existing directory",
-        ),
-        (
-            "encode PHOTO --out codes.txt",
-            "codes.txt: expected a name that ends in .parquet or .jsonl",
-        ),
-        (
-            "encode PHOTO --device toaster --tokenizer TOKENIZER",
-            "device 'toaster' cannot be used here",
-        ),
-        ("encode PHOTO --device meta --tokenizer TOKENIZER", "device 'meta' cannot be used here"),
+        ("encode PHOTO --tokenizer no/such/folder", "folder: expected 'default', 'nested', an exi"),
+        ("encode PHOTO --out codes.txt", "codes.txt: expected a name that ends in .parquet or"),
+        ("encode PHOTO --device toaster", "device 'toaster' cannot be used here"),
+        ("encode PHOTO --device meta", "device 'meta' cannot be used here"),
+        ("encode PHOTO --max-pixels 99", "more than 99 pixels"),
+        ("encode PHOTO --max-bytes 99", "at most 99"),
         ("encode FOLDER", "no images found"),
-        ("decode missing.parquet --out DIR", "missing.parquet"),
-        ("decode codes.csv --out DIR", "codes.csv: expected a name that ends in"),
+        ("decode missing.parquet --out FOLDER", "missing.parquet"),
+        ("decode codes.csv --out FOLDER", "codes.csv: expected a name that ends in"),
     ],
 )
-def test_bad_input(
-    line: str, reason: str, photos: list[Path], weights: Path, tmp_path: Path, capsys: Any
-) -> None:
-    (tmp_path / "empty").mkdir()
-    names = {
-        "PHOTO": photos[0],
-        "TOKENIZER": weights / "tokenizer",
-        "FOLDER": tmp_path / "empty",
-        "DIR": tmp_path,
-    }
-    assert main(args(*(names.get(word, word) for word in line.split()))) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("lavit-tok: error: ")
-    assert reason in captured.err
-    assert captured.err.count("\n") == 1
+def test_bad_input(line: str, reason: str, photos: list[Path], tmp_path: Path, run: Any) -> None:
+    names = {"PHOTO": photos[0], "FOLDER": tmp_path}
+    captured = run(*(names.get(word, word) for word in line.split()), code=2)
+    assert captured.out == "" and captured.err.startswith("lavit-tok: error: ")
+    assert reason in captured.err and captured.err.count("\n") == 1
 
 
 def test_help_is_quick_and_every_command_exists() -> None:
@@ -604,119 +454,75 @@ def test_help_is_quick_and_every_command_exists() -> None:
     heavy = {"torch", "numpy", "PIL", "transformers", "pyarrow"}
     code = "import sys; from lavit_tok.cli import main\ntry: main(['--help'])\n"
     code += f"finally: assert not {heavy} & {{*sys.modules}}"
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
+    shown = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert all(name in shown for name in COMMANDS)
-
-
-NOT_UTF8 = os.fsdecode(b"a\xff\xc3(.png")
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 @pytest.mark.parametrize("listed", [False, True])
 def test_names_that_are_not_utf8(
-    weights: Path,
-    photos: list[Path],
-    broken: Path,
-    tmp_path: Path,
-    suffix: str,
-    listed: bool,
-    capsys: Any,
-    monkeypatch: Any,
+    photos: list[Path], tmp_path: Path, suffix: str, listed: bool, run: Any, monkeypatch: Any
 ) -> None:
-    """As arguments or on stdin: in code files, rejects, messages, and as keys of decode."""
+    """As arguments or on stdin: in code files, rejects, messages, folders, and keys of decode."""
     folder = tmp_path / os.fsdecode(b"\xfe")
     folder.mkdir()
     good, bad = folder / NOT_UTF8, folder / os.fsdecode(b"bad\xff.png")
     good.write_bytes(photos[0].read_bytes())
-    bad.write_bytes(broken.read_bytes())
-    out, options = tmp_path / f"codes{suffix}", ["--tokenizer", weights / "tokenizer"]
-    names = [good, bad]
+    bad.write_bytes(b"\x89PNG but not really")
+    out, names = folder / f"codes{suffix}", [good, bad]
     if listed:
         text = b"\n".join(map(os.fsencode, names)) + b"\n"
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8"))
         names = [Path("-")]
-    assert main(args("encode", *names, *options, "--out", out)) == 0
-    assert "bad\\udcff.png: not an image" in capsys.readouterr().err
+    assert "bad\\udcff.png: not an image" in run("encode", *names, "--out", out).err
     _, records = read_codes(out)
     assert [os.fsencode(record.key) for record in records] == [os.fsencode(good)]
     (reject,) = json_lines(Path(f"{out}.rejects.jsonl").read_text(encoding="utf-8"))
     assert os.fsencode(reject["key"]) == os.fsencode(bad)
-    command = args("decode", out, "--decoder", weights / "decoder", "--steps", 1)
-    assert main([*command, "--out", str(tmp_path / "out")]) == 0
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["000000-a_.png"]
+    run("decode", out, "--out", folder / "out")
+    assert [p.name for p in (folder / "out").iterdir()] == ["000000-a_.png"]
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_output_folders_that_are_not_utf8(
-    weights: Path, photos: list[Path], tmp_path: Path, suffix: str
-) -> None:
-    out = tmp_path / os.fsdecode(b"\xfe")
-    codes = out / f"codes{suffix}"
-    assert (
-        main(args("encode", photos[0], "--tokenizer", weights / "tokenizer", "--out", codes)) == 0
-    )
-    command = args("decode", codes, "--decoder", weights / "decoder", "--steps", 1, "--out", out)
-    assert main(command) == 0
-    assert len(list(out.glob("*.png"))) == 1
-
-
-def test_sheets_of_a_name_that_is_not_utf8(
-    weights: Path, photos: list[Path], tmp_path: Path, capsys: Any
-) -> None:
+def test_sheets_of_a_name_that_is_not_utf8(photos: list[Path], tmp_path: Path, run: Any) -> None:
     name = tmp_path / NOT_UTF8
     name.write_bytes(photos[0].read_bytes())
-    options = ["--tokenizer", weights / "tokenizer", "--decoder", weights / "decoder"]
-    assert main(args("reconstruct", name, *options, "--steps", 1, "--out", tmp_path / "out")) == 0
-    assert "a\\udcff" in capsys.readouterr().out
+    assert "a\\udcff" in run("reconstruct", name, "--out", tmp_path / "out").out
 
 
 @pytest.mark.parametrize("key", ["a\\b", "\\udcff", "\\\udcff", "\ud800", "x\\\\udcff\udcffy"])
 def test_keys_round_trip(key: str, tmp_path: Path) -> None:
     for suffix in (".parquet", ".jsonl"):
-        with code_writer(path := tmp_path / f"codes{suffix}", CodeFileHeader("t", 16, 16)) as file:
-            file.add([CodeRecord(key, [1])])
+        path = code_file(tmp_path / f"codes{suffix}", {key: [1]})
         assert list(read_codes(path)[1]) == [CodeRecord(key, [1])]
 
 
-def test_hostile_lines_are_rejected_and_the_others_decoded(
-    weights: Path, tmp_path: Path, capsys: Any
-) -> None:
-    path, out = tmp_path / "codes.jsonl", tmp_path / "out"
-    with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
-        writer.add([CodeRecord("first", [1])])
+def test_hostile_lines_are_rejected_and_the_others_decoded(tmp_path: Path, run: Any) -> None:
+    path, out = code_file(tmp_path / "codes.jsonl", {"first": [1]}), tmp_path / "out"
     record = b'{"key": "k", "codes": %s}'
     hostile = [b"[" * 100_000, record % (b"[" * 100_000), b'{"key": "\xff", "codes": [1]}']
     hostile += [record % b"[Infinity]", record % b"[1e400]", record % (b"9" * 5000), b"\xff\xfe\0"]
     with open(path, "ab") as file:
         file.write(b"\n".join([*hostile, record % b"[2]"]) + b"\n")
-    command = args("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out)
-    assert main(command) == 0
-    assert "decoded 2 of 9 records" in capsys.readouterr().err
+    assert "decoded 2 of 9 records" in run("decode", path, "--out", out).err
     reasons = [line["reason"] for line in json_lines((out / "rejects.jsonl").read_text())]
-    assert reasons[:2] == ["nested too deeply"] * 2
-    assert "not UTF-8" in reasons[2]
+    assert reasons[:2] == ["nested too deeply"] * 2 and "not UTF-8" in reasons[2]
 
 
 @pytest.mark.parametrize("suffix", ["png", "parquet"])
-def test_decoding_is_resumed(suffix: str, weights: Path, tmp_path: Path, capsys: Any) -> None:
+def test_decoding_is_resumed(suffix: str, tmp_path: Path, run: Any) -> None:
     """Two code files, number 1 of the second corrupt; other options and records are made again."""
     (codes := tmp_path / "codes").mkdir()
-    for name in "ab":
-        with code_writer(codes / f"{name}.jsonl", CodeFileHeader("t", 16, 16)) as writer:
-            bad = [99] if name == "b" else [1]
-            writer.add([CodeRecord(f"{name}{i}", bad if i == 1 else [i]) for i in range(3)])
+    code_file(codes / "a.jsonl", {"a0": [0], "a1": [1], "a2": [2]})
+    code_file(codes / "b.jsonl", {"b0": [0], "b1": [99], "b2": [2]})
     out = tmp_path / "out"
-    command = args("decode", codes, "--decoder", weights / "decoder", "--steps", 1, "--out", out)
-    command += ["--format", suffix, "--shard-size", "2", "--batch-size", "2"]
+    command = ["decode", codes, "--out", out, "--format", suffix]
+    command += ["--shard-size", 2, "--batch-size", 2]
 
-    def run(*more: str) -> tuple[str, dict[str, bytes]]:
-        assert main([*command, *more]) == 0
-        found = {path.name: path.read_bytes() for path in out.glob(f"*.{suffix}")}
-        return capsys.readouterr().err.splitlines()[-1], found
+    def decoded(*more: Any) -> tuple[str, dict[str, bytes]]:
+        message = run(*command, *more).err.splitlines()[-1]
+        return message, {path.name: path.read_bytes() for path in out.glob(f"*.{suffix}")}
 
-    message, whole = run()
+    message, whole = decoded()
     assert message.startswith("decoded 5 of 6")
     assert "1 skipped" in message and "earlier" not in message
     (reject,) = json_lines((out / "rejects.jsonl").read_text())
@@ -730,22 +536,18 @@ def test_decoding_is_resumed(suffix: str, weights: Path, tmp_path: Path, capsys:
         for image in tables[0]["image"].to_pylist():
             assert Image.open(io.BytesIO(image["bytes"])).size == (16, 16)
     else:
-        assert sorted(whole) == [f"00000-00000{i}-a{i}.png" for i in range(3)] + [
-            "00001-000000-b0.png",
-            "00001-000002-b2.png",
-        ]
+        names = [f"00000-00000{i}-a{i}.png" for i in range(3)]
+        assert sorted(whole) == [*names, "00001-000000-b0.png", "00001-000002-b2.png"]
     first, *others = sorted(out.glob(f"*.{suffix}"))
     first.unlink()
     times = [path.stat().st_mtime_ns for path in others]
-    message, found = run()
+    message, found = decoded()
     assert found == whole and [path.stat().st_mtime_ns for path in others] == times
     assert f"{3 if suffix == 'parquet' else 4} of them by earlier runs; 1 skipped" in message
-    message, found = run("--seed", "1")
+    message, found = decoded("--seed", 1)
     assert "earlier" not in message and all(found[name] != whole[name] for name in whole)
-    with code_writer(codes / "c.jsonl", CodeFileHeader("t", 16, 16, "another")) as writer:
-        writer.add([CodeRecord("c", [1])])
-    assert main(command) == 2
-    assert "c.jsonl: expected the fingerprint None of a.jsonl" in capsys.readouterr().err
+    code_file(codes / "c.jsonl", {"c": [1]}, CodeFileHeader("t", 16, 16, "another"))
+    assert "c.jsonl: expected the fingerprint None of a.jsonl" in run(*command, code=2).err
 
 
 def test_decode_batch(weights: Path) -> None:
@@ -764,33 +566,28 @@ def test_decode_batch(weights: Path) -> None:
     assert other["image"][0].as_py() != image
 
 
-def test_lines_of_a_gigabyte_are_rejected(weights: Path, tmp_path: Path, capsys: Any) -> None:
+def test_lines_of_a_gigabyte_are_rejected(tmp_path: Path, run: Any) -> None:
     """Sparse files: the memory is that of MAX_LINE, and no line before or after is lost."""
-    path, out = tmp_path / "codes.jsonl", tmp_path / "out"
-    command = args("decode", path, "--decoder", weights / "decoder", "--steps", 1, "--out", out)
-    with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
-        writer.add([CodeRecord("first", [1])])
+    path, out = code_file(tmp_path / "codes.jsonl", {"first": [1]}), tmp_path / "out"
     with open(path, "rb+") as file:
         file.seek(1 << 30, os.SEEK_END)
         file.write(b'\n{"key": "last", "codes": [2]}\n')
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert main(command) == 0
-    assert "decoded 2 of 3 records" in capsys.readouterr().err
+    assert "decoded 2 of 3 records" in run("decode", path, "--out", out).err
     (reject,) = json_lines((out / "rejects.jsonl").read_text())
     assert reject["key"] == "line 3" and "longer than" in reject["reason"]
     path.write_bytes(b"")
     os.truncate(path, 1 << 30)
-    assert main(command) == 2
+    run("decode", path, "--out", out, code=2)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
 
 
 @pytest.mark.parametrize("size", ["Infinity", "NaN", "-1", "1e400", "true", '"3"', "[" * 100_000])
-def test_hostile_headers(size: str, tmp_path: Path, capsys: Any) -> None:
+def test_hostile_headers(size: str, tmp_path: Path, run: Any) -> None:
     path = tmp_path / "codes.jsonl"
     header = '{"format": "lavit_tok.codes", "version": 1, "tokenizer": "t", "patches": 16'
     path.write_text(f'{header}, "codebook_size": {size}}}\n')
-    assert main(args("decode", path, "--out", tmp_path / "out")) == 2
-    message = capsys.readouterr().err
+    message = run("decode", path, "--out", tmp_path / "out", code=2).err
     assert str(path) in message and message.count("\n") == 1 and len(message) < 500
 
 
@@ -820,10 +617,7 @@ def test_damaged_parquet_is_never_read_with_other_values(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", [b'"checksum"', b"lavit_tok.codes.sha256"])
 def test_damage_to_the_name_of_the_checksum(name: bytes, tmp_path: Path) -> None:
     """Without a checksum, keys would not be unescaped, and any values accepted."""
-    path = tmp_path / "codes.parquet"
-    records = [CodeRecord("a\udcff", [1])]
-    with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
-        writer.add(records)
+    path = code_file(tmp_path / "codes.parquet", {"a\udcff": [1]})
     whole = path.read_bytes()
     assert name in whole
     path.write_bytes(whole.replace(name, name.replace(b"s", b"r")))
@@ -831,18 +625,14 @@ def test_damage_to_the_name_of_the_checksum(name: bytes, tmp_path: Path) -> None
         read = list(read_codes(path)[1])
     except CodeFileError:
         return
-    assert read == records
+    assert read == [CodeRecord("a\udcff", [1])]
 
 
 def test_altered_values_with_a_right_page_checksum(tmp_path: Path) -> None:
-    path = tmp_path / "codes.parquet"
-    with code_writer(path, CodeFileHeader("t", 16, 16)) as writer:
-        writer.add([CodeRecord("a", [1])])
+    path = code_file(tmp_path / "codes.parquet", {"a": [1]})
     parquet = pq.ParquetFile(path)
     altered = parquet.read().to_pylist()
     altered[0]["codes"] = [2]
-    import pyarrow as pa
-
     with pq.ParquetWriter(path, parquet.schema_arrow) as file:
         file.write_table(pa.Table.from_pylist(altered, schema=parquet.schema_arrow))
         file.add_key_value_metadata(parquet.metadata.metadata)
@@ -851,44 +641,41 @@ def test_altered_values_with_a_right_page_checksum(tmp_path: Path) -> None:
 
 
 def test_existing_codes_are_replaced_only_on_request(
-    weights: Path, photos: list[Path], broken: Path, tmp_path: Path, capsys: Any
+    photos: list[Path], tmp_path: Path, run: Any
 ) -> None:
-    out = tmp_path / "codes.jsonl"
-    command = args("encode", *photos[:2], "--tokenizer", weights / "tokenizer", "--out", out)
-    assert main(command) == 0
+    out, new = tmp_path / "codes.jsonl", tmp_path / "new.jsonl"
+    command = ["encode", *photos[:2], "--out"]
+    run(*command, out)
     out.write_text("mine")
-    assert main(command) == 2
-    assert f"{out}: exists: --overwrite" in capsys.readouterr().err and out.read_text() == "mine"
-    assert main([*command, "--overwrite"]) == 0
+    assert f"{out}: exists: --overwrite" in run(*command, out, code=2).err
+    assert out.read_text() == "mine"
+    run(*command, out, "--overwrite")
     assert len(list(read_codes(out)[1])) == 2
-    rejects, other = Path(f"{tmp_path / 'new.jsonl'}.rejects.jsonl"), tmp_path / "new.jsonl"
+    rejects = Path(f"{new}.rejects.jsonl")
     rejects.write_text("a list of somebody\n")
-    command[-1] = str(other)
-    assert main(command) == 2
-    assert str(rejects) in capsys.readouterr().err and rejects.exists() and not other.exists()
+    assert str(rejects) in run(*command, new, code=2).err
+    assert rejects.exists() and not new.exists()
     rejects.write_text('{"key": "k", "reason": "an earlier run"}\n')
-    assert main(command) == 0
+    run(*command, new)
     assert not rejects.exists()
 
 
 def test_sheets_are_replaced_but_not_files_of_others(
-    weights: Path, photos: list[Path], tmp_path: Path, capsys: Any
+    photos: list[Path], tmp_path: Path, run: Any
 ) -> None:
     """As in the quick start, whose command can be repeated."""
-    options = ["--tokenizer", weights / "tokenizer", "--decoder", weights / "decoder"]
-    out = tmp_path / "out"
-    command = args("reconstruct", photos[0], *options, "--steps", 1, "--out", out)
-    assert main(command) == main(command) == 0
-    (out / "sheet.png").write_bytes(photos[1].read_bytes())
-    capsys.readouterr()
-    assert main(command) == 2
-    assert f"{out / 'sheet.png'}: not written by lavit-tok" in capsys.readouterr().err
-    assert (out / "sheet.png").read_bytes() == photos[1].read_bytes()
-    assert main([*command, "--overwrite"]) == 0
+    sheet = tmp_path / "out" / "sheet.png"
+    command = ["reconstruct", photos[0], "--out", tmp_path / "out"]
+    run(*command)
+    run(*command)
+    sheet.write_bytes(photos[1].read_bytes())
+    assert f"{sheet}: not written by lavit-tok" in run(*command, code=2).err
+    assert sheet.read_bytes() == photos[1].read_bytes()
+    run(*command, "--overwrite")
 
 
 def test_partial_files_of_killed_jobs_are_removed(
-    weights: Path, photos: list[Path], tmp_path: Path
+    photos: list[Path], tmp_path: Path, run: Any
 ) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -897,31 +684,24 @@ def test_partial_files_of_killed_jobs_are_removed(
     others = [tmp_path / f".{out.name}.{os.getppid()}.part", tmp_path / f".b.{ended.pid}.part"]
     for path in (*stale, *others):
         path.touch()
-    assert main(args("encode", photos[0], "--tokenizer", weights / "tokenizer", "--out", out)) == 0
+    run("encode", photos[0], "--out", out)
     assert [path.exists() for path in (*stale, *others)] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_command_with_one_line(
-    number: signal.Signals,
-    code: int,
-    photos: list[Path],
-    tmp_path: Path,
-    capsys: Any,
-    weights: Path,
+    number: signal.Signals, code: int, photos: list[Path], tmp_path: Path, run: Any
 ) -> None:
     out = tmp_path / "codes.jsonl"
     out.write_text("old")
     before = signal.getsignal(signal.SIGTERM)
     # Of a background process SIGINT is ignored.
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = args("encode", *photos, "--tokenizer", weights / "tokenizer", "--out", out)
     with pytest.MonkeyPatch.context() as patch:
         add = "lavit_tok.data.code_files._JsonWriter.add"
         patch.setattr(add, lambda *_: signal.raise_signal(number))
-        assert main([*command, "--overwrite"]) == code
+        message = run("encode", *photos, "--out", out, "--overwrite", code=code).err
     signal.signal(signal.SIGINT, interrupt)
-    message = capsys.readouterr().err
     assert message.count("\n") == 1 and number.name in message
     assert out.read_text() == "old" and not list(tmp_path.glob(".*.part"))
     assert signal.getsignal(signal.SIGTERM) == before
@@ -936,19 +716,11 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
 
 
 def test_image_warnings_are_collected(
-    weights: Path, photos: list[Path], tmp_path: Path, capsys: Any, recwarn: Any
+    photos: list[Path], tmp_path: Path, run: Any, recwarn: Any
 ) -> None:
     exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\xff\xff\0\0\xf0\xff\0\0"
     path = tmp_path / "damaged.jpg"
     with Image.open(photos[0]) as image:
         image.convert("RGB").save(path, exif=exif)
-    assert main(args("encode", path, photos[1], "--tokenizer", weights / "tokenizer")) == 0
-    assert f"1 read with warnings, the first: {path}: " in capsys.readouterr().err
+    assert f"1 read with warnings, the first: {path}: " in run("encode", path, photos[1]).err
     assert not recwarn.list
-
-
-def test_limits_of_size(weights: Path, photos: list[Path], tmp_path: Path, capsys: Any) -> None:
-    for limit, reason in (("--max-pixels", "more than 99 pixels"), ("--max-bytes", "at most 99")):
-        options = ["--tokenizer", weights / "tokenizer", limit, 99]
-        assert main(args("encode", photos[0], *options)) == 2
-        assert reason in capsys.readouterr().err

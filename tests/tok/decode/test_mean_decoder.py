@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from helpers.small_nested import SETTINGS
+from helpers.trainers import quiet_trainer
 from PIL import Image
 from torch.nn import functional as F
 
@@ -166,16 +166,7 @@ def fit(folder: Path, root: Path, steps: int, ckpt: Any = None, **arguments: Any
         schedule=ScheduleConfig(warmup_steps=1000),
         **arguments,
     )
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=root,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(root, steps)
     data = ImageDataModule(str(folder / "images"), image_size=32, batch_size=8, cache=True)
     trainer.fit(module, data, ckpt_path=ckpt, weights_only=False if ckpt else None)
     return module, trainer

@@ -172,10 +172,13 @@ def test_sampling_keeps_with_the_probability_it_should():
     torch.testing.assert_close(kept.double().mean(0), probability.double(), rtol=0, atol=0.015)
 
 
-def test_noise_is_finite():
+def test_noise_is_finite(monkeypatch: pytest.MonkeyPatch):
     drawn = logistic_noise(torch.zeros(1_000_000), generator())
     assert drawn.isfinite().all() and abs(float(drawn.mean())) < 0.01
     assert float(drawn.std()) == pytest.approx(torch.pi / 3**0.5, rel=0.01)
+    ends = torch.tensor([0.0, 1 - 2**-24])  # which rand returns once in 2^24 numbers
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: ends)
+    assert logistic_noise(ends, None).tolist() == pytest.approx([-13.8, 13.8], abs=0.1)
 
 
 def test_the_training_decision_is_exactly_zero_or_one():

@@ -12,8 +12,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers.trainers import quiet_trainer
 from PIL import Image
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lavit_tok import VisualImageProcessor
@@ -256,18 +257,11 @@ def test_a_killed_run_resumes_with_exactly_the_batches_it_would_have_seen(
             crop_scale=(0.5, 1.0),
             cache=True,
         )
-        trainer = Trainer(
-            default_root_dir=tmp_path / name,
-            accelerator="cpu",
-            max_steps=14,
-            limit_train_batches=limit,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=ModelCheckpoint(
-                tmp_path / name, every_n_train_steps=2, save_top_k=-1, filename="{step}"
-            ),
+        keep = ModelCheckpoint(
+            tmp_path / name, every_n_train_steps=2, save_top_k=-1, filename="{step}"
         )
+        options = {"limit_train_batches": limit, "enable_checkpointing": True}
+        trainer = quiet_trainer(tmp_path / name, 14, keep, **options)
         with contextlib.suppress(KeyError):
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=False)
         return model.pixels

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from helpers.trainers import quiet_trainer
 from PIL import Image
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
@@ -56,17 +57,8 @@ class Recorder(DummyLogger):
 
 
 def run(folder: Path, callback: pl.Callback, bar: bool, logger: Any = False) -> pl.Trainer:
-    trainer = pl.Trainer(
-        max_steps=8,
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=logger,
-        callbacks=[callback],
-        enable_checkpointing=False,
-        enable_progress_bar=bar,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    options = {"max_epochs": -1, "logger": logger, "enable_progress_bar": bar}
+    trainer = quiet_trainer(folder, 8, callback, **options)
     trainer.fit(Line(), Data())
     return trainer
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from helpers.small_nested import SETTINGS
-from PIL import Image
+from helpers.trainers import EachStep, quiet_trainer, rectangles, training_metrics
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.encode.rate_control import RateControl
@@ -25,24 +24,7 @@ CONFIG = TokenizerConfig(**SETTINGS, error_hidden=32)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 images: a rectangle of one color on another."""
-    root, rng = tmp_path_factory.mktemp("images") / "train", np.random.default_rng(0)
-    root.mkdir()
-    for i in range(40):
-        image = np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)
-        top, left = rng.integers(0, 20, size=2)
-        image[top : top + 12, left : left + 12] = rng.integers(256, size=3)
-        Image.fromarray(image).save(root / f"{i:02}.png")
-    return root.parent
-
-
-class Losses(pl.Callback):
-    def __init__(self) -> None:
-        self.values: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        found = trainer.callback_metrics.items()
-        self.values.append({k: float(v) for k, v in found if k.startswith("train/")})
+    return rectangles(tmp_path_factory.mktemp("images"), train=40)
 
 
 def fit(
@@ -64,18 +46,8 @@ def fit(
         schedule=ScheduleConfig(warmup_steps=1000),
         **arguments,
     )
-    losses = Losses()
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[losses],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=root,
-        num_sanity_val_steps=0,
-    )
+    losses = EachStep(training_metrics)
+    trainer = quiet_trainer(root, steps, losses)
     options = {"streaming": streaming, "cache": not streaming}
     data = ImageDataModule(str(folder), image_size=32, batch_size=8, flip=0.5, **options)
     trainer.fit(module, data, ckpt_path=ckpt, weights_only=False if ckpt else None)

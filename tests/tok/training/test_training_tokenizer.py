@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers.trainers import trainer_of
-from PIL import Image
+from helpers.trainers import EachStep, quiet_trainer, rectangles, trainer_of, training_metrics
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.encode.allocation import straight_through
@@ -25,25 +24,7 @@ from lavit_tok.training.tokenizer_training import TokenizerTraining
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 made-up images: a colored rectangle on a colored ground."""
-    root, rng = tmp_path_factory.mktemp("images") / "train", np.random.default_rng(0)
-    root.mkdir()
-    for i in range(40):
-        image = np.full((32, 32, 3), rng.integers(256, size=3), np.uint8)
-        top, left = rng.integers(0, 20, size=2)
-        image[top : top + 12, left : left + 12] = rng.integers(256, size=3)
-        Image.fromarray(image).save(root / f"{i:02}.png")
-    return root.parent
-
-
-class Losses(pl.Callback):
-    def __init__(self) -> None:
-        self.values: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.values.append(
-            {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
-        )
+    return rectangles(tmp_path_factory.mktemp("images"), train=40)
 
 
 def fit(
@@ -56,29 +37,11 @@ def fit(
 ) -> Any:
     """Train a little; returns the module, its trainer and the logged losses of every step."""
     pl.seed_everything(0, verbose=False)
-    chosen = {
-        "stop_sampling_step": 3,
-        "start_step": 4,
-        "blend_steps": 2,
-        "kmeans_samples": 256,
-        "warmup_steps": 1,
-        "lr": 3e-3,
-    }
-    module = trainer_of(
-        TokenizerTraining, config=config, log_images_every=0, **{**chosen, **arguments}
-    )
-    losses = Losses()
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[losses],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=root,
-        num_sanity_val_steps=0,
-    )
+    chosen = {"stop_sampling_step": 3, "start_step": 4, "blend_steps": 2, "kmeans_samples": 256}
+    chosen |= {"warmup_steps": 1, "lr": 3e-3, "log_images_every": 0, **arguments}
+    module = trainer_of(TokenizerTraining, config=config, **chosen)
+    losses = EachStep(training_metrics)
+    trainer = quiet_trainer(root, steps, losses)
     data = ImageDataModule(str(folder), image_size=32, batch_size=8, flip=0.5, cache=True)
     trainer.fit(module, data, ckpt_path=ckpt, weights_only=False if ckpt else None)
     return module, trainer, losses.values
