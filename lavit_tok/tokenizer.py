@@ -233,8 +233,15 @@ class VisualTokenizer(
         features: Float[Tensor, "batch patches width"],
         keep: Bool[Tensor, "batch patches"],
         error: Float[Tensor, " batch"] | None = None,
+        nested_codes: Int64[Tensor, "batch most"] | None = None,
     ) -> VisualCodes:
-        """The codes of the kept patches; `error` is passed on as their predicted_error.
+        """The codes of the kept patches.
+
+        Args:
+            features: of every patch.
+            keep: the patches that codes are made of.
+            error: passed on as predicted_error.
+            nested_codes: of a tokenizer of nested codes, the first codes if they are known.
 
         Raises:
             ValueError: patches of nested codes that are not the first ones of the order.
@@ -249,7 +256,9 @@ class VisualTokenizer(
                 "and this mask keeps others"
             )
         layout = RaggedLayout(lengths)
-        values = layout.unpad(self.quantizer.encode(features, layout.width)[0])
+        if nested_codes is None:
+            nested_codes = self.quantizer.encode(features, layout.width)[0]
+        values = layout.unpad(nested_codes)
         return VisualCodes(values, lengths, keep, size, True, error)
 
     def predicted_errors(
@@ -264,8 +273,8 @@ class VisualTokenizer(
             features: of the encoder.
             kind: "cosine" for 1 - centered cosine, "psnr" for the root mean squared error of
                 colors.
-            left: what the first codes leave over, as quantizer.encode returns it; None computes
-                all n.
+            left: residual errors of the first codes, as quantizer.encode returns them; None
+                computes all n.
 
         Raises:
             ValueError: a tokenizer without an error head of this kind.
@@ -371,8 +380,7 @@ class VisualTokenizer(
     def _require_merged(self) -> None:
         if self.nested:
             raise ValueError(
-                "nested codes are not of merged features: each is of what the codes before it "
-                "leave over; use encode_kept"
+                "nested codes are made of residuals, not of merged features: use encode_kept"
             )
 
     def lookup(self, codes: VisualCodes) -> Float[Tensor, "total code_dim"]:

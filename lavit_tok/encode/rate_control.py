@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_tok.codes import RaggedLayout, VisualCodes, first_ranks
+from lavit_tok.codes import VisualCodes, first_ranks
 from lavit_tok.encode.allocation import check_budget
 from lavit_tok.encode.efficientnet import patch_colors
 from lavit_tok.encode.rate_distortion import (
@@ -212,12 +212,8 @@ class RateControl:
 
     def codes(self, counts: Counts, error: Errors | None = None) -> VisualCodes:
         """The codes at these counts, with `error` as their predicted_error."""
-        tok, keep = self.tokenizer, self.keep(counts)
-        if not tok.nested:
-            return tok.encode_kept(self.features, keep, error)
-        layout = RaggedLayout(counts)
-        values = layout.unpad(self._encoded(layout.width)[0])
-        return VisualCodes(values, counts, keep, tok.config.codebook_size, True, error)
+        known = self._encoded(int(counts.max()))[0] if self.tokenizer.nested else None
+        return self.tokenizer.encode_kept(self.features, self.keep(counts), error, known)
 
     def _measure_priced(self) -> Callable[[Counts], Errors]:
         if self.tokenizer.config.priced == "cosine":
@@ -232,7 +228,7 @@ class RateControl:
         return self._encoded(most)[1] if self.tokenizer.nested else None
 
     def _encoded(self, most: int) -> tuple[Int64[Tensor, "b most"], Float[Tensor, "b most"]]:
-        """Nested codes and what they leave over, computed again only where more are needed."""
+        """Nested codes and residual errors, computed again only where more are needed."""
         if self.nested is None or self.nested[0].shape[1] < most:
             self.nested = self.tokenizer.quantizer.encode(self.features, most)
         return self.nested[0][:, :most], self.nested[1][:, :most]
