@@ -26,7 +26,7 @@ SUFFIXES = ("jpg", "jpeg", "png", "webp")
 def encoded(
     samples: Iterator[dict[str, Any]], tokenizer: VisualTokenizer, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Each sample with "codes.json" in the place of its image; unreadable images are left out."""
+    """Each sample with "codes.json" instead of its image; unreadable images are left out."""
     while batch := list(islice(samples, batch_size)):
         images, readable = [], []
         for sample in batch:

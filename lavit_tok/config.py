@@ -76,7 +76,7 @@ class TokenizerConfig:
     sequence: Literal["selected", "nested"] = "selected"
     """Which patches have codes, and their order. "selected": those that the selector keeps, in
     raster order (LaVIT). "nested": one fixed order of all patches, of which every prefix covers the
-    image, each code of what those before it leave over (encode/nested_quantizer.py)."""
+    image, each code of the residual of those before it (encode/nested_quantizer.py)."""
     patch_dim: int = 0
     """Dimension of the vector of a patch that nested codes add up to; 0 for selected codes."""
     color_cells: int = 0

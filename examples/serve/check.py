@@ -4,7 +4,7 @@
 
     python examples/serve/check.py DIR          needs `pip install ".[serve]"`, see docs/serving.md
 
-The server is asked for a caption of codes, and for the codes of a caption, over HTTP. Prints a line
+It requests a caption of codes, and the codes of a caption, over HTTP. Prints a line
 for each request; exit code 1 if an answer differs from plain greedy decoding of the same directory.
 """
 

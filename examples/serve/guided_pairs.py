@@ -18,7 +18,7 @@ import torch
 
 
 class Pairs:
-    """The requests that have the same `extra["guidance_pair"]`, by their places in the engine.
+    """The requests that have the same `extra["guidance_pair"]`, by their slots in the engine.
 
     `extra` of a request: guidance_pair, any name; guidance_scale, positive for the conditional
     sequence and 0 for the other; and for the conditional one seed, temperature (0: the most likely
@@ -29,36 +29,36 @@ class Pairs:
         self.requests: dict[int, dict[str, Any]] = {}
         self.generators: dict[Any, torch.Generator] = {}
 
-    def add(self, place: int, extra: dict[str, Any] | None) -> bool:
-        """Remember a request, in place of an earlier one; returns whether it belongs to a pair."""
-        self.requests.pop(place, None)
+    def add(self, slot: int, extra: dict[str, Any] | None) -> bool:
+        """Store a request, in place of an earlier one; returns whether it belongs to a pair."""
+        self.requests.pop(slot, None)
         if not extra or "guidance_pair" not in extra:
             return False
-        self.requests[place] = extra
+        self.requests[slot] = extra
         if extra["guidance_scale"] > 0:
             generator = torch.Generator().manual_seed(extra.get("seed", 0))
             self.generators[extra["guidance_pair"]] = generator
         return True
 
     def move(self, first: int, second: int, swap: bool) -> None:
-        """Move the request of one place to another, or exchange both."""
+        """Move the request of one slot to another, or exchange both."""
         one, other = self.requests.pop(first, None), self.requests.pop(second, None)
         if one is not None:
             self.requests[second] = one
         if swap and other is not None:
             self.requests[first] = other
 
-    def apply(self, logits: torch.Tensor, places: Iterable[int]) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, slots: Iterable[int]) -> torch.Tensor:
         """Leave one id to both sequences of each pair, in place.
 
         Args:
-            logits: float [rows vocabulary]; forbidden ids are -inf.
-            places: that of each row. A sequence whose partner is not among them keeps its logits.
+            logits: float [batch vocabulary]; forbidden ids are -inf.
+            slots: of the batch. A sequence whose partner is not among them keeps its logits.
         """
         pairs: dict[Any, dict[bool, int]] = {}
         extras: dict[Any, dict[str, Any]] = {}
-        for row, place in enumerate(places):
-            extra = self.requests.get(place)
+        for row, slot in enumerate(slots):
+            extra = self.requests.get(slot)
             if extra is not None:
                 pair, guided = extra["guidance_pair"], extra["guidance_scale"] > 0
                 pairs.setdefault(pair, {})[guided] = row

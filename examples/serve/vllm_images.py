@@ -33,7 +33,7 @@ CODE = re.compile(r"<\|vis_(?:(\d+)_)?(\d+)\|>")
 class GuidedPairs(LogitsProcessor, SlotLogitsProcessor):
     """Pairs for both of vLLM's interfaces: of model runner V1 (CPU), and of V2 (GPU).
 
-    V1 reports which requests move to which rows of the batch, V2 gives each row's slot.
+    V1 reports which requests move where in the batch, V2 gives the slot of each request.
     """
 
     def __init__(self, vllm_config: Any, *state: Any) -> None:
@@ -62,8 +62,8 @@ class GuidedPairs(LogitsProcessor, SlotLogitsProcessor):
     # Both
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
-        places = range(len(logits)) if ctx is None else ctx.expanded_idx_mapping.tolist()
-        guided: torch.Tensor = self.pairs.apply(logits, places)
+        slots = range(len(logits)) if ctx is None else ctx.expanded_idx_mapping.tolist()
+        guided: torch.Tensor = self.pairs.apply(logits, slots)
         return guided
 
 

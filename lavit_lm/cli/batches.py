@@ -213,7 +213,7 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 
 def _digestible(content: Any) -> Any:
-    """What of an item is compared when a job is resumed; of an image the size of its file."""
+    """The part of an item that a resumed job compares; of an image the size of its file."""
     if isinstance(content, Path):
         return content.stat().st_size if content.exists() else None
     return str(content) if isinstance(content, ValueError) else content

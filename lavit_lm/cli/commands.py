@@ -118,7 +118,7 @@ def _generate_for_all(arguments: argparse.Namespace) -> int:
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.decoder_guidance,
     }
-    # What is wrong for all prompts, before any is used.
+    # Errors that concern all prompts are raised before any is used.
     Sampling(guidance_scale=arguments.guidance, **sampling)
     if only_codes and not makes_codes:
         raise ValueError(

@@ -53,7 +53,7 @@ BLOCKS = (
         type=positive,
         default=256,
         metavar="N",
-        help="items of a file of results, which a job that is repeated does not make again",
+        help="items per file of results; a repeated job skips files that exist",
     ),
 )
 GENERATE = (
@@ -71,7 +71,7 @@ GENERATE = (
     Argument(
         "--codes-only",
         action="store_true",
-        help="of --prompts: no images; `lavit-tok decode` makes them",
+        help="with --prompts: write codes but no images, which `lavit-tok decode` makes of them",
     ),
     out_argument("folder for PNG files and codes"),
     OVERWRITE_FOLDER,
@@ -80,7 +80,7 @@ GENERATE = (
     Argument(
         "--guidance", type=float, default=3.0, help="guidance scale of the language model; 1: none"
     ),
-    Argument("--top-k", type=positive, default=50, help="sample from the k likeliest codes"),
+    Argument("--top-k", type=positive, default=50, help="sample from the k most probable codes"),
     Argument(
         "--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy decoding"
     ),
@@ -106,7 +106,11 @@ CAPTION = (
     OVERWRITE_FOLDER,
     Argument("--question", help="answer this question about each image instead"),
     Argument(
-        "--max-new-tokens", type=positive, default=64, metavar="N", help="longest caption or answer"
+        "--max-new-tokens",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="most tokens of a caption or answer",
     ),
     *LIMITS,
     batch_argument(size=16),

@@ -1,4 +1,4 @@
-"""Token shards and plain texts -> packed batches that a stopped run continues exactly.
+"""Token shards and plain texts -> packed batches, in an order that a resumed run continues exactly.
 
     shards (codes, captions) --+
     texts ---------------------+-- a source --+
@@ -42,7 +42,7 @@ from lavit_tok.training.data_module import ResumingLoader
 
 @dataclass(frozen=True)
 class Source:
-    """A source of examples: token shards, texts, documents, or several of them in equal terms."""
+    """A source of examples: token shards, texts, documents, or several of them with one weight."""
 
     shards: str | None = None
     """Folder written by `lavit-tok shards`."""
@@ -321,7 +321,7 @@ class LanguageDataModule(LightningDataModule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for arguments under which the run's order would be another one.
 
-        The number of processes and the batch size may change: the blocks go on where they stopped.
+        The number of processes and the batch size may change: the order of blocks stays the same.
         """
         if self.sampler is None:
             return  # validation or test
@@ -341,7 +341,7 @@ class LanguageDataModule(LightningDataModule):
         self.sampler.resumed = state["batches"], state["blocks"]
 
     def _order_arguments(self) -> dict[str, Any]:
-        """What the order is a function of."""
+        """The arguments that determine the order."""
         arguments = {name: getattr(self, name) for name in ("seed", "block", "window")}
         arguments |= {"examples": len(self.mixture)}
         if len(self.sources) > 1:

@@ -133,7 +133,7 @@ class MixedExamples:
 
 
 def segment_length(segment: Segment, processor: MultimodalProcessor) -> SegmentLength:
-    """The length of a segment that is there."""
+    """The length of a segment that is not None."""
     if isinstance(segment, TextSegment):
         return SegmentLength(len(processor.text(segment.text)), segment.text)
     return SegmentLength(0 if segment.codes is None else processor.count(len(segment.codes)))

@@ -85,7 +85,7 @@ class VLGPTTokenizerTraining(TrainingModule):
     ) -> None:
         super().__init__()
         if out is not None:
-            check_out(out)  # now, not when the training is done
+            check_out(out)  # fail now, not after the training
         self.save_arguments()
         self.out, self.visual_tokenizer = out, visual_tokenizer
         self.optimizer_config, self.schedule_config = optimizer, schedule

@@ -164,7 +164,7 @@ def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
 
 
 def png(image: Image.Image, digest: str | None = None) -> bytes:
-    """A PNG file, marked as this program's, and with a digest of what it was made from."""
+    """A PNG file with text chunks: this program, and the digest of the inputs if there is one."""
     mark = PngInfo()
     mark.add_text("Software", PROGRAM)
     if digest is not None:

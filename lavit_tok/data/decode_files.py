@@ -2,8 +2,8 @@
 
     code files -engine: read, decode-> tables of images, in any order -decode_files-> PNG or parquet
 
-A PNG file, or a parquet file of `size` records, has a digest of its records and of everything else
-that its images depend on. A file with the digest that it would get is not made again.
+A PNG file, or a parquet file of `size` records, stores a digest of its records and of everything
+else that its images depend on. A file that already has the expected digest is not written again.
 """
 
 from __future__ import annotations
@@ -137,14 +137,14 @@ def existing(out: Path, suffix: str, overwrite: bool) -> dict[str, str]:
     """Files of earlier jobs -> their digests, "" for a file without one.
 
     Raises:
-        ValueError: a file that results could replace, of another program, unless `overwrite`.
+        ValueError: a result would replace a file of another program, without `overwrite`.
     """
     found = {}
     for path in out.iterdir() if out.is_dir() else ():
         if not re.fullmatch(NAMES[suffix], path.name):
             continue
         if suffix == "png":
-            with open(path, "rb") as file:  # the marks are in front of the pixels
+            with open(path, "rb") as file:  # its text chunks are before the pixels
                 head = file.read(256)
             is_own = b"tEXtSoftware\0" + PROGRAM.encode() in head
             digest = re.search(rb"tEXtDigest\0([0-9a-f]{16})", head)

@@ -2,9 +2,9 @@
 
     work -tasks: read-> batches of pixels or codes -actors-> batches of codes or images -> driver
 
-Only the driver writes, so a block is written once, whatever dies: Ray runs lost tasks again, and a
-driver that dies is started again by the user. To Ray a batch is one value (an Arrow stream), which
-it neither splits nor joins with others.
+Only the driver writes, so a block is written once, whichever process fails: Ray repeats lost tasks,
+and the user restarts a failed driver. To Ray a batch is one value (an Arrow stream), which it
+neither splits nor joins with others.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class ShardConfig:
     fingerprint: str
     """`VisualTokenizer.fingerprint()`, of the codebook that the codes index."""
     weights: str
-    """Digest of all that codes depend on; tokenizers of one codebook may choose other codes."""
+    """Digest of all that codes depend on; two tokenizers with one codebook may give other codes."""
     codebook_size: int
     patches: int
     budget: int | float | None

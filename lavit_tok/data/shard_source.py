@@ -89,7 +89,7 @@ class ImageSource:
 
     @property
     def columns(self) -> SplitColumns:
-        """What resuming must not change."""
+        """The arguments that must be the same when a job is resumed."""
         return SplitColumns(self.image_column, self.caption_column, self.key_column, self.parts)
 
     def _example(self, example: Example, number: int, size: int | None) -> Example:
@@ -120,7 +120,7 @@ class SplitImages(ImageSource):
         Args:
             name: of the split.
             size: examples of a block.
-            step: multiples of it from the start of a block are where pieces begin.
+            step: pieces begin at multiples of it, counted from the start of a block.
             done: shards that exist -> digests of their examples.
         """
         work = []

@@ -4,8 +4,8 @@
                                    -> Linear ---------------------------------> + = colors [b n q]
        + position of the patch + number of codes -> blocks -> LayerNorm, Linear ^
 
-The first two are what a linear decoder makes of the codes. The blocks add what follows
-from the patches around, e.g. that an edge goes on across areas; they begin by adding nothing.
+The first two layers are a linear decoder of the codes. The blocks add a correction that depends on
+the surrounding patches, e.g. to continue an edge across areas; it is initialized to zero.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class NestedReconstructor(nn.Module):
         self.register_buffer("bias", distance_bias(patches, heads), persistent=False)
 
     def linear_part(self, vectors: Float[Tensor, "batch patches patch_dim"]) -> Reconstruction:
-        """What the linear decoder alone makes of the codes."""
+        """The output of the linear decoder alone."""
         return self._parts(self.linear(vectors.to(self.linear.weight.dtype)))
 
     def forward(

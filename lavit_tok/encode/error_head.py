@@ -1,13 +1,13 @@
-"""Predict an image's error at every number of codes, from features and what the codes leave over.
+"""Predict an image's error at every number of codes, from features and residual errors.
 
     features [b n d] -> mean and deviation of every channel, variance within cells --.
-    squared distance left over by 1, 2, 3, ... codes [b m]; by 1, 4 and 16 codes ----+-> MLP
-    -> errors [b m], never rising
+    residual errors of 1, 2, 3, ... codes [b m]; of 1, 4 and 16 codes ---------------+-> MLP
+    -> errors [b m], non-increasing
 
-The distance (nested_quantizer.py) is measured while codes are computed. What a reconstructor makes
-of it depends on the image: the MLP learns that from errors measured in training; its gradient stops
-at the features. The error with k codes is predicted from what the first k leave over, and does not
-depend on how many more are computed.
+The residual error of the first k codes is the squared distance of the patches' vectors to the sum
+of the entries (nested_quantizer.py), which is computed with the codes. How it relates to the error
+of the reconstruction depends on the image: the MLP learns that from errors measured in training;
+its gradient stops at the features. A prediction for k codes depends on the first k codes only.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class ErrorHead(KeepFloat32):
         features: Float[Tensor, "batch patches width"],
         left: Float[Tensor, "batch most"],
     ) -> Float[Tensor, "batch most"]:
-        """Predicted error with 1, 2, 3, ... codes, float32, never rising.
+        """Predicted error with 1, 2, 3, ... codes, float32, non-increasing.
 
         Args:
             features: of the encoder.
-            left: what these numbers of codes leave over, from NestedQuantizer.encode.
+            left: residual errors of these numbers of codes, from NestedQuantizer.encode.
         """
         with torch.autocast(features.device.type, enabled=False):
             counts = torch.arange(1, left.shape[1] + 1, device=left.device)
@@ -83,7 +83,7 @@ class ErrorHead(KeepFloat32):
 
         Args:
             values: summary of the features.
-            left: what 1, 2, 3, ... codes leave over.
+            left: residual errors of 1, 2, 3, ... codes.
             counts: numbers of codes, from 1 to `most`.
         """
         image = self.image((values - self.mean) / self.deviation)

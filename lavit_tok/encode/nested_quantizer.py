@@ -1,16 +1,16 @@
-"""Features -> nested codes: each code is of what the codes before it leave over.
+"""Features -> nested codes: each code quantizes the residual of the codes before it.
 
     features [b n d] -> a vector of every patch [b n p]
     level by level (nn/nested_order.py):
-        what is left, area by area -> its coordinates in the level's basis [b areas c]
+        residual of each area -> its coordinates in the level's basis [b areas c]
         stage by stage: nearest entry of the stage's table -> code; coordinates -= entry
-        what is left -= the entries' sum, mapped back to the patches
+        residual -= the sum of these entries, mapped back to the patches
 
 No code depends on how many follow, so a shorter encoding is a prefix of a longer one, and the sum
 of all entries approaches the vectors of the patches with every stage. This is residual quantization
 (Juang and Gray, 1982) over areas that become smaller, as the scales of VAR do (Tian et al., 2024);
 with three codes of an area in place of four of its quarters, an image never has more codes than
-patches. Nothing here learns by gradient: training/nested_codebook.py fits it to features.
+patches. Nothing here is trained by gradients: training/nested_codebook.py fits it to features.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class NestedCodebook(KeepFloat32):
     def encode(
         self, vectors: Float[Tensor, "batch patches patch_dim"], count: int
     ) -> tuple[Int64[Tensor, "batch count"], Float[Tensor, "batch count"]]:
-        """The codes of the first `count` ranks, each the nearest entry; and what they leave over.
+        """The codes of the first `count` ranks, each the nearest entry; and their residual errors.
 
         Returns:
             The codes, and after each of them the squared distance between the vectors and the sum
@@ -171,5 +171,5 @@ class NestedQuantizer(KeepFloat32):
     def encode(
         self, features: Float[Tensor, "batch patches width"], count: int
     ) -> tuple[Int64[Tensor, "batch count"], Float[Tensor, "batch count"]]:
-        """The codes of the first `count` ranks, and what they leave over; see NestedCodebook."""
+        """The codes of the first `count` ranks and their residual errors; see NestedCodebook."""
         return self.codebook.encode(self.project(features), count)

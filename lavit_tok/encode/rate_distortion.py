@@ -7,7 +7,7 @@
               the highest that spends no more (equal slope, which is best for a mean budget)
     quality   the fewest codes whose error is at most a target; search() measures it
 
-A curve is replaced by its lower convex hull first, since no price picks a point above it:
+A curve is replaced by its lower convex hull first, since no price selects a point above it:
 
     number of codes  1    2    3    4    5
     errors          .9   .8   .4   .4   .3      at a price of .06: three codes,
@@ -120,8 +120,8 @@ def counts_at_total(errors: Float[Tensor, "batch most"], total: int) -> Int64[Te
     gains = hull[:, :-1] - hull[:, 1:]
     left = max(0, min(total, batch * most) - batch)
     order = gains.flatten().argsort(descending=True, stable=True)[:left]
-    # Gains never rise along a curve, and equal ones are taken in order, so that those taken are the
-    # first ones of each curve.
+    # Gains are non-increasing along a curve, and equal ones are taken in order, so that those taken
+    # are the first ones of each curve.
     return (
         1 + torch.zeros_like(gains).flatten().index_fill(0, order, 1).view_as(gains).sum(1).long()
     )

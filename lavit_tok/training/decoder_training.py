@@ -86,7 +86,7 @@ class DiffusionConfig(DenoisingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.zero_terminal_snr and self.prediction_type != "v_prediction":
-            # e is the input itself where z_t is pure noise, so predicting it teaches nothing
+            # Where z_t is pure noise it equals e, and predicting e is no training signal
             raise ValueError("zero_terminal_snr: expected prediction_type v_prediction")
 
     def scheduler(self) -> DDIMScheduler:

@@ -33,7 +33,7 @@ class EMATraining(TrainingModule):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the parameters hold their averages."""
+        """A context in which the parameters hold their averages."""
         self._use_average()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a pixel decoder is trained on, computed by its frozen encoders.
+"""The training inputs of a pixel decoder, computed by its frozen encoders.
 
     uint8 [b 3 h w] -+- VisualTokenizer: encode, reconstruct_features -> features [b n d]
                      +- AutoencoderKL                                 -> latents [b c h/f w/f]

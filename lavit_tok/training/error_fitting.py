@@ -1,9 +1,9 @@
 """Fit the error heads of a trained tokenizer to the errors that it makes.
 
     images -frozen encoder, codebook-> all codes -first 1, 2, 4, ... n-> errors
-    features, what the codes leave over -ErrorHead-> predicted errors;  loss = squared difference
+    features, residual errors -ErrorHead-> predicted errors;  loss = squared difference
 
-Heads that learn beside the codes lag behind them: errors fall until the last step.
+Heads that are trained together with the codes lag behind: errors decrease until the last step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Colors = Float[Tensor, "batch patches out"]
 def measured_errors(
     tokenizer: Any, features: Features, colors: Colors
 ) -> tuple[dict[str, Float[Tensor, "batch points"]], Float[Tensor, "batch patches"]]:
-    """Errors with 1, 2, 4, ... n exact codes; and what 1, 2, 3, ... n codes leave over.
+    """Errors with 1, 2, 4, ... n exact codes; residual errors of 1, 2, 3, ... n codes.
 
     Args:
         tokenizer: a VisualTokenizer of nested codes.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class FeatureCache:
-    """Features by the bytes of their image, as float16 in memory (98 kB an image of 256 x 192).
+    """Features by the bytes of their image, as float16 in memory (98 kB per image of 256 x 192).
 
     Useful where images repeat: ImageDataModule with `variants`. It is no part of a checkpoint; a
     resumed run computes the features again, with the same result.

@@ -3,12 +3,12 @@
     images -frozen tokenizer-> k exact codes, k log-uniform in 1..n for every image
            -a copy of the tokenizer's reconstructor-> features, colors -MeanDecoder-> pixels
 
-    loss = mean squared error of pixels, divided by what the colors alone leave
+    loss = mean squared error of pixels, divided by that of the colors alone
 
-Without the division, images with one code would outweigh all others. The copy of the reconstructor,
-which the PixelDecoder holds anyway, learns with the decoder: it no longer has to give the encoder's
-features. Codes do not change. Random numbers come from (seed, step, rank), so that a resumed run
-repeats an uninterrupted one.
+Without the division, images with one code would dominate the loss. The copy of the reconstructor,
+which the PixelDecoder holds anyway, is trained with the decoder: it no longer has to reconstruct
+the encoder's features. Codes do not change. Random numbers come from (seed, step, rank), so that a
+resumed run repeats an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class MeanDecoderTraining(EMATraining):
         if self.out is not None and self.trainer.is_global_zero:
             self.export(self.out)
 
-    # The steps of a training step
+    # Parts of a training step
 
     @torch.no_grad()
     def features(
@@ -157,7 +157,7 @@ class MeanDecoderTraining(EMATraining):
     def reconstruct(
         self, features: Float[Tensor, "batch patches width"], counts: Int64[Tensor, " batch"]
     ) -> Float[Tensor, "batch patches joined"]:
-        """What the decoder reads: features and colors from the first `counts` codes."""
+        """The decoder's inputs: features and colors, from the first `counts` codes."""
         return self.conditioner.features(self.codes(features, counts)).float()
 
     @staticmethod

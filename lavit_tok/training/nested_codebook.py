@@ -3,7 +3,7 @@
     features, colors of many images
       -> mean feature; linear map from features to colors          (least squares)
       -> basis of the patches' vectors                             (principal components)
-      level by level, on what the levels before leave over:
+      level by level, on the residual of the levels before:
         -> basis of the areas' vectors                             (principal components)
         stage by stage -> table of entries                         (k-means)
 
@@ -34,8 +34,8 @@ class NestedCodebookConfig:
     """How the codebook is fitted."""
 
     images: int = 24_000
-    """Training images, at least as many as the codebook has entries; evenly spaced, of a stream the
-    first. Their features are held in memory as float16."""
+    """Training images, at least as many as the codebook has entries: evenly spaced, or the first
+    ones of a stream. Their features are held in memory as float16."""
     color_weight: float = 60.0
     """Weight of the mean squared error of colors in 0..1, beside 1 - cosine of the features."""
     samples: int = 100_000

@@ -10,9 +10,9 @@
     loss = sum of 1 - cosine, 1 - centered cosine and squared error of colors,
            each divided by that of the linear decoder
 
-The linear decoder learns too, and its present error is the divisor. Without the division, images
-with few codes would outweigh all others. All random numbers come from
-(seed, step, rank); a resumed run repeats an uninterrupted one exactly.
+The linear decoder is trained, too; the divisor is its current error. Without the division, images
+with few codes would dominate the loss. All random numbers come from (seed, step, rank), so that a
+resumed run repeats an uninterrupted one exactly.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
         if self.out and self.trainer.is_global_zero:
             self.export(self.out)
 
-    # The parts
+    # Parts of a training step
 
     def colors(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch patches out"]:
         """Mean colors of the cells of every patch, 0..1; of width 0 without colors."""

@@ -31,7 +31,7 @@ DARK_BELOW, PALE_BELOW = 0.62, 0.55
 SATURATED, VISIBLE = 0.22, 0.2
 """A pixel of lower saturation or value has no hue."""
 MOSTLY = 0.35
-"""An object with a smaller share of pixels with a hue is black, gray or white."""
+"""An object with a smaller fraction of pixels with a hue is black, gray or white."""
 NEAR = 0.12
 """Pixels nearer than this to the ground's color, in every channel, are ground."""
 NEIGHBORHOOD = 40
@@ -39,7 +39,7 @@ NEIGHBORHOOD = 40
 
 
 class Target(NamedTuple):
-    """A color to give: its hue, the spread of that hue, its saturation and its value."""
+    """A target color: its hue, the spread of that hue, its saturation and its value."""
 
     hue: float
     spread: float
@@ -69,7 +69,7 @@ class Measured(NamedTuple):
     hue: float
     """Median, in degrees; nan if the object has no hue."""
     purity: float
-    """Share of its pixels within NEIGHBORHOOD of the median hue (without hue: without any)."""
+    """Fraction of its pixels within NEIGHBORHOOD of the median hue (without hue: without any)."""
 
 
 def hsv(rgb: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@
 | pair | a cat beside a green tree |
 | count | three blue apples |
 | view | the left half of a guitar; a cup upside down; a close-up of a fish |
-| plain | the images of OUT, their captions cleaned, and mirrored or cut views of some |
+| plain | the images of OUT, their captions cleaned, and flipped or cropped views of some |
 
 Objects are cut out by their transparency (emoji, clip arts, stamps) or from their black ground
 (Fashion-MNIST). A color is moved and then named by measuring it (colors.py).
@@ -52,7 +52,7 @@ TEST_OF_COLOR = {True: 12, False: 2}
 HELD_COLOR, HELD_PAIR = 20, 10
 """Percent of the combinations held out."""
 PURE = 0.7
-"""A natural color is named if this share of the object has it."""
+"""A natural color is named if this fraction of the object has it."""
 PER_CAPTION = 40
 """Crops of one photograph or painting that are kept."""
 PER_CLASS = 150
@@ -87,7 +87,7 @@ WRITING = re.compile(
     r"letter|number|sign|flag|text|key|squared|symbol|button|clock|map|spades|hearts|clubs|"
     r"diamonds|book|logo|icon|coin|button|led|calendar|arrow"
 )
-"""Captions of images that are not mirrored."""
+"""Captions of images that are not flipped."""
 SWAPPED = {"left": "right", "right": "left"}
 
 

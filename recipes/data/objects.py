@@ -12,7 +12,7 @@ JUDGED = (
     "apple", "pear", "flower", "house", "book", "fish", "mushroom", "guitar", "umbrella", "key",
     "butterfly",
 )  # fmt: skip
-"""The twenty that benchmarks/binding.py tells apart; composed more often than the others."""
+"""The twenty that benchmarks/binding.py distinguishes; composed more often than the others."""
 NAMES = """
 t-shirt=t shirt or top,t shirt,tshirt; trousers=jeans; pullover; dress; coat; shirt; ankle boot
 sandal=womans sandal; sneaker=athletic shoe,running shoe; bag=handbag,purse
@@ -76,7 +76,7 @@ PLURALS = {
     "fish": "fish", "deer": "deer",
 }  # fmt: skip
 NOT_MIRRORED = {"clock", "book", "newspaper", "keyboard", "computer", "flag", "guitar", "arrow"}
-"""Objects with writing, or of another meaning when mirrored."""
+"""Objects with writing, or of another meaning when flipped horizontally."""
 
 
 def object_of(caption: str) -> str | None:

@@ -11,9 +11,9 @@ lavit_tok/encode/efficientnet.py. Measured on training images: mean and standard
 channel, then a basis of the directions of largest variance, after each source's channels are
 weighted (WEIGHTS), each direction scaled by its variance to the power SHAPE / 2.
 
-Why shaped: the directions after the first 16 together hold half of it, and no code has room for
-them. With SHAPE 0 / 0.5 / 1 the nearest neighbor of an image is of the same class of clothes for
-.79 / .77 / .72 of the images, and the first 16 of 192 directions hold .54 / .88 / .98 of the
+Why shaped: the directions after the first 16 together hold half of it, which codes cannot
+represent. With SHAPE 0 / 0.5 / 1 the nearest neighbor of an image is of the same class of clothes
+for .79 / .77 / .72 of the images, and the first 16 of 192 directions hold .54 / .88 / .98 of the
 variance.
 """
 
