@@ -6,24 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.trainers import two_steps
-from PIL import Image
+from helpers.trainers import rectangles, two_steps
 
 from lavit_tok import PixelDecoder, VisualTokenizer
 from lavit_tok.cli import main
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/tokenizer.yaml"))
-CONFIG = {
-    "codebook_size": 16,
-    "code_dim": 4,
-    "merger_depth": 1,
-    "reconstructor_depth": 1,
-    "num_heads": 2,
-}
+CONFIG = {"codebook_size": 16, "code_dim": 4, "merger_depth": 1, "reconstructor_depth": 1}
+CONFIG |= {"num_heads": 2}
 
 
 def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> list[str]:
@@ -54,45 +47,30 @@ def test_there_is_a_recipe_of_each_size() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
 def test_tokenizer_recipe_trains(recipe: Path, tmp_path: Path, tiny_config: Any) -> None:
     arguments = yaml.safe_load(recipe.read_text())
-    assert (
-        0
-        < arguments["model"]["selection"]["stop_sampling_step"]
-        < arguments["model"]["codebook"]["start_step"]
-        < arguments["trainer"]["max_steps"]
-    )
-    rng = np.random.default_rng(0)
-    (tmp_path / "data" / "train").mkdir(parents=True)
-    for i in range(24):
-        pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "data" / "train" / f"{i}.png")
+    frozen = arguments["model"]["selection"]["stop_sampling_step"]
+    quantized = arguments["model"]["codebook"]["start_step"]
+    assert 0 < frozen < quantized < arguments["trainer"]["max_steps"]
+    (data := tmp_path / "data").mkdir()
+    rectangles(data, train=24)
     threads = torch.get_num_threads()
-    args = reduced(recipe, tmp_path / "data", tmp_path / "run", dict(tiny_config.encoder))
+    args = reduced(recipe, data, tmp_path / "run", dict(tiny_config.encoder))
     assert main(["fit", *args]) == 0
     torch.set_num_threads(threads)
     tokenizer = VisualTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
-    assert (
-        tokenizer.config.codebook_size == 16
-        and len(tokenizer.encode(tmp_path / "data" / "train" / "0.png")) == 1
-    )
+    assert tokenizer.config.codebook_size == 16
+    assert len(tokenizer.encode(data / "train" / "00.png")) == 1
 
 
 def test_recipe_of_nested_codes_trains(tmp_path: Path) -> None:
     """`fit` reads from the recipe that codes are nested, and trains two steps at reduced width."""
     recipe = Path(__file__).parents[2] / "recipes/default/nested.yaml"
-    rng = np.random.default_rng(0)
-    (tmp_path / "data" / "train").mkdir(parents=True)
-    for i in range(24):
-        pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "data" / "train" / f"{i}.png")
-    encoder = {
-        "model_type": "efficientnet_lite",
-        "image_size": 32,
-        "patch_size": 8,
-        "hidden_size": 24,
-    }
+    (data := tmp_path / "data").mkdir()
+    rectangles(data, train=24)
+    encoder = {"model_type": "efficientnet_lite", "image_size": 32, "patch_size": 8}
+    encoder |= {"hidden_size": 24}
     args = [
         arg
-        for arg in reduced(recipe, tmp_path / "data", tmp_path / "run", encoder)
+        for arg in reduced(recipe, data, tmp_path / "run", encoder)
         if not any(n in arg for n in ("selection", "num_heads", "codebook.", "merger"))
     ]
     threads = torch.get_num_threads()
@@ -101,10 +79,10 @@ def test_recipe_of_nested_codes_trains(tmp_path: Path) -> None:
     torch.set_num_threads(threads)
     tokenizer = VisualTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
     assert tokenizer.nested
-    assert tokenizer.encode(tmp_path / "data" / "train" / "0.png").predicted_error is not None
+    assert tokenizer.encode(data / "train" / "00.png").predicted_error is not None
     recipe = recipe.with_name("nested-decoder.yaml")
     overrides = {
-        "data.data": tmp_path / "data",
+        "data.data": data,
         "data.image_size": 32,
         "data.batch_size": 4,
         "trainer.default_root_dir": tmp_path / "decoder-run",
@@ -114,6 +92,6 @@ def test_recipe_of_nested_codes_trains(tmp_path: Path) -> None:
     }
     assert main(["fit-mean-decoder", *two_steps(recipe, overrides)]) == 0
     torch.set_num_threads(threads)
-    codes = tokenizer.encode(tmp_path / "data" / "train" / "0.png")
+    codes = tokenizer.encode(data / "train" / "00.png")
     image = PixelDecoder.from_pretrained(tmp_path / "decoder")(codes).images[0]
     assert image.size == (32, 32)

@@ -28,38 +28,19 @@ def images(tmp_path):
     datasets = pytest.importorskip("datasets")
     records = []
     for i in range(24):
-        stream = io.BytesIO()
-        Image.new("RGB", (20, 20), COLORS[i % 4]).save(stream, "PNG")
-        records.append(
-            {
-                "image": {"bytes": stream.getvalue(), "path": None},
-                "caption": f"{COLORS[i % 4]} square",
-            }
-        )
+        stream, color = io.BytesIO(), COLORS[i % 4]
+        Image.new("RGB", (20, 20), color).save(stream, "PNG")
+        image = {"bytes": stream.getvalue(), "path": None}
+        records.append({"image": image, "caption": f"{color} square"})
     datasets.Dataset.from_list(records).to_parquet(tmp_path / "images" / "train.parquet")
     return str(tmp_path / "images")
 
 
 def run(module, monkeypatch, *arguments: str) -> None:
     name = Path(module.__file__).with_suffix(".yaml")
-    tiny = [
-        "--threads",
-        "0",
-        "--trainer.precision",
-        "32-true",
-        "--trainer.max_steps",
-        "2",
-        "--data.batch_size",
-        "4",
-    ]
-    tiny += [
-        "--trainer.val_check_interval",
-        "1",
-        "--trainer.logger",
-        "false",
-        "--checkpoint.every_n_train_steps",
-        "1",
-    ]
+    tiny = ["--threads=0", "--trainer.precision=32-true", "--trainer.max_steps=2"]
+    tiny += ["--data.batch_size=4", "--trainer.val_check_interval=1", "--trainer.logger=false"]
+    tiny += ["--checkpoint.every_n_train_steps=1"]
     monkeypatch.setattr(sys, "argv", [module.__file__, "fit", "-c", str(name), *tiny, *arguments])
     module.main()
 

@@ -64,8 +64,8 @@ def where(tiny_tokenizer: VisualTokenizer, tiny_decoder: Any, tmp_path: Path) ->
 
 
 def test_the_drawing_of_the_mask():
-    lines = [line.split() for line in (page.__doc__ or "").splitlines()]
-    drawn = [line[1:5] for line in lines if line and line[0] in ("v1", "v2", "t1", "t2")]
+    lines = (page.__doc__ or "").splitlines()
+    drawn = [line.split()[1:5] for line in lines if line[:2] in ("v1", "v2", "t1", "t2")]
     made = Detokenizer(SHAPE, (2, 6), (2, 8)).mask()
     assert [["x" if flag else "." for flag in row] for row in made.tolist()] == drawn
     assert len(drawn) == 4 and Detokenizer(SHAPE, (3, 6), None).mask().all()
