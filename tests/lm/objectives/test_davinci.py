@@ -292,7 +292,7 @@ def test_davinci_03_samplers(tiny_tokenizer: VisualTokenizer):
         return int((sequence.prefix & (sequence.roles == Role.TEXT)).sum()) - 1
 
     def task(sequence: TokenSequence) -> int:
-        visual = (sequence.roles == Role.VISUAL).any()
+        visual = bool((sequence.roles == Role.VISUAL).any())
         return 2 * bool(sequence.is_embedding.any()) + visual
 
     pair, many = [images[4], TextSegment("a a a a a")], [images[4], TextSegment("a " * 50)]
