@@ -113,7 +113,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def scheduled(
     groups: list[dict[str, Any]], config: OptimizerConfig, factor: Callable[[int], float]
 ) -> dict[str, Any]:
-    """AdamW, and Muon for groups that ask for it, with a per-step factor on all learning rates.
+    """AdamW, and Muon for groups that request it, with a per-step factor on all learning rates.
 
     Returns: what Lightning's `configure_optimizers` returns.
     """
