@@ -24,7 +24,8 @@ WORDS = r"""pictures? rows? places? say says said saying speaks? sees seen seein
     lexicon\w* fed rooms? houses? tells? told asks? asked asking settings words chance mirror\w*
     learnt"""
 NAMES = r"""see shares? inner speaker finished scored wording least most settle nearness talking"""
-PROSE = r"""whoever stands? stood lies shares?\ of \[IMG\] <\|img\|(?!>) \|img>
+PROSE = r"""whoever stands? stood lies leaves?\ over left\ over
+    shares?\ of \[IMG\] <\|img\|(?!>) \|img>
     colour\w* behaviour\w* neighbour\w* favour\w* centred? centres grey\w* modelling labelled
     licen[c]e\w*
     \w*(quant|normal|token|initial|synchron|recogn|organ|real|optim|summar|general|special)is(e[ds]?|ing|ation)"""
