@@ -1,4 +1,7 @@
-"""Files that appear only when complete, and folders that one process writes at a time."""
+"""Files that appear only when complete, and folders that one process writes at a time.
+
+Folders are paths, or, for `lavit-tok shards`, URLs of object stores (`folder_or_url`).
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,35 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from safetensors import SafetensorError
 
 WEIGHTS = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 PARTIAL = re.compile(r"\..*\.\d+\.part")
 """Names of partial files and folders."""
+AnyPath: TypeAlias = Any
+"""A Path, or the UPath of a URL, which has the same methods."""
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: AnyPath) -> Iterator[Path]:
     """A temporary path that is renamed to `path` on success, and removed on an exception.
+
+    In an object store the content is put at once, so it needs no other name there.
 
     Raises:
         OSError: naming the file.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (local := Path(folder) / path.name)
+            put(path, local.read_bytes())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -120,14 +133,19 @@ def _is_running(process: int) -> bool:
 
 
 @contextmanager
-def exclusive_folder(folder: Path) -> Iterator[None]:
+def exclusive_folder(folder: AnyPath) -> Iterator[None]:
     """Create a folder and lock it for this process; the system unlocks it however the process ends.
 
-    Partial files of a killed process are removed.
+    Partial files of a killed process are removed. Object stores have neither: all processes must
+    write the same content there, or `put` it once.
 
     Raises:
         ValueError: another process holds the lock.
     """
+    if is_remote(folder):
+        folder.fs.invalidate_cache()
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
@@ -146,6 +164,50 @@ def exclusive_folder(folder: Path) -> Iterator[None]:
         for partial in folder.glob(".*.part"):
             _remove(partial)
         yield
+
+
+def folder_or_url(text: str) -> AnyPath:
+    """The path of a folder, or that of a URL (s3://bucket/folder).
+
+    Raises:
+        ImportError: universal-pathlib, or the package of its file system, is not installed.
+        ValueError: no file system for this URL.
+    """
+    if "://" not in text or text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    try:
+        from upath import UPath
+
+        path = UPath(text.rstrip("/"))
+        path.fs  # noqa: B018  (imports the package of the file system)
+    except ImportError as error:
+        raise ImportError(
+            f"{text}: writing there needs more packages: pip install 'lavit-tok[s3]', or "
+            f"universal-pathlib and the fsspec package of another store ({error})"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from None
+    return path
+
+
+def is_remote(path: AnyPath) -> bool:
+    """Whether a path is that of a URL."""
+    return hasattr(path, "fs")
+
+
+def put(path: AnyPath, content: bytes, once: bool = False) -> None:
+    """Write an object at a URL as a whole.
+
+    Raises:
+        FileExistsError: with `once`, if it exists.
+        OSError: it cannot be written.
+    """
+    try:
+        path.fs.pipe_file(path.path, content, mode="create" if once else "overwrite")
+    except Exception as error:  # file systems raise many kinds, also for a condition that fails
+        if once and path.exists():
+            raise FileExistsError(f"{path} exists") from error
+        raise OSError(f"{path}: {error}") from error
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lavit_tok.checkpoints.files import printable, remove_partials
+from lavit_tok.checkpoints.files import folder_or_url, is_remote, printable, remove_partials
 from lavit_tok.checkpoints.weights import SHIPPED
 from lavit_tok.cli.items import (
     REJECTS,
@@ -195,9 +195,10 @@ def shards(arguments: argparse.Namespace) -> int:
     columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
     tokenizer = _tokenizer(arguments)
     limit_images(tokenizer.image_processor, arguments)
+    out = folder_or_url(arguments.out)
     for summary in write_shards(
         arguments.data,
-        arguments.out,
+        out,
         str(arguments.tokenizer),
         tokenizer,
         columns=columns,
@@ -205,8 +206,8 @@ def shards(arguments: argparse.Namespace) -> int:
         **{name: getattr(arguments, name) for name in names},
     ):
         print(summary, file=sys.stderr)
-    following = f"lavit-lm fit -c lm/lavit --data.shards={arguments.out}"
-    print(f"wrote shards to {arguments.out}; next: {following}", file=sys.stderr)
+    following = f"; next: lavit-lm fit -c lm/lavit --data.shards={out}"
+    print(f"wrote shards to {out}{'' if is_remote(out) else following}", file=sys.stderr)
     return 0
 
 
@@ -214,7 +215,7 @@ def verify_shards(arguments: argparse.Namespace) -> int:
     """Check shards, and make their manifest again if it is missing or wrong."""
     from lavit_tok.data.shard_footers import verify
 
-    for summary in verify(arguments.folder):
+    for summary in verify(folder_or_url(arguments.folder)):
         print(summary, file=sys.stderr)
     return 0
 

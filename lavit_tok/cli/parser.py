@@ -451,13 +451,19 @@ COMMANDS: dict[str, Command] = {
             Argument(
                 "data",
                 metavar="DATASET",
-                help="image folder, parquet file, webdataset tars, arrow folder, or a Hub name",
+                help="image folder, parquet file, webdataset tars, arrow folder, or a Hub name; "
+                "of the first three, URLs (s3://...) too",
             ),
-            out_argument("folder for the shards; an interrupted job is resumed"),
+            Argument(
+                "--out",
+                required=True,
+                metavar="DIR",
+                help="folder or URL (s3://...) for the shards; an interrupted job is resumed",
+            ),
             Argument(
                 "--streaming",
                 action="store_true",
-                help="read the data set's files (tar, parquet; URLs too) in order, without a copy",
+                help="read the data set's files (tar, parquet) in order, without a copy",
             ),
             *ENGINE,
             Argument("--split", metavar="NAME", help="one split; by default all splits"),
@@ -499,7 +505,7 @@ COMMANDS: dict[str, Command] = {
     "shards-verify": Command(
         "check shards, and make their manifest again from their footers",
         "lavit_tok.cli.commands:verify_shards",
-        (Argument("folder", type=Path, metavar="DIR", help="what shards --out wrote"),),
+        (Argument("folder", metavar="DIR", help="what shards --out wrote"),),
     ),
     "fit": Command("train a tokenizer: fit -c recipe.yaml", "lavit_tok.cli.commands:fit"),
     "fit-decoder": Command(

@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets.data_files import DataFilesDict
+from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.exceptions import DatasetGenerationError
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
@@ -31,6 +34,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from lavit_tok.checkpoints.files import printable
 from lavit_tok.checkpoints.weights import require_on_hub
+from lavit_tok.data.remote_files import fetch, is_url, local_folder, set_readers, sizes
 from lavit_tok.encode.image_processor import (
     SUFFIXES,
     ImageError,
@@ -55,16 +59,19 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
     """Open an image folder, parquet, webdataset tars, an arrow folder, or a Hub name.
 
     Captions of an image folder are in its metadata.csv or .jsonl, or in a text file beside each
-    image (0001.jpg, 0001.txt), which becomes the column "caption".
+    image (0001.jpg, 0001.txt), which becomes the column "caption". Of a folder at a URL (s3://...)
+    images are paths, which are URLs; tars and parquet are copied to this machine unless streamed.
 
     Returns: {split name: Dataset or IterableDataset}.
 
     Raises:
         ValueError: the data set cannot be read; the message names it and the reason.
     """
+    set_readers()
+    data = local_folder(data)
     path = Path(data)
     try:
-        if not path.exists() and not glob.has_magic(data) and "://" not in data:
+        if not path.exists() and not glob.has_magic(data) and not is_url(data):
             require_on_hub(data, "dataset")
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded = datasets.load_from_disk(data)
@@ -73,6 +80,8 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
                 splits = {name: split.to_iterable_dataset() for name, split in splits.items()}
             return dict(splits)
         suffix = path.suffix
+        if is_url(data) and suffix not in BUILDERS and not data.startswith("hf://"):
+            return _remote_folder(data.rstrip("/"), streaming)
         if path.is_dir():
             suffix = ".tar" if any(path.glob("*.tar")) else ""
         if suffix in BUILDERS:
@@ -93,32 +102,84 @@ def load_splits(data: str, streaming: bool = False) -> dict[str, Any]:
             raise ValueError(
                 f"{foreign[0]}: expected a name in UTF-8, as `datasets` stores it: rename the file"
             ) from error
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         raise ValueError(
             f"{data}: expected an image folder, parquet, webdataset tars, an arrow folder or a Hub "
-            f"name: {error}"
+            f"name: {reason}"
         ) from error
 
 
 def _image_files(folder: Path, suffixes: set[str]) -> DataFilesDict | None:
     """The files and splits that `datasets` would find in a folder of images by 60 walks through it.
 
-    None if names do not tell: a file that is neither an image nor metadata, or a word for a split
+    None if names do not tell; see `_split_patterns`.
+    """
+    names = []
+    for root, folders, files in os.walk(folder):
+        if any(os.path.islink(os.path.join(root, name)) for name in folders):
+            return None
+        head = Path(root).relative_to(folder).parts
+        names += ["/".join((*head, name)) for name in files]
+    patterns = _split_patterns(names, suffixes)
+    return patterns and DataFilesDict.from_patterns(patterns, str(folder.resolve()))
+
+
+def _split_patterns(names: Iterable[str], suffixes: set[str]) -> dict[str, list[str]] | None:
+    """Patterns of the files of each split, from the names of all files relative to their folder.
+
+    None if they do not tell: a file that is neither an image nor metadata, or a word for a split
     anywhere else than in "train", "validation" or "test" as a folder of the first level.
     """
     splits = set()
-    for root, folders, files in os.walk(folder):
-        head, *parts = Path(root).relative_to(folder).parts or ("",)
-        if files:
-            splits.add(head if head in SPLITS else "")
-        names = [*parts, *files] if head in SPLITS else [head, *parts, *files]
-        if (
-            any(map(SPLIT_WORDS.search, names))
-            or any(os.path.islink(os.path.join(root, name)) for name in folders)
-            or any(Path(name).suffix.lower() not in suffixes for name in {*files} - METADATA)
+    for name in names:
+        head, *parts = name.split("/")
+        split = head if head in SPLITS and parts else ""
+        splits.add(split)
+        suffix = os.path.splitext(name)[1].lower()
+        if (suffix not in suffixes and name.rpartition("/")[2] not in METADATA) or any(
+            map(SPLIT_WORDS.search, parts if split else (head, *parts))
         ):
             return None
     patterns = {name: [f"{name}/**"] for name in SPLITS if name in splits} or {"train": ["**"]}
-    return DataFilesDict.from_patterns(patterns, str(folder.resolve())) if splits else None
+    return patterns if splits else None
+
+
+def _remote_folder(url: str, streaming: bool) -> dict[str, Any]:
+    """The splits of a folder at a URL.
+
+    Raises:
+        ValueError: it has no files, or no images.
+    """
+    fs, root = fsspec.url_to_fs(url)
+    names = [name.removeprefix(root).lstrip("/") for name in fs.find(root)]
+    suffixes = {os.path.splitext(name)[1].lower() for name in names}
+    if ".tar" in suffixes:
+        tars = {"train": [f"{url}/*.tar"]}
+        return dict(datasets.load_dataset("webdataset", data_files=tars, streaming=streaming))
+    if not suffixes & SUFFIXES:
+        if not names:
+            raise ValueError("no files at this address")
+        if ".parquet" not in suffixes:
+            raise ValueError("no images, tars or parquet files at this address")
+        found = DataFilesDict.from_patterns(get_data_patterns(url), url)
+        return dict(datasets.load_dataset("parquet", data_files=found, streaming=streaming))
+    patterns = _split_patterns(names, SUFFIXES | {".txt"}) or get_data_patterns(url)
+    found = DataFilesDict.from_patterns(patterns, url)
+    loaded = datasets.load_dataset("imagefolder", data_files=found, streaming=True)
+    splits = {name: _in_memory(split) for name, split in loaded.items()}
+    if ".txt" in suffixes:
+        splits = {name: _with_captions(split) for name, split in splits.items()}
+    if streaming:
+        return {name: split.to_iterable_dataset() for name, split in splits.items()}
+    return splits
+
+
+def _in_memory(stream: Any) -> Any:
+    """The rows of a stream whose images are paths, as a map-style split."""
+    stream, _ = undecoded(stream, "image")
+    tables = [*stream.with_format("arrow").iter(1000)]
+    table = pa.concat_tables(tables).cast(stream.features.arrow_schema)
+    return datasets.Dataset(datasets.table.InMemoryTable(table), info=stream.info)
 
 
 def _images(folder: Path) -> Iterator[Path]:
@@ -136,8 +197,13 @@ def _with_captions(split: Any) -> Any:
     if "caption" in split.features:  # from metadata.csv
         return split
     images = split.cast_column("image", datasets.Image(decode=False))["image"]
-    files = [_text_file(Path(image["path"])) for image in images]
-    texts = [file.read_text("utf-8", errors="replace").strip() if file else "" for file in files]
+    paths = [image["path"] for image in images]
+    if is_url(next(iter(paths), None)):
+        contents = fetch([f"{os.path.splitext(path)[0]}.txt" for path in paths])
+    else:
+        files = [_text_file(Path(path)) for path in paths]
+        contents = [file.read_bytes() if file else None for file in files]
+    texts = [(content or b"").decode("utf-8", "replace").strip() for content in contents]
     return split.add_column("caption", texts)
 
 
@@ -166,9 +232,15 @@ def _content_hashes(split: Any, image_column: str) -> list[int]:
     numbers = []
     for table in images.select_columns(column).with_format("arrow").iter(1000):
         content, paths = (pc.struct_field(table[column], name) for name in ("bytes", "path"))
-        sizes = pc.binary_length(content).to_pylist()
+        lengths = pc.binary_length(content).to_pylist()
         heads = pc.binary_slice(content, 0, HASHED_BYTES).to_pylist()
-        for size, head, path in zip(sizes, heads, paths.to_pylist(), strict=True):
+        remote = {
+            i: path for i, path in enumerate(paths.to_pylist()) if heads[i] is None and is_url(path)
+        }
+        urls = [*remote.values()]
+        for i, size, head in zip(remote, sizes(urls), fetch(urls, HASHED_BYTES), strict=True):
+            lengths[i], heads[i] = size, head
+        for size, head, path in zip(lengths, heads, paths.to_pylist(), strict=True):
             if head is None and path and os.path.isfile(path):
                 size = os.path.getsize(path)
                 with open(path, "rb") as file:
@@ -218,6 +290,8 @@ def read_image(
     key = key or example_key(example, column, fallback)
     source = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     try:
+        if isinstance(source, str) and is_url(source):
+            (source,) = fetch([source])
         if source is None:
             raise ImageError(f"{key}: the example has no image")
         return opener(source, name=key), None

@@ -174,7 +174,9 @@ def _init(address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # also a plain Exception, of a node that does not start in time
+        if address is None:
+            raise ShardError(f"--engine ray: no cluster of this machine: {error}") from None
         raise ShardError(f"--address {address}: no Ray cluster: {error}") from None
     finally:
         if threading.current_thread() is threading.main_thread():  # Ray's own ends with code 15

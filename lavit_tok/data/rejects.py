@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lavit_tok.checkpoints.files import atomic, json_line, printable
+from lavit_tok.checkpoints.files import AnyPath, atomic, json_line, printable
 
 SHOWN = 5  # rejects that are also named on stderr
 
@@ -102,7 +102,7 @@ def has_keys(path: Path, keys: set[str]) -> bool:
         return False
 
 
-def write_rejects(path: Path, records: Iterable[dict[str, Any]]) -> bool:
+def write_rejects(path: AnyPath, records: Iterable[dict[str, Any]]) -> bool:
     """Write records as JSON lines; without any, remove the file. Returns whether it changed."""
     text = "".join(json_line(record) for record in records)
     before = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from lavit_tok.checkpoints.files import exclusive_folder
+from lavit_tok.checkpoints.files import AnyPath, exclusive_folder
 from lavit_tok.data.rejects import write_rejects
 from lavit_tok.data.shard_manifest import (
     MANIFEST,
@@ -25,7 +24,7 @@ from lavit_tok.data.shard_manifest import (
 from lavit_tok.data.shard_reader import check_shard
 
 
-def existing_shards(folder: Path, split: str) -> dict[str, ShardFile]:
+def existing_shards(folder: AnyPath, split: str) -> dict[str, ShardFile]:
     """The undamaged shards of a split by file name."""
     shards = {}
     for path in folder.glob("*.parquet"):
@@ -50,7 +49,7 @@ def complete_parts(split: str, shards: dict[str, ShardFile]) -> set[int]:
     }
 
 
-def write_manifest(folder: Path, split: str, shards: dict[str, ShardFile], data: str) -> bool:
+def write_manifest(folder: AnyPath, split: str, shards: dict[str, ShardFile], data: str) -> bool:
     """Write the manifest and list of rejects of a complete split; returns whether either changed.
 
     Raises:
@@ -91,7 +90,7 @@ def write_manifest(folder: Path, split: str, shards: dict[str, ShardFile], data:
     return changed or manifest != before
 
 
-def verify(folder: Path) -> Iterator[str]:
+def verify(folder: AnyPath) -> Iterator[str]:
     """Check every shard of a folder, and make its manifest again if it is missing or wrong.
 
     Yields:
@@ -125,7 +124,7 @@ def verify(folder: Path) -> Iterator[str]:
                 footer = shard.footer
                 counts = footer.records, footer.codes, len(footer.rejects), shard.sha256
                 check_shard(folder / name, Shard(name, *counts, footer.images), footer.config)
-                with open(folder / name, "rb") as file:  # pyarrow's paths are UTF-8
+                with (folder / name).open("rb") as file:  # pyarrow's paths are UTF-8
                     listed_keys = pq.read_table(file, columns=["key"])["key"].to_pylist()
                 repeated += len(listed_keys) // (1 + footer.config.flip) - len(
                     {*listed_keys} - keys
@@ -138,7 +137,7 @@ def verify(folder: Path) -> Iterator[str]:
             yield text + (f"; {repeated} images have the key of another one" if repeated else "")
 
 
-def require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def require_same(out: AnyPath, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ShardError naming every value that differs.
 
     Values are compared as JSON: a budget of 1 code is not one of 1.0, all patches. Of the tokenizer

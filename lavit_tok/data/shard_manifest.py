@@ -29,10 +29,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
-from lavit_tok.checkpoints.files import atomic
+from lavit_tok.checkpoints.files import AnyPath, atomic
 from lavit_tok.data.code_files import FORMAT as CODES
 from lavit_tok.data.code_files import ROW_GROUP, CodeFileHeader
 
@@ -136,7 +135,7 @@ class Manifest:
     config: ShardConfig
     splits: dict[str, ShardedSplit]
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: AnyPath) -> None:
         """Replace the manifest of a folder."""
         splits = {
             name: {**asdict(split.source), "shards": [asdict(shard) for shard in split.shards]}
@@ -148,7 +147,7 @@ class Manifest:
             partial.write_text(text, encoding="utf-8")
 
     @classmethod
-    def read(cls, directory: Path) -> Manifest:
+    def read(cls, directory: AnyPath) -> Manifest:
         """Read the manifest of a folder. Raises ShardError if it is missing or invalid."""
         path = directory / MANIFEST
         try:
@@ -208,9 +207,9 @@ def shard_position(split: str, file: str) -> tuple[int, int] | None:
     return match and (int(match[1] or 0), int(match[2]))
 
 
-def sha256(path: Path) -> str:
+def sha256(path: AnyPath) -> str:
     """The hexadecimal digest of a file."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -241,7 +240,7 @@ def shard_bytes(table: Any, footer: dict[str, Any], config: ShardConfig) -> tupl
     return content, ShardFile(made, hashlib.sha256(content).hexdigest())
 
 
-def read_footer(path: Path) -> ShardFile:
+def read_footer(path: AnyPath) -> ShardFile:
     """The footer of a shard. Raises ShardError for a damaged file."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lavit_tok.checkpoints.files import AnyPath
 from lavit_tok.data.shard_manifest import (
     MANIFEST,
     Manifest,
@@ -132,7 +133,7 @@ class Shards:
         return datasets.Dataset.from_parquet(paths, cache_dir=cache_dir and str(cache_dir))
 
 
-def check_shard(path: Path, shard: Shard, config: ShardConfig, verify: bool = True) -> None:
+def check_shard(path: AnyPath, shard: Shard, config: ShardConfig, verify: bool = True) -> None:
     """Raise ShardError if the file is not the listed one; verify=False reads its footer only."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -144,7 +145,7 @@ def check_shard(path: Path, shard: Shard, config: ShardConfig, verify: bool = Tr
             f"{path}: truncated or altered: its sha256 is {digest}, in {MANIFEST} {shard.sha256}"
         )
     try:
-        with open(path, "rb") as opened, pq.ParquetFile(opened) as file:  # paths need not be UTF-8
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:  # paths need not be UTF-8
             columns = schema(config.flip)
             if not file.schema_arrow.equals(columns):
                 raise ShardError(f"{path}: expected columns {columns.names} of codes with captions")

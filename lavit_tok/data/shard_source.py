@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,6 +26,7 @@ import torch
 
 from lavit_tok.data.image_sources import KEY_COLUMNS, example_key, undecoded
 from lavit_tok.data.ray_engine import Work
+from lavit_tok.data.remote_files import fetch, is_url, root_folder, set_readers, sizes
 from lavit_tok.data.shard_manifest import ShardError, SplitColumns, shard_name
 from lavit_tok.data.tokenize_batch import open_batch
 from lavit_tok.encode.image_processor import VisualImageProcessor
@@ -85,7 +85,7 @@ class ImageSource:
         self.key_columns = default if key_column is None else [key_column]
         used = [self.image_column, self.caption_column, *self.key_columns]
         self.split = split.select_columns(list(dict.fromkeys(name for name in used if name)))
-        self.root, self.image_processor = f"{Path(data).absolute()}/", image_processor
+        self.root, self.image_processor = root_folder(data), image_processor
 
     @property
     def columns(self) -> SplitColumns:
@@ -146,8 +146,9 @@ class SplitImages(ImageSource):
         block_end = min((work.start // size + 1) * size, len(self))
         for start in range(work.start, work.stop, step):
             columns = self.split[start : min(start + step, work.stop)]
+            images = columns[self.image_column] = _with_bytes(columns[self.image_column])
             rows = []
-            for i, image in enumerate(columns[self.image_column]):
+            for i, image in enumerate(images):
                 example = {column: columns[column][i] for column in columns}
                 content = (image or {}).get("bytes")
                 row = self._example(example, start + i, None if content is None else len(content))
@@ -168,10 +169,13 @@ class SplitImages(ImageSource):
         for first in range(start, stop, 1000):
             table = split[first : min(first + 1000, stop)]
             image = table[self.image_column]
-            sizes = pc.binary_length(pc.struct_field(image, "bytes")).to_pylist()
+            lengths = pc.binary_length(pc.struct_field(image, "bytes")).to_pylist()
             paths = pc.struct_field(image, "path").to_pylist()
+            remote = {i: p for i, p in enumerate(paths) if lengths[i] is None and is_url(p)}
+            for i, size in zip(remote, sizes([*remote.values()]), strict=True):
+                lengths[i] = size
             others = table.drop_columns([self.image_column]).to_pylist()
-            for i, (example, path, size) in enumerate(zip(others, paths, sizes, strict=True)):
+            for i, (example, path, size) in enumerate(zip(others, paths, lengths, strict=True)):
                 yield self._example({**example, self.image_column: {"path": path}}, first + i, size)
 
 
@@ -223,8 +227,7 @@ class StreamedImages(ImageSource):
             block += 1
 
     def _stream(self, part: int) -> Iterator[Example]:
-        from datasets.utils.file_utils import xopen
-
+        set_readers()
         stream = iter(self.split.shard(self.parts, part))
         for number in itertools.count():
             try:
@@ -235,11 +238,7 @@ class StreamedImages(ImageSource):
                 ) from error
             if example is None:
                 return
-            image = dict(example[self.image_column] or {})
-            path = image.get("path")
-            if image.get("bytes") is None and path and "://" in path:
-                with xopen(path, "rb") as file:
-                    image["bytes"] = file.read()
+            (image,) = _with_bytes([example[self.image_column] or {}])
             content = image.get("bytes")
             size = None if content is None else len(content)
             example = {**example, self.image_column: image}
@@ -265,6 +264,15 @@ def weights_digest(tokenizer: VisualTokenizer) -> str:
             sha.update(name.encode())
             sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
+
+
+def _with_bytes(images: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """The images with the bytes of those at URLs."""
+    found = [dict(image or {}) for image in images]
+    remote = [i for i in found if i.get("bytes") is None and is_url(i.get("path"))]
+    for image, content in zip(remote, fetch([i["path"] for i in remote]), strict=True):
+        image["bytes"] = content
+    return found
 
 
 def _require_digest(file: str, before: str, now: str) -> None:

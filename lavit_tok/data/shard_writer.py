@@ -8,6 +8,7 @@ and the config, and appears as a whole, so a killed job is resumed by any engine
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections import deque
@@ -16,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker
 from tqdm import tqdm
 
-from lavit_tok.checkpoints.files import atomic, exclusive_folder
+from lavit_tok.checkpoints.files import AnyPath, atomic, exclusive_folder, is_remote, put
 from lavit_tok.data.image_sources import hold_out, load_splits
 from lavit_tok.data.ray_engine import RayOptions, Work, encode_on_ray, ray_cluster
 from lavit_tok.data.rejects import AllSkippedError
@@ -41,6 +41,7 @@ from lavit_tok.data.shard_manifest import (
     Manifest,
     ShardConfig,
     ShardError,
+    read_footer,
     shard_bytes,
     shard_position,
 )
@@ -59,7 +60,7 @@ AT_ONCE = 4  # batches that are encoded at a time on CPUs
 
 def write_shards(
     data: str,
-    out: Path,
+    out: AnyPath,
     tokenizer_name: str,
     tokenizer: VisualTokenizer,
     split: str | None = None,
@@ -76,7 +77,7 @@ def write_shards(
 
     Args:
         data: directory, file, URL or Hub id of the data set.
-        out: directory of the shards; a run that was stopped is resumed.
+        out: directory or URL of the shards; a run that was stopped is resumed.
         tokenizer_name: "default", directory or Hub id of the tokenizer, for the manifest.
         tokenizer: encodes the images.
         split: the only split to tokenize; None for all, and for a validation split of held-out
@@ -140,7 +141,9 @@ class ShardJob:
         ShardError: the folder has shards of another config or data set.
     """
 
-    def __init__(self, out: Path, name: str, source: Any, config: ShardConfig, data: str) -> None:
+    def __init__(
+        self, out: AnyPath, name: str, source: Any, config: ShardConfig, data: str
+    ) -> None:
         if isinstance(source, SplitImages) and not len(source):
             raise ValueError(f"{data}: split {name!r} is empty")
         self.out, self.name, self.source, self.config, self.data = out, name, source, config, data
@@ -275,14 +278,34 @@ class ShardJob:
         }
         content, shard = shard_bytes(table.filter(pc.invert(corrupt)), footer, self.config)
         try:
-            with atomic(self.out / file) as partial_file:
-                partial_file.write_bytes(content)
+            self._write(file, content)
         except OSError as error:
             raise OSError(
                 f"{self.out / file} cannot be written: {error.strerror or error}. "
                 f"{len(self.shards)} shards are complete; the same command resumes after them"
             ) from error
         self.shards[file] = shard
+
+    def _write(self, file: str, content: bytes) -> None:
+        """Raises ShardError if another job has written another shard to an object store."""
+        path = self.out / file
+        if not is_remote(path):
+            with atomic(path) as partial_file:
+                partial_file.write_bytes(content)
+            return
+        try:
+            put(path, content, once=True)
+        except FileExistsError:
+            try:
+                other = read_footer(path)
+            except ShardError:  # damaged
+                put(path, content)
+                return
+            if other.sha256 != hashlib.sha256(content).hexdigest():
+                raise ShardError(
+                    f"{path}: another job has written it meanwhile, from another data set or with "
+                    "other options: wait until it ends, or choose another --out"
+                ) from None
 
 
 class _Batches(IterableDataset):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 from pytorch_lightning import Callback
@@ -74,6 +77,27 @@ def damaged(data: bytes, rng: np.random.Generator, header: int = 64, other: byte
                 changed[at:] = (other or data[::-1])[at:]
         changed = changed or bytearray(data)
     return bytes(changed)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """A file system of `size` (64k) at a new folder; the function given makes it larger.
+
+    Skips the test where this user may not mount one.
+    """
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted: {done.stderr.strip()}")
+
+    def enlarge(size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+
+    try:
+        yield enlarge
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -22,7 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from robustness.small import files, image
+from robustness.small import files, image, small_disk
 
 from lavit_tok import TokenizeBatch, VisualTokenizer
 from lavit_tok.cli import main
@@ -128,6 +128,27 @@ def test_decoding(
     assert main([*job, "--out", str(tmp_path / "ray"), "--engine", "ray", "--workers", "2"]) == 0
     whole = files(tmp_path / "local")
     assert files(tmp_path / "ray") == whole and len(whole) >= 6
+
+
+def test_a_full_disk(
+    cluster: str, work: tuple[Path, list[str]], tmp_path: Path, capsys: Any
+) -> None:
+    """The kernel's ENOSPC while two workers encode: complete shards stay as they are."""
+    folder, job = work
+    whole, out = files(folder / "shards"), tmp_path / "disk"
+    job = [*job, str(folder / "images"), "--out", str(out), "--engine", "ray", "--workers", "2"]
+    with small_disk(out, "40k") as enlarge:
+        for _ in range(2):  # the second time nothing can be added
+            assert main(job) == 2
+            message = capsys.readouterr().err.strip().splitlines()[-1]
+            assert "cannot be written: No space left on device. " in message
+            kept = files(out)
+            assert f"{len(kept)} shards are complete; the same command resumes" in message
+            assert 1 < len(kept) < SHARDS and kept.items() <= whole.items()
+        enlarge("1m")
+        assert main(job) == 0
+        assert f"{len(kept)} of them from earlier runs" in capsys.readouterr().err
+        assert files(out) == whole
 
 
 def _kill_encoders(stop: threading.Event, killed: list[int], seed: int) -> None:

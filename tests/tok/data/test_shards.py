@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from robustness.small import small_disk
 
 import lavit_tok
 from lavit_tok import ShardError, Shards, VisualTokenizer
@@ -492,6 +493,12 @@ def test_streams_without_examples_and_damaged_ones(
         shards("damaged", *args, *more, data=folder, code=2)
         message = capsys.readouterr().err
         assert "input file 2 of 2 cannot be read" in message and "Traceback" not in message
+    with tarfile.open(folder / "0.tar") as whole_tar:
+        start = whole_tar.getmembers()[3].offset
+    (folder / "1.tar").write_bytes(whole[:start] + b"\xff" * 512 + whole[start + 512 :])
+    for more in (args, args[1:]):  # tarfile would end there, three images before the last
+        shards("header", *more, data=folder, code=2)
+        assert f"damaged header at byte {start}" in capsys.readouterr().err
 
 
 def test_a_changed_data_set_is_refused(
@@ -600,6 +607,21 @@ def test_a_full_disk_keeps_what_is_complete(
         Shards.open(out)
     assert files(shards("full")) == whole
     assert "1 of them from earlier runs" in capsys.readouterr().err
+
+
+def test_a_full_file_system(shards: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    """The kernel's ENOSPC, beside two loading processes: first of a shard, then of the manifest."""
+    whole = files(shards("whole", "--shard-size", 2, "--num-workers", 2))
+    pages = [-(-len(content) // 4096) for name, content in whole.items() if name[-4:] != "json"]
+    with small_disk(tmp_path / "disk", "24k") as enlarge:
+        for size in (f"{4 * sum(pages)}k", "1m"):
+            out = shards("disk", "--shard-size", 2, "--num-workers", 2, code=2)
+            message = capsys.readouterr().err
+            assert "No space left on device" in message and "Traceback" not in message
+            kept = files(out)
+            assert 1 < len(kept) < len(whole) and kept.items() <= whole.items()
+            enlarge(size)
+        assert files(shards("disk", "--shard-size", 2, "--num-workers", 2)) == whole
 
 
 def test_two_jobs_in_one_folder(shards: Callable[..., Path], refused: Any, tmp_path: Path) -> None:
