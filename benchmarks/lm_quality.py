@@ -55,6 +55,7 @@ SAMPLING: dict[str, tuple[Any, ...]] = {
     "top_k": (50, "of sampling codes"),
     "top_p": (float, "of sampling codes"),
     "temperature": (1.0, "of sampling codes"),
+    "best_of": (1, "images per caption, of which the one is kept that makes it most probable"),
     "steps": (20, "decoding steps"),
     "decoder_guidance": (2.0, "guidance scale of the decoder"),
 }
@@ -91,9 +92,16 @@ class ImageGenerator:
         """uint8 images [n 3 S S], and how many codes each has (0 for vectors)."""
         args, lm = self.args, self.lm
         if lm.objective.image_output.kind == "codes":
-            draws = [generator_for("codes", seed, key) for key in keys]
+            n, more = args.best_of, range(1, args.best_of)
+            draws = [generator_for("codes", seed, k, *i) for k in keys for i in ((), *zip(more))]
             sampling = {n: getattr(args, n) for n in ("top_k", "top_p", "temperature")}
-            codes = lm.generate_codes_batch(captions, args.guidance, draws, **sampling)
+            repeated = [caption for caption in captions for _ in range(n)]
+            codes = lm.generate_codes_batch(repeated, args.guidance, draws, **sampling)
+            if n > 1:
+                pairs = zip(range(len(codes)), repeated, strict=True)
+                fit = torch.cat([lm.rank([codes.take([i])], [caption]) for i, caption in pairs])
+                best = fit.view(-1, n).argmax(1) + n * torch.arange(len(captions))
+                codes = codes.take(best.tolist())
             return self.decode(codes, keys, seed)
         return self.decode(lm.generate_vectors_batch(captions), keys, seed)
 

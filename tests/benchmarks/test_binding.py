@@ -14,7 +14,9 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from safetensors.torch import save_file
 
-from benchmarks import binding
+from benchmarks import binding, lm_quality
+from benchmarks.shared.cache import generator_for
+from lavit_lm import MultimodalLM
 from lavit_lm.sequences.documents import Documents
 from lavit_tok import VisualImageProcessor
 from lavit_tok.encode.efficientnet import EfficientNetLite, JoinedEncoder
@@ -91,6 +93,27 @@ def test_true_images_are_judged_rightly(run: Any, composed: Path, encoder: Path,
         "color and object by encoder": 0.25,
     }
     assert 0 <= numbers["from true codes"]["named color"] <= 1
+
+
+class CodesOnly(lm_quality.ImageGenerator):
+    """Gives the codes themselves."""
+
+    def decode(self, outputs: Any, keys: Any, seed: int) -> Any:
+        return outputs.to_list()
+
+
+def test_of_several_images_the_one_with_the_most_probable_caption_is_kept(
+    composed: Path, model: Path
+) -> None:
+    lm, captions = MultimodalLM.from_pretrained(model, decoder=None), ["a red bag", "a blue bag"]
+    args = binding.arguments().parse_args(["--data", str(composed), "--best-of", "3"])
+    found: Any = CodesOnly(lm, args, 32, binding.Stages(args, "test"))(captions, ["a", "b"], 7)
+    for caption, key, chosen in zip(captions, "ab", found, strict=True):
+        draws = [generator_for("codes", 7, key, *more) for more in ((), (1,), (2,))]
+        codes = lm.generate_codes_batch([caption] * 3, args.guidance, draws, top_k=args.top_k)
+        scores = [float(lm.rank([codes.take([i])], [caption])) for i in range(3)]
+        assert len(set(scores)) > 1
+        assert chosen == codes[scores.index(max(scores))].tolist()
 
 
 def test_a_random_model(
