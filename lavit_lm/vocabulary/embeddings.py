@@ -66,8 +66,8 @@ class CodeMap(nn.Module):
         entry, scaled to deviation 1 -> a linear map of its table, + a network with a hidden layer
         -> [codes, width]
 
-    What is learned from one code then holds for codes of similar entries as well, where tens of
-    thousands of embeddings of their own would each be seen in a few images only. After training
+    What is learned from one code then holds for codes of similar entries as well; of tens of
+    thousands of embeddings of their own each would be trained by a few images only. After training
     the computed embeddings are written into the LM, which is any LM of `transformers` again.
 
     Args:
