@@ -258,6 +258,12 @@ def fit_mean_decoder(args: list[str]) -> int:
     return _train("fit-mean-decoder", module, args)
 
 
+def fit_sample_decoder(args: list[str]) -> int:
+    """Train the sample decoder of nested codes; the arguments are LightningCLI's."""
+    module = "lavit_tok.training.sample_decoder_training:SampleDecoderTraining"
+    return _train("fit-sample-decoder", module, args)
+
+
 def _train(command: str, model: str, args: list[str]) -> int:
     data = "lavit_tok.training.data_module:ImageDataModule"
     return train("lavit-tok", command, "fit", model, data, args)

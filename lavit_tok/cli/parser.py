@@ -6,7 +6,8 @@
     shards DATASET --out DIR  a captioned data set -> parquet shards of codes, to train LMs on
     shards verify DIR         their check; makes the manifest again
     fit, fit-decoder,
-    fit-mean-decoder          training, by LightningCLI
+    fit-mean-decoder,
+    fit-sample-decoder        training, by LightningCLI
     recipes ACTION [NAME]     list, show or copy the training recipes
     demo                      a page in the browser: encode, decode, generate, compare
     convert RELEASE OUT       LaVIT's released files -> safetensors and JSON
@@ -340,8 +341,8 @@ DECODING = (
     Argument(
         "--mode",
         choices=("sample", "mean"),
-        help="a random image of the diffusion model, or the expected image; by default what the "
-        "decoder has, sample first",
+        help="a random image, or the expected image; by default sample if the decoder has a "
+        "diffusion model, else mean",
     ),
     Argument("--steps", type=positive, default=20, help="denoising steps"),
     Argument("--guidance", type=float, default=3.0, help="guidance scale; 1: none, half the cost"),
@@ -547,6 +548,10 @@ COMMANDS: dict[str, Command] = {
     "fit-mean-decoder": Command(
         "train the mean decoder of nested codes: fit-mean-decoder -c recipe.yaml",
         "lavit_tok.cli.commands:fit_mean_decoder",
+    ),
+    "fit-sample-decoder": Command(
+        "train the sample decoder of nested codes: fit-sample-decoder -c recipe.yaml",
+        "lavit_tok.cli.commands:fit_sample_decoder",
     ),
     "convert": Command(
         "LaVIT's released files -> the format of this package",

@@ -2,6 +2,8 @@
 
 sample:    VisualCodes -Conditioner-> c, u
            noise -U-Net, 25 steps: u + s (c - u)-> latents -VAE, float32-> pixels
+      or   VisualCodes -Conditioner's reconstructor-> features, colors
+           noise -SampleDecoder, one pass-> pixels
 mean:      VisualCodes -Conditioner's reconstructor-> features, colors -MeanDecoder-> pixels
 """
 
@@ -40,6 +42,7 @@ from lavit_tok.checkpoints.weights import (
 from lavit_tok.codes import CodeError, VisualCodes
 from lavit_tok.decode.conditioner import Conditioner, Conditioning
 from lavit_tok.decode.mean_decoder import MeanDecoder
+from lavit_tok.decode.sample_decoder import SampleDecoder
 from lavit_tok.nn.ranges import require_number
 
 MODELS: dict[str, type[Any]] = {
@@ -47,6 +50,7 @@ MODELS: dict[str, type[Any]] = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
     "mean_decoder": MeanDecoder,
+    "sample_decoder": SampleDecoder,
 }
 SINGLE = "diffusion_pytorch_model.safetensors"
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -84,16 +88,17 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         scheduler: any diffusers scheduler; replace it by
             `decoder.scheduler = DPMSolverMultistepScheduler.from_config(decoder.scheduler.config)`.
         mean_decoder: features and colors of nested codes to the expected image.
+        sample_decoder: the same and noise to a random image, in one pass.
 
-    U-Net, VAE and scheduler are needed for `mode="sample"`, the mean decoder for `mode="mean"`; a
-    decoder has either or both.
+    U-Net, VAE and scheduler, or the sample decoder, are needed for `mode="sample"`, the mean
+    decoder for `mode="mean"`; a decoder has either or both.
 
     Raises:
         ValueError: models whose sizes do not match, or that suffice for neither mode.
     """
 
-    model_cpu_offload_seq = "conditioner->mean_decoder->unet->vae"
-    _optional_components = ["unet", "vae", "scheduler", "mean_decoder"]  # noqa: RUF012
+    model_cpu_offload_seq = "conditioner->mean_decoder->sample_decoder->unet->vae"
+    _optional_components = [*list(MODELS)[1:], "scheduler"]  # noqa: RUF012
     # Offloading by layers moves weights when their layer runs; the null embedding is used without
     # running any layer.
     _exclude_from_cpu_offload = ["conditioner"]  # noqa: RUF012 (diffusers' name and type)
@@ -105,6 +110,7 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         scheduler: diffusers.SchedulerMixin | None = None,
         mean_decoder: MeanDecoder | None = None,
+        sample_decoder: SampleDecoder | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -113,13 +119,19 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             vae=vae,
             scheduler=scheduler,
             mean_decoder=mean_decoder,
+            sample_decoder=sample_decoder,
         )
         parts = {"unet": unet, "vae": vae, "scheduler": scheduler}
         missing = [name for name, part in parts.items() if part is None]
-        if len(missing) in (1, 2) or (missing and mean_decoder is None):
+        patch_decoders = {"mean_decoder": mean_decoder, "sample_decoder": sample_decoder}
+        given = {name: part for name, part in patch_decoders.items() if part is not None}
+        if len(missing) in (1, 2) or (missing and not given):
             raise ValueError(
-                f"expected unet, vae and scheduler, or mean_decoder, got no {', no '.join(missing)}"
+                "expected unet, vae and scheduler, or mean_decoder or sample_decoder, got no "
+                + ", no ".join(missing)
             )
+        if not missing and sample_decoder is not None:
+            raise ValueError("expected unet or sample_decoder, got both: both are for sample")
         c = conditioner.config
         if unet is not None and vae is not None:
             latent = vae.config.latent_channels
@@ -133,9 +145,9 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         else:
             self.vae_scale_factor = 1
-        if mean_decoder is not None:
-            sizes = {name: c[name] for name in ("width", "patches", "color_cells")}
-            _require_sizes("mean_decoder", mean_decoder.config, sizes, "for this conditioner")
+        for name, part in given.items():
+            sizes = {key: c[key] for key in ("width", "patches", "color_cells")}
+            _require_sizes(name, part.config, sizes, "for this conditioner")
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @torch.no_grad()
@@ -157,7 +169,8 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         """Generate one image for the codes of each image of a batch.
 
         In mode "mean" the image is the expected one, without randomness; only `codes`, the sizes,
-        `output_type` and `return_dict` matter.
+        `output_type` and `return_dict` matter. A sample decoder needs one pass: of the denoising
+        options `generator` and `latents` matter, and any number of steps gives the same image.
 
         Args:
             codes: the codes of a batch; or c and u, conditioning and null conditioning from another
@@ -167,7 +180,8 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
                 cost.
             generator: source of the noise; a list with one per image makes each image independent
                 of its batch.
-            latents: float [b c h/f w/f], unit-variance noise to start from.
+            latents: float [b c h/f w/f], unit-variance noise to start from; of a sample decoder's
+                `noise_shape`.
             height: of the images in pixels, a multiple of the VAE's factor f; by default the
                 U-Net's sample size.
             width: as height.
@@ -176,8 +190,8 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
                 "latent".
             eta: ratio of DDPM's noise that DDIM adds.
             return_dict: return an object with `.images` instead of a tuple.
-            mode: "sample" draws an image by the U-Net, "mean" computes the expected one; by
-                default "sample" if the decoder has a U-Net.
+            mode: "sample" draws an image by the U-Net or the sample decoder, "mean" computes the
+                expected one; by default "mean" if the decoder has a mean decoder and no U-Net.
 
         Raises:
             CodeError: codes of another tokenizer.
@@ -191,11 +205,12 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         require_number("guidance_scale", guidance_scale, -1000, 1000)
         require_number("eta", eta, 0, 1)
         if mode is None:
-            mode = "mean" if self.unet is None else "sample"
+            mode = "sample" if self.unet is not None or self.mean_decoder is None else "mean"
         if mode not in self.modes:
             raise ValueError(f"mode: expected one of {self.modes} for this decoder, got {mode!r}")
-        if mode == "mean":
-            return self._decode_mean(codes, height, width, output_type, return_dict)
+        if mode == "mean" or self.unet is None:
+            pixels = self._decode_patches(codes, mode, generator, latents, output_type)
+            return self._resized(pixels, height, width, output_type, return_dict)
         is_pair = isinstance(codes, tuple) and len(codes) == 2
         if isinstance(codes, VisualCodes):
             with torch.autocast(self._execution_device.type, enabled=False):
@@ -245,23 +260,37 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
     @property
     def modes(self) -> list[str]:
         """The modes that the decoder's models suffice for."""
-        parts = {"sample": self.unet, "mean": self.mean_decoder}
-        return [mode for mode, part in parts.items() if part is not None]
+        parts = {"sample": (self.unet, self.sample_decoder), "mean": (self.mean_decoder,)}
+        return [mode for mode, some in parts.items() if any(part is not None for part in some)]
 
-    def _decode_mean(
+    def _decode_patches(
         self,
         codes: VisualCodes | tuple[Conditioning, Conditioning],
+        mode: str,
+        generator: Generators | None,
+        latents: Tensor | None,
+        output_type: str,
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """The mean or the sample decoder's images, about -1..1."""
+        if not isinstance(codes, VisualCodes) or output_type == "latent":
+            got = "a conditioning" if output_type != "latent" else "output_type 'latent'"
+            raise ValueError(f"mode {mode!r}: expected VisualCodes and pixels, got {got}")
+        with torch.autocast(self._execution_device.type, enabled=False):
+            if mode == "mean":
+                return self.mean_decoder(self.conditioner.features(codes)).float()
+            shape, dtype = self.sample_decoder.noise_shape(len(codes)), self.sample_decoder.dtype
+            noise = self._noise(shape, dtype, generator, latents)
+            return self.sample_decoder(self.conditioner.features(codes), noise).float()
+
+    def _resized(
+        self,
+        pixels: Float[Tensor, "batch 3 rows columns"],
         height: int | None,
         width: int | None,
         output_type: str,
         return_dict: bool,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
-        if not isinstance(codes, VisualCodes) or output_type == "latent":
-            got = "a conditioning" if output_type != "latent" else "output_type 'latent'"
-            raise ValueError(f"mode 'mean': expected VisualCodes and pixels, got {got}")
-        with torch.autocast(self._execution_device.type, enabled=False):
-            pixels = self.mean_decoder(self.conditioner.features(codes)).float()
-        native = self.mean_decoder.image_size
+        native = pixels.shape[-1]
         size = (native if height is None else height, native if width is None else width)
         if min(size) < 1:
             raise ValueError(f"height and width: expected positive numbers, got {size}")
@@ -300,6 +329,17 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         """
         factor, channels = self.vae_scale_factor, self.vae.config.latent_channels
         shape = (batch, channels, height // factor, width // factor)
+        return self._noise(shape, self.unet.dtype, generator, latents)
+
+    def _noise(
+        self,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        generator: Generators | None,
+        latents: Tensor | None,
+    ) -> Float[Tensor, "batch c h w"]:
+        """Noise of this shape, or `latents` once their shape is checked."""
+        batch = shape[0]
         given = generator if isinstance(generator, list) else [generator] * batch
         kinds = torch.Generator | None
         if len(given) != batch or not all(isinstance(g, kinds) for g in given):
@@ -308,11 +348,11 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
                 f"generator: expected a torch.Generator or a list of {batch}, got {got}"
             )
         if latents is None:
-            device, dtype = self._execution_device, self.unet.dtype
+            device = self._execution_device
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents: expected {list(shape)}, got {list(latents.shape)}")
-        return latents.to(self.unet.dtype)
+        return latents.to(self._execution_device, dtype)
 
     def decode_latents(
         self, latents: Float[Tensor, "batch c h w"]

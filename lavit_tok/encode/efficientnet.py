@@ -115,10 +115,10 @@ class EfficientNetLite(nn.Module):
         self.head = unit(channels, 1280) if classes else None
         self.classifier = nn.Linear(1280, classes) if classes else None
 
-    def maps(self, pixels: Float[Tensor, "batch 3 h w"]) -> list[Tensor]:
-        """The stem's map, then that of every stage."""
+    def maps(self, pixels: Float[Tensor, "batch 3 h w"], stages: int | None = None) -> list[Tensor]:
+        """The stem's map, then that of every stage, or of this number of them."""
         found = [F.relu6(self.stem(pixels))]
-        for stage in self.stages:
+        for stage in self.stages[:stages]:
             found.append(stage(found[-1]))
         return found
 

@@ -12,6 +12,7 @@ that is measured; selected ones are computed again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -36,6 +37,7 @@ from lavit_tok.encode.rate_distortion import (
     search,
 )  # fmt: skip
 from lavit_tok.encode.selector import keep_scores
+from lavit_tok.nn.ranges import require_number
 
 COLOR_ERROR_SCALE = 4.0
 """The heads for colors predict this multiple of the root mean squared error, so that both kinds of
@@ -79,6 +81,8 @@ class Request:
             raise ValueError(
                 "verify: expected a quality beside it; without one there is nothing to verify"
             )
+        if self.rate is not None:
+            require_number("rate", self.rate, 0, math.inf)
         if self.min_codes < 1 or (self.max_codes is not None and self.max_codes < self.min_codes):
             raise ValueError(
                 f"expected 1 <= min_codes <= max_codes, got {self.min_codes} and {self.max_codes}"

@@ -36,7 +36,67 @@ from lavit_tok.training.nested_training import log_uniform
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
 
-class MeanDecoderTraining(EMATraining):
+class NestedDecoderTraining(EMATraining):
+    """Training of a decoder of nested codes; the tokenizer is frozen. A subclass has `export`.
+
+    Args:
+        tokenizer: "nested", directory or Hub id of the tokenizer whose codes are decoded.
+        seed: seed of all random numbers of the training.
+
+    Raises:
+        ValueError: a tokenizer without nested codes or without colors.
+    """
+
+    def __init__(self, tokenizer: str, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        frozen = VisualTokenizer.from_pretrained(tokenizer)
+        c = frozen.config
+        if not frozen.nested or not c.color_cells:
+            raise ValueError(
+                "tokenizer: expected nested codes and color_cells of at least 1, got sequence "
+                f"{c.sequence!r} and color_cells {c.color_cells}"
+            )
+        self._tokenizer = Frozen(frozen)
+
+    @property
+    def tokenizer(self) -> VisualTokenizer:
+        """The frozen tokenizer."""
+        return self._tokenizer.module
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._tokenizer.to(self.device)
+
+    def on_fit_end(self) -> None:
+        if self.out is not None and self.trainer.is_global_zero:
+            self.export(self.out)
+
+    def export(self, directory: str | Path) -> None:
+        """Save a PixelDecoder of the averaged weights."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def features(
+        self, images: UInt8[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch patches width"]:
+        """The frozen encoder's features."""
+        return self.tokenizer.features(self.tokenizer.image_processor.normalize(images))
+
+    @torch.no_grad()
+    def codes(
+        self, features: Float[Tensor, "batch patches width"], counts: Int64[Tensor, " batch"]
+    ) -> VisualCodes:
+        """The first `counts` exact codes of every image."""
+        return self.tokenizer.encode_kept(features, first_ranks(counts, features.shape[1]))
+
+    @staticmethod
+    def pixels(images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
+        """-1..1."""
+        return images.float() / 127.5 - 1
+
+
+class MeanDecoderTraining(NestedDecoderTraining):
     """Trains a MeanDecoder and the reconstructor before it; the tokenizer is frozen.
 
     Args:
@@ -68,18 +128,11 @@ class MeanDecoderTraining(EMATraining):
         out_dtype: WeightsDtype = "float32",
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, seed)
         self.save_arguments()
         self.optimizer_config, self.schedule_config = optimizer, schedule
-        self.out, self.out_dtype, self.seed = out, out_dtype, seed
-        frozen = VisualTokenizer.from_pretrained(tokenizer)
-        c = frozen.config
-        if not frozen.nested or not c.color_cells:
-            raise ValueError(
-                "tokenizer: expected nested codes and color_cells of at least 1, got sequence "
-                f"{c.sequence!r} and color_cells {c.color_cells}"
-            )
-        self._tokenizer = Frozen(frozen)
+        self.out, self.out_dtype = out, out_dtype
+        frozen, c = self.tokenizer, self.tokenizer.config
         self.conditioner = Conditioner.for_tokenizer(
             c, frozen.quantizer.codebook, frozen.reconstructor, cross_dims=()
         )
@@ -97,16 +150,7 @@ class MeanDecoderTraining(EMATraining):
         self.encode = FeatureCache(self.features) if keep_features else self.features
         self.start_average(ema_decay)
 
-    @property
-    def tokenizer(self) -> VisualTokenizer:
-        """The frozen tokenizer."""
-        return self._tokenizer.module
-
     # Lightning hooks
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self._tokenizer.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         generator = step_generator(self.seed, self.global_step, self.global_rank, self.device)
@@ -134,36 +178,13 @@ class MeanDecoderTraining(EMATraining):
                 self.log(f"val/{name}_{count}", psnr(error), batch_size=len(images), sync_dist=True)
             count *= 4
 
-    def on_fit_end(self) -> None:
-        if self.out is not None and self.trainer.is_global_zero:
-            self.export(self.out)
-
     # Parts of a training step
-
-    @torch.no_grad()
-    def features(
-        self, images: UInt8[Tensor, "batch 3 h w"]
-    ) -> Float[Tensor, "batch patches width"]:
-        """The frozen encoder's features."""
-        return self.tokenizer.features(self.tokenizer.image_processor.normalize(images))
-
-    @torch.no_grad()
-    def codes(
-        self, features: Float[Tensor, "batch patches width"], counts: Int64[Tensor, " batch"]
-    ) -> VisualCodes:
-        """The first `counts` exact codes of every image."""
-        return self.tokenizer.encode_kept(features, first_ranks(counts, features.shape[1]))
 
     def reconstruct(
         self, features: Float[Tensor, "batch patches width"], counts: Int64[Tensor, " batch"]
     ) -> Float[Tensor, "batch patches joined"]:
         """The decoder's inputs: features and colors, from the first `counts` codes."""
         return self.conditioner.features(self.codes(features, counts)).float()
-
-    @staticmethod
-    def pixels(images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
-        """-1..1."""
-        return images.float() / 127.5 - 1
 
     def export(self, directory: str | Path) -> None:
         """Save a PixelDecoder of the averaged weights."""

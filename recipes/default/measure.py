@@ -1,11 +1,13 @@
-"""Measure a tokenizer of nested codes and its mean decoder: the numbers of the model card.
+"""Measure a tokenizer of nested codes and its decoders: the numbers of the model card.
 
     python recipes/default/measure.py --tokenizer nested --data data/captioned --out nested.json
 
-Over budgets: error of the features, PSNR and SSIM of the decoded images, and of thumbnails of the
-same bits. Then the number of codes that images get, and how well it is predicted, requested
-qualities, and codes that change with a shift or with JPEG. `--data` is what `datasets` opens, or a
-folder of images. Hardware: 15 minutes of one core for 200 images.
+Over budgets: error of the features, PSNR and SSIM of the decoded images in each mode, and of
+thumbnails of the same bits, and the Frechet distances of the decoded images to the originals in the
+feature space of the tokenizer's EfficientNet-Lite0 and (--wheels, as in encoder.py) of Lite2, which
+trained nothing here. Then the number of codes that images get, and how well it is predicted,
+requested qualities, and codes that change with a shift or with JPEG. `--data` is what `datasets`
+opens, or a folder of images. Hardware: 20 minutes of one core for 200 images.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import scipy.linalg
 import torch
+from encoder import MEAN, STD, converted, read_wheel
 from PIL import Image, ImageFilter
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -29,6 +33,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
 from lavit_tok.cli.items import photographs
 from lavit_tok.data.image_sources import load_splits
+from lavit_tok.encode.efficientnet import EfficientNetLite
 from lavit_tok.encode.rate_control import RateControl
 from lavit_tok.encode.rate_distortion import Target, counts_at_total
 from lavit_tok.visualize import sheet
@@ -99,6 +104,38 @@ def thumbnail(images: Tensor, bits: float) -> Tensor:
     return best[1]
 
 
+class FeatureSpace:
+    """One vector of an image, by a network of ImageNet's classes, for Frechet distances.
+
+    Args:
+        network: without classifier its deepest map is averaged; with one the vector is what the
+            classifier reads.
+    """
+
+    def __init__(self, network: EfficientNetLite) -> None:
+        self.network = network.eval()
+
+    def __call__(self, images: Tensor) -> np.ndarray:
+        """The vectors [n d] of images in 0..1, which are rounded to bytes before."""
+        found = []
+        for part in images.split(25):
+            pixels = ((part.clamp(0, 1) * 255).round() / 255 - MEAN) / STD
+            if self.network.head is None:
+                found.append(self.network.maps(pixels)[-1].mean((2, 3)))
+            else:
+                found.append(self.network.pooled(pixels))
+        return torch.cat(found).double().numpy()
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Frechet distance of two sets of vectors [n d], as normal distributions."""
+    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+    product = scipy.linalg.eigvals(covariances[0] @ covariances[1])
+    traces = sum(float(np.trace(c)) for c in covariances)
+    root = float(np.sqrt(product.real.clip(min=0)).sum())
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum()) + traces - 2 * root
+
+
 def compressed_size(image: Tensor, kind: str, quality: int) -> int:
     """Bytes of one uint8 image as JPEG or WebP."""
     stream = io.BytesIO()
@@ -119,8 +156,15 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
 class Measured:
     """All codes of a set of images, and the errors at every number of codes that is looked at."""
 
-    def __init__(self, tokenizer: VisualTokenizer, decoder: PixelDecoder, images: Tensor) -> None:
+    def __init__(
+        self,
+        tokenizer: VisualTokenizer,
+        decoder: PixelDecoder,
+        images: Tensor,
+        spaces: dict[str, FeatureSpace],
+    ) -> None:
         self.tokenizer, self.decoder, self.images = tokenizer, decoder, images
+        self.spaces = spaces
         self.patches = tokenizer.config.num_patches
         self.originals = images.float() / 255
         self.parts = [
@@ -129,6 +173,7 @@ class Measured:
         ]
         self.features = torch.cat([part.features for part in self.parts])
         self.codes = tokenizer.encode(images, budget=self.patches)
+        self.vectors = {name: space(self.originals) for name, space in spaces.items()}
 
     def errors(self, counts: Tensor, kind: str = "cosine") -> Tensor:
         """The error of every image with its number of codes."""
@@ -138,15 +183,29 @@ class Measured:
         ]
         return torch.cat(found).double()
 
-    def decode(self, codes: VisualCodes) -> Tensor:
-        """Pixels in 0..1."""
-        parts = torch.arange(len(codes)).split(25)
-        return torch.cat(
-            [
-                self.decoder(codes.take(i.tolist()), mode="mean", output_type="pt").images
-                for i in parts
-            ]
-        )
+    def decode(self, codes: VisualCodes, mode: Literal["sample", "mean"] = "mean") -> Tensor:
+        """Pixels in 0..1; samples with the same noise for the same image at every call."""
+        found = []
+        for part in torch.arange(len(codes)).split(25):
+            numbers = part.tolist()
+            noise = [torch.Generator().manual_seed(i) for i in numbers]
+            options: dict[str, Any] = {"generator": noise, "output_type": "pt", "mode": mode}
+            found.append(self.decoder(codes.take(numbers), 4, 1.0, **options).images)
+        return torch.cat(found)
+
+    def scores(self, codes: VisualCodes, mode: Literal["sample", "mean"]) -> dict[str, float]:
+        """PSNR, SSIM, Frechet distances, and the ratio of images that are found among all."""
+        drawn = self.decode(codes, mode)
+        flat = [F.adaptive_avg_pool2d(x, 16).flatten(1) for x in (drawn, self.originals)]
+        nearest = torch.cdist(flat[0], flat[1]).argmin(1) == torch.arange(len(drawn))
+        found = {
+            "psnr": psnr(drawn, self.originals),
+            "ssim": ssim(drawn, self.originals),
+            "retrieval": float(nearest.double().mean()),
+        }
+        for name, space in self.spaces.items():
+            found[f"frechet_{name}"] = frechet(space(drawn), self.vectors[name])
+        return found
 
     def curve(self) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
         """Every budget 1, 2, 4, ... all; and both kinds of errors [budgets n]."""
@@ -157,10 +216,8 @@ class Measured:
             counts = torch.full((len(self.images),), count)
             for kind, measured in errors.items():
                 measured.append(self.errors(counts, kind))
-            drawn = self.decode(self.codes.truncate(counts))
+            codes = self.codes.truncate(counts)
             small = thumbnail(self.originals, count * bits)
-            flat = [F.adaptive_avg_pool2d(x, 16).flatten(1) for x in (drawn, self.originals)]
-            nearest = torch.cdist(flat[0], flat[1]).argmin(1) == torch.arange(len(drawn))
             colors = -20 * errors["psnr"][-1].clamp(min=1e-4).log10()
             rows.append(
                 {
@@ -168,13 +225,17 @@ class Measured:
                     "bits": count * bits,
                     "centered_error": float(errors["cosine"][-1].mean()),
                     "colors_psnr": float(colors.mean()),
-                    "psnr": psnr(drawn, self.originals),
-                    "ssim": ssim(drawn, self.originals),
+                    **self.scores(codes, "mean"),
                     "thumbnail_psnr": psnr(small, self.originals),
                     "thumbnail_ssim": ssim(small, self.originals),
-                    "retrieval": float(nearest.double().mean()),
                 }
             )
+            for name, space in self.spaces.items():
+                value = frechet(space(small), self.vectors[name])
+                rows[-1][f"thumbnail_frechet_{name}"] = value
+            if "sample" in self.decoder.modes:
+                drawn = self.scores(codes, "sample")
+                rows[-1] |= {f"sample_{name}": value for name, value in drawn.items()}
             print(rows[-1], flush=True)
             count *= 2
         return rows, {kind: torch.stack(measured) for kind, measured in errors.items()}
@@ -213,7 +274,16 @@ class Measured:
         counts = torch.cat([c.lengths for c in map(self.tokenizer.encode, self.images.split(25))])
         p5, p50, p95 = (float(counts.double().quantile(q)) for q in (0.05, 0.5, 0.95))
         sizes = [compressed_size(image, "JPEG", 90) for image in self.images]
-        drawn = self.decode(self.codes.truncate(counts))
+        codes = self.codes.truncate(counts)
+        plain = F.cosine_similarity(
+            self.tokenizer.reconstruct_patches(codes).features, self.features, dim=-1
+        )
+        own, center = self.features.mean(1, keepdim=True), self.tokenizer.mean_feature
+        floors = {
+            "plain_floor_set_mean": (self.features, center),
+            "plain_floor_image_mean": (self.features, own),
+            "centered_floor_image_mean": (self.features - center, own - center),
+        }
         return {
             "mean": float(counts.double().mean()),
             "p5": p5,
@@ -221,8 +291,12 @@ class Measured:
             "p95": p95,
             "spearman_with_jpeg_size": float(spearmanr(counts, sizes).statistic),
             "centered_cosine": 1 - float(self.errors(counts).mean()),
-            "psnr": psnr(drawn, self.originals),
-            "ssim": ssim(drawn, self.originals),
+            "plain_cosine": float(plain.mean()),
+            **{
+                name: float(F.cosine_similarity(*pair, dim=-1).mean())
+                for name, pair in floors.items()
+            },
+            **{mode: self.scores(codes, mode) for mode in self.decoder.modes},
         }
 
     def quality(self, targets: tuple[float, ...]) -> list[dict[str, float]]:
@@ -289,11 +363,17 @@ def content(tokenizer: VisualTokenizer) -> dict[str, Any]:
 
 
 def reconstructions(tokenizer: VisualTokenizer, decoder: PixelDecoder) -> Image.Image:
-    """scikit-image's photographs from 16, 64 and 256 codes; no originals."""
+    """scikit-image's photographs from 16, 64 and 256 codes in each mode; no originals."""
     images = [Image.open(path).convert("RGB") for path in photographs()]
     codes = tokenizer.encode(images, budget=256)
-    lines = [decoder(codes.truncate(count), mode="mean").images for count in (16, 64, 256)]
-    return sheet(lines, labels=[[f"{n} codes"] * len(images) for n in (16, 64, 256)])
+    lines, labels = [], []
+    for count in (16, 64, 256):
+        for mode in reversed(decoder.modes):
+            noise = torch.Generator().manual_seed(0)
+            drawn = decoder(codes.truncate(count), 4, 1.0, noise, mode=mode)
+            lines.append(drawn.images)
+            labels.append([f"{count} codes, {mode}"] * len(images))
+    return sheet(lines, labels=labels)
 
 
 @torch.no_grad()
@@ -304,6 +384,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="nested", help="'nested' or a directory")
     parser.add_argument("--decoder", help="'nested' or a directory; the tokenizer's by default")
     parser.add_argument("--data", required=True, help="data set or folder of images")
+    parser.add_argument("--wheels", type=Path, help="folder with the wheel of Lite2")
     parser.add_argument("--limit", type=int, default=200, help="images, evenly spaced")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--sheet", type=Path, help="image file for the eight photographs")
@@ -313,7 +394,13 @@ def main() -> None:
     if arguments.sheet is not None:
         reconstructions(tokenizer, decoder).save(arguments.sheet, quality=90)
     images = read_images(tokenizer, arguments.data, arguments.limit)
-    measured = Measured(tokenizer, decoder, images)
+    encoder: Any = tokenizer.encoder
+    spaces = {"lite0": FeatureSpace(encoder.network)}
+    if arguments.wheels is not None:
+        lite2 = EfficientNetLite(width=1.1, depth=1.2, classes=1000)
+        lite2.load_state_dict(converted(read_wheel(arguments.wheels, "lite2"), lite2))
+        spaces["lite2"] = FeatureSpace(lite2)
+    measured = Measured(tokenizer, decoder, images, spaces)
     curve, errors = measured.curve()
     mean = measured.originals.mean((2, 3), keepdim=True).expand_as(measured.originals)
     found = {

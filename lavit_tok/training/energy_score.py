@@ -1,0 +1,79 @@
+"""Energy score: how well random images agree with a true one, by features of a frozen network.
+
+    score = (|f(a) - f(x)| + |f(b) - f(x)|) / 2 - |f(a) - f(b)| / 2,   a, b two draws, x the image
+
+summed over maps f, mean over their positions, |.| the Euclidean norm over channels. It is a proper
+scoring rule (Gneiting and Raftery, 2007, section 4.2): its expectation is smallest if draws have
+the distribution of x at every position of every map. Two equal draws are the mean absolute error,
+whose best image is blurred; the last term rewards different ones.
+
+The maps are those of an EfficientNet-Lite, and the 3 x 3 neighborhoods of pixels at full, half and
+a quarter of the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from lavit_tok.encode.efficientnet import EfficientNetLite
+
+MEAN, STD = 0.498, 0.502  # of the network's input, for pixels in 0..1
+AREAS = (1, 2, 4)  # sides of the squares of pixels that neighborhoods are averages of
+PIXEL_SCALE = 3.0  # a deviation of colors in -1..1 of a third counts as that of a channel
+
+
+class EnergyScore:
+    """The score of pairs of images.
+
+    Args:
+        network: frozen.
+        stages: whose maps are compared; 0 is the stem, 1 to 7 the stages.
+        images: -1..1, whose channels are scaled to unit deviation in each map.
+    """
+
+    def __init__(
+        self,
+        network: EfficientNetLite,
+        stages: Sequence[int],
+        images: Float[Tensor, "n 3 h w"],
+    ) -> None:
+        self.network, self.stages = network, tuple(stages)
+        with torch.no_grad():
+            self.scales = [x.std((0, 2, 3), keepdim=True) + 1e-3 for x in self._network(images)]
+
+    def __call__(
+        self,
+        images: Float[Tensor, "batch 3 h w"],
+        first: Float[Tensor, "batch 3 h w"],
+        second: Float[Tensor, "batch 3 h w"],
+    ) -> Float[Tensor, ""]:
+        """The mean score of two draws for every image, all in -1..1."""
+        with torch.no_grad():
+            true = self._maps(images)
+        pairs = zip(true, self._maps(first), self._maps(second), strict=True)
+        scores = [(_distance(a, x) + _distance(b, x) - _distance(a, b)) / 2 for x, a, b in pairs]
+        return torch.stack(scores).sum()
+
+    def _network(self, images: Tensor) -> list[Tensor]:
+        maps = self.network.maps(((images + 1) / 2 - MEAN) / STD, max(self.stages))
+        return [maps[stage] for stage in self.stages]
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        maps = [
+            x / (scale * x.shape[1] ** 0.5)
+            for x, scale in zip(self._network(images), self.scales, strict=True)
+        ]
+        for side in AREAS:
+            parts = F.unfold(F.avg_pool2d(images, side), 3)
+            maps.append(parts * (PIXEL_SCALE * parts.shape[1] ** -0.5))
+        return maps
+
+
+def _distance(a: Tensor, b: Tensor) -> Float[Tensor, ""]:
+    """Mean over positions of the Euclidean distance over channels."""
+    return ((a - b).square().sum(1) + 1e-8).sqrt().mean()  # the root has a gradient at 0

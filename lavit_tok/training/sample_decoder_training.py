@@ -1,0 +1,172 @@
+"""Train the sample decoder of a tokenizer of nested codes: plausible images at every budget.
+
+    images -frozen tokenizer-> k exact codes, k log-uniform in 1..n for every image
+           -reconstructor of the PixelDecoder, frozen-> features, colors
+           -SampleDecoder, with two draws of noise-> two images
+
+    loss = energy score of both images with the original (energy_score.py)
+
+The decoder starts as the mean decoder beside it, which stays. Random numbers come from (seed, step,
+rank), so that a resumed run repeats an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lavit_tok.decode.pipeline import PixelDecoder
+from lavit_tok.decode.sample_decoder import SampleDecoder
+from lavit_tok.encode.efficientnet import JoinedEncoder
+from lavit_tok.training.decoder_training import DTYPES, WeightsDtype
+from lavit_tok.training.energy_score import EnergyScore
+from lavit_tok.training.frozen import Frozen
+from lavit_tok.training.logging import step_generator
+from lavit_tok.training.mean_decoder_training import NestedDecoderTraining, psnr
+from lavit_tok.training.nested_training import log_uniform
+from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
+
+SCALED_ON = 64
+"""Training images whose maps are scaled to unit deviation."""
+
+
+class SampleDecoderTraining(NestedDecoderTraining):
+    """Trains a SampleDecoder; the tokenizer and the rest of the PixelDecoder are frozen.
+
+    Args:
+        tokenizer: "nested", directory or Hub id of the tokenizer whose codes are decoded; its
+            encoder is an EfficientNet-Lite, whose maps the loss compares.
+        decoder: "nested", directory or Hub id of a PixelDecoder of its codes with a mean decoder.
+        layers: residual blocks on each grid.
+        noise_channels: of the noise.
+        stages: of the network whose maps the loss compares, see EnergyScore.
+        optimizer: AdamW.
+        schedule: learning-rate schedule.
+        ema_decay: largest decay of the averaged weights, which are exported.
+        out: where the PixelDecoder is saved, with both decoders; None keeps checkpoints only.
+        out_dtype: number format of the saved weights.
+        seed: seed of all random numbers of the training.
+
+    Raises:
+        ValueError: a tokenizer without nested codes, colors or EfficientNet-Lite; a decoder of
+            other codes or without mean decoder.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        decoder: str,
+        layers: int = 1,
+        noise_channels: int = 8,
+        stages: tuple[int, ...] = (0, 1, 2, 3, 5),
+        optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4),
+        schedule: ScheduleConfig = ScheduleConfig(),
+        ema_decay: float = 0.998,
+        out: str | None = None,
+        out_dtype: WeightsDtype = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tokenizer, seed)
+        self.save_arguments()
+        self.optimizer_config, self.schedule_config = optimizer, schedule
+        self.out, self.out_dtype, self.stages = out, out_dtype, stages
+        encoder: Any = self.tokenizer.encoder
+        if not isinstance(encoder, JoinedEncoder):
+            raise ValueError(
+                f"tokenizer: expected the encoder {JoinedEncoder.__name__}, "
+                f"got {type(encoder).__name__}"
+            )
+        if not stages or not set(stages) <= set(range(len(encoder.network.stages) + 1)):
+            raise ValueError(
+                f"stages: expected some of 0..{len(encoder.network.stages)}, got {stages}"
+            )
+        pipeline = PixelDecoder.from_pretrained(decoder)
+        if pipeline.mean_decoder is None:
+            raise ValueError("decoder: expected one with a mean decoder")
+        if pipeline.conditioner.fingerprint() != self.tokenizer.fingerprint():
+            raise ValueError("decoder: expected one of this tokenizer's codes")
+        self._pipeline: Frozen[Any] = Frozen(pipeline)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.decoder = SampleDecoder.from_mean_decoder(
+                pipeline.mean_decoder, layers, noise_channels
+            )
+        self.decoder.requires_grad_(True).train()
+        self.energy: EnergyScore | None = None
+        self.start_average(ema_decay)
+
+    # Lightning hooks
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._pipeline.to(self.device)
+        images = self.trainer.datamodule.sets["train"]  # type: ignore[attr-defined]
+        count = min(SCALED_ON, len(images))
+        some = torch.stack([images[i]["images"] for i in range(count)]).to(self.device)
+        encoder: Any = self.tokenizer.encoder
+        self.energy = EnergyScore(encoder.network, self.stages, self.pixels(some))
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        generator = step_generator(self.seed, self.global_step, self.global_rank, self.device)
+        images, patches = batch["images"], self.tokenizer.config.num_patches
+        counts = log_uniform(len(images), patches, generator)
+        joined = self.condition(images, counts)
+        loss = self.score(joined, self.pixels(images), generator)
+        self.require_finite(loss)
+        self.log("train/loss", loss.detach())
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """The score and the PSNR of a draw over budgets, with the same noise each time."""
+        images, patches = batch["images"], self.tokenizer.config.num_patches
+        pixels, count = self.pixels(images), 1
+        while count <= patches:
+            generator = step_generator(self.seed, batch_index, 2**31 + count, self.device)
+            joined = self.condition(images, torch.full((len(images),), count, device=self.device))
+            first, second = self.draw_two(joined, generator)
+            assert self.energy is not None
+            error = (first.clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+            found = {"score": self.energy(pixels, first, second), "psnr": psnr(error)}
+            for name, value in found.items():
+                self.log(f"val/{name}_{count}", value, batch_size=len(images), sync_dist=True)
+            count *= 4
+
+    # The steps of a training step
+
+    @torch.no_grad()
+    def condition(self, images: Tensor, counts: Tensor) -> Float[Tensor, "batch patches joined"]:
+        """What the decoder reads: features and colors from the first `counts` codes."""
+        codes = self.codes(self.features(images), counts)
+        joined: Tensor = self._pipeline.module.conditioner.features(codes)
+        return joined.float()
+
+    def draw_two(
+        self, joined: Float[Tensor, "batch patches joined"], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Two images for every element of the batch, about -1..1."""
+        shape = self.decoder.noise_shape(2 * len(joined))
+        noise = torch.randn(shape, generator=generator, device=joined.device)
+        first, second = self.decoder(joined.repeat(2, 1, 1), noise).float().chunk(2)
+        return first, second
+
+    def score(
+        self, joined: Tensor, pixels: Float[Tensor, "batch 3 h w"], generator: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """The loss."""
+        assert self.energy is not None
+        return self.energy(pixels, *self.draw_two(joined, generator))
+
+    def export(self, directory: str | Path) -> None:
+        """Save the PixelDecoder, with the averaged weights."""
+        with self.averaged():
+            decoder = copy.deepcopy(self.decoder).cpu().requires_grad_(False).eval()
+        known = self._pipeline.module.to("cpu")
+        pipeline = PixelDecoder(
+            known.conditioner, mean_decoder=known.mean_decoder, sample_decoder=decoder
+        )
+        pipeline.save_pretrained(directory, dtype=DTYPES[self.out_dtype])

@@ -1,0 +1,257 @@
+"""mode="sample" of nested codes: one pass from noise, and its training on an energy score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers.small_nested import SETTINGS
+from PIL import Image
+
+from lavit_tok import PixelDecoder, TokenizerConfig, VisualCodes, VisualTokenizer
+from lavit_tok.cli import main
+from lavit_tok.decode.conditioner import Conditioner
+from lavit_tok.decode.mean_decoder import MeanDecoder
+from lavit_tok.decode.sample_decoder import SampleDecoder
+from lavit_tok.encode.efficientnet import EfficientNetLite
+from lavit_tok.training.data_module import ImageDataModule
+from lavit_tok.training.energy_score import EnergyScore
+from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
+from lavit_tok.training.sample_decoder_training import SampleDecoderTraining
+
+CONFIG = TokenizerConfig(**SETTINGS)
+ROWS = [[3, 1, 4], [9], list(range(16))]
+
+
+def seeded(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> VisualTokenizer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VisualTokenizer(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer: VisualTokenizer) -> PixelDecoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        conditioner = Conditioner.for_tokenizer(
+            CONFIG, tokenizer.quantizer.codebook, tokenizer.reconstructor, cross_dims=()
+        )
+        mean = MeanDecoder(24, 16, 4, (16, 8, 8), groups=4)
+        torch.nn.init.normal_(mean.blocks[-1][-1].weight, std=0.1)
+        sample = SampleDecoder.from_mean_decoder(mean)
+    return PixelDecoder(conditioner, mean_decoder=mean, sample_decoder=sample)
+
+
+@pytest.fixture(scope="module")
+def codes() -> VisualCodes:
+    return VisualCodes.from_list(ROWS, codebook_size=16)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_begins_at_the_mean_decoder(decoder: PixelDecoder, layers: int) -> None:
+    joined = torch.randn(2, 16, 72, generator=seeded(0))
+    new = SampleDecoder.from_mean_decoder(decoder.mean_decoder, layers, 3).eval()
+    assert new.noise_shape(2) == (2, 3, 16, 16)
+    with torch.no_grad():
+        drawn = new(joined, torch.zeros(2, 3, 16, 16))
+        torch.testing.assert_close(drawn, decoder.mean_decoder(joined))
+
+
+def test_every_grid_reads_noise_of_unit_variance(decoder: PixelDecoder) -> None:
+    read: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        for layer in decoder.sample_decoder.noise
+    ]
+    noise = torch.randn(decoder.sample_decoder.noise_shape(64), generator=seeded(0))
+    with torch.no_grad():
+        decoder.sample_decoder(torch.zeros(64, 16, 72), noise)
+    for hook in hooks:
+        hook.remove()
+    assert [x.shape[-1] for x in read] == [4, 8, 16]
+    for x in read:
+        assert float(x.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_noise_decides_and_steps_do_not(decoder: PixelDecoder, codes: VisualCodes) -> None:
+    def draw(seed: int, steps: int = 4) -> torch.Tensor:
+        options: Any = {"mode": "sample", "output_type": "pt", "generator": seeded(seed)}
+        images: torch.Tensor = decoder(codes, num_inference_steps=steps, **options).images
+        return images
+
+    assert decoder.modes == ["sample", "mean"]
+    assert torch.equal(draw(0), draw(0, 50)) and not torch.equal(draw(0), draw(1))
+    assert not torch.equal(draw(0), decoder(codes, mode="mean", output_type="pt").images)
+    default = decoder(codes, output_type="pt").images
+    assert torch.equal(default, decoder(codes, mode="mean", output_type="pt").images)
+
+
+def test_a_generator_for_each_image_makes_it_independent_of_the_batch(
+    decoder: PixelDecoder, codes: VisualCodes
+) -> None:
+    options: Any = {"mode": "sample", "output_type": "pt"}
+    together = decoder(codes, generator=[seeded(i) for i in range(3)], **options).images
+    for i in range(3):
+        alone = decoder(codes.take([i]), generator=[seeded(i)], **options).images
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+    noise = torch.cat(
+        [torch.randn(decoder.sample_decoder.noise_shape(1), generator=seeded(i)) for i in range(3)]
+    )
+    assert torch.equal(decoder(codes, latents=noise, **options).images, together)
+    with pytest.raises(ValueError, match=r"latents: expected \[3, 8, 16, 16\]"):
+        decoder(codes, latents=noise[:2], **options)
+    with pytest.raises(ValueError, match="generator: expected"):
+        decoder(codes, generator=[seeded(0)], **options)
+    with pytest.raises(ValueError, match="mode 'sample': expected VisualCodes and pixels"):
+        decoder(codes, mode="sample", output_type="latent")
+
+
+def test_alone_it_is_the_default(decoder: PixelDecoder, codes: VisualCodes, tmp_path: Path) -> None:
+    alone = PixelDecoder(decoder.conditioner, sample_decoder=decoder.sample_decoder)
+    assert alone.modes == ["sample"]
+    alone.save_pretrained(tmp_path / "d")
+    loaded = PixelDecoder.from_pretrained(tmp_path / "d")
+    expected = decoder(codes, mode="sample", generator=seeded(3), output_type="pt").images
+    assert torch.equal(loaded(codes, generator=seeded(3), output_type="pt").images, expected)
+
+
+def test_parts_that_do_not_fit(decoder: PixelDecoder, tiny_decoder: PixelDecoder) -> None:
+    parts = tiny_decoder.conditioner, tiny_decoder.unet, tiny_decoder.vae, tiny_decoder.scheduler
+    with pytest.raises(ValueError, match="expected unet or sample_decoder, got both"):
+        PixelDecoder(*parts, sample_decoder=decoder.sample_decoder)
+    with pytest.raises(ValueError, match="noise_channels: expected an integer of at least 1"):
+        SampleDecoder(24, 16, 4, (16, 8, 8), groups=4, noise_channels=0)
+    two = MeanDecoder(24, 16, 4, (16, 8, 8), 2, 4)
+    with pytest.raises(ValueError, match="layers: expected at least 2, got 1"):
+        SampleDecoder.from_mean_decoder(two)
+
+
+def test_energy_score_is_least_for_draws_like_the_images() -> None:
+    """Images are x + e. Draws of that kind score below their mean x and below too wide ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = EfficientNetLite(stages=2).eval()
+    shown = torch.rand(64, 3, 16, 16, generator=seeded(0)) - 0.5
+    g = seeded(1)
+
+    def draw(width: float) -> torch.Tensor:
+        return shown + width * torch.randn(shown.shape, generator=g)
+
+    images = draw(0.3)
+    energy = EnergyScore(network, (0, 1, 2), images)
+    with torch.no_grad():
+        right, blurred, wide, narrow = (
+            float(energy(images, draw(w), draw(w))) for w in (0.3, 0.0, 0.6, 0.1)
+        )
+    assert right < min(blurred, wide, narrow)
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: VisualTokenizer, decoder: PixelDecoder
+) -> Path:
+    """16 images of noise on two colors, the tokenizer, and its decoder."""
+    root, rng = tmp_path_factory.mktemp("sample"), np.random.default_rng(0)
+    (root / "images" / "train").mkdir(parents=True)
+    for i in range(16):
+        image = np.full((32, 32, 3), rng.integers(60, 196, size=3), np.int64)
+        image[:, 16:] = rng.integers(60, 196, size=3)
+        image += rng.integers(-60, 60, size=image.shape)
+        file = root / "images" / "train" / f"{i:02}.png"
+        Image.fromarray(image.astype(np.uint8)).save(file)
+    tokenizer.save_pretrained(root / "tokenizer")
+    plain = MeanDecoder(24, 16, 4, (16, 8, 8), groups=4)  # the colors alone
+    PixelDecoder(decoder.conditioner, mean_decoder=plain).save_pretrained(root / "decoder")
+    return root
+
+
+def fit(folder: Path, root: Path, steps: int, ckpt: Any = None, **arguments: Any) -> Any:
+    module = SampleDecoderTraining(
+        str(folder / "tokenizer"),
+        str(folder / "decoder"),
+        stages=(0, 1),
+        optimizer=OptimizerConfig(lr=1e-2),
+        schedule=ScheduleConfig(warmup_steps=10),
+        **arguments,
+    )
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+        num_sanity_val_steps=0,
+    )
+    data = ImageDataModule(str(folder / "images"), image_size=32, batch_size=8, cache=True)
+    trainer.fit(module, data, ckpt_path=ckpt, weights_only=False if ckpt else None)
+    return module, trainer
+
+
+def test_training_resumes_exactly(folder: Path, tmp_path: Path) -> None:
+    whole, _ = fit(folder, tmp_path, 4)
+    _, trainer = fit(folder, tmp_path, 2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(folder, tmp_path, 4, str(tmp_path / "half.ckpt"))
+    for name, value in whole.decoder.state_dict().items():
+        assert torch.equal(value, resumed.decoder.state_dict()[name]), name
+
+
+def test_training_lowers_the_score_and_learns_to_vary(folder: Path, tmp_path: Path) -> None:
+    """The images have noise that one code cannot hold: draws learn to differ by some."""
+
+    def measured(module: Any) -> tuple[float, float]:
+        images = next(iter(module.trainer.datamodule.train_dataloader()))["images"]
+        joined, pixels = module.condition(images, torch.full((8,), 1)), module.pixels(images)
+        with torch.no_grad():
+            first, second = module.draw_two(joined, seeded(0))
+            score = float(module.score(joined, pixels, seeded(0)))
+        return score, float((first - second).std())
+
+    (score, spread), (new_score, new_spread) = (
+        measured(fit(folder, tmp_path, steps)[0]) for steps in (1, 60)
+    )
+    assert new_score < 0.8 * score
+    assert spread < 0.05 < new_spread
+
+
+def test_fitted_by_the_command_line(folder: Path, tmp_path: Path) -> None:
+    import json
+
+    recipe = tmp_path / "recipe.yaml"
+    trainer = {"accelerator": "cpu", "max_steps": 2, "default_root_dir": str(tmp_path)}
+    model = {name: str(folder / name) for name in ("tokenizer", "decoder")}
+    model |= {"stages": [0, 1], "out": str(tmp_path / "d")}  # type: ignore[dict-item]
+    data = {"data": str(folder / "images"), "image_size": 32, "batch_size": 8}
+    values = {"trainer": trainer, "model": model, "data": data}
+    recipe.write_text(json.dumps({"seed_everything": 0, **values}))
+    assert main(["fit-sample-decoder", "-c", str(recipe)]) == 0
+    image = str(next((folder / "images" / "train").glob("*.png")))
+    args = ["--tokenizer", str(folder / "tokenizer"), "--decoder", str(tmp_path / "d")]
+    args += ["--out", str(tmp_path / "out"), "--budget", "4"]
+    assert main(["reconstruct", image, *args, "--mode", "sample", "--steps", "4"]) == 0
+    assert (tmp_path / "out" / "sheet.png").exists()
+
+
+def test_what_it_cannot_train_on(
+    folder: Path, tiny_tokenizer: VisualTokenizer, tiny_decoder: PixelDecoder, tmp_path: Path
+) -> None:
+    tokenizer, decoder = str(folder / "tokenizer"), str(folder / "decoder")
+    with pytest.raises(ValueError, match=r"stages: expected some of 0\.\.3, got \(4,\)"):
+        SampleDecoderTraining(tokenizer, decoder, stages=(4,))
+    tiny_tokenizer.save_pretrained(tmp_path / "t")
+    with pytest.raises(ValueError, match="expected nested codes and color_cells"):
+        SampleDecoderTraining(str(tmp_path / "t"), decoder)
+    tiny_decoder.save_pretrained(tmp_path / "d")
+    with pytest.raises(ValueError, match="decoder: expected one with a mean decoder"):
+        SampleDecoderTraining(tokenizer, str(tmp_path / "d"), stages=(0,))
