@@ -57,6 +57,8 @@ class SampleDecoder(MeanDecoder):
             nn.Conv2d(noise_channels, size, 1, bias=False) for size in channels
         )
         self.gain: Any = nn.ModuleList(nn.Conv2d(size, size, 1) for size in channels)
+        layer: Any
+        gain: Any
         for layer, gain in zip(self.noise, self.gain, strict=True):
             # At first nearly the image of the decoder without noise
             nn.init.normal_(layer.weight, std=0.1 * noise_channels**-0.5)

@@ -105,7 +105,7 @@ class SampleDecoderTraining(NestedDecoderTraining):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self._pipeline.to(self.device)
-        images = self.trainer.datamodule.sets["train"]  # type: ignore[attr-defined]
+        images = self.trainer.datamodule.sets["train"]
         count = min(SCALED_ON, len(images))
         some = torch.stack([images[i]["images"] for i in range(count)]).to(self.device)
         encoder: Any = self.tokenizer.encoder
