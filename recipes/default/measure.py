@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -183,7 +183,7 @@ class Measured:
         ]
         return torch.cat(found).double()
 
-    def decode(self, codes: VisualCodes, mode: Literal["sample", "mean"] = "mean") -> Tensor:
+    def decode(self, codes: VisualCodes, mode: str = "mean") -> Tensor:
         """Pixels in 0..1; samples with the same noise for the same image at every call."""
         found = []
         for part in torch.arange(len(codes)).split(25):
@@ -193,7 +193,7 @@ class Measured:
             found.append(self.decoder(codes.take(numbers), 4, 1.0, **options).images)
         return torch.cat(found)
 
-    def scores(self, codes: VisualCodes, mode: Literal["sample", "mean"]) -> dict[str, float]:
+    def scores(self, codes: VisualCodes, mode: str) -> dict[str, float]:
         """PSNR, SSIM, Frechet distances, and the ratio of images that are found among all."""
         drawn = self.decode(codes, mode)
         flat = [F.adaptive_avg_pool2d(x, 16).flatten(1) for x in (drawn, self.originals)]
@@ -370,8 +370,8 @@ def reconstructions(tokenizer: VisualTokenizer, decoder: PixelDecoder) -> Image.
     for count in (16, 64, 256):
         for mode in reversed(decoder.modes):
             noise = torch.Generator().manual_seed(0)
-            drawn = decoder(codes.truncate(count), 4, 1.0, noise, mode=mode)
-            lines.append(drawn.images)
+            options: dict[str, Any] = {"generator": noise, "mode": mode}
+            lines.append(decoder(codes.truncate(count), 4, 1.0, **options).images)
             labels.append([f"{count} codes, {mode}"] * len(images))
     return sheet(lines, labels=labels)
 

@@ -92,6 +92,13 @@ def test_recipe_of_nested_codes_trains(tmp_path: Path) -> None:
     }
     assert main(["fit-mean-decoder", *two_steps(recipe, overrides)]) == 0
     torch.set_num_threads(threads)
+    del overrides["model.channels"]
+    overrides |= {"model.decoder": tmp_path / "decoder", "model.stages": "[0, 1]"}
+    overrides |= {"model.out": tmp_path / "both"}
+    recipe = recipe.with_name("nested-sample.yaml")
+    assert main(["fit-sample-decoder", *two_steps(recipe, overrides)]) == 0
+    torch.set_num_threads(threads)
     codes = tokenizer.encode(data / "train" / "00.png")
-    image = PixelDecoder.from_pretrained(tmp_path / "decoder")(codes).images[0]
-    assert image.size == (32, 32)
+    decoder = PixelDecoder.from_pretrained(tmp_path / "both")
+    for mode in ("mean", "sample"):
+        assert decoder(codes, mode=mode).images[0].size == (32, 32)
