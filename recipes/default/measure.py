@@ -296,7 +296,7 @@ class Measured:
                 name: float(F.cosine_similarity(*pair, dim=-1).mean())
                 for name, pair in floors.items()
             },
-            **{mode: self.scores(codes, mode) for mode in self.decoder.modes},
+            "decoded": {mode: self.scores(codes, mode) for mode in self.decoder.modes},
         }
 
     def quality(self, targets: tuple[float, ...]) -> list[dict[str, float]]:
