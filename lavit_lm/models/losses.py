@@ -191,11 +191,21 @@ def _restricted_nats(
                 found = torch.where(found == v.end, 0, found - v.stage_ids(group).start + 1)
             losses = F.cross_entropy(head(hidden[at]).float(), found, reduction="none")
             nats = nats.index_add(0, at, losses)
-    if output.every and len(ids):
-        generator = torch.Generator().manual_seed(int(ids.sum()))  # other ones in each batch
-        some = torch.randperm(len(ids), generator=generator)[:: output.every].to(ids.device)
-        logits = output.head(hidden[some])[:, : v.stop].float()
-        among_all = F.cross_entropy(logits, ids[some], reduction="none")
-        weight = len(ids) / len(some)
-        nats = nats.index_add(0, some, weight * (among_all - nats[some]))
+    if output.every:
+        some = target[_chosen(batch, output.every).flatten()[target]]
+        at = torch.searchsorted(target, some)
+        logits = output.head(hidden[at])[:, : v.stop].float()
+        among_all = F.cross_entropy(logits, ids[at], reduction="none")
+        nats = nats.index_add(0, at, output.every * (among_all - nats[at]))
     return nats
+
+
+def _chosen(batch: PackedBatch, every: int) -> Bool[Tensor, "b l"]:
+    """One position in `every`, others in each block, whatever blocks are in the batch.
+
+    A batch that is divided among processes then has the same targets in all of them.
+    """
+    position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    # A multiplicative hash (Knuth, 6.4); the product wraps around
+    mixed = (batch.ids.sum(1, keepdim=True) * 65599 + position) * -7046029254386353131
+    return (mixed >> 33) % every == 0
