@@ -31,7 +31,7 @@ async def one(client: Any, number: int, url: str) -> tuple[str, float]:
     kind, start = ("image", "caption")[number % 2], time.monotonic()
     if kind == "image":
         reply = await client.images.generate(
-            prompt=f"a photo of a bag {number}", extra_body={"seed": number}
+            prompt=f"a red bag {number}", extra_body={"seed": number}
         )
         Image.open(io.BytesIO(base64.b64decode(reply.data[0].b64_json))).load()
     else:

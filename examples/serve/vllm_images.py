@@ -1,6 +1,6 @@
 """Guided images by vLLM from an exported directory: a logits processor, two sequences an image.
 
-    python examples/serve/vllm_images.py DIRECTORY --scale 3 --count 64 "a photo of a bag"
+    python examples/serve/vllm_images.py DIRECTORY --scale 3 --count 64 "a red bag"
 
 Runs in vLLM's environment (docs/serving.md), which needs nothing of this package; guided_pairs.py
 beside this file has the arithmetic. Guidance is LaVIT's (section 3.2). An image whose two sequences

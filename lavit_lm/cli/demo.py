@@ -73,7 +73,7 @@ class GenerateTab:
         """Add the components to the page."""
         with gr.Row():
             with gr.Column(scale=1):
-                prompt = gr.Textbox("a photo of a bag", label="Prompt")
+                prompt = gr.Textbox("a red bag", label="Prompt")
                 inputs = [
                     prompt,
                     gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images"),

@@ -15,7 +15,7 @@ from lavit_lm.checkpoints.native import DEFAULT
 from lavit_tok import VisualCodes
 from lavit_tok.cli.items import photographs
 
-CAPTIONS = ["a photo of a bag", "a photo of an ankle boot", "photograph: mountain lake"]
+CAPTIONS = ["a red bag", "a yellow star on a black background", "a green t-shirt"]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,12 @@ def test_codes_follow_the_prompt(lm: MultimodalLM):
 
 
 def test_captions_follow_the_image(lm: MultimodalLM):
-    """The captions of generated images equal their prompts in most cases."""
+    """The captions of generated images name the colors of their prompts in most cases."""
     codes = generated(lm, CAPTIONS[:2] * 4)
     texts = lm.caption([codes.take([i]) for i in range(len(codes))])
-    assert sum(text == CAPTIONS[i % 2] for i, text in enumerate(texts)) >= 5, texts
+    colors = [["a red "], ["a yellow ", " on a black background"]]
+    named = [all(c in text for c in colors[i % 2]) for i, text in enumerate(texts)]
+    assert sum(named) >= 6, texts
 
 
 def test_images_and_texts(lm: MultimodalLM):
@@ -55,7 +57,7 @@ def test_images_and_texts(lm: MultimodalLM):
     assert all(captions) and len(set(captions)) > 2
     generator = torch.Generator().manual_seed(0)
     (image,) = lm.generate_images(CAPTIONS[0], generator=generator, num_inference_steps=2)
-    assert image.size == (64, 64)
+    assert image.size == (128, 128)
     assert lm.complete([photos[0], " is"], max_new_tokens=5, max_images=0)
 
 
@@ -70,12 +72,12 @@ def test_the_page_about_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"docs/transformers.md, snippet {number}", "exec"), names)
     lm = names["tuned"].__class__.from_pretrained("my_model")
-    photos, prompts = names["photos"], ["a photo of a bag", "photograph: mountain lake"]
+    photos, prompts = names["photos"], ["a red bag", "a yellow star on a black background"]
     assert [caption.strip() for caption in names["captions"]] == lm.caption(photos[:2])
     assert names["caption"].strip() == names["captions"][0].strip()
     expected = lm.generate_codes_batch(prompts, generator=torch.Generator().manual_seed(0))
     assert names["codes"].to_list() == expected.to_list()
-    assert [image.size for image in [*names["images"], names["bag"]]] == [(64, 64)] * 3
+    assert [image.size for image in [*names["images"], names["bag"]]] == [(128, 128)] * 3
 
 
 def test_transformers_generates_the_same_codes(lm: MultimodalLM, tmp_path: Path):
@@ -85,7 +87,7 @@ def test_transformers_generates_the_same_codes(lm: MultimodalLM, tmp_path: Path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
     end = VisualVocabulary.from_tokenizer(tokenizer).end
     inputs = tokenizer(f"{CAPTIONS[0]}<|img|>", return_tensors="pt")
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=65, eos_token_id=end)[0]
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=33, eos_token_id=end)[0]
     ids = ids[inputs["input_ids"].shape[1] :]
     ours = lm.generate_codes(CAPTIONS[0], guidance_scale=1.0, temperature=0.0)
     codes = VisualVocabulary.from_tokenizer(tokenizer).to_codes(ids[:-1])

@@ -91,8 +91,8 @@ def test_generate_tab() -> None:
     from lavit_lm import MultimodalLM
 
     tab = GenerateTab(MultimodalLM.from_pretrained("default"))
-    (first, text), _ = tab.generate("a photo of a bag", 2, steps=1)
-    assert first.size == (64, 64) and text == tab.caption(first) != ""
+    (first, text), _ = tab.generate("a red bag", 2, steps=1)
+    assert first.size == (128, 128) and text == tab.caption(first) != ""
     with pytest.raises(ValueError, match="expected an image"):
         tab.caption(None)
     with pytest.raises(ValueError, match="prompt"):
