@@ -48,7 +48,7 @@ def test_frames_of_a_clip():
     ]
     assert clip(list(range(8))) == list(range(8)) and clip(list(range(9)), 1) == [4]
     for images, frames in (([], 8), ([1], 0)):
-        with pytest.raises(ValueError, match="expected images and at least one frame"):
+        with pytest.raises(ValueError, match="expected a clip of at least one frame"):
             clip(images, frames)
 
 
