@@ -92,8 +92,9 @@ class ImageGenerator:
         """uint8 images [n 3 S S], and how many codes each has (0 for vectors)."""
         args, lm = self.args, self.lm
         if lm.objective.image_output.kind == "codes":
-            n, more = args.best_of, range(1, args.best_of)
-            draws = [generator_for("codes", seed, k, *i) for k in keys for i in ((), *zip(more))]
+            n = args.best_of
+            numbers: list[tuple[int, ...]] = [(), *((i,) for i in range(1, n))]
+            draws = [generator_for("codes", seed, k, *i) for k in keys for i in numbers]
             sampling = {n: getattr(args, n) for n in ("top_k", "top_p", "temperature")}
             repeated = [caption for caption in captions for _ in range(n)]
             codes = lm.generate_codes_batch(repeated, args.guidance, draws, **sampling)

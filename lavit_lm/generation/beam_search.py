@@ -60,8 +60,7 @@ def beam_search(
     scores = torch.full((len(prompts), num_beams), -torch.inf, device=state.device)
     scores[:, 0] = 0.0  # all beams of a prompt are equal at first: continue only one of them
     hidden = state.prefill()
-    size = model.causal.config.get_text_config().vocab_size
-    candidates = constraint.candidates(processor, size, state.device)
+    candidates = constraint.candidates(processor, state.num_logits, state.device)
     for step in range(constraint.max_steps):
         last = step == constraint.max_steps - 1
         options = candidates[min(step, len(candidates) - 1)]

@@ -51,8 +51,8 @@ def few_shot(examples: Sequence[Any], template: str) -> list[Any]:
             raise ValueError(
                 f"example {number}: expected (image, question, answer), got {example!r:.80}"
             )
-        image, asked, answer = example
-        prompt += [path_or_image(image), *as_question([asked], template), answer]
+        image, question, answer = example
+        prompt += [path_or_image(image), *as_question([question], template), answer]
     return prompt
 
 
@@ -89,8 +89,8 @@ def chat_prompt(
         if role == "user":
             follows: Any = reply
             if i + 1 < len(turns):
-                said = turns[i + 1][1]
-                follows = "text" if said and isinstance(said[0], str) else "image"
+                answer = turns[i + 1][1]
+                follows = "text" if answer and isinstance(answer[0], str) else "image"
             if follows == "text":
                 parts = as_question(parts, templates.answer)
             elif follows == "image":

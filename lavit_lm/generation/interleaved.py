@@ -127,11 +127,8 @@ def generate_interleaved(
     first = Mode.IMAGE if starts_with_image else Mode.TEXT
     sequences = [_Sequence(first, max_new_tokens, max_images, num_vectors) for _ in prompts]
     hidden = state.prefill()
-    constraint, size = (
-        GenerationConstraint("mixed"),
-        model.causal.config.get_text_config().vocab_size,
-    )
-    (options,) = constraint.candidates(processor, size, hidden.device)
+    constraint = GenerationConstraint("mixed")
+    (options,) = constraint.candidates(processor, state.num_logits, hidden.device)
     begins = options.ids == v.begin
     pad, end = state.embed_ids(torch.tensor([processor.pad, v.end], device=hidden.device))
     while any(one.mode is not Mode.DONE for one in sequences):

@@ -269,8 +269,7 @@ def generate_ids(
         copies = torch.tensor([rows[id(sequence)] for sequence in sequences], device=state.device)
         state.reorder(copies)
         hidden = hidden[copies]
-    size = model.causal.config.get_text_config().vocab_size
-    candidates = constraint.candidates(processor, size, state.device)
+    candidates = constraint.candidates(processor, state.num_logits, state.device)
     left = list(range(len(prompts)))  # the sequence of each row
     finished = [False] * len(prompts)
     for step in range(constraint.max_steps):

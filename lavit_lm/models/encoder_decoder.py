@@ -110,11 +110,8 @@ class PrefixSeq2Seq(SequenceModel):
         """The state from which sequences are continued; see PrefixDecodingState."""
         return PrefixDecodingState(self, sequences, pad_id, max_new_tokens, use_cache)
 
-    def head(
-        self, hidden_states: Float[Tensor, "t d"], weight: Tensor | None = None
-    ) -> Float[Tensor, "t vocabulary"]:
-        """Logits as the LM's own forward computes them; `weight` is for causal LMs only."""
-        assert weight is None
+    def head(self, hidden_states: Float[Tensor, "t d"]) -> Float[Tensor, "t vocabulary"]:
+        """Logits as the LM's own forward computes them."""
         config = self.causal.config
         if getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
             hidden_states = hidden_states * config.d_model**-0.5

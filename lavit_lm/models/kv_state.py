@@ -79,6 +79,11 @@ class DecodingState:
         self.documents, self.prefix = F.pad(self.documents, (0, 1)), F.pad(self.prefix, (0, 1))
         return self._append(vectors)
 
+    @property
+    def num_logits(self) -> int:
+        """The width of the logits of all ids."""
+        return int(self.model.causal.config.get_text_config().vocab_size)
+
     def logits(
         self, hidden: Float[Tensor, "b d"], ids: Int64[Tensor, " n"]
     ) -> Float[Tensor, "b n"]:

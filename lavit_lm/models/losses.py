@@ -179,11 +179,10 @@ def _restricted_nats(
         stages = torch.cat([v.rank_stages, torch.tensor([v.stages])]).to(ids.device)
         stage = stages[rank.clamp(0, len(stages) - 1)]
     stage = stage.masked_fill(~is_image, -1)
-    tables = {-1: range(v.begin + 1), **{s: v.stage_ids(s) for s in range(max(1, v.stages))}}
-    end = range(v.end, v.end + 1)
-    allowed = {group: [table] if group < 0 else [end, table] for group, table in tables.items()}
+    end, tables = range(v.end, v.end + 1), range(max(1, v.stages))
+    groups = {-1: [range(v.begin + 1)], **{s: [end, v.stage_ids(s)] for s in tables}}
     nats = torch.zeros(len(ids), device=ids.device)
-    for group, head in zip(allowed, output.split_head(list(allowed.values())), strict=True):
+    for group, head in zip(groups, output.split_head(list(groups.values())), strict=True):
         at = (stage == group).nonzero().flatten()
         if len(at):
             found = ids[at]
@@ -192,8 +191,7 @@ def _restricted_nats(
             losses = F.cross_entropy(head(hidden[at]).float(), found, reduction="none")
             nats = nats.index_add(0, at, losses)
     if output.every:
-        some = target[_chosen(batch, output.every).flatten()[target]]
-        at = torch.searchsorted(target, some)
+        at = _chosen(batch, output.every).flatten()[target].nonzero().flatten()
         logits = output.head(hidden[at])[:, : v.stop].float()
         among_all = F.cross_entropy(logits, ids[at], reduction="none")
         nats = nats.index_add(0, at, output.every * (among_all - nats[at]))

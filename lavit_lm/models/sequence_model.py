@@ -82,16 +82,13 @@ class SequenceModel(nn.Module):
         images = batch.is_embedding, batch.images, batch.keep
         inputs_embeds = self.embed(batch.ids, *images, table)
         hidden_states = self.hidden_states(inputs_embeds, batch)
-        heads: list[Any] = [self.head, self.split_head]
-        if table is not None:
-            heads = [partial(head, weight=table) for head in heads]
         return ModelOutput(
             hidden_states,
             inputs_embeds,
-            heads[0],
+            self.head if table is None else partial(self._mapped_head, table=table),
             self.regressor,
             self.restricted,
-            heads[1],
+            partial(self.split_head, weight=table),
             FULL_SOFTMAX_EVERY if self.training else 0,
         )
 
@@ -184,22 +181,20 @@ class SequenceModel(nn.Module):
                 return FusedDecodingState(decoder, self, sequences, pad_id, max_new_tokens)
         return DecodingState(self, sequences, pad_id, max_new_tokens, use_cache)
 
-    def head(
-        self, hidden_states: Float[Tensor, "t d"], weight: Tensor | None = None
-    ) -> Float[Tensor, "t vocabulary"]:
+    def head(self, hidden_states: Float[Tensor, "t d"]) -> Float[Tensor, "t vocabulary"]:
         """Logits as the LM's own forward computes them.
-
-        Args:
-            hidden_states: after the LM's last norm.
-            weight: of the output layer, in place of its own.
 
         Raises:
             ValueError: a family that scales its logits in a way that is not implemented here.
         """
+        return self.capped(self.causal.get_output_embeddings()(hidden_states))
+
+    def _mapped_head(
+        self, hidden_states: Float[Tensor, "t d"], table: Float[Tensor, "vocabulary d"]
+    ) -> Float[Tensor, "t vocabulary"]:
+        """`head` with embeddings of all ids in place of the LM's own."""
         layer = self.causal.get_output_embeddings()
-        if weight is None:
-            return self.capped(layer(hidden_states))
-        return self.capped(functional_call(layer, {"weight": weight}, hidden_states))
+        return self.capped(functional_call(layer, {"weight": table}, hidden_states))
 
     def split_head(
         self, groups: Sequence[Sequence[range]], weight: Tensor | None = None

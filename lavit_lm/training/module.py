@@ -405,7 +405,8 @@ class LanguageModeling(TrainingModule):
     def _sequence_model(self) -> SequenceModel:
         """The LM and its connector before training, not sharded."""
         shared = self.pretrained_tokens, self.new_embeddings, self.seed
-        lm = load_lm(self.lm, self.processor, *shared, self._codebook())
+        codebook = self._codebook() if self.code_embeddings == "codebook" else None
+        lm = load_lm(self.lm, self.processor, *shared, codebook)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             hidden_size = lm.config.get_text_config().hidden_size
@@ -425,19 +426,16 @@ class LanguageModeling(TrainingModule):
     def _code_map(self, lm: Any) -> CodeMap | None:
         """The network that computes new embeddings of codes, if one does."""
         new = self.new_embeddings or not isinstance(self.lm, str)
-        codebook = self._codebook()
-        if self.code_embeddings != "mapped" or codebook is None or not new:
+        if self.code_embeddings != "mapped" or not new:
             return None
         weight = lm.get_input_embeddings().weight
         deviation = float(weight[: self.processor.vocabulary.begin].std())
         generator = torch.Generator().manual_seed(self.seed)
         first = self.processor.vocabulary.first
-        return CodeMap(codebook, first, weight.shape[1], deviation, generator=generator)
+        return CodeMap(self._codebook(), first, weight.shape[1], deviation, generator=generator)
 
-    def _codebook(self) -> Tensor | None:
-        """The entries of all codes that have ids, if embeddings are made from them."""
-        if self.code_embeddings == "random":
-            return None
+    def _codebook(self) -> Tensor:
+        """The entries of all codes that have ids."""
         entries: Tensor = self.visual.quantizer.codebook.embeddings
         return entries[: self.processor.vocabulary.stages] if self.visual.nested else entries[None]
 

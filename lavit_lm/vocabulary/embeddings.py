@@ -92,9 +92,7 @@ class CodeMap(nn.Module):
     ) -> None:
         super().__init__()
         self.first = first
-        entries = codebook.float() - codebook.float().mean(1, keepdim=True)
-        scale = entries.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
-        self.register_buffer("entries", entries / scale, persistent=False)
+        self.register_buffer("entries", _scaled(codebook.float()), persistent=False)
         tables, _, dim = codebook.shape
 
         def normal(*shape: int, scale: float) -> nn.Parameter:
@@ -148,9 +146,7 @@ def embed_codebook(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    entries = codebook.to(device=device, dtype=torch.float32)
-    entries = entries - entries.mean(1, keepdim=True)
-    entries = entries / entries.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
+    entries = _scaled(codebook.to(device=device, dtype=torch.float32))
     levels = (len(entries) + 1) // 3 + 1
     maps = [torch.linalg.qr(normal(max(dim, width), min(dim, width))).Q for _ in range(levels)]
     maps = [m.T if width >= dim else m for m in maps]
@@ -162,6 +158,12 @@ def embed_codebook(
             deviation, mean = torch.std_mean(weight[:text_ids].float(), dim=0, correction=0)
             made = mean + deviation * found.to(weight.device)
             weight[at] = made.to(weight.dtype)
+
+
+def _scaled(codebook: Float[Tensor, "tables size dim"]) -> Float[Tensor, "tables size dim"]:
+    """The entries of each table around their mean, scaled to a deviation of 1."""
+    entries = codebook - codebook.mean(1, keepdim=True)
+    return entries / entries.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def _draw(weight: Tensor, first: int, stop: int, generator: torch.Generator | None) -> None:

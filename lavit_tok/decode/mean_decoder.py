@@ -13,6 +13,7 @@ sides are doubled by pixel shuffle (Shi et al., 2016).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import ConfigMixin, ModelMixin
@@ -89,9 +90,18 @@ class MeanDecoder(ModelMixin, ConfigMixin):
         self, joined: Float[Tensor, "batch patches joined"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """Pixels, about -1..1."""
+        return self._decode(joined, lambda grid, x: x)
+
+    def _decode(
+        self,
+        joined: Float[Tensor, "batch patches joined"],
+        enter: Callable[[int, Tensor], Tensor],
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Pixels; `enter` is applied to the hidden states before the blocks of each grid."""
         joined = joined.to(self.conv_in.weight.dtype)
         x = self.conv_in(patch_grid(joined, self._side, 1))
-        for *blocks, up in self.blocks:
+        for grid, (*blocks, up) in enumerate(self.blocks):
+            x = enter(grid, x)
             for block in blocks:
                 x = block(x, None)
             x = F.pixel_shuffle(up(x), 2)

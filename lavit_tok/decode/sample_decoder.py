@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lavit_tok.decode.conditioner import patch_grid
 from lavit_tok.decode.mean_decoder import MeanDecoder
 
 
@@ -111,14 +110,11 @@ class SampleDecoder(MeanDecoder):
             joined: features and colors.
             noise: of unit variance, of `noise_shape`.
         """
-        joined = joined.to(self.conv_in.weight.dtype)
-        x = self.conv_in(patch_grid(joined, self._side, 1))
-        grids = zip(self.blocks, self.noise, self.gain, strict=True)
-        for (*blocks, up), layer, gain in grids:
+
+        def with_noise(grid: int, x: Tensor) -> Tensor:
             cells = noise.shape[-1] // x.shape[-1]
             # The mean of n independent numbers has the deviation n^-1/2
-            x = x + gain(x) * layer(F.avg_pool2d(noise.to(x.dtype), cells) * cells)
-            for block in blocks:
-                x = block(x, None)
-            x = F.pixel_shuffle(up(x), 2)
-        return self.enlarged(joined) + x
+            averages = F.avg_pool2d(noise.to(x.dtype), cells) * cells
+            return x + self.gain[grid](x) * self.noise[grid](averages)
+
+        return self._decode(joined, with_noise)

@@ -85,9 +85,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             torch.optim.Muon(muon, lr=lr, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=lr, betas=betas),
         ]
-        super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
         # The groups of the parts themselves: a schedule changes the learning rates of both
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters once."""
