@@ -68,6 +68,12 @@ def work(
     return folder, job
 
 
+def on_ray(work: tuple[Path, list[str]], out: Path) -> list[str]:
+    """A job on the images by two workers of Ray."""
+    folder, job = work
+    return [*job, str(folder / "images"), "--out", str(out), "--engine", "ray", "--workers", "2"]
+
+
 def test_the_same_files_and_resuming_by_any_engine(
     cluster: str, work: tuple[Path, list[str]], tmp_path: Path, capsys: Any
 ) -> None:
@@ -134,9 +140,8 @@ def test_a_full_disk(
     cluster: str, work: tuple[Path, list[str]], tmp_path: Path, capsys: Any
 ) -> None:
     """The kernel's ENOSPC while two workers encode: complete shards stay as they are."""
-    folder, job = work
-    whole, out = files(folder / "shards"), tmp_path / "disk"
-    job = [*job, str(folder / "images"), "--out", str(out), "--engine", "ray", "--workers", "2"]
+    whole, out = files(work[0] / "shards"), tmp_path / "disk"
+    job = on_ray(work, out)
     with small_disk(out, "40k") as enlarge:
         for _ in range(2):  # the second time nothing can be added
             assert main(job) == 2
@@ -173,9 +178,8 @@ def _title(process: Any) -> str:
 def test_killed_actors_and_drivers(
     cluster: str, work: tuple[Path, list[str]], tmp_path: Path, capsys: Any
 ) -> None:
-    folder, job = work
-    whole, out = files(folder / "shards"), tmp_path / "out"
-    job = [*job, str(folder / "images"), "--out", str(out), "--engine", "ray", "--workers", "2"]
+    whole, out = files(work[0] / "shards"), tmp_path / "out"
+    job = on_ray(work, out)
     stop, killed = threading.Event(), []
     killer = threading.Thread(target=_kill_encoders, args=(stop, killed, 0))
     killer.start()

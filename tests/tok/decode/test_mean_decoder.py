@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.small_nested import SETTINGS
+from helpers.small_nested import SETTINGS, small_decoder, small_tokenizer
 from helpers.trainers import quiet_trainer
 from PIL import Image
 from torch.nn import functional as F
@@ -34,21 +34,12 @@ ROWS = [[3, 1, 4], [9], list(range(16))]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> VisualTokenizer:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return VisualTokenizer(CONFIG)
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def decoder(tokenizer: VisualTokenizer) -> PixelDecoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        conditioner = Conditioner.for_tokenizer(
-            CONFIG, tokenizer.quantizer.codebook, tokenizer.reconstructor, cross_dims=()
-        )
-        mean_decoder = MeanDecoder(24, 16, 4, (16, 8, 8), groups=4)
-        torch.nn.init.normal_(mean_decoder.blocks[-1][-1].weight, std=0.1)
-    return PixelDecoder(conditioner, mean_decoder=mean_decoder)
+    return small_decoder(tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers.small_nested import SETTINGS
+from helpers.small_nested import small_decoder, small_tokenizer
 from PIL import Image
 
-from lavit_tok import PixelDecoder, TokenizerConfig, VisualCodes, VisualTokenizer
+from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
 from lavit_tok.cli import main
-from lavit_tok.decode.conditioner import Conditioner
 from lavit_tok.decode.mean_decoder import MeanDecoder
 from lavit_tok.decode.sample_decoder import SampleDecoder
 from lavit_tok.encode.efficientnet import EfficientNetLite
@@ -23,7 +22,6 @@ from lavit_tok.training.energy_score import EnergyScore
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 from lavit_tok.training.sample_decoder_training import SampleDecoderTraining
 
-CONFIG = TokenizerConfig(**SETTINGS)
 ROWS = [[3, 1, 4], [9], list(range(16))]
 
 
@@ -33,22 +31,12 @@ def seeded(number: int) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> VisualTokenizer:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return VisualTokenizer(CONFIG)
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def decoder(tokenizer: VisualTokenizer) -> PixelDecoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        conditioner = Conditioner.for_tokenizer(
-            CONFIG, tokenizer.quantizer.codebook, tokenizer.reconstructor, cross_dims=()
-        )
-        mean = MeanDecoder(24, 16, 4, (16, 8, 8), groups=4)
-        torch.nn.init.normal_(mean.blocks[-1][-1].weight, std=0.1)
-        sample = SampleDecoder.from_mean_decoder(mean)
-    return PixelDecoder(conditioner, mean_decoder=mean, sample_decoder=sample)
+    return small_decoder(tokenizer, sample=True)
 
 
 @pytest.fixture(scope="module")
