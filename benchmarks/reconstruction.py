@@ -42,6 +42,10 @@ class Point(NamedTuple):
     selection: str
     budget: int | None
 
+    def requested(self, patches: int) -> int | float | None:
+        """The `budget` of VisualTokenizer.encode."""
+        return self.budget / patches if self.budget and self.selection == ACROSS else self.budget
+
 
 OWN = Point(LEARNED, None)
 
@@ -51,7 +55,7 @@ def keep_mask(
 ) -> Tensor:
     """bool [b n]: the patches that are coded at this point of the curve."""
     scores = keep_scores(tokenizer.score(features))
-    patches, budget = scores.shape[1], point.budget
+    patches = scores.shape[1]
     if point.selection == NORM:
         scores = features.float().norm(dim=-1)
     if point.selection == RANDOM:  # the same for an image in any batch
@@ -59,8 +63,7 @@ def keep_mask(
         scores = torch.stack(draws).to(scores.device)
     if point.selection == EVEN:
         scores = ordered_noise(patches).to(scores).expand_as(scores)
-    fraction = point.selection == ACROSS and budget is not None
-    return keep_by_budget(scores, budget / patches if fraction else budget)  # type: ignore[operator]
+    return keep_by_budget(scores, point.requested(patches))  # type: ignore[arg-type]
 
 
 class Run:
@@ -95,7 +98,10 @@ class Run:
         wrong = [b for b in budgets if not 1 <= b <= patches]
         if wrong:
             raise ValueError(f"--budgets: expected 1..{patches} codes per image, got {wrong}")
-        return [OWN, *(Point(s, b) for s in self.args.selections for b in budgets if self.own)]
+        selections = self.args.selections if self.own else []
+        if self.own and self.own.nested:  # their order of patches is fixed
+            selections = [s for s in selections if s in (LEARNED, ACROSS)]
+        return [OWN, *(Point(s, b) for s in selections for b in budgets)]
 
     def use_mean_feature(self) -> str:
         """Compute the mean feature of the train split, if there is one; returns its images."""
@@ -117,9 +123,11 @@ class Run:
                 codes = self.tokenizer.encode(images)
                 return {"values": codes.values, "lengths": codes.lengths}
             features = tokenizer.features(tokenizer.preprocess(images))
-            keep = keep_mask(tokenizer, features, point, seed, batch)
-            z = tokenizer.project(tokenizer.merge(features, keep))
-            codes = tokenizer.quantize(z, keep.sum(1))
+            if tokenizer.nested:
+                codes = tokenizer.encode(images, point.requested(features.shape[1]))
+            else:
+                keep = keep_mask(tokenizer, features, point, seed, batch)
+                codes = tokenizer.encode_kept(features, keep)
             reconstructed = tokenizer.reconstruct_features(codes)
             found = metrics.cosines(features, reconstructed, self.mean)
             found |= metrics.cosine_floors(features, self.mean) if point == OWN else {}

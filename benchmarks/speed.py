@@ -97,7 +97,8 @@ def encode(args: Namespace, size: str, dtype: str, batch: int, others: list[str]
     pixels = tokenizer.preprocess(images)
 
     def ours(formula: Any, count: int) -> VisualCodes:
-        tokenizer.merger.formula = formula
+        if tokenizer.merger is not None:  # nested codes have none
+            tokenizer.merger.formula = formula
         return tokenizer.encode_pixels(pixels[:count], budget=args.keep)
 
     formulas = ["strict", "compat"] if size == "lavit" else [config.attention]
@@ -125,7 +126,12 @@ def encode(args: Namespace, size: str, dtype: str, batch: int, others: list[str]
 
 @torch.no_grad()
 def bare_unet(decoder: Any, codes: VisualCodes, steps: int, guided: bool) -> Callable[[], Any]:
-    """A function that calls the U-Net `steps` times; its inputs are computed here, once."""
+    """A function that calls the U-Net `steps` times; its inputs are computed here, once.
+
+    Of a decoder without U-Net it calls the mean decoder.
+    """
+    if decoder.unet is None:
+        return partial(decoder.mean_decoder, decoder.conditioner.features(codes))
     device, side = decoder.unet.device, decoder.unet.config.sample_size
     condition = decoder.conditioner(codes.to(device))
     if guided:
@@ -148,20 +154,21 @@ def decode(args: Namespace, steps: int, guidance: float, others: list[str]) -> R
     """The bare U-Net loop, the pipeline, and the other tokenizers' decoders of full grids."""
     ours: Any = tokenizers.load(args.tokenizer, args.device, 0, args.decoder, steps, guidance)
     decoder, batch, size = ours.decoder, args.decode_batch_size, ours.codebook_size
-    for module in (decoder.conditioner, decoder.unet, decoder.vae):
-        module.requires_grad_(False)  # FlopCounterMode fails on views of weights with gradients
+    for module in (decoder.conditioner, decoder.unet, decoder.vae, decoder.mean_decoder):
+        if module is not None:
+            module.requires_grad_(False)  # FlopCounterMode fails on views of weights with gradients
     count = max(1, round(ours.max_codes * args.keep))
     codes, label = random_codes(batch, count, size), f"{steps} steps, guidance {guidance:g}"
-    bare = f"bare U-Net, {label}"
+    network = decoder.mean_decoder if decoder.unet is None else decoder.unet
+    bare = f"bare {'mean decoder' if decoder.unet is None else f'U-Net, {label}'}"
     loop = lambda n: bare_unet(decoder, codes.take(range(n)), steps, guidance != 1)  # noqa: E731
     call = lambda n: partial(ours.decode, codes.take(range(n)), noise(n))  # noqa: E731
     about = (args.decoder, ours.parameters["decode"], count, size)
     entries = [
-        entry(bare, loop, batch, args.decoder, count_weights(decoder.unet), None, 1),
+        entry(bare, loop, batch, args.decoder, count_weights(network), None, 1),
         entry(f"lavit-tok, {label}", call, batch, *about, baseline=bare),
     ]
-    side = decoder.unet.config.sample_size * decoder.vae_scale_factor
-    for other in (tokenizers.load(name, args.device, side) for name in others):
+    for other in (tokenizers.load(name, args.device, ours.image_size) for name in others):
         if other.decodes:
             grid = random_codes(batch, other.max_codes, other.codebook_size)
             make = lambda n, o=other, g=grid: partial(o.decode, g.take(range(n)), noise(n))  # noqa: E731

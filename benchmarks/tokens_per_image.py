@@ -53,7 +53,8 @@ def main(args: Namespace) -> dict[str, Any]:
     found = stages.tensors("encode", range(len(images)), args.batch_size, encode)
     keep, codebook_size = found.get("keep"), tokenizer.codebook_size
     codes = VisualCodes(found["values"], found["lengths"], keep, codebook_size)
-    rho = args.rho if isinstance(tokenizer, tokenizers.Lavit) else None
+    selects = isinstance(tokenizer, tokenizers.Lavit) and not tokenizer.tokenizer.nested
+    rho = args.rho if selects else None
     values = statistics(codes, tokenizer.max_codes, codebook_size, rho, found["jpeg"].tolist())
     values |= {name: getattr(tokenizer, name) for name in ("weights", "image_size")}
     values |= {"tokenizer": tokenizer.name, "jpeg_quality": args.jpeg_quality, **images.record()}

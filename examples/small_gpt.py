@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         model.eval().generate(arguments.images, generator), tokenizer.config.codebook_size
     )
     decoder = PixelDecoder.from_pretrained("default")
-    images = decoder(generated, num_inference_steps=10, generator=generator).images
+    images = decoder(generated).images
     for number, image in enumerate(images):
         image.save(arguments.out / f"{number}.png")
     print(f"{len(images)} generated images in {arguments.out}")

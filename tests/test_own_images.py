@@ -23,7 +23,7 @@ NEW = (
 STEPS = "--trainer.max_steps=2 --trainer.precision=32-true --data.batch_size="
 SMALL = {  # what a command of the block is shortened by
     "fit": f"{STEPS}4",
-    "fit-decoder": f"{STEPS}4 --model.samples.every=0",
+    "fit-mean-decoder": f"{STEPS}4",
     "shards": "",
     "lavit-lm fit": f"{STEPS}1",
     "generate": "-n 2 --steps 2",
@@ -53,7 +53,7 @@ def test_own_images(
     monkeypatch.chdir(tmp_path)
     photographs(tmp_path / "my_images")
     threads = torch.get_num_threads()
-    recipe = ["fit", "-c", "default/tokenizer", "--data.data=my_images"]
+    recipe = ["fit", "-c", "selected/tokenizer", "--data.data=my_images"]
     assert lavit_tok([*recipe, *NEW.split()]) == 0
     assert re.search(
         r"no tokenizer saved: .* step 1, before .* raise trainer.max_steps above 2 ",

@@ -36,8 +36,8 @@ def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README.md, snippet {number}", "exec"), names)
     lists = [value for value in names.values() if isinstance(value, list) and len(value) == 2]
-    assert sum(all(isinstance(item, Image.Image) for item in value) for value in lists) == 2, (
-        "two images are decoded from codes, and two are generated from text"
+    assert sum(all(isinstance(item, Image.Image) for item in value) for value in lists) == 3, (
+        "two images are decoded from codes by each shipped model, and two are generated from text"
     )
 
 

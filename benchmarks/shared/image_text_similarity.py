@@ -1,4 +1,4 @@
-"""A space that holds images and captions alike: that of the default recipe's teacher.
+"""A space that holds images and captions alike: that of the teacher of recipes/selected.
 
 images uint8 [n 3 h w] -describe-> unit vectors [n d]
 captions               -embed->    unit vectors [n d]
@@ -21,7 +21,7 @@ TIE = 1e-9  # products of equal vectors may differ by rounding
 
 
 class Teacher:
-    """The teacher's image-text space, as recipes/default/teacher.py trains and writes it.
+    """The teacher's image-text space, as recipes/selected/teacher.py trains and writes it.
 
     Patch features -> LayerNorm without weights -> mean -> projection into the space of the
     captions' sentence embeddings (all-MiniLM-L6-v2).
@@ -35,7 +35,7 @@ class Teacher:
     def __init__(self, directory: Path, device: str = "cpu") -> None:
         missing = [name for name in self.FILES if not (directory / name).is_file()]
         if missing:
-            expected = "the folder that recipes/default/teacher.py wrote"
+            expected = "the folder that recipes/selected/teacher.py wrote"
             raise ValueError(f"--scorer {directory}: expected {expected}; missing {missing}")
         model: Any = CLIPVisionModel.from_pretrained(directory, use_safetensors=True)
         self.model, self.device = model.eval().to(device), device
@@ -55,7 +55,7 @@ class Teacher:
 
     def embed(self, captions: Sequence[str]) -> Tensor:
         """Unit vectors [n 384]. Raises ModuleNotFoundError, which names the package to install."""
-        return recipe("default/sentences.py").embed(list(captions))
+        return recipe("selected/sentences.py").embed(list(captions))
 
 
 def ranks(queries: Tensor, candidates: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def speed(counts: list[int]) -> None:
     time of both alone / the engine's, start included.
     """
     (count,) = counts
-    tokenizer, threads = VisualTokenizer.from_pretrained("default"), torch.get_num_threads()
+    tokenizer, threads = VisualTokenizer.from_pretrained("selected"), torch.get_num_threads()
 
     def at_once(function: Any, batches: list[Any]) -> None:
         with ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as pool:
@@ -151,7 +151,7 @@ def speed(counts: list[int]) -> None:
         def engine(turn: int) -> None:
             out, cache = Path(name) / f"out{turn}", Path(name) / f"cache{turn}"
             datasets.config.HF_DATASETS_CACHE = str(cache)  # nothing is left of the turn before
-            write_shards(str(images), out, "default", tokenizer, "train", shard_size=1024)
+            write_shards(str(images), out, "selected", tokenizer, "train", shard_size=1024)
 
         sides: dict[str, tuple[Callable[[int], Any], int]] = {
             "encode, one batch": (lambda turn: [*map(tokenizer.encode, few)], few_images),
@@ -182,7 +182,7 @@ def engines(counts: list[int]) -> None:
     (count,) = counts
     from lavit_tok.data.ray_engine import RayOptions
 
-    tokenizer = VisualTokenizer.from_pretrained("default")
+    tokenizer = VisualTokenizer.from_pretrained("selected")
     with tempfile.TemporaryDirectory(prefix="engines") as name:
         images = write_images(Path(name) / "images", count, 96)
         os.environ |= {"RAY_worker_niceness": "0"}  # else they wait for every other process
@@ -192,7 +192,7 @@ def engines(counts: list[int]) -> None:
                 out = Path(name) / f"{engine}{turn}"
                 begin = time.perf_counter()
                 write_shards(
-                    str(images), out, "default", tokenizer, "train", shard_size=256, ray=options
+                    str(images), out, "selected", tokenizer, "train", shard_size=256, ray=options
                 )
                 seconds[engine] = time.perf_counter() - begin
                 times = sorted(path.stat().st_mtime for path in out.glob("*.parquet"))
@@ -224,7 +224,7 @@ def shards(counts: list[int]) -> None:
     from lavit_tok.data.shard_writer import ShardJob
     from lavit_tok.encode.image_processor import VisualImageProcessor
 
-    config = ShardConfig("default", "", "", 2048, 64, None, None, False, 64)
+    config = ShardConfig("selected", "", "", 2048, 64, None, None, False, 64)
     numbers = pa.array([[*range(21)]] * 64, pa.list_(pa.int32()))
     features = datasets.Features({"image": datasets.Image(), "key": datasets.Value("string")})
 

@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--upstream", help="address of the server of the exported model, .../v1")
     parser.add_argument("--upstream-model", help="its name there; by default `model`")
     parser.add_argument("--plain", action="store_true", help="upstream is no vLLM")
-    parser.add_argument("--visual-tokenizer", default="nested", help="with --upstream")
+    parser.add_argument("--visual-tokenizer", default="default", help="with --upstream")
     parser.add_argument("--decoder", default="default")
     parser.add_argument("--steps", type=int, default=20, help="of the pixel decoder")
     parser.add_argument("--host", default="127.0.0.1")

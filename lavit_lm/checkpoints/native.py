@@ -34,6 +34,7 @@ from lavit_tok.checkpoints.weights import (
     read_header,
     require_fitting,
     save_weights,
+    shipped_with,
 )
 
 FORMAT, VERSION = "lavit_lm", 1
@@ -120,9 +121,12 @@ def load_model(
         )
     visual = VisualTokenizer.from_pretrained(source, dtype=dtype, device=device)
     if visual.fingerprint() != values["fingerprint"]:
+        shipped = shipped_with(values["fingerprint"])
+        remedy = f"; visual_tokenizer={shipped!r} has that codebook" if shipped else ""
         raise WeightsError(
             f"{directory}: trained on codes of the codebook {values['fingerprint']}, the visual "
             f"tokenizer {source!r} has {visual.fingerprint()}: codes would be of unrelated images"
+            f"{remedy}"
         )
     objective = objective or _objective(directory, values["objective"])
     processor = _processor(directory, values["codebook_size"], visual)

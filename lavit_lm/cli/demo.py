@@ -27,7 +27,7 @@ def tab(arguments: argparse.Namespace) -> Tab | None:
     own = arguments.model != "default"  # the shipped model needs the shipped decoder
     lm = MultimodalLM.from_pretrained(
         arguments.model,
-        decoder=arguments.decoder if own else "default",
+        decoder=(own and arguments.decoder) or "default",
         device=device(arguments.device),
     )
     return Tab("Generate", GenerateTab(lm).build)

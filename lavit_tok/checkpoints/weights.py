@@ -26,8 +26,8 @@ from lavit_tok.checkpoints.files import PARTIAL, named_errors
 from lavit_tok.nn.precision import float32_default
 
 PACKAGE = Path(__file__).parents[1]
-SHIPPED = ("default", "nested")
-"""Models in the package."""
+SHIPPED = {"default": "d7d50eab4640d28e", "selected": "91fa3ade00efa85e"}
+"""Models in the package, and the fingerprints of their codebooks (VisualTokenizer.fingerprint)."""
 HUB_PART = re.compile(r"\w[\w.-]*")
 LOCAL_SUFFIXES = {".safetensors", ".json", ".parquet", ".tar", ".arrow", ".jsonl", ".csv"}
 # A Hub id; a path that does not exist is not looked up on the network.
@@ -76,9 +76,9 @@ def find_directory(
     """Return a local directory for a shipped model, a local directory or a Hub id.
 
     Args:
-        name: of a shipped model ("default", "nested"), the path of a directory, or a Hub id
+        name: of a shipped model ("default", "selected"), the path of a directory, or a Hub id
             "owner/name".
-        default: what "default" means: a folder of lavit_tok/default (and of lavit_tok/nested), or
+        default: what "default" means: a folder of lavit_tok/default (and of lavit_tok/selected), or
             an absolute path; None if no model of this kind is shipped.
         patterns: files to download from the Hub; no other file is ever read.
         hub: passed to huggingface_hub.snapshot_download (revision, token, cache_dir, ...).
@@ -108,6 +108,11 @@ def find_directory(
     except Exception as error:
         raise WeightsError(f"{name}: no such directory, and the Hub gave none: {error}") from error
     return check_foreign(path)
+
+
+def shipped_with(fingerprint: str | None) -> str | None:
+    """The name of the shipped model whose codebook has this fingerprint, if there is one."""
+    return next((name for name, own in SHIPPED.items() if own == fingerprint), None)
 
 
 def check_foreign(directory: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,11 +14,12 @@ import torch
 from PIL import Image
 
 from lavit_tok.checkpoints.files import folder_or_url, is_remote, printable, remove_partials
-from lavit_tok.checkpoints.weights import SHIPPED
+from lavit_tok.checkpoints.weights import shipped_with
 from lavit_tok.cli.items import (
     REJECTS,
     SHEET,
     chunks,
+    decoder_name,
     device,
     limit_images,
     list_images,
@@ -45,6 +47,7 @@ from lavit_tok.tokenizer import VisualTokenizer
 
 PANEL = 256  # side of a panel in pixels, unless the model's images are larger
 SHEET_IMAGES = 64  # images on the common sheet
+DECODED = (64,)  # numbers of nested codes that a sheet shows beside the default and all
 
 
 def encode(arguments: argparse.Namespace) -> int:
@@ -98,16 +101,22 @@ def decode(arguments: argparse.Namespace) -> int:
     stage = _decode_batch(arguments, header.tokenizer)
     conditioner = stage.decoder.conditioner
     size, patches = conditioner.config.codebook_size, conditioner.config.patches
+    if header.fingerprint not in (None, own := conditioner.fingerprint()):
+        shipped = shipped_with(header.fingerprint)
+        remedy = (
+            f"--decoder {shipped} decodes them"
+            if shipped
+            else "use the decoder of that tokenizer, or encode the images again"
+        )
+        raise CodeError(
+            f"{arguments.codes}: expected codes of the codebook {own}, as the decoder has, got "
+            f"those of {header.fingerprint} (tokenizer {shipped or header.tokenizer!r}): they "
+            f"would decode to unrelated images; {remedy}"
+        )
     if header.codebook_size != size:
         raise CodeError(
             f"{arguments.codes}: expected codes of a codebook of {size} entries, as the decoder "
             f"has, got {header.codebook_size}: they would decode to unrelated images"
-        )
-    if header.fingerprint not in (None, own := conditioner.fingerprint()):
-        raise CodeError(
-            f"{arguments.codes}: expected codes of the codebook {own}, as the decoder has, got "
-            f"those of {header.fingerprint} (tokenizer {header.tokenizer!r}): they would decode to "
-            "unrelated images; use the decoder of that tokenizer, or encode the images again"
         )
     block = arguments.shard_size if arguments.format == "parquet" else None
     digest = stage.digest()
@@ -129,8 +138,12 @@ def decode(arguments: argparse.Namespace) -> int:
 
 
 def reconstruct(arguments: argparse.Namespace) -> int:
-    """Images -> sheets of original, kept patches (the others dimmed) and reconstruction."""
-    from lavit_tok.visualize import kept_overlay, sheet
+    """Images -> sheets of the original, what its codes decode to, and a thumbnail of equal bits.
+
+    Of selected codes also the kept patches (the others dimmed). Of nested codes, unless a number
+    is requested, what the default number, DECODED and all codes decode to.
+    """
+    from lavit_tok.visualize import kept_overlay, sheet, thumbnail
 
     paths = list_images(arguments.images) if arguments.images else photographs()
     require_own(arguments.out, arguments.overwrite)
@@ -141,7 +154,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     limit_images(tokenizer.image_processor, arguments)
     config, processor = tokenizer.config, tokenizer.image_processor
     side, grid = max(PANEL, config.image_size), config.image_size // config.patch_size
-    titles = ("original", "kept patches", "reconstruction")
+    titles: tuple[str, ...] = ()
     rejects = Rejects(arguments.out / REJECTS, overwrite=arguments.overwrite, only=len(paths) == 1)
     lengths: list[int] = []
     panels: list[list[Image.Image]] = []
@@ -152,21 +165,28 @@ def reconstruct(arguments: argparse.Namespace) -> int:
             if not images:
                 continue
             pixels = torch.stack([image for _, _, (image, _) in images])
-            codes = tokenizer.encode(pixels, arguments.budget, **_allocation(arguments)).to("cpu")
-            decoded = _decode(decoder, codes, [number for number, _, _ in images], arguments)
-            for (number, path, (_, panel)), length, keep, reconstruction in zip(
-                images, codes.lengths.tolist(), _keep(codes), decoded, strict=True
-            ):
-                original = open_image(panel)
-                line = [
-                    original,
-                    kept_overlay(original, keep, (grid, grid)),
-                    reconstruction.resize((side, side), Image.Resampling.BICUBIC),
-                ]
-                patches = f"{length} of {config.num_patches} patches"
-                texts = [printable(path.name), patches, f"from {length} codes"]
+            shown = _encodings(tokenizer, pixels, arguments)
+            compared = list(shown)[len(shown) // 2]
+            kept = () if tokenizer.nested else ("kept patches",)
+            titles = ("original", *kept, *shown, f"thumbnail, bits of {compared}")
+            numbers = [number for number, _, _ in images]
+            decoded = [_decode(decoder, codes, numbers, arguments) for codes in shown.values()]
+            for i, (number, path, (small, panel)) in enumerate(images):
+                counts = {title: int(codes.lengths[i]) for title, codes in shown.items()}
+                bits = {title: n * math.log2(config.codebook_size) for title, n in counts.items()}
+                line, texts = [open_image(panel)], [printable(path.name)]
+                if kept:
+                    mask = _keep(shown[compared])[i]
+                    line.append(kept_overlay(line[0], mask, (grid, grid)))
+                    texts.append(f"{int(mask.sum())} of {config.num_patches} patches")
+                line += [made[i] for made in decoded]
+                texts += [f"{n} codes, {bits[title]:.0f} bits" for title, n in counts.items()]
+                line.append(thumbnail(open_image(small), bits[compared]))
+                texts.append(f"{bits[compared]:.0f} bits")
+                line = [image.resize((side, side), Image.Resampling.BICUBIC) for image in line]
                 file = arguments.out / png_name(number, str(path))
                 save_png(sheet([line], titles, [texts]), file)
+                length = next(iter(counts.values()))
                 print(f"{length:7d} of {config.num_patches} codes  {printable(str(path))}")
                 lengths.append(length)
                 if len(panels) < SHEET_IMAGES:
@@ -180,6 +200,20 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     print(f"{mean:7.1f} codes per image on average, {len(lengths)} images{rejects.summary()}")
     print(f"sheet: {sheet_file}")
     return 0
+
+
+def _encodings(
+    tokenizer: VisualTokenizer, pixels: torch.Tensor, arguments: argparse.Namespace
+) -> dict[str, VisualCodes]:
+    """The codes that a sheet shows, by title; first those whose number is printed."""
+    request = {"budget": arguments.budget, **_allocation(arguments)}
+    codes = tokenizer.encode(pixels, **request).to("cpu")
+    if not tokenizer.nested or any(request.values()):
+        return {"decoded": codes}
+    patches = tokenizer.config.num_patches
+    whole = tokenizer.encode(pixels, patches).to("cpu")
+    fewer = {f"{n} codes": whole.truncate(n) for n in DECODED if n < patches}
+    return {"default length": codes, **fewer, f"all {patches} codes": whole}
 
 
 def shards(arguments: argparse.Namespace) -> int:
@@ -313,9 +347,8 @@ def _tokenizer(arguments: argparse.Namespace) -> VisualTokenizer:
 
 def _decode_batch(arguments: argparse.Namespace, tokenizer: str) -> DecodeBatch:
     """With the decoder that is named, else the shipped one for this tokenizer."""
-    name = arguments.decoder or (tokenizer if str(tokenizer) in SHIPPED else "default")
     return DecodeBatch(
-        str(name),
+        decoder_name(arguments.decoder, tokenizer),
         str(device(arguments.device)),
         arguments.scheduler,
         arguments.seed,

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from lavit_tok.cli.commands import PANEL
-from lavit_tok.cli.items import device
+from lavit_tok.cli.items import decoder_name, device
 from lavit_tok.decode.pipeline import PixelDecoder
 from lavit_tok.encode.image_processor import open_image
 from lavit_tok.tokenizer import VisualTokenizer
@@ -161,7 +161,8 @@ def page(checkpoints: Sequence[Checkpoint], tabs: Sequence[Tab] = ()) -> Any:
 def run(arguments: argparse.Namespace) -> int:
     """Serve the page until it is interrupted."""
     import_gradio()  # fail before anything is loaded
-    names = [(arguments.tokenizer, arguments.decoder), *(arguments.compare or ())]
+    decoder = decoder_name(arguments.decoder, arguments.tokenizer)
+    names = [(arguments.tokenizer, decoder), *(arguments.compare or ())]
     where = device(arguments.device)
     checkpoints = [Checkpoint.load(tokenizer, decoder, where) for tokenizer, decoder in names]
     loaded = [found.load()(arguments) for found in entry_points(group=GROUP)]

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lavit_tok.checkpoints.files import atomic
+from lavit_tok.checkpoints.weights import SHIPPED
 from lavit_tok.data.decode_batch import PROGRAM as PROGRAM
 from lavit_tok.data.decode_batch import png
 from lavit_tok.data.decode_files import existing
@@ -55,6 +56,11 @@ def list_images(names: Sequence[str]) -> list[Path]:
     if not paths:
         raise ImageError(f"{', '.join(names)}: no images found")
     return paths
+
+
+def decoder_name(decoder: object, tokenizer: object) -> str:
+    """The decoder that is named, else the shipped one for this tokenizer."""
+    return str(decoder or (tokenizer if str(tokenizer) in SHIPPED else "default"))
 
 
 def photographs() -> list[Path]:

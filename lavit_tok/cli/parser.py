@@ -2,7 +2,7 @@
 
     encode IMAGES...          images -> codes (.parquet, .jsonl, or JSON lines on stdout)
     decode CODES --out DIR    codes -> PNG or parquet files
-    reconstruct [IMAGES...]   original, kept patches and reconstruction side by side
+    reconstruct [IMAGES...]   originals beside what their codes decode to
     shards DATASET --out DIR  a captioned data set -> parquet shards of codes, to train LMs on
     shards verify DIR         their check; makes the manifest again
     fit, fit-decoder,
@@ -250,7 +250,7 @@ def integer(smallest: int, limit: int | None = None) -> Callable[[str], int]:
 
 positive, count, seed = integer(1), integer(0), integer(0, 2**63)
 
-LOCATION = "'default', 'nested', a directory or a Hub id"
+LOCATION = "'default', 'selected', a directory or a Hub id"
 DTYPE = Argument(
     "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights"
 )
@@ -332,12 +332,13 @@ OVERWRITE_FOLDER = Argument(
     help="replace any files; without it only those that this program has written, so that the same "
     "command can be repeated",
 )
+DECODER = Argument(
+    "--decoder",
+    metavar="D",
+    help=f"{LOCATION}; by default that of a shipped tokenizer, else 'default'",
+)
 DECODING = (
-    Argument(
-        "--decoder",
-        metavar="D",
-        help=f"{LOCATION}; by default the shipped one for a shipped tokenizer",
-    ),
+    DECODER,
     Argument(
         "--mode",
         choices=("sample", "mean"),
@@ -430,7 +431,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "reconstruct": Command(
-        "original, kept patches and reconstruction side by side",
+        "originals beside what their codes decode to, and thumbnails of equal bits",
         "lavit_tok.cli.commands:reconstruct",
         (
             images_argument("*"),
@@ -526,7 +527,7 @@ COMMANDS: dict[str, Command] = {
         "lavit_tok.cli.demo:run",
         (
             Argument("--tokenizer", default="default", metavar="T", help=LOCATION),
-            Argument("--decoder", default="default", metavar="D", help=LOCATION),
+            DECODER,
             Argument(
                 "--compare",
                 nargs=2,

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lavit_tok.checkpoints.files import AnyPath, exclusive_folder
+from lavit_tok.checkpoints.weights import shipped_with
 from lavit_tok.data.rejects import write_rejects
 from lavit_tok.data.shard_manifest import (
     MANIFEST,
@@ -152,10 +153,12 @@ def require_same(out: AnyPath, before: dict[str, Any], now: dict[str, Any]) -> N
         return
     if {"fingerprint", "weights"} & {*changed}:
         changed.insert(0, "tokenizer")
+    shipped = shipped_with(before.get("fingerprint")) if "fingerprint" in changed else None
+    remedy = f"--tokenizer {shipped}, of which they are" if shipped else "the same values"
     listed = ", ".join(f"{name} {before[name]!r}, now {now[name]!r}" for name in changed)
     raise ShardError(
-        f"{out}: has shards with other values of {listed}: use the same values, or another --out, "
-        "as shards of both would be mixed"
+        f"{out}: has shards with other values of {listed}: use {remedy}, or another --out, as "
+        "shards of both would be mixed"
     )
 
 

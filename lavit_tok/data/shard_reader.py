@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavit_tok.checkpoints.files import AnyPath
+from lavit_tok.checkpoints.weights import shipped_with
 from lavit_tok.data.shard_manifest import (
     MANIFEST,
     Manifest,
@@ -114,10 +115,12 @@ class Shards:
         actual = {"codebook fingerprint": self.fingerprint, "codebook size": self.codebook_size}
         for name, value in expected.items():
             if value is not None and value != actual[name]:
+                shipped = shipped_with(self.fingerprint)
+                remedy = f"; visual_tokenizer: {shipped} has their codebook" if shipped else ""
                 raise ShardError(
                     f"{self.directory}: expected {name} {value}, got {actual[name]} of tokenizer "
-                    f"{self.tokenizer!r}: the codes index another codebook, so the language model "
-                    "would learn unrelated images"
+                    f"{shipped or self.tokenizer!r}: the codes index another codebook, so the "
+                    f"language model would learn unrelated images{remedy}"
                 )
 
     def dataset(self, cache_dir: str | Path | None = None) -> Any:

@@ -415,7 +415,7 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         device: torch.device | str = "cpu",
         **hub: Any,
     ) -> PixelDecoder:
-        """Load a shipped decoder ("default" or "nested", no network), a directory or a Hub id.
+        """Load a shipped decoder ("default" or "selected", no network), a directory or a Hub id.
 
         Unlike diffusers' own loader this instantiates no class that the directory names:
         model_index.json is ignored.

@@ -93,6 +93,11 @@ class TrainingModule(pl.LightningModule):
         """The command line that uses what was saved, or an empty string."""
         return ""
 
+    def shards_command(self, tokenizer: str) -> str:
+        """The command line that makes shards of the training's data set."""
+        data = getattr(self.trainer.datamodule, "data", "DATASET")
+        return f"lavit-tok shards {data} --tokenizer {tokenizer} --out runs/lm/shards"
+
     def outcome(self) -> str:
         """The last line of a run: what was saved and the next command, or why nothing was."""
         reason = self.not_saved()

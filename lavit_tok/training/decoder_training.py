@@ -108,10 +108,10 @@ class PixelDecoderTraining(EMATraining):
     """Trains a U-Net and the projection of its condition; tokenizer and VAE are frozen.
 
     Args:
-        vae: "default", directory of a diffusers AutoencoderKL, or its Hub id (owner/name or
-            owner/name/subfolder).
+        vae: "selected" (that of the shipped pixel decoder), directory of a diffusers AutoencoderKL,
+            or its Hub id (owner/name or owner/name/subfolder).
         tokenizer: "default", directory or Hub id of the tokenizer whose codes are decoded.
-        start_from: "default", directory or Hub id of a pixel decoder to train on: its U-Net,
+        start_from: "selected", directory or Hub id of a pixel decoder to train on: its U-Net,
             instead of `unet`, its projection and its noise schedule.
         unet: the U-Net.
         condition: how the features condition it.
@@ -249,8 +249,7 @@ class PixelDecoderTraining(EMATraining):
 
     def next_command(self) -> str:
         """Shards are made next."""
-        data = getattr(self.trainer.datamodule, "data", "DATASET")
-        return f"lavit-tok shards {data} --tokenizer {self.tokenizer_name} --out runs/lm/shards"
+        return self.shards_command(self.tokenizer_name)
 
     # The trained decoder
 

@@ -43,7 +43,7 @@ class FrozenEncoders:
 
     Args:
         tokenizer: "default", directory or Hub id.
-        vae: "default", directory of an AutoencoderKL, or Hub id (owner/name/subfolder).
+        vae: "selected", directory of an AutoencoderKL, or Hub id (owner/name/subfolder).
     """
 
     def __init__(self, tokenizer: str, vae: str) -> None:
@@ -174,9 +174,9 @@ class EncodedSet:
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """An AutoencoderKL: "default", a directory, read strictly, or a Hub id (safetensors only)."""
-    if name == "default":
-        name = str(PACKAGE / "default" / "decoder" / "vae")
+    """An AutoencoderKL: "selected", a directory, read strictly, or a Hub id (safetensors only)."""
+    if name == "selected":  # of the shipped models only this one has an autoencoder
+        name = str(PACKAGE / name / "decoder" / "vae")
     if Path(name).is_dir():
         return load_model(Path(name), AutoencoderKL)
     vae = AutoencoderKL.from_pretrained(**_hub_path(name), use_safetensors=True)

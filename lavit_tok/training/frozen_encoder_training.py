@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from lavit_tok.checkpoints.weights import SHIPPED
 from lavit_tok.config import TokenizerConfig
 from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.encode.vision_encoder import VisionEncoder
@@ -33,10 +34,10 @@ class FrozenEncoderTraining(TrainingModule):
 
         Args:
             config: sizes of the tokenizer; its `encoder` is replaced by the config of `encoder`.
-            encoder: "default" (that of the shipped tokenizer, with its image processor), directory
-                or Hub id of the frozen encoder; None for random weights.
+            encoder: "default" or "selected" (that of the shipped tokenizer, with its image
+                processor), directory or Hub id of the frozen encoder; None for random weights.
             image_processor: arguments of VisualImageProcessor besides its size.
-            start_from: "default", directory or Hub id of a tokenizer to train on, codebook
+            start_from: name, directory or Hub id of a tokenizer to train on, codebook
                 included, in place of the three above.
 
         Raises:
@@ -56,8 +57,8 @@ class FrozenEncoderTraining(TrainingModule):
             config = tokenizer.config
         elif encoder is not None:
             norm = config.encoder_norm
-            if encoder == "default":
-                shipped = VisualTokenizer.from_pretrained("default")
+            if encoder in SHIPPED:
+                shipped = VisualTokenizer.from_pretrained(encoder)
                 vision, norm = shipped.encoder, shipped.config.encoder_norm
                 processor = shipped.image_processor if image_processor is None else None
             else:
@@ -82,10 +83,10 @@ class FrozenEncoderTraining(TrainingModule):
     def next_command(self) -> str:
         """A pixel decoder is trained next, or shards are made."""
         data = getattr(self.trainer.datamodule, "data", "DATASET")
-        return (
-            f"lavit-tok fit-decoder -c default/decoder --model.tokenizer={self.out} "
-            f"--data.data={data}"
-        )
+        recipe = "fit-decoder -c selected/decoder"
+        if self.tokenizer.nested:
+            recipe = "fit-mean-decoder -c default/decoder"
+        return f"lavit-tok {recipe} --model.tokenizer={self.out} --data.data={data}"
 
     def features(
         self, images: UInt8[Tensor, "batch 3 h w"]

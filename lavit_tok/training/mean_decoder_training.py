@@ -40,16 +40,18 @@ class NestedDecoderTraining(EMATraining):
     """Training of a decoder of nested codes; the tokenizer is frozen. A subclass has `export`.
 
     Args:
-        tokenizer: "nested", directory or Hub id of the tokenizer whose codes are decoded.
+        tokenizer: "default", directory or Hub id of the tokenizer whose codes are decoded.
         seed: seed of all random numbers of the training.
 
     Raises:
         ValueError: a tokenizer without nested codes or without colors.
     """
 
+    kind = "pixel decoder"
+
     def __init__(self, tokenizer: str, seed: int) -> None:
         super().__init__()
-        self.seed = seed
+        self.seed, self.tokenizer_name = seed, tokenizer
         frozen = VisualTokenizer.from_pretrained(tokenizer)
         c = frozen.config
         if not frozen.nested or not c.color_cells:
@@ -72,9 +74,26 @@ class NestedDecoderTraining(EMATraining):
         if self.out is not None and self.trainer.is_global_zero:
             self.export(self.out)
 
+    def next_command(self) -> str:
+        """Shards are made next."""
+        return self.shards_command(self.tokenizer_name)
+
     def export(self, directory: str | Path) -> None:
         """Save a PixelDecoder of the averaged weights."""
         raise NotImplementedError
+
+    def load_decoder(self, name: str) -> Any:
+        """A PixelDecoder with a mean decoder, of the tokenizer's codes.
+
+        Raises:
+            ValueError: another.
+        """
+        pipeline: Any = PixelDecoder.from_pretrained(name)
+        if pipeline.mean_decoder is None:
+            raise ValueError(f"{name}: expected a pixel decoder with a mean decoder")
+        if pipeline.conditioner.fingerprint() != self.tokenizer.fingerprint():
+            raise ValueError(f"{name}: expected a pixel decoder of this tokenizer's codes")
+        return pipeline
 
     @torch.no_grad()
     def features(
@@ -100,9 +119,11 @@ class MeanDecoderTraining(NestedDecoderTraining):
     """Trains a MeanDecoder and the reconstructor before it; the tokenizer is frozen.
 
     Args:
-        tokenizer: "nested", directory or Hub id of the tokenizer whose codes are decoded.
+        tokenizer: "default", directory or Hub id of the tokenizer whose codes are decoded.
         channels: of the decoder's blocks, see MeanDecoder.
         layers: residual blocks on each grid.
+        start_from: "default", directory or Hub id of a PixelDecoder of the tokenizer's codes to
+            train on: its reconstructor, and its mean decoder in place of the two above.
         optimizer: AdamW.
         schedule: learning-rate schedule.
         ema_decay: largest decay of the averaged weights, which are exported.
@@ -112,7 +133,8 @@ class MeanDecoderTraining(NestedDecoderTraining):
         seed: seed of all random numbers of the training.
 
     Raises:
-        ValueError: a tokenizer without nested codes or without colors.
+        ValueError: a tokenizer without nested codes or without colors; a decoder to start from that
+            is of other codes or has no mean decoder.
     """
 
     def __init__(
@@ -120,6 +142,7 @@ class MeanDecoderTraining(NestedDecoderTraining):
         tokenizer: str,
         channels: tuple[int, ...] = (128, 64, 32),
         layers: int = 1,
+        start_from: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3),
         schedule: ScheduleConfig = ScheduleConfig(),
         ema_decay: float = 0.998,
@@ -133,14 +156,18 @@ class MeanDecoderTraining(NestedDecoderTraining):
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.out, self.out_dtype = out, out_dtype
         frozen, c = self.tokenizer, self.tokenizer.config
+        start = None if start_from is None else self.load_decoder(start_from)
+        reconstructor = frozen.reconstructor if start is None else start.conditioner.reconstructor
         self.conditioner = Conditioner.for_tokenizer(
-            c, frozen.quantizer.codebook, frozen.reconstructor, cross_dims=()
+            c, frozen.quantizer.codebook, reconstructor, cross_dims=()
         )
         self.conditioner.requires_grad_(False)
         self.conditioner.reconstructor.requires_grad_(True).train()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.decoder = MeanDecoder(c.width, c.num_patches, c.color_cells, channels, layers)
+        if start is not None:
+            self.decoder = start.mean_decoder
         if self.decoder.image_size != c.image_size:
             raise ValueError(
                 f"channels: expected {int(math.log2(c.patch_size))} numbers for patches of "

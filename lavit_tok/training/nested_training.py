@@ -55,7 +55,7 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
         encoder: "default", directory or Hub id of the frozen encoder; None for random weights
             (tests only).
         image_processor: arguments of VisualImageProcessor besides its size; None for LaVIT's.
-        start_from: "nested", directory or Hub id of a tokenizer to train on; its codebook, config,
+        start_from: "default", directory or Hub id of a tokenizer to train on; its codebook, config,
             encoder and image processor stay.
         out: where the trained tokenizer is saved; None keeps checkpoints only.
         codebook: how the codebook is fitted.

@@ -39,9 +39,9 @@ class SampleDecoderTraining(NestedDecoderTraining):
     """Trains a SampleDecoder; the tokenizer and the rest of the PixelDecoder are frozen.
 
     Args:
-        tokenizer: "nested", directory or Hub id of the tokenizer whose codes are decoded; its
+        tokenizer: "default", directory or Hub id of the tokenizer whose codes are decoded; its
             encoder is an EfficientNet-Lite, whose maps the loss compares.
-        decoder: "nested", directory or Hub id of a PixelDecoder of its codes with a mean decoder.
+        decoder: "default", directory or Hub id of a PixelDecoder of its codes with a mean decoder.
         layers: residual blocks on each grid.
         noise_channels: of the noise.
         stages: of the network whose maps the loss compares, see EnergyScore.
@@ -85,11 +85,7 @@ class SampleDecoderTraining(NestedDecoderTraining):
             raise ValueError(
                 f"stages: expected some of 0..{len(encoder.network.stages)}, got {stages}"
             )
-        pipeline = PixelDecoder.from_pretrained(decoder)
-        if pipeline.mean_decoder is None:
-            raise ValueError("decoder: expected one with a mean decoder")
-        if pipeline.conditioner.fingerprint() != self.tokenizer.fingerprint():
-            raise ValueError("decoder: expected one of this tokenizer's codes")
+        pipeline = self.load_decoder(decoder)
         self._pipeline: Frozen[Any] = Frozen(pipeline)
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -86,11 +86,11 @@ class TokenizerTraining(CodebookTraining):
 
     Args:
         config: sizes of the tokenizer; its `encoder` is replaced by the config of `encoder`.
-        encoder: "default", directory or Hub id of the frozen vision transformer; None for random
+        encoder: "selected", directory or Hub id of the frozen vision transformer; None for random
             weights (tests only).
         image_processor: arguments of VisualImageProcessor besides its size; None for LaVIT's.
-        start_from: "default", directory or Hub id of a tokenizer to train on, in place of `config`,
-            `encoder` and `image_processor`; quantization then begins at once.
+        start_from: "selected", directory or Hub id of a tokenizer to train on, in place of
+            `config`, `encoder` and `image_processor`; quantization then begins at once.
         out: where the trained tokenizer is saved; None keeps checkpoints only.
         loss: weights of the loss.
         selection: which patches are kept, and how that is learned.

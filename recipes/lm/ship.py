@@ -23,7 +23,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="new directory")
     parser.add_argument(
-        "--visual-tokenizer", default="nested", help="where its visual tokenizer will be"
+        "--visual-tokenizer", default="default", help="where its visual tokenizer will be"
     )
     arguments = parser.parse_args()
     lm = MultimodalLM.from_pretrained(arguments.model, decoder=None)

@@ -196,7 +196,7 @@ def test_the_scorer_is_the_teacher(teacher: Path, photos: list[Path]) -> None:
 
     from lavit_tok import VisualImageProcessor
 
-    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "default"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "selected"))
     try:
         from teacher import Teacher
     finally:

@@ -15,6 +15,7 @@ from lavit_tok import PixelDecoder, VisualTokenizer
 from lavit_tok.cli import main
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/tokenizer.yaml"))
+SELECTED = [recipe for recipe in RECIPES if recipe.parent.name != "default"]
 CONFIG = {"codebook_size": 16, "code_dim": 4, "merger_depth": 1, "reconstructor_depth": 1}
 CONFIG |= {"num_heads": 2}
 
@@ -41,10 +42,10 @@ def reduced(recipe: Path, data: Path, root: Path, encoder: dict[str, Any]) -> li
 
 
 def test_there_is_a_recipe_of_each_size() -> None:
-    assert [r.parent.name for r in RECIPES] == ["base", "default", "paper"]
+    assert [r.parent.name for r in RECIPES] == ["base", "default", "paper", "selected"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
+@pytest.mark.parametrize("recipe", SELECTED, ids=lambda r: r.parent.name)
 def test_tokenizer_recipe_trains(recipe: Path, tmp_path: Path, tiny_config: Any) -> None:
     arguments = yaml.safe_load(recipe.read_text())
     frozen = arguments["model"]["selection"]["stop_sampling_step"]
@@ -63,7 +64,7 @@ def test_tokenizer_recipe_trains(recipe: Path, tmp_path: Path, tiny_config: Any)
 
 def test_recipe_of_nested_codes_trains(tmp_path: Path) -> None:
     """`fit` reads from the recipe that codes are nested, and trains two steps at reduced width."""
-    recipe = Path(__file__).parents[2] / "recipes/default/nested.yaml"
+    recipe = Path(__file__).parents[2] / "recipes/default/tokenizer.yaml"
     (data := tmp_path / "data").mkdir()
     rectangles(data, train=24)
     encoder = {"model_type": "efficientnet_lite", "image_size": 32, "patch_size": 8}
@@ -80,7 +81,7 @@ def test_recipe_of_nested_codes_trains(tmp_path: Path) -> None:
     tokenizer = VisualTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
     assert tokenizer.nested
     assert tokenizer.encode(data / "train" / "00.png").predicted_error is not None
-    recipe = recipe.with_name("nested-decoder.yaml")
+    recipe = recipe.with_name("decoder.yaml")
     overrides = {
         "data.data": data,
         "data.image_size": 32,
@@ -95,7 +96,7 @@ def test_recipe_of_nested_codes_trains(tmp_path: Path) -> None:
     del overrides["model.channels"]
     overrides |= {"model.decoder": tmp_path / "decoder", "model.stages": "[0, 1]"}
     overrides |= {"model.out": tmp_path / "both"}
-    recipe = recipe.with_name("nested-sample.yaml")
+    recipe = recipe.with_name("sample-decoder.yaml")
     assert main(["fit-sample-decoder", *two_steps(recipe, overrides)]) == 0
     torch.set_num_threads(threads)
     codes = tokenizer.encode(data / "train" / "00.png")

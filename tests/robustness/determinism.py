@@ -38,7 +38,7 @@ def encode(numbers: Any, batch: int = 32, threads: int = 1) -> dict[int, list[in
     from lavit_tok import VisualTokenizer
 
     torch.set_num_threads(threads)
-    tokenizer, codes = VisualTokenizer.from_pretrained("default"), {}
+    tokenizer, codes = VisualTokenizer.from_pretrained("selected"), {}
     for at in range(0, len(numbers), batch):
         some = [int(i) for i in numbers[at : at + batch]]
         images = [image(i, 40 + i % 90, 100 - i % 60) for i in some]  # resizing is part of it

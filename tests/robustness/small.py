@@ -189,7 +189,7 @@ def _fit(work: Workshop, out: Path) -> tuple[str, list[object]]:
     model |= {"codebook": {"start_step": 2, "blend_steps": 1, "kmeans_samples": 32}}
     model |= {"selection": {"stop_sampling_step": 2}}
     changes = {"data": {"data": str(work.images), "image_size": 32}, "model": model}
-    return "lavit-tok", ["fit", *work.recipe("default/tokenizer.yaml", out, changes)]
+    return "lavit-tok", ["fit", *work.recipe("selected/tokenizer.yaml", out, changes)]
 
 
 def _fit_decoder(work: Workshop, out: Path) -> tuple[str, list[object]]:
@@ -197,7 +197,7 @@ def _fit_decoder(work: Workshop, out: Path) -> tuple[str, list[object]]:
     model |= {"condition": {"cross_dims": [16], "null_length": 16}, "samples": {"every": 0}}
     model |= {"out_dtype": "float32"}
     changes = {"data": {"data": str(work.images), "image_size": 32}, "model": model}
-    return "lavit-tok", ["fit-decoder", *work.recipe("default/decoder.yaml", out, changes)]
+    return "lavit-tok", ["fit-decoder", *work.recipe("selected/decoder.yaml", out, changes)]
 
 
 def _fit_lm(work: Workshop, out: Path) -> tuple[str, list[object]]:

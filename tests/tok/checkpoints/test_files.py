@@ -79,7 +79,7 @@ def test_a_model_card_is_kept(tiny_tokenizer: VisualTokenizer, tmp_path: Path) -
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("folder", ["lavit_tok/default", "lavit_tok/nested", "lavit_lm/default"])
+@pytest.mark.parametrize("folder", ["lavit_tok/default", "lavit_tok/selected", "lavit_lm/default"])
 def test_shipped_cards_have_metadata(folder: str) -> None:
     card = ModelCard.load(Path(__file__).parents[3] / folder / "README.md")
     assert card.data.license == "apache-2.0" and card.data.tags and card.text.startswith("# ")

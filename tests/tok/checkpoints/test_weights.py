@@ -304,7 +304,7 @@ def test_names_that_no_hub_could_have_cause_no_traffic(name: str, monkeypatch: p
     monkeypatch.setattr(weights, "snapshot_download", lambda *args, **kwargs: asked.append(args[0]))
     with pytest.raises(
         WeightsError,
-        match="expected 'default', 'nested', an existing directory or a Hub id owner/name",
+        match="expected 'default', 'selected', an existing directory or a Hub id owner/name",
     ):
         VisualTokenizer.from_pretrained(name)
     assert not asked

@@ -431,7 +431,10 @@ def test_bad_words(line: str, reason: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("encode PHOTO --tokenizer no/such/folder", "folder: expected 'default', 'nested', an exi"),
+        (
+            "encode PHOTO --tokenizer no/such/folder",
+            "folder: expected 'default', 'selected', an exi",
+        ),
         ("encode PHOTO --out codes.txt", "codes.txt: expected a name that ends in .parquet or"),
         ("encode PHOTO --device toaster", "device 'toaster' cannot be used here"),
         ("encode PHOTO --device meta", "device 'meta' cannot be used here"),

@@ -67,7 +67,7 @@ def test_quality_only_with_a_tokenizer_that_predicts_it(
         checkpoint.reconstruct(photos[0], QUALITY)
     with pytest.raises(ValueError, match="expected an image, got none"):
         checkpoint.reconstruct(None)
-    predicting = Checkpoint.load("nested", "nested")
+    predicting = Checkpoint.load("default", "default")
     assert predicting.modes == [AUTOMATIC, BUDGET, QUALITY]
     result = predicting.reconstruct(photos[0], QUALITY, quality=0.7)
     assert result.codes == predicting.tokenizer.encode(photos[0], quality=0.7)[0].tolist()

@@ -35,10 +35,10 @@ def test_show_and_copy(
     assert capsys.readouterr().out == text
     assert main(["recipes", "copy", "lm/lavit", "mine/my.yaml"]) == 0
     assert Path("mine/my.yaml").read_text() == text
-    assert main(["recipes", "copy", "default"]) == 0
-    assert Path("default/vae.py").read_bytes() == (ROOT / "recipes/default/vae.py").read_bytes()
+    assert main(["recipes", "copy", "selected"]) == 0
+    assert Path("selected/vae.py").read_bytes() == (ROOT / "recipes/selected/vae.py").read_bytes()
     capsys.readouterr()
-    assert main(["recipes", "copy", "default"]) == 2
+    assert main(["recipes", "copy", "selected"]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
@@ -90,4 +90,4 @@ def test_the_wheel_has_the_recipes(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout == (ROOT / "recipes/default/tokenizer.yaml").read_text()
-    assert (tmp_path / "site/lavit_tok/recipes/default/vae.py").is_file()
+    assert (tmp_path / "site/lavit_tok/recipes/selected/vae.py").is_file()

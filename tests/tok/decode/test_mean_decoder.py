@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,30 @@ def test_training_lowers_the_error_and_resumes_exactly(folder: Path, tmp_path: P
         after = (trained.decoder(joined) - target).square().mean()
     before = (trained.decoder.enlarged(joined) - target).square().mean()
     assert after < 0.7 * before
+
+
+def test_a_decoder_to_start_from(
+    folder: Path, decoder: PixelDecoder, tiny_decoder: PixelDecoder, tmp_path: Path
+) -> None:
+    """Its weights are what is trained on; one of other codes or kind is refused."""
+    first, _ = fit(folder, tmp_path, 1)
+    first.export(tmp_path / "first")
+    start = PixelDecoder.from_pretrained(tmp_path / "first")
+    second = MeanDecoderTraining(str(folder / "tokenizer"), start_from=str(tmp_path / "first"))
+    parts = {"decoder": start.mean_decoder, "conditioner": start.conditioner}
+    for name, part in parts.items():
+        state = getattr(second, name).state_dict()
+        for key, value in part.state_dict().items():
+            assert torch.equal(state[key], value), (name, key)
+    assert all(p.requires_grad for p in second.decoder.parameters())
+    tiny_decoder.save_pretrained(tmp_path / "diffusion")
+    with pytest.raises(ValueError, match="diffusion: expected a pixel decoder with a mean decoder"):
+        MeanDecoderTraining(str(folder / "tokenizer"), start_from=str(tmp_path / "diffusion"))
+    changed = copy.deepcopy(decoder.conditioner)
+    changed.codebook.embeddings.neg_()
+    PixelDecoder(changed, mean_decoder=decoder.mean_decoder).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="other: expected a pixel decoder of this tokenizer's"):
+        MeanDecoderTraining(str(folder / "tokenizer"), start_from=str(tmp_path / "other"))
 
 
 def test_fitted_by_the_command_line(folder: Path, tmp_path: Path) -> None:

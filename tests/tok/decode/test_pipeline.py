@@ -368,7 +368,7 @@ def test_tampered_weights_are_refused(
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        WeightsError, match="expected 'default', 'nested', an existing directory or a Hub id"
+        WeightsError, match="expected 'default', 'selected', an existing directory or a Hub id"
     ):
         PixelDecoder.from_pretrained(tmp_path / "nowhere")
 

@@ -241,5 +241,5 @@ def test_what_it_cannot_train_on(
     with pytest.raises(ValueError, match="expected nested codes and color_cells"):
         SampleDecoderTraining(str(tmp_path / "t"), decoder)
     tiny_decoder.save_pretrained(tmp_path / "d")
-    with pytest.raises(ValueError, match="decoder: expected one with a mean decoder"):
+    with pytest.raises(ValueError, match="expected a pixel decoder with a mean decoder"):
         SampleDecoderTraining(tokenizer, str(tmp_path / "d"), stages=(0,))

@@ -375,7 +375,7 @@ def test_saved_and_loaded(tmp_path: Path):
     file = tmp_path / "preprocessor_config.json"
     saved = json.loads(file.read_text())
     assert saved == processor.to_dict() == VisualImageProcessor.from_pretrained(tmp_path).to_dict()
-    assert VisualImageProcessor.from_pretrained("default").to_dict()["size"] == 64
+    assert VisualImageProcessor.from_pretrained("default").to_dict()["size"] == 128
     file.write_text(json.dumps({**saved, "image_processor_type": "CLIPImageProcessor"}))
     with pytest.raises(ConfigError, match=r"preprocessor_config\.json: unknown entries \['image_p"):
         VisualImageProcessor.from_pretrained(tmp_path)

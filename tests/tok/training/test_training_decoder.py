@@ -310,6 +310,7 @@ def test_bad_arguments_are_refused(parts: dict[str, str], folder: Path, tmp_path
 
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*/decoder.yaml"))
+RECIPES = [recipe for recipe in RECIPES if "fit-decoder" in recipe.read_text()]  # by diffusion
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.parent.name)
@@ -337,4 +338,4 @@ def test_recipe_trains(recipe: Path, parts: dict[str, str], folder: Path, tmp_pa
 
 
 def test_there_is_a_recipe_of_each_size() -> None:
-    assert [r.parent.name for r in RECIPES] == ["base", "default", "paper"]
+    assert [r.parent.name for r in RECIPES] == ["base", "paper", "selected"]

@@ -13,7 +13,7 @@ directions of large variance count. With noise, the variance of a direction grow
 small for a caption, which is averaged over all patches, large for the color of a patch. The
 published LaVIT uses EVA-CLIP's frozen encoder instead.
 
-    python recipes/default/teacher.py fit -c recipes/default/teacher.yaml
+    python recipes/selected/teacher.py fit -c recipes/selected/teacher.yaml
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Teacher(LightningModule):
 
     def __init__(
         self,
-        out: str = "runs/default/teacher",
+        out: str = "runs/selected/teacher",
         image_size: int = 64,
         patch_size: int = 8,
         hidden_size: int = 192,

@@ -1,4 +1,4 @@
-"""Default recipes: teacher and autoencoder parse, train a step, are saved and load again."""
+"""Recipes of the model "selected": teacher and autoencoder parse, train a step, load again."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "default"
+RECIPES = Path(__file__).parents[2] / "recipes" / "selected"
 COLORS = ("red", "green", "blue", "red")
 
 
 @pytest.fixture
 def recipes(monkeypatch):
-    """The recipes' folder as `python recipes/default/x.py` would have it on the path."""
+    """The recipes' folder as `python recipes/selected/x.py` would have it on the path."""
     monkeypatch.syspath_prepend(str(RECIPES))
     yield
     for name in ("command", "sentences", "teacher", "vae"):

@@ -1,4 +1,4 @@
-"""Train the small autoencoder of the default pixel decoder's latents.
+"""Train the small autoencoder of the pixel decoder "selected"'s latents.
 
     pixels [b 3 64 64] in -1..1 -> AutoencoderKL -> latents [b 4 16 16] -> pixels
 
@@ -7,7 +7,7 @@ sharp without a perceptual network; the KL term has a small weight, against drif
 a small version of the f=4 autoencoder of Rombach et al. (2022). At the end the latents are whitened
 per channel, so `scaling_factor` is 1.
 
-    python recipes/default/vae.py fit -c recipes/default/vae.yaml
+    python recipes/selected/vae.py fit -c recipes/selected/vae.yaml
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Autoencoder(LightningModule):
 
     def __init__(
         self,
-        out: str = "runs/default/vae",
+        out: str = "runs/selected/vae",
         channels: tuple[int, ...] = (32, 64, 64),
         layers_per_block: int = 1,
         latent_channels: int = 4,
