@@ -195,17 +195,19 @@ def sequence_model(
     regressor: nn.Module | None = None,
     restricted: VisualVocabulary | None = None,
     code_map: CodeMap | None = None,
+    vector_noise: float = 0.0,
 ) -> SequenceModel:
     """The LM over packed sequences; an encoder-decoder splits each at the end of its prefix.
 
     Raises:
-        ValueError: see SequenceModel; a `code_map` with an encoder-decoder.
+        ValueError: see SequenceModel; a `code_map` or `vector_noise` with an encoder-decoder.
     """
     if lm.config.is_encoder_decoder:
-        if code_map is not None:
-            raise ValueError("mapped embeddings of codes: expected a causal LM")
+        if code_map is not None or vector_noise:
+            name = "vector_noise" if vector_noise else "mapped embeddings of codes"
+            raise ValueError(f"{name}: expected a causal LM")
         return PrefixSeq2Seq(lm, bridge, regressor)
-    return SequenceModel(lm, bridge, regressor, restricted, code_map)
+    return SequenceModel(lm, bridge, regressor, restricted, code_map, vector_noise)
 
 
 def with_lora(lm: Any, vocabulary: VisualVocabulary, lora: dict[str, Any]) -> Any:

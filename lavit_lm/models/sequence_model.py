@@ -22,7 +22,7 @@ from lavit_lm.models.kv_state import DecodingState
 from lavit_lm.models.losses import Head, ModelOutput
 from lavit_lm.sequences.masks import model_mask
 from lavit_lm.sequences.packing import PackedBatch
-from lavit_lm.sequences.token_sequence import TokenSequence
+from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_lm.vocabulary.embeddings import CodeMap
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 
@@ -42,6 +42,8 @@ class SequenceModel(nn.Module):
         restricted: the vocabulary, if losses compare every id with those only that can be at its
             position; see LaVIT.
         code_map: computes the embeddings of codes while the model is trained; see CodeMap.
+        vector_noise: of the input vectors that are predicted from text, in training; see
+            noisy_vectors.
 
     Raises:
         ValueError: `restricted` with ids in another order than VisualVocabulary.extend gives; a
@@ -55,12 +57,14 @@ class SequenceModel(nn.Module):
         regressor: nn.Module | None = None,
         restricted: VisualVocabulary | None = None,
         code_map: CodeMap | None = None,
+        vector_noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.bridge = bridge
         self.regressor = regressor
         self.code_map = code_map
+        self.vector_noise = vector_noise
         self.restricted = v = restricted
         if code_map is not None:
             tables = [lm.get_input_embeddings(), lm.get_output_embeddings()]
@@ -81,7 +85,10 @@ class SequenceModel(nn.Module):
             table = self.code_map(self.causal.get_input_embeddings().weight)
         images = batch.is_embedding, batch.images, batch.keep
         inputs_embeds = self.embed(batch.ids, *images, table)
-        hidden_states = self.hidden_states(inputs_embeds, batch)
+        noisy = inputs_embeds
+        if self.training and self.vector_noise:
+            noisy = noisy_vectors(inputs_embeds, batch, self.vector_noise)
+        hidden_states = self.hidden_states(noisy, batch)
         return ModelOutput(
             hidden_states,
             inputs_embeds,
@@ -242,3 +249,47 @@ class SequenceModel(nn.Module):
                 )
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def noisy_vectors(
+    inputs_embeds: Float[Tensor, "b l d"], batch: PackedBatch, most: float
+) -> Float[Tensor, "b l d"]:
+    """The inputs of a training step, with Gaussian noise on vectors that are predicted from text.
+
+        sequence    <s> a cat <img> v1 v2 </img> </s>      <s> <img> v1 v2 </img> a cat </s>
+        noise        .  .  .   .    x  x   .      .         .   .    .  .   .     .  .   .
+
+    In generation a vector follows vectors that the model predicted, with errors. Without noise it
+    learns to continue true ones, from which the next is nearly known, and hardly reads the text.
+    Noise of an image has a standard deviation of its own, uniform in 0..most of that of its
+    vectors' elements, so that the model learns to rely on vectors as far as they can be relied on.
+    Images before all text, which are to be described, stay as they are.
+
+    The noise depends on the batch's ids alone: a resumed training adds the same.
+
+    Args:
+        inputs_embeds: embeddings of ids, and vectors of images.
+        batch: where they are.
+        most: the largest standard deviation, in standard deviations of the vectors.
+    """
+    at = batch.is_embedding & batch.regress & _after_text(batch)
+    if not bool(at.any()):
+        return inputs_embeds
+    vectors = inputs_embeds[at].detach()
+    spread = vectors.float().std(0) if len(vectors) > 1 else vectors.float()[0] * 0
+    seed = torch.Generator().manual_seed(int(batch.ids.sum()))
+    # An image begins where no vector precedes; its vectors have one number.
+    begins = at & ~at.roll(1, 1) | at & (torch.arange(at.shape[1], device=at.device) == 0)
+    image = begins.flatten().cumsum(0)[at.flatten()] - 1
+    level = torch.rand(int(begins.sum()), generator=seed).to(vectors.device)[image]
+    noise = torch.randn(vectors.shape, generator=seed).to(vectors.device)
+    added = (most * level[:, None] * spread * noise).to(inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(at[..., None], inputs_embeds[at] + added)
+
+
+def _after_text(batch: PackedBatch) -> Bool[Tensor, "b l"]:
+    """True at positions that text of the same document precedes, <s> apart."""
+    text = (batch.roles == Role.TEXT) & (batch.positions > 0)
+    before = text.cumsum(1) - text.long()
+    first = torch.arange(text.shape[1], device=text.device) - batch.positions
+    return before > before.gather(1, first)

@@ -55,6 +55,11 @@ class Objective(ABC):
         """Whether ids are predicted among those only that can be at their position; see LaVIT."""
         return False
 
+    @property
+    def vector_noise(self) -> float:
+        """Noise on the input vectors of images in training; see sequence_model.noisy_vectors."""
+        return 0.0
+
     @abstractmethod
     def layout(
         self,

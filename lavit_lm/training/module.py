@@ -421,7 +421,8 @@ class LanguageModeling(TrainingModule):
                 lm = with_lora(lm, self.processor.vocabulary, self.lora)
             restricted = self.objective.restricted_softmax
             vocabulary = self.processor.vocabulary if restricted else None
-            return sequence_model(lm, *connectors, vocabulary, self._code_map(lm))
+            noise = self.objective.vector_noise
+            return sequence_model(lm, *connectors, vocabulary, self._code_map(lm), noise)
 
     def _code_map(self, lm: Any) -> CodeMap | None:
         """The network that computes new embeddings of codes, if one does."""

@@ -55,9 +55,11 @@ class Emu(VectorObjective):
         train_encoder: train a copy of the visual tokenizer's encoder with the rest, as published.
         regression_weight: of the mean squared error against the mean cross-entropy; the published
             value is unknown.
+        vector_noise: of the vectors that the LM reads in training after a text; the largest
+            standard deviation, in standard deviations of the vectors. 0 as published.
 
     Raises:
-        ValueError: no queries, or a weight below 0.
+        ValueError: no queries, or a weight or noise below 0.
     """
 
     name: ClassVar[str] = "emu"
@@ -69,11 +71,13 @@ class Emu(VectorObjective):
     hidden_size: int | None = None
     train_encoder: bool = True
     regression_weight: float = 1.0
+    vector_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.queries < 1:
             raise ValueError(f"queries: expected at least one vector per image, got {self.queries}")
         require_number("regression_weight", self.regression_weight, 0, 1e6)
+        require_number("vector_noise", self.vector_noise, 0, 100)
 
     @property
     def vectors(self) -> int:

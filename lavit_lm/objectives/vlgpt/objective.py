@@ -53,13 +53,15 @@ class VLGPT(VectorObjective):
             or "given".
         regression_weight: of the mean squared error against the mean cross-entropy; the published
             value is unknown.
+        vector_noise: of the vectors that the LM reads in training after a text; the largest
+            standard deviation, in standard deviations of the vectors. 0 as published.
         caption_prompt, image_prompt, answer_prompt: prompts of the trained model, {} for the user's
             text. Pairs are trained on without any prompt. A large LM follows the paper's prompts
             all the same; for a small one set them to what it was trained on: "" for nothing but the
             image, "{}" for nothing but the user's text.
 
     Raises:
-        ValueError: neither a directory nor sizes, or a weight below 0.
+        ValueError: neither a directory nor sizes, or a weight or noise below 0.
     """
 
     name: ClassVar[str] = "vlgpt"
@@ -68,6 +70,7 @@ class VLGPT(VectorObjective):
     tokenizer_sizes: dict[str, int] | None = None
     order: PairOrder = "both"
     regression_weight: float = 1.0
+    vector_noise: float = 0.0
     caption_prompt: str = " Please describe this image in detail in one sentence. It shows"
     image_prompt: str = "An image of {}."
     answer_prompt: str = " Based on the image, {} Short answer:"
@@ -79,6 +82,7 @@ class VLGPT(VectorObjective):
                 "fit-tokenizer"
             )
         require_number("regression_weight", self.regression_weight, 0, 1e6)
+        require_number("vector_noise", self.vector_noise, 0, 100)
 
     @cached_property
     def sizes(self) -> VLGPTTokenizerConfig:

@@ -23,7 +23,8 @@ from lavit_lm import MultimodalLM
 from lavit_lm.checkpoints.native import save_model
 from lavit_lm.generation.interleaved import generate_interleaved
 from lavit_lm.generation.sampling import Sampling
-from lavit_lm.models.sequence_model import SequenceModel
+from lavit_lm.models.loading import sequence_model
+from lavit_lm.models.sequence_model import SequenceModel, noisy_vectors
 from lavit_lm.objectives import by_name
 from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.records import ImageVectors
@@ -122,10 +123,47 @@ def test_order_and_learning(made: Made):
         VLGPT()
     with pytest.raises(ValueError, match=r"regression_weight: expected a number in 0\.\."):
         VLGPT("x", regression_weight=-1.0)
+    with pytest.raises(ValueError, match=r"vector_noise: expected a number in 0\.\."):
+        VLGPT("x", vector_noise=-1.0)
     with pytest.raises(WeightsError, match="as written by lavit-lm fit-tokenizer"):
         VLGPT("nowhere").to_dict()
     with pytest.raises(ValueError, match="vectors of width 16, the LM's hidden size is 32"):
         made.objective.connectors.build(made.model.bridge._tokenizer[0], 32)  # type: ignore[union-attr,index]
+
+
+def test_noise_on_vectors_that_follow_a_text(made: Made):
+    """Where the drawing of `noisy_vectors` has it; in training only, and the same for a batch."""
+    pairs = [TextSegment("rain"), image(1)], [image(2), TextSegment("rain")], [image(3)]
+    answered = [TextSegment("rain"), image(4, is_target=False), TextSegment("rain")]
+    batch = pad([sequence(made, s) for s in (*pairs, answered)], made.processor.pad)
+    embeds = made.model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
+    noisy = noisy_vectors(embeds, batch, 2.0)
+    changed = (noisy != embeds).any(-1)
+    assert changed[0].equal(batch.is_embedding[0]) and not changed[1:].any()
+    assert noisy.equal(noisy_vectors(embeds, batch, 2.0))
+
+
+def test_the_largest_noise_is_a_ratio_of_the_spread(made: Made):
+    sequences = [sequence(made, [TextSegment("rain"), image(i)]) for i in range(64)]
+    blocks = [sequences[i : i + 2] for i in range(0, 64, 2)]
+    packed = pack(blocks, 2 * len(sequences[0]), made.processor.pad)
+    embeds = torch.randn(*packed.ids.shape, 16) * torch.linspace(0.1, 3, 16)
+    added = (noisy_vectors(embeds, packed, 2.0) - embeds)[packed.is_embedding].view(64, N, 16)
+    level = (added / embeds[packed.is_embedding].std(0)).flatten(1).std(1)
+    assert level.min() < 0.3 and 1.7 < level.max() < 2.6  # one uniform level for each image
+    assert 0.8 < level.mean() < 1.2
+
+
+def test_noise_in_training_only(where: Path, tiny_tokenizer: VisualTokenizer):
+    noise = replace(VLGPT(str(where / "stage"), order="given"), vector_noise=1.0)
+    made = built(noise, tiny_tokenizer)
+    model = sequence_model(made.model.lm, made.model.bridge, made.model.regressor, vector_noise=1.0)
+    batch = pad([sequence(made, [TextSegment("rain"), image(1)])], made.processor.pad)
+    before, trained = model.eval()(batch), model.train()(batch)
+    assert trained.inputs_embeds.equal(before.inputs_embeds), "the targets have no noise"
+    first = int(batch.is_embedding[0].nonzero()[0])
+    assert trained.hidden_states[:, :first].equal(before.hidden_states[:, :first])
+    assert not trained.hidden_states[:, first:].allclose(before.hidden_states[:, first:])
 
 
 def test_losses_by_hand(made: Made):
@@ -264,6 +302,8 @@ def test_a_saved_model_needs_no_stage_1(folder: Path, tiny_decoder: Any):
         torch.testing.assert_close(theirs.hidden_states, ours.hidden_states, atol=1e-4, rtol=1e-4)
     shown = str(folder / "pictures" / "train" / "0.png")
     assert lm.caption(shown, 4) == MultimodalLM.from_pretrained(made).caption(shown, 4)
+    with pytest.raises(ValueError, match=r"vector_noise: expected a number in 0\.\."):
+        VLGPT("x", vector_noise=-1.0)
     with pytest.raises(WeightsError, match="as written by lavit-lm fit-tokenizer"):
         lm.generate_images("rain")
     decoding = MultimodalLM.from_pretrained(made, decoder=str(folder / "elsewhere"))
