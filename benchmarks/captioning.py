@@ -31,7 +31,7 @@ from torchmetrics.functional.text import bleu_score
 from benchmarks.lm_quality import MODEL, choose, load
 from benchmarks.shared import cli, datasets, report
 from benchmarks.shared.cache import Stages
-from benchmarks.shared.image_text_similarity import Teacher, ranks, top
+from benchmarks.shared.image_text_similarity import load_scorer, ranks, top
 
 CLASSES = {"BLEU": "Bleu", "ROUGE-L": "Rouge", "CIDEr": "Cider", "METEOR": "Meteor"}
 PACKAGE = "pycocoevalcap"
@@ -153,12 +153,12 @@ def main(args: Namespace) -> dict[str, Any]:
 
 
 def identified(data: datasets.ImageSet, texts: list[str], args: Namespace) -> dict[str, Any]:
-    """What captions identify among images whose true captions differ, in the teacher's space."""
+    """What captions identify among images whose true captions differ, in the scorer's space."""
     indices = choose(data.captions, args.among, args.seed)
-    teacher = Teacher(args.scorer, args.device)
+    scorer = load_scorer(args.scorer, args.device)
     generated, true = ([source[i] for i in indices] for source in (texts, data.captions))
-    vectors, true_vectors = teacher.embed(generated), teacher.embed(true)
-    described = teacher.describe(data.pixels[indices])
+    vectors, true_vectors = scorer.embed(generated), scorer.embed(true)
+    described = scorer.describe(data.pixels[indices])
     equal = [
         datasets.normalized(a) == datasets.normalized(b)
         for a, b in zip(generated, true, strict=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.shared import cli, datasets, metrics, plots, protocol, report
 from benchmarks.shared.cache import Stages, generator_for
-from benchmarks.shared.image_text_similarity import Teacher, ranks, top
+from benchmarks.shared.image_text_similarity import load_scorer, ranks, top
 from lavit_lm import MultimodalLM
 from lavit_lm.models.losses import target_nats
 from lavit_lm.objectives.lavit import LaVIT
@@ -47,7 +47,7 @@ SHOWN = 16
 MODEL: dict[str, tuple[Any, ...]] = {
     "model": ("default", "'default', a directory or a Hub id"),
     "visual_tokenizer": (str, "by default the one that the model names"),
-    "scorer": (Path, "folder that recipes/selected/teacher.py wrote: what do captions identify?"),
+    "scorer": (Path, "folder that recipes/default/scorer.py wrote: what do captions identify?"),
 }
 SAMPLING: dict[str, tuple[Any, ...]] = {
     "decoder": ("default", "'default', a directory or a Hub id"),
@@ -132,8 +132,8 @@ class Judge:
         spaces = metrics.feature_spaces(lm.visual_tokenizer, args.inception, args.device)
         space = "the visual tokenizer's encoder space"
         self.spaces = {protocol.distance_name(k, "FID", space): s for k, s in spaces.items()}
-        self.teacher = Teacher(args.scorer, args.device) if args.scorer else None
-        self.text = self.teacher.embed(captions) if self.teacher else torch.zeros(0)
+        self.scorer = load_scorer(args.scorer, args.device) if args.scorer else None
+        self.text = self.scorer.embed(captions) if self.scorer else torch.zeros(0)
         self.true = self.features(true)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -142,9 +142,9 @@ class Judge:
 
     def nearness(self, images: Tensor) -> dict[str, float]:
         """Is the own caption the nearest of the first AMONG, and how near is it?"""
-        if self.teacher is None:
+        if self.scorer is None:
             return {}
-        vectors, text = self.teacher.describe(images), self.text
+        vectors, text = self.scorer.describe(images), self.text
         hits = top(ranks(vectors[:AMONG], text[:AMONG]))
         numbers = {f"own caption among {min(AMONG, len(text))}, {k}": v for k, v in hits.items()}
         cosine = float((vectors * text).sum(1).mean())

@@ -81,8 +81,13 @@ def short_path(argument: str) -> str:
 
 
 def recipe(path: str) -> Any:
-    """A script of recipes/ as a module; it must import no other script."""
-    spec: Any = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "recipes" / path)
+    """A script of recipes/ as a module; it may import scripts beside it."""
+    file = ROOT / "recipes" / path
+    spec: Any = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
     return module

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,24 +59,20 @@ def model(tmp_path: Path, tokenizer: Path, tiny_tokenizer: VisualTokenizer) -> P
 
 
 @pytest.fixture
-def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A random teacher as its recipe saves one; sentence embeddings are counts of letters."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+def scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A random scorer as its recipe saves one; sentence embeddings are counts of letters."""
+    from benchmarks.shared.provenance import recipe
 
-    from benchmarks.shared import image_text_similarity
-
-    monkeypatch.setattr(image_text_similarity.Teacher, "embed", letters)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    config = CLIPVisionConfig(image_size=16, patch_size=8, num_attention_heads=2, **sizes)
+    monkeypatch.setitem(sys.modules, "sentences", SimpleNamespace(embed=letters))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        CLIPVisionModel(config).save_pretrained(tmp_path / "teacher")
-        layer = torch.nn.Linear(16, 384)
-    save_file(layer.state_dict(), tmp_path / "teacher" / "caption_projection.safetensors")
-    return tmp_path / "teacher"
+        weights = recipe("default/scorer.py").Scorer().state_dict()
+    (tmp_path / "scorer").mkdir()
+    save_file(weights, tmp_path / "scorer" / "scorer.safetensors")
+    return tmp_path / "scorer"
 
 
-def letters(teacher: Any, captions: Any) -> torch.Tensor:
+def letters(captions: Any) -> torch.Tensor:
     """Unit vectors [n 384] in place of sentence embeddings, whose model is a package of its own."""
     counts = torch.zeros(len(captions), 384)
     for i, caption in enumerate(captions):

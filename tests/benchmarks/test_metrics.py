@@ -187,32 +187,11 @@ def test_ranks_by_brute_force() -> None:
     assert alike.tolist() == [29] * 30, "an answer that fits all identifies none"
 
 
-@torch.no_grad()
-def test_the_scorer_is_the_teacher(teacher: Path, photos: list[Path]) -> None:
-    import sys
-
-    from safetensors.torch import load_file
-    from transformers import CLIPVisionModel
-
-    from lavit_tok import VisualImageProcessor
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "selected"))
-    try:
-        from teacher import Teacher
-    finally:
-        sys.path.pop(0)
-    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32}
-    recipe = Teacher(layers=1, heads=2, **sizes).eval()
-    recipe.vision = CLIPVisionModel.from_pretrained(teacher)
-    weights = load_file(teacher / "caption_projection.safetensors")
-    recipe.caption_projection.load_state_dict(weights)
-    pixels, _ = pairs(photos, 16)
-    features = recipe.norm(recipe.features(VisualImageProcessor(16).normalize(pixels)))
-    scorer = image_text_similarity.Teacher(teacher)
-    torch.testing.assert_close(scorer.describe(pixels), recipe.describe(features))
-    (teacher / "caption_projection.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"missing \['caption_projection.safetensors'\]"):
-        image_text_similarity.Teacher(teacher)
+def test_a_folder_without_a_scorer(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"expected the folder that recipes/default/scorer\.py wrot"
+    ):
+        image_text_similarity.load_scorer(tmp_path)
 
 
 TRUE = [

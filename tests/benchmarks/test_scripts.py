@@ -347,10 +347,10 @@ def test_captions_are_chosen_by_seed() -> None:
 
 
 def test_lm_quality(
-    run: Any, data: Path, model: Path, decoder: Path, teacher: Path, tmp_path: Path
+    run: Any, data: Path, model: Path, decoder: Path, scorer: Path, tmp_path: Path
 ) -> None:
     args = ["--data", data, "--model", model, "--decoder", decoder, "--steps", 2, "--seeds", 2]
-    args += ["--captions", 4, "--scorer", teacher]
+    args += ["--captions", 4, "--scorer", scorer]
     found = run(lm_quality, *args, "--batch-size", 3)
     images, bits = found["images"], found["bits"]
     again = run(lm_quality, *args, "--batch-size", 3, out="again")
@@ -393,10 +393,10 @@ def check_bits(found: dict[str, Any], data: Path, lm: MultimodalLM) -> None:
         assert found[name]["bits_per_code_with_end"] == pytest.approx(with_end, rel=1e-5)
 
 
-def test_captioning(run: Any, data: Path, model: Path, teacher: Path, tmp_path: Path) -> None:
+def test_captioning(run: Any, data: Path, model: Path, scorer: Path, tmp_path: Path) -> None:
     args = ["--data", data, "--model", model, "--max-tokens", 6, "--tokenization", "words"]
     args += ["--scorers", "BLEU", "CIDEr", "--batch-size", 3]
-    found = run(captioning, *args, "--scorer", teacher, "--among", 4)
+    found = run(captioning, *args, "--scorer", scorer, "--among", 4)
     results = json.loads((tmp_path / "out" / "captioning.results.json").read_text())
     lm = MultimodalLM.from_pretrained(model, decoder=None)
     images = datasets.load_images(str(data), 32, crop=False)
