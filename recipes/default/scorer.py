@@ -34,7 +34,7 @@ from lavit_tok.data.image_sources import load_splits
 from lavit_tok.encode.efficientnet import EfficientNetLite
 
 sys.path.append(str(Path(__file__).parents[1] / "selected"))
-from sentences import embed  # noqa: E402
+from sentences import embed
 
 SIZE, AREAS, WIDTH = 128, 8, 256
 LITE2: dict[str, Any] = {"width": 1.1, "depth": 1.2, "classes": 1000}
