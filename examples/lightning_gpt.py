@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
     seed_everything(0, verbose=False)
     data = ImageDataModule(
         arguments.data or str(write_shapes("out/shapes", 300)),
-        image_size=64,
+        image_size=128,
         batch_size=arguments.batch_size,
         flip=0.5,
         crop_scale=(0.8, 1.0),

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     dataset = encode_dataset(load_dataset(data, split="train"), tokenizer)
     codes = list(dataset["codes"])
     torch.manual_seed(0)
-    model = GPT(tokenizer.config.codebook_size, tokenizer.config.num_patches)
+    model = GPT(tokenizer.config.codebook_size, max(map(len, codes)))
     losses = train(model, codes, arguments.steps)
     print(f"{len(codes)} images, loss {losses[0]:.2f} -> {losses[-1]:.2f} nats per code")
 

@@ -60,7 +60,7 @@ class EmuDecoderTraining(EMATraining):
 
     Args:
         model: directory or Hub id of a MultimodalLM that generates vectors.
-        pixel_decoder: "default", directory or Hub id of the PixelDecoder to start from.
+        pixel_decoder: "selected", directory or Hub id of the PixelDecoder to start from.
         reader: the transformer that reads the generated vectors.
         train_unet: train the U-Net too; else only the modules before it.
         fresh_keys: reinitialize the U-Net's key and value projections of the condition, as in Emu.
@@ -76,13 +76,14 @@ class EmuDecoderTraining(EMATraining):
         seed: seed of all random numbers of the training.
 
     Raises:
-        ValueError: a language model that generates codes, or new projections that are not trained.
+        ValueError: a language model that generates codes, a pixel decoder without a diffusion
+            model, or new projections that are not trained.
     """
 
     def __init__(
         self,
         model: str,
-        pixel_decoder: str = "default",
+        pixel_decoder: str = "selected",
         reader: ReaderConfig = ReaderConfig(),
         train_unet: bool = True,
         fresh_keys: bool = True,
@@ -107,6 +108,11 @@ class EmuDecoderTraining(EMATraining):
         self.out, self.out_dtype, self.seed = out, out_dtype, seed
         self.frozen_lm = Frozen(MultimodalLM.from_pretrained(model, decoder=None))
         pixels = PixelDecoder.from_pretrained(pixel_decoder)
+        if pixels.unet is None:
+            raise ValueError(
+                f"pixel_decoder: expected one with a diffusion model, such as 'selected', got "
+                f"{pixel_decoder!r}"
+            )
         lm = self.lm
         if lm.objective.image_output.kind != "vectors":
             raise ValueError(

@@ -57,9 +57,9 @@ class VLGPTTokenizerTraining(TrainingModule):
 
     Args:
         width: width of the vectors; that of the language model.
-        visual_tokenizer: "default", directory or Hub id: whose frozen encoder makes the features.
+        visual_tokenizer: "selected", directory or Hub id: whose frozen encoder makes the features.
         conditions: of the diffusion model, see load_diffusion: {"kind": "pixel_decoder",
-            "decoder": "default"}, or {"kind": "stable_diffusion", "model": ..., "adapter": ...}.
+            "decoder": "selected"}, or {"kind": "stable_diffusion", "model": ..., "adapter": ...}.
         transformer: tokenizer and detokenizer.
         loss: weights of the loss.
         optimizer: AdamW; 2e-4 as published.
@@ -74,7 +74,7 @@ class VLGPTTokenizerTraining(TrainingModule):
     def __init__(
         self,
         width: int,
-        visual_tokenizer: str = "default",
+        visual_tokenizer: str = "selected",
         conditions: dict[str, Any] | None = None,
         transformer: TransformerConfig = TransformerConfig(),
         loss: ConditionLossConfig = ConditionLossConfig(),
@@ -91,7 +91,7 @@ class VLGPTTokenizerTraining(TrainingModule):
         self.optimizer_config, self.schedule_config = optimizer, schedule
         visual = VisualTokenizer.from_pretrained(visual_tokenizer).requires_grad_(False)
         self.resize_mode = visual.image_processor.resize_mode
-        conditions = conditions or {"kind": "pixel_decoder", "decoder": "default"}
+        conditions = conditions or {"kind": "pixel_decoder", "decoder": "selected"}
         self.frozen_conditions: Frozen[Any] = Frozen(load_diffusion(conditions, visual))
         shapes = self.conditions.image_shape, self.conditions.text_shape
         weights = loss.image_weight, loss.text_weight

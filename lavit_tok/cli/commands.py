@@ -143,7 +143,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     Of selected codes also the kept patches (the others dimmed). Of nested codes, unless a number
     is requested, what the default number, DECODED and all codes decode to.
     """
-    from lavit_tok.visualize import kept_overlay, sheet, thumbnail
+    from lavit_tok.visualize import sheet
 
     paths = list_images(arguments.images) if arguments.images else photographs()
     require_own(arguments.out, arguments.overwrite)
@@ -153,8 +153,8 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     )
     limit_images(tokenizer.image_processor, arguments)
     config, processor = tokenizer.config, tokenizer.image_processor
-    side, grid = max(PANEL, config.image_size), config.image_size // config.patch_size
-    titles: tuple[str, ...] = ()
+    side = max(PANEL, config.image_size)
+    titles: list[str] = []
     rejects = Rejects(arguments.out / REJECTS, overwrite=arguments.overwrite, only=len(paths) == 1)
     lengths: list[int] = []
     panels: list[list[Image.Image]] = []
@@ -166,27 +166,21 @@ def reconstruct(arguments: argparse.Namespace) -> int:
                 continue
             pixels = torch.stack([image for _, _, (image, _) in images])
             shown = _encodings(tokenizer, pixels, arguments)
-            compared = list(shown)[len(shown) // 2]
-            kept = () if tokenizer.nested else ("kept patches",)
-            titles = ("original", *kept, *shown, f"thumbnail, bits of {compared}")
             numbers = [number for number, _, _ in images]
             decoded = [_decode(decoder, codes, numbers, arguments) for codes in shown.values()]
             for i, (number, path, (small, panel)) in enumerate(images):
-                counts = {title: int(codes.lengths[i]) for title, codes in shown.items()}
-                bits = {title: n * math.log2(config.codebook_size) for title, n in counts.items()}
-                line, texts = [open_image(panel)], [printable(path.name)]
-                if kept:
-                    mask = _keep(shown[compared])[i]
-                    line.append(kept_overlay(line[0], mask, (grid, grid)))
-                    texts.append(f"{int(mask.sum())} of {config.num_patches} patches")
-                line += [made[i] for made in decoded]
-                texts += [f"{n} codes, {bits[title]:.0f} bits" for title, n in counts.items()]
-                line.append(thumbnail(open_image(small), bits[compared]))
-                texts.append(f"{bits[compared]:.0f} bits")
-                line = [image.resize((side, side), Image.Resampling.BICUBIC) for image in line]
+                of_image = {
+                    title: (codes.take([i]), made[i])
+                    for (title, codes), made in zip(shown.items(), decoded, strict=True)
+                }
+                original = open_image(panel)
+                found = [("original", printable(path.name), original)]
+                found += _panels(tokenizer, original, open_image(small), of_image)
+                titles, texts, line = map(list, zip(*found, strict=True))
+                line = [x.resize((side, side), Image.Resampling.BICUBIC) for x in line]
                 file = arguments.out / png_name(number, str(path))
                 save_png(sheet([line], titles, [texts]), file)
-                length = next(iter(counts.values()))
+                length = int(next(iter(shown.values())).lengths[i])
                 print(f"{length:7d} of {config.num_patches} codes  {printable(str(path))}")
                 lengths.append(length)
                 if len(panels) < SHEET_IMAGES:
@@ -214,6 +208,39 @@ def _encodings(
     whole = tokenizer.encode(pixels, patches).to("cpu")
     fewer = {f"{n} codes": whole.truncate(n) for n in DECODED if n < patches}
     return {"default length": codes, **fewer, f"all {patches} codes": whole}
+
+
+def _panels(
+    tokenizer: VisualTokenizer,
+    original: Image.Image,
+    small: Image.Image,
+    decoded: dict[str, tuple[VisualCodes, Image.Image]],
+) -> list[tuple[str, str, Image.Image]]:
+    """Title, label and image of each panel of an image's line, after the original.
+
+    Args:
+        tokenizer: of the codes.
+        original: at the size of a panel.
+        small: at the tokenizer's size.
+        decoded: by title codes and what they decode to; a thumbnail of as many bits is beside that
+            in the middle.
+    """
+    from lavit_tok.visualize import kept_overlay, thumbnail
+
+    config, compared = tokenizer.config, [*decoded][len(decoded) // 2]
+    grid = config.image_size // config.patch_size
+    panels = []
+    for title, (codes, image) in decoded.items():
+        if not tokenizer.nested:
+            label = f"{len(codes.values)} of {config.num_patches} patches"
+            overlay = kept_overlay(original, _keep(codes)[0], (grid, grid))
+            panels.append(("kept patches", label, overlay))
+        bits = len(codes.values) * math.log2(config.codebook_size)
+        panels.append((title, f"{len(codes.values)} codes, {bits:.0f} bits", image))
+        if title == compared:
+            label = f"{bits:.0f} bits"
+            panels.append(("thumbnail of equal bits", label, thumbnail(small, bits)))
+    return panels
 
 
 def shards(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """`lavit-tok demo`: a page that encodes and decodes images, in a browser on this machine.
 
-    Reconstruct       an image -> kept patches, codes, reconstruction, thumbnail of equal bits
+    Reconstruct       an image -> codes, kept patches, reconstruction, thumbnail of equal bits
     (entry points)    tabs of other packages, such as lavit_lm's: a prompt -> images
     Compare           an image -> the same by two checkpoints, or with two numbers of codes
 
@@ -47,8 +47,8 @@ class Tab:
 class Reconstruction:
     """What is shown of one image."""
 
-    kept: Image.Image
-    """The image with its dropped patches dimmed."""
+    kept: Image.Image | None
+    """The image with its dropped patches dimmed; None for nested codes, which drop none."""
     decoded: Image.Image
     """Decoded from the codes alone."""
     thumbnail: Image.Image
@@ -127,7 +127,9 @@ class Checkpoint:
             f"dB, thumbnail {psnr(tiny, small):.1f} dB."
         )
         enlarged = [x.resize((side, side), Image.Resampling.BICUBIC) for x in (decoded, tiny)]
-        overlay = kept_overlay(original, codes.keep[0], (grid, grid))
+        overlay = None
+        if not self.tokenizer.nested:
+            overlay = kept_overlay(original, codes.keep[0], (grid, grid))
         return Reconstruction(overlay, enlarged[0], enlarged[1], codes.values.tolist(), summary)
 
 
@@ -213,40 +215,43 @@ def _number_of_codes(gr: Any, checkpoint: Checkpoint) -> list[Any]:
     return [mode, budget, quality]
 
 
-def _decoding(gr: Any) -> list[Any]:
+def _decoding(gr: Any, checkpoints: Sequence[Checkpoint]) -> list[Any]:
+    """Components of the diffusion model's options; invisible where there is none."""
+    visible = any(one.decoder.unet is not None for one in checkpoints)
     return [
-        gr.Slider(1, 6, 3, step=0.5, label="Guidance (decoder)"),
-        gr.Slider(1, 50, 20, step=1, label="Denoising steps"),
-        gr.Number(0, label="Seed", precision=0, minimum=0),
+        gr.Slider(1, 6, 3, step=0.5, label="Guidance (decoder)", visible=visible),
+        gr.Slider(1, 50, 20, step=1, label="Denoising steps", visible=visible),
+        gr.Number(0, label="Seed", precision=0, minimum=0, visible=visible),
     ]
 
 
-def _panels(gr: Any, height: int) -> list[Any]:
+def _panels(gr: Any, height: int, kept: bool) -> list[Any]:
     options = {"format": "png", "height": height, "interactive": False, "buttons": ["fullscreen"]}
-    labels = ("Kept patches", "Decoded", "Thumbnail, equal bits")
-    return [gr.Image(label=label, alt_text=label, **options) for label in labels]
+    visible = {"Kept patches": kept, "Decoded": True, "Thumbnail, equal bits": True}
+    return [gr.Image(label=x, alt_text=x, visible=v, **options) for x, v in visible.items()]
 
 
-def _shown(result: Reconstruction) -> tuple[Any, ...]:
+def _shown(gr: Any, result: Reconstruction) -> tuple[Any, ...]:
     codes = " ".join(map(str, result.codes))
-    return result.kept, result.decoded, result.thumbnail, result.summary, codes
+    kept = gr.update(value=result.kept, visible=result.kept is not None)
+    return kept, result.decoded, result.thumbnail, result.summary, codes
 
 
 def _reconstruct_tab(gr: Any, checkpoint: Checkpoint) -> None:
     with gr.Row():
         with gr.Column(scale=1):
             image = uploaded(gr)
-            inputs = [*_number_of_codes(gr, checkpoint), *_decoding(gr)]
+            inputs = [*_number_of_codes(gr, checkpoint), *_decoding(gr, [checkpoint])]
             button = gr.Button("Encode and decode", variant="primary")
         with gr.Column(scale=2):
             with gr.Row():
-                outputs = _panels(gr, 256)
+                outputs = _panels(gr, 256, kept=not checkpoint.tokenizer.nested)
             outputs += [gr.Markdown(), gr.Textbox(label="Codes", lines=3)]
 
     def update(image: Any, *values: Any) -> tuple[Any, ...]:
         if image is None:
             return (None,) * len(outputs)
-        return _shown(checkpoint.reconstruct(image, *values))
+        return _shown(gr, checkpoint.reconstruct(image, *values))
 
     changes = [button.click, image.change, *(x.release for x in inputs if hasattr(x, "release"))]
     gr.on([*changes, inputs[0].change], reporting(gr, update), [image, *inputs], outputs)
@@ -258,19 +263,20 @@ def _compare_tab(gr: Any, checkpoints: Sequence[Checkpoint]) -> None:
     with gr.Row():
         image = uploaded(gr)
         with gr.Column():
-            decoding = _decoding(gr)
+            decoding = _decoding(gr, checkpoints)
             button = gr.Button("Compare", variant="primary")
     choices: list[Any] = []
     outputs: list[Any] = []
     with gr.Row():
         for default in (names[0], names[-1]):
+            kept = not by_name[default].tokenizer.nested
             with gr.Column():
                 choices += [
                     gr.Dropdown(names, value=default, label="Checkpoint"),
                     gr.Number(0, label="Codes; 0: automatic", precision=0, minimum=0),
                 ]
                 with gr.Row():
-                    outputs += _panels(gr, 192)
+                    outputs += _panels(gr, 192, kept)
                 outputs += [gr.Markdown(), gr.Textbox(label="Codes", lines=2)]
 
     def compare(image: Any, *values: Any) -> tuple[Any, ...]:
@@ -279,7 +285,7 @@ def _compare_tab(gr: Any, checkpoints: Sequence[Checkpoint]) -> None:
         for name, budget in (sides[:2], sides[2:]):
             mode = BUDGET if budget else AUTOMATIC
             options = {"guidance": guidance, "steps": steps, "seed": seed}
-            shown += _shown(by_name[name].reconstruct(image, mode, budget, **options))
+            shown += _shown(gr, by_name[name].reconstruct(image, mode, budget, **options))
         return shown
 
     gr.on(button.click, reporting(gr, compare), [image, *choices, *decoding], outputs)

@@ -53,7 +53,7 @@ def test_small_gpt(shapes: Path, tmp_path: Path) -> None:
         [str(shapes), "--steps", "12", "--images", "2", "--out", str(tmp_path)]
     )
     assert losses[-1] < losses[0] - 1
-    assert all(Image.open(tmp_path / f"{i}.png").size == (64, 64) for i in range(2))
+    assert all(Image.open(tmp_path / f"{i}.png").size == (128, 128) for i in range(2))
 
 
 def test_a_gpt_attends_to_earlier_codes_and_learns_the_end() -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lavit_tok import PixelDecoder, Shards, VisualTokenizer, WeightsError
+from lavit_tok import PixelDecoder, Shards, VisualTokenizer, WeightsError, visualize
 from lavit_tok.checkpoints.weights import PACKAGE, SHIPPED, find_directory
 from lavit_tok.cli import main
 from lavit_tok.cli.items import photographs
 from lavit_tok.data.shard_manifest import ShardError
+from lavit_tok.encode.image_processor import open_image
 
 # fmt: off
 GOLDEN = {
@@ -157,6 +158,35 @@ def test_codes_of_the_other_shipped_model_are_refused_with_a_remedy(
     opened = Shards.open(tmp_path / "shards", "train")
     with pytest.raises(ShardError, match="visual_tokenizer: selected has their codebook"):
         opened.require(fingerprint=SHIPPED["default"])
+
+
+def test_reconstruct_as_in_the_readme(
+    tokenizer: VisualTokenizer, decoder: PixelDecoder, tmp_path: Path, capsys: Any
+) -> None:
+    """Panels of 256 pixels: original, default length, 64 codes, thumbnail, 256 codes."""
+
+    def panels(*request: str) -> list[Any]:
+        out = tmp_path / f"sheets{len(request)}"
+        assert main(["reconstruct", *request, "--out", str(out)]) == 0
+        sheet = np.asarray(Image.open(out / "000000-chelsea.png"))
+        assert (out / "sheet.png").read_bytes() == (out / "000000-chelsea.png").read_bytes()
+        return [sheet[20:276, x : x + 256] for x in range(4, sheet.shape[1], 260)]
+
+    image = str(photographs()[1])
+    assert Path(image).name == "chelsea.png"
+    whole = tokenizer.encode(image, 256)
+    lengths = [int(tokenizer.encode(image).lengths[0]), 64, 256]
+    _, first, second, thumbnail, last = panels(image)
+    assert f"{lengths[0]:7d} of 256 codes  {image}" in capsys.readouterr().out
+    for length, panel in zip(lengths, (first, second, last), strict=True):
+        (drawn,) = decoder(whole.truncate(length)).images
+        assert np.array_equal(panel, drawn.resize((256, 256), Image.Resampling.BICUBIC)), length
+    small = tokenizer.image_processor.resize(Image.open(image).convert("RGB"))
+    expected = visualize.thumbnail(open_image(small), 64 * 12)
+    assert np.array_equal(thumbnail, expected.resize((256, 256), Image.Resampling.BICUBIC))
+    requested = panels(image, "--budget", "64")
+    assert len(requested) == 3 and np.array_equal(requested[1], second)
+    assert np.array_equal(requested[2], thumbnail)
 
 
 def test_size_of_the_weights() -> None:

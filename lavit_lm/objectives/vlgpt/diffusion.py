@@ -104,15 +104,19 @@ class PixelDecoderDiffusion:
         name: what the decoder was loaded from.
 
     Raises:
-        ValueError: a tokenizer of other codes than the decoder's.
+        ValueError: a decoder without a diffusion model; a tokenizer of other codes than its.
     """
 
     kind: ClassVar[str] = "pixel_decoder"
     text_shape = None
 
     def __init__(
-        self, decoder: PixelDecoder, visual: VisualTokenizer | None, name: str = "default"
+        self, decoder: PixelDecoder, visual: VisualTokenizer | None, name: str = "selected"
     ) -> None:
+        if decoder.unet is None:
+            raise ValueError(
+                f"expected a pixel decoder with a diffusion model, such as 'selected', got {name!r}"
+            )
         self.decoder, self.visual = decoder, visual
         self.config = {"kind": self.kind, "decoder": name}
         c = decoder.conditioner.config
@@ -129,7 +133,7 @@ class PixelDecoderDiffusion:
 
     @classmethod
     def load(
-        cls, visual: VisualTokenizer | None, decoder: str = "default"
+        cls, visual: VisualTokenizer | None, decoder: str = "selected"
     ) -> PixelDecoderDiffusion:
         """Raises WeightsError."""
         return cls(PixelDecoder.from_pretrained(decoder), visual, decoder)

@@ -421,7 +421,7 @@ def test_processors_that_do_not_fit(directory: Path, tmp_path: Path, photos: lis
         AutoProcessor.from_pretrained(directory)
     path.write_text(json.dumps(values))
     other = LavitProcessor.from_pretrained(directory, pixel_decoder="default")
-    with pytest.raises(ValueError, match=f"2048 entries, the language model of {CODES}"):
+    with pytest.raises(ValueError, match=f"4096 entries, the language model of {CODES}"):
         other.pixel_decoder  # noqa: B018
 
 

@@ -146,6 +146,8 @@ def test_a_pixel_decoder_s_condition(where: Path):
     expected = r"decodes \(patches, codebook size\) \(64, 2048\), the visual tokenizer has"
     with pytest.raises(ValueError, match=expected):
         load_diffusion({"kind": "pixel_decoder"}, visual)
+    with pytest.raises(ValueError, match="with a diffusion model, such as 'selected', got 'def"):
+        load_diffusion({"kind": "pixel_decoder", "decoder": "default"}, visual)
 
 
 def test_conditions_that_are_refused(tmp_path: Path):

@@ -39,6 +39,7 @@ def test_reconstruction(checkpoint: Checkpoint, photos: list[Path]) -> None:
     result = checkpoint.reconstruct(photos[0], steps=2)
     codes = checkpoint.tokenizer.encode(photos[0])
     assert result.codes == codes[0].tolist()
+    assert result.kept is not None
     assert {x.size for x in (result.kept, result.decoded, result.thumbnail)} == {(256, 256)}
     assert f"{len(result.codes)} of 16 codes, {4 * len(result.codes)} bits" in result.summary
     # The dropped patches of 64 x 64 pixels are darker.
@@ -71,6 +72,7 @@ def test_quality_only_with_a_tokenizer_that_predicts_it(
     assert predicting.modes == [AUTOMATIC, BUDGET, QUALITY]
     result = predicting.reconstruct(photos[0], QUALITY, quality=0.7)
     assert result.codes == predicting.tokenizer.encode(photos[0], quality=0.7)[0].tolist()
+    assert result.kept is None, "nested codes drop no patches"
 
 
 def test_thumbnails_use_the_bits_and_improve_with_them(photos: list[Path]) -> None:
