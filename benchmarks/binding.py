@@ -36,7 +36,7 @@ from benchmarks.shared.provenance import recipe
 from benchmarks.shared.tokenizers import Lavit
 from lavit_lm import MultimodalLM
 from lavit_tok import PixelDecoder, VisualImageProcessor, VisualTokenizer
-from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.splits import load_splits
 from lavit_tok.encode.efficientnet import EfficientNetLite, JoinedEncoder
 
 PARTS = ["images", "ceiling", "instructions"]

@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.shared import cli, datasets, metrics, plots, protocol, report, tokenizers
 from benchmarks.shared.cache import Stages, generator_for
 from lavit_tok import VisualCodes, VisualTokenizer
-from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.splits import load_splits
 from lavit_tok.encode.allocation import keep_by_budget, ordered_noise
 from lavit_tok.encode.selector import keep_scores
 

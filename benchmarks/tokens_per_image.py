@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.shared import cli, datasets, plots, report, tokenizers
 from benchmarks.shared.cache import Stages
 from lavit_tok import VisualCodes
-from lavit_tok.encode.image_processor import open_image
+from lavit_tok.encode.image_files import open_image
 from lavit_tok.training.codebook import usage
 from lavit_tok.visualize import kept_overlay
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lavit_tok.decode.conditioner import Conditioning
     from lavit_tok.decode.pipeline import PixelDecoder
     from lavit_tok.encode.continuous import ContinuousPath
-    from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
+    from lavit_tok.encode.image_files import ImageError
+    from lavit_tok.encode.image_processor import VisualImageProcessor
     from lavit_tok.tokenizer import VisualTokenizer
     from lavit_tok.training.data_module import ImageDataModule as ImageDataModule
 
@@ -53,7 +54,7 @@ _MODULES = {
     "CodeError": "codes",
     "VisualCodes": "codes",
     "WeightsError": "checkpoints.weights",
-    "ImageError": "encode.image_processor",
+    "ImageError": "encode.image_files",
     "VisualImageProcessor": "encode.image_processor",
     "ContinuousPath": "encode.continuous",
     "Conditioning": "decode.conditioner",

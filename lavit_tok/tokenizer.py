@@ -37,7 +37,8 @@ from lavit_tok.encode import allocation
 from lavit_tok.encode.allocation import Budget
 from lavit_tok.encode.continuous import ContinuousPath
 from lavit_tok.encode.error_head import ErrorHead, rank_log_odds
-from lavit_tok.encode.image_processor import Images, VisualImageProcessor
+from lavit_tok.encode.image_files import Images
+from lavit_tok.encode.image_processor import VisualImageProcessor
 from lavit_tok.encode.merger import Merger
 from lavit_tok.encode.nested_quantizer import NestedQuantizer
 from lavit_tok.encode.quantizer import Quantizer, fingerprint

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lavit_tok.encode.image_processor import open_image
+from lavit_tok.encode.image_files import open_image
 
 DIM = 0.25  # brightness of a dropped patch
 TEXT_HEIGHT = 16

@@ -41,6 +41,7 @@ TARGETS = {
     "lavit_lm/sequences/masks.py": SEQUENCES,
     "lavit_tok/encode/quantizer.py": ["tests/tok/encode/test_quantizer.py"],
     "lavit_tok/encode/merger.py": ["tests/tok/encode/test_merger.py"],
+    "lavit_tok/encode/image_files.py": ["tests/tok/encode/test_image_processor.py"],
     "lavit_tok/encode/image_processor.py": ["tests/tok/encode/test_image_processor.py"],
     "lavit_tok/encode/selector.py": ["tests/tok/encode/test_selector.py"],
     "lavit_tok/encode/allocation.py": ["tests/tok/encode/test_allocation.py"],

@@ -37,6 +37,8 @@ TRAINING = {"datasets", "pytorch_lightning", "vector_quantize_pytorch", "torchme
         ("import lavit_tok", set(), HEAVY),
         ("import lavit_lm", set(), HEAVY),
         ("import lavit_tok.cli.parser, lavit_lm.cli.parser", set(), HEAVY),
+        # what processes import that only open images
+        ("import lavit_tok.data.ray_engine, lavit_tok.data.shard_source", {"datasets"}, {"torch"}),
         (
             "from lavit_lm import VisualVocabulary; import lavit_lm.checkpoints.export",
             {"torch"},

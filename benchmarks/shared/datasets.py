@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.shared.cache import progress
 from lavit_tok import VisualImageProcessor
-from lavit_tok.data.image_sources import example_key, load_splits, read_image, undecoded
+from lavit_tok.data.splits import example_key, load_splits, read_image, undecoded
 
 
 @dataclass(frozen=True)

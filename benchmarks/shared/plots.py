@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from lavit_tok.encode.image_processor import open_image
+from lavit_tok.encode.image_files import open_image
 from lavit_tok.visualize import sheet
 
 

@@ -1,13 +1,14 @@
 """What docs/results.md records of `lavit-tok shards` on one machine.
 
-    python examples/scale/measure.py kills --count 50
+    python examples/scale/measure.py kills --count 50 [--first 14]
     python examples/scale/measure.py speed --count 2000
     python examples/scale/measure.py engines --count 20000
     python examples/scale/measure.py memory --count 2000 20000
     python examples/scale/measure.py shards --count 10 100 1000 10000
 
 kills: SIGKILL to actors, reading tasks and drivers of jobs on Ray, at random moments; a driver is
-started again until the job ends; then every file equals that of an undisturbed job.
+started again until the job ends; then every file equals that of an undisturbed job. Moments are
+drawn by the number of the job; --first continues with that number.
 engines: with Ray, which starts a cluster for each turn.
 shards: processor time of the writing process for shards of 64 images with 21 codes each.
 """
@@ -34,8 +35,8 @@ import torch
 from PIL import Image
 
 from lavit_tok import TokenizerConfig, VisualTokenizer
+from lavit_tok.data.open_batch import open_batch
 from lavit_tok.data.shard_writer import write_shards
-from lavit_tok.data.tokenize_batch import open_batch
 
 ENCODER = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32}
 ENCODER |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -84,40 +85,37 @@ def kill(draw: random.Random, kind: str, driver: subprocess.Popen[bytes]) -> boo
     return bool(found)
 
 
-def kills(counts: list[int]) -> None:
+def kills(counts: list[int], first: int = 0) -> None:
     (count,) = counts
     import ray
 
     with tempfile.TemporaryDirectory(prefix="kills") as name:
         folder, log = Path(name), (Path(name) / "log").open("wb")
-        images = write_images(folder / "images", 200, 40)
+        images = write_images(folder / "images", 100, 40)
         job = [images, "--tokenizer", write_tokenizer(folder / "t"), "--shard-size", 4]
         job += ["--batch-size", 3, "--budget", 0.4, "--flip"]
         assert start(*job, "--out", folder / "whole", stderr=log).wait() == 0
-        whole, done = files(folder / "whole"), dict.fromkeys((*VICTIMS, "driver"), 0)
+        whole = files(folder / "whole")
         context = ray.init("local", log_to_driver=False, include_dashboard=False)
-        jobs = starts = 0
-        while sum(done.values()) < count:
-            draw, out = random.Random(jobs), folder / f"out{jobs}"
-            own = jobs % 4 == 3  # every fourth job has a cluster of its own, which dies with it
+        for number in range(first, count):
+            draw, out, done, starts = random.Random(number), folder / f"out{number}", [], 1
+            own = number % 4 == 3  # every fourth job has a cluster of its own, which dies with it
             options = ["--engine", "ray", "--workers", 2, "--out", out]
             options += [] if own else ["--address", context.address_info["address"]]
             driver = start(*job, *options, stderr=log)
-            starts += 1
             for at in sorted(draw.randrange(len(whole)) for _ in range(5)):
-                kind = draw.choice(list(done))
+                kind = draw.choice([*VICTIMS, "driver"])
                 while driver.poll() is None and len([*out.glob("*.parquet")]) < at:
                     time.sleep(0.01)
                 time.sleep(draw.uniform(0, 0.3))
                 if driver.poll() is None and kill(draw, kind, driver):
-                    done[kind] += 1
+                    done.append(kind)
                 if driver.poll() is not None and driver.returncode != 0:
                     driver = start(*job, *options, stderr=log)
                     starts += 1
             assert driver.wait() == 0, (folder / "log").read_text()[-3000:]
-            assert files(out) == whole, f"job {jobs} has other files"
-            jobs += 1
-            print(f"{jobs} jobs, {starts} starts, equal; kills {done}", flush=True)
+            assert files(out) == whole, f"job {number} has other files"
+            print(f"job {number}: {starts} starts, equal; killed {done}", flush=True)
         ray.shutdown()
 
 
@@ -141,7 +139,7 @@ def speed(counts: list[int]) -> None:
         paths = [{"path": str(path)} for path in sorted(images.iterdir())]
         table = pa.table({"image": paths})
         tables = [table[at : at + 32] for at in range(0, count, 32)]
-        decode = partial(open_batch, image_processor=tokenizer.image_processor)
+        decode = partial(open_batch, reader=tokenizer.image_processor.reader)
         pixels = b"".join(decode(table)["pixels"].to_pylist())
         batches: Any = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
         batches = batches.reshape(count, 3, *[tokenizer.image_processor.size] * 2).split(32)
@@ -222,7 +220,7 @@ def shards(counts: list[int]) -> None:
     from lavit_tok.data.shard_manifest import ShardConfig, shard_name
     from lavit_tok.data.shard_source import BLOCK_END, PART_END, SplitImages
     from lavit_tok.data.shard_writer import ShardJob
-    from lavit_tok.encode.image_processor import VisualImageProcessor
+    from lavit_tok.encode.image_files import ImageReader
 
     config = ShardConfig("selected", "", "", 2048, 64, None, None, False, 64)
     numbers = pa.array([[*range(21)]] * 64, pa.list_(pa.int32()))
@@ -240,7 +238,7 @@ def shards(counts: list[int]) -> None:
         split = datasets.Dataset.from_dict(
             values | {"key": [str(i) for i in range(64 * count)]}, features
         )
-        source = SplitImages(split, "data", VisualImageProcessor(64))
+        source = SplitImages(split, "data", ImageReader(64))
         blocks = [block(number, number == count - 1) for number in range(count)]
         with tempfile.TemporaryDirectory(prefix="shards") as name:
             times = []
@@ -257,8 +255,16 @@ def shards(counts: list[int]) -> None:
 if __name__ == "__main__":
     text = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
-    modes = {"kills": kills, "speed": speed, "engines": engines, "memory": memory, "shards": shards}
+    modes: Any = {
+        "kills": kills,
+        "speed": speed,
+        "engines": engines,
+        "memory": memory,
+        "shards": shards,
+    }
     parser.add_argument("what", choices=modes)
     parser.add_argument("--count", type=int, nargs="+", default=[50], help="kills, images, shards")
+    parser.add_argument("--first", type=int, default=0, help="number of the first job, of kills")
     values = parser.parse_args()
-    modes[values.what](values.count)
+    options = {"first": values.first} if values.what == "kills" else {}
+    modes[values.what](values.count, **options)

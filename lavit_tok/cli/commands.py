@@ -42,7 +42,7 @@ from lavit_tok.data.decode_batch import DecodeBatch, generators
 from lavit_tok.data.decode_files import CodeSource, code_files, decode_files, existing
 from lavit_tok.data.ray_engine import RayOptions, map_on_ray, ray_cluster
 from lavit_tok.data.rejects import Rejects
-from lavit_tok.encode.image_processor import open_image
+from lavit_tok.encode.image_files import open_image
 from lavit_tok.tokenizer import VisualTokenizer
 
 PANEL = 256  # side of a panel in pixels, unless the model's images are larger
@@ -122,11 +122,12 @@ def decode(arguments: argparse.Namespace) -> int:
     digest = stage.digest()
     source = CodeSource(paths, arguments.batch_size, block, digest, size, patches, done)
     rejects = Rejects(arguments.out / REJECTS, overwrite=arguments.overwrite)
-    with rejects, nullcontext() if ray is None else ray_cluster(ray):
+    with rejects, nullcontext() if ray is None else ray_cluster(ray) as started:
         tables: Iterator[Any] = (
             stage(table) for item in source.work() for table in source.batches(item)
         )
-        if ray is not None:
+        if ray is not None and started is not None:
+            started()
             tables = map_on_ray(source.work(), source.batches, stage, digest, ray)
         count, earlier = decode_files(tables, arguments.out, rejects)
     remove_partials(arguments.out)

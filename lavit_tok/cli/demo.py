@@ -25,7 +25,7 @@ from PIL import Image
 from lavit_tok.cli.commands import PANEL
 from lavit_tok.cli.items import decoder_name, device
 from lavit_tok.decode.pipeline import PixelDecoder
-from lavit_tok.encode.image_processor import open_image
+from lavit_tok.encode.image_files import open_image
 from lavit_tok.tokenizer import VisualTokenizer
 from lavit_tok.visualize import kept_overlay, thumbnail
 

@@ -24,7 +24,8 @@ from lavit_tok.data.decode_batch import png
 from lavit_tok.data.decode_files import existing
 from lavit_tok.data.decode_files import png_name as png_name
 from lavit_tok.data.rejects import Rejects
-from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor, find_images
+from lavit_tok.encode.image_files import ImageError, find_images
+from lavit_tok.encode.image_processor import VisualImageProcessor
 
 PHOTOGRAPHS = (
     "astronaut.png",

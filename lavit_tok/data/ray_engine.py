@@ -12,11 +12,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,7 +26,6 @@ import pyarrow as pa
 
 from lavit_tok import __version__
 from lavit_tok.data.shard_manifest import ShardConfig, ShardError
-from lavit_tok.data.tokenize_batch import TokenizeBatch
 
 PACKAGES = ("torch", "transformers", "pillow")
 BLOCK_BYTES = 4 << 20  # of pixels that go to an actor at once: ten batches of 64-pixel images
@@ -74,12 +72,15 @@ class RayOptions:
 
 
 @contextmanager
-def ray_cluster(options: RayOptions) -> Iterator[None]:
+def ray_cluster(options: RayOptions) -> Iterator[Callable[[], None]]:
     """A connection to a cluster, or a cluster of this machine, for as long as the block runs.
+
+    It starts beside the block, most of it in other processes. The function that is yielded waits
+    until it has, and raises ShardError if there is no cluster at the address, or one that is too
+    small.
 
     Raises:
         ImportError: Ray is not installed.
-        ShardError: no cluster at the address, or one that is too small.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
     try:
@@ -93,20 +94,22 @@ def ray_cluster(options: RayOptions) -> Iterator[None]:
         if isinstance(handler, logging.StreamHandler):  # the others write to Ray's log files
             handler.setLevel(logging.CRITICAL)
     before = ray.is_initialized()
-    try:
-        if not before:
-            _init(options.address)
-        _require_resources(options)
-        yield
-    finally:
-        if not before:
-            ray.shutdown()
+    with ThreadPoolExecutor(1, "ray") as pool:
+        started = pool.submit(_start, options, before)
+        try:
+            yield started.result
+        finally:
+            started.exception()  # waits
+            if not before:
+                ray.shutdown()
 
 
 def encode_on_ray(
     work: list[Work], read: Any, config: ShardConfig, tokenizer: str, options: RayOptions
 ) -> Iterator[pa.Table]:
     """`map_on_ray` by the tokenizer of a config."""
+    from lavit_tok.data.tokenize_batch import TokenizeBatch  # not in processes that only read
+
     stage = TokenizeBatch(tokenizer, "cpu", config.budget, config.flip)
     return map_on_ray(work, read, stage, config.weights, options)
 
@@ -159,11 +162,16 @@ def versions() -> dict[str, str]:
     return found | {"lavit-tok": __version__}
 
 
+def _start(options: RayOptions, connected: bool) -> None:
+    if not connected:
+        _init(options.address)
+    _require_resources(options)
+
+
 def _init(address: str | None) -> None:
-    """Connect to a cluster, or start one."""
+    """Connect to a cluster, or start one. In the main thread Ray would handle SIGTERM."""
     import ray
 
-    handler = signal.getsignal(signal.SIGTERM)
     try:
         if address not in (None, "auto", "local"):  # Ray tries for minutes
             host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -178,9 +186,6 @@ def _init(address: str | None) -> None:
         if address is None:
             raise ShardError(f"--engine ray: no cluster of this machine: {error}") from None
         raise ShardError(f"--address {address}: no Ray cluster: {error}") from None
-    finally:
-        if threading.current_thread() is threading.main_thread():  # Ray's own ends with code 15
-            signal.signal(signal.SIGTERM, handler)
 
 
 def _require_resources(options: RayOptions) -> None:

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from lavit_tok.data.image_sources import hold_out, load_splits
 from lavit_tok.data.shard_manifest import Manifest, ShardError, joined_digest
 from lavit_tok.data.shard_reader import Shards
 from lavit_tok.data.shard_source import SplitImages, digest
-from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
+from lavit_tok.data.splits import hold_out, load_splits
+from lavit_tok.encode.image_files import ImageError
+from lavit_tok.encode.image_processor import VisualImageProcessor
 
 
 class ShardImages:
@@ -52,7 +53,7 @@ class ShardImages:
                 f"{', '.join(splits)}"
             )
         columns = (source.image_column, source.caption_column or "", source.key_column)
-        self.images = SplitImages(splits[shards.split], data, image_processor, *columns)
+        self.images = SplitImages(splits[shards.split], data, image_processor.reader, *columns)
         self.data, self.flip = data, shards.flip
         digests, start = [], 0
         for shard in listed.shards:
@@ -88,7 +89,7 @@ class ShardImages:
                 f"{self.data}: {opened['key']}: {opened['reason']}; it could be read when the "
                 "shards were made"
             )
-        size = self.images.image_processor.size
+        size = self.images.reader.size
         pixels = torch.frombuffer(bytearray(opened["pixels"]), dtype=torch.uint8)
         pixels = pixels.reshape(3, size, size)
         return pixels.flip(2) if flipped else pixels

@@ -22,15 +22,13 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
-from lavit_tok.data.image_sources import KEY_COLUMNS, example_key, undecoded
+from lavit_tok.data.open_batch import open_batch
 from lavit_tok.data.ray_engine import Work
 from lavit_tok.data.remote_files import fetch, is_url, root_folder, set_readers, sizes
 from lavit_tok.data.shard_manifest import ShardError, SplitColumns, shard_name
-from lavit_tok.data.tokenize_batch import open_batch
-from lavit_tok.encode.image_processor import VisualImageProcessor
-from lavit_tok.tokenizer import VisualTokenizer
+from lavit_tok.data.splits import KEY_COLUMNS, example_key, undecoded
+from lavit_tok.encode.image_files import ImageReader
 
 CAPTION_COLUMNS = ("caption", "text", "txt")
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -55,7 +53,7 @@ class ImageSource:
     Args:
         split: a `datasets.Dataset` or `datasets.IterableDataset`.
         data: the path of the data set; keys that are file paths are relative to it.
-        image_processor: the tokenizer's.
+        reader: that of the tokenizer's image processor.
         image_column, caption_column, key_column: see `lavit-tok shards --help`.
 
     Raises:
@@ -68,7 +66,7 @@ class ImageSource:
         self,
         split: Any,
         data: str,
-        image_processor: VisualImageProcessor,
+        reader: ImageReader,
         image_column: str = "image",
         caption_column: str | None = None,
         key_column: str | None = None,
@@ -85,7 +83,7 @@ class ImageSource:
         self.key_columns = default if key_column is None else [key_column]
         used = [self.image_column, self.caption_column, *self.key_columns]
         self.split = split.select_columns(list(dict.fromkeys(name for name in used if name)))
-        self.root, self.image_processor = root_folder(data), image_processor
+        self.root, self.reader = root_folder(data), reader
 
     @property
     def columns(self) -> SplitColumns:
@@ -156,7 +154,7 @@ class SplitImages(ImageSource):
                 if start + i + 1 == block_end:
                     end = PART_END if block_end == len(self) else BLOCK_END
                 rows.append({"file": file, "index": start + i, "end": end, **row})
-            yield open_batch(pa.Table.from_pylist(rows, EXAMPLES), self.image_processor)
+            yield open_batch(pa.Table.from_pylist(rows, EXAMPLES), self.reader)
 
     def decoded(self, index: int) -> pa.Table:
         """One example; see `open_batch`."""
@@ -202,7 +200,7 @@ class StreamedImages(ImageSource):
         following = next(stream, None)
         if following is None:
             rows = [{"file": shard_name(name, 0, work.part), "index": -1, "end": PART_END}]
-            yield open_batch(pa.Table.from_pylist(rows, EXAMPLES), self.image_processor)
+            yield open_batch(pa.Table.from_pylist(rows, EXAMPLES), self.reader)
         block = 0
         while following is not None:
             file = shard_name(name, block, work.part)
@@ -222,7 +220,7 @@ class StreamedImages(ImageSource):
                     index, following = index + 1, ahead
                     if len(rows) == step or end:
                         table = pa.Table.from_pylist(rows, EXAMPLES)
-                        yield open_batch(table, self.image_processor)
+                        yield open_batch(table, self.reader)
                         rows = []
             block += 1
 
@@ -251,18 +249,6 @@ def digest(examples: Iterable[Example]) -> str:
     for example in examples:
         content = [example["key"], example["caption"], example["size"]]
         sha.update(json.dumps(content).encode())
-    return sha.hexdigest()[:16]
-
-
-def weights_digest(tokenizer: VisualTokenizer) -> str:
-    """16 hexadecimal digits of the preprocessing, config and weights that codes depend on."""
-    configs = [tokenizer.image_processor.to_dict(), tokenizer.config.to_dict()]
-    sha = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
-    for stage in ("encoder", "selector", "error_heads", "merger", "quantizer"):
-        module = getattr(tokenizer, stage, None)  # nested codes have error heads, no selector
-        for name, tensor in module.state_dict().items() if module is not None else ():
-            sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
 
 

@@ -27,7 +27,6 @@ from torch.utils.data._utils import worker
 from tqdm import tqdm
 
 from lavit_tok.checkpoints.files import AnyPath, atomic, exclusive_folder, is_remote, put
-from lavit_tok.data.image_sources import hold_out, load_splits
 from lavit_tok.data.ray_engine import RayOptions, Work, encode_on_ray, ray_cluster
 from lavit_tok.data.rejects import AllSkippedError
 from lavit_tok.data.shard_footers import (
@@ -50,9 +49,9 @@ from lavit_tok.data.shard_source import (
     SplitImages,
     StreamedImages,
     digest,
-    weights_digest,
 )
-from lavit_tok.data.tokenize_batch import tokenize_batch
+from lavit_tok.data.splits import hold_out, load_splits
+from lavit_tok.data.tokenize_batch import tokenize_batch, weights_digest
 from lavit_tok.tokenizer import VisualTokenizer
 
 AT_ONCE = 4  # batches that are encoded at a time on CPUs
@@ -99,15 +98,6 @@ def write_shards(
         ValueError: a data set, split or column that cannot be read.
         OSError: a file that cannot be written.
     """
-    given = load_splits(data, streaming)
-    splits = given
-    if split is None and not streaming:
-        splits = hold_out(given, columns[0] or "image")
-    names = list(splits) if split is None else [split]
-    if missing := set(names) - set(splits):
-        raise ValueError(f"{data}: expected a split {missing.pop()!r}, got {', '.join(splits)}")
-    if invalid := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
-        raise ValueError(f"{data}: split {invalid[0]!r} cannot be part of a file name")
     config = ShardConfig(
         tokenizer=tokenizer_name,
         fingerprint=tokenizer.fingerprint(),
@@ -124,9 +114,20 @@ def write_shards(
         engine = partial(encode_on_ray, tokenizer=tokenizer_name, options=ray)
     kind: Any = StreamedImages if streaming else SplitImages
     summaries = []
-    with exclusive_folder(out), nullcontext() if ray is None else ray_cluster(ray):
+    with exclusive_folder(out), nullcontext() if ray is None else ray_cluster(ray) as started:
+        given = load_splits(data, streaming)
+        splits = given
+        if split is None and not streaming:
+            splits = hold_out(given, columns[0] or "image")
+        names = list(splits) if split is None else [split]
+        if missing := set(names) - set(splits):
+            raise ValueError(f"{data}: expected a split {missing.pop()!r}, got {', '.join(splits)}")
+        if invalid := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
+            raise ValueError(f"{data}: split {invalid[0]!r} cannot be part of a file name")
+        if started is not None:
+            started()
         for name in names:
-            source = kind(splits[name], data, tokenizer.image_processor, *columns)
+            source = kind(splits[name], data, tokenizer.image_processor.reader, *columns)
             job = ShardJob(out, name, source, config, data)
             job.run(engine, batch_size, shard_size if ray else batch_size)
             held_out = ", held out of train by content" if name not in given else ""

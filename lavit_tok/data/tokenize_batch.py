@@ -12,6 +12,8 @@ Other columns are passed through. With flip every image is followed by its horiz
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cached_property
 from typing import Any
 
@@ -19,40 +21,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lavit_tok.encode.image_processor import ImageError, VisualImageProcessor
+from lavit_tok.data.open_batch import open_batch
 from lavit_tok.tokenizer import VisualTokenizer
-
-
-def open_batch(table: pa.Table, image_processor: VisualImageProcessor) -> pa.Table:
-    """Open and resize images, on any CPU.
-
-    Args:
-        table: with a column "image": bytes, or a struct of "bytes" and "path". A column "key" names
-            the images in messages.
-        image_processor: the tokenizer's.
-
-    Returns:
-        The table without "image", with "pixels" (uint8 [3 size size] as bytes of fixed size; null
-        for an image that cannot be read) and "reason" (text; null for one that can).
-    """
-    keys = table["key"].to_pylist() if "key" in table.column_names else range(len(table))
-    pixels: list[bytes | None] = []
-    reasons: list[str | None] = []
-    for key, value in zip(keys, table["image"].to_pylist(), strict=True):
-        content = value if isinstance(value, dict) else {"bytes": value}
-        source = content.get("path") if content.get("bytes") is None else content["bytes"]
-        try:
-            if source is None:
-                raise ImageError("the example has no image")
-            image = image_processor.resize(image_processor.open(source, name=str(key)))
-            pixels.append(image.numpy().tobytes())
-            reasons.append(None)
-        except ImageError as error:
-            pixels.append(None)
-            reasons.append(str(error).removeprefix(f"{key}: "))
-    size = 3 * image_processor.size**2
-    table = table.drop_columns(["image"]).append_column("pixels", pa.array(pixels, pa.binary(size)))
-    return table.append_column("reason", pa.array(reasons, pa.string()))
 
 
 def tokenize_batch(
@@ -74,7 +44,7 @@ def tokenize_batch(
         "length" (int32), "reason", and with flip "flipped" (bool), in place of the image.
     """
     if "pixels" not in table.column_names:
-        table = open_batch(table, tokenizer.image_processor)
+        table = open_batch(table, tokenizer.image_processor.reader)
     readable = table["reason"].is_null().to_numpy()
     views, count = 1 + flip, int(readable.sum())
     copies = np.where(readable, views, 1)
@@ -120,8 +90,6 @@ class TokenizeBatch:
 
     def digest(self) -> str:
         """16 hexadecimal digits of all that codes depend on."""
-        from lavit_tok.data.shard_source import weights_digest
-
         return weights_digest(self.tokenizer)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -129,6 +97,18 @@ class TokenizeBatch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "tokenizer"}
+
+
+def weights_digest(tokenizer: VisualTokenizer) -> str:
+    """16 hexadecimal digits of the preprocessing, config and weights that codes depend on."""
+    configs = [tokenizer.image_processor.to_dict(), tokenizer.config.to_dict()]
+    sha = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
+    for stage in ("encoder", "selector", "error_heads", "merger", "quantizer"):
+        module = getattr(tokenizer, stage, None)  # nested codes have error heads, no selector
+        for name, tensor in module.state_dict().items() if module is not None else ():
+            sha.update(name.encode())
+            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
 
 
 def _encode(column: Any, tokenizer: VisualTokenizer, budget: Any, flip: bool) -> tuple[Any, ...]:

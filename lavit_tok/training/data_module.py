@@ -22,12 +22,11 @@ from lavit_tok.data.image_sources import (
     MapImages,
     StreamImages,
     collate,
-    hold_out,
-    load_splits,
-    undecoded,
 )
 from lavit_tok.data.rejects import write_rejects
-from lavit_tok.encode.image_processor import ResizeMode, VisualImageProcessor
+from lavit_tok.data.splits import hold_out, load_splits, undecoded
+from lavit_tok.encode.image_files import ResizeMode
+from lavit_tok.encode.image_processor import VisualImageProcessor
 
 
 class EpochOrder(DistributedSampler):

@@ -32,7 +32,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
 from lavit_tok.cli.items import photographs
-from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.splits import load_splits
 from lavit_tok.encode.efficientnet import EfficientNetLite
 from lavit_tok.encode.rate_control import RateControl
 from lavit_tok.encode.rate_distortion import Target, counts_at_total

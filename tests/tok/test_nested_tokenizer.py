@@ -291,7 +291,7 @@ def test_codes_do_not_depend_on_the_precision_around_the_call(
 
 
 def test_shards_know_the_weights_of_the_error_heads() -> None:
-    from lavit_tok.data.shard_source import weights_digest
+    from lavit_tok.data.tokenize_batch import weights_digest
 
     one, same, other = build(), build(), build()
     with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import nn
 from lavit_tok import ImageError, VisualTokenizer
 from lavit_tok.checkpoints.files import atomic_files, exclusive_folder
 from lavit_tok.checkpoints.weights import load_weights, save_weights
-from lavit_tok.encode.image_processor import open_image
+from lavit_tok.encode.image_files import open_image
 
 
 @contextmanager

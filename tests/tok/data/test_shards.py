@@ -30,7 +30,7 @@ from lavit_tok import ShardError, Shards, VisualTokenizer
 from lavit_tok.cli import main
 from lavit_tok.data.code_files import CodeFileHeader, CodeRecord, read_codes
 from lavit_tok.data.shard_manifest import Manifest, sha256
-from lavit_tok.encode.image_processor import open_image
+from lavit_tok.encode.image_files import open_image
 
 README = (Path(__file__).parents[3] / "README.md").read_text()
 CORRUPT = 2  # of the ten training images
@@ -286,7 +286,7 @@ from lavit_tok import Shards
 assert not {"datasets", "pytorch_lightning", "diffusers"} & {*sys.modules}
 from lavit_tok import VisualTokenizer
 from lavit_tok.cli import main
-from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.splits import load_splits
 
 out, data, weights, replace = Path(sys.argv[1]), sys.argv[2], sys.argv[3], os.replace
 options = sys.argv[4:]

@@ -21,13 +21,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from lavit_tok import ConfigError, ImageError, VisualImageProcessor
-from lavit_tok.encode.image_processor import (
-    CLIP_MEAN,
-    CLIP_STD,
-    as_list,
-    find_images,
-    open_image,
-)
+from lavit_tok.encode.image_files import as_list, find_images, open_image
+from lavit_tok.encode.image_processor import CLIP_MEAN, CLIP_STD
 
 PROCESSOR = VisualImageProcessor(32)
 
@@ -464,7 +459,7 @@ def test_strips_do_not_change_pixels(mode: str, monkeypatch: pytest.MonkeyPatch)
         values = rng.integers(1000, 65536, size=(50, 30))
         image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.float32))
     expected = np.asarray(open_image(image))
-    monkeypatch.setattr("lavit_tok.encode.image_processor.STRIP", 100)
+    monkeypatch.setattr("lavit_tok.encode.image_files.STRIP", 100)
     assert np.array_equal(np.asarray(open_image(image)), expected)
 
 

@@ -18,7 +18,7 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lavit_tok import VisualImageProcessor
-from lavit_tok.data import image_sources
+from lavit_tok.data import splits as sources
 from lavit_tok.data.image_sources import Augmentation
 from lavit_tok.training.data_module import EpochOrder, ImageDataModule
 
@@ -56,16 +56,16 @@ def test_folders_are_those_that_datasets_finds(tmp_path, monkeypatch, names, by_
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image(number) if path.suffix == ".png" else b"a text")
-    suffixes = image_sources.SUFFIXES | {".txt"}
-    assert (image_sources._image_files(tmp_path / "images", suffixes) is not None) == by_names
+    suffixes = sources.SUFFIXES | {".txt"}
+    assert (sources._image_files(tmp_path / "images", suffixes) is not None) == by_names
 
     def found():
-        splits = image_sources.load_splits(str(tmp_path / "images"))
+        splits = sources.load_splits(str(tmp_path / "images"))
         undecoded = datasets.Image(decode=False)
         return {k: (v.features, v.cast_column("image", undecoded)[:]) for k, v in splits.items()}
 
     fast = found()
-    monkeypatch.setattr(image_sources, "_image_files", lambda *_: None)
+    monkeypatch.setattr(sources, "_image_files", lambda *_: None)
     assert fast == found() and list(fast)
 
 
