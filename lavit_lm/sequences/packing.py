@@ -137,14 +137,11 @@ def pack(blocks: Sequence[Sequence[TokenSequence]], length: int, pad_id: int) ->
     """
     if not blocks:
         raise ValueError("expected at least one block, got none")
-    for sequences in blocks:
-        if sum(map(len, sequences)) > length:
-            raise ValueError(
-                f"sequences of {[len(s) for s in sequences]} tokens do not fit into a block of "
-                f"{length}"
-            )
     every = [sequence for sequences in blocks for sequence in sequences]
     lengths = [[len(sequence) for sequence in sequences] for sequences in blocks]
+    for of_block in lengths:
+        if sum(of_block) > length:
+            raise ValueError(f"sequences of {of_block} tokens do not fit into a block of {length}")
     gaps = torch.tensor([length - sum(of_block) for of_block in lengths])
     # Documents and their lengths, block by block, with the padding as the last of each block.
     spans = [

@@ -155,13 +155,14 @@ class SequenceBuilder:
 
     def build(self, key: str = "") -> TokenSequence:
         """The sequence of all positions appended so far."""
-        flags = np.array(self.flags, dtype=bool).reshape(-1, 4).repeat(self.lengths, 0)
-        flags[:1, :2] = False  # the first position has no position before it to be predicted from
-        predict, regress, prefix, is_embedding = torch.from_numpy(flags).unbind(1)
-        roles = np.array(self.roles, dtype=np.int8).repeat(self.lengths)
+        columns = [(role, *flags) for role, flags in zip(self.roles, self.flags, strict=True)]
+        table = np.array(columns, dtype=np.int8).reshape(-1, 5).repeat(self.lengths, 0)
+        table[:1, 1:3] = 0  # the first position has no position before it to be predicted from
+        roles, *flags = torch.from_numpy(table).unbind(1)
+        predict, regress, prefix, is_embedding = (flag.view(torch.bool) for flag in flags)
         return TokenSequence(
             torch.from_numpy(np.array(self.ids, dtype=np.int64)),
-            torch.from_numpy(roles),
+            roles,
             predict,
             regress,
             prefix,

@@ -13,7 +13,7 @@ import bisect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -184,8 +184,12 @@ class ExampleLayout:
         return blocks, too_long
 
     def _generator(self, index: ExampleIndex) -> torch.Generator:
-        word = np.random.SeedSequence([self.seed, *index]).generate_state(1)[0]
-        return torch.Generator().manual_seed(int(word))
+        return torch.Generator().manual_seed(_mixed(self.seed, *index))
+
+
+@lru_cache(maxsize=1 << 14)  # the same example is planned, and then built
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class BlockDataset(Dataset):

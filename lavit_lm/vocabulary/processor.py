@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from jaxtyping import Int64
 from torch import Tensor
 
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
+
+KEPT_TEXTS, KEPT_LENGTH = 1 << 14, 1000
+"""The ids of so many texts of at most so many characters are kept: a few windows of examples."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class MultimodalProcessor:
 
     text_tokenizer: Any
     vocabulary: VisualVocabulary
+    _recent: dict[str, list[int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.text_tokenizer.eos_token_id is None:
@@ -39,7 +46,15 @@ class MultimodalProcessor:
 
     def text(self, text: str) -> list[int]:
         """Ids of a text, without any special token."""
-        return self.vocabulary.encode_text(self.text_tokenizer, text)
+        # An example's text is encoded when its length is planned, and again when it is built
+        ids = self._recent.get(text) if isinstance(text, str) else None
+        if ids is None:
+            ids = self.vocabulary.encode_text(self.text_tokenizer, text)
+            if len(text) <= KEPT_LENGTH:
+                if len(self._recent) >= KEPT_TEXTS:
+                    self._recent.clear()
+                self._recent[text] = ids
+        return [*ids]
 
     def codes(self, codes: Int64[Tensor, " n"]) -> list[int]:
         """Ids of the codes of an image, of nested codes of the first that have ids.
@@ -47,7 +62,7 @@ class MultimodalProcessor:
         Raises:
             VocabularyError: codes outside the codebook.
         """
-        return self.vocabulary.to_ids(codes[: self.vocabulary.max_codes]).tolist()
+        return self.vocabulary.list_ids(codes[: self.vocabulary.max_codes])
 
     def count(self, codes: int) -> int:
         """How many ids `codes` gives for so many codes."""
@@ -58,18 +73,18 @@ class MultimodalProcessor:
         """The text of ids, without special tokens and image tokens."""
         return self.vocabulary.decode_text(self.text_tokenizer, ids)
 
-    @property
+    @cached_property
     def start(self) -> list[int]:
         """Ids that begin a sequence: the begin-of-text id, or none if the tokenizer has none."""
         bos = self.text_tokenizer.bos_token_id
         return [] if bos is None else [bos]
 
-    @property
+    @cached_property
     def stop(self) -> int:
         """The end-of-text id, which ends a sequence."""
         return int(self.text_tokenizer.eos_token_id)
 
-    @property
+    @cached_property
     def pad(self) -> int:
         """The id at positions that no token attends to."""
         pad = self.text_tokenizer.pad_token_id

@@ -196,6 +196,27 @@ class VisualVocabulary:
             )
         return codes + self._offsets(codes)
 
+    def list_ids(self, codes: Int64[Tensor, " n"]) -> list[int]:
+        """`to_ids` of one image as a list; for so few codes a list is faster than tensors.
+
+        Raises:
+            VocabularyError: see to_ids.
+        """
+        _check_integers(codes)
+        listed = codes.tolist()
+        if listed and (min(listed) < 0 or max(listed) >= self.codebook_size):
+            self.to_ids(codes)  # raises
+        if not self.stages:
+            return [self.first + code for code in listed]
+        if len(listed) > len(self._rank_offsets):
+            self.to_ids(codes)  # raises
+        return [first + code for first, code in zip(self._rank_offsets, listed, strict=False)]
+
+    @cached_property
+    def _rank_offsets(self) -> list[int]:
+        """The id of code 0 at every rank of nested codes."""
+        return (self.first + self.rank_stages * self.codebook_size).tolist()
+
     def to_codes(self, ids: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
         """Codes of ids, the inverse of to_ids.
 
