@@ -40,23 +40,72 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """What an engine makes of an item."""
+
+    number: int
+    """Of the item."""
+    results: tuple[Result, ...] = ()
+    images: tuple[tuple[str, bytes], ...] = ()
+    """Files beside the results: path in the folder of the job, and content."""
+    reason: str | None = None
+    """Why the item is skipped."""
+
+
+Compute = Callable[[Sequence[Item]], list[Computed]]
+Engine = Callable[[Iterator[list[Item]]], Iterator[Computed]]
+"""Computes the items of blocks, in any order."""
+
+
+def compute_here(compute: Compute, batch_size: int) -> Engine:
+    """The engine that computes in this process."""
+
+    def engine(blocks: Iterator[list[Item]]) -> Iterator[Computed]:
+        for block in blocks:
+            for batch in chunks(block, batch_size):
+                yield from compute_items(compute, batch)
+
+    return engine
+
+
+def compute_items(compute: Compute, items: Sequence[Item]) -> Iterator[Computed]:
+    """A batch; after a ValueError each item by itself, and those that raise it are skipped."""
+    try:
+        done = compute(items)
+    except ValueError as failed:
+        if len(items) == 1:
+            done = [Computed(items[0].number, reason=str(failed))]
+        else:
+            done = [one for item in items for one in compute_items(compute, [item])]
+    yield from done
+
+
+@dataclass
+class _Block:
+    """A file in the making."""
+
+    path: Path
+    header: dict[str, Any]
+    keys: dict[int, str]
+    """Of the items by number."""
+    done: list[Computed]
+
+
+@dataclass(frozen=True)
 class BatchJob:
     """A job over any number of items.
 
     Args:
         out: folder of the results.
         header: what the first line of each file states, and must be equal to resume.
-        compute: the results of several items, in their order; after a ValueError each item is
-            computed by itself, and those that raise it again are skipped.
-        batch_size: items that are computed together.
+        engine: computes the items.
         block_size: items of a file.
         overwrite: make files again that exist.
     """
 
     out: Path
     header: dict[str, Any]
-    compute: Callable[[Sequence[Item]], list[Result]]
-    batch_size: int
+    engine: Engine
     block_size: int
     overwrite: bool = False
 
@@ -70,44 +119,62 @@ class BatchJob:
         count = 0
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / LOCK).exists():
             raise ValueError(f"{self.out}: expected a new or empty folder, or one of this command")
+        blocks: dict[int, _Block] = {}
         with exclusive_folder(self.out), Rejects(self.out / REJECTS) as rejects:
-            shown = iter(progress(items, title))
-            for number, block in enumerate(chunks(shown, self.block_size)):
-                path = self.out / f"{number:06d}.jsonl"
-                contents = json.dumps([[item.key, _digestible(item.content)] for item in block])
-                digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
-                expected = {**self.header, "items": digest}
-                if path.exists() and not self.overwrite:
-                    results, skipped = self._existing(path, expected)
-                    rejects.items += skipped
-                    count += results
-                    continue
-                before = len(rejects.items)
-                lines = list(self._results(block, rejects))
-                listed = [{"key": k, "reason": r} for k, r in rejects.items[before:]]
-                with atomic(path) as partial:
-                    text = "".join(map(json_line, [{**expected, "rejects": listed}, *lines]))
-                    partial.write_text(text, encoding="utf-8")
-                count += len(lines)
+
+            def missing() -> Iterator[list[Item]]:
+                nonlocal count
+                for number, items_of_block in enumerate(chunks(iter(items), self.block_size)):
+                    block, usable = self._begin(number, items_of_block)
+                    if block.path.exists() and not self.overwrite:
+                        results, skipped = self._existing(block.path, block.header)
+                        rejects.items += skipped
+                        count += results
+                    elif not usable:
+                        self._write(block, rejects)
+                    else:
+                        blocks[number] = block
+                        yield usable
+
+            for one in progress(self.engine(missing()), title):
+                number = one.number // self.block_size
+                block = blocks[number]
+                block.done.append(one)
+                if len(block.done) == len(block.keys):
+                    count += self._write(blocks.pop(number), rejects)
+            assert not blocks, f"blocks that are not complete: {[*blocks]}"
             rejects.require(count)
         return count, rejects
 
-    def _results(self, block: list[Item], rejects: Rejects) -> Iterator[Result]:
-        usable = []
-        for item in block:
-            if isinstance(item.content, ValueError):
-                rejects.add(item.key, item.content)
-            else:
-                usable.append(item)
-        for batch in chunks(usable, self.batch_size):
-            try:
-                yield from self.compute(batch)
-            except ValueError:
-                for item in batch:
-                    try:
-                        yield from self.compute([item])
-                    except ValueError as error:
-                        rejects.add(item.key, error)
+    def _begin(self, number: int, items: list[Item]) -> tuple[_Block, list[Item]]:
+        """(a block, the items to compute); the others have their reasons already."""
+        contents = json.dumps([[item.key, _digestible(item.content)] for item in items])
+        digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
+        invalid = [item for item in items if isinstance(item.content, ValueError)]
+        block = _Block(
+            self.out / f"{number:06d}.jsonl",
+            {**self.header, "items": digest},
+            {item.number: item.key for item in items},
+            [Computed(item.number, reason=str(item.content)) for item in invalid],
+        )
+        return block, [item for item in items if not isinstance(item.content, ValueError)]
+
+    def _write(self, block: _Block, rejects: Rejects) -> int:
+        """Write the files of a block, its results last; returns their number."""
+        done = sorted(block.done, key=lambda one: one.number)
+        before = len(rejects.items)
+        for one in done:
+            if one.reason is not None:
+                rejects.add(block.keys[one.number], ValueError(one.reason))
+            for name, content in one.images:
+                with atomic(self.out / name) as partial:
+                    partial.write_bytes(content)
+        listed = [{"key": key, "reason": reason} for key, reason in rejects.items[before:]]
+        lines = [result for one in done for result in one.results]
+        with atomic(block.path) as partial:
+            text = "".join(map(json_line, [{**block.header, "rejects": listed}, *lines]))
+            partial.write_text(text, encoding="utf-8")
+        return len(lines)
 
     def _existing(self, path: Path, expected: dict[str, Any]) -> tuple[int, list[tuple[str, str]]]:
         """(number of results, skipped items) of a file that is not made again."""

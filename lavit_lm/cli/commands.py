@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 
 from lavit_tok import VisualCodes
 from lavit_tok.checkpoints.files import atomic
-from lavit_tok.cli.commands import train
+from lavit_tok.cli.commands import ray_options, train
 from lavit_tok.cli.items import (
     chunks,
     device,
@@ -73,6 +74,8 @@ def generate(arguments: argparse.Namespace) -> int:
         raise ValueError("expected either a prompt or --prompts")
     if arguments.prompts is not None:
         return _generate_for_all(arguments)
+    if ray_options(arguments) is not None:
+        raise ValueError("--engine ray: expected --prompts, a prompt is generated in this process")
     codes_file = arguments.out / "codes.jsonl"
     require_own(arguments.out, arguments.overwrite)
     if codes_file.exists() and not (arguments.overwrite or has_keys(codes_file, GENERATED)):
@@ -106,74 +109,64 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def _generate_for_all(arguments: argparse.Namespace) -> int:
     """Generate for every prompt of a file; see batches.py."""
-    from lavit_lm.cli.batches import BatchJob, Item, item_generator, read_prompts
+    from lavit_lm.cli.batches import BatchJob, compute_here, read_prompts
+    from lavit_lm.cli.generate_batch import GenerateBatch, generate_on_ray
     from lavit_lm.generation.sampling import Sampling
     from lavit_tok.data.code_files import CodeFileHeader
+    from lavit_tok.data.ray_engine import ray_cluster
 
-    n, out, only_codes = arguments.n, arguments.out, arguments.codes_only
-    lm = _model(arguments, None if only_codes else arguments.decoder)
-    makes_codes = lm.objective.image_output.kind == "codes"
+    n, only_codes, ray = arguments.n, arguments.codes_only, ray_options(arguments)
     sampling = {"top_k": arguments.top_k, "temperature": arguments.temperature}
     decoding = {
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.decoder_guidance,
     }
+    stage = GenerateBatch(
+        arguments.model,
+        arguments.visual_tokenizer,
+        None if only_codes else arguments.decoder,
+        str(device(arguments.device)),
+        n,
+        arguments.seed,
+        arguments.guidance,
+        sampling,
+        decoding,
+        arguments.block_size,
+    )
+    lm = stage.lm
     # Errors that concern all prompts are raised before any is used.
     Sampling(guidance_scale=arguments.guidance, **sampling)
-    if only_codes and not makes_codes:
+    if only_codes and not stage.makes_codes:
         raise ValueError(
             f"--codes-only: {lm.objective.name} generates vectors for images, no codes"
         )
     if not only_codes:
         _ = lm.decoder
-
-    def compute(items: Sequence[Item]) -> list[dict[str, Any]]:
-        images = [(item, i) for item in items for i in range(n)]
-        generators = [item_generator(arguments.seed, item.key, i) for item, i in images]
-        if makes_codes:
-            prompts = [item.content for item, _ in images]
-            outputs: Any = lm.generate_codes_batch(
-                prompts, arguments.guidance, generators, **sampling
-            )
-        else:
-            vectors = lm.generate_vectors_batch([item.content for item in items])
-            outputs = vectors.repeat_interleave(n, 0)
-        results = [
-            {"key": item.key if n == 1 else f"{item.key}-{i}", "prompt": item.content}
-            for item, i in images
-        ]
-        if makes_codes:
-            for result, codes in zip(results, outputs.to_list(), strict=True):
-                result |= {"codes": codes, "length": len(codes)}
-        if not only_codes:
-            decoded = lm.decode_images(outputs, generators, **decoding)
-            for (item, i), result, image in zip(images, results, decoded, strict=True):
-                name = png_name(item.number * n + i, item.key)
-                path = out / f"{item.number // arguments.block_size:06d}" / name
-                save_png(image, path)
-                result["image"] = str(path.relative_to(out))
-        return results
-
     options: dict[str, Any] = {"model": arguments.model, "seed": arguments.seed, "n": n}
     options |= {"guidance": arguments.guidance, **sampling}
     options |= {} if only_codes else {"decoder": arguments.decoder, **decoding}
     header: dict[str, Any] = {"format": "lavit_lm.generated", "version": 1}
-    if makes_codes:  # the files are code files, too
+    if stage.makes_codes:  # the files are code files, too
         config, tokenizer = lm.visual_tokenizer.config, lm.visual_tokenizer
         sizes = config.codebook_size, config.num_patches
         name = str(tokenizer.name_or_path or arguments.model)
         header = json.loads(CodeFileHeader(name, *sizes, tokenizer.fingerprint()).to_json())
     header |= {"options": options}
-    sizes = max(1, arguments.batch_size // n), arguments.block_size
-    job = BatchJob(out, header, compute, *sizes, arguments.overwrite)
-    count, rejects = job.run(read_prompts(arguments.prompts, arguments.split), "generate")
-    print(f"generated {count} images in {out}{rejects.summary()}", file=sys.stderr)
+    batch_size = max(1, arguments.batch_size // n)
+    with nullcontext() if ray is None else ray_cluster(ray) as started:
+        engine = compute_here(stage.compute, batch_size)
+        if ray is not None and started is not None:
+            started()
+            engine = generate_on_ray(stage, batch_size, ray)
+        job = BatchJob(arguments.out, header, engine, arguments.block_size, arguments.overwrite)
+        count, rejects = job.run(read_prompts(arguments.prompts, arguments.split), "generate")
+    print(f"generated {count} images in {arguments.out}{rejects.summary()}", file=sys.stderr)
     return 0
 
 
 def _caption_all(arguments: argparse.Namespace) -> int:
     """Caption images, or the codes of shards, into files; see batches.py."""
-    from lavit_lm.cli.batches import BatchJob, Item, read_shards
+    from lavit_lm.cli.batches import BatchJob, Computed, Item, compute_here, read_shards
 
     lm = _model(arguments, None)
     processor, tokenizer = lm.visual_tokenizer.image_processor, lm.visual_tokenizer
@@ -190,7 +183,7 @@ def _caption_all(arguments: argparse.Namespace) -> int:
         paths = enumerate(list_images(arguments.images))
         items = (Item(number, str(path), path) for number, path in paths)
 
-    def compute(items: Sequence[Item]) -> list[dict[str, Any]]:
+    def compute(items: Sequence[Item]) -> list[Computed]:
         inputs: list[Any] = [
             VisualCodes.from_list([item.content], tokenizer.config.codebook_size)
             if isinstance(item.content, list)
@@ -198,7 +191,10 @@ def _caption_all(arguments: argparse.Namespace) -> int:
             for item in items
         ]
         texts = _texts(lm, inputs, arguments)
-        return [{"key": item.key, "text": text} for item, text in zip(items, texts, strict=True)]
+        return [
+            Computed(item.number, ({"key": item.key, "text": text},))
+            for item, text in zip(items, texts, strict=True)
+        ]
 
     names = ("model", "question", "max_new_tokens")
     header = {
@@ -206,8 +202,8 @@ def _caption_all(arguments: argparse.Namespace) -> int:
         "version": 1,
         "options": {name: getattr(arguments, name) for name in names},
     }
-    sizes = arguments.batch_size, arguments.block_size
-    job = BatchJob(arguments.out, header, compute, *sizes, arguments.overwrite)
+    engine = compute_here(compute, arguments.batch_size)
+    job = BatchJob(arguments.out, header, engine, arguments.block_size, arguments.overwrite)
     count, rejects = job.run(items, "caption")
     print(f"captioned {count} images in {arguments.out}{rejects.summary()}", file=sys.stderr)
     return 0

@@ -21,6 +21,7 @@ from pathlib import Path
 from lavit_tok.cli.parser import (
     DEVICE,
     DTYPE,
+    ENGINE,
     LIMITS,
     LOCATION,
     OVERWRITE_FOLDER,
@@ -68,6 +69,7 @@ GENERATE = (
     ),
     *BLOCKS,
     batch_argument(" of --prompts", 16),
+    *ENGINE,
     Argument(
         "--codes-only",
         action="store_true",

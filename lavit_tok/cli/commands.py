@@ -96,7 +96,7 @@ def encode(arguments: argparse.Namespace) -> int:
 def decode(arguments: argparse.Namespace) -> int:
     """Code files -> PNG files, named by number and key, or parquet files of them."""
     paths, header = code_files(arguments.codes)
-    ray = _ray(arguments)
+    ray = ray_options(arguments)
     done = existing(arguments.out, arguments.format, arguments.overwrite)
     stage = _decode_batch(arguments, header.tokenizer)
     conditioner = stage.decoder.conditioner
@@ -253,7 +253,7 @@ def shards(arguments: argparse.Namespace) -> int:
             f"reading data sets needs more packages: pip install 'lavit-tok[train]' ({error})"
         ) from None
     names = ("split", "budget", "flip", "shard_size", "batch_size", "num_workers", "streaming")
-    ray = _ray(arguments)
+    ray = ray_options(arguments)
     columns = (arguments.image_column, arguments.caption_column, arguments.key_column)
     tokenizer = _tokenizer(arguments)
     limit_images(tokenizer.image_processor, arguments)
@@ -351,7 +351,7 @@ def _keep(codes: VisualCodes) -> torch.Tensor:
     return codes.keep
 
 
-def _ray(arguments: argparse.Namespace) -> RayOptions | None:
+def ray_options(arguments: argparse.Namespace) -> RayOptions | None:
     """How to run on Ray. Raises ValueError for its options without it."""
     options = (arguments.address, arguments.workers, arguments.gpus_per_worker)
     if arguments.engine == "ray":

@@ -41,6 +41,8 @@ class Work:
     part: int
     start: int = 0
     stop: int | None = None
+    content: str | None = None
+    """The examples themselves, if the driver has read them."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lavit_tok import VisualImageProcessor
-from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.splits import load_splits
 from lavit_tok.encode.efficientnet import EfficientNetLite
 
 sys.path.append(str(Path(__file__).parents[1] / "selected"))

@@ -33,7 +33,7 @@ from lavit_lm import MultimodalLM
 from lavit_lm.sequences.packing import pad
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_tok import VisualImageProcessor
-from lavit_tok.data.image_sources import load_splits
+from lavit_tok.data.splits import load_splits
 
 METHODS = ("frozen", "fine-tuned", "scratch")
 SPLITS, BATCH = ("train", "validation", "test"), 64

@@ -105,6 +105,38 @@ def test_images_of_prompts(model: str, tiny_decoder: Any, tmp_path: Path):
     assert (sheets[0][0] != sheets[0][1]).any()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_on_ray(
+    model: str, tiny_decoder: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """The files of the local engine, skipped prompts and images included; resumed by either."""
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'lavit-tok[ray]')")
+    for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_worker_niceness", "0")):
+        monkeypatch.setenv(name, value)
+    tiny_decoder.save_pretrained(tmp_path / "decoder")
+    prompts = prompt_file(tmp_path / "prompts.jsonl")
+    command = ["generate", "--prompts", prompts, "--model", model, "-n", "2", "--steps", "1"]
+    command += ["--decoder", str(tmp_path / "decoder"), "--batch-size", "4", "--block-size", "3"]
+    on_ray = ["--engine", "ray", "--workers", "2"]
+
+    def files(folder: str) -> dict[str, bytes]:
+        paths = (path for path in (tmp_path / folder).rglob("[!.]*") if path.is_file())
+        return {str(path.relative_to(tmp_path / folder)): path.read_bytes() for path in paths}
+
+    assert main([*command, "--out", str(tmp_path / "local")]) == 0
+    whole = files("local")
+    assert len(whole) == 3 + 1 + 12  # blocks, rejects, images
+    out = ["--out", str(tmp_path / "ray")]
+    assert main([*command, *out, *on_ray]) == 0
+    assert "generated 12 images" in (err := capsys.readouterr().err) and "3 skipped" in err
+    assert files("ray") == whole
+    (tmp_path / "ray" / "000001.jsonl").unlink()
+    assert main([*command, *out]) == 0 and files("ray") == whole
+    assert main([*command, *out, *on_ray]) == 0 and files("ray") == whole  # nothing is missing
+    assert main(["generate", "rain", *out, *on_ray]) == 2
+    assert "--engine ray: expected --prompts" in capsys.readouterr().err
+
+
 def test_captions_of_images_and_shards(model: str, folder: Path, tmp_path: Path, capsys: Any):
     """Codes of shards give the captions of their images; answers are computed in batches, too."""
     images = folder / "pictures" / "validation"
