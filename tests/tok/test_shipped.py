@@ -15,7 +15,7 @@ from lavit_tok.checkpoints.weights import PACKAGE, SHIPPED, find_directory
 from lavit_tok.cli import main
 from lavit_tok.cli.items import photographs
 from lavit_tok.data.shard_manifest import ShardError
-from lavit_tok.encode.image_processor import open_image
+from lavit_tok.encode.image_files import open_image
 
 # fmt: off
 GOLDEN = {

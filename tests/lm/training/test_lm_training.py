@@ -296,6 +296,7 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
         "model.visual_tokenizer": folder / "visual",
         "model.out": folder / "made",
         "model.schedule.warmup_steps": 1,
+        "trainer.callbacks": "[lavit_lm.training.throughput.LogThroughput]",
         "data.shards": folder / "shards",
         "data.block": 64,
         "data.batch_size": 2,
