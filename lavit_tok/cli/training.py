@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytorch_lightning as pl
+from docstring_parser import DocstringStyle
 from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -106,9 +107,21 @@ class TrainingCLI(LightningCLI):
 
     `--ckpt_path last` resumes from the last checkpoint, or starts anew without one;
     `--ckpt_path last-good` from the last one that is whole (see find_checkpoint).
+
+    Args:
+        action: "fit", "validate", "test" or "predict".
+        kwargs: see LightningCLI.
     """
 
     checkpoint: str | None = None
+
+    def __init__(self, action: str, **kwargs: Any) -> None:
+        self.action = action
+        super().__init__(**kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """Only the action of this call: a parser for each of Lightning's four takes seconds."""
+        return {self.action: LightningCLI.subcommands()[self.action]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(SaveCheckpoints, "checkpoint")
@@ -185,11 +198,14 @@ def run_training(
     # A subcommand takes its formatter from the parser above it.
     parser["formatter_class"] = type("Help", (ShortHelp,), {"command": f"{program} {command}"})
     # The fields of config records are documented by the string below each.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(
+        docstring_parse_style=DocstringStyle.GOOGLE, docstring_parse_attribute_docstrings=True
+    )
     try:
         cli = TrainingCLI(
-            resolve_name(model),
-            resolve_name(data),
+            action,
+            model_class=resolve_name(model),
+            datamodule_class=resolve_name(data),
             args=[action, *args],
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
