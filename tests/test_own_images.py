@@ -22,7 +22,7 @@ NEW = (
 )
 STEPS = "--trainer.max_steps=2 --trainer.precision=32-true --data.batch_size="
 SMALL = {  # what a command of the block is shortened by
-    "fit": f"{STEPS}4",
+    "fit": f"{STEPS}4 --model.error_steps=2",
     "fit-mean-decoder": f"{STEPS}4",
     "shards": "",
     "lavit-lm fit": f"{STEPS}1",

@@ -64,6 +64,7 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
         ema_decay: decay of the averaged weights, which are exported.
         keep_features: whether the features of every image are kept in memory (FeatureCache).
         error_images: training images whose errors the error heads are fitted to.
+        error_steps: steps of that fit.
         seed: seed of all random numbers of the training.
     """
 
@@ -80,11 +81,13 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
         ema_decay: float = 0.998,
         keep_features: bool = False,
         error_images: int = 4000,
+        error_steps: int = 1500,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_arguments("config")
-        self.out, self.seed, self.error_images = out, seed, error_images
+        self.out, self.seed = out, seed
+        self.error_images, self.error_steps = error_images, error_steps
         self.codebook_config = codebook
         self.optimizer_config, self.schedule_config = optimizer, schedule
         if config is None or config.sequence != "nested":
@@ -200,7 +203,7 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
             if self.tokenizer.config.error_hidden:
                 self.tokenizer.mean_feature.copy_(self.tokenizer.quantizer.center)
                 batches = self._training_images(self.error_images)
-                left = fit_error_heads(self.tokenizer, batches, self.seed)
+                left = fit_error_heads(self.tokenizer, batches, self.seed, self.error_steps)
                 print(f"error heads, root mean squared difference left: {left}", flush=True)
             super().export(directory)
 

@@ -75,7 +75,7 @@ def test_recipe_of_nested_codes_trains(tmp_path: Path) -> None:
         if not any(n in arg for n in ("selection", "num_heads", "codebook.", "merger"))
     ]
     threads = torch.get_num_threads()
-    sizes = ["--model.config.num_heads=3", "--model.config.patch_dim=8"]
+    sizes = ["--model.config.num_heads=3", "--model.config.patch_dim=8", "--model.error_steps=2"]
     assert main(["fit", *args, *sizes]) == 0
     torch.set_num_threads(threads)
     tokenizer = VisualTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")

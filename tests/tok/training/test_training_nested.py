@@ -90,7 +90,7 @@ def test_the_reconstructor_learns_and_the_codebook_is_fitted(folder: Path, tmp_p
 
 def test_a_tokenizer_is_trained_on(folder: Path, tmp_path: Path) -> None:
     """Its codebook stays, so that its codes do."""
-    fit(folder, tmp_path, 2, out=str(tmp_path / "tokenizer"))
+    fit(folder, tmp_path, 2, out=str(tmp_path / "tokenizer"), error_steps=1)
     module, _, _ = fit(folder, tmp_path, 2, start_from=str(tmp_path / "tokenizer"))
     first = VisualTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert module.tokenizer.fingerprint() == first.fingerprint()
@@ -99,7 +99,7 @@ def test_a_tokenizer_is_trained_on(folder: Path, tmp_path: Path) -> None:
 
 
 def test_trained_saved_and_encoded(folder: Path, tmp_path: Path) -> None:
-    fit(folder, tmp_path, 6, out=str(tmp_path / "tokenizer"))
+    fit(folder, tmp_path, 6, out=str(tmp_path / "tokenizer"), error_steps=2)
     tokenizer = VisualTokenizer.from_pretrained(tmp_path / "tokenizer")
     images = [folder / "train" / f"{i:02}.png" for i in range(3)]
     codes = tokenizer.encode(images)
