@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import helpers.early_imports  # noqa: F401  before the two packages
 import jaxtyping
 import pytest
 import torch
