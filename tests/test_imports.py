@@ -31,14 +31,15 @@ HEAVY = {"torch", "transformers", "diffusers", "datasets", "pytorch_lightning"}
 TRAINING = {"datasets", "pytorch_lightning", "vector_quantize_pytorch", "torchmetrics", "peft"}
 
 
-@pytest.mark.parametrize(
-    ("code", "needed", "absent"),
-    [
+# Code that one interpreter runs in this order; which modules it then has, and which it has not.
+LOADED: dict[str, list[tuple[str, set[str], set[str]]]] = {
+    "processes that only open images": [
+        ("import lavit_tok.data.ray_engine, lavit_tok.data.shard_source", {"datasets"}, {"torch"})
+    ],
+    "all others": [
         ("import lavit_tok", set(), HEAVY),
         ("import lavit_lm", set(), HEAVY),
         ("import lavit_tok.cli.parser, lavit_lm.cli.parser", set(), HEAVY),
-        # what processes import that only open images
-        ("import lavit_tok.data.ray_engine, lavit_tok.data.shard_source", {"datasets"}, {"torch"}),
         (
             "from lavit_lm import VisualVocabulary; import lavit_lm.checkpoints.export",
             {"torch"},
@@ -50,25 +51,30 @@ TRAINING = {"datasets", "pytorch_lightning", "vector_quantize_pytorch", "torchme
             {"diffusers", "jsonargparse", *TRAINING},
         ),
         (
-            "from lavit_tok import *; from lavit_lm import *",
-            {"diffusers"},
-            {"jsonargparse", *TRAINING} - {"peft"},  # diffusers imports peft
-        ),
-        (
             "from lavit_tok import PixelDecoder; import lavit_tok.cli.commands",
             {"diffusers"},
             {"jsonargparse", *TRAINING} - {"peft"},  # diffusers imports peft
         ),
+        (
+            "from lavit_tok import *; from lavit_lm import *",
+            {"diffusers"},
+            {"jsonargparse", *TRAINING} - {"peft"},
+        ),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_an_import_loads(code: str, needed: set[str], absent: set[str]) -> None:
-    """Read from a new interpreter: the top-level modules that it has after running the code."""
-    code += "\nimport sys; print(*{name.split('.')[0] for name in sys.modules})"
+}
+
+
+@pytest.mark.parametrize("parts", LOADED.values(), ids=LOADED)
+def test_what_an_import_loads(parts: list[tuple[str, set[str], set[str]]]) -> None:
+    """Read from a new interpreter: the top-level modules that it has after running each code."""
+    show = "import sys; print('loaded', *{name.split('.')[0] for name in sys.modules})"
+    code = "\n".join(line for part, _, _ in parts for line in (part, show))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.splitlines()[-1].split())
-    assert needed <= loaded
-    assert not loaded & absent
+    lines = [line for line in done.stdout.splitlines() if line.startswith("loaded ")]
+    for line, (part, needed, absent) in zip(lines, parts, strict=True):
+        loaded = set(line.split())
+        assert needed <= loaded, part
+        assert not loaded & absent, part
 
 
 @pytest.mark.parametrize(

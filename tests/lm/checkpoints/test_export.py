@@ -27,15 +27,17 @@ ALONE = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-answers = []
-for prompt in json.loads(sys.argv[2]):
-    inputs = tokenizer(prompt, return_tensors="pt")
-    out = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
-    answers.append({"ids": out.tolist(), "text": tokenizer.decode(out, skip_special_tokens=True)})
-assert not [name for name in sys.modules if name.startswith("lavit")]
-print(json.dumps(answers))
+for folder in sys.argv[2:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    answers = []
+    for prompt in json.loads(sys.argv[1]):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+        text = tokenizer.decode(out, skip_special_tokens=True)
+        answers.append({"ids": out.tolist(), "text": text})
+    assert not [name for name in sys.modules if name.startswith("lavit")]
+    print(json.dumps(answers))
 """
 
 
@@ -112,27 +114,30 @@ def test_the_directory_loads_as_the_same_model(family: str, tied: bool, tmp_path
     assert_same_logits(folder, model, vocabulary)
 
 
-@pytest.mark.parametrize("case", ["own", "gpt2", "lora"])
-def test_generates_the_same_without_this_package(case: str, tmp_path: Path) -> None:
-    model, tokenizer, vocabulary = pair("own" if case == "lora" else case)
-    if case == "lora":
-        plain = copy.deepcopy(model)
-        model = with_lora(model)
-    folder = export(model, tokenizer, tmp_path / "out")
-    command = [sys.executable, "-c", ALONE, str(folder), json.dumps(PROMPTS)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    answers = json.loads(shown.splitlines()[-1])
-    codes = vocabulary.to_ids(torch.tensor([3, 0, 7])).tolist()
-    text = vocabulary.encode_text(tokenizer, "a red apple")
-    starts = [
-        [tokenizer.bos_token_id, vocabulary.begin, *codes, vocabulary.end],
-        [tokenizer.bos_token_id, *text, vocabulary.begin],
+def test_generates_the_same_without_this_package(tmp_path: Path) -> None:
+    pairs = {case: pair("own" if case == "lora" else case) for case in ("own", "gpt2", "lora")}
+    plain, tokenizer, vocabulary = pairs["lora"]
+    pairs["lora"] = with_lora(copy.deepcopy(plain)), tokenizer, vocabulary
+    folders = [
+        str(export(model, tokenizer, tmp_path / case))
+        for case, (model, tokenizer, _) in pairs.items()
     ]
-    ids = [answer["ids"] for answer in answers]
-    assert ids == [greedy(model.eval(), start, 8) for start in starts]
-    assert answers[0]["text"].startswith(IMAGE)
-    if case == "lora":
-        assert ids != [greedy(plain, start, 8) for start in starts], "the adapters matter"
+    command = [sys.executable, "-c", ALONE, json.dumps(PROMPTS), *folders]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = shown.splitlines()[-len(pairs) :]
+    for line, (case, (model, tokenizer, vocabulary)) in zip(lines, pairs.items(), strict=True):
+        answers = json.loads(line)
+        codes = vocabulary.to_ids(torch.tensor([3, 0, 7])).tolist()
+        text = vocabulary.encode_text(tokenizer, "a red apple")
+        starts = [
+            [tokenizer.bos_token_id, vocabulary.begin, *codes, vocabulary.end],
+            [tokenizer.bos_token_id, *text, vocabulary.begin],
+        ]
+        ids = [answer["ids"] for answer in answers]
+        assert ids == [greedy(model.eval(), start, 8) for start in starts], case
+        assert answers[0]["text"].startswith(IMAGE), case
+        if case == "lora":
+            assert ids != [greedy(plain, start, 8) for start in starts], "the adapters matter"
 
 
 def test_adapters_are_merged_into_a_copy(tmp_path: Path) -> None:
