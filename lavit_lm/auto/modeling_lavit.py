@@ -178,7 +178,9 @@ class LavitForConditionalGeneration(PreTrainedModel, GenerationMixin):
         processors, v = LogitsProcessorList(logits_processor or []), self.config.vocabulary
         if generation_mode == "text":
             if generator is not None or min_codes is not None or max_codes is not None:
-                raise ValueError("generator, min_codes, max_codes: only of images")
+                raise ValueError(
+                    "generator, min_codes, max_codes: only for generation_mode='image'"
+                )
             visual = [v.begin, v.end, *range(v.first, v.stop)]
             config.suppress_tokens = sorted({*visual, *(config.suppress_tokens or [])})
             if ids is not None:

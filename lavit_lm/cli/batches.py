@@ -36,7 +36,7 @@ class Item:
     """Counted from 0, skipped ones included."""
     key: str
     content: Any
-    """A prompt, the path of an image, or the codes of one; ValueError for an item that is none."""
+    """A prompt, the path of an image, or its codes; a ValueError if the item cannot be used."""
 
 
 @dataclass(frozen=True)

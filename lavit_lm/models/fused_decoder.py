@@ -12,7 +12,7 @@ its arithmetic when a step has one position. Here:
 - weights are transposed for one or two positions, and in the layout of oneDNN for more;
 - keys and values are written into memory that is allocated once;
 - of prompts of unequal lengths only the attention is padded;
-- logits are computed of ids that may follow, not of all.
+- only the logits of ids that may follow are computed.
 
 The copies of the weights are kept until a weight changes in a way that torch counts
 (`Tensor._version`); a write through `.data` is not counted.

@@ -41,7 +41,7 @@ class Mixture:
 
     Args:
         sizes: examples of each source.
-        weights: of each source, in any unit; of one source there is no need for any.
+        weights: of each source, in any unit; not needed for a single source.
         seed: of the permutations.
 
     Raises:

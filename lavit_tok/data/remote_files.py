@@ -54,7 +54,7 @@ def root_folder(path: str) -> str:
     path = local_folder(path)
     if not is_url(path):
         return f"{Path(path).absolute()}/"
-    if not path.startswith("hf://"):  # asks the Hub
+    if not path.startswith("hf://"):  # would send a request to the Hub
         fs, name = fsspec.url_to_fs(path)
         path = fs.unstrip_protocol(name)
     return f"{path.rstrip('/')}/"

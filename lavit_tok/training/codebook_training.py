@@ -129,7 +129,7 @@ class CodebookTraining(FrozenEncoderTraining):
         self.codebook.load_embeddings(entries, counts * self._vectors_of_all() / counts.sum())
 
     def _vectors_of_all(self) -> float:
-        """Those of a step of all processes, whose counts the codebook has."""
+        """Vectors that all processes together quantize in a step: the codebook counts those."""
         return self.vectors_per_step() * self.num_processes
 
     def copy_codebook(self) -> None:

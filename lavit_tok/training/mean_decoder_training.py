@@ -86,7 +86,7 @@ class NestedDecoderTraining(EMATraining):
         """A PixelDecoder with a mean decoder, of the tokenizer's codes.
 
         Raises:
-            ValueError: another.
+            ValueError: a pixel decoder without a mean decoder, or of other codes.
         """
         pipeline: Any = PixelDecoder.from_pretrained(name)
         if pipeline.mean_decoder is None:

@@ -382,7 +382,7 @@ def test_bad_input(model: Any, processor: LavitProcessor, photos: list[Path]):
         model.generate(**inputs, generation_mode="smell")
     with pytest.raises(ValueError, match="got 'smell'"):
         processor.post_process_multimodal_output(inputs["input_ids"], generation_mode="smell")
-    with pytest.raises(ValueError, match="only of images"):
+    with pytest.raises(ValueError, match="only for generation_mode"):
         model.generate(**inputs, generator=generator())
     with pytest.raises(ValueError, match="exceed the model's context of 128"):
         model.generate(**inputs, max_new_tokens=128)
