@@ -240,6 +240,38 @@ def test_clusters_that_would_make_other_codes(
     assert not [*(tmp_path / "out").glob("*.parquet")]
 
 
+def test_workers_without_the_package(
+    cluster: str, work: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """Workers in which the import of lavit_tok fails, as where it is not installed."""
+    program = """
+import sys
+import ray
+from lavit_tok.cli import main
+
+def hide():
+    import sys
+
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "lavit_tok":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Missing())
+
+hook = {"worker_process_setup_hook": hide}
+ray.init(sys.argv[1], log_to_driver=False, runtime_env=hook)
+sys.exit(main(sys.argv[2:]))
+"""
+    args = [sys.executable, "-c", program, cluster, *on_ray(work, tmp_path / "out")]
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert "a worker of the cluster lacks a package (No module named 'lavit_tok'" in last
+    assert "install 'lavit-tok[train,ray]' on all machines" in last
+    assert not [*(tmp_path / "out").glob("*.parquet")]
+
+
 def test_an_address_without_a_cluster(
     work: tuple[Path, list[str]], tmp_path: Path, capfd: Any
 ) -> None:
