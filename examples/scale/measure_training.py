@@ -67,9 +67,9 @@ def write_shards(folder: Path, count: int) -> None:
         shard_name,
     )
 
-    tokenizer, rng = VisualTokenizer.from_pretrained("selected"), np.random.default_rng(0)
+    tokenizer, rng = VisualTokenizer.from_pretrained("default"), np.random.default_rng(0)
     sizes = tokenizer.config.codebook_size, tokenizer.config.num_patches
-    config = ShardConfig("selected", tokenizer.fingerprint(), "", *sizes, None, None, False, SHARD)
+    config = ShardConfig("default", tokenizer.fingerprint(), "", *sizes, None, None, False, SHARD)
     splits = {}
     folder.mkdir()
     for split, total in (("train", count), ("validation", 64)):
