@@ -267,6 +267,7 @@ class VisualTokenizer(
         features: Float[Tensor, "batch patches width"],
         kind: str = "cosine",
         left: Float[Tensor, "batch most"] | None = None,
+        summary: Float[Tensor, "batch inputs"] | None = None,
     ) -> Float[Tensor, "batch most"]:
         """Predicted error of every image with 1, 2, 3, ... codes.
 
@@ -276,6 +277,7 @@ class VisualTokenizer(
                 colors.
             left: residual errors of the first codes, as quantizer.encode returns them; None
                 computes all n.
+            summary: of the features, as the head's `summary` returns it; None computes it.
 
         Raises:
             ValueError: a tokenizer without an error head of this kind.
@@ -287,18 +289,19 @@ class VisualTokenizer(
             )
         if left is None:
             left = self.quantizer.encode(features, features.shape[1])[1]
-        predicted = self.error_heads[kind](features, left)
+        predicted = self.error_heads[kind](features, left, summary)
         return predicted / COLOR_ERROR_SCALE if kind == "psnr" else predicted
 
     def priced_errors(
         self,
         features: Float[Tensor, "batch patches width"],
         left: Float[Tensor, "batch most"] | None = None,
+        summary: Float[Tensor, "batch inputs"] | None = None,
     ) -> Float[Tensor, "batch most"]:
         """The predicted error that config.priced names; arguments as in predicted_errors."""
         if self.config.priced == "colors":
-            return self.predicted_errors(features, "psnr", left).square()
-        return self.predicted_errors(features, "cosine", left)
+            return self.predicted_errors(features, "psnr", left, summary).square()
+        return self.predicted_errors(features, "cosine", left, summary)
 
     def preprocess(self, images: Images) -> Float[Tensor, "batch 3 h w"]:
         """Any images -> normalized pixels, on the model's device and in its dtype."""

@@ -61,17 +61,26 @@ class ErrorHead(KeepFloat32):
         self,
         features: Float[Tensor, "batch patches width"],
         left: Float[Tensor, "batch most"],
+        values: Float[Tensor, "batch inputs"] | None = None,
     ) -> Float[Tensor, "batch most"]:
         """Predicted error with 1, 2, 3, ... codes, float32, non-increasing.
 
         Args:
             features: of the encoder.
             left: residual errors of these numbers of codes, from NestedQuantizer.encode.
+            values: `summary` of the features, if it is known.
         """
         with torch.autocast(features.device.type, enabled=False):
             counts = torch.arange(1, left.shape[1] + 1, device=left.device)
-            values = summary(features.detach().float(), self.levels)
+            if values is None:
+                values = self.summary(features)
             return self.at(values, left.float(), counts).cummin(1).values
+
+    def summary(
+        self, features: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch inputs"]:
+        """What the head reads of the features; the same for all heads of a tokenizer."""
+        return summary(features.detach().float(), self.levels)
 
     def at(
         self,
@@ -134,7 +143,8 @@ def summary(
     """
     side = math.isqrt(features.shape[1])
     square = rearrange(features, "b (r c) d -> b d r c", r=side)
-    within = []
+    within: list[Tensor] = []
+    energies: dict[int, Tensor] = {}  # by the side of what is not left out
     for level in range(levels + 1):
         cell = max(1, side >> level)
         if cell == 1:  # a single patch has no variance: differences of neighbors in its position
@@ -142,8 +152,9 @@ def summary(
             parts = [d.square().mean((1, 2, 3)) for d in differences if d.numel()]
             within.append(torch.stack(parts).mean(0) if parts else square.new_zeros(len(square)))
             continue
-        whole = square[:, :, : side // cell * cell, : side // cell * cell]
-        means = F.avg_pool2d(whole, cell).square().mean((1, 2, 3))
-        within.append(whole.square().mean((1, 2, 3)) - means)
+        whole = square[:, :, : (size := side // cell * cell), :size]
+        if size not in energies:
+            energies[size] = whole.square().mean((1, 2, 3))
+        within.append(energies[size] - F.avg_pool2d(whole, cell).square().mean((1, 2, 3)))
     logs = torch.stack(within, 1).clamp(min=1e-6).log()
     return torch.cat([features.mean(1), features.std(1, correction=0), logs], 1)

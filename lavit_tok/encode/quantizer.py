@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lavit_tok.nn.precision import KeepFloat32
 
 CHUNK = 1 << 22  # entries of the distance matrix computed at a time (16 MiB in float32)
+NUMPY_THREADS = 8  # below so many threads of torch, argmin is faster by NumPy on one
 
 
 @torch.no_grad()
@@ -29,21 +30,50 @@ def nearest(
     Raises:
         ValueError: NaN or infinity in z.
     """
+    require_finite(z)
+    return nearest_to_finite(z, entries)
+
+
+@torch.no_grad()
+def nearest_to_finite(
+    z: Float[Tensor, "total dim"],
+    entries: Float[Tensor, "size dim"],
+    norms: Float[Tensor, " size"] | None = None,
+) -> Int64[Tensor, " total"]:
+    """nearest, of a z that is known to be finite; `norms` are half_norms of float32 entries."""
     with torch.autocast(z.device.type, enabled=False):
         # Under set_float32_matmul_precision("high") or "medium" products have 10 bits or fewer,
         # which would change codes.
         full = torch.get_float32_matmul_precision() == "highest"
         exact = torch.float32 if full else torch.float64
         z, entries = z.float().to(exact), entries.to(exact)
-        if not bool(z.isfinite().all()):
-            raise ValueError(
-                "features to quantize contain NaN or infinity: any code would be arbitrary"
-            )
+        if norms is None or norms.dtype != exact:
+            norms = half_norms(entries)
         # |z - e|^2 / 2 without |z|^2 / 2, which is the same for all entries.
-        half_norms = entries.square().sum(1) / 2
         parts = z.split(max(1, CHUNK // len(entries)))
-        chunks = [(half_norms - part @ entries.T).argmin(1) for part in parts]
+        products = (part @ entries.T for part in parts)
+        chunks = [_smallest(torch.sub(norms, product, out=product)) for product in products]
         return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64).to(z.device)
+
+
+def half_norms(entries: Float[Tensor, "*entries dim"]) -> Float[Tensor, "*entries"]:
+    """|e|^2 / 2 of every entry."""
+    return entries.square().sum(-1) / 2
+
+
+def require_finite(z: Tensor) -> None:
+    """Raise ValueError if z holds NaN or infinity."""
+    if not bool(z.isfinite().all()):
+        raise ValueError(
+            "features to quantize contain NaN or infinity: any code would be arbitrary"
+        )
+
+
+def _smallest(distances: Float[Tensor, "total size"]) -> Int64[Tensor, " total"]:
+    """Index of the first smallest value of each line."""
+    if distances.device.type == "cpu" and torch.get_num_threads() < NUMPY_THREADS:
+        return torch.from_numpy(distances.numpy().argmin(1))
+    return distances.argmin(1)
 
 
 def fingerprint(embeddings: Float[Tensor, "*entries dim"]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -144,7 +145,7 @@ class RateControl:
         return first_kept(kept.argsort(dim=1, descending=True, stable=True), counts)
 
     def _for_price(self, request: Request, least: int, most: int) -> tuple[Counts, Errors | None]:
-        errors = self.tokenizer.priced_errors(self.features, self._left(most))
+        errors = self.tokenizer.priced_errors(self.features, self._left(most), self._summary)
         price = self.tokenizer.config.price if request.rate is None else request.rate
         if request.budget is not None:
             total = round(request.budget * len(errors) * self.patches)
@@ -226,7 +227,13 @@ class RateControl:
         return lambda counts: measured(counts).square()
 
     def _predicted(self, kind: str, most: int) -> Float[Tensor, "batch most"]:
-        return self.tokenizer.predicted_errors(self.features, kind, self._left(most))
+        left = self._left(most)
+        return self.tokenizer.predicted_errors(self.features, kind, left, self._summary)
+
+    @cached_property
+    def _summary(self) -> Float[Tensor, "batch inputs"] | None:
+        heads = self.tokenizer.error_heads if self.tokenizer.config.error_hidden else {}
+        return heads["cosine"].summary(self.features) if "cosine" in heads else None
 
     def _left(self, most: int) -> Float[Tensor, "batch most"] | None:
         return self._encoded(most)[1] if self.tokenizer.nested else None

@@ -16,13 +16,13 @@ A curve is replaced by its lower convex hull first, since no price selects a poi
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -79,8 +79,8 @@ def lower_hull(errors: Float[Tensor, "batch most"]) -> Float[Tensor, "batch most
     Of the lines through two points of a curve, the hull at k is the lowest value that any of them
     takes there. Curves are short (hundreds): one pass over the corners, from the left, is enough.
     """
-    values = errors.double().cummin(1).values.cpu()
-    hull = torch.empty_like(values)
+    values = errors.detach().double().cummin(1).values.cpu().numpy()
+    hull, steps = values.copy(), np.arange(values.shape[1])
     for curve, out in zip(values.tolist(), hull, strict=True):
         corners: list[int] = []
         for k, value in enumerate(curve):
@@ -90,11 +90,11 @@ def lower_hull(errors: Float[Tensor, "batch most"]) -> Float[Tensor, "batch most
                     break
                 corners.pop()
             corners.append(k)
-        for a, b in itertools.pairwise(corners):
-            steps = torch.arange(b - a, dtype=torch.float64) / (b - a)
-            out[a:b] = curve[a] + steps * (curve[b] - curve[a])
-        out[corners[-1] :] = curve[-1]
-    return hull.to(errors.device)
+        at = np.array(corners)
+        last = at.searchsorted(steps[:-1], side="right") - 1  # the corner before each k
+        a, b, start = at[last], at[last + 1], out[at[last]]
+        out[:-1] = start + (steps[:-1] - a) / (b - a) * (out[b] - start)
+    return torch.from_numpy(hull).to(errors.device)
 
 
 def counts_at_price(errors: Float[Tensor, "batch most"], price: float) -> Int64[Tensor, " batch"]:

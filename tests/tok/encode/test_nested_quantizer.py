@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lavit_tok.decode.nested_reconstructor import NestedReconstructor
+from lavit_tok.encode import quantizer as quantizer_module
 from lavit_tok.encode.nested_quantizer import NestedCodebook, NestedQuantizer
 from lavit_tok.nn.nested_order import nested_order
 from lavit_tok.training.nested_codebook import NestedCodebookConfig, fit_quantizer, kmeans
@@ -68,6 +72,48 @@ def test_fewer_codes_are_the_first_of_more(codebook: NestedCodebook) -> None:
     assert torch.equal(codebook.decode(noisy, lengths), together)
     alone = codebook.decode(whole[2:3, :9], lengths[2:3])
     torch.testing.assert_close(alone[0], together[2])
+
+
+def test_entries_that_change_are_noticed() -> None:
+    """Their norms are kept from one call to the next: changed in place, replaced, moved, copied."""
+    torch.manual_seed(0)
+    codebook, vectors = NestedCodebook(8, DIM, PATCHES, 3), torch.randn(2, PATCHES, 3)
+
+    def codes_are_right(of: NestedCodebook) -> bool:
+        return all(
+            of.encode(vectors, PATCHES)[0][image].tolist() == slow(of, vectors[image])[0]
+            for image in range(2)
+        )
+
+    assert codes_are_right(codebook)
+    codebook.embeddings[1:3] *= 3
+    assert codes_are_right(codebook)
+    codebook.embeddings = codebook.embeddings.flip(2) * 2
+    assert codes_are_right(codebook)
+    codebook.load_state_dict(NestedCodebook(8, DIM, PATCHES, 3).state_dict())
+    assert codes_are_right(codebook)
+    other = pickle.loads(pickle.dumps(copy.deepcopy(codebook)))
+    other.embeddings.neg_()
+    assert codes_are_right(other) and codes_are_right(codebook)
+    with torch.inference_mode():
+        made = NestedCodebook(8, DIM, PATCHES, 3)
+        assert codes_are_right(made)
+        made.embeddings *= torch.linspace(0.5, 2, 8)[:, None]
+        assert codes_are_right(made)
+
+
+def test_codes_do_not_depend_on_how_the_smallest_distance_is_found(
+    codebook: NestedCodebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal distances, too: the first entry counts."""
+    vectors = torch.randn(3, PATCHES, 3)
+    tied = copy.deepcopy(codebook)
+    tied.embeddings[:, 4:] = tied.embeddings[:, :4]
+    expected = [x.encode(vectors, PATCHES)[0] for x in (codebook, tied)]
+    assert int(expected[1].max()) < 4
+    monkeypatch.setattr(quantizer_module, "NUMPY_THREADS", 0)
+    found = [x.encode(vectors, PATCHES)[0] for x in (codebook, tied)]
+    assert all(map(torch.equal, found, expected))
 
 
 def test_nan_is_refused(codebook: NestedCodebook) -> None:
