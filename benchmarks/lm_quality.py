@@ -310,7 +310,7 @@ def text(v: dict[str, Any], args: Namespace) -> str:
     body = f"{v['set']}. Model {v['model']}, {v['parameters'] / 1e6:.1f} M weights; "
     body += f"{json.dumps(v['sampling'])}. Captions by seed {v['seed']}; the train split has "
     body += f"{v['seen_in_training']} of them, too. Aims: {json.dumps(AIMS)}."
-    if "images" in v:
+    if "images" in args.parts:  # otherwise their number is stored there
         found = v["images"]
         columns = [found[k] for k in ("generated", "from_own_codes", "true")]
         rows = [(name, *(column.get(name) for column in columns)) for name in columns[0]]

@@ -359,6 +359,8 @@ def test_lm_quality(
     assert Image.open(tmp_path / "out" / "lm_quality.png").width > 8 * 64
     check_bits(bits, data, MultimodalLM.from_pretrained(model, decoder=None))
     assert sum(group["codes"] for group in bits["by_source"].values()) == bits["codes"]
+    only_bits = run(lm_quality, *args[:4], "--parts", "bits", out="bits")
+    assert only_bits["bits"] == bits
     unseen = run(lm_quality, *args[:-4], "--captions", 2, "--unseen", out="unseen")
     assert found["seen_in_training"] > 0 == unseen["seen_in_training"]
 
