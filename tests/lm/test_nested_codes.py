@@ -257,6 +257,7 @@ def test_embeddings_of_codes_begin_like_their_entries() -> None:
     text = weight[: v.begin].detach().clone()
     entries = torch.randn(STAGES, CODES, 4, generator=generator()) * 7 + 3
     entries[:, 1] = entries[:, 0] + 0.01
+    entries[2] = entries[4] = entries[1]
     embed_codebook(model.causal, v.begin, v.first, entries, generator(1))
     made = weight[v.first : v.stop].detach().unflatten(0, (STAGES, CODES))
     assert torch.equal(weight[: v.begin], text)
@@ -269,6 +270,9 @@ def test_embeddings_of_codes_begin_like_their_entries() -> None:
     ratio = (between / expected.clamp(min=1e-9))[:, 0, 2:]
     assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3)
     assert (made.mean(1)[0] - made.mean(1)[1]).abs().max() > 0.01, "a vector for each table"
+    for table, same in ((2, True), (4, False)):  # tables 1 and 2 are of one level, 4 of the next
+        shift = scaled[table] - scaled[1]
+        assert torch.allclose(shift, shift[:1].expand_as(shift), atol=1e-4) == same
 
 
 @pytest.mark.parametrize("restricted", [True, False])
@@ -276,7 +280,7 @@ def test_embeddings_of_codes_are_computed_from_their_entries(restricted: bool) -
     """In training by the map, in evaluation by the LM's own table, into which it was written."""
     processor, plain = processor_and_model(tied=True, stages=STAGES)
     v, weight = processor.vocabulary, plain.causal.get_input_embeddings().weight
-    entries = torch.randn(STAGES, CODES, 4, generator=generator())
+    entries = torch.randn(STAGES, CODES, 4, generator=generator()) * 7 + 3
     code_map = CodeMap(entries, v.first, weight.shape[1], 0.02, 8, generator())
     torch.nn.init.normal_(code_map.outer, generator=generator())
     model = SequenceModel(plain.lm, restricted=v if restricted else None, code_map=code_map)
@@ -291,6 +295,9 @@ def test_embeddings_of_codes_are_computed_from_their_entries(restricted: bool) -
     assert torch.equal(weight, before)
     assert not weight.grad[v.first : v.stop].any() and weight.grad[: v.first].any()
     assert all(p.grad is not None and p.grad.any() for p in code_map.parameters())
+    scaled = code_map.entries
+    torch.testing.assert_close(scaled.mean(1), torch.zeros(STAGES, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scaled.square().mean((1, 2)), torch.ones(STAGES))
     for table in range(STAGES):  # one table at a time, as the docstring draws it
         x = code_map.entries[table]
         hidden = torch.nn.functional.gelu(x @ code_map.inner[table] + code_map.inner_bias[table])

@@ -55,10 +55,13 @@ def test_new_decoder_gives_the_colors_of_the_cells(tokenizer: VisualTokenizer) -
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     image = F.interpolate(image, (32, 32))
     joined = torch.cat([torch.zeros(1, 16, 24), 2 * patch_colors(image, 4) - 1], -1)
-    drawn = MeanDecoder(24, 16, 4, (16, 8, 8))(joined)
+    decoder = MeanDecoder(24, 16, 4, (16, 8, 8))
+    drawn = decoder(joined)
     assert drawn.shape == (1, 3, 32, 32)
     expected = F.interpolate(2 * image[..., ::2, ::2] - 1, (32, 32), mode="bilinear")
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+    torch.nn.init.constant_(decoder.blocks[-1][-1].bias, 0.25)  # the network's part is added
+    torch.testing.assert_close(decoder(joined), expected + 0.25, rtol=0, atol=1e-5)
 
 
 def test_deterministic_and_independent_of_the_batch(

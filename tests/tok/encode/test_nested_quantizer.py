@@ -116,6 +116,16 @@ def test_codes_do_not_depend_on_how_the_smallest_distance_is_found(
     assert all(map(torch.equal, found, expected))
 
 
+def test_vectors_hold_the_direction_around_the_mean_and_a_linear_map() -> None:
+    torch.manual_seed(0)
+    quantizer = NestedQuantizer(12, 4, 2, 4, 5)
+    quantizer.center.normal_()
+    x = 3 * torch.randn(2, 4, 12)
+    around = x - quantizer.center
+    direction = around / around.norm(dim=-1, keepdim=True) @ quantizer.direction.weight.T
+    torch.testing.assert_close(quantizer.project(x), direction + quantizer.value(x))
+
+
 def test_nan_is_refused(codebook: NestedCodebook) -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         codebook.encode(torch.full((1, PATCHES, 3), torch.nan), 1)
