@@ -79,6 +79,18 @@ def quiet_trainer(root: Path, steps: int, *callbacks: Callback, **options: Any) 
     return Trainer(max_steps=steps, callbacks=[*callbacks], **options)
 
 
+def fit_images(
+    module: Any, folder: Path, root: Path, steps: int, ckpt: str | None = None
+) -> Trainer:
+    """Train on the images of 32 pixels in `folder`/images, in batches of 8; resumes from `ckpt`."""
+    from lavit_tok import ImageDataModule
+
+    trainer = quiet_trainer(root, steps)
+    data = ImageDataModule(str(folder / "images"), image_size=32, batch_size=8, cache=True)
+    trainer.fit(module, data, ckpt_path=ckpt, weights_only=False if ckpt else None)
+    return trainer
+
+
 class EachStep(Callback):
     """The value of a function of trainer, module and batch after every step."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.small_nested import SETTINGS, small_decoder, small_tokenizer
-from helpers.trainers import quiet_trainer
+from helpers.trainers import fit_images
 from PIL import Image
 from torch.nn import functional as F
 
@@ -25,7 +24,6 @@ from lavit_tok import (
 from lavit_tok.cli import main
 from lavit_tok.decode.conditioner import Conditioner
 from lavit_tok.decode.mean_decoder import MeanDecoder
-from lavit_tok.training.data_module import ImageDataModule
 from lavit_tok.training.mean_decoder_training import MeanDecoderTraining
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
@@ -161,10 +159,7 @@ def fit(folder: Path, root: Path, steps: int, ckpt: Any = None, **arguments: Any
         schedule=ScheduleConfig(warmup_steps=1000),
         **arguments,
     )
-    trainer = quiet_trainer(root, steps)
-    data = ImageDataModule(str(folder / "images"), image_size=32, batch_size=8, cache=True)
-    trainer.fit(module, data, ckpt_path=ckpt, weights_only=False if ckpt else None)
-    return module, trainer
+    return module, fit_images(module, folder, root, steps, ckpt)
 
 
 def test_training_lowers_the_error_and_resumes_exactly(folder: Path, tmp_path: Path) -> None:
@@ -208,20 +203,15 @@ def test_a_decoder_to_start_from(
         MeanDecoderTraining(str(folder / "tokenizer"), start_from=str(tmp_path / "other"))
 
 
-def test_fitted_by_the_command_line(folder: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    trainer = {"accelerator": "cpu", "max_steps": 2, "default_root_dir": str(tmp_path)}
-    model = {"tokenizer": str(folder / "tokenizer"), "channels": [16, 8, 8]}
-    data = {"data": str(folder / "images"), "image_size": 32, "batch_size": 8, "cache": True}
-    values = {"trainer": trainer, "model": {**model, "out": str(tmp_path / "d")}, "data": data}
-    recipe.write_text(json.dumps({"seed_everything": 0, **values}))
-    assert main(["fit-mean-decoder", "-c", str(recipe)]) == 0
-    image = str(next((folder / "images" / "train").glob("*.png")))
-    args = ["--tokenizer", str(folder / "tokenizer"), "--decoder", str(tmp_path / "d")]
-    args += ["--out", str(tmp_path / "out")]
-    assert main(["reconstruct", image, *args, "--mode", "mean", "--budget", "4"]) == 0
+def test_reconstruct_by_the_command_line(
+    folder: Path, decoder: PixelDecoder, tmp_path: Path
+) -> None:
+    decoder.save_pretrained(tmp_path / "d")
+    args = ["reconstruct", str(folder / "images/train/00.png"), "--out", str(tmp_path / "out")]
+    args += ["--tokenizer", str(folder / "tokenizer"), "--decoder", str(tmp_path / "d")]
+    assert main([*args, "--mode", "mean", "--budget", "4"]) == 0
     assert (tmp_path / "out" / "sheet.png").exists()
-    assert main(["reconstruct", image, *args, "--mode", "sample"]) == 2
+    assert main([*args, "--mode", "sample"]) == 2
 
 
 def test_a_tokenizer_without_nested_codes(tmp_path: Path, tiny_tokenizer: VisualTokenizer) -> None:

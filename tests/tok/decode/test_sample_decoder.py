@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from helpers.small_nested import small_decoder, small_tokenizer
+from helpers.trainers import fit_images
 from PIL import Image
 
 from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
@@ -17,7 +17,6 @@ from lavit_tok.cli import main
 from lavit_tok.decode.mean_decoder import MeanDecoder
 from lavit_tok.decode.sample_decoder import SampleDecoder
 from lavit_tok.encode.efficientnet import EfficientNetLite
-from lavit_tok.training.data_module import ImageDataModule
 from lavit_tok.training.energy_score import EnergyScore
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 from lavit_tok.training.sample_decoder_training import SampleDecoderTraining
@@ -171,19 +170,7 @@ def fit(folder: Path, root: Path, steps: int, ckpt: Any = None, **arguments: Any
         schedule=ScheduleConfig(warmup_steps=10),
         **arguments,
     )
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=root,
-        num_sanity_val_steps=0,
-    )
-    data = ImageDataModule(str(folder / "images"), image_size=32, batch_size=8, cache=True)
-    trainer.fit(module, data, ckpt_path=ckpt, weights_only=False if ckpt else None)
-    return module, trainer
+    return module, fit_images(module, folder, root, steps, ckpt)
 
 
 def test_training_resumes_exactly(folder: Path, tmp_path: Path) -> None:
@@ -213,21 +200,13 @@ def test_training_lowers_the_score_and_learns_to_vary(folder: Path, tmp_path: Pa
     assert spread < 0.05 < new_spread
 
 
-def test_fitted_by_the_command_line(folder: Path, tmp_path: Path) -> None:
-    import json
-
-    recipe = tmp_path / "recipe.yaml"
-    trainer = {"accelerator": "cpu", "max_steps": 2, "default_root_dir": str(tmp_path)}
-    model = {name: str(folder / name) for name in ("tokenizer", "decoder")}
-    model |= {"stages": [0, 1], "out": str(tmp_path / "d")}  # type: ignore[dict-item]
-    data = {"data": str(folder / "images"), "image_size": 32, "batch_size": 8}
-    values = {"trainer": trainer, "model": model, "data": data}
-    recipe.write_text(json.dumps({"seed_everything": 0, **values}))
-    assert main(["fit-sample-decoder", "-c", str(recipe)]) == 0
-    image = str(next((folder / "images" / "train").glob("*.png")))
-    args = ["--tokenizer", str(folder / "tokenizer"), "--decoder", str(tmp_path / "d")]
-    args += ["--out", str(tmp_path / "out"), "--budget", "4"]
-    assert main(["reconstruct", image, *args, "--mode", "sample", "--steps", "4"]) == 0
+def test_reconstruct_by_the_command_line(
+    folder: Path, decoder: PixelDecoder, tmp_path: Path
+) -> None:
+    decoder.save_pretrained(tmp_path / "d")
+    args = ["reconstruct", str(folder / "images/train/00.png"), "--out", str(tmp_path / "out")]
+    args += ["--tokenizer", str(folder / "tokenizer"), "--decoder", str(tmp_path / "d")]
+    assert main([*args, "--mode", "sample", "--steps", "4", "--budget", "4"]) == 0
     assert (tmp_path / "out" / "sheet.png").exists()
 
 
