@@ -92,8 +92,8 @@ def lower_hull(errors: Float[Tensor, "batch most"]) -> Float[Tensor, "batch most
             corners.append(k)
         at = np.array(corners)
         last = at.searchsorted(steps[:-1], side="right") - 1  # the corner before each k
-        a, b, start = at[last], at[last + 1], out[at[last]]
-        out[:-1] = start + (steps[:-1] - a) / (b - a) * (out[b] - start)
+        left, right, start = at[last], at[last + 1], out[at[last]]
+        out[:-1] = start + (steps[:-1] - left) / (right - left) * (out[right] - start)
     return torch.from_numpy(hull).to(errors.device)
 
 
