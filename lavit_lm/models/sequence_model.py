@@ -252,7 +252,7 @@ class SequenceModel(nn.Module):
 
 
 def noisy_vectors(
-    inputs_embeds: Float[Tensor, "b l d"], batch: PackedBatch, most: float
+    inputs_embeds: Float[Tensor, "b l d"], batch: PackedBatch, largest: float
 ) -> Float[Tensor, "b l d"]:
     """The inputs of a training step, with Gaussian noise on vectors that are predicted from text.
 
@@ -261,7 +261,7 @@ def noisy_vectors(
 
     In generation a vector follows vectors that the model predicted, with errors. Without noise it
     learns to continue true ones, from which the next is nearly known, and hardly reads the text.
-    Noise of an image has a standard deviation of its own, uniform in 0..most of that of its
+    Noise of an image has a standard deviation of its own, uniform in 0..largest of that of its
     vectors' elements, so that the model learns to rely on vectors as far as they can be relied on.
     Images before all text, which are to be described, stay as they are.
 
@@ -270,7 +270,7 @@ def noisy_vectors(
     Args:
         inputs_embeds: embeddings of ids, and vectors of images.
         batch: where they are.
-        most: the largest standard deviation, in standard deviations of the vectors.
+        largest: the largest standard deviation, in standard deviations of the vectors.
     """
     at = batch.is_embedding & batch.regress & _after_text(batch)
     if not bool(at.any()):
@@ -283,7 +283,7 @@ def noisy_vectors(
     image = begins.flatten().cumsum(0)[at.flatten()] - 1
     level = torch.rand(int(begins.sum()), generator=seed).to(vectors.device)[image]
     noise = torch.randn(vectors.shape, generator=seed).to(vectors.device)
-    added = (most * level[:, None] * spread * noise).to(inputs_embeds.dtype)
+    added = (largest * level[:, None] * spread * noise).to(inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(at[..., None], inputs_embeds[at] + added)
 
 
