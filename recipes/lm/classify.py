@@ -12,7 +12,8 @@ on; the test split was not. Any model of lavit_lm can be classified with.
 
     python recipes/lm/classify.py --model runs/lm/davinci --data data/captioned [--labels 1 0.1]
 
-Hardware and time: one CPU core, CLASSIFYTIME.
+Hardware: one CPU core; frozen features take 3 minutes, 150 steps of the others 4 to 8 minutes each.
+Expected: 0.74 frozen, 0.64 with a tenth of the labels (docs/results.md).
 """
 
 from __future__ import annotations
