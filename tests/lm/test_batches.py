@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.lm_parts import processor_and_model
 from PIL import Image
 
@@ -107,7 +108,12 @@ def test_images_of_prompts(model: str, tiny_decoder: Any, tmp_path: Path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_prompts_on_ray(
-    model: str, tiny_decoder: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    model: str,
+    tiny_decoder: Any,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ):
     """The files of the local engine, skipped prompts and images included; resumed by either."""
     pytest.importorskip("ray", reason="Ray is not installed (pip install 'lavit-tok[ray]')")
@@ -118,6 +124,10 @@ def test_prompts_on_ray(
     command = ["generate", "--prompts", prompts, "--model", model, "-n", "2", "--steps", "1"]
     command += ["--decoder", str(tmp_path / "decoder"), "--batch-size", "4", "--block-size", "3"]
     on_ray = ["--engine", "ray", "--workers", "2"]
+    # Workers have one thread; with another number convolutions round otherwise.
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)
 
     def files(folder: str) -> dict[str, bytes]:
         paths = (path for path in (tmp_path / folder).rglob("[!.]*") if path.is_file())
