@@ -40,7 +40,6 @@ from lavit_tok.data.splits import load_splits
 from lavit_tok.encode.efficientnet import EfficientNetLite, JoinedEncoder
 
 PARTS = ["images", "ceiling", "instructions"]
-LITE2 = {"width": 1.1, "depth": 1.2, "classes": 1000}
 AIMS = {"named color": 0.8, "object": 0.5, "answers over the best constant": 0.25}
 colors, objects = recipe("data/colors.py"), recipe("data/objects.py")
 network = recipe("default/encoder.py")
@@ -108,7 +107,7 @@ def judges(args: Namespace, train: Scenes) -> dict[str, ObjectJudge]:
         maps = JoinedEncoder.from_directory(args.encoder).network.maps
         found["encoder"] = ObjectJudge(lambda pixels: maps(pixels)[-1].mean((2, 3)), train)
     if args.wheels:
-        lite2 = EfficientNetLite(**LITE2).eval()
+        lite2 = EfficientNetLite(**network.LITE2).eval()
         lite2.load_state_dict(network.converted(network.read_wheel(args.wheels, "lite2"), lite2))
         found["EfficientNet-Lite2"] = ObjectJudge(lite2.pooled, train)
     return found

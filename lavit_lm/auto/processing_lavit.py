@@ -29,7 +29,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from lavit_lm.auto.configuration_lavit import LavitConfig
 from lavit_tok import VisualCodes, VisualImageProcessor, VisualTokenizer, WeightsError
-from lavit_tok.checkpoints.weights import find_directory, read_header, shipped_with
+from lavit_tok.checkpoints.weights import codebook_remedy, find_directory, read_header
 
 if TYPE_CHECKING:
     from lavit_lm.objectives.records import CodesDecoder
@@ -173,12 +173,10 @@ class LavitProcessor(ProcessorMixin):
         source = self.sources["visual_tokenizer"]
         visual = VisualTokenizer.from_pretrained(source)
         if self.fingerprint not in (None, visual.fingerprint()):
-            shipped = shipped_with(self.fingerprint)
-            remedy = f"; visual_tokenizer={shipped!r} has that codebook" if shipped else ""
             raise WeightsError(
                 f"expected the codebook {self.fingerprint}, the visual tokenizer {source!r} has "
                 f"{visual.fingerprint()}: codes would be of unrelated images"
-                f"{remedy}"
+                f"{codebook_remedy(self.fingerprint)}"
             )
         self.vocabulary.require_stages(visual.stages)
         return visual

@@ -28,13 +28,13 @@ from lavit_tok import VisualTokenizer, WeightsError
 from lavit_tok.checkpoints.weights import (
     check_layers,
     check_replaceable,
+    codebook_remedy,
     empty,
     find_directory,
     load_weights,
     read_header,
     require_fitting,
     save_weights,
-    shipped_with,
 )
 
 FORMAT, VERSION = "lavit_lm", 1
@@ -121,12 +121,10 @@ def load_model(
         )
     visual = VisualTokenizer.from_pretrained(source, dtype=dtype, device=device)
     if visual.fingerprint() != values["fingerprint"]:
-        shipped = shipped_with(values["fingerprint"])
-        remedy = f"; visual_tokenizer={shipped!r} has that codebook" if shipped else ""
         raise WeightsError(
             f"{directory}: trained on codes of the codebook {values['fingerprint']}, the visual "
             f"tokenizer {source!r} has {visual.fingerprint()}: codes would be of unrelated images"
-            f"{remedy}"
+            f"{codebook_remedy(values['fingerprint'])}"
         )
     objective = objective or _objective(directory, values["objective"])
     processor = _processor(directory, values["codebook_size"], visual)

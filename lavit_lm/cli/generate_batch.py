@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from lavit_lm.cli.batches import Computed, Engine, Item, compute_items, item_generator
 from lavit_tok.cli.items import chunks, png_name
-from lavit_tok.data.decode_batch import png, update_digest
+from lavit_tok.data.decode_batch import png, update_with_parts
 from lavit_tok.data.ray_engine import RayOptions, Work, map_on_ray
 from lavit_tok.data.tokenize_batch import weights_digest
 
@@ -89,9 +89,9 @@ class GenerateBatch:
         values = [self.n, self.seed, self.guidance, self.sampling, self.decoding]
         sha = hashlib.sha256(json.dumps([*values, self.decoder is None]).encode())
         sha.update(weights_digest(self.lm.visual_tokenizer).encode())
-        update_digest(sha, {"lm": self.lm.model})
+        update_with_parts(sha, {"lm": self.lm.model})
         if self.decoder is not None and hasattr(self.lm.decoder, "pipeline"):
-            update_digest(sha, self.lm.decoder.pipeline.components)
+            update_with_parts(sha, self.lm.decoder.pipeline.components)
         return sha.hexdigest()[:16]
 
     def compute(self, items: Sequence[Item]) -> list[Computed]:

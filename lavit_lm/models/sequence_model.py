@@ -278,10 +278,9 @@ def noisy_vectors(
     vectors = inputs_embeds[at].detach()
     spread = vectors.float().std(0) if len(vectors) > 1 else vectors.float()[0] * 0
     seed = torch.Generator().manual_seed(int(batch.ids.sum()))
-    # An image begins where no vector precedes; its vectors have one number.
-    begins = at & ~at.roll(1, 1) | at & (torch.arange(at.shape[1], device=at.device) == 0)
-    image = begins.flatten().cumsum(0)[at.flatten()] - 1
-    level = torch.rand(int(begins.sum()), generator=seed).to(vectors.device)[image]
+    number = (batch.roles == Role.BEGIN).flatten().cumsum(0)[at.flatten()]
+    images, image = torch.unique_consecutive(number, return_inverse=True)
+    level = torch.rand(len(images), generator=seed).to(vectors.device)[image]
     noise = torch.randn(vectors.shape, generator=seed).to(vectors.device)
     added = (largest * level[:, None] * spread * noise).to(inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(at[..., None], inputs_embeds[at] + added)

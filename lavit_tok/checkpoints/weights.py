@@ -115,6 +115,19 @@ def shipped_with(fingerprint: str | None) -> str | None:
     return next((name for name, own in SHIPPED.items() if own == fingerprint), None)
 
 
+def update_digest(sha: Any, module: nn.Module) -> None:
+    """Add the names and values of a module's tensors to a hash."""
+    for name, tensor in module.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def codebook_remedy(fingerprint: str | None) -> str:
+    """What a message about another codebook than this one adds; "" if no shipped model has it."""
+    shipped = shipped_with(fingerprint)
+    return f"; visual_tokenizer={shipped!r} has that codebook" if shipped else ""
+
+
 def check_foreign(directory: Path) -> Path:
     """Check a directory from anywhere before any library opens its files.
 

@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
+from lavit_tok.checkpoints.weights import update_digest
 from lavit_tok.codes import CodeError, VisualCodes
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class DecodeBatch:
         """16 hexadecimal digits of the weights and options that images depend on."""
         values = [self.seed, self.options]
         sha = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-        update_digest(sha, self.decoder.components)
+        update_with_parts(sha, self.decoder.components)
         return sha.hexdigest()[:16]
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -142,15 +143,14 @@ class DecodeBatch:
         return {name: value for name, value in vars(self).items() if name != "decoder"}
 
 
-def update_digest(sha: Any, components: dict[str, Any]) -> None:
+def update_with_parts(sha: Any, components: dict[str, Any]) -> None:
     """Add the configs and weights of the parts of a model to a hash."""
     for name, part in sorted(components.items()):
         config = dict(getattr(part, "config", None) or {})
         known = {key: config[key] for key in sorted(config) if not key.startswith("_")}
         sha.update(f"{name} {type(part).__name__} {known}".encode())
-        for key, tensor in part.state_dict().items() if isinstance(part, nn.Module) else ():
-            sha.update(key.encode())
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(part, nn.Module):
+            update_digest(sha, part)
 
 
 def require_codes(codes: list[int], size: int, patches: int) -> None:

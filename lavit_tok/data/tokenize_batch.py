@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from lavit_tok.checkpoints.weights import update_digest
 from lavit_tok.data.open_batch import open_batch
 from lavit_tok.tokenizer import VisualTokenizer
 
@@ -105,9 +106,8 @@ def weights_digest(tokenizer: VisualTokenizer) -> str:
     sha = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
     for stage in ("encoder", "selector", "error_heads", "merger", "quantizer"):
         module = getattr(tokenizer, stage, None)  # nested codes have error heads, no selector
-        for name, tensor in module.state_dict().items() if module is not None else ():
-            sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if module is not None:
+            update_digest(sha, module)
     return sha.hexdigest()[:16]
 
 

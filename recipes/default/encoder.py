@@ -24,6 +24,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,8 @@ MEAN, STD = 0.498, 0.502
 WEIGHTS = {-1: 1.4, 3: 1.0, 5: 0.8, 7: 0.6}
 """Weight of a standardized channel of each source: a third of the variance is color, half of it
 meaning."""
-
-
+LITE2: dict[str, Any] = {"width": 1.1, "depth": 1.2, "classes": 1000}
+"""EfficientNet-Lite2, which judges images and has no part in training a tokenizer."""
 SHAPE = 0.5
 """A direction of variance v is scaled by v^(SHAPE / 2); 0 leaves the variances as they are, 1
 squares them."""

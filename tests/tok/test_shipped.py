@@ -135,7 +135,7 @@ def test_codes_of_the_other_shipped_model_are_refused_with_a_remedy(
 ) -> None:
     """Files of the model "selected" name their tokenizer "default" if they are of older versions.
 
-    So do shards and language models. They are told apart by the fingerprint of the codebook.
+    So do shards and language models. The codebook's fingerprint distinguishes them.
     """
     for name, fingerprint in SHIPPED.items():
         assert VisualTokenizer.from_pretrained(name).fingerprint() == fingerprint, name
