@@ -103,6 +103,7 @@ class EfficientNetLite(nn.Module):
         self.stem = unit(3, STEM, 3, 2)
         channels = STEM
         self.stages = nn.ModuleList()
+        self.channels = [STEM]  # of the maps
         for index, (blocks, kernel, stride, expansion, out) in enumerate(STAGES[:stages]):
             outputs = _rounded(out * width)
             count = blocks if index in (0, len(STAGES) - 1) else math.ceil(blocks * depth)
@@ -112,6 +113,7 @@ class EfficientNetLite(nn.Module):
             ]
             self.stages.append(nn.Sequential(*first, *more))
             channels = outputs
+            self.channels.append(channels)
         self.head = unit(channels, 1280) if classes else None
         self.classifier = nn.Linear(1280, classes) if classes else None
 

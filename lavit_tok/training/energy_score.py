@@ -27,13 +27,13 @@ AREAS = (1, 2, 4)  # sides of the squares of pixels that neighborhoods are avera
 PIXEL_SCALE = 3.0  # a deviation of colors in -1..1 of a third counts as that of a channel
 
 
-class EnergyScore:
-    """The score of pairs of images.
+class FeatureMaps:
+    """Maps of a frozen network, each channel of unit deviation.
 
     Args:
         network: frozen.
-        stages: whose maps are compared; 0 is the stem, 1 to 7 the stages.
-        images: -1..1, whose channels are scaled to unit deviation in each map.
+        stages: whose maps are returned; 0 is the stem, 1 to 7 the stages.
+        images: -1..1, whose channels have unit deviation in each map.
     """
 
     def __init__(
@@ -43,37 +43,40 @@ class EnergyScore:
         images: Float[Tensor, "n 3 h w"],
     ) -> None:
         self.network, self.stages = network, tuple(stages)
+        self.scales: list[Tensor] | None = None
         with torch.no_grad():
-            self.scales = [x.std((0, 2, 3), keepdim=True) + 1e-3 for x in self._network(images)]
+            self.scales = [x.std((0, 2, 3), keepdim=True) + 1e-3 for x in self(images)]
 
-    def __call__(
-        self,
-        images: Float[Tensor, "batch 3 h w"],
-        first: Float[Tensor, "batch 3 h w"],
-        second: Float[Tensor, "batch 3 h w"],
-    ) -> Float[Tensor, ""]:
-        """The mean score of two draws for every image, all in -1..1."""
-        with torch.no_grad():
-            true = self._maps(images)
-        pairs = zip(true, self._maps(first), self._maps(second), strict=True)
-        scores = [(_distance(a, x) + _distance(b, x) - _distance(a, b)) / 2 for x, a, b in pairs]
-        return torch.stack(scores).sum()
-
-    def _network(self, images: Tensor) -> list[Tensor]:
+    def __call__(self, images: Float[Tensor, "batch 3 h w"]) -> list[Tensor]:
+        """A map [batch channels rows columns] for every stage."""
         maps = self.network.maps(((images + 1) / 2 - MEAN) / STD, max(self.stages))
-        return [maps[stage] for stage in self.stages]
+        found = [maps[stage].float() for stage in self.stages]
+        if self.scales is None:
+            return found
+        return [x / scale for x, scale in zip(found, self.scales, strict=True)]
 
-    def _maps(self, images: Tensor) -> list[Tensor]:
-        maps = [
-            x / (scale * x.shape[1] ** 0.5)
-            for x, scale in zip(self._network(images), self.scales, strict=True)
-        ]
-        for side in AREAS:
-            parts = F.unfold(F.avg_pool2d(images, side), 3)
-            maps.append(parts * (PIXEL_SCALE * parts.shape[1] ** -0.5))
-        return maps
+
+def neighborhoods(images: Float[Tensor, "batch 3 h w"]) -> list[Tensor]:
+    """3 x 3 pixels around every pixel, as channels, at full, half and a quarter of the size."""
+    parts = [F.unfold(F.avg_pool2d(images, side), 3) for side in AREAS]
+    return [PIXEL_SCALE * part for part in parts]
+
+
+def energy_score(
+    true: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
+) -> Float[Tensor, ""]:
+    """The mean score of two draws for every image.
+
+    Args:
+        true: maps [batch channels ...] of the images.
+        first: the same of one draw for each.
+        second: of another draw for each.
+    """
+    triples = zip(true, first, second, strict=True)
+    scores = [(_distance(a, x) + _distance(b, x) - _distance(a, b)) / 2 for x, a, b in triples]
+    return torch.stack(scores).sum()
 
 
 def _distance(a: Tensor, b: Tensor) -> Float[Tensor, ""]:
-    """Mean over positions of the Euclidean distance over channels."""
-    return ((a - b).square().sum(1) + 1e-8).sqrt().mean()  # the root has a gradient at 0
+    """Mean over positions of the root of the mean squared difference of channels."""
+    return ((a - b).square().mean(1) + 1e-8).sqrt().mean()  # the root has a gradient at 0

@@ -5,9 +5,12 @@
            -SampleDecoder, with two draws of noise-> two images
 
     loss = energy score of both images with the original (energy_score.py)
+           + adversarial_weight * loss of a discriminator's maps (discriminator.py)
 
-The decoder starts as the mean decoder beside it, which stays. Random numbers come from (seed, step,
-rank), so that a resumed run repeats an uninterrupted one.
+The energy score keeps images near the original and draws apart; the discriminator makes them look
+like images. Both read the maps of the tokenizer's own frozen encoder. The decoder starts as the
+mean decoder beside it, which stays. Random numbers come from (seed, step, rank), so that a resumed
+run repeats an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from lavit_tok.decode.pipeline import PixelDecoder
 from lavit_tok.decode.sample_decoder import SampleDecoder
 from lavit_tok.encode.efficientnet import JoinedEncoder
 from lavit_tok.training.decoder_training import DTYPES, WeightsDtype
-from lavit_tok.training.energy_score import EnergyScore
+from lavit_tok.training.discriminator import FeatureDiscriminator
+from lavit_tok.training.energy_score import FeatureMaps, energy_score, neighborhoods
 from lavit_tok.training.frozen import Frozen
 from lavit_tok.training.logging import step_generator
 from lavit_tok.training.mean_decoder_training import NestedDecoderTraining, psnr
@@ -44,7 +48,8 @@ class SampleDecoderTraining(NestedDecoderTraining):
         decoder: "default", directory or Hub id of a PixelDecoder of its codes with a mean decoder.
         layers: residual blocks on each grid.
         noise_channels: of the noise.
-        stages: of the network whose maps the loss compares, see EnergyScore.
+        stages: of the network whose maps the loss compares, see FeatureMaps.
+        adversarial_weight: of the discriminator's loss; 0 trains without discriminator.
         optimizer: AdamW.
         schedule: learning-rate schedule.
         ema_decay: largest decay of the averaged weights, which are exported.
@@ -64,6 +69,7 @@ class SampleDecoderTraining(NestedDecoderTraining):
         layers: int = 1,
         noise_channels: int = 8,
         stages: tuple[int, ...] = (0, 1, 2, 3, 5),
+        adversarial_weight: float = 1.0,
         optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4),
         schedule: ScheduleConfig = ScheduleConfig(),
         ema_decay: float = 0.998,
@@ -75,6 +81,7 @@ class SampleDecoderTraining(NestedDecoderTraining):
         self.save_arguments()
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.out, self.out_dtype, self.stages = out, out_dtype, stages
+        self.adversarial_weight = adversarial_weight
         encoder: Any = self.tokenizer.encoder
         if not isinstance(encoder, JoinedEncoder):
             raise ValueError(
@@ -92,8 +99,11 @@ class SampleDecoderTraining(NestedDecoderTraining):
             self.decoder = SampleDecoder.from_mean_decoder(
                 pipeline.mean_decoder, layers, noise_channels
             )
+            if adversarial_weight:
+                channels = [encoder.network.channels[stage] for stage in stages]
+                self.discriminator = FeatureDiscriminator(channels)
         self.decoder.requires_grad_(True).train()
-        self.energy: EnergyScore | None = None
+        self.maps: FeatureMaps | None = None
         self.start_average(ema_decay)
 
     # Lightning hooks
@@ -105,16 +115,16 @@ class SampleDecoderTraining(NestedDecoderTraining):
         count = min(SCALED_ON, len(images))
         some = torch.stack([images[i]["images"] for i in range(count)]).to(self.device)
         encoder: Any = self.tokenizer.encoder
-        self.energy = EnergyScore(encoder.network, self.stages, self.pixels(some))
+        self.maps = FeatureMaps(encoder.network, self.stages, self.pixels(some))
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         generator = step_generator(self.seed, self.global_step, self.global_rank, self.device)
         images, patches = batch["images"], self.tokenizer.config.num_patches
         counts = log_uniform(len(images), patches, generator)
         joined = self.condition(images, counts)
-        loss = self.score(joined, self.pixels(images), generator)
+        loss, parts = self.loss(joined, self.pixels(images), generator)
         self.require_finite(loss)
-        self.log("train/loss", loss.detach())
+        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
@@ -125,9 +135,9 @@ class SampleDecoderTraining(NestedDecoderTraining):
             generator = step_generator(self.seed, batch_index, 2**31 + count, self.device)
             joined = self.condition(images, torch.full((len(images),), count, device=self.device))
             first, second = self.draw_two(joined, generator)
-            assert self.energy is not None
             error = (first.clamp(-1, 1) - pixels).square().mean((1, 2, 3))
-            found = {"score": self.energy(pixels, first, second), "psnr": psnr(error)}
+            triple = [self.compared(x) for x in (pixels, first, second)]
+            found = {"score": energy_score(*triple), "psnr": psnr(error)}
             for name, value in found.items():
                 self.log(f"val/{name}_{count}", value, batch_size=len(images), sync_dist=True)
             count *= 4
@@ -150,12 +160,28 @@ class SampleDecoderTraining(NestedDecoderTraining):
         first, second = self.decoder(joined.repeat(2, 1, 1), noise).float().chunk(2)
         return first, second
 
-    def score(
+    def compared(self, images: Float[Tensor, "batch 3 h w"]) -> list[Tensor]:
+        """What the energy score compares: maps of the network, then neighborhoods of pixels."""
+        assert self.maps is not None
+        return self.maps(images) + neighborhoods(images)
+
+    def loss(
         self, joined: Tensor, pixels: Float[Tensor, "batch 3 h w"], generator: torch.Generator
-    ) -> Float[Tensor, ""]:
-        """The loss."""
-        assert self.energy is not None
-        return self.energy(pixels, *self.draw_two(joined, generator))
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss and its parts."""
+        first, second = self.draw_two(joined, generator)
+        with torch.no_grad():
+            true = self.compared(pixels)
+        drawn = self.compared(torch.cat([first, second]))
+        halves = zip(*(x.chunk(2) for x in drawn), strict=True)
+        parts = {"score": energy_score(true, *halves)}
+        if not self.adversarial_weight:
+            return parts["score"], parts
+        count = len(self.stages)
+        losses = self.discriminator.losses(true[:count], drawn[:count])
+        parts["adversarial"], parts["discriminator"] = losses
+        total = parts["score"] + self.adversarial_weight * losses[0] + losses[1]
+        return total, parts
 
     def export(self, directory: str | Path) -> None:
         """Save the PixelDecoder, with the averaged weights."""

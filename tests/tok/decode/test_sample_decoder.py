@@ -11,13 +11,15 @@ import torch
 from helpers.small_nested import small_decoder, small_tokenizer
 from helpers.trainers import fit_images
 from PIL import Image
+from torch.nn.functional import softplus
 
 from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
 from lavit_tok.cli import main
 from lavit_tok.decode.mean_decoder import MeanDecoder
 from lavit_tok.decode.sample_decoder import SampleDecoder
 from lavit_tok.encode.efficientnet import EfficientNetLite
-from lavit_tok.training.energy_score import EnergyScore
+from lavit_tok.training.discriminator import FeatureDiscriminator
+from lavit_tok.training.energy_score import FeatureMaps, energy_score, neighborhoods
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 from lavit_tok.training.sample_decoder_training import SampleDecoderTraining
 
@@ -134,12 +136,53 @@ def test_energy_score_is_least_for_draws_like_the_images() -> None:
         return shown + width * torch.randn(shown.shape, generator=g)
 
     images = draw(0.3)
-    energy = EnergyScore(network, (0, 1, 2), images)
+    maps = FeatureMaps(network, (0, 1, 2), images)
     with torch.no_grad():
         right, blurred, wide, narrow = (
-            float(energy(images, draw(w), draw(w))) for w in (0.3, 0.0, 0.6, 0.1)
+            float(energy_score(*(maps(x) + neighborhoods(x) for x in (images, draw(w), draw(w)))))
+            for w in (0.3, 0.0, 0.6, 0.1)
         )
     assert right < min(blurred, wide, narrow)
+
+
+def test_the_two_losses_of_the_discriminator_have_separate_gradients() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        discriminator = FeatureDiscriminator([3, 5], width=4)
+    true = [torch.randn(2, c, 4, 4, generator=seeded(c)) for c in (3, 5)]
+    decoded = [torch.randn(4, c, 4, 4, generator=seeded(9 + c)).requires_grad_() for c in (3, 5)]
+    weights = list(discriminator.parameters())
+    of_decoder, of_discriminator = discriminator.losses(true, decoded)
+    of_decoder.backward()
+    assert all(p.grad is None for p in weights) and all(x.grad is not None for x in decoded)
+    before = [x.grad.clone() for x in decoded]  # type: ignore[union-attr]
+    of_discriminator.backward()
+    assert all(p.grad is not None for p in weights)
+    assert all(torch.equal(x.grad, b) for x, b in zip(decoded, before, strict=True))  # type: ignore[arg-type]
+
+
+def test_discriminator_learns_which_images_are_true_and_compares_those_of_the_same_codes() -> None:
+    """Maps of decoded images have half the deviation of true ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        discriminator = FeatureDiscriminator([4], width=16)
+    optimizer, g = torch.optim.Adam(discriminator.parameters(), lr=1e-2), seeded(0)
+    for _ in range(60):
+        true = [torch.randn(8, 4, 8, 8, generator=g)]
+        decoded = [0.5 * torch.randn(16, 4, 8, 8, generator=g)]
+        of_decoder, of_discriminator = discriminator.losses(true, decoded)
+        optimizer.zero_grad()
+        of_discriminator.backward()
+        optimizer.step()
+    assert float(of_discriminator) < 0.6 < 0.7 < float(of_decoder)  # 0.69 without knowledge
+    discriminator.eval()  # without an update of the spectral norms
+    with torch.no_grad():
+        of_decoder, of_discriminator = discriminator.losses(true, decoded)
+        (t,), (d,) = discriminator(true), discriminator(decoded)
+    # Decoded image i is one of the codes of true image i % 8
+    higher = torch.stack([t[i % 8] - d[i] for i in range(16)])
+    torch.testing.assert_close(of_decoder, softplus(higher).mean())
+    torch.testing.assert_close(of_discriminator, softplus(-higher).mean())
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +233,7 @@ def test_training_lowers_the_score_and_learns_to_vary(folder: Path, tmp_path: Pa
         joined, pixels = module.condition(images, torch.full((8,), 1)), module.pixels(images)
         with torch.no_grad():
             first, second = module.draw_two(joined, seeded(0))
-            score = float(module.score(joined, pixels, seeded(0)))
+            score = float(module.loss(joined, pixels, seeded(0))[1]["score"])
         return score, float((first - second).std())
 
     (score, spread), (new_score, new_spread) = (
