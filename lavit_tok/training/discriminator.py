@@ -32,7 +32,7 @@ class FeatureDiscriminator(nn.Module):
         width: of the hidden states of each head.
     """
 
-    def __init__(self, channels: Sequence[int], width: int = 64) -> None:
+    def __init__(self, channels: Sequence[int], width: int = 32) -> None:
         super().__init__()
         self.heads: Any = nn.ModuleList(
             nn.Sequential(
