@@ -5,7 +5,7 @@
 summed over maps f, mean over their positions, |.| the Euclidean norm over channels. It is a proper
 scoring rule (Gneiting and Raftery, 2007, section 4.2): its expectation is smallest if draws have
 the distribution of x at every position of every map. Two equal draws are the mean absolute error,
-whose best image is blurred; the last term rewards different ones.
+whose best image is blurred; the last term rewards different ones, with a weight that can be lower.
 
 The maps are those of an EfficientNet-Lite, and the 3 x 3 neighborhoods of pixels at full, half and
 a quarter of the size.
@@ -63,17 +63,20 @@ def neighborhoods(images: Float[Tensor, "batch 3 h w"]) -> list[Tensor]:
 
 
 def energy_score(
-    true: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
+    true: Sequence[Tensor], drawn: Sequence[Tensor], repulsion: float = 1.0
 ) -> Float[Tensor, ""]:
-    """The mean score of two draws for every image.
+    """The mean score of one or two draws for every image.
 
     Args:
-        true: maps [batch channels ...] of the images.
-        first: the same of one draw for each.
-        second: of another draw for each.
+        true: maps [n channels ...] of the images.
+        drawn: the same [n or 2 n, channels ...] of one draw for each, then of another for each.
+        repulsion: weight of the last term, which needs two draws; 1 is the proper score.
     """
-    triples = zip(true, first, second, strict=True)
-    scores = [(_distance(a, x) + _distance(b, x) - _distance(a, b)) / 2 for x, a, b in triples]
+    scores = []
+    for x, maps in zip(true, drawn, strict=True):
+        a, b = maps[: len(x)], maps[-len(x) :]
+        near = _distance(a, x) if len(maps) == len(x) else (_distance(a, x) + _distance(b, x)) / 2
+        scores.append(near - repulsion * _distance(a, b) / 2 if repulsion else near)
     return torch.stack(scores).sum()
 
 

@@ -2,13 +2,14 @@
 
     images -frozen tokenizer-> k exact codes, k log-uniform in 1..n for every image
            -reconstructor of the PixelDecoder, frozen-> features, colors
-           -SampleDecoder, with two draws of noise-> two images
+           -SampleDecoder, with one or two draws of noise-> one or two images
 
-    loss = energy score of both images with the original (energy_score.py)
-           + adversarial_weight * loss of a discriminator's maps (discriminator.py)
+    loss = energy score of the images with the original (energy_score.py)
+           + adversarial_weight * loss of a discriminator of maps (discriminator.py)
 
-The energy score keeps images near the original and draws apart; the discriminator makes them look
-like images. Both read the maps of the tokenizer's own frozen encoder. The decoder starts as the
+The energy score keeps images near the original and, if `repulsion` is above 0, two draws apart; the
+discriminator makes them look like images. Both read the maps of the tokenizer's own frozen encoder.
+Without repulsion one draw is enough, and the score is an absolute error of maps and pixels. The decoder starts as the
 mean decoder beside it, which stays. Random numbers come from (seed, step, rank), so that a resumed
 run repeats an uninterrupted one.
 """
@@ -49,6 +50,8 @@ class SampleDecoderTraining(NestedDecoderTraining):
         layers: residual blocks on each grid.
         noise_channels: of the noise.
         stages: of the network whose maps the loss compares, see FeatureMaps.
+        repulsion: weight of the distance of two draws in the energy score; 1 is the proper score,
+            0 the absolute error of one draw.
         adversarial_weight: of the discriminator's loss; 0 trains without discriminator.
         optimizer: AdamW.
         schedule: learning-rate schedule.
@@ -69,6 +72,7 @@ class SampleDecoderTraining(NestedDecoderTraining):
         layers: int = 1,
         noise_channels: int = 8,
         stages: tuple[int, ...] = (0, 1, 2, 3, 5),
+        repulsion: float = 1.0,
         adversarial_weight: float = 1.0,
         optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4),
         schedule: ScheduleConfig = ScheduleConfig(),
@@ -81,7 +85,7 @@ class SampleDecoderTraining(NestedDecoderTraining):
         self.save_arguments()
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.out, self.out_dtype, self.stages = out, out_dtype, stages
-        self.adversarial_weight = adversarial_weight
+        self.repulsion, self.adversarial_weight = repulsion, adversarial_weight
         encoder: Any = self.tokenizer.encoder
         if not isinstance(encoder, JoinedEncoder):
             raise ValueError(
@@ -134,10 +138,10 @@ class SampleDecoderTraining(NestedDecoderTraining):
         while count <= patches:
             generator = step_generator(self.seed, batch_index, 2**31 + count, self.device)
             joined = self.condition(images, torch.full((len(images),), count, device=self.device))
-            first, second = self.draw_two(joined, generator)
-            error = (first.clamp(-1, 1) - pixels).square().mean((1, 2, 3))
-            triple = [self.compared(x) for x in (pixels, first, second)]
-            found = {"score": energy_score(*triple), "psnr": psnr(error)}
+            drawn = self.draw(joined, generator)
+            error = (drawn[: len(images)].clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+            score = energy_score(self.compared(pixels), self.compared(drawn), self.repulsion)
+            found = {"score": score, "psnr": psnr(error)}
             for name, value in found.items():
                 self.log(f"val/{name}_{count}", value, batch_size=len(images), sync_dist=True)
             count *= 4
@@ -151,14 +155,14 @@ class SampleDecoderTraining(NestedDecoderTraining):
         joined: Tensor = self._pipeline.module.conditioner.features(codes)
         return joined.float()
 
-    def draw_two(
+    def draw(
         self, joined: Float[Tensor, "batch patches joined"], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Two images for every element of the batch, about -1..1."""
-        shape = self.decoder.noise_shape(2 * len(joined))
+    ) -> Float[Tensor, "draws 3 h w"]:
+        """An image for every element of the batch, about -1..1; with repulsion another for each."""
+        times = 2 if self.repulsion else 1
+        shape = self.decoder.noise_shape(times * len(joined))
         noise = torch.randn(shape, generator=generator, device=joined.device)
-        first, second = self.decoder(joined.repeat(2, 1, 1), noise).float().chunk(2)
-        return first, second
+        return self.decoder(joined.repeat(times, 1, 1), noise).float()
 
     def compared(self, images: Float[Tensor, "batch 3 h w"]) -> list[Tensor]:
         """What the energy score compares: maps of the network, then neighborhoods of pixels."""
@@ -169,12 +173,10 @@ class SampleDecoderTraining(NestedDecoderTraining):
         self, joined: Tensor, pixels: Float[Tensor, "batch 3 h w"], generator: torch.Generator
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss and its parts."""
-        first, second = self.draw_two(joined, generator)
+        drawn = self.compared(self.draw(joined, generator))
         with torch.no_grad():
             true = self.compared(pixels)
-        drawn = self.compared(torch.cat([first, second]))
-        halves = zip(*(x.chunk(2) for x in drawn), strict=True)
-        parts = {"score": energy_score(true, *halves)}
+        parts = {"score": energy_score(true, drawn, self.repulsion)}
         if not self.adversarial_weight:
             return parts["score"], parts
         count = len(self.stages)

@@ -139,7 +139,11 @@ def test_energy_score_is_least_for_draws_like_the_images() -> None:
     maps = FeatureMaps(network, (0, 1, 2), images)
     with torch.no_grad():
         right, blurred, wide, narrow = (
-            float(energy_score(*(maps(x) + neighborhoods(x) for x in (images, draw(w), draw(w)))))
+            float(
+                energy_score(
+                    *(maps(x) + neighborhoods(x) for x in (images, torch.cat([draw(w), draw(w)])))
+                )
+            )
             for w in (0.3, 0.0, 0.6, 0.1)
         )
     assert right < min(blurred, wide, narrow)
@@ -232,7 +236,7 @@ def test_training_lowers_the_score_and_learns_to_vary(folder: Path, tmp_path: Pa
         images = next(iter(module.trainer.datamodule.train_dataloader()))["images"]
         joined, pixels = module.condition(images, torch.full((8,), 1)), module.pixels(images)
         with torch.no_grad():
-            first, second = module.draw_two(joined, seeded(0))
+            first, second = module.draw(joined, seeded(0)).chunk(2)
             score = float(module.loss(joined, pixels, seeded(0))[1]["score"])
         return score, float((first - second).std())
 
