@@ -9,9 +9,9 @@
 
 The energy score keeps images near the original and, if `repulsion` is above 0, two draws apart; the
 discriminator makes them look like images. Both read the maps of the tokenizer's own frozen encoder.
-Without repulsion one draw is enough, and the score is an absolute error of maps and pixels. The decoder starts as the
-mean decoder beside it, which stays. Random numbers come from (seed, step, rank), so that a resumed
-run repeats an uninterrupted one.
+Without repulsion one draw is enough, and the score is an absolute error of maps and pixels. The
+decoder starts as the mean decoder beside it, which stays. Random numbers come from (seed, step,
+rank), so that a resumed run repeats an uninterrupted one.
 """
 
 from __future__ import annotations
