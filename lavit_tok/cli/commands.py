@@ -142,7 +142,8 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     """Images -> sheets of the original, what its codes decode to, and a thumbnail of equal bits.
 
     Of selected codes also the kept patches (the others dimmed). Of nested codes, unless a number
-    is requested, what the default number, DECODED and all codes decode to.
+    is requested, what the default number, DECODED and all codes decode to; unless a mode is,
+    the decoder's other mode, too, beside the thumbnail of as many bits.
     """
     from lavit_tok.visualize import sheet
 
@@ -167,16 +168,20 @@ def reconstruct(arguments: argparse.Namespace) -> int:
                 continue
             pixels = torch.stack([image for _, _, (image, _) in images])
             shown = _encodings(tokenizer, pixels, arguments)
+            compared = [*shown][len(shown) // 2]
             numbers = [number for number, _, _ in images]
-            decoded = [_decode(decoder, codes, numbers, arguments) for codes in shown.values()]
+            decoded = {
+                title: (codes, _decode(decoder, codes, numbers, arguments))
+                for title, codes in shown.items()
+            }
+            for mode in () if arguments.mode else decoder.modes[1:]:
+                made = _decode(decoder, shown[compared], numbers, arguments, mode)
+                decoded[f"{compared}, {mode}"] = (shown[compared], made)
             for i, (number, path, (small, panel)) in enumerate(images):
-                of_image = {
-                    title: (codes.take([i]), made[i])
-                    for (title, codes), made in zip(shown.items(), decoded, strict=True)
-                }
+                of_image = {t: (c.take([i]), made[i]) for t, (c, made) in decoded.items()}
                 original = open_image(panel)
                 found = [("original", printable(path.name), original)]
-                found += _panels(tokenizer, original, open_image(small), of_image)
+                found += _panels(tokenizer, original, open_image(small), of_image, compared)
                 titles, texts, line = map(list, zip(*found, strict=True))
                 line = [x.resize((side, side), Image.Resampling.BICUBIC) for x in line]
                 file = arguments.out / png_name(number, str(path))
@@ -216,6 +221,7 @@ def _panels(
     original: Image.Image,
     small: Image.Image,
     decoded: dict[str, tuple[VisualCodes, Image.Image]],
+    compared: str,
 ) -> list[tuple[str, str, Image.Image]]:
     """Title, label and image of each panel of an image's line, after the original.
 
@@ -223,12 +229,12 @@ def _panels(
         tokenizer: of the codes.
         original: at the size of a panel.
         small: at the tokenizer's size.
-        decoded: by title codes and what they decode to; a thumbnail of as many bits is beside that
-            in the middle.
+        decoded: by title codes and what they decode to.
+        compared: title beside which a thumbnail of as many bits is.
     """
     from lavit_tok.visualize import kept_overlay, thumbnail
 
-    config, compared = tokenizer.config, [*decoded][len(decoded) // 2]
+    config = tokenizer.config
     grid = config.image_size // config.patch_size
     panels = []
     for title, (codes, image) in decoded.items():
@@ -362,10 +368,14 @@ def ray_options(arguments: argparse.Namespace) -> RayOptions | None:
 
 
 def _decode(
-    decoder: Any, codes: VisualCodes, numbers: list[int], arguments: argparse.Namespace
+    decoder: Any,
+    codes: VisualCodes,
+    numbers: list[int],
+    arguments: argparse.Namespace,
+    mode: str | None = None,
 ) -> list[Image.Image]:
     """Images whose noise depends on the seed and their number only, not on the batch size."""
-    options = {"generator": generators(arguments.seed, numbers), "mode": arguments.mode}
+    options = {"generator": generators(arguments.seed, numbers), "mode": mode or arguments.mode}
     return decoder(codes, arguments.steps, arguments.guidance, **options).images
 
 

@@ -205,7 +205,7 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         require_number("guidance_scale", guidance_scale, -1000, 1000)
         require_number("eta", eta, 0, 1)
         if mode is None:
-            mode = "sample" if self.unet is not None or self.mean_decoder is None else "mean"
+            mode = self.modes[0]
         if mode not in self.modes:
             raise ValueError(f"mode: expected one of {self.modes} for this decoder, got {mode!r}")
         if mode == "mean" or self.unet is None:
@@ -259,9 +259,13 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
 
     @property
     def modes(self) -> list[str]:
-        """The modes that the decoder's models suffice for."""
-        parts = {"sample": (self.unet, self.sample_decoder), "mean": (self.mean_decoder,)}
-        return [mode for mode, some in parts.items() if any(part is not None for part in some)]
+        """The modes that the decoder's models suffice for, first the default."""
+        parts = [
+            ("sample", self.unet),
+            ("mean", self.mean_decoder),
+            ("sample", self.sample_decoder),
+        ]
+        return [mode for mode, part in parts if part is not None]
 
     def _decode_patches(
         self,

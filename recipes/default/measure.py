@@ -368,7 +368,7 @@ def reconstructions(tokenizer: VisualTokenizer, decoder: PixelDecoder) -> Image.
     codes = tokenizer.encode(images, budget=256)
     lines, labels = [], []
     for count in (16, 64, 256):
-        for mode in reversed(decoder.modes):
+        for mode in decoder.modes:
             noise = torch.Generator().manual_seed(0)
             options: dict[str, Any] = {"generator": noise, "mode": mode}
             lines.append(decoder(codes.truncate(count), 4, 1.0, **options).images)

@@ -77,7 +77,7 @@ def test_noise_decides_and_steps_do_not(decoder: PixelDecoder, codes: VisualCode
         images: torch.Tensor = decoder(codes, num_inference_steps=steps, **options).images
         return images
 
-    assert decoder.modes == ["sample", "mean"]
+    assert decoder.modes == ["mean", "sample"]
     assert torch.equal(draw(0), draw(0, 50)) and not torch.equal(draw(0), draw(1))
     assert not torch.equal(draw(0), decoder(codes, mode="mean", output_type="pt").images)
     default = decoder(codes, output_type="pt").images
@@ -254,7 +254,10 @@ def test_reconstruct_by_the_command_line(
     args = ["reconstruct", str(folder / "images/train/00.png"), "--out", str(tmp_path / "out")]
     args += ["--tokenizer", str(folder / "tokenizer"), "--decoder", str(tmp_path / "d")]
     assert main([*args, "--mode", "sample", "--steps", "4", "--budget", "4"]) == 0
-    assert (tmp_path / "out" / "sheet.png").exists()
+    narrow = Image.open(tmp_path / "out" / "sheet.png").width
+    assert main([*args, "--budget", "4", "--overwrite"]) == 0
+    # original, mean, sample and thumbnail; before without the mean
+    assert Image.open(tmp_path / "out" / "sheet.png").width > 1.2 * narrow
 
 
 def test_what_it_cannot_train_on(
