@@ -10,7 +10,9 @@
 The energy score keeps images near the original and, if `repulsion` is above 0, two draws apart; the
 discriminator makes them look like images. Both read the maps of the tokenizer's own frozen encoder.
 Without repulsion one draw is enough, and the score is an absolute error of maps and pixels. The
-decoder starts as the mean decoder beside it, which stays. Random numbers come from (seed, step,
+network sees a random part of the images, enlarged or reduced at random, without which the decoder
+learns patterns of pixels that look like texture to this network at this size, and to nobody else.
+The decoder starts as the mean decoder beside it, which stays. Random numbers come from (seed, step,
 rank), so that a resumed run repeats an uninterrupted one.
 """
 
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from lavit_tok.decode.pipeline import PixelDecoder
 from lavit_tok.decode.sample_decoder import SampleDecoder
@@ -36,6 +39,9 @@ from lavit_tok.training.mean_decoder_training import NestedDecoderTraining, psnr
 from lavit_tok.training.nested_training import log_uniform
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
+VIEWS = (0.6, 1.0)
+"""Sides of the parts of images that the network sees, as ratios; resized to VIEW_SIDE."""
+VIEW_SIDE = 0.875
 SCALED_ON = 64
 """Training images whose maps are scaled to unit deviation."""
 
@@ -164,18 +170,37 @@ class SampleDecoderTraining(NestedDecoderTraining):
         noise = torch.randn(shape, generator=generator, device=joined.device)
         return self.decoder(joined.repeat(times, 1, 1), noise).float()
 
-    def compared(self, images: Float[Tensor, "batch 3 h w"]) -> list[Tensor]:
-        """What the energy score compares: maps of the network, then neighborhoods of pixels."""
+    def compared(
+        self, images: Float[Tensor, "batch 3 h w"], view: tuple[int, int, int] | None = None
+    ) -> list[Tensor]:
+        """What the energy score compares: maps of the network, then neighborhoods of pixels.
+
+        Args:
+            images: about -1..1.
+            view: top, left and side of the part that the network sees, resized; None is all.
+        """
         assert self.maps is not None
-        return self.maps(images) + neighborhoods(images)
+        seen = images
+        if view is not None:
+            top, left, side = view
+            size = round(images.shape[-1] * VIEW_SIDE)
+            seen = F.interpolate(
+                images[..., top : top + side, left : left + side],
+                (size, size),
+                mode="bilinear",
+                antialias=True,
+            )
+        return self.maps(seen) + neighborhoods(images)
 
     def loss(
         self, joined: Tensor, pixels: Float[Tensor, "batch 3 h w"], generator: torch.Generator
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss and its parts."""
-        drawn = self.compared(self.draw(joined, generator))
+        drawn = self.draw(joined, generator)
+        view = random_view(pixels.shape[-1], generator)
+        drawn = self.compared(drawn, view)
         with torch.no_grad():
-            true = self.compared(pixels)
+            true = self.compared(pixels, view)
         parts = {"score": energy_score(true, drawn, self.repulsion)}
         if not self.adversarial_weight:
             return parts["score"], parts
@@ -194,3 +219,14 @@ class SampleDecoderTraining(NestedDecoderTraining):
             known.conditioner, mean_decoder=known.mean_decoder, sample_decoder=decoder
         )
         pipeline.save_pretrained(directory, dtype=DTYPES[self.out_dtype])
+
+
+def random_view(size: int, generator: torch.Generator) -> tuple[int, int, int]:
+    """Top, left and side of a random square of images of `size` pixels."""
+
+    def integer(least: int, most: int) -> int:
+        drawn = torch.randint(least, most + 1, (), generator=generator, device=generator.device)
+        return int(drawn)
+
+    side = integer(*(round(ratio * size) for ratio in VIEWS))
+    return integer(0, size - side), integer(0, size - side), side
