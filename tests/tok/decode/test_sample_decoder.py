@@ -21,7 +21,7 @@ from lavit_tok.encode.efficientnet import EfficientNetLite
 from lavit_tok.training.discriminator import FeatureDiscriminator
 from lavit_tok.training.energy_score import FeatureMaps, energy_score, neighborhoods
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
-from lavit_tok.training.sample_decoder_training import SampleDecoderTraining
+from lavit_tok.training.sample_decoder_training import SampleDecoderTraining, random_view
 
 ROWS = [[3, 1, 4], [9], list(range(16))]
 
@@ -147,6 +147,14 @@ def test_energy_score_is_least_for_draws_like_the_images() -> None:
             for w in (0.3, 0.0, 0.6, 0.1)
         )
     assert right < min(blurred, wide, narrow)
+
+
+def test_views_are_inside_the_image_and_follow_the_generator() -> None:
+    views = [random_view(100, seeded(i)) for i in range(50)]
+    assert views == [random_view(100, seeded(i)) for i in range(50)]
+    assert len(set(views)) > 40
+    for top, left, side in views:
+        assert 60 <= side <= 100 and 0 <= min(top, left) and max(top, left) + side <= 100
 
 
 def test_the_two_losses_of_the_discriminator_have_separate_gradients() -> None:
