@@ -154,7 +154,7 @@ def test_views_are_inside_the_image_and_follow_the_generator() -> None:
     assert views == [random_view(100, seeded(i)) for i in range(50)]
     assert len(set(views)) > 40
     for top, left, side in views:
-        assert 60 <= side <= 100 and 0 <= min(top, left) and max(top, left) + side <= 100
+        assert 60 <= side <= 100 and min(top, left) >= 0 and max(top, left) + side <= 100
 
 
 def test_the_two_losses_of_the_discriminator_have_separate_gradients() -> None:
