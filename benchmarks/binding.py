@@ -152,7 +152,7 @@ def reconstructed(tokenizer: Any, pixels: Tensor, args: Namespace) -> Tensor:
     """The images decoded from their codes."""
     made: list[Tensor] = []
     decoder = PixelDecoder.from_pretrained(args.decoder, device=args.device)
-    both = Lavit(tokenizer, decoder, args.decoder, args.steps, args.decoder_guidance)
+    both = Lavit(tokenizer, decoder, args.decoder, args.steps, args.decoder_guidance, args.mode)
     for part in pixels.split(args.batch_size):
         noise = [generator_for("noise", len(made), i) for i in range(len(part))]
         made.append(both.decode(tokenizer.encode(part, budget=args.budget), noise))

@@ -58,6 +58,7 @@ SAMPLING: dict[str, tuple[Any, ...]] = {
     "best_of": (1, "images per caption, of which the one is kept that makes it most probable"),
     "steps": (20, "decoding steps"),
     "decoder_guidance": (2.0, "guidance scale of the decoder"),
+    "mode": (str, "mean or sample, of the decoder; by default its own"),
 }
 AIMS = {"top-5 over chance": 5, "bits below unigram entropy": 0.15}
 
@@ -87,6 +88,8 @@ class ImageGenerator:
         self.lm, self.args, self.stages = lm, args, stages
         self.processor = VisualImageProcessor(size, "center_crop")
         self.decoding = {"num_inference_steps": args.steps, "guidance_scale": args.decoder_guidance}
+        if args.mode:
+            self.decoding["mode"] = args.mode
 
     def __call__(self, captions: list[str], keys: list[str], seed: int) -> dict[str, Tensor]:
         """uint8 images [n 3 S S], and how many codes each has (0 for vectors)."""

@@ -148,6 +148,7 @@ class MultimodalLM:
         *,
         num_inference_steps: int | None = None,
         decoder_guidance_scale: float | None = None,
+        decoder_mode: str | None = None,
         **sampling: Any,
     ) -> list[Image.Image]:
         """Generate n images for a prompt.
@@ -159,6 +160,7 @@ class MultimodalLM:
             generator: of the sampling, and of the image decoder's noise.
             num_inference_steps: of the image decoder; None for its default.
             decoder_guidance_scale: guidance scale of the image decoder; None for its default.
+            decoder_mode: "mean" or "sample", of decoders of codes; None for its default.
             sampling: other arguments of generate_codes_batch.
 
         Raises:
@@ -172,6 +174,7 @@ class MultimodalLM:
         options = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": decoder_guidance_scale,
+            "mode": decoder_mode,
         }
         chosen = {name: value for name, value in options.items() if value is not None}
         return self.decode_images(outputs, generator, **chosen)

@@ -69,16 +69,22 @@ class Lavit:
     name = "lavit-tok"
 
     def __init__(
-        self, tokenizer: VisualTokenizer, decoder: Any, weights: str, steps: int, guidance: float
+        self,
+        tokenizer: VisualTokenizer,
+        decoder: Any,
+        weights: str,
+        steps: int,
+        guidance: float,
+        mode: str | None = None,
     ) -> None:
         self.tokenizer, self.decoder, self.weights = tokenizer, decoder, weights
-        self.options = {"num_inference_steps": steps, "guidance_scale": guidance}
+        self.options = {"num_inference_steps": steps, "guidance_scale": guidance, "mode": mode}
         config = tokenizer.config
         self.image_size, self.codebook_size = config.image_size, config.codebook_size
         self.max_codes, self.decodes = config.num_patches, decoder is not None
         modules = tokenizer.encoder, tokenizer.selector, tokenizer.merger, tokenizer.quantizer
         self.parameters = {"encode": count_weights(*modules), "decode": 0}
-        self.identity = digest(tokenizer, decoder, steps, guidance)
+        self.identity = digest(tokenizer, decoder, steps, guidance, mode)
         if decoder is not None:
             used = decoder.conditioner, decoder.unet, getattr(decoder.vae, "decoder", None)
             self.parameters["decode"] = count_weights(*used, decoder.mean_decoder)

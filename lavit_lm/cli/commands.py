@@ -93,7 +93,7 @@ def generate(arguments: argparse.Namespace) -> int:
         outputs: Any = lm.generate_codes(prompt, n, arguments.guidance, generator, **sampling)
     else:
         outputs = lm.generate_vectors_batch([prompt]).expand(n, -1, -1)
-    options = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.decoder_guidance}
+    options = _decoding(arguments, kind)
     for number, image in enumerate(lm.decode_images(outputs, generator, **options)):
         path = arguments.out / png_name(number, prompt)
         save_png(image, path)
@@ -107,6 +107,14 @@ def generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _decoding(arguments: argparse.Namespace, kind: str = "codes") -> dict[str, Any]:
+    """Options of the image decoder. Raises ValueError for a mode of one that has none."""
+    options = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.decoder_guidance}
+    if arguments.mode is not None and kind != "codes":
+        raise ValueError(f"--mode: expected a model that generates codes, this one makes {kind}")
+    return options if arguments.mode is None else {**options, "mode": arguments.mode}
+
+
 def _generate_for_all(arguments: argparse.Namespace) -> int:
     """Generate for every prompt of a file; see batches.py."""
     from lavit_lm.cli.batches import BatchJob, compute_here, read_prompts
@@ -117,10 +125,7 @@ def _generate_for_all(arguments: argparse.Namespace) -> int:
 
     n, only_codes, ray = arguments.n, arguments.codes_only, ray_options(arguments)
     sampling = {"top_k": arguments.top_k, "temperature": arguments.temperature}
-    decoding = {
-        "num_inference_steps": arguments.steps,
-        "guidance_scale": arguments.decoder_guidance,
-    }
+    decoding = _decoding(arguments)
     stage = GenerateBatch(
         arguments.model,
         arguments.visual_tokenizer,
@@ -134,6 +139,7 @@ def _generate_for_all(arguments: argparse.Namespace) -> int:
         arguments.block_size,
     )
     lm = stage.lm
+    _decoding(arguments, lm.objective.image_output.kind)
     # Errors that concern all prompts are raised before any is used.
     Sampling(guidance_scale=arguments.guidance, **sampling)
     if only_codes and not stage.makes_codes:

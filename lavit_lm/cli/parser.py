@@ -24,6 +24,7 @@ from lavit_tok.cli.parser import (
     ENGINE,
     LIMITS,
     LOCATION,
+    MODE,
     OVERWRITE_FOLDER,
     SEED,
     Argument,
@@ -87,6 +88,7 @@ GENERATE = (
         "--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy decoding"
     ),
     Argument("--decoder", default="default", metavar="D", help=LOCATION),
+    MODE,
     Argument("--steps", type=positive, default=20, help="denoising steps"),
     Argument(
         "--decoder-guidance",

@@ -337,14 +337,15 @@ DECODER = Argument(
     metavar="D",
     help=f"{LOCATION}; by default that of a shipped tokenizer, else 'default'",
 )
+MODE = Argument(
+    "--mode",
+    choices=("sample", "mean"),
+    help="a plausible image, sharp, or the expected image, closer and blurred; by default sample "
+    "if the decoder has a diffusion model, else mean",
+)
 DECODING = (
     DECODER,
-    Argument(
-        "--mode",
-        choices=("sample", "mean"),
-        help="a random image, or the expected image; by default sample if the decoder has a "
-        "diffusion model, else mean",
-    ),
+    MODE,
     Argument("--steps", type=positive, default=20, help="denoising steps"),
     Argument("--guidance", type=float, default=3.0, help="guidance scale; 1: none, half the cost"),
     Argument(

@@ -13,11 +13,13 @@ import torch
 from helpers.lm_parts import CODES, image, processor_and_model
 from helpers.lm_runs import SMALL, Losses, data, module, trainer
 from helpers.small_lms import small_tokenizer
-from helpers.small_nested import SETTINGS
+from helpers.small_nested import SETTINGS, small_decoder
+from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 from lavit_lm import MultimodalLM, VisualVocabulary, VocabularyError
 from lavit_lm.checkpoints.export import export
+from lavit_lm.cli import main as lavit_lm
 from lavit_lm.generation.beam_search import beam_search
 from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generate_ids
 from lavit_lm.models.losses import _chosen, log_likelihood, shift_targets, target_nats
@@ -344,6 +346,27 @@ def test_a_saved_model_has_its_ids_again_and_refuses_other_tokenizers(
         with pytest.raises(VocabularyError, match="there are ids for"):
             made.require_stages(other)
     assert visual.stages == 7 and tiny_tokenizer.stages == 0
+
+
+def test_generated_codes_decode_in_the_mode_that_is_named(
+    visual: VisualTokenizer, parts: tuple[MultimodalProcessor, SequenceModel], tmp_path: Path
+) -> None:
+    processor, model = parts
+    MultimodalLM(model, processor, visual).save_pretrained(tmp_path / "model", visual.name_or_path)
+    small_decoder(visual, sample=True).save_pretrained(tmp_path / "decoder")
+    command = ["generate", "rain", "--model", str(tmp_path / "model"), "-n", "1"]
+    command += ["--decoder", str(tmp_path / "decoder")]
+    pixels = {}
+    for mode in (None, "mean", "sample"):
+        out = tmp_path / str(mode)
+        assert lavit_lm([*command, "--out", str(out), *(["--mode", mode] if mode else [])]) == 0
+        (path,) = out.glob("*.png")
+        pixels[mode] = path.read_bytes()
+    assert pixels[None] == pixels["mean"] != pixels["sample"]
+    lm = MultimodalLM.from_pretrained(tmp_path / "model", decoder=str(tmp_path / "decoder"))
+    options: dict[str, Any] = {"generator": generator(0), "decoder_mode": "sample"}
+    (drawn,) = lm.generate_images("rain", **options)
+    assert drawn.tobytes() == Image.open(tmp_path / "sample" / path.name).tobytes()
 
 
 def test_a_vocabulary_without_stages_is_refused_with_nested_codes(

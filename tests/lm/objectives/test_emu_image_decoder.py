@@ -313,5 +313,8 @@ def test_trained_and_used_by_command(parts: dict[str, str], folder: Path, capsys
     assert main([*command, str(folder / "drawn"), *decoder]) == 0
     assert len(list((folder / "drawn").glob("*.png"))) == 2
     capsys.readouterr()
+    assert main([*command, str(folder / "mode"), *decoder, "--mode", "mean"]) == 2
+    expected = "--mode: expected a model that generates codes, this one makes vectors"
+    assert expected in capsys.readouterr().err
     assert main([*command, str(folder / "none")]) == 2
     assert "no decoder of vectors is shipped with this version" in capsys.readouterr().err
