@@ -258,9 +258,9 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @property
-    def modes(self) -> list[str]:
+    def modes(self) -> list[Literal["sample", "mean"]]:
         """The modes that the decoder's models suffice for, first the default."""
-        parts = [
+        parts: list[tuple[Literal["sample", "mean"], Any]] = [
             ("sample", self.unet),
             ("mean", self.mean_decoder),
             ("sample", self.sample_decoder),

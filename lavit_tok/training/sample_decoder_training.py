@@ -196,9 +196,9 @@ class SampleDecoderTraining(NestedDecoderTraining):
         self, joined: Tensor, pixels: Float[Tensor, "batch 3 h w"], generator: torch.Generator
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss and its parts."""
-        drawn = self.draw(joined, generator)
+        images = self.draw(joined, generator)
         view = random_view(pixels.shape[-1], generator)
-        drawn = self.compared(drawn, view)
+        drawn = self.compared(images, view)
         with torch.no_grad():
             true = self.compared(pixels, view)
         parts = {"score": energy_score(true, drawn, self.repulsion)}
