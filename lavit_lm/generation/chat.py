@@ -12,12 +12,13 @@ training, by the objective's template of answers; a request for an image by its 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from lavit_lm.generation.prompts import Templated, apply_template, as_list, path_or_image
 from lavit_lm.objectives.records import PromptTemplates
-from lavit_lm.sequences.documents import clip
+from lavit_lm.sequences.documents import clip, read_clip
 
 ROLES = ("system", "user", "assistant")
 PARTS = ("text", "image", "video")
@@ -65,7 +66,8 @@ def chat_prompt(
         messages: {"role": "system", "user" or "assistant", "content": a text, or a list of texts,
             images and dicts}; the last one is the user's. Dicts are those of chats in
             `transformers`, {"type": "text", "text": ...}, {"type": "image", "image": ...}, or
-            {"type": "video", "video": frames}, of which at most 8 frames are used.
+            {"type": "video", "video": frames or the path of an animated file}, of which at most 8
+            frames are used.
         templates: of the objective.
         reply: see Reply.
 
@@ -127,7 +129,10 @@ def _content(message: dict[str, Any], number: int) -> list[Any]:
             )
         value: Any = part.get(str(kind), part.get("path"))
         if kind == "video":
-            parts += [path_or_image(frame) for frame in clip(list(value))]
+            is_file = isinstance(value, str | os.PathLike)
+            parts += (
+                read_clip(value) if is_file else [path_or_image(one) for one in clip(list(value))]
+            )
         else:
             parts.append(value if kind == "text" else path_or_image(value))
     return parts

@@ -1,6 +1,7 @@
 """Interleaved texts and images: videos, storyboards, and documents to train on.
 
     clip         many images                     -> 8 of them, evenly spaced
+    read_clip    an animated GIF, APNG or WebP   -> the same of its frames
     storyboard   frames and subtitles with times -> parts: before a frame its subtitles
     as_segments  parts                           -> segments for an objective's layout
     Documents    JSON lines beside their images  -> examples for training/sampler.py
@@ -9,7 +10,9 @@
 
     {"key": "a walk", "segments": [{"text": "Then"}, {"image": "walk/1.png"}, {"text": "we left."}]}
 
-The model is trained to generate every segment but those with "target": false, such as questions.
+A clip is {"frames": "walk.webp"}, or {"frames": ["walk/1.png", "walk/2.png"]}: its images in turn,
+8 of them if there are more. The model is trained to generate every segment but those with "target":
+false, such as questions.
 
     frames at 0, 4, 8 s; subtitles at 1, 2, 9 s  ->  frame 0, "one two", frame 4, frame 8, "nine"
 """
@@ -17,6 +20,7 @@ The model is trained to generate every segment but those with "target": false, s
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,14 +29,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int64, UInt8
+from PIL import Image
 from torch import Tensor
 
 from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
 from lavit_tok import ImageError, VisualCodes, VisualImageProcessor
+from lavit_tok.encode.image_files import open_image
 
 FRAMES = 8
 """Of a video (Emu, appendix)."""
 Encode = Callable[[UInt8[Tensor, "b 3 s s"]], VisualCodes]
+Frame = tuple[str, int | None]
+"""The file of an image, and which frame of it; None for a still image."""
 
 
 def clip(images: Sequence[Any], frames: int = FRAMES) -> list[Any]:
@@ -51,6 +59,40 @@ def clip(images: Sequence[Any], frames: int = FRAMES) -> list[Any]:
     if len(images) <= frames:
         return list(images)
     return [images[(2 * i + 1) * len(images) // (2 * frames)] for i in range(frames)]
+
+
+def read_clip(file: str | os.PathLike[str], frames: int = FRAMES) -> list[Image.Image]:
+    """Evenly spaced frames of an animated file, see `clip`; of a still image, the image.
+
+    Raises:
+        ImageError: a file that cannot be read.
+        ValueError: less than one frame.
+    """
+    return read_frames(file, clip(range(count_frames(file)), frames))
+
+
+def count_frames(file: str | os.PathLike[str]) -> int:
+    """Number of frames of an image file, 1 of a still image. Raises ImageError."""
+    open_image(file)  # whatever is no image has its message there
+    try:
+        with Image.open(file) as opened:
+            return int(getattr(opened, "n_frames", 1))
+    except Exception as error:  # decoders of damaged files raise nearly any exception
+        raise ImageError(f"{file}: frames cannot be counted: {error}") from None
+
+
+def read_frames(file: str | os.PathLike[str], numbers: Sequence[int]) -> list[Image.Image]:
+    """Frames by increasing number, as upright RGB, transparent pixels white. Raises ImageError."""
+    images = []
+    number = 0
+    try:
+        with Image.open(file) as opened:
+            for number in numbers:
+                opened.seek(number)
+                images.append(open_image(opened.copy()))
+    except Exception as error:
+        raise ImageError(f"{file}: frame {number} cannot be read: {error}") from None
+    return images
 
 
 def storyboard(
@@ -135,8 +177,9 @@ class Documents:
     ) -> None:
         self.file, self.image_processor, self.pixels = Path(file), image_processor, pixels
         self.offsets, self.line_numbers = array("q"), array("q")
-        self.codes: dict[str, tuple[Int64[Tensor, " n"], Bool[Tensor, " patches"]]] = {}
-        names: dict[str, int] = {}  # the first line that contains each image
+        self.codes: dict[Frame, tuple[Int64[Tensor, " n"], Bool[Tensor, " patches"]]] = {}
+        self._counts: dict[str, int] = {}  # frames of the animated files
+        names: dict[Frame, int] = {}  # the first line that contains each image
         try:
             with open(self.file, "rb") as lines:
                 offset = 0
@@ -167,14 +210,16 @@ class Documents:
     def _segment(self, segment: dict[str, Any], line: int) -> Segment:
         if "text" in segment:
             return TextSegment(segment["text"], segment.get("target", True))
-        name = segment["image"]
-        codes, keep = self.codes.get(name, (None, None))
-        pixels = partial(self._open, name, line) if self.pixels else None
+        frame = segment["image"]
+        codes, keep = self.codes.get(frame, (None, None))
+        pixels = partial(self._open, frame, line) if self.pixels else None
         return ImageSegment(codes, pixels, keep, segment.get("target", True))
 
-    def _open(self, name: str, line: int) -> UInt8[Tensor, "3 s s"]:
+    def _open(self, frame: Frame, line: int) -> UInt8[Tensor, "3 s s"]:
+        path, number = self.file.parent / frame[0], frame[1]
         try:
-            return _open_image(self.file.parent / name, self.image_processor)
+            image = path if number is None else read_frames(path, [number])[0]
+            return _open_image(image, self.image_processor)
         except ImageError as error:
             raise ImageError(f"{self.file}, line {line}: {error}") from None
 
@@ -191,30 +236,53 @@ class Documents:
             or not isinstance(document.get("key", ""), str)
         ):
             raise ValueError(f'{label}: expected {{"key": text, "segments": [one or more]}}')
+        parts: list[dict[str, Any]] = []
         for segment in segments:
             if problem := self._problem(segment):
                 shown = json.dumps(segment, ensure_ascii=False)[:80]
                 raise ValueError(f"{label}: {problem}, got {shown}")
-        return document.get("key") or f"{self.file.name}:{number}", segments
+            try:
+                parts += self._images(segment)
+            except ImageError as error:
+                raise ValueError(f"{label}: {error}") from None
+        return document.get("key") or f"{self.file.name}:{number}", parts
+
+    def _images(self, segment: dict[str, Any]) -> list[dict[str, Any]]:
+        """A segment with a Frame in place of a name; of a clip, one for each of its images."""
+        if "text" in segment:
+            return [segment]
+        value = segment.get("frames", [segment.get("image")])
+        frames: list[Frame]
+        if isinstance(value, list):
+            frames = [(name, None) for name in clip(value)]
+        else:
+            if value not in self._counts:
+                self._counts[value] = count_frames(self.file.parent / value)
+            frames = [(value, number) for number in clip(range(self._counts[value]))]
+        return [{"image": frame, "target": segment.get("target", True)} for frame in frames]
 
     def _problem(self, segment: Any) -> str:
         """Why this is not a segment; empty if it is one."""
-        if not isinstance(segment, dict) or set(segment) - {"target"} not in ({"text"}, {"image"}):
-            return 'expected segments {"text": ...} or {"image": ...}'
+        kinds = ({"text"}, {"image"}, {"frames"})
+        if not isinstance(segment, dict) or set(segment) - {"target"} not in kinds:
+            return 'expected segments {"text": ...}, {"image": ...} or {"frames": ...}'
         if not isinstance(segment.get("target", True), bool):
             return 'expected "target": true or false'
         (value,) = (value for name, value in segment.items() if name != "target")
-        if not isinstance(value, str) or not value:
+        if value == [] and "frames" in segment:
+            return "expected a clip of at least one frame"
+        values = value if isinstance(value, list) and "frames" in segment else [value]
+        if not all(isinstance(value, str) and value for value in values):
             return "expected a string that is not empty"
-        if "image" in segment:
-            path = PurePosixPath(value)
+        for name in [] if "text" in segment else values:
+            path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
                 return "expected an image in the file's folder or below"
-            if not (self.file.parent / value).is_file():
+            if not (self.file.parent / name).is_file():
                 return f"no such image beside {self.file.name}"
         return ""
 
-    def _encode(self, lines: dict[str, int], encode: Encode, batch: int) -> None:
+    def _encode(self, lines: dict[Frame, int], encode: Encode, batch: int) -> None:
         names = list(lines)
         for start in range(0, len(names), batch):
             chunk = names[start : start + batch]

@@ -60,9 +60,9 @@ class LMOptimizerConfig(OptimizerConfig):
     lr: float = 1e-3
     """Peak learning rate of the LM and its regression head."""
     visual_lr: float = 1e-4
-    """Peak learning rate of the connector between vision features and the LM."""
+    """Peak learning rate of the connector between vision features and the LM; 0 freezes it."""
     encoder_lr: float = 1e-5
-    """Peak learning rate of a trained vision encoder, if the objective has one."""
+    """Peak learning rate of a trained vision encoder, if the objective has one; 0 freezes it."""
     weight_decay: float = 0.1
     """Weight decay of matrices; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -219,6 +219,10 @@ class LanguageModeling(TrainingModule):
         if self.model is not None:
             return
         self.model = self._sequence_model()
+        for part, parameters in self.model.trained_parameters().items():
+            if self._rates[part] == 0:  # no gradient is computed either
+                for parameter in parameters:
+                    parameter.requires_grad_(False)
         if self.compile_lm:
             self.model.causal.base_model.compile(dynamic=False)
         if self._mesh is not None:
@@ -226,11 +230,17 @@ class LanguageModeling(TrainingModule):
                 raise ValueError("code_embeddings: 'mapped' is not possible under FSDP2")
             shard(self.model, self._mesh)
 
+    @property
+    def _rates(self) -> dict[str, float]:
+        """Peak learning rate of each group of SequenceModel.trained_parameters."""
+        o = self.optimizer_config
+        assert isinstance(o, LMOptimizerConfig)
+        return {"lm": o.lr, "visual": o.visual_lr, "encoder": o.encoder_lr}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Those of the LM, the connector and the vision encoder, each with its learning rate."""
-        o = self.optimizer_config
+        o, rates = self.optimizer_config, self._rates
         assert self.model is not None and isinstance(o, LMOptimizerConfig)
-        rates = {"lm": o.lr, "visual": o.visual_lr, "encoder": o.encoder_lr}
         trained = self.model.trained_parameters()
         muon: list[nn.Parameter] = []
         if o.muon:

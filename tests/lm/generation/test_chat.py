@@ -51,7 +51,7 @@ def test_the_drawing():
     ]
 
 
-def test_parts_of_messages_as_transformers_writes_them():
+def test_parts_of_messages_as_transformers_writes_them(tmp_path: Path):
     frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(20)]
     parts = [
         {"type": "text", "text": "look"},
@@ -64,6 +64,10 @@ def test_parts_of_messages_as_transformers_writes_them():
     assert found[:2] == ["look", Path("a.png")]
     assert found[2:-1] == [*clip(frames), frames[3]]
     assert found[-1] == "Question: what is it? Answer:"
+    frames[0].save(tmp_path / "clip.webp", save_all=True, append_images=frames[1:], lossless=True)
+    video = {"type": "video", "path": str(tmp_path / "clip.webp")}
+    read = chat_prompt([user(video)], TEMPLATES, "text")
+    assert [image.getpixel((0, 0)) for image in read] == [i.getpixel((0, 0)) for i in clip(frames)]
 
 
 def test_a_chat_of_one_message_is_an_answer(lm: MultimodalLM, photos: list[Path]):

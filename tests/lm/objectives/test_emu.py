@@ -394,6 +394,10 @@ def test_emu_09_three_learning_rates(folder: Path):
     other = module(folder, objective=LaVIT(), **source)
     other.configure_model()
     assert other.model.bridge is None, "of another objective the LM only"
+    still = module(folder, objective=objective, **rates | {"encoder_lr": 0.0})
+    still.configure_model()
+    parts = still.model.trained_parameters()
+    assert parts["encoder"] == [] and parts["visual"] and parts["lm"], "a rate of 0 freezes"
     frozen = module(folder, objective=replace(objective, train_encoder=False))
     frozen.configure_model()
     assert frozen.model.trained_parameters()["encoder"] == []

@@ -14,7 +14,14 @@ from PIL import Image
 
 from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.lavit import LaVIT
-from lavit_lm.sequences.documents import Documents, as_segments, clip, document_line, storyboard
+from lavit_lm.sequences.documents import (
+    Documents,
+    as_segments,
+    clip,
+    document_line,
+    read_clip,
+    storyboard,
+)
 from lavit_lm.sequences.segments import ImageSegment, TextSegment
 from lavit_lm.sequences.token_sequence import Role
 from lavit_tok import ImageError, VisualImageProcessor, VisualTokenizer
@@ -50,6 +57,50 @@ def test_frames_of_a_clip():
     for images, frames in (([], 8), ([1], 0)):
         with pytest.raises(ValueError, match="expected a clip of at least one frame"):
             clip(images, frames)
+
+
+def animated(path: Path, count: int) -> Path:
+    """Gray frames, each 10 levels brighter than the last."""
+    first, *others = [Image.new("RGB", (32, 32), (20 + 10 * i,) * 3) for i in range(count)]
+    lossless = {"lossless": True} if path.suffix == ".webp" else {}
+    first.save(path, save_all=True, append_images=others, duration=40, **lossless)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif", ".png"])
+def test_frames_of_an_animated_file(suffix: str, tmp_path: Path):
+    path = animated(tmp_path / f"clip{suffix}", 20)
+    shades = [image.getpixel((5, 5)) for image in read_clip(path)]
+    assert shades == [(20 + 10 * i,) * 3 for i in clip(range(20))]
+    assert [image.size for image in read_clip(animated(path, 1))] == [(32, 32)], "a still image"
+    with pytest.raises(ValueError, match="expected a clip of at least one frame"):
+        read_clip(path, 0)
+    whole = animated(path, 20).read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(ImageError, match=rf"clip{suffix}"):
+        read_clip(path)
+    path.write_bytes(b"")
+    with pytest.raises(ImageError, match=r"empty file"):
+        read_clip(path)
+
+
+def test_clips_in_documents(album: Path, tiny_tokenizer: VisualTokenizer):
+    """An animated file and a list of files are both their images in turn."""
+    walk = animated(album.parent / "walk" / "clip.webp", 9)
+    files = {"frames": [f"walk/{i % 4}.png" for i in range(3)], "target": False}
+    line = {"segments": [{"frames": "walk/clip.webp"}, {"text": "then"}, files]}
+    album.write_text(json.dumps(line))
+    segments = Documents(album, IMAGES)[0][0]
+    assert [segment.is_target for segment in segments] == [True] * 9 + [False] * 3
+    shown: Any = [segment for segment in segments if segment.is_image]
+    for segment, frame in zip(shown, read_clip(walk), strict=False):
+        assert torch.equal(segment.image(), IMAGES.to_uint8(frame)[0])
+    assert torch.equal(shown[-1].image(), IMAGES.to_uint8(album.parent / "walk" / "2.png")[0])
+    coded: Any = Documents(album, IMAGES, encode=tiny_tokenizer.encode, pixels=False, batch=4)[0][0]
+    assert torch.equal(coded[3].codes, tiny_tokenizer.encode(read_clip(walk)[3])[0])
+    walk.write_bytes(walk.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"pages.jsonl, line 1: .*clip.webp"):
+        Documents(album, IMAGES)[0][0][8].image()  # type: ignore[union-attr, operator]
 
 
 def test_subtitles_come_before_the_next_frame():
@@ -129,7 +180,11 @@ BAD = {
     '{"key": "x", "segments": []}': "line 2: expected",
     '{"key": 3, "segments": [{"text": "a"}]}': "line 2: expected",
     '{"segments": [{"words": "a"}]}': "line 2: expected segments "
-    '{"text": ...} or {"image": ...}, got {"words": "a"}',
+    '{"text": ...}, {"image": ...} or {"frames": ...}, got {"words": "a"}',
+    '{"segments": [{"frames": []}]}': "line 2: expected a clip of at least one frame, got",
+    '{"segments": [{"frames": ["walk/0.png", ""]}]}': "line 2: expected a string that is not empty",
+    '{"segments": [{"frames": "none.gif"}]}': "line 2: no such image beside pages.jsonl",
+    '{"segments": [{"frames": "pages.jsonl"}]}': "line 2: ALBUM/pages.jsonl: not an image",
     '{"segments": [{"text": "a", "image": "b.png"}]}': "line 2: expected segments",
     '{"segments": [{"text": "a", "target": 1}]}': 'line 2: expected "target": true or false',
     '{"segments": [{"target": true}]}': "line 2: expected segments",
@@ -146,7 +201,8 @@ def test_bad_lines(line: str, album: Path):
     album.write_text(f'{{"segments": [{{"text": "good"}}]}}\n{line}\n')
     with pytest.raises(ValueError) as caught:
         Documents(album, IMAGES)
-    assert str(caught.value).startswith(f"{album}, {BAD[line]}") and "\n" not in str(caught.value)
+    wanted = BAD[line].replace("ALBUM", str(album.parent))
+    assert str(caught.value).startswith(f"{album}, {wanted}") and "\n" not in str(caught.value)
 
 
 def test_bad_files(album: Path, tiny_tokenizer: VisualTokenizer):
