@@ -337,11 +337,11 @@ def build(raw: Path, data: Path, out: Path, made: dict[str, int], seed: int) -> 
             left_out[clip.source] += 1
             continue
         (out / split).mkdir(parents=True, exist_ok=True)
-        files = [f"{split}/{clip.source}-{number:05}-{i}.webp" for i in range(len(clip.frames))]
-        for file, frame in zip(files, clip.frames, strict=True):
+        names = [f"{split}/{clip.source}-{number:05}-{i}.webp" for i in range(len(clip.frames))]
+        for file, frame in zip(names, clip.frames, strict=True):
             (out / file).write_bytes(webp(frame)["bytes"])
         counts[split][clip.source] += 1
-        lines[split] += documents(f"clips/{clip.source}/{number:05}", files, clip, split)
+        lines[split] += documents(f"clips/{clip.source}/{number:05}", names, clip, split)
     for split, own in lines.items():
         text = "".join(json.dumps(line) + "\n" for line in own)
         (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
