@@ -31,8 +31,8 @@ from lavit_tok.checkpoints.weights import (
 )
 from lavit_tok.codes import RaggedLayout, VisualCodes, first_ranks
 from lavit_tok.config import ConfigError, TokenizerConfig
-from lavit_tok.decode.nested_reconstructor import NestedReconstructor, Reconstruction
-from lavit_tok.decode.reconstructor import Reconstructor
+from lavit_tok.decode.nested_reconstructor import NestedReconstructor
+from lavit_tok.decode.reconstructor import Reconstruction, Reconstructor
 from lavit_tok.encode import allocation
 from lavit_tok.encode.allocation import Budget
 from lavit_tok.encode.continuous import ContinuousPath
@@ -421,13 +421,10 @@ class VisualTokenizer(
             )
         codes.check(self.config.codebook_size)
         codes.check_lengths(self.config.num_patches)
-        codes = codes.to(self.device)
-        if self.nested:
-            vectors = self.quantizer.codebook.decode(codes.layout.pad(codes.values), codes.lengths)
-            found: Reconstruction = self.reconstructor(vectors, codes.lengths)
-            return found
-        output = self.reconstructor.ragged(self.lookup(codes), codes.layout)
-        return Reconstruction(output, output[..., :0])
+        found: Reconstruction = self.reconstructor.of_codes(
+            codes.to(self.device), self.quantizer.codebook
+        )
+        return found
 
     @torch.no_grad()
     @without_autocast

@@ -328,12 +328,8 @@ class Conditioner(ModelMixin, ConfigMixin):
         codes.check(self.config.codebook_size)
         codes.check_lengths(self.config.patches)
         codes = codes.to(self.codebook.embeddings.device)
-        if self.config.nested:
-            vectors = self.codebook.decode(codes.layout.pad(codes.values), codes.lengths)
-            joined: Tensor = self.reconstructor(vectors, codes.lengths).joined
-            return joined
-        found: Tensor = self.reconstructor.ragged(self.codebook.lookup(codes.values), codes.layout)
-        return found
+        joined: Tensor = self.reconstructor.of_codes(codes, self.codebook).joined
+        return joined
 
     def forward(self, codes: VisualCodes) -> Conditioning:
         """The conditioning of a batch of codes."""

@@ -11,32 +11,18 @@ the surrounding patches, e.g. to continue an edge across areas; it is initialize
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from lavit_tok.codes import VisualCodes
+from lavit_tok.decode.reconstructor import Reconstruction
+from lavit_tok.encode.nested_quantizer import NestedCodebook
 from lavit_tok.nn.attention import Attention
 from lavit_tok.nn.nested_order import distance_bias
 from lavit_tok.nn.positions import grid_positions
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Reconstruction of all patches."""
-
-    features: Float[Tensor, "batch patches width"]
-    """The encoder's features."""
-    colors: Float[Tensor, "batch patches out"]
-    """Mean colors of the cells of every patch, in 0..1, ordered color, y, x
-    (efficientnet.patch_colors)."""
-
-    @property
-    def joined(self) -> Float[Tensor, "batch patches joined"]:
-        """Condition of a pixel decoder: the features, then the colors from -1 to 1."""
-        return torch.cat([self.features, 2 * self.colors.to(self.features.dtype) - 1], -1)
 
 
 class BiasedBlock(nn.Module):
@@ -98,6 +84,12 @@ class NestedReconstructor(nn.Module):
         nn.init.zeros_(self.project_out.weight)
         nn.init.zeros_(self.project_out.bias)
         self.register_buffer("bias", distance_bias(patches, heads), persistent=False)
+
+    def of_codes(self, codes: VisualCodes, codebook: NestedCodebook) -> Reconstruction:
+        """forward, from a batch of codes."""
+        vectors = codebook.decode(codes.layout.pad(codes.values), codes.lengths)
+        found: Reconstruction = self(vectors, codes.lengths)
+        return found
 
     def linear_part(self, vectors: Float[Tensor, "batch patches patch_dim"]) -> Reconstruction:
         """The output of the linear decoder alone."""

@@ -9,14 +9,32 @@ encoded in the code itself. LaVIT (ICLR 2024), section 3.1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from lavit_tok.codes import RaggedLayout
+from lavit_tok.codes import RaggedLayout, VisualCodes
+from lavit_tok.encode.quantizer import Codebook
 from lavit_tok.nn.attention import Block
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Reconstruction of all patches."""
+
+    features: Float[Tensor, "batch patches width"]
+    """The encoder's features."""
+    colors: Float[Tensor, "batch patches out"]
+    """Mean colors of the cells of every patch, in 0..1, ordered color, y, x
+    (efficientnet.patch_colors); of width 0 without."""
+
+    @property
+    def joined(self) -> Float[Tensor, "batch patches joined"]:
+        """Condition of a pixel decoder: the features, then the colors from -1 to 1."""
+        return torch.cat([self.features, 2 * self.colors.to(self.features.dtype) - 1], -1)
 
 
 class Reconstructor(nn.Module):
@@ -50,6 +68,11 @@ class Reconstructor(nn.Module):
         self.norm_out = nn.LayerNorm(width, eps)
         first, second = nn.Linear(width, width), nn.Linear(width, width)
         self.project_out = nn.Sequential(first, nn.Tanh(), second)
+
+    def of_codes(self, codes: VisualCodes, codebook: Codebook) -> Reconstruction:
+        """The features that a batch of codes describes; no columns of colors."""
+        features = self.ragged(codebook.lookup(codes.values), codes.layout)
+        return Reconstruction(features, features[..., :0])
 
     def ragged(
         self, vectors: Float[Tensor, "total code_dim"], layout: RaggedLayout
