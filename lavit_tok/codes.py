@@ -10,8 +10,8 @@ as the items of all images, concatenated, and `lengths`:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -223,26 +223,19 @@ class VisualCodes:
 
     def to(self, device: torch.device | str) -> VisualCodes:
         """The same codes on another device."""
-        keep = None if self.keep is None else self.keep.to(device)
-        error = None if self.predicted_error is None else self.predicted_error.to(device)
-        return VisualCodes(
-            self.values.to(device),
-            self.lengths.to(device),
-            keep,
-            self.codebook_size,
-            self.nested,
-            error,
-        )
+        return self._changed(self.values.to(device), lambda x: x.to(device))
 
     def take(self, indices: Sequence[int]) -> VisualCodes:
         """The images at these indices, in this order; an index may occur twice."""
         wanted = [int(i) for i in indices]
         values = torch.cat([self.values[:0], *(self[i] for i in wanted)])
-        keep = None if self.keep is None else self.keep[wanted]
-        error = None if self.predicted_error is None else self.predicted_error[wanted]
-        return VisualCodes(
-            values, self.lengths[wanted], keep, self.codebook_size, self.nested, error
-        )
+        return self._changed(values, lambda x: x[wanted])
+
+    def _changed(self, values: Tensor, change: Callable[[Tensor], Tensor]) -> VisualCodes:
+        """With these values, and every tensor that has a row for each image changed likewise."""
+        rows = {name: getattr(self, name) for name in ("lengths", "keep", "predicted_error")}
+        changed: Any = {name: change(x) for name, x in rows.items() if x is not None}
+        return replace(self, values=values, **changed)
 
     @classmethod
     def cat(cls, batches: Sequence[VisualCodes]) -> VisualCodes:

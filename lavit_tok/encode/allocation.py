@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lavit_tok.encode.selector import keep_scores
+from lavit_tok.nn.nested_order import bayer
 
 Budget = int | float | None
 """An int: codes per image; a fraction in (0, 1]: of the batch's patches; None: threshold."""
@@ -136,11 +137,7 @@ def ordered_noise(patches: int) -> Float[Tensor, " patches"]:
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(f"ordered noise needs a square number of patches, got {patches}")
-    bayer = torch.zeros(1, 1, dtype=torch.float32)
-    while len(bayer) < side:
-        top, bottom = [4 * bayer, 4 * bayer + 2], [4 * bayer + 3, 4 * bayer + 1]
-        bayer = torch.cat([torch.cat(top, 1), torch.cat(bottom, 1)])
-    ranks = bayer[:side, :side].flatten().argsort().argsort()
+    ranks = bayer(side).flatten().argsort().argsort()
     return ((ranks.float() + 0.5) / patches).logit()
 
 

@@ -69,6 +69,15 @@ def on_cpu(function: Callable[..., Result]) -> Callable[..., Result]:
     return wrapped
 
 
+def bayer(side: int) -> Int64[Tensor, "side side"]:
+    """The Bayer matrix of numbers 0, 1, 2, ...; of a side that is no power of two, a part of it."""
+    matrix = torch.zeros(1, 1, dtype=torch.int64)
+    while len(matrix) < side:
+        top, bottom = [4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]
+        matrix = torch.cat([torch.cat(top, 1), torch.cat(bottom, 1)])
+    return matrix[:side, :side]
+
+
 @lru_cache(maxsize=8)
 @on_cpu
 def nested_order(patches: int) -> NestedOrder:
@@ -83,12 +92,7 @@ def nested_order(patches: int) -> NestedOrder:
             f"a nested order needs 1, 4, 16, 64, 256, ... patches, got {patches}: the side is no "
             "power of two"
         )
-    bayer = torch.zeros(1, 1, dtype=torch.int64)
-    while len(bayer) < side:
-        bayer = torch.cat(
-            [torch.cat([4 * bayer, 4 * bayer + 2], 1), torch.cat([4 * bayer + 3, 4 * bayer + 1], 1)]
-        )
-    rank = bayer.flatten()
+    rank = bayer(side).flatten()
     return NestedOrder(rank.argsort(), rank)
 
 
