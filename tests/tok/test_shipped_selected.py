@@ -76,7 +76,8 @@ def test_pixels_resemble_the_picture(tokenizer: VisualTokenizer, codes: VisualCo
     assert own > others + 0.3
 
 
-def test_reconstruct(tmp_path: Path, capsys: Any) -> None:
+def test_reconstruct_without_images_takes_photographs(tmp_path: Path, capsys: Any) -> None:
     assert main(["reconstruct", "--tokenizer", "selected", "--out", str(tmp_path / "out")]) == 0
     assert "8 images" in capsys.readouterr().out
     assert (tmp_path / "out/sheet.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 8

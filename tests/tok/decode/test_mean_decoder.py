@@ -21,7 +21,6 @@ from lavit_tok import (
     VisualTokenizer,
     WeightsError,
 )
-from lavit_tok.cli import main
 from lavit_tok.decode.conditioner import Conditioner
 from lavit_tok.decode.mean_decoder import MeanDecoder
 from lavit_tok.training.mean_decoder_training import MeanDecoderTraining
@@ -201,20 +200,3 @@ def test_a_decoder_to_start_from(
     PixelDecoder(changed, mean_decoder=decoder.mean_decoder).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="other: expected a pixel decoder of this tokenizer's"):
         MeanDecoderTraining(str(folder / "tokenizer"), start_from=str(tmp_path / "other"))
-
-
-def test_reconstruct_by_the_command_line(
-    folder: Path, decoder: PixelDecoder, tmp_path: Path
-) -> None:
-    decoder.save_pretrained(tmp_path / "d")
-    args = ["reconstruct", str(folder / "images/train/00.png"), "--out", str(tmp_path / "out")]
-    args += ["--tokenizer", str(folder / "tokenizer"), "--decoder", str(tmp_path / "d")]
-    assert main([*args, "--mode", "mean", "--budget", "4"]) == 0
-    assert (tmp_path / "out" / "sheet.png").exists()
-    assert main([*args, "--mode", "sample"]) == 2
-
-
-def test_a_tokenizer_without_nested_codes(tmp_path: Path, tiny_tokenizer: VisualTokenizer) -> None:
-    tiny_tokenizer.save_pretrained(tmp_path / "t")
-    with pytest.raises(ValueError, match="expected nested codes and color_cells"):
-        MeanDecoderTraining(str(tmp_path / "t"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import reference
 import torch
@@ -62,20 +60,6 @@ def test_padding_values_do_not_matter(reconstructor: Reconstructor):
         torch.testing.assert_close(
             run(reconstructor, vectors(lengths), lengths, fill, spare), expected, rtol=0, atol=1e-5
         )
-
-
-def test_alone_or_together_in_any_order(reconstructor: Reconstructor):
-    lengths = [3, 1, PATCHES, 2, 3, 7]
-    parts = vectors(lengths).split(lengths)
-    alone = [run(reconstructor, part, [len(part)])[0] for part in parts]
-    rng = random.Random(0)
-    for _ in range(10):
-        order = rng.sample(range(6), rng.randrange(1, 7))
-        together = run(
-            reconstructor, torch.cat([parts[i] for i in order]), [lengths[i] for i in order]
-        )
-        for i, one in zip(order, together, strict=True):
-            torch.testing.assert_close(one, alone[i], rtol=0, atol=1e-5)
 
 
 def test_the_position_in_the_sequence_matters(reconstructor: Reconstructor):

@@ -266,6 +266,9 @@ def test_reconstruct_by_the_command_line(
     assert main([*args, "--budget", "4", "--overwrite"]) == 0
     # original, mean, sample and thumbnail; before without the mean
     assert Image.open(tmp_path / "out" / "sheet.png").width > 1.2 * narrow
+    alone = ["--decoder", str(folder / "decoder"), "--budget", "4", "--overwrite"]
+    assert main([*args, *alone, "--mode", "mean"]) == 0
+    assert main([*args, *alone, "--mode", "sample"]) == 2
 
 
 def test_what_it_cannot_train_on(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import reference
 import torch
@@ -100,19 +98,6 @@ def test_bool_and_float_policies_agree_with_the_kept_rows(formula: Formula):
         merged = module(x, keep)
         for policy in (keep, keep.float()):
             torch.testing.assert_close(module.dense(x, policy)[keep], merged, rtol=0, atol=2e-5)
-
-
-def test_alone_or_together_in_any_order():
-    module, x, keep = merger(), features(6), masks(6)
-    rng = random.Random(0)
-    with torch.no_grad():
-        alone = [module(x[i : i + 1], keep[i : i + 1]) for i in range(6)]
-        for _ in range(10):
-            order = rng.sample(range(6), rng.randrange(1, 7))
-            together = module(x[order], keep[order])
-            torch.testing.assert_close(
-                together, torch.cat([alone[i] for i in order]), rtol=0, atol=1e-5
-            )
 
 
 def test_keep_all_and_keep_one():
