@@ -43,16 +43,17 @@ DECAYS = (1e-4, 1e-3, 1e-2)
 
 
 class Labeled(NamedTuple):
-    """Images and their classes."""
+    """Images, what a network reads of them, or features of them; and their classes."""
 
-    images: UInt8[Tensor, "n 3 s s"]
+    items: Any
     labels: Int64[Tensor, " n"]
 
     def take(self, fraction: float) -> Labeled:
-        """The first of every class, this fraction of all."""
+        """The first of every class, this fraction of all; items become a list."""
         most = round(fraction * len(self.labels) / (int(self.labels.max()) + 1))
         counts = F.one_hot(self.labels).cumsum(0).gather(1, self.labels[:, None])[:, 0]
-        return Labeled(self.images[counts <= most], self.labels[counts <= most])
+        chosen = (counts <= most).nonzero().flatten()
+        return Labeled([self.items[i] for i in chosen.tolist()], self.labels[chosen])
 
 
 def labeled(data: Any, source: str, size: int, classes: list[str]) -> Labeled:
@@ -119,13 +120,11 @@ def accuracy(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]) ->
     return float((scores.argmax(1) == labels).double().mean())
 
 
-def regression(
-    train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], classes: int
-) -> nn.Linear:
-    """Logistic regression; the decay that is best on the validation split."""
-    found = []
+def regression(train: Labeled, validation: Labeled, classes: int) -> nn.Linear:
+    """Logistic regression of features; the decay that is best on the validation split."""
+    found, features = [], torch.stack(train.items)
     for decay in DECAYS:
-        layer = nn.Linear(train[0].shape[1], classes)
+        layer = nn.Linear(features.shape[1], classes)
         nn.init.zeros_(layer.weight)
         optimizer = torch.optim.LBFGS(
             layer.parameters(), max_iter=200, line_search_fn="strong_wolfe"
@@ -133,13 +132,14 @@ def regression(
 
         def closure(layer: nn.Linear = layer, decay: float = decay) -> Tensor:
             layer.zero_grad()
-            loss = F.cross_entropy(layer(train[0]), train[1]) + decay * layer.weight.square().sum()
+            loss = F.cross_entropy(layer(features), train.labels)
+            loss = loss + decay * layer.weight.square().sum()
             loss.backward()
             return loss
 
         optimizer.step(closure)
         with torch.no_grad():
-            found.append((accuracy(layer(validation[0]), validation[1]), layer))
+            found.append((accuracy(layer(validation.items), validation.labels), layer))
     return max(found, key=lambda pair: pair[0])[1]
 
 
@@ -149,15 +149,14 @@ def fit(
     """Train the network and a linear layer, by AdamW with a warm-up and a cosine."""
     torch.manual_seed(args.seed)
     head = nn.Linear(network.width, classes)
-    prepared = network.prepare(train.images)
     trained = [p for p in [*network.parameters(), *head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.05)
     rate = lambda s: min(s / 20, 0.5 + 0.5 * math.cos(math.pi * s / args.steps))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     network.train()
     for step in range(args.steps):
-        chosen = torch.randint(len(prepared), (BATCH,))
-        scores = head(network([prepared[i] for i in chosen.tolist()]))
+        chosen = torch.randint(len(train.items), (BATCH,))
+        scores = head(network([train.items[i] for i in chosen.tolist()]))
         loss = F.cross_entropy(scores, train.labels[chosen], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -172,27 +171,30 @@ def load(args: argparse.Namespace) -> MultimodalLM:
     return MultimodalLM.from_pretrained(args.model, decoder=None)
 
 
-def measure(method: str, splits: dict[str, Labeled], classes: int, args: Any) -> float:
-    """Accuracy on the test split."""
-    lm = load(args)
-    test = splits["test"]
-    if method == "scratch":
-        size = test.images.shape[-1]
-        network: Any = ViTFeatures(lm, size, size // 8)
-    else:
-        network = LMFeatures(lm)
+def measure(method: str, splits: dict[str, Labeled], classes: int, args: Any) -> dict[str, float]:
+    """Number of labels -> accuracy on the test split."""
+    lm, size = load(args), splits["test"].items.shape[-1]
+    torch.manual_seed(args.seed)
+    network: Any = ViTFeatures(lm, size, size // 8) if method == "scratch" else LMFeatures(lm)
+    own = {name: Labeled(network.prepare(s.items), s.labels) for name, s in splits.items()}
     if method == "frozen":
-        pairs = [
-            (features_of(network, network.prepare(s.images)), s.labels)
-            for s in (splits["train"], splits["validation"], test)
-        ]
+        own = {name: Labeled(features_of(network, s.items), s.labels) for name, s in own.items()}
+    start = {name: value.clone() for name, value in network.state_dict().items()}
+    found = {}
+    for fraction in args.labels:
+        train, test = own["train"].take(fraction), own["test"]
+        if method == "frozen":
+            head: nn.Module = regression(train, own["validation"], classes)
+            features = test.items
+        else:
+            network.load_state_dict(start)
+            network.requires_grad_(True)
+            head = fit(network, train, classes, args, args.lr[method == "scratch"])
+            features = features_of(network, test.items)
         with torch.no_grad():
-            scores = regression(pairs[0], pairs[1], classes)(pairs[2][0])
-            return accuracy(scores, test.labels)
-    network.requires_grad_(True)
-    head = fit(network, splits["train"], classes, args, args.lr[method == "scratch"])
-    with torch.no_grad():
-        return accuracy(head(features_of(network, network.prepare(test.images))), test.labels)
+            number = found[str(len(train.labels))] = accuracy(head(features), test.labels)
+        print(f"{method}, {len(train.labels)} labels: {number:.3f}", flush=True)
+    return found
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -215,13 +217,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     pairs = zip(data["train"]["source"], data["train"]["caption"], strict=True)
     classes = sorted({caption for source, caption in pairs if source == args.source})
     splits = {name: labeled(data[name], args.source, size, classes) for name in SPLITS}
-    found: dict[str, dict[str, float]] = {}
-    for method in args.methods:
-        for fraction in args.labels:
-            own = {**splits, "train": splits["train"].take(fraction)}
-            number = measure(method, own, len(classes), args)
-            found.setdefault(method, {})[str(len(own["train"].labels))] = number
-            print(f"{method}, {len(own['train'].labels)} labels: {number:.3f}", flush=True)
+    found = {method: measure(method, splits, len(classes), args) for method in args.methods}
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=2) + "\n")
     return found

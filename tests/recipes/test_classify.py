@@ -61,6 +61,6 @@ def test_brightness(data: Path, tiny_tokenizer: VisualTokenizer, tmp_path: Path)
 def test_a_fraction_has_the_first_of_every_class() -> None:
     page = recipe("lm/classify.py")
     labels = torch.tensor([0, 0, 1, 0, 1, 1, 0, 1])
-    taken = page.Labeled(torch.arange(8)[:, None, None, None].expand(8, 3, 2, 2).byte(), labels)
-    assert taken.take(0.5).images[:, 0, 0, 0].tolist() == [0, 1, 2, 4]
+    taken = page.Labeled(torch.arange(8), labels)
+    assert taken.take(0.5).items == [0, 1, 2, 4]
     assert taken.take(1.0).labels.equal(labels)
