@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,13 +229,13 @@ class EmuDecoderTraining(EMATraining):
         if prompts and due and self.trainer.is_global_zero:
             log_image(self, "samples", self.sample(prompts))
 
-    def on_fit_end(self) -> None:
-        if self.out is not None and self.trainer.is_global_zero:
-            with self.averaged():
-                decoder = copy.deepcopy(self.decoder).to("cpu")
-                decoder.save_pretrained(self.out, DTYPES[self.out_dtype])
-
     # The trained decoder
+
+    def export(self, directory: str | Path) -> None:
+        """Save an image decoder of the averaged weights."""
+        with self.averaged():
+            decoder = copy.deepcopy(self.decoder).to("cpu")
+        decoder.save_pretrained(directory, DTYPES[self.out_dtype])
 
     @torch.no_grad()
     def sample(self, prompts: list[str]) -> Image.Image:

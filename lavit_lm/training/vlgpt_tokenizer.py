@@ -12,6 +12,7 @@ not saved in checkpoints.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,8 +189,7 @@ class VLGPTTokenizerTraining(TrainingModule):
 
     on_validation_start = on_fit_start
 
-    def on_fit_end(self) -> None:
-        if self.out is not None and self.trainer.is_global_zero:
-            save_tokenizer(
-                self.out, self.model, self.visual_tokenizer, self.conditions.config, self.learned
-            )
+    def export(self, directory: str | Path) -> None:
+        """Save tokenizer and detokenizer."""
+        conditions = self.conditions.config
+        save_tokenizer(directory, self.model, self.visual_tokenizer, conditions, self.learned)

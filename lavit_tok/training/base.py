@@ -23,8 +23,8 @@ from lavit_tok.training.optimizers import (
 class TrainingModule(pl.LightningModule):
     """A LightningModule that is trained by AdamW and leaves frozen weights out of checkpoints.
 
-    A subclass sets `optimizer_config` and `schedule_config`, and overrides `parameter_groups`,
-    `learning_rate_factor` or `frozen_names` where they differ.
+    A subclass sets `optimizer_config` and `schedule_config`, has `export`, and overrides
+    `parameter_groups`, `learning_rate_factor` or `frozen_names` where they differ.
     """
 
     kind = "model"
@@ -115,6 +115,14 @@ class TrainingModule(pl.LightningModule):
             self.optimizer_config,
             lambda step: self.learning_rate_factor(step, total),
         )
+
+    def on_fit_end(self) -> None:
+        if self.out and self.not_saved() is None and self.trainer.is_global_zero:
+            self.export(self.out)
+
+    def export(self, directory: str | Path) -> None:
+        """Save what was trained."""
+        raise NotImplementedError
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         drop_frozen(checkpoint, self.frozen_names())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,26 +42,6 @@ def usage(codes: Int64[Tensor, " total"], size: int) -> Usage:
     entropy = float(-(p * p.clamp(min=1e-30).log()).sum())
     perplexity = math.exp(entropy) if len(codes) else 0.0
     return Usage(float((counts > 0).double().mean()), perplexity, entropy / math.log(2))
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """Quantization in training."""
-
-    start_step: int = 1200
-    """Step at which the codebook is initialized and quantization begins."""
-    kmeans_samples: int = 65536
-    """Latest vectors before start_step that k-means clusters."""
-    kmeans_iterations: int = 20
-    """Iterations of k-means."""
-    blend_steps: int = 200
-    """Steps over which z is replaced by its codebook entry."""
-    decay: float = 0.99
-    """EMA decay of the codebook."""
-    dead_ratio: float = 0.05
-    """Entries used less than this fraction of the mean are replaced."""
-    gradient: Literal["straight_through", "rotation"] = "straight_through"
-    """How gradients pass the quantization."""
 
 
 class TrainingCodebook(nn.Module):
@@ -205,3 +185,40 @@ def spherical_kmeans(
             sums[empty] = samples[restart]
         entries = F.normalize(sums, dim=-1)
     return entries, counts.clamp(min=1)
+
+
+class RecentValues(nn.Module):
+    """The latest values of a stream, in a buffer, so that a checkpoint holds them.
+
+        size 4, after adding 1 2 3 and then 4 5:    5 2 3 4    (the oldest are overwritten first)
+
+    Args:
+        size: how many values are held.
+        shape: shape of one value; () for numbers.
+    """
+
+    values: Tensor
+    total: Tensor
+
+    def __init__(self, size: int, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.zeros(size, *shape))
+        self.register_buffer("total", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def add(self, values: Shaped[Tensor, "n *shape"]) -> None:
+        """Overwrite the oldest values by these."""
+        size = len(self.values)
+        values = values[-size:].to(self.values.dtype)
+        self.values[(self.total + torch.arange(len(values), device=self.values.device)) % size] = (
+            values
+        )
+        self.total += len(values)
+
+    def latest(self) -> Shaped[Tensor, "n *shape"]:
+        """The values held, in no particular order."""
+        return self.values[: min(len(self.values), int(self.total))]
+
+    def clear(self) -> None:
+        """Forget all values."""
+        self.total.zero_()

@@ -243,10 +243,6 @@ class PixelDecoderTraining(EMATraining):
                 self.sample_images = batch["images"][: self.samples.count]
             self._log_samples(self.sample_images)
 
-    def on_fit_end(self) -> None:
-        if self.out is not None and self.trainer.is_global_zero:
-            self.export(self.out)
-
     def next_command(self) -> str:
         """Shards are made next."""
         return self.shards_command(self.tokenizer_name)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavit_tok.checkpoints.files import atomic
-from lavit_tok.checkpoints.weights import PACKAGE, require_finite, require_on_hub
+from lavit_tok.checkpoints.weights import PACKAGE, require_finite, require_on_hub, update_digest
 from lavit_tok.codes import VisualCodes
 from lavit_tok.decode.pipeline import load_model
 from lavit_tok.tokenizer import VisualTokenizer
@@ -84,9 +84,7 @@ class FrozenEncoders:
         """A hash object over all weights."""
         sha = hashlib.sha256()
         for module in (self.tokenizer, self.vae):
-            for name, value in module.state_dict().items():
-                sha.update(name.encode())
-                sha.update(value.cpu().contiguous().numpy().tobytes())
+            update_digest(sha, module)
         sha.update(str(self.vae.config.scaling_factor).encode())
         return sha
 

@@ -70,17 +70,9 @@ class NestedDecoderTraining(EMATraining):
         super().on_fit_start()
         self._tokenizer.to(self.device)
 
-    def on_fit_end(self) -> None:
-        if self.out is not None and self.trainer.is_global_zero:
-            self.export(self.out)
-
     def next_command(self) -> str:
         """Shards are made next."""
         return self.shards_command(self.tokenizer_name)
-
-    def export(self, directory: str | Path) -> None:
-        """Save a PixelDecoder of the averaged weights."""
-        raise NotImplementedError
 
     def load_decoder(self, name: str) -> Any:
         """A PixelDecoder with a mean decoder, of the tokenizer's codes.

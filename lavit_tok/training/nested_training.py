@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lavit_tok.config import TokenizerConfig
 from lavit_tok.data.image_sources import collate
-from lavit_tok.decode.nested_reconstructor import Reconstruction
+from lavit_tok.decode.reconstructor import Reconstruction
 from lavit_tok.encode.efficientnet import patch_colors
 from lavit_tok.encode.error_head import doublings
 from lavit_tok.training.codebook import usage
@@ -150,10 +150,6 @@ class NestedTokenizerTraining(FrozenEncoderTraining, EMATraining):
                 values[f"psnr_{count}"] = -10 * errors["colors"].clamp(min=1e-6).log10().mean()
         named = {f"val/{name}": value for name, value in values.items()}
         self.log_dict(named, batch_size=batch_size, sync_dist=True)
-
-    def on_fit_end(self) -> None:
-        if self.out and self.trainer.is_global_zero:
-            self.export(self.out)
 
     # Parts of a training step
 

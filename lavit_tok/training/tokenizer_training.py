@@ -8,8 +8,8 @@ The authors report that training with quantization from the start stalls, so a r
 
     step 0 ......... stop_sampling_step .......... start_step .......................... max_steps
     A  sampled keep decisions   A' deterministic      B  quantized: k-means codebook of batches,
-       (straight-through),         decisions (ratio      then EMA; z is blended into its codebook
-       no quantization             calibrated to rho)    entry over blend_steps
+       (straight-through),         decisions (ratio      then EMA; z + r (entry - z), r from 0 to 1
+       no quantization             calibrated to rho)    over blend_steps, replaces z
 
 All random numbers come from a generator seeded by (seed, step, rank), and all state is in buffers,
 so a resumed run repeats the uninterrupted one exactly.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,8 +31,13 @@ from lavit_tok.codes import RaggedLayout
 from lavit_tok.config import TokenizerConfig
 from lavit_tok.encode.allocation import dithered, keep_by_budget, straight_through
 from lavit_tok.encode.selector import keep_scores
-from lavit_tok.training.codebook import QuantizationConfig, usage
-from lavit_tok.training.codebook_training import CodebookTraining, RecentValues
+from lavit_tok.training.codebook import (
+    RecentValues,
+    TrainingCodebook,
+    spherical_kmeans,
+    usage,
+)
+from lavit_tok.training.frozen_encoder_training import FrozenEncoderTraining
 from lavit_tok.training.logging import log_image, step_generator
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 from lavit_tok.visualize import kept_overlay, sheet
@@ -74,14 +80,28 @@ class SelectionConfig:
 
 
 @dataclass(frozen=True)
-class CodebookConfig(QuantizationConfig):
-    """Quantization."""
+class CodebookConfig:
+    """Quantization in training."""
 
     lr: float = 5e-4
     """Peak learning rate from start_step on; the warm-up is repeated."""
+    start_step: int = 1200
+    """Step at which the codebook is initialized and quantization begins."""
+    kmeans_samples: int = 65536
+    """Latest vectors before start_step that k-means clusters."""
+    kmeans_iterations: int = 20
+    """Iterations of k-means."""
+    blend_steps: int = 200
+    """Steps over which z is replaced by its codebook entry."""
+    decay: float = 0.99
+    """EMA decay of the codebook."""
+    dead_ratio: float = 0.05
+    """Entries used less than this fraction of the mean are replaced."""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """How gradients pass the quantization."""
 
 
-class TokenizerTraining(CodebookTraining):
+class TokenizerTraining(FrozenEncoderTraining):
     """Trains a tokenizer, for any encoder and any size.
 
     Args:
@@ -101,7 +121,7 @@ class TokenizerTraining(CodebookTraining):
         seed: seed of all random numbers of the training.
     """
 
-    quantization: CodebookConfig
+    mean_feature: Tensor
 
     def __init__(
         self,
@@ -132,6 +152,9 @@ class TokenizerTraining(CodebookTraining):
         self.loss, self.selection, self.quantization = loss, selection, codebook
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.build_tokenizer(config, encoder, image_processor, start_from)
+        self.codebook: TrainingCodebook | None = None
+        self.register_buffer("mean_feature", torch.zeros(self.tokenizer.config.width))
+        self.recent_z = RecentValues(codebook.kmeans_samples, self.tokenizer.config.code_dim)
         self.recent_scores = RecentValues(codebook.kmeans_samples)
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # 0: A, 1: A', 2: B
         self.validation_codes: list[Tensor] = []
@@ -158,9 +181,33 @@ class TokenizerTraining(CodebookTraining):
         return int(self.stage) == 2
 
     def vectors_per_step(self) -> float:
-        """Codes of a batch, in expectation."""
-        batch_size = getattr(self.trainer.datamodule, "batch_size", 1)
+        """Codes of all processes in a step, in expectation: the codebook counts those."""
+        batch_size = getattr(self.trainer.datamodule, "batch_size", 1) * self.num_processes
         return batch_size * self.tokenizer.config.num_patches * self.selection.rho
+
+    def configure_model(self) -> None:
+        # Here and not in __init__: whether the codebook synchronizes between processes is decided
+        # at its construction, which has to follow the start of the process group.
+        if self.codebook is None:
+            q = self.quantization
+            self.codebook = TrainingCodebook(
+                self.tokenizer.quantizer.codebook, q.decay, q.dead_ratio, q.gradient
+            )
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        assert self.codebook is not None
+        self.codebook.set_vectors_per_step(self.vectors_per_step())
+
+    def not_saved(self) -> str | None:
+        """The run ended before the codebook was initialized, or `out` is not set."""
+        if self.quantizes:
+            return super().not_saved()
+        start = self.quantization.start_step
+        return (
+            f"the run ended at step {self.global_step:,}, before the codebook is initialized; "
+            f"raise trainer.max_steps above {start:,} (codebook.start_step)"
+        )
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         s, step = self.selection, self.global_step
@@ -208,7 +255,7 @@ class TokenizerTraining(CodebookTraining):
             "keep_ratio": keep.float().mean(),
         }
         if codes is not None:
-            self.log_usage("train", usage(codes, self.tokenizer.config.codebook_size))
+            self._log_usage("train", codes)
             metrics["commitment"] = commitment
         self.log_dict({f"train/{k}": v for k, v in metrics.items()}, prog_bar=True)
         if self.log_images_every and self.global_step % self.log_images_every == 0:
@@ -230,8 +277,7 @@ class TokenizerTraining(CodebookTraining):
 
     def on_validation_epoch_end(self) -> None:
         if self.validation_codes:
-            codes = torch.cat(self.validation_codes)
-            self.log_usage("val", usage(codes, self.tokenizer.config.codebook_size))
+            self._log_usage("val", torch.cat(self.validation_codes))
         self.validation_codes.clear()
 
     # The steps of a training step
@@ -246,6 +292,53 @@ class TokenizerTraining(CodebookTraining):
         y, mean = y.float(), self.mean_feature
         plain = F.cosine_similarity(x, y, dim=-1).mean()
         return plain, F.cosine_similarity(x - mean, y - mean, dim=-1).mean()
+
+    @torch.no_grad()
+    def update_mean_feature(self, features: Float[Tensor, "batch patches width"]) -> None:
+        """The running mean feature, which starts at the mean of the first batch."""
+        mean = features.mean((0, 1))
+        if self.num_processes > 1:
+            mean = self.all_gather(mean).mean(0)
+        self.mean_feature.lerp_(mean, 1.0 if self.global_step == 0 else 0.02)
+
+    def quantize(self, z: Float[Tensor, "total c"]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(vectors, codes, commitment loss).
+
+        Before `start_step` the vectors are z, and codes are None; after it, z blended into its
+        codebook entry, or the entry itself in eval mode.
+        """
+        zero = torch.zeros((), device=z.device)
+        if not self.quantizes or self.codebook is None:
+            if self.training:
+                self.recent_z.add(z)
+            return z, None, zero
+        quantized, codes, commitment = self.codebook(z, seed=self.seed + self.global_step)
+        if not self.training:
+            return quantized, codes, zero
+        q = self.quantization
+        ratio = min(1.0, (self.global_step - q.start_step + 1) / max(1, q.blend_steps))
+        return z + ratio * (quantized - z), codes, commitment
+
+    def start_codebook(self) -> None:
+        """Initialize by k-means over the recent vectors; all ranks take those of rank 0.
+
+        With `start_from`, the codebook is that of the tokenizer.
+        """
+        assert self.codebook is not None
+        if self.start_from is not None:
+            entries = self.tokenizer.quantizer.codebook.embeddings
+            counts = torch.full((len(entries),), self.vectors_per_step() / len(entries))
+            self.codebook.load_embeddings(entries, counts.to(entries.device))
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        entries, counts = spherical_kmeans(
+            self.recent_z.latest(),
+            self.tokenizer.config.codebook_size,
+            self.quantization.kmeans_iterations,
+            generator,
+        )
+        entries, counts = self.trainer.strategy.broadcast((entries, counts))
+        self.codebook.load_embeddings(entries, counts * self.vectors_per_step() / counts.sum())
 
     def _selector_learns(self) -> bool:
         return int(self.stage) == 0 or self.selection.selector_after == "live"
@@ -304,6 +397,12 @@ class TokenizerTraining(CodebookTraining):
         self.recent_scores.values += shift
         return shift
 
+    def _log_usage(self, split: str, codes: Tensor) -> None:
+        used = usage(codes, self.tokenizer.config.codebook_size)
+        self.log_dict(
+            {f"{split}/codebook_usage": used.used, f"{split}/perplexity": used.perplexity}
+        )
+
     def _log_kept_patches(
         self, images: UInt8[Tensor, "batch 3 h w"], keep: Bool[Tensor, "batch n"]
     ) -> None:
@@ -312,3 +411,9 @@ class TokenizerTraining(CodebookTraining):
             count = min(16, len(images))
             panels = [kept_overlay(images[i], keep[i], (side, side)) for i in range(count)]
             log_image(self, "kept_patches", sheet([panels[:8], panels[8:]]))
+
+    def export(self, directory: str | Path) -> None:
+        """Save the tokenizer with the trained codebook, for VisualTokenizer.from_pretrained."""
+        assert self.codebook is not None
+        self.tokenizer.quantizer.codebook.embeddings.copy_(self.codebook.embeddings)
+        super().export(directory)

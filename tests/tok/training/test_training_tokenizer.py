@@ -15,7 +15,7 @@ from helpers.trainers import EachStep, quiet_trainer, rectangles, trainer_of, tr
 from lavit_tok import TokenizerConfig, VisualTokenizer
 from lavit_tok.encode.allocation import straight_through
 from lavit_tok.encode.selector import keep_scores
-from lavit_tok.training.codebook_training import RecentValues
+from lavit_tok.training.codebook import RecentValues
 from lavit_tok.training.data_module import ImageDataModule
 from lavit_tok.training.logging import step_generator
 from lavit_tok.training.optimizers import ScheduleConfig
