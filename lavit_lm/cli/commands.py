@@ -14,56 +14,23 @@ import torch
 
 from lavit_tok import VisualCodes
 from lavit_tok.checkpoints.files import atomic
-from lavit_tok.cli.commands import ray_options, train
+from lavit_tok.cli.commands import ray_options
 from lavit_tok.cli.items import (
     chunks,
     device,
     limit_images,
     list_images,
     open_images,
-    png_name,
-    require_own,
     save_png,
 )
+from lavit_tok.data.decode_files import existing, png_name
 from lavit_tok.data.rejects import Rejects, has_keys
 from lavit_tok.data.shard_manifest import MANIFEST
 
 if TYPE_CHECKING:
     from lavit_lm.multimodal import MultimodalLM
 
-TRAINING = (
-    "lavit_lm.training.module:LanguageModeling",
-    "lavit_lm.training.data_module:LanguageDataModule",
-)
-
 GENERATED = {"prompt", "codes"}  # keys of codes.jsonl
-
-
-def fit(args: list[str]) -> int:
-    """Train a language model; the arguments are LightningCLI's."""
-    return train("lavit-lm", "fit", "fit", *TRAINING, args)
-
-
-def validate(args: list[str]) -> int:
-    """Compute losses on the validation split; the arguments are LightningCLI's."""
-    return train("lavit-lm", "validate", "validate", *TRAINING, args)
-
-
-def test(args: list[str]) -> int:
-    """Compute losses on the test split; the arguments are LightningCLI's."""
-    return train("lavit-lm", "test", "test", *TRAINING, args)
-
-
-def fit_tokenizer(args: list[str]) -> int:
-    """Train VL-GPT's tokenizer and detokenizer; the arguments are LightningCLI's."""
-    names = "lavit_lm.training.vlgpt_tokenizer:VLGPTTokenizerTraining", "lavit_tok:ImageDataModule"
-    return train("lavit-lm", "fit-tokenizer", "fit", *names, args)
-
-
-def fit_decoder(args: list[str]) -> int:
-    """Train an image decoder for generated vectors; the arguments are LightningCLI's."""
-    names = "lavit_lm.training.emu_decoder:EmuDecoderTraining", "lavit_tok:ImageDataModule"
-    return train("lavit-lm", "fit-decoder", "fit", *names, args)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -77,7 +44,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if ray_options(arguments) is not None:
         raise ValueError("--engine ray: expected --prompts, a prompt is generated in this process")
     codes_file = arguments.out / "codes.jsonl"
-    require_own(arguments.out, arguments.overwrite)
+    existing(arguments.out, "png", arguments.overwrite)
     if codes_file.exists() and not (arguments.overwrite or has_keys(codes_file, GENERATED)):
         raise ValueError(
             f"{codes_file}: not written by lavit-lm generate, and results would replace it: use "

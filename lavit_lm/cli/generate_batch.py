@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from lavit_lm.cli.batches import Computed, Engine, Item, compute_items, item_generator
-from lavit_tok.cli.items import chunks, png_name
+from lavit_tok.cli.items import chunks
 from lavit_tok.data.decode_batch import png, update_with_parts
+from lavit_tok.data.decode_files import png_name
 from lavit_tok.data.ray_engine import RayOptions, Work, map_on_ray
 from lavit_tok.data.tokenize_batch import weights_digest
 

@@ -22,6 +22,7 @@ from lavit_tok.cli.parser import (
     DEVICE,
     DTYPE,
     ENGINE,
+    IMAGES,
     LIMITS,
     LOCATION,
     MODE,
@@ -34,6 +35,7 @@ from lavit_tok.cli.parser import (
     out_argument,
     positive,
     run_command,
+    training,
 )
 
 
@@ -138,21 +140,31 @@ EXPORT = (
     DTYPE,
 )
 RUN = "lavit_lm.cli.commands"
+LM = (
+    "lavit_lm.training.module:LanguageModeling",
+    "lavit_lm.training.data_module:LanguageDataModule",
+)
 COMMANDS: dict[str, Command] = {
-    "fit": Command("train: fit -c recipe.yaml", f"{RUN}:fit"),
-    "validate": Command(
+    "fit": training("train: fit -c recipe.yaml", "lavit-lm", "fit", "fit", *LM),
+    "validate": training(
         "losses on the validation split: validate -c recipe.yaml --ckpt_path last",
-        f"{RUN}:validate",
+        *("lavit-lm", "validate", "validate", *LM),
     ),
-    "test": Command(
-        "losses on the test split: test -c recipe.yaml --ckpt_path last", f"{RUN}:test"
+    "test": training(
+        "losses on the test split: test -c recipe.yaml --ckpt_path last",
+        *("lavit-lm", "test", "test", *LM),
     ),
-    "fit-tokenizer": Command(
-        "train VL-GPT's tokenizer: fit-tokenizer -c recipe.yaml", f"{RUN}:fit_tokenizer"
+    "fit-tokenizer": training(
+        "train VL-GPT's tokenizer: fit-tokenizer -c recipe.yaml",
+        *("lavit-lm", "fit-tokenizer", "fit"),
+        "lavit_lm.training.vlgpt_tokenizer:VLGPTTokenizerTraining",
+        IMAGES,
     ),
-    "fit-decoder": Command(
+    "fit-decoder": training(
         "train an image decoder for a model that generates vectors: fit-decoder -c recipe.yaml",
-        f"{RUN}:fit_decoder",
+        *("lavit-lm", "fit-decoder", "fit"),
+        "lavit_lm.training.emu_decoder:EmuDecoderTraining",
+        IMAGES,
     ),
     "generate": Command("images for a prompt", f"{RUN}:generate", GENERATE),
     "caption": Command("a caption for each image", f"{RUN}:caption", CAPTION),

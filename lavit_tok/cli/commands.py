@@ -25,11 +25,10 @@ from lavit_tok.cli.items import (
     list_images,
     open_images,
     photographs,
-    png_name,
     progress,
-    require_own,
     save_png,
 )
+from lavit_tok.cli.parser import IMAGES
 from lavit_tok.codes import CodeError, VisualCodes
 from lavit_tok.data.code_files import (
     CodeFileError,
@@ -39,7 +38,7 @@ from lavit_tok.data.code_files import (
     require_suffix,
 )
 from lavit_tok.data.decode_batch import DecodeBatch, generators
-from lavit_tok.data.decode_files import CodeSource, code_files, decode_files, existing
+from lavit_tok.data.decode_files import CodeSource, code_files, decode_files, existing, png_name
 from lavit_tok.data.ray_engine import RayOptions, map_on_ray, ray_cluster
 from lavit_tok.data.rejects import Rejects
 from lavit_tok.encode.image_files import open_image
@@ -148,7 +147,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     from lavit_tok.visualize import sheet
 
     paths = list_images(arguments.images) if arguments.images else photographs()
-    require_own(arguments.out, arguments.overwrite)
+    existing(arguments.out, "png", arguments.overwrite)
     tokenizer, decoder = (
         _tokenizer(arguments),
         _decode_batch(arguments, arguments.tokenizer).decoder,
@@ -293,7 +292,7 @@ def fit(args: list[str]) -> int:
     module = "tokenizer_training:TokenizerTraining"
     if _trains_nested(args):
         module = "nested_training:NestedTokenizerTraining"
-    return _train("fit", f"lavit_tok.training.{module}", args)
+    return train("lavit-tok", "fit", "fit", f"lavit_tok.training.{module}", IMAGES, args)
 
 
 def _trains_nested(args: list[str]) -> bool:
@@ -313,28 +312,6 @@ def _trains_nested(args: list[str]) -> bool:
             except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
                 continue  # LightningCLI reports what is wrong with it
     return sequence == "nested"
-
-
-def fit_decoder(args: list[str]) -> int:
-    """Train a pixel decoder; the arguments are LightningCLI's."""
-    return _train("fit-decoder", "lavit_tok.training.decoder_training:PixelDecoderTraining", args)
-
-
-def fit_mean_decoder(args: list[str]) -> int:
-    """Train the mean decoder of nested codes; the arguments are LightningCLI's."""
-    module = "lavit_tok.training.mean_decoder_training:MeanDecoderTraining"
-    return _train("fit-mean-decoder", module, args)
-
-
-def fit_sample_decoder(args: list[str]) -> int:
-    """Train the sample decoder of nested codes; the arguments are LightningCLI's."""
-    module = "lavit_tok.training.sample_decoder_training:SampleDecoderTraining"
-    return _train("fit-sample-decoder", module, args)
-
-
-def _train(command: str, model: str, args: list[str]) -> int:
-    data = "lavit_tok.training.data_module:ImageDataModule"
-    return train("lavit-tok", command, "fit", model, data, args)
 
 
 def train(program: str, command: str, action: str, model: str, data: str, args: list[str]) -> int:

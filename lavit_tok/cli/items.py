@@ -19,10 +19,7 @@ from tqdm import tqdm
 
 from lavit_tok.checkpoints.files import atomic
 from lavit_tok.checkpoints.weights import SHIPPED
-from lavit_tok.data.decode_batch import PROGRAM as PROGRAM
 from lavit_tok.data.decode_batch import png
-from lavit_tok.data.decode_files import existing
-from lavit_tok.data.decode_files import png_name as png_name
 from lavit_tok.data.rejects import Rejects
 from lavit_tok.encode.image_files import ImageError, find_images
 from lavit_tok.encode.image_processor import VisualImageProcessor
@@ -124,11 +121,6 @@ def save_png(image: Image.Image, path: Path) -> None:
     content = png(image)
     with atomic(path) as partial:
         partial.write_bytes(content)
-
-
-def require_own(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError for a file that the results would replace, if another program wrote it."""
-    existing(folder, "png", overwrite)
 
 
 def progress(items: Iterable[Item], title: str) -> Iterable[Item]:

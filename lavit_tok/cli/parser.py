@@ -65,6 +65,8 @@ class Command:
     """module:function that runs it and returns the exit code; imported when the command runs."""
     arguments: Sequence[Argument] | None = None
     """Its arguments, whose namespace `run` gets. None: `run` gets the list of strings itself."""
+    before: tuple[str, ...] = ()
+    """What `run` gets before them."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,7 +154,7 @@ def _reported(program: str, command: Command, arguments: Any) -> int:
     try:
         if command.arguments is None:
             arguments = with_files(arguments)
-        return resolve_name(command.run)(arguments)
+        return resolve_name(command.run)(*command.before, arguments)
     except BrokenPipeError:  # `lavit-tok encode ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -373,6 +375,14 @@ ENGINE = (
     ),
 )
 
+IMAGES = "lavit_tok.training.data_module:ImageDataModule"
+
+
+def training(help: str, *before: str) -> Command:
+    """A command of LightningCLI; `before` is what lavit_tok.cli.commands.train gets first."""
+    return Command(help, "lavit_tok.cli.commands:train", None, before)
+
+
 COMMANDS: dict[str, Command] = {
     "encode": Command(
         "images -> codes",
@@ -511,8 +521,11 @@ COMMANDS: dict[str, Command] = {
         (Argument("folder", metavar="DIR", help="what shards --out wrote"),),
     ),
     "fit": Command("train a tokenizer: fit -c recipe.yaml", "lavit_tok.cli.commands:fit"),
-    "fit-decoder": Command(
-        "train a pixel decoder: fit-decoder -c recipe.yaml", "lavit_tok.cli.commands:fit_decoder"
+    "fit-decoder": training(
+        "train a pixel decoder: fit-decoder -c recipe.yaml",
+        *("lavit-tok", "fit-decoder", "fit"),
+        "lavit_tok.training.decoder_training:PixelDecoderTraining",
+        IMAGES,
     ),
     "recipes": Command(
         "training recipes, which -c finds by name: list, show or copy them",
@@ -547,13 +560,17 @@ COMMANDS: dict[str, Command] = {
             DEVICE,
         ),
     ),
-    "fit-mean-decoder": Command(
+    "fit-mean-decoder": training(
         "train the mean decoder of nested codes: fit-mean-decoder -c recipe.yaml",
-        "lavit_tok.cli.commands:fit_mean_decoder",
+        *("lavit-tok", "fit-mean-decoder", "fit"),
+        "lavit_tok.training.mean_decoder_training:MeanDecoderTraining",
+        IMAGES,
     ),
-    "fit-sample-decoder": Command(
+    "fit-sample-decoder": training(
         "train the sample decoder of nested codes: fit-sample-decoder -c recipe.yaml",
-        "lavit_tok.cli.commands:fit_sample_decoder",
+        *("lavit-tok", "fit-sample-decoder", "fit"),
+        "lavit_tok.training.sample_decoder_training:SampleDecoderTraining",
+        IMAGES,
     ),
     "convert": Command(
         "LaVIT's released files -> the format of this package",
