@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from lavit_tok.encode.image_files import ImageError, ImageReader
+from lavit_tok.encode.image_files import ImageError, ImageReader, encoded_image
 
 
 def open_batch(table: pa.Table, reader: ImageReader) -> pa.Table:
@@ -23,12 +23,9 @@ def open_batch(table: pa.Table, reader: ImageReader) -> pa.Table:
     pixels: list[bytes | None] = []
     reasons: list[str | None] = []
     for key, value in zip(keys, table["image"].to_pylist(), strict=True):
-        content = value if isinstance(value, dict) else {"bytes": value}
-        source = content.get("path") if content.get("bytes") is None else content["bytes"]
         try:
-            if source is None:
-                raise ImageError("the example has no image")
-            pixels.append(reader.resize(reader.open(source, str(key))).tobytes())
+            image = reader.open(encoded_image(value, str(key)), str(key))
+            pixels.append(reader.resize(image).tobytes())
             reasons.append(None)
         except ImageError as error:
             pixels.append(None)

@@ -13,7 +13,6 @@ from lavit_tok.data.rejects import write_rejects
 from lavit_tok.data.shard_manifest import (
     MANIFEST,
     Manifest,
-    Shard,
     ShardedSplit,
     ShardError,
     ShardFile,
@@ -69,8 +68,7 @@ def write_manifest(folder: AnyPath, split: str, shards: dict[str, ShardFile], da
     for file in ordered:
         footer = shards[file].footer
         require_same(folder, *(asdict(f.config) | asdict(f.columns) for f in (first, footer)))
-        counts = footer.records, footer.codes, len(footer.rejects), shards[file].sha256
-        listed.append(Shard(file, *counts, footer.images))
+        listed.append(shards[file].listed(file))
         rejects += [{**reject, "index": reject["index"] + start} for reject in footer.rejects]
         start += footer.images
     if {_position(split, file)[0] for file in ordered} != complete:
@@ -123,8 +121,7 @@ def verify(folder: AnyPath) -> Iterator[str]:
             count = repeated = 0
             for name, shard in shards.items():
                 footer = shard.footer
-                counts = footer.records, footer.codes, len(footer.rejects), shard.sha256
-                check_shard(folder / name, Shard(name, *counts, footer.images), footer.config)
+                check_shard(folder / name, shard.listed(name), footer.config)
                 with (folder / name).open("rb") as file:  # pyarrow's paths are UTF-8
                     listed_keys = pq.read_table(file, columns=["key"])["key"].to_pylist()
                 repeated += len(listed_keys) // (1 + footer.config.flip) - len(

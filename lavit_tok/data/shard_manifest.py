@@ -190,6 +190,11 @@ class ShardFile:
     sha256: str
     """Of the whole file."""
 
+    def listed(self, file: str) -> Shard:
+        """Its entry in the manifest."""
+        f = self.footer
+        return Shard(file, f.records, f.codes, len(f.rejects), self.sha256, f.images)
+
 
 def joined_digest(digests: Sequence[str]) -> str:
     """The digest of a split from those of its shards."""

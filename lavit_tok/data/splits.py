@@ -27,7 +27,7 @@ from PIL import Image
 
 from lavit_tok.checkpoints.files import printable
 from lavit_tok.data.remote_files import fetch, is_url, local_folder, set_readers, sizes
-from lavit_tok.encode.image_files import SUFFIXES, ImageError, open_image
+from lavit_tok.encode.image_files import SUFFIXES, ImageError, encoded_image, open_image
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 KEY_COLUMNS = ("key", "__key__", "id", "file_name")
@@ -275,14 +275,12 @@ def read_image(
     opener: Callable[..., Image.Image] = open_image,
 ) -> tuple[Image.Image | None, dict[str, str] | None]:
     """Open an example's image: (image, None), or (None, {"key": ..., "reason": ...})."""
-    value = example[column] or {}
     key = key or example_key(example, column, fallback)
-    source = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     try:
+        source: Any = encoded_image(example[column], key)
         if isinstance(source, str) and is_url(source):
-            (source,) = fetch([source])
-        if source is None:
-            raise ImageError(f"{key}: the example has no image")
+            (content,) = fetch([source])
+            source = encoded_image(content, key)
         return opener(source, name=key), None
     except ImageError as error:
         return None, {"key": key, "reason": str(error)}

@@ -188,6 +188,19 @@ def _require_size(size: int, label: str, max_bytes: int) -> None:
         )
 
 
+def encoded_image(value: Any, label: str) -> bytes | str:
+    """The bytes, else the path, of an undecoded image of `datasets`; or the bytes themselves.
+
+    Raises:
+        ImageError: neither.
+    """
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if value is None:
+        raise ImageError(f"{label}: the example has no image")
+    return value
+
+
 def as_list(images: Any) -> list[Any]:
     """One image or a batch -> a list; a 4-D array is a batch, a 2-D or 3-D one an image."""
     if isinstance(images, np.ndarray) or _is_tensor(images):
