@@ -31,7 +31,7 @@ from torchmetrics.functional.text import bleu_score
 from benchmarks.lm_quality import MODEL, choose, load
 from benchmarks.shared import cli, datasets, report
 from benchmarks.shared.cache import Stages
-from benchmarks.shared.image_text_similarity import load_scorer, ranks, top
+from benchmarks.shared.provenance import recipe
 
 CLASSES = {"BLEU": "Bleu", "ROUGE-L": "Rouge", "CIDEr": "Cider", "METEOR": "Meteor"}
 PACKAGE = "pycocoevalcap"
@@ -155,7 +155,7 @@ def main(args: Namespace) -> dict[str, Any]:
 def identified(data: datasets.ImageSet, texts: list[str], args: Namespace) -> dict[str, Any]:
     """What captions identify among images whose true captions differ, in the scorer's space."""
     indices = choose(data.captions, args.among, args.seed)
-    scorer = load_scorer(args.scorer, args.device)
+    scorer = recipe("default/scorer.py").load_scorer(args.scorer, args.device)
     generated, true = ([source[i] for i in indices] for source in (texts, data.captions))
     vectors, true_vectors = scorer.embed(generated), scorer.embed(true)
     described = scorer.describe(data.pixels[indices])
@@ -164,9 +164,9 @@ def identified(data: datasets.ImageSet, texts: list[str], args: Namespace) -> di
         for a, b in zip(generated, true, strict=True)
     ]
     return {
-        "the image": top(ranks(vectors, described)),
-        "the true caption": top(ranks(vectors, true_vectors)),
-        "ceiling: the image by its true caption": top(ranks(true_vectors, described)),
+        "the image": scorer.identified(vectors, described),
+        "the true caption": scorer.identified(vectors, true_vectors),
+        "ceiling: the image by its true caption": scorer.identified(true_vectors, described),
         "chance": {"top1": 1 / len(indices), "top5": 5 / len(indices)},
         "exact": sum(equal) / len(equal),
     }

