@@ -238,8 +238,7 @@ class LavitProcessor(ProcessorMixin):
         visual, batch = self.visual_tokenizer, make_flat_list_of_images(images)
         codes = visual.encode(self.image_processor.to_uint8(batch), **given)
         v = self.vocabulary
-        images_ids = [v.to_ids(one[: v.max_codes].cpu()).tolist() for one in codes]
-        ids = [[v.begin, *one, v.end] for one in images_ids]
+        ids = [[v.begin, *v.list_ids(one[: v.max_codes].cpu()), v.end] for one in codes]
         names = [self.tokenizer.convert_ids_to_tokens(one) for one in ids]
         return {}, ["".join(one) for one in names]
 

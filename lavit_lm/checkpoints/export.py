@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,15 +117,13 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes it readable by its owner only
-        partial.replace(target)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            (partial := Path(folder) / "new").mkdir()
+            yield partial
+            partial.replace(target)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{target}: not written, and nothing was left behind: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def serving_tokenizer(
@@ -173,9 +170,7 @@ def serving_tokenizer(
 
 def plain_model(model: Any, dtype: torch.dtype | None) -> Any:
     """The LM itself, or a copy with adapters merged and floats converted."""
-    original = plain = getattr(
-        model, "_orig_mod", model
-    )  # the module inside torch.compile's wrapper
+    original = plain = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
     if hasattr(plain, "merge_and_unload"):
         plain = copy.deepcopy(plain).merge_and_unload(safe_merge=True)
     if dtype is not None and plain.dtype != dtype:

@@ -150,7 +150,7 @@ class GenerationConstraint:
     def __post_init__(self) -> None:
         require_number("min_new_tokens", self.min_new_tokens, 0, 2**31, integer=True)
         require_number("max_new_tokens", self.max_new_tokens, 1, 2**31, integer=True)
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens or self.max_new_tokens < 1:
+        if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 "expected 0 <= min_new_tokens <= max_new_tokens and max_new_tokens >= 1, got "
                 f"{self.min_new_tokens} and {self.max_new_tokens}"

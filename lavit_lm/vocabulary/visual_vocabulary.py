@@ -96,11 +96,7 @@ class VisualVocabulary:
             VocabularyError: a slow tokenizer, one that has image tokens, or another LM's; an
                 impossible number of stages.
         """
-        if (
-            isinstance(codebook_size, bool)
-            or not isinstance(codebook_size, int)
-            or codebook_size < 1
-        ):
+        if type(codebook_size) is not int or codebook_size < 1:
             raise VocabularyError(
                 f"expected a codebook of at least one code, got {codebook_size!r}"
             )
