@@ -14,6 +14,7 @@ from helpers.lm_parts import CODES, image, processor_and_model
 from helpers.lm_runs import SMALL, Losses, data, module, trainer
 from helpers.small_lms import small_tokenizer
 from helpers.small_nested import SETTINGS, small_decoder
+from helpers.tensors import generator
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
@@ -39,10 +40,6 @@ from lavit_tok.cli import main as lavit_tok
 from lavit_tok.nn.nested_order import levels, rank_stages
 
 STAGES, MOST = 5, 8  # ranks 0 | 1 | 2 | 3 | 4 5 6 7
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

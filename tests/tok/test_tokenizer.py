@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from helpers.tensors import generator
 from PIL import Image
 
 from lavit_tok import (
@@ -26,12 +27,7 @@ from lavit_tok import (
     VisualImageProcessor,
     VisualTokenizer,
 )
-from lavit_tok.checkpoints.weights import save_weights
 from lavit_tok.encode.allocation import ordered_noise
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def crops(photos: list[Path], count: int = 12) -> list[Image.Image]:
@@ -82,20 +78,6 @@ def test_encode_is_the_rooms_one_after_another(tiny_tokenizer: VisualTokenizer, 
 
 def _again(options: dict[str, Any]) -> dict[str, Any]:
     return {"generator": generator()} if "sample" in options else {}
-
-
-def test_alone_or_together_in_any_order(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
-    images = crops(photos)
-    alone = [tiny_tokenizer.encode(image).to_list()[0] for image in images]
-    features = [tiny_tokenizer.reconstruct_features(VisualCodes.from_list([row])) for row in alone]
-    rng = random.Random(1)
-    for _ in range(6):
-        order = rng.sample(range(len(images)), rng.randrange(1, len(images)))
-        codes = tiny_tokenizer.encode([images[i] for i in order])
-        assert codes.to_list() == [alone[i] for i in order]
-        together = tiny_tokenizer.reconstruct_features(codes)
-        for place, i in enumerate(order):
-            torch.testing.assert_close(together[place], features[i][0], rtol=0, atol=1e-5)
 
 
 def test_deterministic_and_sampled(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
@@ -229,10 +211,6 @@ def test_save_and_load(tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_
     )
     state = loaded.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in tiny_tokenizer.state_dict().items())
-    assert (
-        VisualTokenizer.from_pretrained(str(tmp_path)).encode(photos).to_list()
-        == expected.to_list()
-    )
 
 
 def test_save_and_load_in_half_the_bytes(
@@ -255,16 +233,6 @@ def test_save_and_load_in_half_the_bytes(
     assert (tmp_path / "again" / "model.safetensors").stat().st_size == sizes[1]
 
 
-def test_save_and_load_in_shards(
-    tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path
-):
-    tiny_tokenizer.save_pretrained(tmp_path)
-    save_weights(tiny_tokenizer, tmp_path, max_shard_size="50KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    loaded = VisualTokenizer.from_pretrained(tmp_path)
-    assert loaded.encode(photos).to_list() == tiny_tokenizer.encode(photos).to_list()
-
-
 def test_bfloat16_keeps_decisions_in_float32(
     tiny_tokenizer: VisualTokenizer, photos: list[Path], tmp_path: Path
 ):
@@ -285,13 +253,6 @@ def test_bfloat16_keeps_decisions_in_float32(
     loaded = VisualTokenizer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.encode(photos).to_list() == codes.to_list()
     assert loaded.selector.judge[0].weight.dtype == torch.float32
-
-
-def test_autocast_around_it(tiny_tokenizer: VisualTokenizer, photos: list[Path]):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        codes = tiny_tokenizer.encode(photos)
-        assert tiny_tokenizer.reconstruct_features(codes).isfinite().all()
-    assert codes.keep is not None
 
 
 def test_frozen_encoder_and_gradients(tiny_tokenizer: VisualTokenizer, photos: list[Path]):

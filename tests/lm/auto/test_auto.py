@@ -13,6 +13,7 @@ import mpl_toolkits
 import pytest
 import torch
 from helpers.lm_parts import CODES, processor_and_model
+from helpers.tensors import generator
 from jinja2.exceptions import TemplateError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -32,10 +33,6 @@ from lavit_tok import PixelDecoder, VisualImageProcessor, VisualTokenizer, Weigh
 
 PROMPTS = ["a red apple", "rain", "two dogs run along the beach"]
 WEIGHTS = "model.safetensors"
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.files import limited
 from helpers.small_lms import FAMILIES, TEXTS, small_lm, small_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -238,13 +239,9 @@ def test_impossible_exports(tmp_path: Path) -> None:
 def test_a_full_disk(limit: int, tmp_path: Path) -> None:
     """The kernel limits the size of a file, with the same error as on a full disk."""
     model, tokenizer, _ = pair("own")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(ExportError, match="not written, and nothing was left behind"):
-            export(model, tokenizer, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    left = "not written, and nothing was left behind"
+    with limited(resource.RLIMIT_FSIZE, limit), pytest.raises(ExportError, match=left):
+        export(model, tokenizer, tmp_path / "out")
     assert not any(tmp_path.iterdir())
     export(model, tokenizer, tmp_path / "out")
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.files import edit, rewrite
 from helpers.lm_parts import processor_and_model
-from safetensors.torch import load_file, save_file
 
 from lavit_lm import MultimodalLM
 from lavit_lm.cli import main
@@ -37,10 +37,6 @@ def directory(lm: MultimodalLM, tiny_tokenizer: VisualTokenizer, tmp_path: Path)
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     lm.save_pretrained(tmp_path / "lm", str(tmp_path / "visual"))
     return tmp_path / "lm"
-
-
-def edit(path: Path, **entries: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def refused(directory: Path, photos: list[Path], capsys: Any, *parts: str) -> None:
@@ -106,10 +102,8 @@ def test_kernel_of_the_hub(directory: Path, photos: list[Path], capsys: Any, nam
 def test_weights_that_are_not_finite(
     directory: Path, photos: list[Path], capsys: Any, value: float
 ):
-    state = load_file(directory / "model.safetensors")
-    name = next(name for name in state if "norm" in name)
-    state[name][0] = value
-    save_file(state, directory / "model.safetensors", {"format": "pt"})
+    name = "model.norm.weight"
+    rewrite(directory / "model.safetensors", lambda tensors: tensors[name].fill_(value))
     refused(directory, photos, capsys, "NaN or infinity", name)
 
 
@@ -128,10 +122,8 @@ def test_a_text_tokenizer_of_100_megabytes(directory: Path, photos: list[Path], 
 
 
 def test_weights_stored_as_integers(directory: Path, photos: list[Path], capsys: Any):
-    state = load_file(directory / "model.safetensors")
-    name = next(name for name in state if "embed_tokens" in name)
-    state[name] = state[name].int()
-    save_file(state, directory / "model.safetensors", {"format": "pt"})
+    name = "model.embed_tokens.weight"
+    rewrite(directory / "model.safetensors", lambda x: x.update({name: x[name].int()}))
     refused(directory, photos, capsys, name, "expected floating-point numbers, got I32")
 
 
@@ -187,9 +179,7 @@ def test_truncated_tokenizer(directory: Path, photos: list[Path], capsys: Any, k
 
 def test_tokenizer_without_its_last_code(directory: Path, photos: list[Path], capsys: Any):
     path = directory / "tokenizer.json"
-    values = json.loads(path.read_text())
-    values["added_tokens"] = values["added_tokens"][:-1]
-    path.write_text(json.dumps(values))
+    edit(path, added_tokens=json.loads(path.read_text())["added_tokens"][:-1])
     refused(directory, photos, capsys, "expected 16", "got 15")
 
 
@@ -251,6 +241,8 @@ def test_sizes_of_a_decoder(tiny_decoder: Any, tmp_path: Path, file: str, name: 
         ("temperature", -1),
         ("top_p", float("nan")),
         ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", 0),
         ("top_k", 1.5),
     ],
 )

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.lm_parts import processor_and_model
+from helpers.tensors import generator
 from PIL import Image
 
 from lavit_lm import MultimodalLM
@@ -82,9 +82,6 @@ def test_a_chat_of_one_message_is_an_answer(lm: MultimodalLM, photos: list[Path]
 
 
 def test_replies_with_images(lm: MultimodalLM, photos: list[Path]):
-    def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(0)
-
     steps = {"num_inference_steps": 1, "max_codes": 3}
     reply = lm.chat([user("a red apple")], "image", generator=generator(), **steps)
     (image,) = reply["content"]

@@ -315,9 +315,6 @@ def test_impossible_requests(unchecked: None):
     for interval in ((2, 1), (0,), (0.5, 1), 3):
         with pytest.raises(ValueError, match="guidance_interval: expected two integers"):
             Sampling(guidance_interval=interval)  # type: ignore[arg-type]
-    for name, value in (("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)):
-        with pytest.raises(ValueError, match=name):
-            Sampling(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"0 <= min_new_tokens <= max_new_tokens .* got 3 and 2"):
         GenerationConstraint("image", 3, 2)
 

@@ -12,11 +12,12 @@ import diffusers
 import pytest
 import torch
 import yaml
+from helpers.files import rewrite
 from helpers.lm_runs import CAPTIONS
+from helpers.tensors import generator
 from helpers.trainers import quiet_trainer, recipes_of, two_steps
 from helpers.vlgpt_parts import TEXT, WIDTH, stage_one, tiny_diffusion
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -41,10 +42,6 @@ SHAPE = VLGPTTokenizerConfig(24, 4, 2, 2, 16)
 
 def outputs(vectors: torch.Tensor) -> ImageVectors:
     return ImageVectors(vectors, torch.zeros_like(vectors[:1]))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def images(count: int = 4, side: int = 32) -> torch.Tensor:
@@ -119,9 +116,7 @@ def test_stable_diffusion_s_own_encoders(grid: bool, tmp_path: Path):
 def test_numbers_that_are_none_are_refused(part: str, tmp_path: Path):
     config = tiny_diffusion(tmp_path)
     (file,) = (tmp_path / "diffusion" / part).glob("*.safetensors")
-    tensors = load_file(file)
-    next(iter(tensors.values())).view(-1)[0] = torch.nan
-    save_file(tensors, file)
+    rewrite(file, lambda tensors: next(iter(tensors.values())).fill_(torch.nan))
     with pytest.raises(ValueError, match=f"{part}.*NaN or infinity in 1 tensors"):
         _ = load_diffusion(config, None).pipeline
 

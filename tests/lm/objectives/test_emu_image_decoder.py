@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler
 from helpers.emu_parts import EMU, N, built
 from helpers.lm_parts import processor_and_model
 from helpers.lm_runs import CAPTIONS
+from helpers.tensors import generator
 from helpers.trainers import EachStep, quiet_trainer, recipes_of, trainer_of, two_steps
 from safetensors.torch import load_file, save_file
 
@@ -28,10 +29,6 @@ from lavit_tok import ImageDataModule, VisualCodes, VisualTokenizer, WeightsErro
 from lavit_tok.training.denoising import vae_latents
 
 RECIPES = recipes_of("lavit-lm fit-decoder")
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from helpers.lm_parts import CODES, image, pairs, plain_sequence, processor_and_model
 from helpers.lm_parts import losses as losses_of
 from helpers.small_lms import FAMILIES
+from helpers.tensors import generator
 
 import lavit_lm.sequences.masks
 import lavit_lm.sequences.packing
@@ -25,11 +26,6 @@ from lavit_lm.sequences.segments import ImageSegment, TextSegment
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VocabularyError
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
 
 # Segments and LaVIT's layout
 

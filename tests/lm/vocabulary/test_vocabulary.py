@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.small_lms import FAMILIES, TEXTS, small_lm, small_tokenizer
+from helpers.tensors import generator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AddedToken,
@@ -28,10 +29,6 @@ NASTY = [
     "＜|img|＞ and <|vis_00003|",
     "<|vis_599|> <|vis_000003|> <<|img|>>",
 ]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def ids_of(tokenizer: Any) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.files import limited
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
@@ -18,16 +17,6 @@ from lavit_tok import ImageError, VisualTokenizer
 from lavit_tok.checkpoints.files import atomic_files, exclusive_folder
 from lavit_tok.checkpoints.weights import load_weights, save_weights
 from lavit_tok.encode.image_files import open_image
-
-
-@contextmanager
-def limited(kind: int, value: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (value, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, (soft, hard))
 
 
 def test_a_full_disk_leaves_the_model_before(

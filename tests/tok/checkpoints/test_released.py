@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import reference_released as slow
 import torch
+from helpers.files import edit
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -371,8 +372,7 @@ def test_a_config_cannot_choose_a_class(copy: Path):
 
 def test_a_config_cannot_have_more_layers_than_tensors(copy: Path):
     config = copy / "highres_pixel_decoding/unet/config.json"
-    values = json.loads(config.read_text()) | {"layers_per_block": 10**6}
-    config.write_text(json.dumps(values))
+    edit(config, layers_per_block=10**6)
     with pytest.raises(WeightsError, match="layers_per_block: expected at most"):
         load_released(copy, "highres")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.files import rewrite
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -50,12 +51,6 @@ def saved(tmp_path: Path) -> Path:
     folder.mkdir()
     save_weights(Net(), folder)
     return folder
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors")
 
 
 def test_round_trip(saved: Path):
@@ -102,7 +97,7 @@ def test_every_difference_is_listed(saved: Path):
         state["linear.weight"] = torch.zeros(3, 2)
         state["extra"] = torch.zeros(1)
 
-    rewrite(saved, change)
+    rewrite(saved / "model.safetensors", change)
     net = Net()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with pytest.raises(WeightsError) as caught:
@@ -130,7 +125,7 @@ def test_every_difference_is_listed(saved: Path):
     ],
 )
 def test_values_that_cannot_be_weights(saved: Path, name: str, value: Tensor, message: str):
-    rewrite(saved, lambda state: state.update({name: value}))
+    rewrite(saved / "model.safetensors", lambda state: state.update({name: value}))
     with pytest.raises(WeightsError, match=f"{re.escape(name)}.*{message}"):
         load_weights(Net(), saved)
 

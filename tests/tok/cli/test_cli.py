@@ -24,7 +24,6 @@ import yaml
 from PIL import Image
 
 from lavit_tok import DecodeBatch, TokenizerConfig, VisualTokenizer
-from lavit_tok.cli.items import photographs
 from lavit_tok.cli.parser import COMMANDS, main, quality
 from lavit_tok.data.code_files import (
     CodeFileError,
@@ -302,12 +301,6 @@ def test_reconstruct(
     with Image.open(photos[0]) as photo:
         resized = np.asarray(photo.resize((256, 256), Image.Resampling.BICUBIC))
     assert np.array_equal(original, resized) and drawn.std() > 0
-
-
-def test_reconstruct_without_images_takes_photographs(tmp_path: Path, run: Any) -> None:
-    text = run("reconstruct", "--out", tmp_path / "out").out
-    assert len(photographs()) == 8 and "8 images" in text
-    assert len(list((tmp_path / "out").glob("0*.png"))) == 8
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.files import limited
 from robustness.small import small_disk
 
 import lavit_tok
@@ -32,7 +33,6 @@ from lavit_tok.data.code_files import CodeFileHeader, CodeRecord, read_codes
 from lavit_tok.data.shard_manifest import Manifest, sha256
 from lavit_tok.encode.image_files import open_image
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
 CORRUPT = 2  # of the ten training images
 
 
@@ -595,13 +595,9 @@ def test_a_full_disk_keeps_what_is_complete(
     """At most 8 kB can be written to a file; the second shard with its long caption needs more."""
     whole, out = files(shards("whole")), tmp_path / "full"
     assert len(whole["train-00001.parquet"]) > 9000 > 8192 > len(whole["train-00000.parquet"])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-        reason = f"error: {out / 'train-00001.parquet'} cannot be written: "
+    reason = f"error: {out / 'train-00001.parquet'} cannot be written: "
+    with limited(resource.RLIMIT_FSIZE, 8192):
         refused([reason, "1 shards are complete"], "full")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(files(out)) == ["train-00000.parquet"]
     with pytest.raises(ShardError, match="are not complete; the same `lavit-tok shards` command"):
         Shards.open(out)
@@ -781,9 +777,3 @@ def test_manifests_that_cannot_be_read(
     edit(out, lambda v: v["splits"]["train"]["shards"][0].update(file="../elsewhere.parquet"))
     with pytest.raises(ShardError, match="has shards of 10 of 10 images in manifest"):
         Shards.open(out)
-
-
-def test_the_readme_lists_the_command() -> None:
-    assert "| `lavit-tok shards DATASET --out DIR` |" in README
-    assert {"Shards", "ShardError"} <= {*lavit_tok.__all__}
-    assert issubclass(ShardError, ValueError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from safetensors.torch import load_file, save_file
+from helpers.files import edit, rewrite
+from safetensors.torch import load_file
 from torch import nn
 
 from lavit_tok import CodeError, PixelDecoder, VisualCodes, VisualTokenizer, WeightsError
@@ -245,11 +245,6 @@ def test_vae_decodes_in_float32_where_it_asks_for_it(decoders: dict[str, PixelDe
     assert all(torch.equal(p.float(), rounded[n]) for n, p in vae.named_parameters())
 
 
-def test_refuses_codes_of_another_tokenizer(decoders: dict[str, PixelDecoder]) -> None:
-    with pytest.raises(CodeError, match="another tokenizer"):
-        draw(decoders["sd"], VisualCodes.from_list([[1]], codebook_size=1024))
-
-
 def test_refuses_parts_that_do_not_fit(decoders: dict[str, PixelDecoder]) -> None:
     sd, spatial = decoders["sd"], decoders["spatial"]
     expected = r"unet\.in_channels: expected 7 for this conditioner and VAE, got 4"
@@ -287,10 +282,6 @@ def test_half_precision_files(
     assert (half - drawn).abs().max() < 0.02 and (low - drawn).abs().mean() < 0.05
 
 
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def test_classes_are_not_chosen_by_files(
     decoders: dict[str, PixelDecoder], codes: VisualCodes, tmp_path: Path
 ) -> None:
@@ -311,12 +302,6 @@ def test_classes_are_not_chosen_by_files(
     expected = r"vae.config.json: expected _class_name 'AutoencoderKL', got 'VQModel'"
     with pytest.raises(WeightsError, match=expected):
         PixelDecoder.from_pretrained(tmp_path)
-
-
-def rewrite(path: Path, change: Any) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
 
 
 def several(tensors: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from helpers.tensors import generator
 from torch import Tensor
 
 from lavit_tok.encode.allocation import (
@@ -27,10 +28,6 @@ def log_probs(*shape: int, seed: int = 0, shift: float = 0.0) -> Tensor:
     logits = torch.randn(*shape, 2, generator=torch.Generator().manual_seed(seed))
     logits[..., 0] += shift
     return logits.log_softmax(-1)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_by_default_the_more_probable_choice():

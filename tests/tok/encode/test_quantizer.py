@@ -7,21 +7,11 @@ from collections.abc import Iterator
 import pytest
 import reference
 import torch
-from torch import Tensor
+from helpers.tensors import codebook, unit
 from torch.nn import functional as F
 
 from lavit_tok.encode import quantizer
-from lavit_tok.encode.quantizer import Codebook, Quantizer
-
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
-def codebook(entries: Tensor) -> Codebook:
-    book = Codebook(*entries.shape)
-    book.embeddings.copy_(entries)
-    return book
+from lavit_tok.encode.quantizer import Quantizer
 
 
 def test_reduced_precision_of_products_does_not_reach_the_codes():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.files import limited
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lavit_tok.cli.training import SaveCheckpoints
@@ -75,13 +76,9 @@ def test_a_failed_save_leaves_the_checkpoint_before(folder: Path) -> None:
 
 def test_a_full_disk_is_one_error_that_names_the_file(folder: Path) -> None:
     before = (path := folder / "last.ckpt").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    try:
-        with pytest.raises(OSError, match=r"last\.ckpt: not written \(is the disk full\?\)"):
-            AtomicCheckpointIO().save_checkpoint({"a": torch.ones(9000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = r"last\.ckpt: not written \(is the disk full\?\)"
+    with limited(resource.RLIMIT_FSIZE, 2000), pytest.raises(OSError, match=message):
+        AtomicCheckpointIO().save_checkpoint({"a": torch.ones(9000)}, path)
     assert path.read_bytes() == before and not list(folder.glob("*.part"))
 
 

@@ -7,21 +7,11 @@ import math
 import pytest
 import reference
 import torch
+from helpers.tensors import codebook, unit
 from torch import Tensor
 from torch.nn import functional as F
 
-from lavit_tok.encode.quantizer import Codebook
 from lavit_tok.training.codebook import TrainingCodebook, spherical_kmeans, usage
-
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
-def codebook(entries: Tensor) -> Codebook:
-    book = Codebook(*entries.shape)
-    book.embeddings.copy_(entries)
-    return book
 
 
 def test_usage_of_counts_made_by_hand():
