@@ -131,13 +131,16 @@ def map_on_ray(
         options: of the cluster.
 
     Raises:
-        ShardError: of `read`, or a worker with another model or packages, or without them.
+        ShardError: of `read`, or a worker with another model or packages, or without them. Of the
+            machines that are in the cluster at the start it is raised before the first table.
     """
     import ray
     from ray.data.context import DataContext
 
     if not work:
         return
+    expected = versions()
+    _require_same_on_all_nodes(stage, digest, expected)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
@@ -145,9 +148,10 @@ def map_on_ray(
     with DataContext.current(context):
         rows = [asdict(item) for item in work]
         items = ray.data.from_items(rows, override_num_blocks=len(rows))
-    mapped = items.flat_map(_read_work, fn_kwargs={"read": read}).map(
+    reading = {"read": read, "expected": expected}
+    mapped = items.flat_map(_read_work, fn_kwargs=reading).map(
         _Worker,
-        fn_constructor_args=(stage, digest, versions()),
+        fn_constructor_args=(stage, digest, expected),
         compute=ray.data.ActorPoolStrategy(size=min(options.workers, len(work))),
         **options.resources,
     )
@@ -214,8 +218,55 @@ def _require_resources(options: RayOptions) -> None:
         time.sleep(1)
 
 
-def _read_work(row: dict[str, Any], read: Any) -> Iterator[Row]:
+def _require_same_on_all_nodes(stage: Any, digest: str, expected: dict[str, str]) -> None:
+    """Raise ShardError if a node has another model or packages, or lacks them.
+
+    One node has one installation, so that its first batch shows the same.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [
+        node for node in ray.nodes() if node["Alive"] and {"CPU", "GPU"} & {*node["Resources"]}
+    ]
+    if len(nodes) < 2:
+        return
+    check = ray.remote(num_cpus=0, max_calls=1)(_check)
+    checks = {}
+    for node in nodes:
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        result = check.options(scheduling_strategy=here).remote(stage, digest, expected)
+        checks[result] = node["NodeManagerHostname"]
+    for result, host in checks.items():
+        try:
+            ray.get(result)
+        except ray.exceptions.RayTaskError as error:
+            raise _error(error, f"the machine {host}") from None
+        except ray.exceptions.RayError:  # the node has died: the others do its work
+            continue
+
+
+def _check(stage: Any, digest: str, expected: dict[str, str]) -> None:
+    _ = _Worker(stage, digest, expected).stage
+
+
+def _require_versions(expected: dict[str, str]) -> None:
+    found, host = versions(), socket.gethostname()
+    names = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    if names:
+        here, there = (
+            ", ".join(f"{name} {packages.get(name)}" for name in names)
+            for packages in (expected, found)
+        )
+        raise ShardError(
+            f"a worker on {host} has {there}, the driver {here}: results of both would be mixed; "
+            "install the same packages on all machines"
+        )
+
+
+def _read_work(row: dict[str, Any], read: Any, expected: dict[str, str]) -> Iterator[Row]:
     """The task."""
+    _require_versions(expected)
     for table in read(Work(**row)):
         yield _row(table)
 
@@ -235,21 +286,17 @@ class _Worker:
         """
         import ray
 
-        if (found := versions()) != self.expected:
-            raise ShardError(
-                f"a worker has {found}, the driver {self.expected}: results of both would be "
-                "mixed; install the same packages on all machines"
-            )
-        stage = self.unchecked
+        _require_versions(self.expected)
+        stage, host = self.unchecked, socket.gethostname()
         stage.device = "cuda" if ray.get_gpu_ids() else "cpu"
         try:
             digest = stage.digest()
         except (ValueError, OSError) as error:
-            raise ShardError(f"a worker cannot load the {stage.model}: {error}") from None
+            raise ShardError(f"a worker on {host} cannot load the {stage.model}: {error}") from None
         if digest != self.digest:
             raise ShardError(
-                f"a worker's {stage.model} {stage.name!r} has weights {digest}, the driver's "
-                f"{self.digest}: results of both would be mixed"
+                f"on {host} the {stage.model} {stage.name!r} has weights {digest}, the driver's "
+                f"has {self.digest}: results of both would be mixed"
             )
         return stage
 
@@ -268,18 +315,18 @@ def _table(row: Row) -> pa.Table:
     return pa.ipc.open_stream(row["batch"]).read_all()
 
 
-def _error(error: Exception) -> ShardError:
+def _error(error: Exception, where: str = "a worker of the cluster") -> ShardError:
     """What ended the job, on one line, without Ray's traceback and advice."""
     cause = getattr(error, "cause", error)
     text = f"{type(cause).__name__}: {cause}\n{error}"  # Ray knows some causes as text only
     found = dict(re.findall(r"^(?:\w+\.)*(\w+Error): (.+)", text, re.MULTILINE))
     if "ShardError" in found:
         return ShardError(found["ShardError"])
-    for name in ("ModuleNotFoundError", "ImportError"):
+    for name in ("ModuleNotFoundError", "PackageNotFoundError", "ImportError"):
         if name in found:
             return ShardError(
-                f"a worker of the cluster lacks a package ({found[name]}): install "
-                "'lavit-tok[train,ray]' on all machines"
+                f"{where} lacks a package ({found[name]}): install 'lavit-tok[train,ray]' on all "
+                "machines"
             )
     name, message = [*found.items(), (type(cause).__name__, str(cause).partition("\n")[0])][0]
-    return ShardError(f"a worker failed: {name}: {message}")
+    return ShardError(f"{where} failed: {name}: {message}")
