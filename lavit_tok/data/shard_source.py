@@ -156,6 +156,11 @@ class SplitImages(ImageSource):
                 rows.append({"file": file, "index": start + i, "end": end, **row})
             yield open_batch(pa.Table.from_pylist(rows, EXAMPLES), self.reader)
 
+    def path(self, index: int) -> str | None:
+        """That of the image of an example whose bytes are in a file of their own."""
+        path: str | None = (self.split[index][self.image_column] or {}).get("path")
+        return path
+
     def decoded(self, index: int) -> pa.Table:
         """One example; see `open_batch`."""
         (table,) = self.batches(Work(0, index, index + 1), "", len(self), 1, {})

@@ -9,6 +9,7 @@ and the config, and appears as a whole, so a killed job is resumed by any engine
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from collections import deque
@@ -269,6 +270,7 @@ class ShardJob:
         corrupt = table["reason"].is_valid()
         images, first = _images(table), self._first(file)
         rejects = table.filter(corrupt).select(["key", "reason", "index"]).to_pylist()
+        self._require_unseen(table.filter(pc.and_(corrupt, table["size"].is_null()))["index"])
         footer = {
             "split": self.name,
             "columns": self.source.columns,
@@ -286,6 +288,17 @@ class ShardJob:
                 f"{len(self.shards)} shards are complete; the same command resumes after them"
             ) from error
         self.shards[file] = shard
+
+    def _require_unseen(self, missing: pa.ChunkedArray) -> None:
+        """Raise ShardError if an image whose file was not found is on this machine."""
+        for index in missing.to_pylist() if isinstance(self.source, SplitImages) else ():
+            path = self.source.path(index)
+            if path and os.path.isfile(path):
+                raise ShardError(
+                    f"{path}: not found by the process that was to open it, but it is here: the "
+                    "paths of the images must be the same on all machines. "
+                    f"{len(self.shards)} shards are complete; the same command resumes after them"
+                )
 
     def _write(self, file: str, content: bytes) -> None:
         """Raises ShardError if another job has written another shard to an object store."""

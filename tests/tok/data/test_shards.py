@@ -31,6 +31,7 @@ from lavit_tok import ShardError, Shards, VisualTokenizer
 from lavit_tok.cli import main
 from lavit_tok.data.code_files import CodeFileHeader, CodeRecord, read_codes
 from lavit_tok.data.shard_manifest import Manifest, sha256
+from lavit_tok.data.shard_source import SplitImages
 from lavit_tok.encode.image_files import open_image
 
 CORRUPT = 2  # of the ten training images
@@ -542,6 +543,27 @@ def test_streams_give_the_same_records(
     path = folder / "train-0.parquet"
     pq.write_table(pq.read_table(path)[1:], path)
     refused(f"{names[0]}: its images have other keys", "stream", "--streaming", data=folder)
+
+
+def test_images_that_only_this_machine_has(
+    shards: Callable[..., Path], refused: Any, album: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The folder has another name while a batch is read, as on a machine that does not have it."""
+    images = tmp_path / "images"
+    shutil.copytree(album, images)
+    batches = SplitImages.batches
+
+    def elsewhere(*args: Any, **options: Any) -> Any:
+        images.rename(tmp_path / "away")
+        tables = list(batches(*args, **options))
+        (tmp_path / "away").rename(images)
+        yield from tables
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitImages, "batches", elsewhere)
+        refused("train/00.png: not found by the process that was to open it, but it", data=images)
+    assert not [*(tmp_path / "out").glob("*.parquet")]
+    assert files(shards(data=images)) == files(shards("other", data=images))
 
 
 def test_rejects_are_never_lost(shards: Callable[..., Path], album: Path, tmp_path: Path) -> None:
