@@ -181,6 +181,8 @@ def _init(address: str | None) -> None:
     try:
         if address not in (None, "auto", "local"):  # Ray tries for minutes
             host, _, port = address.removeprefix("ray://").rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError("expected HOST:PORT or auto")
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(
             address or "local",
@@ -296,7 +298,7 @@ class _Worker:
         if digest != self.digest:
             raise ShardError(
                 f"on {host} the {stage.model} {stage.name!r} has weights {digest}, the driver's "
-                f"has {self.digest}: results of both would be mixed"
+                f"has {self.digest}: results of both would be mixed; copy one to all machines"
             )
         return stage
 

@@ -274,17 +274,21 @@ sys.exit(main(sys.argv[2:]))
     assert not [*(tmp_path / "out").glob("*.parquet")]
 
 
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("127.0.0.1:9", "[Errno 111] Connection refused"), ("here", "expected HOST:PORT or auto")],
+)
 def test_an_address_without_a_cluster(
-    work: tuple[Path, list[str]], tmp_path: Path, capfd: Any
+    address: str, reason: str, work: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder, job = work
     job = [*job, str(folder / "images"), "--out", str(tmp_path / "out")]
     program = "import sys; from lavit_tok.cli import main; sys.exit(main(sys.argv[1:]))"
-    args = [sys.executable, "-c", program, *job, "--engine", "ray", "--address", "127.0.0.1:9"]
+    args = [sys.executable, "-c", program, *job, "--engine", "ray", "--address", address]
     done = subprocess.run(args, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("lavit-tok: error: --address 127.0.0.1:9: no Ray cluster: ")
+    assert last == f"lavit-tok: error: --address {address}: no Ray cluster: {reason}"
 
 
 def test_the_example(
