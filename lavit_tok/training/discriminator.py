@@ -45,7 +45,7 @@ class FeatureDiscriminator(nn.Module):
             for count in channels
         )
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Float[Tensor, "batch 1 rows columns"]]:
+    def forward(self, maps: Sequence[Tensor]) -> list[Float[Tensor, "batch 1 h w"]]:
         """Logits for every map, larger for true images."""
         return [head(x).float() for head, x in zip(self.heads, maps, strict=True)]
 

@@ -48,7 +48,7 @@ class FeatureMaps:
             self.scales = [x.std((0, 2, 3), keepdim=True) + 1e-3 for x in self(images)]
 
     def __call__(self, images: Float[Tensor, "batch 3 h w"]) -> list[Tensor]:
-        """A map [batch channels rows columns] for every stage."""
+        """A map [batch channels height width] for every stage."""
         maps = self.network.maps(((images + 1) / 2 - MEAN) / STD, max(self.stages))
         found = [maps[stage].float() for stage in self.stages]
         if self.scales is None:

@@ -10,7 +10,7 @@
 The energy score keeps images near the original and, if `repulsion` is above 0, two draws apart; the
 discriminator makes them look like images. Both read the maps of the tokenizer's own frozen encoder.
 Without repulsion one draw is enough, and the score is an absolute error of maps and pixels. The
-network sees a random part of the images, enlarged or reduced at random, without which the decoder
+network reads a random part of the images, enlarged or reduced at random, without which the decoder
 learns patterns of pixels that look like texture to this network at this size, and to nobody else.
 The decoder starts as the mean decoder beside it, which stays. Random numbers come from (seed, step,
 rank), so that a resumed run repeats an uninterrupted one.
@@ -40,7 +40,7 @@ from lavit_tok.training.nested_training import log_uniform
 from lavit_tok.training.optimizers import OptimizerConfig, ScheduleConfig
 
 VIEWS = (0.6, 1.0)
-"""Sides of the parts of images that the network sees, as ratios; resized to VIEW_SIDE."""
+"""Sides of the parts of images that the network reads, as ratios; resized to VIEW_SIDE."""
 VIEW_SIDE = 0.875
 SCALED_ON = 64
 """Training images whose maps are scaled to unit deviation."""
@@ -177,20 +177,20 @@ class SampleDecoderTraining(NestedDecoderTraining):
 
         Args:
             images: about -1..1.
-            view: top, left and side of the part that the network sees, resized; None is all.
+            view: top, left and side of the part that the network reads, resized; None is all.
         """
         assert self.maps is not None
-        seen = images
+        part = images
         if view is not None:
             top, left, side = view
             size = round(images.shape[-1] * VIEW_SIDE)
-            seen = F.interpolate(
+            part = F.interpolate(
                 images[..., top : top + side, left : left + side],
                 (size, size),
                 mode="bilinear",
                 antialias=True,
             )
-        return self.maps(seen) + neighborhoods(images)
+        return self.maps(part) + neighborhoods(images)
 
     def loss(
         self, joined: Tensor, pixels: Float[Tensor, "batch 3 h w"], generator: torch.Generator
