@@ -169,13 +169,13 @@ def reconstruct(arguments: argparse.Namespace) -> int:
             shown = _encodings(tokenizer, pixels, arguments)
             compared = [*shown][len(shown) // 2]
             numbers = [number for number, _, _ in images]
-            decoded = {
-                title: (codes, _decode(decoder, codes, numbers, arguments))
-                for title, codes in shown.items()
-            }
-            for mode in () if arguments.mode else decoder.modes[1:]:
-                made = _decode(decoder, shown[compared], numbers, arguments, mode)
-                decoded[f"{compared}, {mode}"] = (shown[compared], made)
+            decoded = {}
+            for title, codes in shown.items():
+                decoded[title] = codes, _decode(decoder, codes, numbers, arguments)
+                others = decoder.modes[1:] if title == compared and arguments.mode is None else []
+                for mode in others:
+                    made = _decode(decoder, codes, numbers, arguments, mode)
+                    decoded[f"{title}, {mode}"] = codes, made
             for i, (number, path, (small, panel)) in enumerate(images):
                 of_image = {t: (c.take([i]), made[i]) for t, (c, made) in decoded.items()}
                 original = open_image(panel)
