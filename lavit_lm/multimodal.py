@@ -160,7 +160,7 @@ class MultimodalLM:
             generator: of the sampling, and of the image decoder's noise.
             num_inference_steps: of the image decoder; None for its default.
             decoder_guidance_scale: guidance scale of the image decoder; None for its default.
-            decoder_mode: "mean" or "sample", of decoders of codes; None for its default.
+            decoder_mode: "mean" or "sample", of decoders of codes; by default "sample", if it can.
             sampling: other arguments of generate_codes_batch.
 
         Raises:

@@ -25,7 +25,8 @@ from lavit_tok.cli.parser import (
     IMAGES,
     LIMITS,
     LOCATION,
-    MODE,
+    MODE_HELP,
+    MODES,
     OVERWRITE_FOLDER,
     SEED,
     Argument,
@@ -90,7 +91,7 @@ GENERATE = (
         "--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy decoding"
     ),
     Argument("--decoder", default="default", metavar="D", help=LOCATION),
-    MODE,
+    Argument("--mode", choices=MODES, help=f"{MODE_HELP}, if the decoder has it"),
     Argument("--steps", type=positive, default=20, help="denoising steps"),
     Argument(
         "--decoder-guidance",

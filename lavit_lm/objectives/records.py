@@ -105,10 +105,6 @@ class ImageDecoder(Protocol):
         ...
 
 
-SAMPLING = {"num_inference_steps", "guidance_scale", "eta", "latents"}
-"""Options of PixelDecoder that only its sampling has."""
-
-
 class CodesDecoder:
     """ImageDecoder of a PixelDecoder pipeline: images from codes."""
 
@@ -137,10 +133,11 @@ class CodesDecoder:
     def decode(self, outputs: VisualCodes, generator: Any = None, **options: Any) -> Any:
         """See ImageDecoder; options, such as output_type, are those of PixelDecoder's call.
 
-        Nested codes are decoded to the expected image, unless an option of sampling is given.
+        The mode is "sample" by default, if the decoder has it: the expected image is closer to an
+        original, which generated codes do not have, and blurred.
         """
-        if self.pipeline.conditioner.config.nested and not options.keys() & SAMPLING:
-            options = {"mode": "mean", **options}
+        if "sample" in self.pipeline.modes:
+            options = {"mode": "sample", **options}
         result: Any = self.pipeline(outputs, generator=generator, **options)
         return result.images
 

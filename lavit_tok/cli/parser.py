@@ -339,15 +339,13 @@ DECODER = Argument(
     metavar="D",
     help=f"{LOCATION}; by default that of a shipped tokenizer, else 'default'",
 )
-MODE = Argument(
-    "--mode",
-    choices=("sample", "mean"),
-    help="a plausible image, sharp, or the expected image, closer and blurred; by default sample "
-    "if the decoder has a diffusion model, else mean",
-)
+MODES = ("sample", "mean")
+MODE_HELP = "a plausible image, sharp, or the expected image, closer and blurred; by default sample"
 DECODING = (
     DECODER,
-    MODE,
+    Argument(
+        "--mode", choices=MODES, help=f"{MODE_HELP} if the decoder has a diffusion model, else mean"
+    ),
     Argument("--steps", type=positive, default=20, help="denoising steps"),
     Argument("--guidance", type=float, default=3.0, help="guidance scale; 1: none, half the cost"),
     Argument(
