@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
 from lavit_tok import ImageError, VisualCodes, VisualImageProcessor
-from lavit_tok.encode.image_files import open_image
+from lavit_tok.data.animations import count_frames, read_frames
 
 FRAMES = 8
 """Of a video (Emu, appendix)."""
@@ -69,30 +69,6 @@ def read_clip(file: str | os.PathLike[str], frames: int = FRAMES) -> list[Image.
         ValueError: less than one frame.
     """
     return read_frames(file, clip(range(count_frames(file)), frames))
-
-
-def count_frames(file: str | os.PathLike[str]) -> int:
-    """Number of frames of an image file, 1 of a still image. Raises ImageError."""
-    open_image(file)  # whatever is no image has its message there
-    try:
-        with Image.open(file) as opened:
-            return int(getattr(opened, "n_frames", 1))
-    except Exception as error:  # decoders of damaged files raise nearly any exception
-        raise ImageError(f"{file}: frames cannot be counted: {error}") from None
-
-
-def read_frames(file: str | os.PathLike[str], numbers: Sequence[int]) -> list[Image.Image]:
-    """Frames by increasing number, as upright RGB, transparent pixels white. Raises ImageError."""
-    images = []
-    number = 0
-    try:
-        with Image.open(file) as opened:
-            for number in numbers:
-                opened.seek(number)
-                images.append(open_image(opened.copy()))
-    except Exception as error:
-        raise ImageError(f"{file}: frame {number} cannot be read: {error}") from None
-    return images
 
 
 def storyboard(

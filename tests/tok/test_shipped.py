@@ -14,6 +14,7 @@ from lavit_tok import PixelDecoder, Shards, VisualTokenizer, WeightsError, visua
 from lavit_tok.checkpoints.weights import PACKAGE, SHIPPED, find_directory
 from lavit_tok.cli import main
 from lavit_tok.cli.items import photographs
+from lavit_tok.data.decode_batch import generators
 from lavit_tok.data.shard_manifest import ShardError
 from lavit_tok.encode.image_files import open_image
 
@@ -163,7 +164,7 @@ def test_codes_of_the_other_shipped_model_are_refused_with_a_remedy(
 def test_reconstruct_as_in_the_readme(
     tokenizer: VisualTokenizer, decoder: PixelDecoder, tmp_path: Path, capsys: Any
 ) -> None:
-    """Panels of 256 pixels: original, default length, 64 codes, thumbnail, 256 codes."""
+    """Panels of 256 pixels: original, default length, 64 codes in both modes, thumbnail, 256."""
 
     def panels(*request: str) -> list[Any]:
         out = tmp_path / f"sheets{len(request)}"
@@ -176,17 +177,23 @@ def test_reconstruct_as_in_the_readme(
     assert Path(image).name == "chelsea.png"
     whole = tokenizer.encode(image, 256)
     lengths = [int(tokenizer.encode(image).lengths[0]), 64, 256]
-    _, first, second, thumbnail, last = panels(image)
+    _, first, second, thumbnail, sample, last = panels(image)
     assert f"{lengths[0]:7d} of 256 codes  {image}" in capsys.readouterr().out
     for length, panel in zip(lengths, (first, second, last), strict=True):
         (drawn,) = decoder(whole.truncate(length)).images
         assert np.array_equal(panel, drawn.resize((256, 256), Image.Resampling.BICUBIC)), length
+    noise = generators(0, [0])
+    (drawn,) = decoder(whole.truncate(64), mode="sample", generator=noise).images
+    assert np.array_equal(sample, drawn.resize((256, 256), Image.Resampling.BICUBIC))
     small = tokenizer.image_processor.resize(Image.open(image).convert("RGB"))
-    expected = visualize.thumbnail(open_image(small), 64 * 12)
-    assert np.array_equal(thumbnail, expected.resize((256, 256), Image.Resampling.BICUBIC))
+    enlarged = visualize.thumbnail(open_image(small), 64 * 12)
+    assert np.array_equal(thumbnail, enlarged.resize((256, 256), Image.Resampling.BICUBIC))
     requested = panels(image, "--budget", "64")
-    assert len(requested) == 3 and np.array_equal(requested[1], second)
-    assert np.array_equal(requested[2], thumbnail)
+    for panel, expected in zip(requested[1:], (second, thumbnail, sample), strict=True):
+        assert np.array_equal(panel, expected)
+    requested = panels(image, "--budget", "64", "--mode", "sample")
+    for panel, expected in zip(requested[1:], (sample, thumbnail), strict=True):
+        assert np.array_equal(panel, expected)
 
 
 def test_size_of_the_weights() -> None:
