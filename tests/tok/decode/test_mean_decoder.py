@@ -55,6 +55,8 @@ def test_new_decoder_gives_the_colors_of_the_cells(tokenizer: VisualTokenizer) -
     decoder = MeanDecoder(24, 16, 4, (16, 8, 8))
     drawn = decoder(joined)
     assert drawn.shape == (1, 3, 32, 32)
+    # Only the pixels themselves are computed with their neighbors
+    assert [level[-1].kernel_size[0] for level in decoder.blocks] == [1, 1, 3]
     expected = F.interpolate(2 * image[..., ::2, ::2] - 1, (32, 32), mode="bilinear")
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
     torch.nn.init.constant_(decoder.blocks[-1][-1].bias, 0.25)  # the network's part is added

@@ -214,6 +214,9 @@ def test_a_ratio_is_held_and_no_gradient_moves_it():
         with torch.no_grad():  # against a finite difference, through the shift
             found = (moved + shift_to_ratio(moved, ratio)).sigmoid()[0, 0] - probability[0, 0]
         assert abs(float(found) / 0.05 - float(slope[1, 1])) < 1e-4
+    for far in (-200.0, 200.0):  # scores that are all far from 0
+        probability = (scores + far + shift_to_ratio(scores + far, 0.25)).sigmoid()
+        assert abs(float(probability.mean().detach()) - 0.25) < 1e-4
     log_probs = torch.stack([scores.detach(), torch.zeros_like(scores)], -1).log_softmax(-1)
     draws = [
         straight_through(log_probs, torch.Generator().manual_seed(s), ratio=0.25).mean()
