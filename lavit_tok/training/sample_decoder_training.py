@@ -141,12 +141,13 @@ class SampleDecoderTraining(NestedDecoderTraining):
         """The score and the PSNR of a draw over budgets, with the same noise each time."""
         images, patches = batch["images"], self.tokenizer.config.num_patches
         pixels, count = self.pixels(images), 1
+        true = self.compared(pixels)
         while count <= patches:
             generator = step_generator(self.seed, batch_index, 2**31 + count, self.device)
             joined = self.condition(images, torch.full((len(images),), count, device=self.device))
             drawn = self.draw(joined, generator)
             error = (drawn[: len(images)].clamp(-1, 1) - pixels).square().mean((1, 2, 3))
-            score = energy_score(self.compared(pixels), self.compared(drawn), self.repulsion)
+            score = energy_score(true, self.compared(drawn), self.repulsion)
             found = {"score": score, "psnr": psnr(error)}
             for name, value in found.items():
                 self.log(f"val/{name}_{count}", value, batch_size=len(images), sync_dist=True)
