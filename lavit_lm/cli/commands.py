@@ -55,12 +55,13 @@ def generate(arguments: argparse.Namespace) -> int:
     require_text(prompt)
     generator = torch.Generator().manual_seed(arguments.seed)
     kind = lm.objective.image_output.kind
+    _require_mode_of_codes(arguments, kind)  # before anything is generated
     if kind == "codes":
         sampling = {"top_k": arguments.top_k, "temperature": arguments.temperature}
         outputs: Any = lm.generate_codes(prompt, n, arguments.guidance, generator, **sampling)
     else:
         outputs = lm.generate_vectors_batch([prompt]).expand(n, -1, -1)
-    options = _decoding(arguments, kind)
+    options = _decoding(arguments)
     for number, image in enumerate(lm.decode_images(outputs, generator, **options)):
         path = arguments.out / png_name(number, prompt)
         save_png(image, path)
@@ -74,12 +75,16 @@ def generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _decoding(arguments: argparse.Namespace, kind: str = "codes") -> dict[str, Any]:
-    """Options of the image decoder. Raises ValueError for a mode of one that has none."""
+def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of the image decoder."""
     options = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.decoder_guidance}
+    return options if arguments.mode is None else {**options, "mode": arguments.mode}
+
+
+def _require_mode_of_codes(arguments: argparse.Namespace, kind: str) -> None:
+    """Raise ValueError for a mode of an image decoder that has none."""
     if arguments.mode is not None and kind != "codes":
         raise ValueError(f"--mode: expected a model that generates codes, this one makes {kind}")
-    return options if arguments.mode is None else {**options, "mode": arguments.mode}
 
 
 def _generate_for_all(arguments: argparse.Namespace) -> int:
@@ -106,7 +111,7 @@ def _generate_for_all(arguments: argparse.Namespace) -> int:
         arguments.block_size,
     )
     lm = stage.lm
-    _decoding(arguments, lm.objective.image_output.kind)
+    _require_mode_of_codes(arguments, lm.objective.image_output.kind)
     # Errors that concern all prompts are raised before any is used.
     Sampling(guidance_scale=arguments.guidance, **sampling)
     if only_codes and not stage.makes_codes:

@@ -147,10 +147,10 @@ def moved(
     """
     image, still = part.image, [1.0] * FRAMES
     side = draw.uniform(*SHOWN)
-    room = 0.5 - side / 2
-    along = steps(-room, room)
-    across = [draw.uniform(-0.6, 0.6) * room] * FRAMES
-    x, y = across, [draw.uniform(-0.6, 0.6) * room] * FRAMES
+    margin = 0.5 - side / 2
+    along = steps(-margin, margin)
+    across = [draw.uniform(-0.6, 0.6) * margin] * FRAMES
+    x, y = across, [draw.uniform(-0.6, 0.6) * margin] * FRAMES
     sides, images, longer = [side] * FRAMES, [image] * FRAMES, still
     if motion.startswith("moving"):
         backward = motion in ("moving to the left", "moving up")
