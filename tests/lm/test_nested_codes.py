@@ -25,7 +25,6 @@ from lavit_lm.generation.beam_search import beam_search
 from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generate_ids
 from lavit_lm.models.losses import _chosen, log_likelihood, shift_targets, target_nats
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.objectives.davinci import DaVinci
 from lavit_lm.objectives.emu import Emu
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.packing import pack, pad
@@ -131,8 +130,6 @@ def test_images_are_cut_to_the_codes_that_have_ids(parts: Any) -> None:
         SegmentLength(len(processor.text(text)), text),
     ]
     assert LaVIT().sequence_length(lengths, processor, generator()) == len(sequence)
-    with pytest.raises(ValueError, match="nested codes have no lines"):
-        DaVinci().layout([TextSegment("a red apple")], processor, generator())
 
 
 @pytest.mark.parametrize("beams", [0, 3])

@@ -15,6 +15,10 @@ An image of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector
     id       <s> a red apple | <img> 0 1 2 3 4 5 6 7 8
     predict  P   P P   P     | .     x x x x x x x x x
 
+    "image", nested codes: all terms -> the codes, as many as there are
+    id       <s> a red apple | <img> 0 1 2 </img>
+    predict  P   P P   P     | .     x x x x
+
     "plain": k = 2 terms -> the other terms
     id       <s> a red | <s> apple </s>
     predict  P   P P   | .   x     x
@@ -24,7 +28,8 @@ An image of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector
   encoder's input and the other the decoder's (models/encoder_decoder.py).
 - A suffix begins with a token that is not predicted. In an image suffix, patch positions start
   anew, since the codes of the lower lines are those of an image that begins with them. An image is
-  whole lines of patches and ends by their number.
+  whole lines of patches and ends by their number. Nested codes have no lines, so that there is no
+  image prefix, and </img> is predicted, since their number differs.
 - k is drawn over whitespace-separated terms for each sequence, and r too: the paper draws one r for
   a batch, because its batches are rectangular; packed sequences may be of any lengths.
 """
@@ -49,7 +54,6 @@ from lavit_lm.objectives.davinci.prefix_sequences import (
     PrefixSequences,
     codes_of,
     number_of_patches,
-    require_all_patches,
     text_only,
 )
 from lavit_lm.objectives.records import Connectors, ImageOutput, PromptTemplates
@@ -69,8 +73,8 @@ class Split(NamedTuple):
     """Its terms."""
     suffix: list[str]
     """Its terms; none for "image", whose suffix is codes."""
-    patches: int
-    """Patches of the image that are in the prefix, whole lines from the top."""
+    vectors: int
+    """Of the image, in the prefix: those of whole lines of patches from the top, or all."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,15 @@ class DaVinci(Objective):
         caption_prompt: first terms of every generated caption; not part of the output.
         train_encoder: train a copy of the visual tokenizer's encoder for the vectors; the paper
             trains its ResNet.
+        nested_vectors: the codes are nested, and an image is read as so many vectors, each the mean
+            over a square of patches. 64 of a tokenizer of 16 x 16 patches of 8 pixels have the
+            stride of the paper's ResNet, 16. None: the codes are those of the patches in raster
+            order, and each patch has a vector.
+        restricted_softmax: see LaVIT.
 
     Raises:
-        ValueError: a weight, a ratio or a number below 0, all ratios 0, or no probability.
+        ValueError: a weight, a ratio or a number below 0, all ratios 0, no probability, or nested
+            codes with an image prefix.
     """
 
     name: ClassVar[str] = "davinci"
@@ -113,6 +123,8 @@ class DaVinci(Objective):
     lower_case: bool = True
     caption_prompt: str = "a picture of"
     train_encoder: bool = False
+    nested_vectors: int | None = None
+    restricted_softmax: bool = False
 
     def __post_init__(self) -> None:
         for field, value in self.to_dict().items():
@@ -122,6 +134,16 @@ class DaVinci(Objective):
             raise ValueError("expected a ratio above 0 for at least one of the three tasks")
         if not 0 <= self.prompt_drop <= 1:
             raise ValueError(f"prompt_drop: expected a probability, got {self.prompt_drop}")
+        if self.nested and self.image_prefix:
+            raise ValueError(
+                "nested_vectors: expected image_prefix=False beside it, since nested codes have no "
+                "lines"
+            )
+
+    @property
+    def nested(self) -> bool:
+        """Whether codes are nested."""
+        return self.nested_vectors is not None
 
     @property
     def prompt_templates(self) -> PromptTemplates:
@@ -129,14 +151,15 @@ class DaVinci(Objective):
 
     @property
     def connectors(self) -> Connectors:
-        """A vector for each patch; codes of lower lines are computed on the batch's device."""
-        bridge = partial(PatchBridge, train_encoder=self.train_encoder)
+        """Vectors of patches; codes of lower lines are computed on the batch's device."""
+        own = {"train_encoder": self.train_encoder, "vectors": self.nested_vectors}
+        bridge = partial(PatchBridge, **own)
         return Connectors(bridge, complete_batch=with_codes_below)
 
     @property
     def image_output(self) -> ImageOutput:
-        """A code for every patch."""
-        return ImageOutput(min_length=None, emits_start=False)
+        """A code for every patch; of nested codes any number."""
+        return ImageOutput(min_length=1 if self.nested else None, emits_start=False)
 
     def layout(
         self,
@@ -161,16 +184,16 @@ class DaVinci(Objective):
         if split.task == "plain":
             return sequences.append_text(sequences.prefix(prefix), split.suffix).build(key)
         image = images[0]
-        keep = torch.arange(require_all_patches(image, key)) < split.patches
-        if split.patches:  # read as vectors of its upper lines, without codes
-            prefix = [replace(image, codes=None, keep=keep), *prefix]
+        read = sequences.as_vectors(image, key, split.vectors)
+        if split.vectors:
+            prefix = [read, *prefix]
         builder = sequences.prefix(prefix)
         if split.task == "text":
             return sequences.append_text(builder, split.suffix).build(key)
         ids = processor.codes(codes_of(image))
         # Codes of lower lines are not those of the whole image: with_codes_below encodes these
         # lines on their own.
-        ids = [LATER] * (len(ids) - split.patches) if split.patches else ids
+        ids = [LATER] * (len(ids) - split.vectors) if split.vectors else ids
         return sequences.append_image(builder, ids).build(key)
 
     def sequence_length(
@@ -184,10 +207,10 @@ class DaVinci(Objective):
         texts = [s.text for s in lengths if s.text is not None]
         patches = [s.tokens for s in lengths if s.is_image]
         split, start = self._split(texts, patches, sequences, generator), len(sequences.start)
-        image = split.patches + 2 if split.patches else 0
+        image = split.vectors + 2 if split.vectors else 0
         prefix = start + image + len(sequences.ids(split.prefix))
         if split.task == "image":
-            return prefix + 1 + patches[0] - split.patches
+            return prefix + 1 + patches[0] - split.vectors + self.nested
         return prefix + start + len(sequences.ids(split.suffix)) + 1
 
     def _split(
@@ -218,7 +241,8 @@ class DaVinci(Objective):
             above = int(r * (lines - 1)) * lines if self.image_prefix else 0
             return Split("image", terms if drop >= self.prompt_drop else [], [], above)
         k = min(int(k * len(terms)), self.caption_prefix if chosen == "text" else self.text_prefix)
-        return Split(chosen, terms[:k], terms[k:], patches[0] if chosen == "text" else 0)
+        whole = (self.nested_vectors or patches[0]) if chosen == "text" else 0
+        return Split(chosen, terms[:k], terms[k:], whole)
 
     def prompt(
         self,
@@ -248,20 +272,19 @@ class DaVinci(Objective):
     ) -> SequenceBuilder:
         """Prefix and start of a text, for an image with the terms with which its captions begin."""
         sequences, opening = self._sequences(processor), TextSegment(self.caption_prompt)
-        for segment in segments:
-            if isinstance(segment, ImageSegment):
-                require_all_patches(segment)
         is_caption = bool(opening.text) and list(segments[-1:]) == [opening]
+        segments = [sequences.as_vectors(s) if isinstance(s, ImageSegment) else s for s in segments]
         builder = sequences.prefix(segments[:-1] if is_caption else segments).text(sequences.start)
         return builder.text(sequences.ids(sequences.split(opening.text))) if is_caption else builder
 
     def _sequences(self, processor: MultimodalProcessor) -> PrefixSequences:
-        if processor.vocabulary.stages:
+        if bool(processor.vocabulary.stages) != self.nested:
             raise ValueError(
-                "davinci: expected codes in raster order, whose lines are prefix or suffix; nested "
-                "codes have no lines"
+                f"davinci: nested_vectors is {self.nested_vectors}, and the vocabulary's codes are "
+                f"{'not ' if self.nested else ''}nested: set it for nested codes only, for example "
+                "nested_vectors=64 with image_prefix=False"
             )
-        return PrefixSequences(processor, self.lower_case)
+        return PrefixSequences(processor, self.lower_case, self.nested_vectors)
 
     def losses(self, output: ModelOutput, batch: PackedBatch) -> dict[str, LossSum]:
         """Sums of "text" (text beside an image), "image" (codes) and "plain" (text alone)."""

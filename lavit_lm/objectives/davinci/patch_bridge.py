@@ -10,6 +10,13 @@
 Neither input contains what the other one encodes, so that the prefix has no information about the
 lines below it, and the codes of these lines do not depend on the lines above (DaVinci, "prefix
 image modeling"). Blank patches have the mean color.
+
+Fewer vectors than patches are means over squares of patches, here 4 of 16:
+
+    a a b b
+    a a b b      ->  vectors a b c d
+    c c d d
+    c c d d
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from dataclasses import replace
 from math import isqrt
 
 import torch
-from einops import repeat
+from einops import reduce, repeat
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
@@ -36,7 +43,8 @@ forgotten one is an error.
 class PatchBridge(EncoderConnector):
     """Images -> a vector of the LM's hidden size for each patch of their upper lines.
 
-        images [k 3 s s], blank below -> encoder -> norm, linear, + learned positions -> [m width]
+        images [k 3 s s], blank below -> encoder -> [means over squares] -> norm, linear
+                                      -> + learned positions -> [m width]
 
     DaVinci trains a ResNet-101 of stride 16; any encoder with patches can be used. Its class token
     is left out: the embedding of <img> is a learned vector before the patches already.
@@ -47,19 +55,37 @@ class PatchBridge(EncoderConnector):
         width: the LM's hidden size.
         train_encoder: train a copy of the encoder, the submodule "encoder"; otherwise the
             tokenizer's own is used, frozen.
+        vectors: of an image; by default one for each patch.
+
+    Raises:
+        ValueError: vectors that are no means over squares of patches.
     """
 
-    def __init__(self, tokenizer: VisualTokenizer, width: int, train_encoder: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: VisualTokenizer,
+        width: int,
+        train_encoder: bool = False,
+        vectors: int | None = None,
+    ) -> None:
         super().__init__(tokenizer, train_encoder)
         c = tokenizer.config
+        vectors = c.num_patches if vectors is None else vectors
+        side = isqrt(c.num_patches)
+        possible = [n * n for n in range(1, side + 1) if side % n == 0]
+        if vectors not in possible:
+            raise ValueError(
+                f"expected vectors that are means over squares of {side} x {side} patches, one of "
+                f"{possible}, got {vectors}"
+            )
         self.norm = nn.LayerNorm(c.width, c.layer_norm_eps)
         self.projection = nn.Linear(c.width, width)
-        self.positions = nn.Parameter(torch.randn(c.num_patches, width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(vectors, width) * 0.02)
 
     def forward(
-        self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k patches"]
+        self, images: UInt8[Tensor, "k 3 h w"], keep: Bool[Tensor, "k vectors"]
     ) -> Float[Tensor, "m width"]:
-        """A vector for each kept patch in raster order, images one after another; others are blank.
+        """The kept vectors in raster order, images one after another; other patches are blank.
 
         Raises:
             ValueError: images of another size than the tokenizer's.
@@ -68,6 +94,10 @@ class PatchBridge(EncoderConnector):
         patch = pixels.shape[-1] // side
         pixels = pixels * repeat(keep, "k (r c) -> k 1 (r p) (c q)", r=side, p=patch, q=patch)
         features = self.encoded(pixels, self.positions.dtype)
+        square = isqrt(features.shape[1]) // side
+        features = reduce(
+            features, "k (r p c q) d -> k (r c) d", "mean", r=side, p=square, c=side, q=square
+        )
         return (self.projection(self.norm(features)) + self.positions)[keep]
 
 

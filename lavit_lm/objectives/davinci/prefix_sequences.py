@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -24,10 +25,12 @@ class PrefixSequences:
     Args:
         processor: text tokenizer and visual vocabulary.
         lower_case: lower-case all text.
+        nested_vectors: codes are nested, and each image has so many vectors; see DaVinci.
     """
 
     processor: MultimodalProcessor
     lower_case: bool
+    nested_vectors: int | None = None
 
     @property
     def start(self) -> list[int]:
@@ -41,6 +44,23 @@ class PrefixSequences:
     def ids(self, terms: Sequence[str]) -> list[int]:
         """Ids of terms."""
         return self.processor.text(" ".join(terms))
+
+    def as_vectors(
+        self, image: ImageSegment, key: str = "", count: int | None = None
+    ) -> ImageSegment:
+        """The image without codes, its first `count` vectors kept, by default all.
+
+        Raises:
+            ValueError: an image without pixels, or without a code for each of its patches unless
+                codes are nested.
+        """
+        if self.nested_vectors is None:
+            vectors = require_all_patches(image, key)
+        else:
+            require_pixels(image, "davinci", key)
+            vectors = self.nested_vectors
+        keep = torch.arange(vectors) < (vectors if count is None else count)
+        return replace(image, codes=None, keep=keep)
 
     def prefix(self, segments: Sequence[Segment]) -> SequenceBuilder:
         """The prefix; it begins with the start ids, so that none is empty."""
@@ -65,9 +85,12 @@ class PrefixSequences:
         return builder.text([*self.ids(terms), self.processor.stop], predict=True)
 
     def append_image(self, builder: SequenceBuilder, ids: Sequence[int]) -> SequenceBuilder:
-        """<img> and predicted code ids as the suffix."""
+        """<img> and predicted code ids as the suffix; of nested codes </img> too."""
         builder.add([self.processor.vocabulary.begin], Role.BEGIN)
-        return builder.add(ids, Role.VISUAL, predict=True)
+        builder.add(ids, Role.VISUAL, predict=True)
+        if self.nested_vectors is None or not ids:
+            return builder
+        return builder.add([self.processor.vocabulary.end], Role.END, predict=True)
 
 
 def text_only(segments: Sequence[Segment]) -> Sequence[Segment]:

@@ -15,6 +15,7 @@ import torch
 from helpers.lm_parts import losses as losses_of
 from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, data, module, trainer
 from helpers.small_lms import small_tokenizer
+from helpers.small_nested import small_tokenizer as nested_tokenizer
 from PIL import Image
 
 from lavit_lm import MultimodalLM
@@ -28,7 +29,7 @@ from lavit_lm.objectives.davinci.patch_bridge import LATER, PatchBridge, codes_b
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.masks import attention_mask
 from lavit_lm.sequences.packing import PackedBatch, pack, pad
-from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
+from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_lm.training.log_samples import LogSamples
 from lavit_lm.vocabulary.processor import MultimodalProcessor
@@ -43,9 +44,9 @@ LMS: dict[str, dict[str, Any]] = {"llama": SMALL, "t5": T5, "bart": SMALL_BART}
 EACH = pytest.mark.parametrize("family", LMS)
 
 
-def processor() -> MultimodalProcessor:
+def processor(stages: int = 0) -> MultimodalProcessor:
     tokenizer = small_tokenizer("llama")
-    VisualVocabulary.extend(tokenizer, None, 16)
+    VisualVocabulary.extend(tokenizer, None, 16, stages=stages)
     return MultimodalProcessor.from_tokenizer(tokenizer)
 
 
@@ -90,7 +91,11 @@ def drawn(sequence: TokenSequence, words: MultimodalProcessor) -> str:
 
     def name_of(token: int) -> str:
         code = v.first <= token < v.stop
-        return str(token - v.first) if code else names.get(token) or text_of([token]).strip()
+        return (
+            str((token - v.first) % v.codebook_size)
+            if code
+            else names.get(token) or text_of([token]).strip()
+        )
 
     shown: list[str] = []
     flags = zip(sequence.ids.tolist(), sequence.prefix, sequence.is_embedding, strict=True)
@@ -152,6 +157,12 @@ def test_the_drawing(photos: list[Path]):
     assert marks(sequence).lstrip("P") == "." + "x" * 9 and not sequence.image_segments
     sequence = a_generator_for(only("plain"), pair, words, prefix_of(1 + ids["a red"]))
     assert drawn(sequence, words) == "<s> a red | <s> apple </s>" and not sequence.image_segments
+    image = ImageSegment(torch.arange(3), pixels, torch.arange(9) < 3)
+    nested = only("image", image_prefix=False, nested_vectors=1)
+    words = processor(stages=5)
+    (sequence,) = rows_of(nested, [[image, TextSegment("A red apple")]], words)
+    assert f"id       {drawn(sequence, words)}\n" in page
+    assert marks(sequence).lstrip("P") == ".xxxx" and sequence.roles[-1] == Role.END
 
 
 @EACH
@@ -653,3 +664,85 @@ def test_positions_of_a_suffix_restart_in_the_decoder(tiny_tokenizer: VisualToke
     alone = model(pad([second], words.pad)).hidden_states[0]
     own = states[len(first) : len(first) + len(second)]
     torch.testing.assert_close(own, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def nested_visual() -> VisualTokenizer:
+    return nested_tokenizer()
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_nested_codes_are_learned_and_generated(
+    family: str, nested_visual: VisualTokenizer, photos: list[Path]
+):
+    """Any number of codes; images are read as 4 vectors of 4 patches each."""
+    objective = DaVinci(
+        image_prefix=False, nested_vectors=4, restricted_softmax=family == "llama", prompt_drop=0.0
+    )
+    words = processor(stages=5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        bridge, _ = objective.connectors.build(nested_visual, 32)
+    config = {**LMS[family], "tie_word_embeddings": True}
+    lm = load_lm(config, words, words.vocabulary.begin, True, 0)
+    restricted = words.vocabulary if objective.restricted_softmax else None
+    model = sequence_model(lm, bridge, restricted=restricted)
+    texts, samples = ["rain", "a red", "two dogs"], []
+    for i, text in enumerate(texts):
+        pixels = nested_visual.image_processor.to_uint8(photos[i])
+        codes = nested_visual.encode(pixels, budget=3 + 2 * i)
+        samples.append([ImageSegment(codes[0], pixels[0], codes.keep[0]), TextSegment(text)])
+    tasks = objective, replace(objective, text_ratio=0.0), replace(objective, image_ratio=0.0)
+    for seed, one in itertools.product(range(5), tasks):
+        for i, sequence in enumerate(rows_of(one, samples, words, seed)):
+            image, text = samples[i]
+            lengths = [
+                SegmentLength(len(image.codes)),
+                SegmentLength(len(words.text(text.text)), text.text),
+            ]
+            draw = torch.Generator().manual_seed(seed + i)
+            assert one.sequence_length(lengths, words, draw) == len(sequence)
+    sequences = [
+        *rows_of(tasks[1], samples, words),
+        *rows_of(replace(tasks[2], caption_prefix=0), samples, words),
+    ]
+    batch = pad(sequences, words.pad)
+    assert batch.keep.shape == (3, 4) and int(batch.is_embedding.sum()) == 12
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if family == "llama" else 5e-3)
+    for _ in range(500):
+        loss = objective.total(losses_of(model, objective, batch))
+        if loss < 0.1:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    made = MultimodalLM(model.eval(), words, nested_visual, None, objective)
+    for text, (image, _) in zip(texts, samples, strict=True):
+        codes = made.generate_codes(text, 1, temperature=0.0)
+        assert torch.equal(codes[0], image.codes), "as many codes as the image has"
+        assert made.rank(text, [codes, codes.truncate(2)]).argmax() == 0, "it ends there"
+
+
+def test_vectors_are_means_over_squares_of_patches(
+    nested_visual: VisualTokenizer, photos: list[Path]
+):
+    images = nested_visual.image_processor.to_uint8(photos[:2])
+    torch.manual_seed(0)
+    bridge = PatchBridge(nested_visual, 32, vectors=4)
+    features = nested_visual.features(nested_visual.preprocess(images))
+    for number, patches in enumerate(([0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13])):
+        expected = bridge.projection(bridge.norm(features[:, patches].mean(1)))
+        found = bridge(images, torch.ones(2, 4) > 0).unflatten(0, (2, 4))[:, number]
+        torch.testing.assert_close(found, expected + bridge.positions[number])
+    with pytest.raises(ValueError, match=r"squares of 4 x 4 patches, one of \[1, 4, 16\], got 8"):
+        PatchBridge(nested_visual, 32, vectors=8)
+
+
+def test_nested_codes_and_the_objective_must_agree():
+    with pytest.raises(ValueError, match="image_prefix=False beside it"):
+        DaVinci(nested_vectors=4)
+    nested = DaVinci(nested_vectors=4, image_prefix=False)
+    for objective, stages in ((nested, 0), (DaVinci(), 5)):
+        with pytest.raises(ValueError, match="set it for nested codes only"):
+            objective.layout([TextSegment("rain")], processor(stages), torch.Generator())
