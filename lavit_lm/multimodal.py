@@ -36,12 +36,11 @@ from lavit_lm.generation.sampling import (
     generate_ids,
 )
 from lavit_lm.models.kv_state import ContextError
-from lavit_lm.models.losses import log_likelihood
+from lavit_lm.models.scoring import log_likelihoods
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.objectives.records import CodesDecoder, ImageDecoder, ImageVectors
-from lavit_lm.sequences.packing import pad
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
 from lavit_tok.checkpoints.weights import SHIPPED
@@ -522,6 +521,8 @@ class MultimodalLM:
     ) -> Float[Tensor, " n"]:
         """Return log p(candidate | context) in nats for each text or image.
 
+        The context is computed once, whatever the number of candidates.
+
         Args:
             context: texts and images.
             candidates: texts or images, as in prompts.
@@ -543,9 +544,9 @@ class MultimodalLM:
             self.objective.scoring_sequence(segments, self.prompts.segment(c), self.processor)
             for c in candidates
         ]
-        batch = pad(sequences, self.processor.pad).to(self.device)
-        nats = log_likelihood(self.model(batch), batch)
-        return nats / batch.predict.sum(1) if per_token else nats
+        nats = log_likelihoods(self.model, sequences, self.processor.pad)
+        counts = torch.tensor([int(s.predict.sum()) for s in sequences], device=nats.device)
+        return nats / counts if per_token else nats
 
     # Files
 

@@ -88,7 +88,21 @@ class SequenceModel(nn.Module):
         noisy = inputs_embeds
         if self.training and self.vector_noise:
             noisy = noisy_vectors(inputs_embeds, batch, self.vector_noise)
-        hidden_states = self.hidden_states(noisy, batch)
+        return self.output(self.hidden_states(noisy, batch), inputs_embeds, table)
+
+    def output(
+        self,
+        hidden_states: Float[Tensor, "b l d"],
+        inputs_embeds: Float[Tensor, "b l d"],
+        table: Float[Tensor, "vocabulary d"] | None = None,
+    ) -> ModelOutput:
+        """Hidden states with the heads of this model.
+
+        Args:
+            hidden_states: after the LM's last norm.
+            inputs_embeds: the LM's inputs.
+            table: see embed.
+        """
         return ModelOutput(
             hidden_states,
             inputs_embeds,

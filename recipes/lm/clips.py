@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lavit_lm import MultimodalLM
-from lavit_lm.sequences.packing import pad
 
 THEN = "then"
 """That of recipes/data/clips.py."""
@@ -43,27 +42,6 @@ def frames_of(line: Line, data: Path) -> list[Any]:
 
 def caption_of(line: Line) -> str:
     return str(line["segments"][1]["text"])
-
-
-@torch.no_grad()
-def log_likelihoods(
-    lm: MultimodalLM, prompt: Sequence[Any], texts: Sequence[str]
-) -> Float[Tensor, " n"]:
-    """log p(text and end | prompt) in nats, as `MultimodalLM.rank`; the prompt is computed once."""
-    processor, causal = lm.processor, lm.model.causal
-    batch = pad([lm.prompts.sequence(list(prompt), "text")], processor.pad)
-    inputs = lm.model.embed(batch.ids, batch.is_embedding, batch.images, batch.keep)
-    before = causal.base_model(inputs_embeds=inputs, use_cache=True)
-    cache = before.past_key_values
-    cache.batch_repeat_interleave(len(texts))
-    rows = [torch.tensor([*processor.text(text), processor.stop]) for text in texts]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=processor.pad)
-    start = before.last_hidden_state[:, -1:].expand(len(texts), -1, -1)
-    after = causal.base_model(input_ids=ids[:, :-1], past_key_values=cache).last_hidden_state
-    logits = lm.model.head(torch.cat([start, after], 1).flatten(0, 1)).float()
-    nats = F.cross_entropy(logits, ids.flatten(), reduction="none").view(ids.shape)
-    lengths = torch.tensor([len(row) for row in rows])
-    return -(nats * (torch.arange(ids.shape[1]) < lengths[:, None])).sum(1)
 
 
 def hits(scores: Float[Tensor, "n k"], own: Sequence[int]) -> dict[str, float]:
@@ -85,11 +63,11 @@ def measure_captions(
     lm: MultimodalLM, clips: list[list[Any]], captions: list[str], draw: random.Random
 ) -> dict[str, dict[str, float]]:
     """Hits of every order of the frames, and of it over the prior."""
-    prior = log_likelihoods(lm, [], captions)
+    prior = lm.rank([], captions)
     scores: dict[str, list[Tensor]] = {}
     for frames in clips:
         for name, prompt in orders(frames, draw).items():
-            scores.setdefault(name, []).append(log_likelihoods(lm, prompt, captions))
+            scores.setdefault(name, []).append(lm.rank(prompt, captions))
     own, found = range(len(clips)), {}
     for name, rows in scores.items():
         found[name] = hits(torch.stack(rows), own)
@@ -109,7 +87,7 @@ def measure_motions(
             own, caption = motions.index(line["motion"]), caption_of(line)
             texts = [caption.replace(line["motion"], motion) for motion in motions]
             for name, prompt in orders(frames, draw).items():
-                scores = log_likelihoods(lm, prompt, texts)[None]
+                scores = lm.rank(prompt, texts)[None]
                 right.setdefault(name, []).append(hits(scores, [own])["top-1"])
     if not right:
         return {}

@@ -193,17 +193,12 @@ def test_documents_of_a_clip(made: Path, tiny_tokenizer: VisualTokenizer) -> Non
     assert all("next" not in line["key"] for line in lines_of(made, "test"))
 
 
-def test_captions_are_ranked_as_by_the_model(made: Path, tiny_tokenizer: VisualTokenizer) -> None:
-    """The prompt is computed once; and every number of the page is there and within its range."""
+def test_numbers_of_clips(made: Path, tiny_tokenizer: VisualTokenizer) -> None:
+    """Every number of the page is there and within its range."""
     page = recipe("lm/clips.py")
     processor, model = built(tiny_tokenizer)
     lm = MultimodalLM(model, processor, tiny_tokenizer, objective=EMU)
     lines = lines_of(made, "test")
-    texts = [page.caption_of(line) for line in lines[:4]]
-    frames = page.frames_of(lines[0], made / "out")
-    for prompt in (frames, frames[:1], []):
-        found = page.log_likelihoods(lm, prompt, texts)
-        torch.testing.assert_close(found, lm.rank(prompt, texts), atol=1e-4, rtol=1e-4)
     assert page.hits(torch.tensor([[1.0, 3.0, 2.0], [0.0, 4.0, 5.0]]), [1, 1])["top-1"] == 0.5
     found = page.measure(lm, made / "out", [x for x in lines if x["source"] == "made"], 4, seed=0)
     assert found["clips"] == 4 and found["captions"]["chance"] == {"top-1": 0.25, "top-5": 1.0}

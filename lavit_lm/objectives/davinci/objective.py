@@ -152,8 +152,9 @@ class DaVinci(Objective):
     @property
     def connectors(self) -> Connectors:
         """Vectors of patches; codes of lower lines are computed on the batch's device."""
-        own = {"train_encoder": self.train_encoder, "vectors": self.nested_vectors}
-        bridge = partial(PatchBridge, **own)
+        bridge = partial(
+            PatchBridge, train_encoder=self.train_encoder, vectors=self.nested_vectors
+        )
         return Connectors(bridge, complete_batch=with_codes_below)
 
     @property
