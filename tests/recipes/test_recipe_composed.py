@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -381,3 +382,40 @@ def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
         assert sequence.ids[sequence.predict].tolist() == answer, key
         prompt = LaVIT().prompt(segments[:-1], lm.processor, "text").ids.tolist()
         assert sequence.ids.tolist() == [*prompt, *answer], "what `answer` asks"
+
+
+@pytest.mark.parametrize("name", ["emu", "vlgpt"])
+def test_models_of_vectors_learn_answers(made, folder: Path, tiny_decoder: Any, name: str) -> None:
+    """Two steps at reduced width on the questions and on captioned images."""
+    from helpers.lm_runs import SMALL
+    from helpers.trainers import two_steps
+    from helpers.vlgpt_parts import stage_one_directory
+
+    from lavit_lm import MultimodalLM
+    from lavit_lm.cli import main
+
+    sources = [
+        {"documents": str(made[3] / "train.jsonl"), "weight": 4},
+        {"shards": str(folder / "shards"), "images": str(folder / "pictures"), "weight": 1},
+    ]
+    small: dict[str, Any] = {
+        "model.lm": json.dumps(SMALL),
+        "model.text_tokenizer": folder / "text",
+        "model.visual_tokenizer": folder / "visual",
+        "model.out": folder / "made",
+        "model.schedule.warmup_steps": 1,
+        "trainer.default_root_dir": folder / "run",
+        "data.sources": json.dumps(sources),
+        "data.batch_size": 2,
+    }
+    own: dict[str, Any] = {"depth": 1, "heads": 2, "queries": 3, "hidden_size": 32}
+    if name == "vlgpt":
+        tiny_decoder.save_pretrained(folder / "decoder")
+        own = {"tokenizer": stage_one_directory(folder, SMALL["hidden_size"])}
+    small |= {f"model.objective.init_args.{key}": value for key, value in own.items()}
+    recipe = Path(__file__).parents[2] / f"recipes/lm/instruct-{name}.yaml"
+    assert main(["fit", *two_steps(recipe, small)]) == 0
+    lm = MultimodalLM.from_pretrained(folder / "made", decoder=None)
+    photo = folder / "pictures" / "train" / "0.png"
+    assert lm.answer(photo, "what is this?", max_new_tokens=4) is not None
+    assert lm.objective.prompt_templates.answer == "Question: {} Answer:", "as in the documents"

@@ -152,9 +152,7 @@ class DaVinci(Objective):
     @property
     def connectors(self) -> Connectors:
         """Vectors of patches; codes of lower lines are computed on the batch's device."""
-        bridge = partial(
-            PatchBridge, train_encoder=self.train_encoder, vectors=self.nested_vectors
-        )
+        bridge = partial(PatchBridge, train_encoder=self.train_encoder, vectors=self.nested_vectors)
         return Connectors(bridge, complete_batch=with_codes_below)
 
     @property

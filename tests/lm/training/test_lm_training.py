@@ -15,6 +15,7 @@ from helpers.lm_parts import image, pairs, processor_and_model
 from helpers.lm_parts import losses as losses_of
 from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, Losses, data, module, saving, trainer
 from helpers.small_lms import small_tokenizer
+from helpers.small_nested import small_tokenizer as nested_tokenizer
 from helpers.trainers import recipes_of, two_steps
 from helpers.vlgpt_parts import stage_one_directory
 
@@ -33,7 +34,7 @@ from lavit_tok import ShardError, VisualTokenizer, WeightsError
 from lavit_tok.cli import main as lavit_tok
 
 # tests/recipes/ trains these, on their documents.
-ON_DOCUMENTS = ("instruct.yaml", "emu-clips.yaml")
+ON_DOCUMENTS = ("instruct.yaml", "instruct-emu.yaml", "instruct-vlgpt.yaml", "emu-clips.yaml")
 RECIPES = [path for path in recipes_of("lavit-lm fit") if path.name not in ON_DOCUMENTS]
 
 
@@ -289,12 +290,16 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
     family = lm if isinstance(lm, str) else lm["model_type"]
     tied = {**SMALL, "tie_word_embeddings": True}
     needs_pixels = "images" in values["data"] or "--data.images" in head
+    visual, nested = folder / "visual", "nested_vectors" in arguments
+    if nested:
+        visual = folder / "nested"
+        nested_tokenizer().save_pretrained(visual)
     overrides = {
         "trainer.precision": 32,
         "trainer.accumulate_grad_batches": 1,
         "model.lm": json.dumps(SMALL_BART if family == "bart" else tied),
         "model.text_tokenizer": folder / "text",
-        "model.visual_tokenizer": folder / "visual",
+        "model.visual_tokenizer": visual,
         "model.out": folder / "made",
         "model.schedule.warmup_steps": 1,
         "trainer.callbacks": "[lavit_lm.training.throughput.LogThroughput]",
@@ -305,10 +310,10 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
     overrides |= {"data.images": folder / "pictures"} if needs_pixels else {}
     if "--budget" in head:  # a code for every patch
         (folder / "shards").rename(folder / "dynamic")
-        command = ["shards", folder / "pictures", "--tokenizer", folder / "visual"]
+        command = ["shards", folder / "pictures", "--tokenizer", visual]
         command += ["--budget", 16, "--out", folder / "shards"]
         assert lavit_tok([str(word) for word in command]) == 0
-    reduced: dict[str, Any] = {"depth": 1, "heads": 2, "hidden_size": 32}
+    reduced: dict[str, Any] = {"depth": 1, "heads": 2, "hidden_size": 32, "nested_vectors": 4}
     if "tokenizer" in arguments:  # stage 1 comes before it
         tiny_decoder.save_pretrained(folder / "decoder")
         reduced["tokenizer"] = stage_one_directory(folder, SMALL["hidden_size"])
