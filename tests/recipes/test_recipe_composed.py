@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -384,7 +385,7 @@ def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
         assert sequence.ids.tolist() == [*prompt, *answer], "what `answer` asks"
 
 
-@pytest.mark.parametrize("name", ["emu", "vlgpt"])
+@pytest.mark.parametrize("name", ["emu", "vlgpt", "davinci"])
 def test_models_of_vectors_learn_answers(made, folder: Path, tiny_decoder: Any, name: str) -> None:
     """Two steps at reduced width on the questions and on captioned images."""
     from helpers.lm_runs import SMALL
@@ -393,6 +394,7 @@ def test_models_of_vectors_learn_answers(made, folder: Path, tiny_decoder: Any, 
 
     from lavit_lm import MultimodalLM
     from lavit_lm.cli import main
+    from lavit_tok.cli import main as lavit_tok
 
     sources = [
         {"documents": str(made[3] / "train.jsonl"), "weight": 4},
@@ -412,6 +414,12 @@ def test_models_of_vectors_learn_answers(made, folder: Path, tiny_decoder: Any, 
     if name == "vlgpt":
         tiny_decoder.save_pretrained(folder / "decoder")
         own = {"tokenizer": stage_one_directory(folder, SMALL["hidden_size"])}
+    if name == "davinci":  # of codes in raster order, which need all patches
+        own = {"nested_vectors": "null"}
+        shutil.rmtree(folder / "shards")
+        command = ["shards", folder / "pictures", "--tokenizer", folder / "visual"]
+        command += ["--budget", 16, "--out", folder / "shards"]
+        assert lavit_tok([str(word) for word in command]) == 0
     small |= {f"model.objective.init_args.{key}": value for key, value in own.items()}
     recipe = Path(__file__).parents[2] / f"recipes/lm/instruct-{name}.yaml"
     assert main(["fit", *two_steps(recipe, small)]) == 0

@@ -23,6 +23,10 @@ An image of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector
     id       <s> a red | <s> apple </s>
     predict  P   P P   | .   x     x
 
+    a document of several texts: images and texts -> the last text, such as an answer
+    id       <s> <img> v v v v v v v v v </img> what color | <s> red </s>
+    predict  P   P     P P P P P P P P P P      P    P     | .   x   x
+
 - The prefix attends to itself in both directions and never to the suffix, which attends to all of
   the prefix and causally to itself (sequences/masks.py); in an encoder-decoder, one is the
   encoder's input and the other the decoder's (models/encoder_decoder.py).
@@ -68,7 +72,7 @@ class Split(NamedTuple):
     """What of an example is prefix and what is suffix."""
 
     task: str
-    """One of "text", "image" or "plain"."""
+    """One of "text", "image", "plain" or "document"."""
     prefix: list[str]
     """Its terms."""
     suffix: list[str]
@@ -95,6 +99,7 @@ class DaVinci(Objective):
         caption_prefix, text_prefix: the largest k with an image, and without one.
         lower_case: lower-case all text.
         caption_prompt: first terms of every generated caption; not part of the output.
+        answer_prompt: the text of a question, {} is the user's.
         train_encoder: train a copy of the visual tokenizer's encoder for the vectors; the paper
             trains its ResNet.
         nested_vectors: the codes are nested, and an image is read as so many vectors, each the mean
@@ -122,6 +127,7 @@ class DaVinci(Objective):
     text_prefix: int = 96
     lower_case: bool = True
     caption_prompt: str = "a picture of"
+    answer_prompt: str = "{}"
     train_encoder: bool = False
     nested_vectors: int | None = None
     restricted_softmax: bool = False
@@ -147,7 +153,7 @@ class DaVinci(Objective):
 
     @property
     def prompt_templates(self) -> PromptTemplates:
-        return PromptTemplates(caption=self.caption_prompt, answer="{}")
+        return PromptTemplates(caption=self.caption_prompt, answer=self.answer_prompt)
 
     @property
     def connectors(self) -> Connectors:
@@ -169,6 +175,7 @@ class DaVinci(Objective):
     ) -> TokenSequence:
         """A sequence of an image, a text, or a pair; without a caption the prefix is empty.
 
+        Of a document of several texts, the last text is the suffix, and all before it the prefix.
         The suffix is predicted, whatever the segments' `is_target`.
 
         Raises:
@@ -179,6 +186,14 @@ class DaVinci(Objective):
         images = [s for s in segments if isinstance(s, ImageSegment)]
         patches = [number_of_patches(image) for image in images]
         split = self._split(texts, patches, sequences, generator, key)
+        if split.task == "document":
+            if segments[-1].is_image:
+                raise ValueError(f"example {key!r}: expected a text at the end, got an image")
+            read = [
+                sequences.as_vectors(s, key) if isinstance(s, ImageSegment) else s
+                for s in segments[:-1]
+            ]
+            return sequences.append_text(sequences.prefix(read), split.suffix).build(key)
         prefix: list[Segment] = [TextSegment(" ".join(split.prefix))]
         if split.task == "plain":
             return sequences.append_text(sequences.prefix(prefix), split.suffix).build(key)
@@ -206,6 +221,10 @@ class DaVinci(Objective):
         texts = [s.text for s in lengths if s.text is not None]
         patches = [s.tokens for s in lengths if s.is_image]
         split, start = self._split(texts, patches, sequences, generator), len(sequences.start)
+        if split.task == "document":
+            images = sum((self.nested_vectors or n) + 2 for n in patches)
+            words = sum(len(sequences.ids(sequences.split(text))) for text in texts)
+            return start + images + words + start + 1
         image = split.vectors + 2 if split.vectors else 0
         prefix = start + image + len(sequences.ids(split.prefix))
         if split.task == "image":
@@ -222,11 +241,12 @@ class DaVinci(Objective):
     ) -> Split:
         """Draw the task, k, r, and whether the text is dropped."""
         task, k, r, drop = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        if not (texts or patches) or len(patches) > 1 or len(texts) > 1:
+        if len(texts) > 1:
+            return Split("document", [], sequences.split(texts[-1]), 0)
+        if not (texts or patches) or len(patches) > 1:
             raise ValueError(
-                f"example {key!r}: expected an image, a text, or one of each, got {len(patches)} "
-                "images and "
-                f"{len(texts)} texts"
+                f"example {key!r}: expected an image, a text, one of each, or a document of "
+                f"several texts, got {len(patches)} images and {len(texts)} texts"
             )
         ratios = [self.text_ratio, self.image_ratio, self.plain_ratio]
         if not (patches and texts):

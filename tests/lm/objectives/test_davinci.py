@@ -103,7 +103,7 @@ def drawn(sequence: TokenSequence, words: MultimodalProcessor) -> str:
         shown += ["|"] if not prefix and sequence.prefix[i - 1] else []
         shown.append("v" if is_embedding else name_of(token))
     text = " ".join(shown)
-    for word in ("red", "apple"):
+    for word in ("red", "apple", "what", "color"):
         text = text.replace(" ".join(text_of([i]).strip() for i in words.text(word)), word)
     return text
 
@@ -157,6 +157,10 @@ def test_the_drawing(photos: list[Path]):
     assert marks(sequence).lstrip("P") == "." + "x" * 9 and not sequence.image_segments
     sequence = a_generator_for(only("plain"), pair, words, prefix_of(1 + ids["a red"]))
     assert drawn(sequence, words) == "<s> a red | <s> apple </s>" and not sequence.image_segments
+    asked = [*pair[:1], TextSegment("what color", False), TextSegment("red")]
+    (sequence,) = rows_of(DaVinci(), [asked], words)
+    assert f"id       {drawn(sequence, words)}\n" in page
+    assert marks(sequence).lstrip("P") == "." + "x" * (ids["red"] + 1)
     image = ImageSegment(torch.arange(3), pixels, torch.arange(9) < 3)
     nested = only("image", image_prefix=False, nested_vectors=1)
     words = processor(stages=5)
@@ -486,9 +490,11 @@ def test_davinci_07_empty_prefixes_and_texts(
         loss = objective.total(losses_of(model, objective, pad([sequence], words.pad)))
         assert bool(loss.isfinite())
         loss.backward()
-    for sample in ([], [image, image], [TextSegment("a"), TextSegment("b")]):
-        with pytest.raises(ValueError, match="expected an image, a text, or one of each"):
+    for sample in ([], [image, image], [image, TextSegment("a"), image]):
+        with pytest.raises(ValueError, match="expected an image, a text, one of each, or a doc"):
             DaVinci().layout(sample, words, torch.Generator())
+    with pytest.raises(ValueError, match="a text at the end, got an image"):
+        DaVinci().layout([TextSegment("a"), TextSegment("b"), image], words, torch.Generator())
     with pytest.raises(ValueError, match="has only the codes of one"):
         only("text").layout([ImageSegment(image.codes), TextSegment("a")], words, torch.Generator())
     for wrong, message in (
@@ -746,3 +752,46 @@ def test_nested_codes_and_the_objective_must_agree():
     for objective, stages in ((nested, 0), (DaVinci(), 5)):
         with pytest.raises(ValueError, match="set it for nested codes only"):
             objective.layout([TextSegment("rain")], processor(stages), torch.Generator())
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_answers_to_questions_are_learned(
+    family: str, tiny_tokenizer: VisualTokenizer, photos: list[Path]
+):
+    """Documents of images and texts; the sequence that is learned is the one that is asked."""
+    objective = DaVinci(answer_prompt="Question: {} Answer:")
+    words, model = built(family, tiny_tokenizer, objective)
+    question = objective.answer_prompt.format("what is this?")
+    samples: list[list[Segment]] = [
+        [shown(tiny_tokenizer, photo), TextSegment(question, False), TextSegment(answer)]
+        for photo, answer in zip(photos, ("rain", "a red apple", "two dogs", ""), strict=False)
+    ]
+    samples.append([samples[0][0], samples[1][0], *samples[2][1:]])
+    samples.append([TextSegment("rain and rain", False), TextSegment("rain")])
+    sequences = rows_of(objective, samples, words)
+    for sequence, sample in zip(sequences, samples, strict=True):
+        lengths = [
+            SegmentLength(PATCHES)
+            if isinstance(s, ImageSegment)
+            else SegmentLength(len(words.text(s.text)), s.text)
+            for s in sample
+        ]
+        assert objective.sequence_length(lengths, words, torch.Generator()) == len(sequence)
+        prompt = objective.prompt(sample[:-1], words, "text")
+        assert torch.equal(sequence.ids[: len(prompt)], prompt.ids)
+        assert torch.equal(sequence.prefix[: len(prompt)], prompt.prefix)
+        scored = objective.scoring_sequence(sample[:-1], sample[-1], words)
+        assert torch.equal(scored.ids, sequence.ids)
+    batch = pad(sequences, words.pad)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(300):
+        loss = objective.total(losses_of(model, objective, batch))
+        if loss < 0.02:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    made = MultimodalLM(model.eval(), words, tiny_tokenizer, None, objective)
+    assert made.answer(photos[1], "what is this?") == "a red apple"
+    asked = [photos[0], photos[1], question]
+    assert made.rank(asked, ["rain", "a red apple", "two dogs"]).argmax() == 2, "of both images"
