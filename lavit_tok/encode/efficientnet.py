@@ -253,12 +253,14 @@ class JoinedEncoder(nn.Module):
             found.append(values.flatten(2).transpose(1, 2))
         return torch.cat(found, -1)
 
-    @torch.no_grad()
     def forward(
         self, pixels: Float[Tensor, "batch 3 h w"]
     ) -> Float[Tensor, "batch patches hidden"]:
-        joined = self.joined(pixels.to(self.basis.dtype))
-        return ((joined - self.mean) * self.scale) @ self.basis
+        """Features of every patch; without gradient, unless some parameter requires one."""
+        is_trained = any(p.requires_grad for p in self.parameters())
+        with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):
+            joined = self.joined(pixels.to(self.basis.dtype))
+            return ((joined - self.mean) * self.scale) @ self.basis
 
 
 def patch_colors(

@@ -26,7 +26,7 @@ def image(seed: int) -> ImageSegment:
 def built(
     visual: VisualTokenizer, family: str = "llama", objective: Emu = EMU
 ) -> tuple[MultimodalProcessor, SequenceModel]:
-    processor, plain = processor_and_model(family)
+    processor, plain = processor_and_model(family, stages=visual.stages)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = SequenceModel(

@@ -661,6 +661,15 @@ def test_an_encoder_is_trained_with_the_rest(tiny_tokenizer: VisualTokenizer, ph
     assert not tiny_tokenizer.features(tiny_tokenizer.preprocess(images)).requires_grad
 
 
+def test_a_convolutional_encoder_is_trained_too(nested_visual: VisualTokenizer, photos: list[Path]):
+    bridge = PatchBridge(nested_visual, 32, train_encoder=True, vectors=4)
+    images = nested_visual.image_processor.to_uint8(photos[:2])
+    bridge(images, torch.ones(2, 4) > 0).square().sum().backward()
+    own = [p for p in bridge.encoder.parameters() if p.requires_grad]
+    assert len(own) > 10 and all(p.grad is not None for p in own)
+    assert not nested_visual.features(nested_visual.preprocess(images)).requires_grad
+
+
 def test_positions_of_a_suffix_restart_in_the_decoder(tiny_tokenizer: VisualTokenizer):
     """An encoder-decoder's state does not depend on where in a block its document is."""
     words, model = built("bart", tiny_tokenizer)
