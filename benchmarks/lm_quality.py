@@ -165,7 +165,9 @@ class Judge:
 
 def encode(lm: MultimodalLM, pixels: Tensor) -> VisualCodes:
     """The codes of images that have ids."""
-    codes, most = lm.visual_tokenizer.encode(pixels).to("cpu"), lm.processor.vocabulary.max_codes
+    budget = lm.objective.image_output.encode_budget(lm.visual_tokenizer.config.num_patches)
+    codes = lm.visual_tokenizer.encode(pixels, budget=budget).to("cpu")
+    most = lm.processor.vocabulary.max_codes
     return codes if most is None else codes.truncate(most)
 
 

@@ -235,6 +235,8 @@ class LavitProcessor(ProcessorMixin):
                 f"images_kwargs: expected {', '.join(CODES_KWARGS)}; got {', '.join(unknown)}: "
                 "image_processor has the options of the preprocessing"
             )
+        if not given:
+            given = {"budget": self.objective.get("prompt_codes")}
         visual, batch = self.visual_tokenizer, make_flat_list_of_images(images)
         codes = visual.encode(self.image_processor.to_uint8(batch), **given)
         v = self.vocabulary

@@ -154,6 +154,8 @@ class ImageOutput:
         emits_start: whether the model itself predicts the id that begins an image.
         load_decoder: (name, device) -> ImageDecoder; the name is "default", a directory or a Hub
             id.
+        prompt_codes: codes of an image in a prompt or document; None for any number, unless
+            min_length is greater than 1.
     """
 
     kind: Literal["codes", "vectors"] = "codes"
@@ -161,6 +163,7 @@ class ImageOutput:
     max_length: int | None = None
     emits_start: bool = True
     load_decoder: Callable[[str, torch.device], ImageDecoder] = CodesDecoder.from_pretrained
+    prompt_codes: int | None = None
 
     def limits(self, patches: int) -> tuple[int, int]:
         """(least, greatest) number of codes or vectors of an image."""
@@ -170,4 +173,4 @@ class ImageOutput:
     def encode_budget(self, patches: int) -> int | None:
         """The `budget` for encoding images of prompts and documents; None for any number."""
         least = self.limits(patches)[0]
-        return None if least == 1 else least
+        return self.prompt_codes if least == 1 else least

@@ -469,6 +469,24 @@ def test_auto_classes_generate_codes_of_their_stage(
     assert processor.image_codes(ids).to_list() == own.to_list()
 
 
+def test_images_of_prompts_have_as_many_codes_as_the_objective_says(
+    visual: VisualTokenizer, parts: Any, tmp_path: Path
+) -> None:
+    photo = torch.randint(256, (3, 32, 32), generator=generator(), dtype=torch.uint8)
+    objective = LaVIT(prompt_codes=5)
+    lm = MultimodalLM(parts[1], parts[0], visual, None, objective)
+    expected = visual.encode(photo[None], budget=5)[0]
+    assert torch.equal(lm.prompts.segment(photo).codes, expected)
+    lm.export(tmp_path / "lm", format="multimodal")
+    auto = AutoProcessor.from_pretrained(tmp_path / "lm")
+    ids = auto(images=[photo], text="<image>")["input_ids"]
+    assert auto.image_codes(ids)[0].tolist() == expected.tolist()
+    ids = auto(images=[photo], text="<image>", budget=2)["input_ids"]
+    assert auto.image_codes(ids)[0].tolist() == expected[:2].tolist()
+    with pytest.raises(ValueError, match="prompt_codes: expected an integer in 1"):
+        LaVIT(prompt_codes=0)
+
+
 def test_a_plain_export_has_the_same_ids(parts: Any, tmp_path: Path) -> None:
     processor, model = parts
     export(model.lm, processor.text_tokenizer, tmp_path / "plain")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lavit_lm.models.losses import LossSum
 from lavit_lm.objectives.base import Objective, PairOrder, S, ordered
-from lavit_lm.objectives.records import Connectors
+from lavit_lm.objectives.records import Connectors, ImageOutput
 from lavit_lm.sequences.segments import Segment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import Flags, Role, SequenceBuilder, TokenSequence
 from lavit_lm.vision.continuous import ContinuousBridge
@@ -49,9 +49,11 @@ class LaVIT(Objective):
             step hardly grows with the number of stages. In training a few targets are predicted
             among all ids, for samplers without the constraint. False, as published, trains the
             probability among all ids.
+        prompt_codes: codes of an image in a prompt or document, by default as many as the image
+            needs. The number that the images of the shards have, if it is another.
 
     Raises:
-        ValueError: a probability outside 0..1, or a weight below 0.
+        ValueError: a probability outside 0..1, a weight below 0, or no codes.
     """
 
     name: ClassVar[str] = "lavit"
@@ -60,16 +62,24 @@ class LaVIT(Objective):
     image_weight: float = 1.0
     continuous: bool = False
     restricted_softmax: bool = False
+    prompt_codes: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_drop <= 1:
             raise ValueError(f"prompt_drop: expected a probability, got {self.prompt_drop}")
         require_number("image_weight", self.image_weight, 0, 1e6)
+        if self.prompt_codes is not None:
+            require_number("prompt_codes", self.prompt_codes, 1, 1e6, integer=True)
 
     @property
     def connectors(self) -> Connectors:
         """The continuous path, if it is used."""
         return Connectors(bridge=ContinuousBridge if self.continuous else None)
+
+    @property
+    def image_output(self) -> ImageOutput:
+        """Any number of codes."""
+        return ImageOutput(prompt_codes=self.prompt_codes)
 
     def layout(
         self,
