@@ -319,7 +319,8 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         if mode not in self.modes or (mode == "sample" and self.sample_decoder is None):
             raise ValueError(f"mode {mode!r}: expected a decoder of nested codes that has it")
         pixels = self._from_features(features, mode, generator)
-        return self._resized(pixels, None, None, output_type, True).images
+        images: Any = self._resized(pixels, None, None, output_type, True)
+        return images.images
 
     def _resized(
         self,

@@ -189,18 +189,15 @@ class DaVinci(Objective):
         if split.task == "document":
             if segments[-1].is_image:
                 raise ValueError(f"example {key!r}: expected a text at the end, got an image")
-            read = [
-                sequences.as_vectors(s, key) if isinstance(s, ImageSegment) else s
-                for s in segments[:-1]
-            ]
-            return sequences.append_text(sequences.prefix(read), split.suffix).build(key)
+            builder = sequences.prefix(sequences.read(segments[:-1], key))
+            return sequences.append_text(builder, split.suffix).build(key)
         prefix: list[Segment] = [TextSegment(" ".join(split.prefix))]
         if split.task == "plain":
             return sequences.append_text(sequences.prefix(prefix), split.suffix).build(key)
         image = images[0]
-        read = sequences.as_vectors(image, key, split.vectors)
+        as_vectors = sequences.as_vectors(image, key, split.vectors)
         if split.vectors:
-            prefix = [read, *prefix]
+            prefix = [as_vectors, *prefix]
         builder = sequences.prefix(prefix)
         if split.task == "text":
             return sequences.append_text(builder, split.suffix).build(key)
@@ -292,7 +289,7 @@ class DaVinci(Objective):
         """Prefix and start of a text, for an image with the terms with which its captions begin."""
         sequences, opening = self._sequences(processor), TextSegment(self.caption_prompt)
         is_caption = bool(opening.text) and list(segments[-1:]) == [opening]
-        segments = [sequences.as_vectors(s) if isinstance(s, ImageSegment) else s for s in segments]
+        segments = sequences.read(segments)
         builder = sequences.prefix(segments[:-1] if is_caption else segments).text(sequences.start)
         return builder.text(sequences.ids(sequences.split(opening.text))) if is_caption else builder
 

@@ -62,6 +62,10 @@ class PrefixSequences:
         keep = torch.arange(vectors) < (vectors if count is None else count)
         return replace(image, codes=None, keep=keep)
 
+    def read(self, segments: Sequence[Segment], key: str = "") -> list[Segment]:
+        """The segments with images as all their vectors. Raises as as_vectors."""
+        return [self.as_vectors(s, key) if isinstance(s, ImageSegment) else s for s in segments]
+
     def prefix(self, segments: Sequence[Segment]) -> SequenceBuilder:
         """The prefix; it begins with the start ids, so that none is empty."""
         processor, flags = self.processor, Flags(prefix=True)
