@@ -3,11 +3,6 @@
     caption -frozen LM-> "caption <img>" -> generated vectors, of "" at 0.1 -VectorDecoder-> c -.
     image   -frozen VAE-> z;  z_t = a_t z + s_t e  ------------------------------------> U-Net -> e
 
-A decoder of nested codes has no U-Net: the reader alone learns what its mean and sample decoders
-read, the features and colors that are reconstructed from all codes of the image:
-
-    image   -frozen tokenizer, reconstructor-> features, colors of each patch <-reader- vectors
-
 Emu (section 2.3) trains on vectors that the model generates, not on those of the image itself,
 since the decoder later gets generated ones. All random numbers come from a generator seeded by
 (seed, step, rank), and the averaged weights are part of the checkpoint, so a resumed run repeats
@@ -28,12 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavit_lm.multimodal import MultimodalLM
-from lavit_lm.objectives.emu.image_decoder import (
-    VectorDecoder,
-    VectorReader,
-    VectorReaderConfig,
-    feature_width,
-)
+from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, VectorReaderConfig
 from lavit_lm.objectives.records import ImageVectors
 from lavit_tok import PixelDecoder
 from lavit_tok.training.decoder_training import DTYPES, WeightsDtype
@@ -69,13 +59,11 @@ class PromptSampleConfig(SampleConfig):
 class EmuDecoderTraining(EMATraining):
     """Trains a reader, a PixelDecoder's projection and its U-Net; LM and VAE are frozen.
 
-    Of a PixelDecoder of nested codes, the reader only.
-
     Args:
         model: directory or Hub id of a MultimodalLM that generates vectors.
-        pixel_decoder: "default", "selected", directory or Hub id of the PixelDecoder to start from.
+        pixel_decoder: "selected", directory or Hub id of the PixelDecoder to start from.
         reader: the transformer that reads the generated vectors.
-        train_unet: train the U-Net, if there is one, too; else only the modules before it.
+        train_unet: train the U-Net too; else only the modules before it.
         fresh_keys: reinitialize the U-Net's key and value projections of the condition, as in Emu.
         cache_vectors: keep the generated vectors of each caption in memory as float16, instead of
             generating them again in the next epoch.
@@ -89,8 +77,8 @@ class EmuDecoderTraining(EMATraining):
         seed: seed of all random numbers of the training.
 
     Raises:
-        ValueError: a language model that generates codes, a pixel decoder of nested codes that are
-            not those of the model's visual tokenizer, or new projections that are not trained.
+        ValueError: a language model that generates codes, a pixel decoder without a diffusion
+            model, or new projections that are not trained.
     """
 
     def __init__(
@@ -121,12 +109,12 @@ class EmuDecoderTraining(EMATraining):
         self.out, self.out_dtype, self.seed = out, out_dtype, seed
         self.frozen_lm = Frozen(MultimodalLM.from_pretrained(model, decoder=None))
         pixels = PixelDecoder.from_pretrained(pixel_decoder)
-        lm, visual = self.lm, self.lm.visual_tokenizer
-        if pixels.unet is None and pixels.conditioner.fingerprint() != visual.fingerprint():
+        if pixels.unet is None:
             raise ValueError(
-                "pixel_decoder: expected one with a diffusion model, such as 'selected', or of the "
-                f"codes of the model's visual tokenizer, got {pixel_decoder!r}"
+                f"pixel_decoder: expected one with a diffusion model, such as 'selected', got "
+                f"{pixel_decoder!r}"
             )
+        lm = self.lm
         if lm.objective.image_output.kind != "vectors":
             raise ValueError(
                 f"model: expected one that generates vectors, got {model}, which generates codes "
@@ -136,19 +124,18 @@ class EmuDecoderTraining(EMATraining):
         n = lm.objective.image_output.limits(lm.visual_tokenizer.config.num_patches)[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            sizes = VectorReaderConfig(width, n, feature_width(pixels), c.patches, **asdict(reader))
+            sizes = VectorReaderConfig(width, n, c.width, c.patches, **asdict(reader))
             self.reader = VectorReader(sizes)
-            if fresh_keys and pixels.unet is not None:
+            if fresh_keys:
                 renew_keys(pixels.unet)
-        if pixels.unet is not None:
-            self.projection = pixels.conditioner.projection.requires_grad_(True).train()
-            if self.projection.null is not None:
-                # unused: the condition of an empty prompt takes its place
-                self.projection.null.requires_grad_(False)
-            pixels.unet.requires_grad_(train_unet)
-            pixels.vae.requires_grad_(False)
-            if train_unet:
-                self.unet = pixels.unet.train()
+        self.projection = pixels.conditioner.projection.requires_grad_(True).train()
+        if self.projection.null is not None:
+            # unused: the condition of an empty prompt takes its place
+            self.projection.null.requires_grad_(False)
+        pixels.unet.requires_grad_(train_unet)
+        pixels.vae.requires_grad_(False)
+        if train_unet:
+            self.unet = pixels.unet.train()
         self.decoder = VectorDecoder(self.reader, pixels)  # no nn.Module: not registered twice
         self.start_average(ema_decay)
         self.cached: dict[str, Tensor] = {}
@@ -185,30 +172,6 @@ class EmuDecoderTraining(EMATraining):
             vectors = self.all_gather(vectors).flatten(0, 1)
         self.reader.measure(vectors)
 
-    def reader_loss(
-        self, images: UInt8[Tensor, "b 3 h w"], captions: Sequence[str]
-    ) -> Float[Tensor, ""]:
-        """Squared errors of features and of colors, each over the variance of the targets."""
-        pixels, visual = self.decoder.pixels, self.lm.visual_tokenizer
-        with torch.no_grad():
-            codes = visual.encode(images, budget=visual.config.num_patches)
-            target = pixels.conditioner.features(codes)
-        found, width = self.decoder.features(self.vectors(captions)), visual.config.width
-        parts = [
-            (found[..., at] - target[..., at]).square().mean() / target[..., at].var().clamp(1e-6)
-            for at in (slice(width), slice(width, None))
-        ]
-        return torch.stack(parts).mean()
-
-    def loss_of(
-        self, batch: dict[str, Any], generator: torch.Generator, condition_drop: float
-    ) -> Float[Tensor, ""]:
-        """The loss of a batch of captioned images."""
-        images, captions = batch["images"], _captions(batch)
-        if self.decoder.pixels.unet is None:
-            return self.reader_loss(images, captions)
-        return self.diffusion_loss(images, captions, generator, condition_drop)
-
     def diffusion_loss(
         self,
         images: UInt8[Tensor, "b 3 h w"],
@@ -240,16 +203,17 @@ class EmuDecoderTraining(EMATraining):
         generator = step_generator(self.seed, step, self.global_rank, "cpu")
         if step == 0:
             self.measure(captions)
-        loss = self.loss_of(batch, generator, self.loss.condition_drop)
+        loss = self.diffusion_loss(batch["images"], captions, generator, self.loss.condition_drop)
         self.require_finite(loss)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(captions))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The same loss with every condition, and with the same noise at every validation."""
+        captions = _captions(batch)
         generator = step_generator(self.seed, batch_idx, 2**31 + self.global_rank, "cpu")
-        loss = self.loss_of(batch, generator, 0.0)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["images"]), sync_dist=True)
+        loss = self.diffusion_loss(batch["images"], captions, generator, 0.0)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(captions), sync_dist=True)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -276,7 +240,7 @@ class EmuDecoderTraining(EMATraining):
     @torch.no_grad()
     def sample(self, prompts: list[str]) -> Image.Image:
         """Images of prompts side by side, by the averaged weights, always with the same noise."""
-        s, unet = self.samples, self.decoder.pixels.unet or self.reader
+        s, unet = self.samples, self.decoder.pixels.unet
         training = unet.training
         generators = [step_generator(self.seed, i, 2**32, "cpu") for i in range(len(prompts))]
         unet.eval()
@@ -289,7 +253,6 @@ class EmuDecoderTraining(EMATraining):
 
     def _to_device(self) -> None:
         self.lm.model.to(self.device)
-        self.lm.visual_tokenizer.to(self.device)
         self.decoder.to(self.device)
 
 

@@ -280,47 +280,11 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
             got = "a conditioning" if output_type != "latent" else "output_type 'latent'"
             raise ValueError(f"mode {mode!r}: expected VisualCodes and pixels, got {got}")
         with torch.autocast(self._execution_device.type, enabled=False):
-            return self._from_features(self.conditioner.features(codes), mode, generator, latents)
-
-    def _from_features(
-        self,
-        features: Float[Tensor, "batch patches joined"],
-        mode: str,
-        generator: Generators | None,
-        latents: Tensor | None = None,
-    ) -> Float[Tensor, "batch 3 height width"]:
-        if mode == "mean":
-            return self.mean_decoder(features).float()
-        shape, dtype = self.sample_decoder.noise_shape(len(features)), self.sample_decoder.dtype
-        noise = self._noise(shape, dtype, generator, latents)
-        return self.sample_decoder(features, noise).float()
-
-    @torch.no_grad()
-    def decode_features(
-        self,
-        features: Float[Tensor, "batch patches joined"],
-        mode: Literal["sample", "mean"] | None = None,
-        generator: Generators | None = None,
-        output_type: str = "pil",
-    ) -> Any:
-        """The images of features from any source, by the mean or the sample decoder.
-
-        Args:
-            features: of every patch, followed by its colors from -1 to 1, as Conditioner.features
-                returns them for nested codes.
-            mode: as in `__call__`.
-            generator: as in `__call__`.
-            output_type: "pil", "np" or "pt".
-
-        Raises:
-            ValueError: a mode that this decoder lacks, or has by a diffusion model only.
-        """
-        mode = self.modes[0] if mode is None else mode
-        if mode not in self.modes or (mode == "sample" and self.sample_decoder is None):
-            raise ValueError(f"mode {mode!r}: expected a decoder of nested codes that has it")
-        pixels = self._from_features(features, mode, generator)
-        images: Any = self._resized(pixels, None, None, output_type, True)
-        return images.images
+            if mode == "mean":
+                return self.mean_decoder(self.conditioner.features(codes)).float()
+            shape, dtype = self.sample_decoder.noise_shape(len(codes)), self.sample_decoder.dtype
+            noise = self._noise(shape, dtype, generator, latents)
+            return self.sample_decoder(self.conditioner.features(codes), noise).float()
 
     def _resized(
         self,

@@ -26,7 +26,7 @@ def image(seed: int) -> ImageSegment:
 def built(
     visual: VisualTokenizer, family: str = "llama", objective: Emu = EMU
 ) -> tuple[MultimodalProcessor, SequenceModel]:
-    processor, plain = processor_and_model(family, stages=visual.stages)
+    processor, plain = processor_and_model(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = SequenceModel(

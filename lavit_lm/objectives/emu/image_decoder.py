@@ -11,13 +11,6 @@ U-Net was trained on, positions included, so that a pretrained U-Net is trained 
 value projections can be initialized anew as well (training/emu_decoder.py). Guidance subtracts the
 prediction for the vectors of an empty prompt, not for zeros.
 
-A decoder of nested codes has no U-Net. There the reader learns the features and colors that its
-mean and sample decoders read, and an image is one pass:
-
-    codes    -codebook, reconstructor-> features, colors [b p w] -.
-                                                                   +-SampleDecoder-> pixels
-    vectors [b n d] -VectorReader----> features, colors [b p w] --'
-
     vector_decoder.json     sizes of the reader
     reader.safetensors      its weights
     pixels/                 the PixelDecoder
@@ -123,19 +116,13 @@ class VectorReader(nn.Module):
         self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0)[:, None])
 
 
-def feature_width(pixels: PixelDecoder) -> int:
-    """Width of what a PixelDecoder reads of each patch; of nested codes colors are part of it."""
-    c = pixels.conditioner.config
-    return int(c.width + 3 * c.color_cells**2)
-
-
 class VectorDecoder:
     """ImageDecoder of the vectors of one language model.
 
     Args:
         reader: vectors -> features of every patch.
-        pixels: the PixelDecoder whose U-Net is conditioned on these, of its conditioner only the
-            projection; or whose mean and sample decoders read them.
+        pixels: the PixelDecoder whose U-Net is conditioned on these; of its conditioner, only the
+            projection is used.
 
     Raises:
         ValueError: components whose sizes do not fit each other.
@@ -143,31 +130,24 @@ class VectorDecoder:
 
     def __init__(self, reader: VectorReader, pixels: PixelDecoder) -> None:
         c, config = pixels.conditioner.config, reader.config
-        if (config.patches, config.features) != (c.patches, feature_width(pixels)):
+        if (config.patches, config.features) != (c.patches, c.width):
             raise ValueError(
-                f"the pixel decoder needs {c.patches} features of width {feature_width(pixels)}, "
-                "the reader "
+                f"the pixel decoder needs {c.patches} features of width {c.width}, the reader "
                 f"makes {config.patches} of "
                 f"width {config.features}"
             )
         self.reader, self.pixels = reader, pixels
         pixels.set_progress_bar_config(disable=True)
 
-    def features(self, vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b p w"]:
-        """What the reader makes of vectors. Raises ValueError for those of another model."""
+    def conditioning(self, vectors: Float[Tensor, "b n d"]) -> Conditioning:
+        """What the U-Net is conditioned on. Raises ValueError for vectors of another model."""
         config, weight = self.reader.config, self.reader.queries
         if tuple(vectors.shape[1:]) != (config.vectors, config.width):
             raise ValueError(
                 f"expected {config.vectors} vectors of width {config.width} per image, got shape "
                 f"{list(vectors.shape)}: this decoder was trained for another language model"
             )
-        found: Tensor = self.reader(vectors.to(weight))
-        return found
-
-    def conditioning(self, vectors: Float[Tensor, "b n d"]) -> Conditioning:
-        """What the U-Net is conditioned on. Raises ValueError for vectors of another model."""
-        found: Conditioning = self.pixels.conditioner.projection(self.features(vectors))
-        return found
+        return self.pixels.conditioner.projection(self.reader(vectors.to(weight)))
 
     @torch.no_grad()
     def decode(
@@ -184,20 +164,13 @@ class VectorDecoder:
             outputs: vectors, and those of an empty prompt.
             generator: source of the noise.
             num_inference_steps: 50 as published.
-            guidance_scale: 7.5 as published, 5.0 for FID; 1 for no guidance. Without a U-Net it
-                does not matter, nor does the number of steps.
+            guidance_scale: 7.5 as published, 5.0 for FID; 1 for no guidance.
             options: PixelDecoder.decode_condition's other arguments: latents, height, width,
-                output_type, ...; without a U-Net those of decode_features, of which the mode is
-                "sample" by default.
+                output_type, ...
 
         Raises:
             ValueError: vectors of another model, or an impossible size.
         """
-        if self.pixels.unet is None:
-            modes = self.pixels.modes
-            options = {"mode": "sample" if "sample" in modes else modes[0], **options}
-            features = self.features(outputs.vectors)
-            return self.pixels.decode_features(features, generator=generator, **options)
         condition = self.conditioning(outputs.vectors)
         unconditional = self.conditioning(
             outputs.unconditional.expand(len(outputs.vectors), -1, -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from diffusers import DDIMScheduler
-from helpers import small_nested
 from helpers.emu_parts import EMU, N, built
 from helpers.lm_parts import processor_and_model
 from helpers.lm_runs import CAPTIONS
@@ -317,63 +315,3 @@ def test_trained_and_used_by_command(parts: dict[str, str], folder: Path, capsys
     assert expected in capsys.readouterr().err
     assert main([*command, str(folder / "none")]) == 2
     assert "no decoder of vectors is shipped with this version" in capsys.readouterr().err
-
-
-@pytest.fixture
-def nested_parts(tmp_path: Path) -> dict[str, str]:
-    """The same of a tokenizer of nested codes, whose decoders need one pass."""
-    visual = small_nested.small_tokenizer()
-    objective = replace(EMU, train_encoder=False)
-    processor, model = built(visual, objective=objective)
-    visual.save_pretrained(tmp_path / "visual")
-    shared = model, processor, objective, str(tmp_path / "visual"), visual.fingerprint()
-    save_model(tmp_path / "lm", *shared)
-    small_nested.small_decoder(visual, sample=True).save_pretrained(tmp_path / "pixels")
-    return {"model": str(tmp_path / "lm"), "pixel_decoder": str(tmp_path / "pixels")}
-
-
-def test_the_decoders_of_nested_codes_are_read(nested_parts: dict[str, str], tmp_path: Path):
-    """The reader learns the features and colors of images, and decodes what their codes do."""
-    module = training(nested_parts)
-    trained = {name.split(".")[0] for name, p in module.named_parameters() if p.requires_grad}
-    assert trained == {"reader"}
-    images = torch.randint(256, (2, 3, 1, 1), generator=generator(), dtype=torch.uint8)
-    images = images.expand(-1, -1, 32, 32).clone()
-    images[:, :, 8:20, 4:24] = 255 - images[:, :, 8:20, 4:24]
-    batch = {"images": images, "captions": CAPTIONS[:2]}
-    visual, pixels = module.lm.visual_tokenizer, module.decoder.pixels
-    codes = visual.encode(images, budget=16)
-    target = pixels.conditioner.features(codes)
-    module.measure(CAPTIONS[:2])
-    optimizer = torch.optim.AdamW(module.reader.parameters(), 5e-3)
-    first = float(module.loss_of(batch, generator(), 0.1))
-    for _ in range(300):
-        loss = module.loss_of(batch, generator(), 0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.02 < first
-    found = module.decoder.features(module.vectors(CAPTIONS[:2]))
-    parts = [((found - target)[..., at], target[..., at]) for at in (slice(24), slice(24, None))]
-    by_hand = sum(e.square().mean() / t.var() for e, t in parts) / 2
-    torch.testing.assert_close(module.loss_of(batch, generator(), 0.1), by_hand)
-    outputs = ImageVectors(module.vectors(CAPTIONS[:2]), module.vectors([""]))
-    options: dict[str, Any] = {"mode": "mean", "output_type": "pt"}
-    made = module.decoder.decode(outputs, **options)
-    expected = pixels(codes, **options).images
-    assert (made - expected).abs().mean() < 0.5 * (made.flip(0) - expected).abs().mean()
-    sharp = module.decoder.decode(outputs, [generator(1), generator(2)], output_type="pt")
-    again = pixels.decode_features(found, "sample", [generator(1), generator(2)], "pt")
-    assert torch.equal(sharp, again) and not torch.equal(sharp, made)
-    module.decoder.save_pretrained(tmp_path / "made")
-    loaded = VectorDecoder.from_pretrained(tmp_path / "made")
-    assert torch.equal(loaded.decode(outputs, **options), made)
-    plain = VectorDecoder(module.reader, small_nested.small_decoder(visual))
-    assert torch.equal(plain.decode(outputs, output_type="pt"), plain.decode(outputs, **options))
-    with pytest.raises(ValueError, match="mode 'sample': expected a decoder of nested codes"):
-        plain.decode(outputs, mode="sample")
-
-
-def test_other_decoders_of_nested_codes_are_refused(parts: dict[str, str]):
-    with pytest.raises(ValueError, match="of the codes of the model's visual tokenizer, got 'def"):
-        training({**parts, "pixel_decoder": "default"})
