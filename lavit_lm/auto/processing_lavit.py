@@ -235,9 +235,9 @@ class LavitProcessor(ProcessorMixin):
                 f"images_kwargs: expected {', '.join(CODES_KWARGS)}; got {', '.join(unknown)}: "
                 "image_processor has the options of the preprocessing"
             )
-        if not given:
-            given = {"budget": self.objective.get("prompt_codes")}
         visual, batch = self.visual_tokenizer, make_flat_list_of_images(images)
+        if not given and (number := self.objective.get("prompt_codes")):
+            given = {"budget": min(number, visual.config.num_patches)}
         codes = visual.encode(self.image_processor.to_uint8(batch), **given)
         v = self.vocabulary
         ids = [[v.begin, *v.list_ids(one[: v.max_codes].cpu()), v.end] for one in codes]

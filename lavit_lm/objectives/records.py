@@ -154,8 +154,8 @@ class ImageOutput:
         emits_start: whether the model itself predicts the id that begins an image.
         load_decoder: (name, device) -> ImageDecoder; the name is "default", a directory or a Hub
             id.
-        prompt_codes: codes of an image in a prompt or document; None for any number, unless
-            min_length is greater than 1.
+        prompt_codes: codes of an image in a prompt or document, at most all; None for any number,
+            unless min_length is greater than 1.
     """
 
     kind: Literal["codes", "vectors"] = "codes"
@@ -173,4 +173,6 @@ class ImageOutput:
     def encode_budget(self, patches: int) -> int | None:
         """The `budget` for encoding images of prompts and documents; None for any number."""
         least = self.limits(patches)[0]
-        return self.prompt_codes if least == 1 else least
+        if least > 1:
+            return least
+        return None if self.prompt_codes is None else min(self.prompt_codes, patches)

@@ -483,6 +483,8 @@ def test_images_of_prompts_have_as_many_codes_as_the_objective_says(
     assert auto.image_codes(ids)[0].tolist() == expected.tolist()
     ids = auto(images=[photo], text="<image>", budget=2)["input_ids"]
     assert auto.image_codes(ids)[0].tolist() == expected[:2].tolist()
+    more = MultimodalLM(parts[1], parts[0], visual, None, LaVIT(prompt_codes=300))
+    assert len(more.prompts.segment(photo).codes) == 16, "at most all"
     with pytest.raises(ValueError, match="prompt_codes: expected an integer in 1"):
         LaVIT(prompt_codes=0)
 
