@@ -200,11 +200,16 @@ def sequence_model(
     """The LM over packed sequences; an encoder-decoder splits each at the end of its prefix.
 
     Raises:
-        ValueError: see SequenceModel; a `code_map` or `vector_noise` with an encoder-decoder.
+        ValueError: see SequenceModel; `restricted`, `code_map` or `vector_noise` with an
+            encoder-decoder.
     """
     if lm.config.is_encoder_decoder:
-        if code_map is not None or vector_noise:
-            name = "vector_noise" if vector_noise else "mapped embeddings of codes"
+        given = {
+            "vector_noise": bool(vector_noise),
+            "mapped embeddings of codes": code_map is not None,
+            "restricted_softmax": restricted is not None,
+        }
+        for name in (name for name, is_given in given.items() if is_given):
             raise ValueError(f"{name}: expected a causal LM")
         return PrefixSeq2Seq(lm, bridge, regressor)
     return SequenceModel(lm, bridge, regressor, restricted, code_map, vector_noise)

@@ -275,6 +275,10 @@ def test_davinci_02_what_an_encoder_decoder_cannot_split(
         model.start_decoding([sequence, other], words.pad, 4)
     with pytest.raises(ValueError, match="families t5, bart"):
         sequence_model(load_lm({**T5, "model_type": "mt5"}, words, words.vocabulary.begin, True, 0))
+    causal_only = {"restricted": words.vocabulary, "vector_noise": 1.0}
+    for name, value in causal_only.items():
+        with pytest.raises(ValueError, match=f"{name}.*: expected a causal LM"):
+            sequence_model(model.lm, **{name: value})
     _, bart = built("bart", tiny_tokenizer)
     with pytest.raises(ValueError, match="exceeds the model's context of 128"):
         bart(pad([long], words.pad))
