@@ -228,6 +228,8 @@ class LavitProcessor(ProcessorMixin):
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         """No inputs of their own; the image tokens of each image."""
+        from lavit_lm.objectives.records import ImageOutput
+
         given = {name: value for name, value in kwargs.items() if value is not None}
         given.pop("return_tensors", None)
         if unknown := given.keys() - CODES_KWARGS.keys():
@@ -236,8 +238,9 @@ class LavitProcessor(ProcessorMixin):
                 "image_processor has the options of the preprocessing"
             )
         visual, batch = self.visual_tokenizer, make_flat_list_of_images(images)
-        if not given and (number := self.objective.get("prompt_codes")):
-            given = {"budget": min(number, visual.config.num_patches)}
+        if not given:
+            output = ImageOutput(prompt_codes=self.objective.get("prompt_codes"))
+            given = {"budget": output.encode_budget(visual.config.num_patches)}
         codes = visual.encode(self.image_processor.to_uint8(batch), **given)
         v = self.vocabulary
         ids = [[v.begin, *v.list_ids(one[: v.max_codes].cpu()), v.end] for one in codes]

@@ -204,13 +204,14 @@ def sequence_model(
             encoder-decoder.
     """
     if lm.config.is_encoder_decoder:
-        given = {
+        causal_only = {
             "vector_noise": bool(vector_noise),
             "mapped embeddings of codes": code_map is not None,
             "restricted_softmax": restricted is not None,
         }
-        for name in (name for name, is_given in given.items() if is_given):
-            raise ValueError(f"{name}: expected a causal LM")
+        given = [name for name, is_given in causal_only.items() if is_given]
+        if given:
+            raise ValueError(f"{given[0]}: expected a causal LM")
         return PrefixSeq2Seq(lm, bridge, regressor)
     return SequenceModel(lm, bridge, regressor, restricted, code_map, vector_noise)
 

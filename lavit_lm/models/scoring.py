@@ -36,7 +36,8 @@ def log_likelihoods(
     if shared == 0 or len(sequences) == 1 or model.causal.config.is_encoder_decoder:
         return log_likelihood(model(batch), batch)
     lm = model.causal.base_model
-    cache = cache_argument(lm, DynamicCache(config=model.causal.config))
+    cache = DynamicCache(config=model.causal.config)
+    cached = {"use_cache": True, **cache_argument(lm, cache)}
     one = slice(0, 1), slice(0, shared)
     images, keep = (tensor.to(device) for tensor in embedded_images(sequences[:1]))
     embedded = model.embed(batch.ids[one], batch.is_embedding[one], images, keep)
@@ -46,17 +47,14 @@ def log_likelihoods(
             model.causal, batch.documents[one], batch.prefix[one], embedded.dtype
         ),
         position_ids=batch.positions[one],
-        use_cache=True,
-        **cache,
+        **cached,
     ).last_hidden_state
-    for value in cache.values():
-        value.batch_repeat_interleave(len(sequences))
+    cache.batch_repeat_interleave(len(sequences))
     after = lm(
         inputs_embeds=model.causal.get_input_embeddings()(batch.ids[:, shared:]),
         attention_mask=(batch.documents != PADDING).long(),
         position_ids=batch.positions[:, shared:],
-        use_cache=True,
-        **cache,
+        **cached,
     ).last_hidden_state
     hidden_states = torch.cat([before.expand(len(sequences), -1, -1), after], 1)
     return log_likelihood(model.output(hidden_states, hidden_states), batch)

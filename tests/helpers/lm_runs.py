@@ -6,6 +6,7 @@ Processes are forked from a server that has imported the packages once; each sta
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -203,3 +204,28 @@ def _run(target: Callable[..., Any], arguments: Any, variables: dict[str, str], 
     except BaseException:
         pipe.send(traceback.format_exc())
         raise
+
+
+def shards_of_all_patches(folder: Path, visual: Path) -> None:
+    """Replace the shards of a folder by those of `visual` with 16 codes an image."""
+    from lavit_tok.cli import main
+
+    (folder / "shards").rename(folder / "dynamic")
+    command = ["shards", folder / "pictures", "--tokenizer", visual]
+    command += ["--budget", 16, "--out", folder / "shards"]
+    assert main([str(word) for word in command]) == 0
+
+
+def small_run(folder: Path, sources: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """Overrides of a recipe: a small LM, and what is in a folder and the sources."""
+    return {
+        "model.lm": json.dumps(SMALL),
+        "model.text_tokenizer": folder / "text",
+        "model.visual_tokenizer": folder / "visual",
+        "model.out": folder / "made",
+        "model.schedule.warmup_steps": 1,
+        "trainer.default_root_dir": folder / "run",
+        "data.sources": json.dumps(sources),
+        "data.batch_size": 2,
+        **more,
+    }

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +344,7 @@ def test_questions_with_yes_and_no_are_balanced():
 
 def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
     """A few steps of a small model on the questions that instruct.py wrote."""
-    from helpers.lm_runs import SMALL
+    from helpers.lm_runs import small_run
     from helpers.trainers import two_steps
 
     from lavit_lm import MultimodalLM
@@ -360,17 +359,7 @@ def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
         {"documents": str(questions), "weight": 4},
         {"shards": str(folder / "shards"), "weight": 1},
     ]
-    small = {
-        "model.lm": json.dumps(SMALL),
-        "model.text_tokenizer": folder / "text",
-        "model.visual_tokenizer": folder / "visual",
-        "model.out": folder / "made",
-        "model.schedule.warmup_steps": 1,
-        "trainer.default_root_dir": folder / "run",
-        "data.sources": json.dumps(sources),
-        "data.block": 256,
-        "data.batch_size": 2,
-    }
+    small = small_run(folder, sources, **{"data.block": 256})
     assert main(["fit", *two_steps(recipe, small)]) == 0
     lm = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     visual = VisualTokenizer.from_pretrained(folder / "visual")
@@ -388,38 +377,25 @@ def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
 @pytest.mark.parametrize("name", ["emu", "vlgpt", "davinci"])
 def test_models_of_vectors_learn_answers(made, folder: Path, tiny_decoder: Any, name: str) -> None:
     """Two steps at reduced width on the questions and on captioned images."""
-    from helpers.lm_runs import SMALL
+    from helpers.lm_runs import SMALL, shards_of_all_patches, small_run
     from helpers.trainers import two_steps
     from helpers.vlgpt_parts import stage_one_directory
 
     from lavit_lm import MultimodalLM
     from lavit_lm.cli import main
-    from lavit_tok.cli import main as lavit_tok
 
     sources = [
         {"documents": str(made[3] / "train.jsonl"), "weight": 4},
         {"shards": str(folder / "shards"), "images": str(folder / "pictures"), "weight": 1},
     ]
-    small: dict[str, Any] = {
-        "model.lm": json.dumps(SMALL),
-        "model.text_tokenizer": folder / "text",
-        "model.visual_tokenizer": folder / "visual",
-        "model.out": folder / "made",
-        "model.schedule.warmup_steps": 1,
-        "trainer.default_root_dir": folder / "run",
-        "data.sources": json.dumps(sources),
-        "data.batch_size": 2,
-    }
+    small = small_run(folder, sources)
     own: dict[str, Any] = {"depth": 1, "heads": 2, "queries": 3, "hidden_size": 32}
     if name == "vlgpt":
         tiny_decoder.save_pretrained(folder / "decoder")
         own = {"tokenizer": stage_one_directory(folder, SMALL["hidden_size"])}
     if name == "davinci":  # of codes in raster order, which need all patches
         own = {"nested_vectors": "null"}
-        shutil.rmtree(folder / "shards")
-        command = ["shards", folder / "pictures", "--tokenizer", folder / "visual"]
-        command += ["--budget", 16, "--out", folder / "shards"]
-        assert lavit_tok([str(word) for word in command]) == 0
+        shards_of_all_patches(folder, folder / "visual")
     small |= {f"model.objective.init_args.{key}": value for key, value in own.items()}
     recipe = Path(__file__).parents[2] / f"recipes/lm/instruct-{name}.yaml"
     assert main(["fit", *two_steps(recipe, small)]) == 0

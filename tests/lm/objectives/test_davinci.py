@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.lm_parts import losses as losses_of
-from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, data, module, trainer
+from helpers.lm_runs import (
+    CAPTIONS,
+    SMALL,
+    SMALL_BART,
+    data,
+    module,
+    shards_of_all_patches,
+    trainer,
+)
 from helpers.small_lms import small_tokenizer
 from helpers.small_nested import small_tokenizer as nested_tokenizer
 from PIL import Image
@@ -29,13 +37,13 @@ from lavit_lm.objectives.davinci.patch_bridge import LATER, PatchBridge, codes_b
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.masks import attention_mask
 from lavit_lm.sequences.packing import PackedBatch, pack, pad
-from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
+from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_lm.training.log_samples import LogSamples
+from lavit_lm.training.sampler import segment_length
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 from lavit_tok import VisualCodes, VisualTokenizer
-from lavit_tok.cli import main as lavit_tok
 
 PATCHES = 16
 T5: dict[str, Any] = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64}
@@ -53,13 +61,32 @@ def processor(stages: int = 0) -> MultimodalProcessor:
 def built(
     family: str, visual: VisualTokenizer, objective: DaVinci | None = None
 ) -> tuple[MultimodalProcessor, Any]:
-    words, objective = processor(), objective or DaVinci()
+    objective = objective or DaVinci()
+    words = processor(stages=5 if objective.nested else 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         bridge, _ = objective.connectors.build(visual, 32)
     config = {**LMS[family], "tie_word_embeddings": True}
     lm = load_lm(config, words, words.vocabulary.begin, True, 0)
-    return words, sequence_model(lm, bridge).eval()
+    restricted = words.vocabulary if objective.restricted_softmax else None
+    return words, sequence_model(lm, bridge, restricted=restricted).eval()
+
+
+def overfitted(
+    model: Any, objective: DaVinci, batch: PackedBatch, family: str, below: float = 0.1
+) -> dict[str, Any]:
+    """The losses of a batch after training on it until their total is below a number."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if family == "llama" else 5e-3)
+    for _ in range(500):
+        losses = losses_of(model, objective, batch)
+        loss = objective.total(losses)
+        if loss < below:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < below
+    return losses
 
 
 def shown(visual: VisualTokenizer, source: Any) -> ImageSegment:
@@ -401,10 +428,7 @@ def test_davinci_05_image_targets(tiny_tokenizer: VisualTokenizer, photos: list[
 @pytest.fixture
 def whole(folder: Path) -> Path:
     """The shared folder, its shards with a code for every patch."""
-    (folder / "shards").rename(folder / "dynamic")
-    command = ["shards", folder / "pictures", "--tokenizer", folder / "visual"]
-    command += ["--budget", PATCHES, "--out", folder / "shards"]
-    assert lavit_tok([str(word) for word in command]) == 0
+    shards_of_all_patches(folder, folder / "visual")
     return folder
 
 
@@ -461,16 +485,7 @@ def test_davinci_07_eight_samples_are_overfitted(
         twice = [TextSegment(f"{text} {text}") for text in texts]
         sequences = [a_generator_for(objective, [text], words, given) for text in twice]
     batch = batch_of(objective, pad(sequences, words.pad), tiny_tokenizer, words)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if family == "llama" else 5e-3)
-    for _ in range(500):
-        losses = losses_of(model, objective, batch)
-        loss = objective.total(losses)
-        if loss < 0.1:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
+    losses = overfitted(model, objective, batch, family)
     assert [name for name, one in losses.items() if one.count > 0] == [task.split()[-1]]
 
 
@@ -698,14 +713,8 @@ def test_nested_codes_are_learned_and_generated(
     objective = DaVinci(
         image_prefix=False, nested_vectors=4, restricted_softmax=family == "llama", prompt_drop=0.0
     )
-    words = processor(stages=5)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        bridge, _ = objective.connectors.build(nested_visual, 32)
-    config = {**LMS[family], "tie_word_embeddings": True}
-    lm = load_lm(config, words, words.vocabulary.begin, True, 0)
-    restricted = words.vocabulary if objective.restricted_softmax else None
-    model = sequence_model(lm, bridge, restricted=restricted)
+    words, model = built(family, nested_visual, objective)
+    model.train()
     texts, samples = ["rain", "a red", "two dogs"], []
     for i, text in enumerate(texts):
         pixels = nested_visual.image_processor.to_uint8(photos[i])
@@ -714,11 +723,7 @@ def test_nested_codes_are_learned_and_generated(
     tasks = objective, replace(objective, text_ratio=0.0), replace(objective, image_ratio=0.0)
     for seed, one in itertools.product(range(5), tasks):
         for i, sequence in enumerate(rows_of(one, samples, words, seed)):
-            image, text = samples[i]
-            lengths = [
-                SegmentLength(len(image.codes)),
-                SegmentLength(len(words.text(text.text)), text.text),
-            ]
+            lengths = [segment_length(segment, words) for segment in samples[i]]
             draw = torch.Generator().manual_seed(seed + i)
             assert one.sequence_length(lengths, words, draw) == len(sequence)
     sequences = [
@@ -727,15 +732,7 @@ def test_nested_codes_are_learned_and_generated(
     ]
     batch = pad(sequences, words.pad)
     assert batch.keep.shape == (3, 4) and int(batch.is_embedding.sum()) == 12
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if family == "llama" else 5e-3)
-    for _ in range(500):
-        loss = objective.total(losses_of(model, objective, batch))
-        if loss < 0.1:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
+    overfitted(model, objective, batch, family)
     made = MultimodalLM(model.eval(), words, nested_visual, None, objective)
     for text, (image, _) in zip(texts, samples, strict=True):
         codes = made.generate_codes(text, 1, temperature=0.0)
@@ -783,12 +780,7 @@ def test_answers_to_questions_are_learned(
     samples.append([TextSegment("rain and rain", False), TextSegment("rain")])
     sequences = rows_of(objective, samples, words)
     for sequence, sample in zip(sequences, samples, strict=True):
-        lengths = [
-            SegmentLength(PATCHES)
-            if isinstance(s, ImageSegment)
-            else SegmentLength(len(words.text(s.text)), s.text)
-            for s in sample
-        ]
+        lengths = [segment_length(segment, words) for segment in sample]
         assert objective.sequence_length(lengths, words, torch.Generator()) == len(sequence)
         prompt = objective.prompt(sample[:-1], words, "text")
         assert torch.equal(sequence.ids[: len(prompt)], prompt.ids)
@@ -796,14 +788,7 @@ def test_answers_to_questions_are_learned(
         scored = objective.scoring_sequence(sample[:-1], sample[-1], words)
         assert torch.equal(scored.ids, sequence.ids)
     batch = pad(sequences, words.pad)
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    for _ in range(300):
-        loss = objective.total(losses_of(model, objective, batch))
-        if loss < 0.02:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    overfitted(model, objective, batch, family, below=0.02)
     made = MultimodalLM(model.eval(), words, tiny_tokenizer, None, objective)
     assert made.answer(photos[1], "what is this?") == "a red apple"
     asked = [photos[0], photos[1], question]

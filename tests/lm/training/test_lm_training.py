@@ -13,7 +13,17 @@ import torch
 import yaml
 from helpers.lm_parts import image, pairs, processor_and_model
 from helpers.lm_parts import losses as losses_of
-from helpers.lm_runs import CAPTIONS, SMALL, SMALL_BART, Losses, data, module, saving, trainer
+from helpers.lm_runs import (
+    CAPTIONS,
+    SMALL,
+    SMALL_BART,
+    Losses,
+    data,
+    module,
+    saving,
+    shards_of_all_patches,
+    trainer,
+)
 from helpers.small_lms import small_tokenizer
 from helpers.small_nested import small_tokenizer as nested_tokenizer
 from helpers.trainers import recipes_of, two_steps
@@ -31,7 +41,6 @@ from lavit_lm.training.sampler import BlockSampler, ExampleLayout, Examples
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 from lavit_tok import ShardError, VisualTokenizer, WeightsError
-from lavit_tok.cli import main as lavit_tok
 
 # tests/recipes/ trains these, on their documents.
 ON_DOCUMENTS = ("instruct", "emu-clips")
@@ -309,10 +318,7 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
     }
     overrides |= {"data.images": folder / "pictures"} if needs_pixels else {}
     if "--budget" in head:  # a code for every patch
-        (folder / "shards").rename(folder / "dynamic")
-        command = ["shards", folder / "pictures", "--tokenizer", visual]
-        command += ["--budget", 16, "--out", folder / "shards"]
-        assert lavit_tok([str(word) for word in command]) == 0
+        shards_of_all_patches(folder, visual)
     reduced: dict[str, Any] = {"depth": 1, "heads": 2, "hidden_size": 32, "nested_vectors": 4}
     if "tokenizer" in arguments:  # stage 1 comes before it
         tiny_decoder.save_pretrained(folder / "decoder")
