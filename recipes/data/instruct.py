@@ -1,6 +1,6 @@
 """Questions with answers about composed images, as documents for training on the answers alone.
 
-    python recipes/data/instruct.py --data COMPOSED --out INSTRUCT
+    python recipes/data/instruct.py --data COMPOSED --raw RAW --out INSTRUCT
 
 | type | question | answers |
 |---|---|---|
@@ -11,6 +11,8 @@
 | presence | is there a tree? | yes or no, as often |
 | compare | do both images show the same object? have both objects the same color? | yes or no |
 | which | which image shows a cat? | the first or the second, as often |
+| clothes | what is this? (gray clothes of Fashion-MNIST) | a sneaker |
+| emoji | what kind of emoji is this? | its Unicode subgroup, such as country flag |
 
 INSTRUCT holds train.jsonl, validation.jsonl and test.jsonl, which lavit_lm's `documents` reads, and
 the images beside them. The key of a line is instruct/TYPE/..., and only its last text is a target:
@@ -18,7 +20,8 @@ the images beside them. The key of a line is instruct/TYPE/..., and only its las
     {"key": "instruct/color/1", "segments": [{"image": "train/1.webp", "target": false},
         {"text": "Question: what color is the bag? Answer:", "target": false}, {"text": "red"}]}
 
-Images of the test split show combinations that never occur in training (composed.py).
+Images of the test split show combinations that never occur in training (composed.py), or are
+clothes and emoji that do not; the last two types need RAW.
 """
 
 from __future__ import annotations
@@ -26,13 +29,15 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from build import SPLITS
 from composed import NUMBERS, draw_of
 from objects import NOT_COUNTED, plural, with_article
+from sources import EMOJI
 
 TEMPLATE = "Question: {} Answer:"
 """That of lavit_lm's MultimodalLM.answer."""
@@ -123,21 +128,45 @@ def questions(records: Sequence[dict[str, Any]], seed: int) -> Iterator[Asked]:
             yield asked
 
 
-def document(asked: Asked, number: int) -> dict[str, Any]:
+def plain_questions(images: Iterable[dict[str, str]], raw: Path) -> Iterator[Asked]:
+    """A question about each emoji and each of the gray clothes.
+
+    Args:
+        images: key, source and caption of all images of a split.
+        raw: folder that fetch.py wrote.
+    """
+    names = json.loads((raw / EMOJI / "emoji.json").read_text(encoding="utf-8"))
+    kinds = {
+        entry[name].lower(): re.sub(r"\W+", " ", entry["subcategory"])
+        for entry in names
+        for name in ("unified", "non_qualified")
+        if entry[name]
+    }
+    for image in images:
+        key, source = [image["key"]], image["source"]
+        if source == "fashion-mnist":
+            yield "clothes", key, "what is this?", image["caption"].removeprefix("a photo of ")
+        if source in ("emoji", "fluent"):
+            code = Path(key[0].partition("@")[0]).stem
+            yield "emoji", key, "what kind of emoji is this?", kinds[code]
+
+
+def document(asked: Asked, number: int, split: str) -> dict[str, Any]:
     """A line of a file of documents; images are files named after their keys."""
     kind, images, question, answer = asked
-    shown = [{"image": file_of(key), "target": False} for key in images]
+    shown = [{"image": f"{split}/{file_of(key)}", "target": False} for key in images]
     text = {"text": TEMPLATE.format(question), "target": False}
     return {"key": f"instruct/{kind}/{number:05}", "segments": [*shown, text, {"text": answer}]}
 
 
 def file_of(key: str) -> str:
-    """composed/train/color/00001 -> train/color-00001.webp."""
-    _, split, kind, number = key.split("/")
-    return f"{split}/{kind}-{number}.webp"
+    """composed/train/color/00001 -> composed-train-color-00001.webp, the name of its file."""
+    return re.sub(r"[^\w.@-]", "-", key) + ".webp"
 
 
-def build(data: Path, out: Path, images: int, seed: int) -> dict[str, dict[str, int]]:
+def build(
+    data: Path, out: Path, images: int, seed: int, raw: Path | None = None
+) -> dict[str, dict[str, int]]:
     """Write documents and images; return how many questions of each type every split has."""
     import datasets
 
@@ -150,14 +179,17 @@ def build(data: Path, out: Path, images: int, seed: int) -> dict[str, dict[str, 
     for split, records in by_split.items():
         records = draw_of(seed, split).sample(records, min(images, len(records)))
         asked = list(questions(records, seed))
+        if raw is not None:
+            plain = loaded[split].select_columns(["key", "source", "caption"])
+            asked += plain_questions(plain, raw)
         (out / split).mkdir(parents=True, exist_ok=True)
         wanted = {key for _, keys, _, _ in asked for key in keys}
         for row in loaded[split].cast_column("image", datasets.Image(decode=False)):
             if row["key"] in wanted:
-                (out / file_of(row["key"])).write_bytes(row["image"]["bytes"])
+                (out / split / file_of(row["key"])).write_bytes(row["image"]["bytes"])
         with open(out / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for number, one in enumerate(asked):
-                file.write(json.dumps(document(one, number)) + "\n")
+                file.write(json.dumps(document(one, number, split)) + "\n")
         counts[split] = dict(sorted(collections.Counter(kind for kind, *_ in asked).items()))
     return counts
 
@@ -170,8 +202,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the documents")
     parser.add_argument("--images", type=int, default=6000, help="images of each split, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
+    parser.add_argument(
+        "--raw", type=Path, help="folder that fetch.py wrote: asks about clothes and emoji"
+    )
     args = parser.parse_args(argv)
-    print(json.dumps(build(args.data, args.out, args.images, args.seed), indent=2))
+    counts = build(args.data, args.out, args.images, args.seed, args.raw)
+    print(json.dumps(counts, indent=2))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,7 @@ def test_questions_are_documents_whose_answers_are_right(made):
             kinds.add(kind)
             asked = question.removeprefix("Question: ").removesuffix(" Answer:")
             names = [segment["image"] for segment in line["segments"] if "image" in segment]
-            shown = [by_key["composed/" + n.replace("-", "/").removesuffix(".webp")] for n in names]
+            shown = [by_key[Path(name).stem.replace("-", "/")] for name in names]
             assert all(record["split"] == split for record in shown)
             objects = [[item["object"] for item in record["objects"]] for record in shown]
             if kind == "object":
@@ -322,6 +323,29 @@ def test_questions_are_documents_whose_answers_are_right(made):
                 index = ("the first", "the second").index(answer)
                 assert f" {objects[index][0]}?" in asked and objects[0] != objects[1]
     assert kinds == {"object", "color", "count", "place", "presence", "compare", "which"}
+
+
+def test_questions_about_emoji_and_clothes(tmp_path: Path):
+    from instruct import EMOJI, file_of, plain_questions
+
+    entries = [("2764-FE0F", "2764", "heart"), ("1F697", None, "transport-ground")]
+    names = ("unified", "non_qualified", "subcategory")
+    file = tmp_path / EMOJI / "emoji.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps([dict(zip(names, entry, strict=True)) for entry in entries]))
+    keys = ["e/img/2764-fe0f.png", "f/assets/1f697.webp@mirrored", "c/apple.png", "m/t10k/7"]
+    sources = ("emoji", "fluent", "openclipart", "fashion-mnist")
+    rows = [
+        {"key": key, "source": source, "caption": "a photo of an ankle boot"}
+        for key, source in zip(keys, sources, strict=True)
+    ]
+    assert [(kind, key, answer) for kind, (key,), _, answer in plain_questions(rows, tmp_path)] == [
+        ("emoji", keys[0], "heart"),
+        ("emoji", keys[1], "transport ground"),
+        ("clothes", keys[3], "an ankle boot"),
+    ]
+    assert file_of(keys[1]) == "f-assets-1f697.webp@mirrored.webp"
+    assert file_of("composed/test/color/00001") == "composed-test-color-00001.webp"
 
 
 def test_questions_with_yes_and_no_are_balanced():
@@ -349,7 +373,6 @@ def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
 
     from lavit_lm import MultimodalLM
     from lavit_lm.cli import main
-    from lavit_lm.objectives.lavit import LaVIT
     from lavit_lm.sequences.documents import Documents
     from lavit_tok import VisualTokenizer
 
@@ -357,20 +380,22 @@ def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
     recipe = Path(__file__).parents[2] / "recipes/lm/instruct.yaml"
     sources = [
         {"documents": str(questions), "weight": 4},
-        {"shards": str(folder / "shards"), "weight": 1},
+        {"shards": str(folder / "shards"), "images": str(folder / "pictures"), "weight": 1},
     ]
-    small = small_run(folder, sources, **{"data.block": 256})
+    small = small_run(folder, sources, **{"model.objective.init_args.nested_vectors": 4})
     assert main(["fit", *two_steps(recipe, small)]) == 0
     lm = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     visual = VisualTokenizer.from_pretrained(folder / "visual")
-    documents = Documents(questions, visual.image_processor, visual.encode, pixels=False)
+    documents = Documents(questions, visual.image_processor, visual.encode, pixels=True)
     assert len(documents) > 40
+    objective = replace(lm.objective, vector_ratio=1.0)
     for i in range(0, len(documents), 7):
         segments, key = documents[i]
-        sequence = LaVIT().layout(segments, lm.processor, torch.Generator().manual_seed(i), key)
+        sequence = objective.layout(segments, lm.processor, torch.Generator().manual_seed(i), key)
         answer = [*lm.processor.text(segments[-1].text), lm.processor.stop]
         assert sequence.ids[sequence.predict].tolist() == answer, key
-        prompt = LaVIT().prompt(segments[:-1], lm.processor, "text").ids.tolist()
+        assert sequence.is_embedding.sum() == 4 * sum(s.is_image for s in segments)
+        prompt = objective.prompt(segments[:-1], lm.processor, "text").ids.tolist()
         assert sequence.ids.tolist() == [*prompt, *answer], "what `answer` asks"
 
 
