@@ -4,13 +4,14 @@ config.json, generation_config.json, model.safetensors     LavitForConditionalGe
 processor_config.json, tokenizer.json, chat_template.jinja  LavitProcessor
 
 processor_config.json names the visual tokenizer and the pixel decoder, and what MultimodalLM needs
-to load the directory again.
+to load the directory again. A model that reads images as vectors or as codes reads codes there.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from lavit_lm.checkpoints.export import (
 from lavit_lm.generation.sampling import GenerationConstraint
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
+from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualTokenizer
 
@@ -62,6 +64,8 @@ def save_multimodal(
     """
     check_new(out)
     beside = [part for part in (model.bridge, model.regressor) if part is not None]
+    if isinstance(objective, LaVIT) and objective.vector_ratio < 1:  # it has learned to read codes
+        objective, beside = replace(objective, nested_vectors=None, vector_ratio=1.0), []
     if beside or objective.image_output.kind != "codes" or model.causal.config.is_encoder_decoder:
         raise ExportError(
             f"{objective.name}: expected a causal LM that reads and generates codes, got one with "

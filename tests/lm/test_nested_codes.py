@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 from lavit_lm import MultimodalLM, VisualVocabulary, VocabularyError
-from lavit_lm.checkpoints.export import export
+from lavit_lm.checkpoints.export import ExportError, export
 from lavit_lm.cli import main as lavit_lm
 from lavit_lm.generation.beam_search import beam_search
 from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generate_ids
@@ -403,6 +403,48 @@ def test_training_with_nested_shards(visual: VisualTokenizer, folder: Path, kind
     made = {"lm": str(folder / "made"), "text_tokenizer": None, "visual_tokenizer": source}
     with pytest.raises(VocabularyError, match="has ids of 4 codes, got 8"):
         module(folder, **made, max_codes=8)
+
+
+def test_images_are_read_as_vectors_or_as_codes(
+    visual: VisualTokenizer, photos: list[Path], tmp_path: Path
+) -> None:
+    """A model that has learned both captions images and codes, and is exported as one of codes."""
+    source = str(visual.name_or_path)
+    objective = LaVIT("image_first", nested_vectors=4, vector_ratio=0.5, restricted_softmax=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        bridge, _ = objective.connectors.build(visual, 16)
+    processor, plain = processor_and_model(tied=True, stages=STAGES)
+    model = SequenceModel(plain.lm, bridge, restricted=processor.vocabulary).train()
+    images = visual.image_processor.to_uint8(photos[:2])
+    texts, samples = ["rain", "two dogs"], []
+    for pixels, text in zip(images, texts, strict=True):
+        codes = visual.encode(pixels[None], budget=3)
+        samples.append([ImageSegment(codes[0], pixels, codes.keep[0]), TextSegment(text)])
+    rows = [objective.layout(s, processor, generator(i)) for s in samples for i in range(6)]
+    batch, optimizer = pad(rows, processor.pad), torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(300):
+        losses = objective.losses(model(batch), batch)
+        if losses["text"].mean < 0.02:
+            break
+        optimizer.zero_grad()
+        losses["text"].mean.backward()
+        optimizer.step()
+    lm = MultimodalLM(model.eval(), processor, visual, None, objective)
+    codes = [VisualCodes.from_list([s[0].codes.tolist()], CODES, nested=True) for s in samples]
+    assert losses["text"].mean < 0.02
+    assert [lm.caption(image) for image in images] == texts
+    assert [lm.caption(one) for one in codes] == texts
+    lm.save_pretrained(tmp_path / "lm", source)
+    loaded = MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)
+    assert [loaded.caption(image) for image in images] == texts
+    lm.export(tmp_path / "auto", format="multimodal")
+    exported = MultimodalLM.from_pretrained(tmp_path / "auto", decoder=None)
+    assert exported.model.bridge is None and exported.objective.nested_vectors is None
+    assert [exported.caption(one) for one in codes] == texts
+    lm.objective = replace(objective, vector_ratio=1.0)
+    with pytest.raises(ExportError, match="that reads and generates codes, got one with vectors"):
+        lm.export(tmp_path / "no", format="multimodal")
 
 
 @pytest.mark.usefixtures("unchecked")

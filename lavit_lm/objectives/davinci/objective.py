@@ -1,7 +1,7 @@
 """DaVinci (Diao et al., ICLR 2023): text and images from prefixes, three equal losses.
 
-An image of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector (patch_bridge.py),
-0..8 a patch's code:
+An image of 3 x 3 patches and "a red apple"; P is the prefix, v a patch's vector
+(vision/patch_vectors.py), 0..8 a patch's code:
 
     "text": the image and k = 1 term -> the other terms
     id       <s> <img> v v v v v v v v v </img> a | <s> red apple </s>
@@ -53,7 +53,7 @@ from torch import Tensor
 
 from lavit_lm.models.losses import LossSum, ModelOutput, cross_entropy, has_images
 from lavit_lm.objectives.base import Objective
-from lavit_lm.objectives.davinci.patch_bridge import LATER, PatchBridge, with_codes_below
+from lavit_lm.objectives.davinci.codes_below import LATER, with_codes_below
 from lavit_lm.objectives.davinci.prefix_sequences import (
     PrefixSequences,
     codes_of,
@@ -64,6 +64,7 @@ from lavit_lm.objectives.records import Connectors, ImageOutput, PromptTemplates
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.sequences.segments import ImageSegment, Segment, SegmentLength, TextSegment
 from lavit_lm.sequences.token_sequence import Role, SequenceBuilder, TokenSequence
+from lavit_lm.vision.patch_vectors import PatchBridge
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok.nn.ranges import require_number
 

@@ -33,7 +33,7 @@ from lavit_lm.generation.sampling import GenerationConstraint, Sampling, generat
 from lavit_lm.models.encoder_decoder import PrefixSeq2Seq
 from lavit_lm.models.loading import load_lm, sequence_model
 from lavit_lm.objectives.davinci import DaVinci
-from lavit_lm.objectives.davinci.patch_bridge import LATER, PatchBridge, codes_below
+from lavit_lm.objectives.davinci.codes_below import LATER, codes_below
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.sequences.masks import attention_mask
 from lavit_lm.sequences.packing import PackedBatch, pack, pad
@@ -41,6 +41,7 @@ from lavit_lm.sequences.segments import ImageSegment, Segment, TextSegment
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_lm.training.log_samples import LogSamples
 from lavit_lm.training.sampler import segment_length
+from lavit_lm.vision.patch_vectors import PatchBridge
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 from lavit_tok import VisualCodes, VisualTokenizer

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from lavit_lm.sequences.masks import attention_mask, model_mask
 from lavit_lm.sequences.packing import PADDING, PackedBatch, pack, pad, plan_blocks
 from lavit_lm.sequences.segments import ImageSegment, TextSegment
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
+from lavit_lm.training.sampler import segment_length
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_lm.vocabulary.visual_vocabulary import VocabularyError
 
@@ -88,6 +92,58 @@ def test_images_are_embedded_only_before_text():
     assert torch.equal(ids, processor.vocabulary.to_ids(shown.codes)), "targets are still codes"
 
 
+def test_nested_images_are_read_as_vectors():
+    """Of which nothing is predicted; the drawing is in the objective's docstring."""
+    processor, _ = processor_and_model("llama", stages=5)
+    objective = LaVIT("given", nested_vectors=4)
+    shown = replace(
+        image(1, 3), image=torch.zeros(3, 8, 8, dtype=torch.uint8), keep=torch.arange(8) < 3
+    )
+    pair = [shown, TextSegment("a cat")]
+    sequence, v = objective.layout(pair, processor, generator()), processor.vocabulary
+    names = {v.begin: "<img>", v.end: "</img>", processor.stop: "</s>", processor.start[0]: "<s>"}
+    words = dict(zip(processor.text("a cat"), ("a", "cat"), strict=False))
+    drawn = [
+        "v" if vector else (names | words).get(token, "")
+        for token, vector in zip(sequence.ids.tolist(), sequence.is_embedding, strict=True)
+    ]
+    page = (sys.modules[LaVIT.__module__].__doc__ or "").splitlines()
+    at = next(i for i, line in enumerate(page) if line.split()[:1] == ["nested_vectors"])
+    assert page[at].split()[1:10] == " ".join(drawn).split()[:9]
+    marks = ["x" if predicted else "." for predicted in sequence.predict[:10].tolist()]
+    assert page[at + 1].split()[1:] == marks
+    assert torch.equal(sequence.keep, torch.ones(1, 4) > 0) and len(sequence.images) == 1
+    after = objective.layout(pair[::-1], processor, generator())
+    assert (
+        not after.is_embedding.any()
+        and v.to_codes(after.ids[-5:-2]).tolist() == shown.codes.tolist()
+    )
+    without = objective.layout([replace(shown, image=None), *pair[1:]], processor, generator())
+    assert v.is_code(without.ids).sum() == 3, "no pixels: read as codes"
+    prompts = [objective.prompt([shown], processor, kind) for kind in ("text", "image")]
+    assert [int(p.is_embedding.sum()) for p in prompts] == [4, 0]
+
+
+def test_lengths_of_sequences_with_vectors():
+    """Half of the sequences have vectors in place of codes, wherever a text follows the image."""
+    processor, _ = processor_and_model("llama", stages=5)
+    objective = LaVIT(nested_vectors=4, vector_ratio=0.5, prompt_drop=0.3)
+    pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    one, two = (
+        replace(image(i, 2 * i), image=pixels, keep=torch.arange(8) < 2 * i) for i in (1, 3)
+    )
+    text, counts = TextSegment("rain"), Counter()
+    for sample in ([one, text], [text, one], [one, text, two], [two, one, text, text], [two]):
+        lengths = [segment_length(segment, processor) for segment in sample]
+        for seed in range(40):
+            sequence = objective.layout(sample, processor, generator(seed))
+            length = objective.sequence_length(lengths, processor, generator(seed))
+            assert length == len(sequence), (sample, seed)
+            counts[len(sample), int(sequence.is_embedding.sum())] += 1
+    assert set(counts) == {(2, 0), (2, 4), (3, 0), (3, 4), (4, 0), (4, 8), (1, 0)}
+    assert 10 < counts[4, 8] < 30
+
+
 def test_examples_that_are_refused():
     processor, _ = processor_and_model("llama")
     with pytest.raises(ValueError, match="'k' has no segments"):
@@ -102,6 +158,12 @@ def test_examples_that_are_refused():
         LaVIT().layout([ImageSegment(torch.tensor([CODES]))], processor, generator())
     with pytest.raises(ValueError, match="prompt_drop: expected a probability"):
         LaVIT(prompt_drop=1.5)
+    with pytest.raises(ValueError, match="vector_ratio: expected a probability"):
+        LaVIT(vector_ratio=-0.5)
+    with pytest.raises(ValueError, match="nested_vectors: expected an integer in 1"):
+        LaVIT(nested_vectors=0)
+    with pytest.raises(ValueError, match="got both: an image would have two kinds of vectors"):
+        LaVIT(continuous=True, nested_vectors=4)
     with pytest.raises(ValueError, match="image_weight: expected a number in 0"):
         LaVIT(image_weight=-1.0)
 
