@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from lavit_lm.checkpoints.native import load_model, save_model
+from lavit_lm.checkpoints.native import is_model, load_model, save_model
 from lavit_lm.generation.beam_search import beam_search
 from lavit_lm.generation.chat import Reply, as_question, chat_prompt, few_shot
 from lavit_lm.generation.interleaved import generate_interleaved
@@ -33,6 +33,7 @@ from lavit_lm.generation.sampling import (
     GenerationConstraint,
     Generators,
     Sampling,
+    as_codes,
     generate_ids,
 )
 from lavit_lm.models.kv_state import ContextError
@@ -119,7 +120,7 @@ class MultimodalLM:
                 "this model has no image decoder: it generates codes (generate_codes), not images"
             )
         if isinstance(self._decoder, str):
-            self._decoder = self.objective.image_output.load_decoder(self._decoder, self.device)
+            self._decoder = self._load_decoder(self._decoder)
             size = getattr(self._decoder, "codebook_size", None)
             expected = self.processor.vocabulary.codebook_size
             if size not in (None, expected):
@@ -135,6 +136,14 @@ class MultimodalLM:
         elif not isinstance(self._decoder, ImageDecoder):
             self._decoder = CodesDecoder(self._decoder)  # a PixelDecoder
         return self._decoder
+
+    def _load_decoder(self, name: str) -> ImageDecoder:
+        """Load a decoder of what this model generates; of vectors, also one by codes."""
+        if self.objective.image_output.kind == "vectors" and is_model(name):
+            from lavit_lm.generation.codes_decoder import VectorCodesDecoder  # late: diffusers
+
+            return VectorCodesDecoder.from_pretrained(name, device=self.device)
+        return self.objective.image_output.load_decoder(name, self.device)
 
     # Images
 
@@ -247,10 +256,7 @@ class MultimodalLM:
         free = [self.prompts.sequence([], "image")] * len(repeated)
         shared = self.model, self.processor
         generated = generate_ids(*shared, repeated, constraint, chosen, free, generator, use_cache)
-        v = self.processor.vocabulary
-        codes = [v.to_codes(torch.tensor([i for i in ids if i != v.end])) for ids in generated]
-        listed = [c.tolist() for c in codes]
-        return VisualCodes.from_list(listed, v.codebook_size, v.stages > 0)
+        return as_codes(generated, self.processor.vocabulary)
 
     def generate_vectors_batch(
         self, prompts: Sequence[Prompt], use_cache: bool = True

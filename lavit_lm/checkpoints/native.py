@@ -157,6 +157,11 @@ def load_model(
     return model, processor, visual, objective
 
 
+def is_model(name: str | os.PathLike[str]) -> bool:
+    """Whether a directory or Hub id holds a model that save_model wrote. Raises WeightsError."""
+    return str(name) != "default" and (find_directory(name, None, FILES) / CONFIG).is_file()
+
+
 def load_connectors(
     directory: Path, objective: Objective, bridge: nn.Module | None, regressor: nn.Module | None
 ) -> None:

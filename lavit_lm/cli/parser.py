@@ -3,6 +3,7 @@
     fit, validate, test -c RECIPE     train, or compute losses on held-out data, by LightningCLI
     fit-tokenizer -c RECIPE           train VL-GPT's tokenizer and detokenizer
     fit-decoder -c RECIPE             train an image decoder for a model that generates vectors
+    fit-codes-decoder -c RECIPE       train one that generates codes, and decodes these
     generate PROMPT --out DIR         generate images for a prompt
     generate --prompts FILE --out DIR     for every prompt of a file, in batches, resumable
     caption IMAGES...                 caption images, or answer a question about them
@@ -166,6 +167,12 @@ COMMANDS: dict[str, Command] = {
         *("lavit-lm", "fit-decoder", "fit"),
         "lavit_lm.training.emu_decoder:EmuDecoderTraining",
         IMAGES,
+    ),
+    "fit-codes-decoder": training(
+        "train a decoder of vectors that generates codes: fit-codes-decoder -c recipe.yaml",
+        *("lavit-lm", "fit-codes-decoder", "fit"),
+        "lavit_lm.training.codes_decoder:CodesDecoderTraining",
+        LM[1],
     ),
     "generate": Command("images for a prompt", f"{RUN}:generate", GENERATE),
     "caption": Command("a caption for each image", f"{RUN}:caption", CAPTION),

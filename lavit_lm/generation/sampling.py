@@ -23,6 +23,8 @@ from torch import Tensor
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.sequences.token_sequence import TokenSequence
 from lavit_lm.vocabulary.processor import MultimodalProcessor
+from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
+from lavit_tok import VisualCodes
 from lavit_tok.nn.ranges import require_number
 
 COMPACT = 4  # finished sequences leave the batch once they are a quarter of it: it is copied then
@@ -303,6 +305,13 @@ def generate_ids(
         if step + 1 < constraint.max_new_tokens:
             hidden = state.append_ids(torch.cat([ids, ids]) if guided else ids)
     return generated
+
+
+def as_codes(generated: Sequence[Sequence[int]], vocabulary: VisualVocabulary) -> VisualCodes:
+    """The codes of images from their generated ids."""
+    v = vocabulary
+    codes = [v.to_codes(torch.tensor([i for i in ids if i != v.end])) for ids in generated]
+    return VisualCodes.from_list([c.tolist() for c in codes], v.codebook_size, v.stages > 0)
 
 
 def sequence_generators(generator: Generators, count: int) -> list[torch.Generator | None]:

@@ -143,7 +143,7 @@ class SequenceModel(nn.Module):
         self,
         ids: Int64[Tensor, "b l"],
         is_embedding: Bool[Tensor, "b l"],
-        images: UInt8[Tensor, "k 3 h w"],
+        images: UInt8[Tensor, "k 3 h w"] | Float[Tensor, "k n d"],
         keep: Bool[Tensor, "j patches"],
         table: Float[Tensor, "vocabulary d"] | None = None,
     ) -> Float[Tensor, "b l d"]:
@@ -152,7 +152,7 @@ class SequenceModel(nn.Module):
         Args:
             ids: of all positions.
             is_embedding: positions of image vectors.
-            images: the images of these vectors.
+            images: the images of these vectors; or vectors that another model generated.
             keep: True at patches that the bridge uses.
             table: embeddings of all ids, in place of the LM's own.
         """

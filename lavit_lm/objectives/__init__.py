@@ -1,4 +1,7 @@
-"""Training objectives of a language model over text and images, one folder per paper."""
+"""Training objectives of a language model over text and images, one folder per paper.
+
+vector_codes.py is that of an image decoder.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ _CLASSES = {
     "emu": "emu:Emu",
     "vlgpt": "vlgpt:VLGPT",
     "davinci": "davinci:DaVinci",
+    "vector_codes": "vector_codes:VectorCodes",
 }
 
 
 def by_name(name: str) -> type[Objective]:
-    """The objective that a saved model names: one of these four, never a class path from a file.
+    """The objective that a saved model names: one of these, never a class path from a file.
 
     Raises:
         KeyError: another name.

@@ -51,6 +51,8 @@ class Connectors:
         regressor: hidden_size -> a module [t hidden_size] -> [t hidden_size] that predicts vectors;
             None: ids only.
         needs_codes: whether examples need the codes of their images; else their pixels are enough.
+        reads_vectors: whether the bridge reads vectors that another model generated, float [k n d],
+            in place of pixels.
         complete_batch: called with a batch on its device, the frozen visual tokenizer and the
             processor; fills in ids that only the visual tokenizer can compute.
     """
@@ -58,12 +60,13 @@ class Connectors:
     bridge: Callable[[Any, int], nn.Module] | None = None
     regressor: Callable[[int], nn.Module] | None = None
     needs_codes: bool = True
+    reads_vectors: bool = False
     complete_batch: Callable[[PackedBatch, Any, MultimodalProcessor], PackedBatch] = unchanged
 
     @property
     def needs_pixels(self) -> bool:
         """Whether examples need the pixels of their images."""
-        return self.bridge is not None
+        return self.bridge is not None and not self.reads_vectors
 
     def build(
         self, visual: VisualTokenizer, hidden_size: int

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Int8, Int64, UInt8
+from jaxtyping import Bool, Float, Int8, Int64, UInt8
 from torch import Tensor
 
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
@@ -36,8 +36,8 @@ class PackedBatch:
         regress: bool [b l]; the vector of this position is predicted.
         prefix: bool [b l]; the whole prefix attends to this position.
         is_embedding: bool [b l]; a vector of an image is at this position, no id.
-        images: uint8 [k 3 h w], the images of the `is_embedding` positions, block after block; k is
-            0 without any.
+        images: uint8 [k 3 h w], the images of the `is_embedding` positions, block after block, or
+            float [k n d], vectors of them that another model generated; k is 0 without any.
         keep: bool [j patches]; j is k, or 0 where the bridge needs no mask.
         documents: int64 [b l], 0, 1, ... within a block; -1 at padding.
         positions: int64 [b l], positions within the document.
@@ -50,7 +50,7 @@ class PackedBatch:
     regress: Bool[Tensor, "b l"]
     prefix: Bool[Tensor, "b l"]
     is_embedding: Bool[Tensor, "b l"]
-    images: UInt8[Tensor, "k 3 h w"]
+    images: UInt8[Tensor, "k 3 h w"] | Float[Tensor, "k n d"]
     keep: Bool[Tensor, "j patches"]
     documents: Int64[Tensor, "b l"]
     positions: Int64[Tensor, "b l"]
@@ -115,7 +115,7 @@ def _longest(remaining: dict[int, list[int]], space: int) -> tuple[int, ...]:
 
 def embedded_images(
     sequences: Sequence[TokenSequence],
-) -> tuple[UInt8[Tensor, "k 3 h w"], Bool[Tensor, "j patches"]]:
+) -> tuple[UInt8[Tensor, "k 3 h w"] | Float[Tensor, "k n d"], Bool[Tensor, "j patches"]]:
     """(images, keep) of all sequences, in order: the input of a bridge."""
     with_images = [sequence for sequence in sequences if sequence.image_segments]
     if not with_images:

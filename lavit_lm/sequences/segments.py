@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 
@@ -35,7 +35,8 @@ class ImageSegment:
     Args:
         codes: int64 [n], n >= 1, of one image; None for an objective that uses vectors only.
         image: uint8 [3 h w], or a function that opens it, which is called only when the vectors are
-            needed; None embeds the codes.
+            needed; None embeds the codes. For objectives/vector_codes.py float [n d], the vectors
+            that another model generated for the image.
         keep: bool [patches], the patches that the bridge turns into vectors; the kept patches of
             the codes, if there are codes.
         is_target: whether the model is trained to generate it.
@@ -47,7 +48,9 @@ class ImageSegment:
 
     is_image: ClassVar[bool] = True
     codes: Int64[Tensor, " n"] | None = None
-    image: UInt8[Tensor, "3 h w"] | Callable[[], UInt8[Tensor, "3 h w"]] | None = None
+    image: (
+        UInt8[Tensor, "3 h w"] | Float[Tensor, "n d"] | Callable[[], UInt8[Tensor, "3 h w"]] | None
+    ) = None
     keep: Bool[Tensor, " patches"] | None = None
     is_target: bool = True
 

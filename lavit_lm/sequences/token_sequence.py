@@ -22,7 +22,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int8, Int64, UInt8
+from jaxtyping import Bool, Float, Int8, Int64, UInt8
 from torch import Tensor
 
 from lavit_lm.sequences.segments import ImageSegment
@@ -82,8 +82,8 @@ class TokenSequence:
         return len(self.ids)
 
     @cached_property
-    def images(self) -> UInt8[Tensor, "k 3 h w"]:
-        """Pixels of image_segments, opened now; k is 0 if there are none."""
+    def images(self) -> UInt8[Tensor, "k 3 h w"] | Float[Tensor, "k n d"]:
+        """Pixels of image_segments, opened now, or their vectors; k is 0 if there are none."""
         opened = [s.image() if callable(s.image) else s.image for s in self.image_segments]
         pixels = [image for image in opened if image is not None]
         return torch.stack(pixels) if pixels else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)

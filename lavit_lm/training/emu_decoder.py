@@ -23,8 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from lavit_lm.multimodal import MultimodalLM
-from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, VectorReaderConfig
+from lavit_lm.objectives.emu.image_decoder import VectorDecoder
 from lavit_lm.objectives.records import ImageVectors
+from lavit_lm.training.generated_vectors import KEPT, GeneratedVectors, require_vectors
+from lavit_lm.vision.vector_reader import VectorReader, VectorReaderConfig
 from lavit_tok import PixelDecoder
 from lavit_tok.training.decoder_training import DTYPES, WeightsDtype
 from lavit_tok.training.denoising import DenoisingConfig, NoisyLatents, denoising_loss, vae_latents
@@ -104,7 +106,7 @@ class EmuDecoderTraining(EMATraining):
                 "fresh_keys: expected train_unet, as new key and value projections must be trained"
             )
         self.save_arguments()
-        self.loss, self.samples, self.cache_vectors = loss, samples, cache_vectors
+        self.loss, self.samples = loss, samples
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.out, self.out_dtype, self.seed = out, out_dtype, seed
         self.frozen_lm = Frozen(MultimodalLM.from_pretrained(model, decoder=None))
@@ -115,13 +117,9 @@ class EmuDecoderTraining(EMATraining):
                 f"{pixel_decoder!r}"
             )
         lm = self.lm
-        if lm.objective.image_output.kind != "vectors":
-            raise ValueError(
-                f"model: expected one that generates vectors, got {model}, which generates codes "
-                f"({lm.objective.name})"
-            )
+        self.vectors = GeneratedVectors(lm, KEPT if cache_vectors else 0)
+        n = require_vectors(lm, model)
         c, width = pixels.conditioner.config, lm.model.causal.config.get_text_config().hidden_size
-        n = lm.objective.image_output.limits(lm.visual_tokenizer.config.num_patches)[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             sizes = VectorReaderConfig(width, n, c.width, c.patches, **asdict(reader))
@@ -138,7 +136,6 @@ class EmuDecoderTraining(EMATraining):
             self.unet = pixels.unet.train()
         self.decoder = VectorDecoder(self.reader, pixels)  # no nn.Module: not registered twice
         self.start_average(ema_decay)
-        self.cached: dict[str, Tensor] = {}
         self.null: Tensor | None = None
 
     @property
@@ -147,23 +144,6 @@ class EmuDecoderTraining(EMATraining):
         return self.frozen_lm.module
 
     # The loss
-
-    def vectors(self, captions: Sequence[str]) -> Float[Tensor, "b n d"]:
-        """The vectors that the language model generates for captions."""
-        new = list(dict.fromkeys(text for text in captions if text not in self.cached))
-        vectors = dict(self.cached)
-        if new:
-            # Without autocast, as in generation after the training
-            with torch.autocast(self.device.type, enabled=False):
-                prompts = [text if text.strip() else [] for text in new]
-                generated = self.lm.generate_vectors_batch(prompts)
-            vectors |= dict(
-                zip(new, generated.half() if self.cache_vectors else generated, strict=True)
-            )
-        if self.cache_vectors:
-            self.cached = vectors
-        # float(): autocast cannot stack float16
-        return torch.stack([vectors[text].float() for text in captions])
 
     def measure(self, captions: Sequence[str]) -> None:
         """Set the reader's normalization from the vectors of these captions, of all processes."""

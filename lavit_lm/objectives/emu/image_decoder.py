@@ -20,15 +20,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavit_lm.objectives.records import ImageVectors
+from lavit_lm.vision.vector_reader import VectorReader, VectorReaderConfig
 from lavit_tok import Conditioning, PixelDecoder, WeightsError
 from lavit_tok.checkpoints.files import atomic_files
 from lavit_tok.checkpoints.weights import (
@@ -39,81 +40,9 @@ from lavit_tok.checkpoints.weights import (
     read_header,
     save_weights,
 )
-from lavit_tok.nn.attention import Block
 
 FORMAT, VERSION = "lavit_lm.vector_decoder", 1
 READER = "reader.safetensors"
-
-
-@dataclass(frozen=True)
-class VectorReaderConfig:
-    """Sizes of a VectorReader.
-
-    Args:
-        width: d, of the vectors; the LM's hidden size.
-        vectors: n, per image.
-        features: w, width of the features.
-        patches: p, number of features.
-        depth, heads, hidden_size: blocks, heads and width of the transformer.
-
-    Raises:
-        ValueError: a number below 1, or heads that do not divide the width.
-    """
-
-    width: int
-    vectors: int
-    features: int
-    patches: int
-    depth: int = 2
-    heads: int = 4
-    hidden_size: int = 192
-
-    def __post_init__(self) -> None:
-        positive = all(isinstance(n, int) and n > 0 for n in asdict(self).values())
-        if not positive or self.hidden_size % self.heads:
-            raise ValueError(
-                "expected integers above 0, and a hidden_size that is a multiple of heads, got "
-                f"{self}"
-            )
-
-
-class VectorReader(nn.Module):
-    """[b n d] -> [b p w]: one query per patch attends to the other queries and to all vectors.
-
-    Vectors of different prompts differ little compared with their mean, so they are normalized by a
-    mean and a standard deviation that `measure` computes once and the weights contain.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, config: VectorReaderConfig) -> None:
-        super().__init__()
-        size, eps = config.hidden_size, 1e-5
-        self.config = config
-        self.register_buffer("mean", torch.zeros(config.vectors, config.width))
-        self.register_buffer("deviation", torch.ones(config.vectors, 1))
-        self.read = nn.Linear(config.width, size)
-        self.positions = nn.Parameter(torch.randn(config.vectors, size) * 0.02)
-        self.queries = nn.Parameter(torch.randn(config.patches, size) * 0.02)
-        self.blocks = nn.ModuleList(
-            Block(size, config.heads, 4 * size, eps) for _ in range(config.depth)
-        )
-        self.out = nn.Sequential(nn.LayerNorm(size, eps), nn.Linear(size, config.features))
-
-    def forward(self, vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b p w"]:
-        context = self.read((vectors - self.mean) / self.deviation) + self.positions
-        x = self.queries.expand(len(vectors), -1, -1)
-        for block in self.blocks:
-            x = block(x, context, None, None)
-        return self.out(x)
-
-    @torch.no_grad()
-    def measure(self, vectors: Float[Tensor, "b n d"]) -> None:
-        """Set mean [n d] and deviation [n 1] from vectors generated after different prompts."""
-        self.mean.copy_(vectors.mean(0))
-        deviation = (vectors - self.mean).square().mean((0, 2)).sqrt()
-        self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0)[:, None])
 
 
 class VectorDecoder:

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from lavit_lm import MultimodalLM
 from lavit_lm.checkpoints.native import save_model
 from lavit_lm.cli import main
-from lavit_lm.objectives.emu.image_decoder import VectorDecoder, VectorReader, VectorReaderConfig
+from lavit_lm.objectives.emu.image_decoder import VectorDecoder
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.objectives.records import ImageVectors
 from lavit_lm.training.emu_decoder import EmuDecoderTraining, renew_keys
+from lavit_lm.vision.vector_reader import VectorReader, VectorReaderConfig
 from lavit_tok import ImageDataModule, VisualCodes, VisualTokenizer, WeightsError
 from lavit_tok.training.denoising import vae_latents
 
@@ -149,8 +150,8 @@ def test_trained_on_generated_vectors(parts: dict[str, str]):
     vectors, first = module.vectors(captions), keeps.vectors(captions)
     expected = lm.generate_vectors_batch(captions)
     torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-4)
-    assert module.cached == {} and set(keeps.cached) == set(CAPTIONS[:2])
-    assert keeps.cached[CAPTIONS[0]].dtype == torch.float16
+    assert module.vectors.cached == {} and set(keeps.vectors.cached) == set(CAPTIONS[:2])
+    assert keeps.vectors.cached[CAPTIONS[0]].dtype == torch.float16
     assert torch.equal(keeps.vectors(captions[:1])[0], first[0])
     assert (first - vectors).abs().max() < 1e-2
     images = torch.randint(256, (3, 3, 16, 16), generator=generator(), dtype=torch.uint8)
