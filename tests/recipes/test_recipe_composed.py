@@ -373,6 +373,7 @@ def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
 
     from lavit_lm import MultimodalLM
     from lavit_lm.cli import main
+    from lavit_lm.objectives.lavit import LaVIT
     from lavit_lm.sequences.documents import Documents
     from lavit_tok import VisualTokenizer
 
@@ -388,6 +389,7 @@ def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
     visual = VisualTokenizer.from_pretrained(folder / "visual")
     documents = Documents(questions, visual.image_processor, visual.encode, pixels=True)
     assert len(documents) > 40
+    assert isinstance(lm.objective, LaVIT)
     objective = replace(lm.objective, vector_ratio=1.0)
     for i in range(0, len(documents), 7):
         segments, key = documents[i]
