@@ -171,12 +171,6 @@ class VectorPrompt(nn.Module):
         Raises:
             ValueError: vectors of another number or width.
         """
-        config = self.reader.config
-        if tuple(vectors.shape[1:]) != (config.vectors, config.width):
-            raise ValueError(
-                f"expected {config.vectors} vectors of width {config.width} per image, got shape "
-                f"{list(vectors.shape)}: this decoder was trained for another language model"
-            )
         vectors = vectors.to(self.reader.mean)
         if self.training and not bool(self.measured):
             self.reader.measure(vectors)

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
@@ -69,6 +70,11 @@ class ImageSegment:
                 f"pixels of an image with {len(self.codes)} codes need a mask that keeps as many "
                 f"patches, got {kept}"
             )
+
+    def as_vectors(self, vectors: int, kept: int | None = None) -> ImageSegment:
+        """The image without codes, with so many vectors, of which the first `kept` are used."""
+        keep = torch.arange(vectors) < (vectors if kept is None else kept)
+        return replace(self, codes=None, keep=keep)
 
 
 Segment = TextSegment | ImageSegment

@@ -11,8 +11,6 @@ prompts become others. No image is opened.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.multimodal import MultimodalLM
@@ -20,7 +18,6 @@ from lavit_lm.objectives.vector_codes import VectorCodes, VectorPrompt
 from lavit_lm.sequences.packing import PackedBatch
 from lavit_lm.training.generated_vectors import KEPT, GeneratedVectors, require_vectors
 from lavit_lm.training.module import LanguageModeling, LMOptimizerConfig
-from lavit_tok.data.shard_manifest import Manifest
 from lavit_tok.training.frozen import Frozen
 from lavit_tok.training.optimizers import ScheduleConfig
 
@@ -93,13 +90,6 @@ class CodesDecoderTraining(LanguageModeling):
         self.source = model
         self.frozen_lm = Frozen(frozen)
         self.vectors = GeneratedVectors(frozen, KEPT)
-
-    @staticmethod
-    def complete_arguments(model: Any, data: Any, root: Path) -> None:
-        """Fill in the visual tokenizer, from the shards; see LanguageModeling."""
-        folders = [source.shards for source in data.sources or [data] if source.shards]
-        if model.visual_tokenizer is None and folders:
-            model.visual_tokenizer = Manifest.read(Path(folders[0])).config.tokenizer
 
     def next_command(self) -> str:
         """Images are generated next."""

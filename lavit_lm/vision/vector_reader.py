@@ -71,6 +71,8 @@ class VectorReader(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(size, eps), nn.Linear(size, config.features))
 
     def forward(self, vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b p w"]:
+        """Raises ValueError for vectors of another number or width."""
+        self._require(vectors)
         context = self.read((vectors - self.mean) / self.deviation) + self.positions
         x = self.queries.expand(len(vectors), -1, -1)
         for block in self.blocks:
@@ -79,7 +81,20 @@ class VectorReader(nn.Module):
 
     @torch.no_grad()
     def measure(self, vectors: Float[Tensor, "b n d"]) -> None:
-        """Set mean [n d] and deviation [n 1] from vectors generated after different prompts."""
+        """Set mean [n d] and deviation [n 1] from vectors generated after different prompts.
+
+        Raises:
+            ValueError: vectors of another number or width.
+        """
+        self._require(vectors)
         self.mean.copy_(vectors.mean(0))
         deviation = (vectors - self.mean).square().mean((0, 2)).sqrt()
         self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0)[:, None])
+
+    def _require(self, vectors: Float[Tensor, "b n d"]) -> None:
+        config = self.config
+        if tuple(vectors.shape[1:]) != (config.vectors, config.width):
+            raise ValueError(
+                f"expected {config.vectors} vectors of width {config.width} per image, got shape "
+                f"{list(vectors.shape)}: this decoder was trained for another language model"
+            )

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -59,8 +58,7 @@ class PrefixSequences:
         else:
             require_pixels(image, "davinci", key)
             vectors = self.nested_vectors
-        keep = torch.arange(vectors) < (vectors if count is None else count)
-        return replace(image, codes=None, keep=keep)
+        return image.as_vectors(vectors, count)
 
     def read(self, segments: Sequence[Segment], key: str = "") -> list[Segment]:
         """The segments with images as all their vectors. Raises as as_vectors."""

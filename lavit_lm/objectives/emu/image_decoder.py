@@ -70,13 +70,8 @@ class VectorDecoder:
 
     def conditioning(self, vectors: Float[Tensor, "b n d"]) -> Conditioning:
         """What the U-Net is conditioned on. Raises ValueError for vectors of another model."""
-        config, weight = self.reader.config, self.reader.queries
-        if tuple(vectors.shape[1:]) != (config.vectors, config.width):
-            raise ValueError(
-                f"expected {config.vectors} vectors of width {config.width} per image, got shape "
-                f"{list(vectors.shape)}: this decoder was trained for another language model"
-            )
-        return self.pixels.conditioner.projection(self.reader(vectors.to(weight)))
+        vectors = vectors.to(self.reader.queries)
+        return self.pixels.conditioner.projection(self.reader(vectors))
 
     @torch.no_grad()
     def decode(
