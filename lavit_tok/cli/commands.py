@@ -273,7 +273,9 @@ def shards(arguments: argparse.Namespace) -> int:
         **{name: getattr(arguments, name) for name in names},
     ):
         print(summary, file=sys.stderr)
-    following = f"; next: lavit-lm fit -c lm/lavit --data.shards={out}"
+    following = (
+        f"; next: lavit-lm fit -c lm/lavit --data.shards={out} --data.images={arguments.data}"
+    )
     print(f"wrote shards to {out}{'' if is_remote(out) else following}", file=sys.stderr)
     return 0
 

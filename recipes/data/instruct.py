@@ -15,11 +15,13 @@
 | emoji | what kind of emoji is this? | its Unicode subgroup, such as country flag |
 
 INSTRUCT holds train.jsonl, validation.jsonl and test.jsonl, which lavit_lm's `documents` reads, and
-the images beside them. The key of a line is instruct/TYPE/..., and only its last text is a target:
+the images beside them. Only answers are targets:
 
-    {"key": "instruct/color/1", "segments": [{"image": "train/1.webp", "target": false},
+    {"key": "instruct/color/1", "segments": [{"image": "test/1.webp", "target": false},
         {"text": "Question: what color is the bag? Answer:", "target": false}, {"text": "red"}]}
 
+Lines of train hold all questions about one image or two, in any order, each with its answer; their
+key is instruct/train/... Lines of the other splits hold one question, whose type their key names.
 Images of the test split show combinations that never occur in training (composed.py), or are
 clothes and emoji that do not; the last two types need RAW.
 """
@@ -45,6 +47,8 @@ SINGLE = ("color", "place", "view")
 """Kinds of images that show one object."""
 Asked = tuple[str, list[str], str, str]
 """(type, names of images, question, answer)."""
+PRESENCE = 4
+"""Questions for the presence of an object, of an image in train."""
 
 
 def name_of(record: dict[str, Any]) -> str:
@@ -52,13 +56,16 @@ def name_of(record: dict[str, Any]) -> str:
     return str(record["objects"][0]["object"])
 
 
-def ask(record: dict[str, Any], names: Sequence[str], draw: Any) -> Iterator[Asked]:
+def ask(
+    record: dict[str, Any], names: Sequence[str], draw: Any, presence: int = 1
+) -> Iterator[Asked]:
     """All questions about one image.
 
     Args:
         record: of the image, as composed.py wrote it.
         names: of all objects, for questions whose answer is no.
         draw: random.Random.
+        presence: questions for the presence of an object; none is asked twice.
     """
     image, shown = [record["key"]], [item["object"] for item in record["objects"]]
     first = name_of(record)
@@ -74,20 +81,26 @@ def ask(record: dict[str, Any], names: Sequence[str], draw: Any) -> Iterator[Ask
     if "place" in record:
         verb = "are" if first in NOT_COUNTED else "is"
         yield "place", image, f"where {verb} the {first}?", record["place"]
-    there = draw.random() < 0.5
-    name = draw.choice(shown if there else [name for name in names if name not in shown])
-    verb = "are there" if name in NOT_COUNTED else "is there"
-    answer = "yes" if there else "no"
-    yield "presence", image, f"{verb} {with_article(name, name)}?", answer
+    asked = set()
+    for _ in range(presence):
+        there = draw.random() < 0.5
+        name = draw.choice(shown if there else [name for name in names if name not in shown])
+        verb = "are there" if name in NOT_COUNTED else "is there"
+        if name not in asked:
+            yield "presence", image, f"{verb} {with_article(name, name)}?", "yes" if there else "no"
+        asked.add(name)
 
 
 def compare(
     records: Sequence[dict[str, Any]], by: dict[str, dict[str, list[Any]]], draw: Any
-) -> Asked | None:
-    """A question about two images of single objects; None if there are no two as drawn.
+) -> list[Asked]:
+    """Questions about two images of single objects; none if there are no two as drawn.
 
     Args:
         by: "object" and "color" -> name -> records.
+
+    Returns:
+        The drawn question first, and then others about the same images in the same order.
     """
     record, kind = draw.choice(records), draw.choice(("same object", "same color", "which"))
     what = "color" if kind == "same color" else "object"
@@ -99,20 +112,47 @@ def compare(
         others = by[what][draw.choice(sorted(set(by[what]) - {value}) or [value])]
     other = draw.choice(others)
     if other is record or (not alike and other["objects"][0][what] == value):
-        return None
-    pair = [record["key"], other["key"]]
-    if kind == "same object":
-        return "compare", pair, "do both images show the same object?", "yes" if alike else "no"
-    if kind == "same color":
-        return "compare", pair, "have both objects the same color?", "yes" if alike else "no"
-    answer = draw.choice(("the first", "the second"))
-    name = name_of(record)
-    question = f"which image shows {with_article(name, name)}?"
-    return "which", pair if answer == "the first" else pair[::-1], question, answer
+        return []
+    pair = [record, other]
+    if kind == "which" and draw.choice(("the first", "the second")) == "the second":
+        pair = pair[::-1]
+    keys, shown = [one["key"] for one in pair], [one["objects"][0] for one in pair]
+    same = [shown[0][what] == shown[1][what] for what in ("object", "color")]
+    asked = {
+        "same object": ("do both images show the same object?", "yes" if same[0] else "no"),
+        "same color": ("have both objects the same color?", "yes" if same[1] else "no"),
+    }
+    if not same[0]:
+        name = name_of(record)
+        answer = "the first" if pair[0] is record else "the second"
+        asked["which"] = (f"which image shows {with_article(name, name)}?", answer)
+    order = [kind, *(one for one in asked if one != kind)]
+    return [("which" if one == "which" else "compare", keys, *asked[one]) for one in order]
 
 
-def questions(records: Sequence[dict[str, Any]], seed: int) -> Iterator[Asked]:
-    """Up to two questions about every image, and half as many comparisons as images."""
+def arranged(asked: Sequence[Asked], draw: Any) -> list[Asked]:
+    """Questions of one document in an order in which none tells the answer of a later one.
+
+    A question for color, count or place names the object, and "which" says that two images show
+    different ones: questions for presence, object and sameness come before these. Half of the
+    documents begin with any question instead, and lack those that it has answered.
+    """
+    ranks = {"presence": 0, "object": 1, "compare": 0, "which": 1}
+    shuffled = draw.sample(asked, len(asked))
+    first = ranks.get(shuffled[0][0], 2) if draw.random() < 0.5 else 0
+    kept = [one for one in shuffled if ranks.get(one[0], 2) >= first]
+    return sorted(kept, key=lambda one: ranks.get(one[0], 2))
+
+
+def questions(
+    records: Sequence[dict[str, Any]], seed: int, together: bool = False
+) -> Iterator[list[Asked]]:
+    """Up to two questions about every image, and half as many comparisons as images.
+
+    Args:
+        together: all questions about an image, or about two, in one document; and as many
+            comparisons as images.
+    """
     names = sorted({item["object"] for record in records for item in record["objects"]})
     by: dict[str, dict[str, list[Any]]] = {"object": {}, "color": {}}
     single = [r for r in records if r["kind"] in ("color", "place") and r["objects"][0]["named"]]
@@ -121,11 +161,15 @@ def questions(records: Sequence[dict[str, Any]], seed: int) -> Iterator[Asked]:
             groups.setdefault(record["objects"][0][what], []).append(record)
     for record in records:
         draw = draw_of(seed, "ask", record["key"])
-        found = list(ask(record, names, draw))
-        yield from draw.sample(found, min(2, len(found)))
-    for index in range(len(records) // 2 if len(single) > 1 else 0):
-        if asked := compare(single, by, draw_of(seed, "compare", records[0]["split"], index)):
-            yield asked
+        found = list(ask(record, names, draw, PRESENCE if together else 1))
+        if together:
+            yield arranged(found, draw)
+        else:
+            yield from ([one] for one in draw.sample(found, min(2, len(found))))
+    for index in range(len(records) // (1 if together else 2) if len(single) > 1 else 0):
+        draw = draw_of(seed, "compare", records[0]["split"], index)
+        if asked := compare(single, by, draw):
+            yield arranged(asked, draw) if together else asked[:1]
 
 
 def plain_questions(images: Iterable[dict[str, str]], raw: Path) -> Iterator[Asked]:
@@ -151,12 +195,18 @@ def plain_questions(images: Iterable[dict[str, str]], raw: Path) -> Iterator[Ask
             yield "emoji", key, "what kind of emoji is this?", kinds[code]
 
 
-def document(asked: Asked, number: int, split: str) -> dict[str, Any]:
-    """A line of a file of documents; images are files named after their keys."""
-    kind, images, question, answer = asked
-    shown = [{"image": f"{split}/{file_of(key)}", "target": False} for key in images]
-    text = {"text": TEMPLATE.format(question), "target": False}
-    return {"key": f"instruct/{kind}/{number:05}", "segments": [*shown, text, {"text": answer}]}
+def document(asked: Sequence[Asked], number: int, split: str) -> dict[str, Any]:
+    """A line of a file of documents; images are files named after their keys.
+
+    Args:
+        asked: one or more questions about the same images.
+    """
+    kind, images, _, _ = asked[0]
+    segments = [{"image": f"{split}/{file_of(key)}", "target": False} for key in images]
+    for _, _, question, answer in asked:
+        segments += [{"text": TEMPLATE.format(question), "target": False}, {"text": answer}]
+    kind = "train" if split == "train" else kind
+    return {"key": f"instruct/{kind}/{number:05}", "segments": segments}
 
 
 def file_of(key: str) -> str:
@@ -178,19 +228,20 @@ def build(
     counts = {}
     for split, records in by_split.items():
         records = draw_of(seed, split).sample(records, min(images, len(records)))
-        asked = list(questions(records, seed))
+        asked = list(questions(records, seed, together=split == "train"))
         if raw is not None:
             plain = loaded[split].select_columns(["key", "source", "caption"])
-            asked += plain_questions(plain, raw)
+            asked += ([one] for one in plain_questions(plain, raw))
         (out / split).mkdir(parents=True, exist_ok=True)
-        wanted = {key for _, keys, _, _ in asked for key in keys}
+        wanted = {key for (_, keys, _, _), *_ in asked for key in keys}
         for row in loaded[split].cast_column("image", datasets.Image(decode=False)):
             if row["key"] in wanted:
                 (out / split / file_of(row["key"])).write_bytes(row["image"]["bytes"])
         with open(out / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for number, one in enumerate(asked):
                 file.write(json.dumps(document(one, number, split)) + "\n")
-        counts[split] = dict(sorted(collections.Counter(kind for kind, *_ in asked).items()))
+        kinds = collections.Counter(kind for one in asked for kind, *_ in one)
+        counts[split] = dict(sorted(kinds.items()))
     return counts
 
 

@@ -281,48 +281,68 @@ def test_left_and_right_are_swapped_in_mirrored_views():
 
 
 def test_questions_are_documents_whose_answers_are_right(made):
-    from objects import plural, with_article
-
     from lavit_lm.sequences.documents import Documents
     from lavit_tok import VisualImageProcessor
 
     _, records, _, folder = made
     by_key = {record["key"]: record for record in records}
     images = VisualImageProcessor(32)
-    kinds = set()
+    starts = {"what is this": "object", "what color": "color", "how many": "count"}
+    starts |= {"where": "place", "is there": "presence", "are there": "presence"}
+    starts |= {"do both": "compare", "have both": "compare", "which": "which"}
+    kinds, of_documents = set(), set()
     for split in ("train", "test"):
         documents = Documents(folder / f"{split}.jsonl", images)
         lines = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
         for (segments, key), line in zip(documents, lines, strict=True):
-            assert [s.is_target for s in segments] == [False] * (len(segments) - 1) + [True]
-            kind, (question, answer) = key.split("/")[1], [s.text for s in segments[-2:]]
-            kinds.add(kind)
-            asked = question.removeprefix("Question: ").removesuffix(" Answer:")
             names = [segment["image"] for segment in line["segments"] if "image" in segment]
             shown = [by_key[Path(name).stem.replace("-", "/")] for name in names]
             assert all(record["split"] == split for record in shown)
             objects = [[item["object"] for item in record["objects"]] for record in shown]
-            if kind == "object":
-                assert answer == with_article(objects[0][0], objects[0][0])
-            elif kind == "color":
-                item = next(i for i in shown[0]["objects"] if f" {i['object']}?" in asked)
-                assert answer == item["color"]
-            elif kind == "count":
-                assert plural(objects[0][0]) in asked
-                assert answer == ("one", "two", "three", "four")[shown[0]["count"] - 1]
-            elif kind == "place":
-                assert answer == shown[0]["place"]
-            elif kind == "presence":
-                assert (answer == "yes") == any(f" {name}?" in asked for name in objects[0])
-            elif "same object" in asked:
-                assert (answer == "yes") == (objects[0] == objects[1])
-            elif "same color" in asked:
-                first, second = (record["objects"][0]["color"] for record in shown)
-                assert (answer == "yes") == (first == second)
+            texts = segments[len(names) :]
+            targets = [s.is_target for s in segments]
+            assert targets == [False] * len(names) + [False, True] * (len(texts) // 2)
+            asked = []
+            for question, answer in zip(texts[::2], [s.text for s in texts[1::2]], strict=True):
+                text = question.text.removeprefix("Question: ").removesuffix(" Answer:")
+                asked.append(next(kind for start, kind in starts.items() if text.startswith(start)))
+                check(asked[-1], text, answer, shown, objects)
+            kinds |= set(asked)
+            if split == "train":
+                of_documents.add(tuple(asked))
+                assert len(set(texts[::2])) == len(texts[::2])
+                named = [kind in ("color", "count", "place", "which") for kind in asked]
+                assert named == sorted(named), "questions that name the object come last"
             else:
-                index = ("the first", "the second").index(answer)
-                assert f" {objects[index][0]}?" in asked and objects[0] != objects[1]
+                assert asked == [key.split("/")[1]]
     assert kinds == {"object", "color", "count", "place", "presence", "compare", "which"}
+    assert {len(asked) for asked in of_documents} >= {1, 2, 3, 4, 5}
+
+
+def check(kind: str, question: str, answer: str, shown: Any, objects: list[list[str]]) -> None:
+    """Whether an answer is that of the records of the images."""
+    from objects import plural, with_article
+
+    if kind == "object":
+        assert answer == with_article(objects[0][0], objects[0][0])
+    elif kind == "color":
+        item = next(i for i in shown[0]["objects"] if f" {i['object']}?" in question)
+        assert answer == item["color"]
+    elif kind == "count":
+        assert plural(objects[0][0]) in question
+        assert answer == ("one", "two", "three", "four")[shown[0]["count"] - 1]
+    elif kind == "place":
+        assert answer == shown[0]["place"]
+    elif kind == "presence":
+        assert (answer == "yes") == any(f" {name}?" in question for name in objects[0])
+    elif "same object" in question:
+        assert (answer == "yes") == (objects[0] == objects[1])
+    elif "same color" in question:
+        first, second = (record["objects"][0]["color"] for record in shown)
+        assert (answer == "yes") == (first == second)
+    else:
+        index = ("the first", "the second").index(answer)
+        assert f" {objects[index][0]}?" in question and objects[0] != objects[1]
 
 
 def test_questions_about_emoji_and_clothes(tmp_path: Path):
@@ -359,7 +379,7 @@ def test_questions_with_yes_and_no_are_balanced():
             {"key": f"composed/train/color/{number}", "kind": "color", "split": "train",
              "objects": [item]}
         )  # fmt: skip
-    asked = list(questions(records, 0))
+    asked = [one for document in questions(records, 0) for one in document]
     for kind in ("presence", "compare"):
         answers = [answer for name, _, question, answer in asked
                    if name == kind and not question.startswith("which")]  # fmt: skip
@@ -394,8 +414,10 @@ def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
     for i in range(0, len(documents), 7):
         segments, key = documents[i]
         sequence = objective.layout(segments, lm.processor, torch.Generator().manual_seed(i), key)
-        answer = [*lm.processor.text(segments[-1].text), lm.processor.stop]
-        assert sequence.ids[sequence.predict].tolist() == answer, key
+        answers = [s.text for s in segments if not s.is_image and s.is_target]
+        answer = [*lm.processor.text(answers[-1]), lm.processor.stop]
+        predicted = [id for text in answers[:-1] for id in lm.processor.text(text)] + answer
+        assert sequence.ids[sequence.predict].tolist() == predicted, key
         assert sequence.is_embedding.sum() == 4 * sum(s.is_image for s in segments)
         prompt = objective.prompt(segments[:-1], lm.processor, "text").ids.tolist()
         assert sequence.ids.tolist() == [*prompt, *answer], "what `answer` asks"

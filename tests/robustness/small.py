@@ -202,7 +202,8 @@ def _fit_decoder(work: Workshop, out: Path) -> tuple[str, list[object]]:
 
 def _fit_lm(work: Workshop, out: Path) -> tuple[str, list[object]]:
     model = {"lm": LM, "text_tokenizer": str(work.text), "visual_tokenizer": str(work.tokenizer)}
-    data = {"shards": str(work.shards), "block": 64, "batch_size": 2}
+    model |= {"objective": {"init_args": {"nested_vectors": 4}}}
+    data = {"shards": str(work.shards), "images": str(work.images), "block": 64, "batch_size": 2}
     return "lavit-lm", ["fit", *work.recipe("lm/lavit.yaml", out, {"data": data, "model": model})]
 
 
