@@ -46,7 +46,7 @@ from lavit_tok.encode.rate_control import COLOR_ERROR_SCALE, RateControl, Reques
 from lavit_tok.encode.rate_distortion import Quality
 from lavit_tok.encode.selector import Selector
 from lavit_tok.encode.vision_encoder import VisionEncoder
-from lavit_tok.nn.precision import without_autocast
+from lavit_tok.nn.precision import all_finite, without_autocast
 
 
 class VisualTokenizer(
@@ -324,7 +324,7 @@ class VisualTokenizer(
             )
         if len(pixels) == 0:
             raise ValueError("pixels: expected at least one image, got an empty batch")
-        if not bool(pixels.isfinite().all()):
+        if not all_finite(pixels):
             raise ValueError(
                 "pixels contain NaN or infinity: every code of those images would be arbitrary"
             )

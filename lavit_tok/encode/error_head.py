@@ -157,4 +157,8 @@ def summary(
             energies[size] = whole.square().mean((1, 2, 3))
         within.append(energies[size] - F.avg_pool2d(whole, cell).square().mean((1, 2, 3)))
     logs = torch.stack(within, 1).clamp(min=1e-6).log()
-    return torch.cat([features.mean(1), features.std(1, correction=0), logs], 1)
+    # In float64, as std() does, but in half of its time on a CPU or less
+    centered = features.to(torch.float64, copy=True)
+    centered.sub_(centered.mean(1, keepdim=True))
+    deviation = centered.square_().mean(1).sqrt().float()
+    return torch.cat([features.mean(1), deviation, logs], 1)

@@ -143,7 +143,7 @@ class VisualImageProcessor(BaseImageProcessor):
             torch.tensor(values, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
             for values in (self.image_mean, self.image_std)
         )
-        return (pixels.float() / 255 - mean) / std
+        return (pixels.float() / 255).sub_(mean).div_(std)
 
     def preprocess(self, images: Images, return_tensors: str | None = "pt") -> BatchFeature:
         """One image or a batch -> {"pixel_values": float [b 3 size size]}; `__call__` calls it."""

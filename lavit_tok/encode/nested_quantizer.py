@@ -112,7 +112,7 @@ class NestedCodebook(KeepFloat32):
         norms, needed = self.half_norms(), [x for x in self.levels if x.first < count]
         for i, level in enumerate(needed):
             z = split_areas(left, level.side) @ self.basis(i)
-            total = torch.zeros_like(z)
+            total, before = torch.zeros_like(z), z.square().sum(-1)
             for stage in range(level.stages):
                 start = level.first + stage * level.side**2
                 if start >= count:
@@ -122,15 +122,16 @@ class NestedCodebook(KeepFloat32):
                 found = nearest_to_finite(z.flatten(0, 1), table, norms[number]).view(z.shape[:2])
                 entries = F.embedding(found, table)
                 # The basis is orthonormal: distances in it are distances of the vectors
-                before, z = z.square().sum(-1), z - entries
+                z, total = z - entries, total + entries
+                after = z.square().sum(-1)
                 codes.append(found)
-                saved.append(before - z.square().sum(-1))
-                total = total + entries
+                saved.append(before - after)
+                before = after
             if level is not needed[-1]:
                 left = left - join_areas(total @ self.basis(i).T, level.side, self.patches)
         by_rank = self.found_at[:count]
-        after = distance[:, None] - torch.cat(saved, 1)[:, by_rank].cumsum(1)
-        return torch.cat(codes, 1)[:, by_rank], after.clamp(min=0) / self.patches
+        errors = distance[:, None] - torch.cat(saved, 1)[:, by_rank].cumsum(1)
+        return torch.cat(codes, 1)[:, by_rank], errors.clamp(min=0) / self.patches
 
     @without_autocast
     def decode(

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lavit_tok.nn.precision import KeepFloat32
+from lavit_tok.nn.precision import KeepFloat32, all_finite
 
 CHUNK = 1 << 22  # entries of the distance matrix computed at a time (16 MiB in float32)
 NUMPY_THREADS = 8  # below so many threads of torch, argmin is faster by NumPy on one
@@ -31,29 +31,33 @@ def nearest(
         ValueError: NaN or infinity in z.
     """
     require_finite(z)
-    return nearest_to_finite(z, entries)
+    with torch.autocast(z.device.type, enabled=False):
+        return nearest_to_finite(z, entries)
 
 
-@torch.no_grad()
 def nearest_to_finite(
     z: Float[Tensor, "total dim"],
     entries: Float[Tensor, "size dim"],
     norms: Float[Tensor, " size"] | None = None,
 ) -> Int64[Tensor, " total"]:
-    """nearest, of a z that is known to be finite; `norms` are half_norms of float32 entries."""
-    with torch.autocast(z.device.type, enabled=False):
-        # Under set_float32_matmul_precision("high") or "medium" products have 10 bits or fewer,
-        # which would change codes.
-        full = torch.get_float32_matmul_precision() == "highest"
-        exact = torch.float32 if full else torch.float64
-        z, entries = z.float().to(exact), entries.to(exact)
-        if norms is None or norms.dtype != exact:
-            norms = half_norms(entries)
-        # |z - e|^2 / 2 without |z|^2 / 2, which is the same for all entries.
-        parts = z.split(max(1, CHUNK // len(entries)))
-        products = (part @ entries.T for part in parts)
-        chunks = [_smallest(torch.sub(norms, product, out=product)) for product in products]
-        return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64).to(z.device)
+    """nearest, of a z that is known to be finite, without gradient and autocast.
+
+    Args:
+        z: vectors.
+        entries: of the codebook.
+        norms: half_norms of the entries, if they are float32 and known.
+    """
+    # Under set_float32_matmul_precision("high") or "medium" products have 10 bits or fewer,
+    # which would change codes.
+    full = torch.get_float32_matmul_precision() == "highest"
+    exact = torch.float32 if full else torch.float64
+    z, entries = z.to(exact), entries.to(exact)
+    if norms is None or norms.dtype != exact:
+        norms = half_norms(entries)
+    most = max(1, CHUNK // len(entries))
+    if len(z) <= most:
+        return _nearest(z, entries, norms)
+    return torch.cat([_nearest(part, entries, norms) for part in z.split(most)])
 
 
 def half_norms(entries: Float[Tensor, "*entries dim"]) -> Float[Tensor, "*entries"]:
@@ -63,14 +67,18 @@ def half_norms(entries: Float[Tensor, "*entries dim"]) -> Float[Tensor, "*entrie
 
 def require_finite(z: Tensor) -> None:
     """Raise ValueError if z holds NaN or infinity."""
-    if not bool(z.isfinite().all()):
+    if not all_finite(z):
         raise ValueError(
             "features to quantize contain NaN or infinity: any code would be arbitrary"
         )
 
 
-def _smallest(distances: Float[Tensor, "total size"]) -> Int64[Tensor, " total"]:
-    """Index of the first smallest value of each line."""
+def _nearest(
+    z: Float[Tensor, "total dim"], entries: Float[Tensor, "size dim"], norms: Float[Tensor, " size"]
+) -> Int64[Tensor, " total"]:
+    """Index of the first nearest entry: |z - e|^2 / 2 less |z|^2 / 2, the same for all entries."""
+    products = z @ entries.T
+    distances = torch.sub(norms, products, out=products)
     if distances.device.type == "cpu" and torch.get_num_threads() < NUMPY_THREADS:
         return torch.from_numpy(distances.numpy().argmin(1))
     return distances.argmin(1)

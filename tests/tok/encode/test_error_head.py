@@ -39,6 +39,18 @@ def test_variance_within_cells():
     )  # neighbors: rows alike, one column of three differs by 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mean_and_deviation_of_every_channel(dtype: torch.dtype):
+    features = 5 + torch.randn(3, 16, 2, dtype=dtype)
+    features[0, :, 1] = 0.1  # no deviation
+    before = features.clone()
+    mean, deviation = summary(features, 2)[:, :4].split(2, dim=1)
+    assert torch.equal(mean, features.mean(1).to(mean.dtype))
+    expected = features.double().std(1, correction=0)
+    torch.testing.assert_close(deviation.double(), expected, rtol=1e-6, atol=1e-9)
+    assert torch.equal(features, before)
+
+
 def test_no_gradient_reaches_the_features():
     features = torch.randn(2, 16, 8, requires_grad=True)
     head = ErrorHead(8, 16)
