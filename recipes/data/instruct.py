@@ -21,7 +21,8 @@ the images beside them. Only answers are targets:
         {"text": "Question: what color is the bag? Answer:", "target": false}, {"text": "red"}]}
 
 Lines of train hold all questions about one image or two, in any order, each with its answer; their
-key is instruct/train/... Lines of the other splits hold one question, whose type their key names.
+key is instruct/train/... Lines of the other splits hold one question, whose type their key names;
+with --single, those of train too, for an objective that predicts the last text only (DaVinci).
 Images of the test split show combinations that never occur in training (composed.py), or are
 clothes and emoji that do not; the last two types need RAW.
 """
@@ -49,6 +50,8 @@ Asked = tuple[str, list[str], str, str]
 """(type, names of images, question, answer)."""
 PRESENCE = 4
 """Questions for the presence of an object, of an image in train."""
+REPEATS = 5
+"""Of each question about clothes and emoji in train: they are few beside the composed images."""
 
 
 def name_of(record: dict[str, Any]) -> str:
@@ -195,17 +198,18 @@ def plain_questions(images: Iterable[dict[str, str]], raw: Path) -> Iterator[Ask
             yield "emoji", key, "what kind of emoji is this?", kinds[code]
 
 
-def document(asked: Sequence[Asked], number: int, split: str) -> dict[str, Any]:
+def document(asked: Sequence[Asked], number: int, split: str, together: bool) -> dict[str, Any]:
     """A line of a file of documents; images are files named after their keys.
 
     Args:
         asked: one or more questions about the same images.
+        together: see questions.
     """
     kind, images, _, _ = asked[0]
     segments = [{"image": f"{split}/{file_of(key)}", "target": False} for key in images]
     for _, _, question, answer in asked:
         segments += [{"text": TEMPLATE.format(question), "target": False}, {"text": answer}]
-    kind = "train" if split == "train" else kind
+    kind = "train" if together else kind
     return {"key": f"instruct/{kind}/{number:05}", "segments": segments}
 
 
@@ -215,7 +219,7 @@ def file_of(key: str) -> str:
 
 
 def build(
-    data: Path, out: Path, images: int, seed: int, raw: Path | None = None
+    data: Path, out: Path, images: int, seed: int, raw: Path | None = None, single: bool = False
 ) -> dict[str, dict[str, int]]:
     """Write documents and images; return how many questions of each type every split has."""
     import datasets
@@ -228,10 +232,12 @@ def build(
     counts = {}
     for split, records in by_split.items():
         records = draw_of(seed, split).sample(records, min(images, len(records)))
-        asked = list(questions(records, seed, together=split == "train"))
+        together = split == "train" and not single
+        asked = list(questions(records, seed, together))
         if raw is not None:
             plain = loaded[split].select_columns(["key", "source", "caption"])
-            asked += ([one] for one in plain_questions(plain, raw))
+            once = [[one] for one in plain_questions(plain, raw)]
+            asked += once * (REPEATS if split == "train" else 1)
         (out / split).mkdir(parents=True, exist_ok=True)
         wanted = {key for (_, keys, _, _), *_ in asked for key in keys}
         for row in loaded[split].cast_column("image", datasets.Image(decode=False)):
@@ -239,7 +245,7 @@ def build(
                 (out / split / file_of(row["key"])).write_bytes(row["image"]["bytes"])
         with open(out / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for number, one in enumerate(asked):
-                file.write(json.dumps(document(one, number, split)) + "\n")
+                file.write(json.dumps(document(one, number, split, together)) + "\n")
         kinds = collections.Counter(kind for one in asked for kind, *_ in one)
         counts[split] = dict(sorted(kinds.items()))
     return counts
@@ -256,8 +262,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--raw", type=Path, help="folder that fetch.py wrote: asks about clothes and emoji"
     )
+    parser.add_argument("--single", action="store_true", help="one question to a document of train")
     args = parser.parse_args(argv)
-    counts = build(args.data, args.out, args.images, args.seed, args.raw)
+    counts = build(args.data, args.out, args.images, args.seed, args.raw, args.single)
     print(json.dumps(counts, indent=2))
 
 

@@ -345,6 +345,20 @@ def check(kind: str, question: str, answer: str, shown: Any, objects: list[list[
         assert f" {objects[index][0]}?" in question and objects[0] != objects[1]
 
 
+def test_single_questions_of_train(made, tmp_path: Path):
+    import instruct
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        out = tmp_path / "single"
+        instruct.main(["--data", str(made[3].parent / "out"), "--out", str(out), "--single"])
+    lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert {sum("text" in s for s in line["segments"]) for line in lines} == {2}
+    kinds = {line["key"].split("/")[1] for line in lines}
+    assert kinds == {"object", "color", "count", "place", "presence", "compare", "which"}
+    assert (out / "test.jsonl").read_text().count("instruct/train") == 0
+
+
 def test_questions_about_emoji_and_clothes(tmp_path: Path):
     from instruct import EMOJI, file_of, plain_questions
 
