@@ -102,10 +102,11 @@ class ImageGenerator:
             repeated = [caption for caption in captions for _ in range(n)]
             codes = lm.generate_codes_batch(repeated, args.guidance, draws, **sampling)
             if n > 1:
-                pairs = zip(range(len(codes)), repeated, strict=True)
-                fit = torch.cat([lm.rank([codes.take([i])], [caption]) for i, caption in pairs])
-                best = fit.view(-1, n).argmax(1) + n * torch.arange(len(captions))
-                codes = codes.take(best.tolist())
+                found = self.decode(codes, [f"{key} {i}" for key in keys for i in range(n)], seed)
+                shown = [found["images"][i : i + n] for i in range(0, len(codes), n)]
+                pairs = enumerate(zip(shown, captions, strict=True))
+                best = [i * n + lm.most_probable(of, caption)[0] for i, (of, caption) in pairs]
+                return {name: values[best] for name, values in found.items()}
             return self.decode(codes, keys, seed)
         return self.decode(lm.generate_vectors_batch(captions), keys, seed)
 

@@ -154,6 +154,7 @@ class MultimodalLM:
         guidance_scale: float = GUIDANCE_SCALE,
         generator: torch.Generator | None = None,
         *,
+        candidates: int = 1,
         num_inference_steps: int | None = None,
         decoder_guidance_scale: float | None = None,
         decoder_mode: str | None = None,
@@ -164,6 +165,8 @@ class MultimodalLM:
         Args:
             prompt: texts and images; [] for an unconditional image.
             n: number of images.
+            candidates: generate n * candidates images, and return those n that `most_probable`
+                finds, the most probable one first.
             guidance_scale: of the language model; models that generate vectors have none.
             generator: of the sampling, and of the image decoder's noise.
             num_inference_steps: of the image decoder; None for its default.
@@ -172,20 +175,44 @@ class MultimodalLM:
             sampling: other arguments of generate_codes_batch.
 
         Raises:
-            ValueError: see generate_codes.
+            ValueError: see generate_codes; or candidates for a prompt that is not a text.
         """
+        require_number("n", n, 1, MAX_IMAGES, integer=True)
+        require_number("candidates", candidates, 1, MAX_IMAGES // n, integer=True)
+        if candidates > 1 and not isinstance(prompt, str):
+            raise ValueError("candidates: expected a prompt that is a text, which is compared")
+        total = n * candidates
         if self.objective.image_output.kind == "codes":
-            outputs: Any = self.generate_codes(prompt, n, guidance_scale, generator, **sampling)
+            outputs: Any = self.generate_codes(prompt, total, guidance_scale, generator, **sampling)
         else:  # equal for every image: they differ by the noise of the image decoder
             vectors = self.generate_vectors_batch([require_text(prompt)], **sampling)
-            outputs = vectors.expand(n, -1, -1)
+            outputs = vectors.expand(total, -1, -1)
         options = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": decoder_guidance_scale,
             "mode": decoder_mode,
         }
         chosen = {name: value for name, value in options.items() if value is not None}
-        return self.decode_images(outputs, generator, **chosen)
+        images = self.decode_images(outputs, generator, **chosen)
+        if candidates == 1:
+            return images
+        return [images[i] for i in self.most_probable(images, str(prompt), n)]
+
+    def most_probable(self, images: Any, text: str, n: int = 1) -> list[int]:
+        """Indices of the n images given which a text is most probable, the most probable first.
+
+        Of generated images and their prompt it is the self-reranking of CogView (Ding et al., 2021,
+        section 3.2).
+
+        Args:
+            images: whatever VisualTokenizer.encode accepts.
+            text: a caption or prompt.
+            n: number of indices, at most as many as images.
+        """
+        images, template = batch_of(images), self.objective.prompt_templates.caption
+        context = [template] if template else []
+        nats = self.score([[image, *context] for image in images], [text] * len(images))
+        return nats.topk(min(n, len(images))).indices.tolist()
 
     def generate_codes(
         self,
@@ -546,9 +573,34 @@ class MultimodalLM:
         if not candidates:
             raise ValueError("expected at least one candidate, got none")
         segments = self.prompts.segments(context)
+        return self._nats([(segments, candidate) for candidate in candidates], per_token)
+
+    def score(
+        self, contexts: Sequence[Prompt], candidates: Sequence[Any], per_token: bool = False
+    ) -> Float[Tensor, " n"]:
+        """Return log p(candidate | context) in nats of each pair of a context and a candidate.
+
+        Args:
+            contexts: n of them, see rank.
+            candidates: n texts or images.
+            per_token: see rank.
+
+        Raises:
+            ValueError: no pairs, or two numbers; as rank.
+        """
+        if not contexts or len(contexts) != len(candidates):
+            raise ValueError(
+                "expected one or more contexts and as many candidates, got "
+                f"{len(contexts)} and {len(candidates)}"
+            )
+        pairs = zip(map(self.prompts.segments, contexts), candidates, strict=True)
+        return self._nats(list(pairs), per_token)
+
+    def _nats(self, pairs: Sequence[tuple[list[Segment], Any]], per_token: bool) -> Tensor:
+        """The log-likelihood of each candidate, given the segments before it."""
         sequences = [
-            self.objective.scoring_sequence(segments, self.prompts.segment(c), self.processor)
-            for c in candidates
+            self.objective.scoring_sequence(segments, self.prompts.segment(one), self.processor)
+            for segments, one in pairs
         ]
         nats = log_likelihoods(self.model, sequences, self.processor.pad)
         counts = torch.tensor([int(s.predict.sum()) for s in sequences], device=nats.device)

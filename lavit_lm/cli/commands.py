@@ -40,6 +40,8 @@ def generate(arguments: argparse.Namespace) -> int:
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise ValueError("expected either a prompt or --prompts")
     if arguments.prompts is not None:
+        if arguments.candidates > 1:
+            raise ValueError("--candidates: expected a prompt, not --prompts")
         return _generate_for_all(arguments)
     if ray_options(arguments) is not None:
         raise ValueError("--engine ray: expected --prompts, a prompt is generated in this process")
@@ -51,18 +53,22 @@ def generate(arguments: argparse.Namespace) -> int:
             "another --out, or --overwrite"
         )
     lm = _model(arguments, arguments.decoder)
-    prompt, n = arguments.prompt, arguments.n
+    prompt, n, total = arguments.prompt, arguments.n, arguments.n * arguments.candidates
     require_text(prompt)
     generator = torch.Generator().manual_seed(arguments.seed)
     kind = lm.objective.image_output.kind
     _require_mode_of_codes(arguments, kind)  # before anything is generated
     if kind == "codes":
         sampling = {"top_k": arguments.top_k, "temperature": arguments.temperature}
-        outputs: Any = lm.generate_codes(prompt, n, arguments.guidance, generator, **sampling)
+        outputs: Any = lm.generate_codes(prompt, total, arguments.guidance, generator, **sampling)
     else:
-        outputs = lm.generate_vectors_batch([prompt]).expand(n, -1, -1)
-    options = _decoding(arguments)
-    for number, image in enumerate(lm.decode_images(outputs, generator, **options)):
+        outputs = lm.generate_vectors_batch([prompt]).expand(total, -1, -1)
+    images = lm.decode_images(outputs, generator, **_decoding(arguments))
+    if total > n:
+        kept = lm.most_probable(images, prompt, n)
+        images = [images[i] for i in kept]
+        outputs = outputs.take(kept) if kind == "codes" else outputs[kept]
+    for number, image in enumerate(images):
         path = arguments.out / png_name(number, prompt)
         save_png(image, path)
         print(f"{len(outputs[number]):7d} {kind}  {path}")

@@ -83,6 +83,13 @@ GENERATE = (
     out_argument("folder for PNG files and codes"),
     OVERWRITE_FOLDER,
     Argument("-n", type=positive, default=4, help="number of images"),
+    Argument(
+        "--candidates",
+        type=positive,
+        default=1,
+        help="images generated for each one that is kept: those given which the prompt is most "
+        "probable",
+    ),
     SEED,
     Argument(
         "--guidance", type=float, default=3.0, help="guidance scale of the language model; 1: none"

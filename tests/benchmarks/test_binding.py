@@ -95,25 +95,26 @@ def test_true_images_are_judged_rightly(run: Any, composed: Path, encoder: Path,
     assert 0 <= numbers["from true codes"]["named color"] <= 1
 
 
-class CodesOnly(lm_quality.ImageGenerator):
-    """Gives the codes themselves."""
-
-    def decode(self, outputs: Any, keys: Any, seed: int) -> Any:
-        return outputs.to_list()
-
-
 def test_of_several_images_the_one_with_the_most_probable_caption_is_kept(
-    composed: Path, model: Path
+    composed: Path, model: Path, decoder: Path
 ) -> None:
-    lm, captions = MultimodalLM.from_pretrained(model, decoder=None), ["a red bag", "a blue bag"]
-    args = binding.arguments().parse_args(["--data", str(composed), "--best-of", "3"])
-    found: Any = CodesOnly(lm, args, 32, binding.Stages(args, "test"))(captions, ["a", "b"], 7)
-    for caption, key, chosen in zip(captions, "ab", found, strict=True):
+    lm, captions = (
+        MultimodalLM.from_pretrained(model, decoder=str(decoder)),
+        ["a red bag", "a blue bag"],
+    )
+    given = ["--data", str(composed), "--steps", "1", "--best-of"]
+    args = binding.arguments().parse_args([*given, "3"])
+    generate = lm_quality.ImageGenerator(lm, args, 32, binding.Stages(args, "test"))
+    found = generate(captions, ["a", "b"], 7)
+    for number, (caption, key) in enumerate(zip(captions, "ab", strict=True)):
         draws = [generator_for("codes", 7, key, *more) for more in ((), (1,), (2,))]
         codes = lm.generate_codes_batch([caption] * 3, args.guidance, draws, top_k=args.top_k)
-        scores = [float(lm.rank([codes.take([i])], [caption])) for i in range(3)]
-        assert len(set(scores)) > 1
-        assert chosen == codes[scores.index(max(scores))].tolist()
+        images = generate.decode(codes, [f"{key} {i}" for i in range(3)], 7)["images"]
+        nats = [float(lm.rank([image], [caption])) for image in images]
+        assert len(set(nats)) > 1
+        best = nats.index(max(nats))
+        assert found["images"][number].equal(images[best])
+        assert int(found["codes"][number]) == len(codes[best])
 
 
 def test_a_random_model(

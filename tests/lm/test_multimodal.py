@@ -124,6 +124,28 @@ def test_rank_is_the_log_likelihood(lm: MultimodalLM, photos: list[Path]):
     assert images.shape == (3,) and len(set(images.tolist())) == 3
 
 
+def test_the_most_probable_of_several_candidates(lm: MultimodalLM, photos: list[Path]):
+    texts = ["a red apple", "rain", "two dogs run"]
+    pairs = lm.score([[photo] for photo in photos[:3]], texts)
+    one = torch.cat([lm.rank([p], [text]) for p, text in zip(photos, texts, strict=False)])
+    torch.testing.assert_close(pairs, one)
+    prompt = "a red apple"
+    images = lm.generate_images(prompt, 6, generator=generator(3), num_inference_steps=2)
+    nats = [float(lm.rank([image], [prompt])) for image in images]
+    order = sorted(range(6), key=lambda i: -nats[i])
+    assert lm.most_probable(images, prompt, 2) == order[:2] and len(set(nats)) > 2
+    kept = lm.generate_images(
+        prompt, 2, generator=generator(3), candidates=3, num_inference_steps=2
+    )
+    assert [image.tobytes() for image in kept] == [images[i].tobytes() for i in order[:2]]
+    with pytest.raises(ValueError, match="candidates: expected a prompt that is a text"):
+        lm.generate_images(["a", photos[0]], candidates=2)
+    with pytest.raises(ValueError, match=r"candidates: expected .* got 0"):
+        lm.generate_images(prompt, candidates=0)
+    with pytest.raises(ValueError, match="as many candidates, got 1 and 2"):
+        lm.score([[photos[0]]], texts[:2])
+
+
 def test_saved_and_loaded(lm: MultimodalLM, directory: Path, photos: list[Path]):
     loaded = MultimodalLM.from_pretrained(directory, decoder=None)
     codes = [m.generate_codes("a red apple", 2, generator=generator()) for m in (loaded, lm)]
@@ -236,6 +258,10 @@ def test_commands(
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     lines = (tmp_path / "out" / "codes.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["a red apple"] * 2
+    several = [*args, "--out", str(tmp_path / "best"), "-n", "1", "--candidates", "2"]
+    assert main([*several, "--steps", "2"]) == 0
+    (best,) = (tmp_path / "best" / "codes.jsonl").read_text().splitlines()
+    assert best in lines and len(list((tmp_path / "best").glob("*.png"))) == 1
     (tmp_path / "out" / "codes.jsonl").write_text("{}")
     again = [*args, "--out", str(tmp_path / "out"), "-n", "1", "--steps", "1"]
     assert main(again) == 2 and "codes.jsonl: not written by" in capsys.readouterr().err
