@@ -57,7 +57,7 @@ from composed import (
 from fetch import fetch_package
 from objects import with_article
 from PIL import Image
-from sources import EMOJI, FLUENT
+from sources import FLUENT, emoji_entries
 
 from lavit_lm.sequences.documents import clip as evenly
 from lavit_lm.sequences.documents import read_clip
@@ -233,7 +233,7 @@ def emoji_clips(raw: Path) -> Iterator[tuple[str, Clip]]:
     The split is that of the still emoji in the data set of build.py.
     """
     folders = [raw / package_name(spec) / "package/assets" for spec in ANIMATED]
-    for entry in json.loads((raw / EMOJI / "emoji.json").read_text(encoding="utf-8")):
+    for entry in emoji_entries(raw):
         code = entry["unified"].lower()
         paths = [path for path in (one / f"{code}.webp" for one in folders) if path.is_file()]
         if not paths:

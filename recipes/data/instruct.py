@@ -40,7 +40,7 @@ from typing import Any
 from build import SPLITS
 from composed import NUMBERS, draw_of
 from objects import NOT_COUNTED, plural, with_article
-from sources import EMOJI
+from sources import emoji_entries
 
 TEMPLATE = "Question: {} Answer:"
 """That of lavit_lm's MultimodalLM.answer."""
@@ -182,10 +182,9 @@ def plain_questions(images: Iterable[dict[str, str]], raw: Path) -> Iterator[Ask
         images: key, source and caption of all images of a split.
         raw: folder that fetch.py wrote.
     """
-    names = json.loads((raw / EMOJI / "emoji.json").read_text(encoding="utf-8"))
     kinds = {
         entry[name].lower(): re.sub(r"\W+", " ", entry["subcategory"])
-        for entry in names
+        for entry in emoji_entries(raw)
         for name in ("unified", "non_qualified")
         if entry[name]
     }

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from captions import (
@@ -85,10 +85,15 @@ def stamp_tasks(raw: Path) -> Iterator[Task]:
             yield Task(path, path.relative_to(raw).as_posix(), "tuxpaint", caption, "GPL-2+")
 
 
+def emoji_entries(raw: Path) -> list[dict[str, Any]]:
+    """The emoji of the package with their code points, names and subgroups; [] without it."""
+    path = raw / EMOJI / "emoji.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
 def emoji_tasks(raw: Path) -> Iterator[Task]:
     """Emoji in their base form, without the variations of skin tone."""
-    names = raw / EMOJI / "emoji.json"
-    for entry in json.loads(names.read_text(encoding="utf-8")) if names.is_file() else []:
+    for entry in emoji_entries(raw):
         path = raw / EMOJI / "img/google/64" / entry["image"]
         if entry["has_img_google"]:
             caption = emoji_caption(entry["name"] or entry["short_name"])
@@ -147,8 +152,7 @@ def gcompris_tasks(raw: Path) -> Iterator[Task]:
 
 def fluent_tasks(raw: Path) -> Iterator[Task]:
     """Shaded emoji in their base form, with the names of the other emoji package."""
-    names = raw / EMOJI / "emoji.json"
-    for entry in json.loads(names.read_text(encoding="utf-8")) if names.is_file() else []:
+    for entry in emoji_entries(raw):
         path = raw / FLUENT / f"{entry['unified'].lower()}.webp"
         if path.is_file():
             caption = emoji_caption(entry["name"] or entry["short_name"])

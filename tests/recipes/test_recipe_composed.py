@@ -360,7 +360,8 @@ def test_single_questions_of_train(made, tmp_path: Path):
 
 
 def test_questions_about_emoji_and_clothes(tmp_path: Path):
-    from instruct import EMOJI, file_of, plain_questions
+    from instruct import file_of, plain_questions
+    from sources import EMOJI
 
     entries = [("2764-FE0F", "2764", "heart"), ("1F697", None, "transport-ground")]
     names = ("unified", "non_qualified", "subcategory")
