@@ -105,7 +105,7 @@ class ImageGenerator:
                 found = self.decode(codes, [f"{key} {i}" for key in keys for i in range(n)], seed)
                 shown = [found["images"][i : i + n] for i in range(0, len(codes), n)]
                 pairs = enumerate(zip(shown, captions, strict=True))
-                best = [i * n + lm.most_probable(of, caption)[0] for i, (of, caption) in pairs]
+                best = [i * n + lm.rerank(of, caption)[0] for i, (of, caption) in pairs]
                 return {name: values[best] for name, values in found.items()}
             return self.decode(codes, keys, seed)
         return self.decode(lm.generate_vectors_batch(captions), keys, seed)

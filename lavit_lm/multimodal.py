@@ -165,7 +165,7 @@ class MultimodalLM:
         Args:
             prompt: texts and images; [] for an unconditional image.
             n: number of images.
-            candidates: generate n * candidates images, and return those n that `most_probable`
+            candidates: generate n * candidates images, and return those n that `rerank`
                 finds, the most probable one first.
             guidance_scale: of the language model; models that generate vectors have none.
             generator: of the sampling, and of the image decoder's noise.
@@ -196,9 +196,9 @@ class MultimodalLM:
         images = self.decode_images(outputs, generator, **chosen)
         if candidates == 1:
             return images
-        return [images[i] for i in self.most_probable(images, str(prompt), n)]
+        return [images[i] for i in self.rerank(images, str(prompt), n)]
 
-    def most_probable(self, images: Any, text: str, n: int = 1) -> list[int]:
+    def rerank(self, images: Any, text: str, n: int = 1) -> list[int]:
         """Indices of the n images given which a text is most probable, the most probable first.
 
         Of generated images and their prompt it is the self-reranking of CogView (Ding et al., 2021,

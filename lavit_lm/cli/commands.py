@@ -65,7 +65,7 @@ def generate(arguments: argparse.Namespace) -> int:
         outputs = lm.generate_vectors_batch([prompt]).expand(total, -1, -1)
     images = lm.decode_images(outputs, generator, **_decoding(arguments))
     if total > n:
-        kept = lm.most_probable(images, prompt, n)
+        kept = lm.rerank(images, prompt, n)
         images = [images[i] for i in kept]
         outputs = outputs.take(kept) if kind == "codes" else outputs[kept]
     for number, image in enumerate(images):

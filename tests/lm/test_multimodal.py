@@ -133,7 +133,7 @@ def test_the_most_probable_of_several_candidates(lm: MultimodalLM, photos: list[
     images = lm.generate_images(prompt, 6, generator=generator(3), num_inference_steps=2)
     nats = [float(lm.rank([image], [prompt])) for image in images]
     order = sorted(range(6), key=lambda i: -nats[i])
-    assert lm.most_probable(images, prompt, 2) == order[:2] and len(set(nats)) > 2
+    assert lm.rerank(images, prompt, 2) == order[:2] and len(set(nats)) > 2
     kept = lm.generate_images(
         prompt, 2, generator=generator(3), candidates=3, num_inference_steps=2
     )
