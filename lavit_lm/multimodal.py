@@ -42,6 +42,7 @@ from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.base import Objective
 from lavit_lm.objectives.lavit import LaVIT
 from lavit_lm.objectives.records import CodesDecoder, ImageDecoder, ImageVectors
+from lavit_lm.sequences.segments import Segment
 from lavit_lm.vocabulary.processor import MultimodalProcessor
 from lavit_tok import VisualCodes, VisualTokenizer
 from lavit_tok.checkpoints.weights import SHIPPED

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavit_lm import MultimodalLM, VisualVocabulary
@@ -28,8 +29,8 @@ def generated(lm: MultimodalLM, prompts: list[str]) -> VisualCodes:
     return lm.generate_codes_batch(prompts, generator=generators)
 
 
-def test_it_is_small():
-    assert sum(path.stat().st_size for path in DEFAULT.iterdir()) < 30e6
+def test_its_weights_are_small():
+    assert sum(path.stat().st_size for path in DEFAULT.glob("*.safetensors")) < 26e6
 
 
 def test_codes_follow_the_prompt(lm: MultimodalLM):
@@ -49,6 +50,19 @@ def test_captions_follow_the_image(lm: MultimodalLM):
     colors = [["a red "], ["a yellow ", " on a black background"]]
     named = [all(c in text for c in colors[i % 2]) for i, text in enumerate(texts)]
     assert sum(named) >= 6, texts
+
+
+def test_answers_follow_the_image(lm: MultimodalLM):
+    """Squares of three colors in one place or another, which no training image has."""
+    right = 0
+    for fill in ("red", "blue", "green"):
+        for x, place in ((12, "left"), (76, "right")):
+            image = Image.new("RGB", (128, 128), "white")
+            image.paste(Image.new("RGB", (40, 40), fill), (x, 12))
+            color = lm.answer(image, "what color is the book?", max_new_tokens=8)
+            right += color == fill
+            right += place in lm.answer(image, "where is the book?", max_new_tokens=8)
+    assert right >= 10, f"{right} of 12"
 
 
 def test_images_and_texts(lm: MultimodalLM):
