@@ -49,6 +49,7 @@ from lavit_tok.checkpoints.weights import SHIPPED
 from lavit_tok.nn.ranges import require_number
 
 MAX_IMAGES = 10_000  # of one call, which generates them in one batch
+MAX_CANDIDATES = 256  # of one call, which also decodes and reads them in one: 2.4 GB
 
 
 class MultimodalLM:
@@ -179,7 +180,7 @@ class MultimodalLM:
             ValueError: see generate_codes; or candidates for a prompt that is not a text.
         """
         require_number("n", n, 1, MAX_IMAGES, integer=True)
-        require_number("candidates", candidates, 1, MAX_IMAGES // n, integer=True)
+        require_candidates(n, candidates)
         if candidates > 1 and not isinstance(prompt, str):
             raise ValueError("candidates: expected a prompt that is a text, which is compared")
         total = n * candidates
@@ -677,3 +678,8 @@ def shipped_decoder(decoder: Any, visual_tokenizer: VisualTokenizer) -> Any:
 def _text_sampling(arguments: dict[str, Any]) -> Sampling:
     """Greedy, unless a temperature is given."""
     return Sampling(**{"temperature": 0.0, **arguments})
+
+
+def require_candidates(n: int, candidates: int) -> None:
+    """Raise ValueError for fewer than one candidate for each of n images, or too many at once."""
+    require_number("candidates", candidates, 1, max(1, MAX_CANDIDATES // n), integer=True)

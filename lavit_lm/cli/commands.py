@@ -36,6 +36,7 @@ GENERATED = {"prompt", "codes"}  # keys of codes.jsonl
 def generate(arguments: argparse.Namespace) -> int:
     """Generate images as PNG files, and codes.jsonl if the model generates codes."""
     from lavit_lm.generation.prompts import require_text
+    from lavit_lm.multimodal import require_candidates
 
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise ValueError("expected either a prompt or --prompts")
@@ -45,6 +46,7 @@ def generate(arguments: argparse.Namespace) -> int:
         return _generate_for_all(arguments)
     if ray_options(arguments) is not None:
         raise ValueError("--engine ray: expected --prompts, a prompt is generated in this process")
+    require_candidates(arguments.n, arguments.candidates)
     codes_file = arguments.out / "codes.jsonl"
     existing(arguments.out, "png", arguments.overwrite)
     if codes_file.exists() and not (arguments.overwrite or has_keys(codes_file, GENERATED)):

@@ -140,8 +140,9 @@ def test_the_most_probable_of_several_candidates(lm: MultimodalLM, photos: list[
     assert [image.tobytes() for image in kept] == [images[i].tobytes() for i in order[:2]]
     with pytest.raises(ValueError, match="candidates: expected a prompt that is a text"):
         lm.generate_images(["a", photos[0]], candidates=2)
-    with pytest.raises(ValueError, match=r"candidates: expected .* got 0"):
-        lm.generate_images(prompt, candidates=0)
+    for n, wrong in ((1, 0), (1, 257), (2, 129)):
+        with pytest.raises(ValueError, match=rf"candidates: expected .* got {wrong}"):
+            lm.generate_images(prompt, n, candidates=wrong)
     with pytest.raises(ValueError, match="as many candidates, got 1 and 2"):
         lm.score([[photos[0]]], texts[:2])
 
