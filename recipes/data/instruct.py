@@ -49,7 +49,7 @@ SINGLE = ("color", "place", "view")
 Asked = tuple[str, list[str], str, str]
 """(type, names of images, question, answer)."""
 PRESENCE = 4
-"""Questions for the presence of an object, of an image in train."""
+"""Questions for the presence of an object at most, of an image in train."""
 REPEATS = 5
 """Of each question about clothes and emoji in train: they are few beside the composed images."""
 
@@ -68,7 +68,8 @@ def ask(
         record: of the image, as composed.py wrote it.
         names: of all objects, for questions whose answer is no.
         draw: random.Random.
-        presence: questions for the presence of an object; none is asked twice.
+        presence: at most so many questions for the presence of an object. The first answer yes is
+            the last one: after it all others would be no, and each is as often yes as no.
     """
     image, shown = [record["key"]], [item["object"] for item in record["objects"]]
     first = name_of(record)
@@ -84,53 +85,52 @@ def ask(
     if "place" in record:
         verb = "are" if first in NOT_COUNTED else "is"
         yield "place", image, f"where {verb} the {first}?", record["place"]
-    asked = set()
-    for _ in range(presence):
+    absent = [name for name in names if name not in shown]
+    for _ in range(min(presence, len(absent))):
         there = draw.random() < 0.5
-        name = draw.choice(shown if there else [name for name in names if name not in shown])
+        name = draw.choice(shown if there else absent)
         verb = "are there" if name in NOT_COUNTED else "is there"
-        if name not in asked:
-            yield "presence", image, f"{verb} {with_article(name, name)}?", "yes" if there else "no"
-        asked.add(name)
+        yield "presence", image, f"{verb} {with_article(name, name)}?", "yes" if there else "no"
+        if there:
+            break
+        absent.remove(name)
 
 
 def compare(
     records: Sequence[dict[str, Any]], by: dict[str, dict[str, list[Any]]], draw: Any
 ) -> list[Asked]:
-    """Questions about two images of single objects; none if there are no two as drawn.
+    """All questions about two images of single objects; none if there are no two as drawn.
 
     Args:
         by: "object" and "color" -> name -> records.
-
-    Returns:
-        The drawn question first, and then others about the same images in the same order.
     """
-    record, kind = draw.choice(records), draw.choice(("same object", "same color", "which"))
-    what = "color" if kind == "same color" else "object"
-    value = record["objects"][0][what]
-    alike = kind != "which" and draw.random() < 0.5
-    if alike:
-        others = by[what][value]
-    else:
-        others = by[what][draw.choice(sorted(set(by[what]) - {value}) or [value])]
-    other = draw.choice(others)
-    if other is record or (not alike and other["objects"][0][what] == value):
+    record = draw.choice(records)
+    item = record["objects"][0]
+    alike = {what: draw.random() < 0.5 for what in by}
+    what = next((what for what in by if alike[what]), None)
+    among = draw.sample(records, min(32, len(records))) if what is None else by[what][item[what]]
+    others = [
+        other
+        for other in among
+        if other is not record
+        and all((other["objects"][0][what] == item[what]) == alike[what] for what in by)
+    ]
+    if not others:
         return []
-    pair = [record, other]
-    if kind == "which" and draw.choice(("the first", "the second")) == "the second":
-        pair = pair[::-1]
-    keys, shown = [one["key"] for one in pair], [one["objects"][0] for one in pair]
-    same = [shown[0][what] == shown[1][what] for what in ("object", "color")]
-    asked = {
-        "same object": ("do both images show the same object?", "yes" if same[0] else "no"),
-        "same color": ("have both objects the same color?", "yes" if same[1] else "no"),
+    pair = [record, draw.choice(others)]
+    keys = [one["key"] for one in pair]
+    questions = {
+        "object": "do both images show the same object?",
+        "color": "have both objects the same color?",
     }
-    if not same[0]:
-        name = name_of(record)
-        answer = "the first" if pair[0] is record else "the second"
-        asked["which"] = (f"which image shows {with_article(name, name)}?", answer)
-    order = [kind, *(one for one in asked if one != kind)]
-    return [("which" if one == "which" else "compare", keys, *asked[one]) for one in order]
+    asked: list[Asked] = [
+        ("compare", keys, questions[what], "yes" if alike[what] else "no") for what in by
+    ]
+    if not alike["object"]:
+        answer, sought = draw.choice(list(zip(("the first", "the second"), pair, strict=True)))
+        name = name_of(sought)
+        asked.append(("which", keys, f"which image shows {with_article(name, name)}?", answer))
+    return asked
 
 
 def arranged(asked: Sequence[Asked], draw: Any) -> list[Asked]:
@@ -141,10 +141,11 @@ def arranged(asked: Sequence[Asked], draw: Any) -> list[Asked]:
     documents begin with any question instead, and lack those that it has answered.
     """
     ranks = {"presence": 0, "object": 1, "compare": 0, "which": 1}
-    shuffled = draw.sample(asked, len(asked))
-    first = ranks.get(shuffled[0][0], 2) if draw.random() < 0.5 else 0
-    kept = [one for one in shuffled if ranks.get(one[0], 2) >= first]
-    return sorted(kept, key=lambda one: ranks.get(one[0], 2))
+    first = ranks.get(draw.choice(asked)[0], 2) if draw.random() < 0.5 else 0
+    kept = [one for one in asked if ranks.get(one[0], 2) >= first]
+    orders = [0 if one[0] == "presence" else draw.random() for one in kept]  # no before yes
+    keys = [(ranks.get(one[0], 2), order) for one, order in zip(kept, orders, strict=True)]
+    return [kept[i] for i in sorted(range(len(kept)), key=keys.__getitem__)]
 
 
 def questions(
@@ -172,7 +173,7 @@ def questions(
     for index in range(len(records) // (1 if together else 2) if len(single) > 1 else 0):
         draw = draw_of(seed, "compare", records[0]["split"], index)
         if asked := compare(single, by, draw):
-            yield arranged(asked, draw) if together else asked[:1]
+            yield arranged(asked, draw) if together else [draw.choice(asked)]
 
 
 def plain_questions(images: Iterable[dict[str, str]], raw: Path) -> Iterator[Asked]:

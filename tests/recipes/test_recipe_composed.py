@@ -387,18 +387,28 @@ def test_questions_with_yes_and_no_are_balanced():
     from instruct import questions
 
     records = []
-    for number in range(400):
+    for number in range(1600):
         item = {"object": ("apple", "fish", "key")[number % 3], "named": True, "color": "red"}
         item["color"] = ("red", "blue")[number // 3 % 2]
         records.append(
             {"key": f"composed/train/color/{number}", "kind": "color", "split": "train",
              "objects": [item]}
         )  # fmt: skip
-    asked = [one for document in questions(records, 0) for one in document]
-    for kind in ("presence", "compare"):
-        answers = [answer for name, _, question, answer in asked
-                   if name == kind and not question.startswith("which")]  # fmt: skip
-        assert 0.37 < answers.count("yes") / len(answers) < 0.63
+    for together in (False, True):
+        documents = list(questions(records, 0, together))
+        asked = [one for document in documents for one in document]
+        for start, expected in (
+            ("is there", "yes"),
+            ("do both", "yes"),
+            ("have both", "yes"),
+            ("which", "the first"),
+        ):
+            answers = [answer for _, _, question, answer in asked if question.startswith(start)]
+            assert len(answers) > 50
+            assert 0.4 < answers.count(expected) / len(answers) < 0.6, start
+        for document in documents:
+            presence = [answer for kind, _, _, answer in document if kind == "presence"]
+            assert "yes" not in presence[:-1], "the others would follow from it"
 
 
 def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
