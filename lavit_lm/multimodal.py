@@ -184,11 +184,7 @@ class MultimodalLM:
         if candidates > 1 and not isinstance(prompt, str):
             raise ValueError("candidates: expected a prompt that is a text, which is compared")
         total = n * candidates
-        if self.objective.image_output.kind == "codes":
-            outputs: Any = self.generate_codes(prompt, total, guidance_scale, generator, **sampling)
-        else:  # equal for every image: they differ by the noise of the image decoder
-            vectors = self.generate_vectors_batch([require_text(prompt)], **sampling)
-            outputs = vectors.expand(total, -1, -1)
+        outputs = self.generate_outputs(prompt, total, guidance_scale, generator, **sampling)
         options = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": decoder_guidance_scale,
@@ -199,6 +195,24 @@ class MultimodalLM:
         if candidates == 1:
             return images
         return [images[i] for i in self.rerank(images, str(prompt), n)]
+
+    def generate_outputs(
+        self,
+        prompt: Prompt,
+        n: int = 1,
+        guidance_scale: float = GUIDANCE_SCALE,
+        generator: torch.Generator | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Generate what `generate_images` decodes: codes, or vectors [n N d].
+
+        Raises:
+            ValueError: see generate_codes.
+        """
+        if self.objective.image_output.kind == "codes":
+            return self.generate_codes(prompt, n, guidance_scale, generator, **sampling)
+        vectors = self.generate_vectors_batch([require_text(prompt)], **sampling)
+        return vectors.expand(n, -1, -1)  # equal: images differ by the noise of the image decoder
 
     def rerank(self, images: Any, text: str, n: int = 1) -> list[int]:
         """Indices of the n images given which a text is most probable, the most probable first.

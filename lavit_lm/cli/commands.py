@@ -60,11 +60,9 @@ def generate(arguments: argparse.Namespace) -> int:
     generator = torch.Generator().manual_seed(arguments.seed)
     kind = lm.objective.image_output.kind
     _require_mode_of_codes(arguments, kind)  # before anything is generated
-    if kind == "codes":
-        sampling = {"top_k": arguments.top_k, "temperature": arguments.temperature}
-        outputs: Any = lm.generate_codes(prompt, total, arguments.guidance, generator, **sampling)
-    else:
-        outputs = lm.generate_vectors_batch([prompt]).expand(total, -1, -1)
+    sampling = {"top_k": arguments.top_k, "temperature": arguments.temperature}
+    own = sampling if kind == "codes" else {}
+    outputs = lm.generate_outputs(prompt, total, arguments.guidance, generator, **own)
     images = lm.decode_images(outputs, generator, **_decoding(arguments))
     if total > n:
         kept = lm.rerank(images, prompt, n)

@@ -107,8 +107,11 @@ def compare(
     record = draw.choice(records)
     item = record["objects"][0]
     alike = {what: draw.random() < 0.5 for what in by}
-    what = next((what for what in by if alike[what]), None)
-    among = draw.sample(records, min(32, len(records))) if what is None else by[what][item[what]]
+    shared = next((what for what in by if alike[what]), None)
+    if shared is None:
+        among = draw.sample(records, min(32, len(records)))
+    else:
+        among = by[shared][item[shared]]
     others = [
         other
         for other in among
@@ -119,12 +122,12 @@ def compare(
         return []
     pair = [record, draw.choice(others)]
     keys = [one["key"] for one in pair]
-    questions = {
+    texts = {
         "object": "do both images show the same object?",
         "color": "have both objects the same color?",
     }
     asked: list[Asked] = [
-        ("compare", keys, questions[what], "yes" if alike[what] else "no") for what in by
+        ("compare", keys, texts[what], "yes" if alike[what] else "no") for what in by
     ]
     if not alike["object"]:
         answer, sought = draw.choice(list(zip(("the first", "the second"), pair, strict=True)))
@@ -136,16 +139,19 @@ def compare(
 def arranged(asked: Sequence[Asked], draw: Any) -> list[Asked]:
     """Questions of one document in an order in which none tells the answer of a later one.
 
-    A question for color, count or place names the object, and "which" says that two images show
+    A question for color, count or place names the object, and "which" implies that two images show
     different ones: questions for presence, object and sameness come before these. Half of the
     documents begin with any question instead, and lack those that it has answered.
     """
     ranks = {"presence": 0, "object": 1, "compare": 0, "which": 1}
     first = ranks.get(draw.choice(asked)[0], 2) if draw.random() < 0.5 else 0
     kept = [one for one in asked if ranks.get(one[0], 2) >= first]
-    orders = [0 if one[0] == "presence" else draw.random() for one in kept]  # no before yes
-    keys = [(ranks.get(one[0], 2), order) for one, order in zip(kept, orders, strict=True)]
-    return [kept[i] for i in sorted(range(len(kept)), key=keys.__getitem__)]
+
+    def place(one: Asked) -> tuple[int, float]:
+        # Presence keeps its order, no before yes
+        return ranks.get(one[0], 2), 0 if one[0] == "presence" else draw.random()
+
+    return sorted(kept, key=place)
 
 
 def questions(

@@ -98,12 +98,9 @@ def test_true_images_are_judged_rightly(run: Any, composed: Path, encoder: Path,
 def test_of_several_images_the_one_with_the_most_probable_caption_is_kept(
     composed: Path, model: Path, decoder: Path
 ) -> None:
-    lm, captions = (
-        MultimodalLM.from_pretrained(model, decoder=str(decoder)),
-        ["a red bag", "a blue bag"],
-    )
-    given = ["--data", str(composed), "--steps", "1", "--best-of"]
-    args = binding.arguments().parse_args([*given, "3"])
+    lm = MultimodalLM.from_pretrained(model, decoder=str(decoder))
+    captions, given = ["a red bag", "a blue bag"], ["--data", str(composed), "--steps", "1"]
+    args = binding.arguments().parse_args([*given, "--best-of", "3"])
     generate = lm_quality.ImageGenerator(lm, args, 32, binding.Stages(args, "test"))
     found = generate(captions, ["a", "b"], 7)
     for number, (caption, key) in enumerate(zip(captions, "ab", strict=True)):

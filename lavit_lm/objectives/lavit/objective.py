@@ -178,10 +178,8 @@ class LaVIT(Objective):
             before_text = text_follows or precedes_text(segments, number)
             embed = vectors and before_text and segment.image is not None
             if embed and self.nested_vectors is not None:
-                ids, image = (
-                    [processor.pad] * self.nested_vectors,
-                    segment.as_vectors(self.nested_vectors),
-                )
+                ids = [processor.pad] * self.nested_vectors
+                image = segment.as_vectors(self.nested_vectors)
                 builder.image(delimiters, ids, flags, Flags(), Flags(), image)
                 continue
             if segment.codes is None:
