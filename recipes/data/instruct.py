@@ -13,6 +13,8 @@
 | which | which image shows a cat? | the first or the second, as often |
 | clothes | what is this? (gray clothes of Fashion-MNIST) | a sneaker |
 | emoji | what kind of emoji is this? | its Unicode subgroup, such as country flag |
+| ground | what color is the background? never asked in train | one that is not white |
+| size | is the heart small or large? never asked in train | small or large |
 
 INSTRUCT holds train.jsonl, validation.jsonl and test.jsonl, which lavit_lm's `documents` reads, and
 the images beside them. Only answers are targets:
@@ -20,11 +22,13 @@ the images beside them. Only answers are targets:
     {"key": "instruct/color/1", "segments": [{"image": "test/1.webp", "target": false},
         {"text": "Question: what color is the bag? Answer:", "target": false}, {"text": "red"}]}
 
-Lines of train hold all questions about one image or two, in any order, each with its answer; their
-key is instruct/train/... Lines of the other splits hold one question, whose type their key names;
-with --single, those of train too, for an objective that predicts the last text only (DaVinci).
-Images of the test split show combinations that never occur in training (composed.py), or are
-clothes and emoji that do not; the last two types need RAW.
+Lines of train hold all questions about one image or two, in any order, each with its answer; or
+questions of one type, each after an image of its own, as few-shot prompts do: in half of these lines
+every question reads "what about this image?", so that the first answer, which is no target, tells
+what is asked. Their key is instruct/train/... Lines of the other splits hold one question, whose
+type their key names; with --single, those of train too, for an objective that predicts the last text
+only (DaVinci). Images of the test split show combinations that never occur in training
+(composed.py), or are clothes and emoji that do not; these two types need RAW.
 """
 
 from __future__ import annotations
@@ -48,6 +52,12 @@ SINGLE = ("color", "place", "view")
 """Kinds of images that show one object."""
 Asked = tuple[str, list[str], str, str]
 """(type, names of images, question, answer)."""
+UNSEEN = ("ground", "size")
+"""Types that are asked in test and validation only: tasks that a model has not been trained on."""
+SERIES = range(2, 6)
+"""Questions of one type in a line of train, each about an image of its own."""
+UNNAMED = "what about this image?"
+"""A question whose type earlier answers tell."""
 PRESENCE = 4
 """Questions for the presence of an object at most, of an image in train."""
 REPEATS = 5
@@ -85,6 +95,11 @@ def ask(
     if "place" in record:
         verb = "are" if first in NOT_COUNTED else "is"
         yield "place", image, f"where {verb} the {first}?", record["place"]
+    if record["ground"] != "white":
+        yield "ground", image, "what color is the background?", record["ground"]
+    if "size" in record:
+        verb = "are" if first in NOT_COUNTED else "is"
+        yield "size", image, f"{verb} the {first} small or large?", record["size"]
     absent = [name for name in names if name not in shown]
     for _ in range(min(presence, len(absent))):
         there = draw.random() < 0.5
@@ -155,13 +170,14 @@ def arranged(asked: Sequence[Asked], draw: Any) -> list[Asked]:
 
 
 def questions(
-    records: Sequence[dict[str, Any]], seed: int, together: bool = False
+    records: Sequence[dict[str, Any]], seed: int, together: bool = False, unseen: bool = False
 ) -> Iterator[list[Asked]]:
     """Up to two questions about every image, and half as many comparisons as images.
 
     Args:
         together: all questions about an image, or about two, in one document; and as many
             comparisons as images.
+        unseen: and all questions of the types that train does not ask.
     """
     names = sorted({item["object"] for record in records for item in record["objects"]})
     by: dict[str, dict[str, list[Any]]] = {"object": {}, "color": {}}
@@ -171,15 +187,39 @@ def questions(
             groups.setdefault(record["objects"][0][what], []).append(record)
     for record in records:
         draw = draw_of(seed, "ask", record["key"])
-        found = list(ask(record, names, draw, PRESENCE if together else 1))
+        every = list(ask(record, names, draw, PRESENCE if together else 1))
+        found = [one for one in every if one[0] not in UNSEEN]
         if together:
             yield arranged(found, draw)
         else:
             yield from ([one] for one in draw.sample(found, min(2, len(found))))
+        if unseen:
+            yield from ([one] for one in every if one[0] in UNSEEN)
     for index in range(len(records) // (1 if together else 2) if len(single) > 1 else 0):
         draw = draw_of(seed, "compare", records[0]["split"], index)
         if asked := compare(single, by, draw):
             yield arranged(asked, draw) if together else [draw.choice(asked)]
+
+
+def series(asked: Iterable[Asked], count: int, draw: Any) -> Iterator[list[Asked]]:
+    """Documents of questions of one type, each about an image of its own.
+
+    Args:
+        asked: questions to draw from; those about two images are left out.
+        count: documents.
+        draw: random.Random.
+    """
+    by: dict[str, list[Asked]] = {}
+    for one in asked:
+        if len(one[1]) == 1:
+            by.setdefault(one[0], []).append(one)
+    for _ in range(count if by else 0):
+        kind = draw.choice(list(by))
+        shown = draw.sample(by[kind], min(draw.choice(SERIES), len(by[kind])))
+        # Presence of what cannot be told from answers
+        if kind != "presence" and len(shown) > 1 and draw.random() < 0.5:
+            shown = [(kind, names, UNNAMED, answer) for _, names, _, answer in shown]
+        yield shown
 
 
 def plain_questions(images: Iterable[dict[str, str]], raw: Path) -> Iterator[Asked]:
@@ -208,14 +248,20 @@ def document(asked: Sequence[Asked], number: int, split: str, together: bool) ->
     """A line of a file of documents; images are files named after their keys.
 
     Args:
-        asked: one or more questions about the same images.
+        asked: one or more questions. Images are shown again only if they differ from those of the
+            question before.
         together: see questions.
     """
-    kind, images, _, _ = asked[0]
-    segments = [{"image": f"{split}/{file_of(key)}", "target": False} for key in images]
-    for _, _, question, answer in asked:
+    segments: list[dict[str, Any]] = []
+    shown: list[str] = []
+    for _, images, question, answer in asked:
+        if images != shown:
+            segments += [{"image": f"{split}/{file_of(key)}", "target": False} for key in images]
+            shown = images
         segments += [{"text": TEMPLATE.format(question), "target": False}, {"text": answer}]
-    kind = "train" if together else kind
+    if asked[0][2] == UNNAMED:
+        segments[2]["target"] = False
+    kind = "train" if together else asked[0][0]
     return {"key": f"instruct/{kind}/{number:05}", "segments": segments}
 
 
@@ -239,13 +285,16 @@ def build(
     for split, records in by_split.items():
         records = draw_of(seed, split).sample(records, min(images, len(records)))
         together = split == "train" and not single
-        asked = list(questions(records, seed, together))
+        asked = list(questions(records, seed, together, unseen=split != "train"))
         if raw is not None:
             plain = loaded[split].select_columns(["key", "source", "caption"])
             once = [[one] for one in plain_questions(plain, raw)]
             asked += once * (REPEATS if split == "train" else 1)
+        if together:
+            every = [question for document in asked for question in document]
+            asked += series(every, len(records) // 2, draw_of(seed, "series"))
         (out / split).mkdir(parents=True, exist_ok=True)
-        wanted = {key for (_, keys, _, _), *_ in asked for key in keys}
+        wanted = {key for one in asked for _, keys, _, _ in one for key in keys}
         for row in loaded[split].cast_column("image", datasets.Image(decode=False)):
             if row["key"] in wanted:
                 (out / split / file_of(row["key"])).write_bytes(row["image"]["bytes"])

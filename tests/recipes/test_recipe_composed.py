@@ -281,6 +281,8 @@ def test_left_and_right_are_swapped_in_mirrored_views():
 
 
 def test_questions_are_documents_whose_answers_are_right(made):
+    from instruct import UNSEEN
+
     from lavit_lm.sequences.documents import Documents
     from lavit_tok import VisualImageProcessor
 
@@ -290,12 +292,16 @@ def test_questions_are_documents_whose_answers_are_right(made):
     starts = {"what is this": "object", "what color": "color", "how many": "count"}
     starts |= {"where": "place", "is there": "presence", "are there": "presence"}
     starts |= {"do both": "compare", "have both": "compare", "which": "which"}
-    kinds, of_documents = set(), set()
+    starts |= {"what color is the background": "ground", "is the": "size", "are the": "size"}
+    kinds, of_documents = {"train": set(), "test": set()}, set()
     for split in ("train", "test"):
         documents = Documents(folder / f"{split}.jsonl", images)
         lines = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
         for (segments, key), line in zip(documents, lines, strict=True):
             names = [segment["image"] for segment in line["segments"] if "image" in segment]
+            if is_series(line):
+                assert split == "train"
+                continue
             shown = [by_key[Path(name).stem.replace("-", "/")] for name in names]
             assert all(record["split"] == split for record in shown)
             objects = [[item["object"] for item in record["objects"]] for record in shown]
@@ -305,9 +311,10 @@ def test_questions_are_documents_whose_answers_are_right(made):
             asked = []
             for question, answer in zip(texts[::2], [s.text for s in texts[1::2]], strict=True):
                 text = question.text.removeprefix("Question: ").removesuffix(" Answer:")
-                asked.append(next(kind for start, kind in starts.items() if text.startswith(start)))
+                begun = [start for start in starts if text.startswith(start)]
+                asked.append(starts[max(begun, key=len)])
                 check(asked[-1], text, answer, shown, objects)
-            kinds |= set(asked)
+            kinds[split] |= set(asked)
             if split == "train":
                 of_documents.add(tuple(asked))
                 assert len(set(texts[::2])) == len(texts[::2])
@@ -315,8 +322,43 @@ def test_questions_are_documents_whose_answers_are_right(made):
                 assert named == sorted(named), "questions that name the object come last"
             else:
                 assert asked == [key.split("/")[1]]
-    assert kinds == {"object", "color", "count", "place", "presence", "compare", "which"}
+    expected = {"object", "color", "count", "place", "presence", "compare", "which"}
+    assert kinds == {"train": expected, "test": expected | set(UNSEEN)}
     assert {len(asked) for asked in of_documents} >= {1, 2, 3, 4, 5}
+
+
+def is_series(line: dict[str, Any]) -> bool:
+    """Whether an image comes after an answer."""
+    images = ["image" in segment for segment in line["segments"]]
+    return images != sorted(images, reverse=True)
+
+
+def test_series_of_questions_of_one_type(made):
+    from instruct import SERIES, UNNAMED
+
+    lines = [json.loads(line) for line in (made[3] / "train.jsonl").read_text().splitlines()]
+    pairs: dict[str, set[tuple[str, str]]] = {}  # image -> its questions and answers
+    for line in lines:
+        if not is_series(line):
+            image, *texts = (next(iter(segment.values())) for segment in line["segments"])
+            pairs.setdefault(image, set()).update(zip(texts[::2], texts[1::2], strict=False))
+    found = [line["segments"] for line in lines if is_series(line)]
+    assert len(found) == 40 // 2
+    for segments in found:
+        images, questions, answers = segments[::3], segments[1::3], segments[2::3]
+        assert len(images) in SERIES and len({s["image"] for s in images}) == len(images)
+        assert not any(s["target"] for s in images + questions)
+        unnamed = any(UNNAMED in s["text"] for s in questions)
+        targets = [s.get("target", True) for s in answers]
+        assert targets == [not unnamed] + [True] * (len(answers) - 1)
+        if unnamed:
+            assert len({s["text"] for s in questions}) == 1
+        for image, question, answer in zip(images, questions, answers, strict=True):
+            right = pairs[image["image"]]
+            asked = {(question["text"], answer["text"])}
+            assert asked <= right or (unnamed and answer["text"] in {a for _, a in right})
+    assert any(UNNAMED in s[1]["text"] for s in found)
+    assert any(UNNAMED not in s[1]["text"] for s in found)
 
 
 def check(kind: str, question: str, answer: str, shown: Any, objects: list[list[str]]) -> None:
@@ -333,6 +375,10 @@ def check(kind: str, question: str, answer: str, shown: Any, objects: list[list[
         assert answer == ("one", "two", "three", "four")[shown[0]["count"] - 1]
     elif kind == "place":
         assert answer == shown[0]["place"]
+    elif kind == "ground":
+        assert answer == shown[0]["ground"] != "white"
+    elif kind == "size":
+        assert answer == shown[0]["size"] and f" {objects[0][0]} " in question
     elif kind == "presence":
         assert (answer == "yes") == any(f" {name}?" in question for name in objects[0])
     elif "same object" in question:
@@ -392,7 +438,7 @@ def test_questions_with_yes_and_no_are_balanced():
         item["color"] = ("red", "blue")[number // 3 % 2]
         records.append(
             {"key": f"composed/train/color/{number}", "kind": "color", "split": "train",
-             "objects": [item]}
+             "objects": [item], "ground": "white"}
         )  # fmt: skip
     for together in (False, True):
         documents = list(questions(records, 0, together))
@@ -428,7 +474,8 @@ def test_the_instruct_recipe_learns_answers_only(made, folder: Path) -> None:
         {"documents": str(questions), "weight": 4},
         {"shards": str(folder / "shards"), "images": str(folder / "pictures"), "weight": 1},
     ]
-    small = small_run(folder, sources, **{"model.objective.init_args.nested_vectors": 4})
+    more = {"model.objective.init_args.nested_vectors": 4, "data.block": 512}
+    small = small_run(folder, sources, **more)
     assert main(["fit", *two_steps(recipe, small)]) == 0
     lm = MultimodalLM.from_pretrained(folder / "made", decoder=None)
     visual = VisualTokenizer.from_pretrained(folder / "visual")
@@ -462,7 +509,7 @@ def test_models_of_vectors_learn_answers(made, folder: Path, tiny_decoder: Any, 
         {"documents": str(made[3] / "train.jsonl"), "weight": 4},
         {"shards": str(folder / "shards"), "images": str(folder / "pictures"), "weight": 1},
     ]
-    small = small_run(folder, sources)
+    small = small_run(folder, sources, **{"data.block": 512})
     own: dict[str, Any] = {"depth": 1, "heads": 2, "queries": 3, "hidden_size": 32}
     if name == "vlgpt":
         tiny_decoder.save_pretrained(folder / "decoder")
