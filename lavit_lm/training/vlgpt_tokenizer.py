@@ -41,6 +41,8 @@ class TransformerConfig:
     """Attention heads of each transformer."""
     hidden_size: int | None = None
     """Width of both transformers; None for that of the encoder."""
+    patch_positions: bool = False
+    """Learned embeddings of the patches in the tokenizer, for an encoder that adds none."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class CausalResampler(EncoderConnector):
         heads: attention heads of the transformer.
         train_encoder: train a copy of the encoder, the submodule "encoder".
         hidden_size: of the transformer; None for the encoder's.
+        patch_positions: add a learned embedding of its patch to each feature: for an encoder that
+            adds none, such as a convolutional network. False as published.
 
     Raises:
         ValueError: a number below 1, or heads that do not divide the hidden size.
@@ -45,6 +47,7 @@ class CausalResampler(EncoderConnector):
         heads: int = 12,
         train_encoder: bool = False,
         hidden_size: int | None = None,
+        patch_positions: bool = False,
     ) -> None:
         c = tokenizer.config
         hidden_size = c.width if hidden_size is None else hidden_size
@@ -57,6 +60,11 @@ class CausalResampler(EncoderConnector):
         self.features_norm = nn.LayerNorm(c.width, c.layer_norm_eps)
         self.narrow = nn.Identity() if hidden_size == c.width else nn.Linear(c.width, hidden_size)
         self.queries = nn.Parameter(torch.randn(queries, hidden_size) * 0.02)
+        self.patch_positions = (
+            nn.Parameter(torch.randn(c.num_patches, hidden_size) * 0.02)
+            if patch_positions
+            else None
+        )
         self.blocks = nn.ModuleList(
             Block(hidden_size, heads, 4 * hidden_size, c.layer_norm_eps) for _ in range(depth)
         )
@@ -83,6 +91,8 @@ class CausalResampler(EncoderConnector):
         x = self.queries.expand(len(features), -1, -1)
         causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=x.device).tril()
         context = self.narrow(self.features_norm(features))
+        if self.patch_positions is not None:
+            context = context + self.patch_positions
         for block in self.blocks:
             x = block(x, context, causal, None)
         return self.projection(self.norm(x))

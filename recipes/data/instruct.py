@@ -23,11 +23,11 @@ the images beside them. Only answers are targets:
         {"text": "Question: what color is the bag? Answer:", "target": false}, {"text": "red"}]}
 
 Lines of train hold all questions about one image or two, in any order, each with its answer; or
-questions of one type, each after an image of its own, as few-shot prompts do: in half of these lines
-every question reads "what about this image?", so that the first answer, which is no target, tells
-what is asked. Their key is instruct/train/... Lines of the other splits hold one question, whose
-type their key names; with --single, those of train too, for an objective that predicts the last text
-only (DaVinci). Images of the test split show combinations that never occur in training
+questions of one type, each after an image of its own, as few-shot prompts do: in half of these
+lines every question reads "what about this image?", so that the first answer, which is no target,
+tells what is asked. Their key is instruct/train/... Lines of the other splits hold one question,
+whose type their key names; with --single, those of train too, for an objective that predicts the
+last text only (DaVinci). Images of the test split show combinations that never occur in training
 (composed.py), or are clothes and emoji that do not; these two types need RAW.
 """
 

@@ -35,6 +35,7 @@ class VLGPTTokenizerConfig:
         queries: N, vectors per image; 32 as published.
         depth, heads: 12 blocks as published.
         hidden_size: width of the transformers.
+        patch_positions: learned embeddings of the patches, see CausalResampler.
     """
 
     width: int
@@ -42,11 +43,18 @@ class VLGPTTokenizerConfig:
     depth: int = 12
     heads: int = 12
     hidden_size: int = 768
+    patch_positions: bool = False
 
     def resampler(self, visual: VisualTokenizer) -> CausalResampler:
         """The tokenizer, with new weights. Raises ValueError for impossible sizes."""
         return CausalResampler(
-            visual, self.width, self.queries, self.depth, self.heads, hidden_size=self.hidden_size
+            visual,
+            self.width,
+            self.queries,
+            self.depth,
+            self.heads,
+            hidden_size=self.hidden_size,
+            patch_positions=self.patch_positions,
         )
 
 

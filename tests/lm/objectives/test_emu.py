@@ -113,6 +113,23 @@ def test_emu_01_vectors_are_causal(tiny_tokenizer: VisualTokenizer):
         CausalResampler(tiny_tokenizer, 16, 4, 1, 3)
 
 
+def test_emu_01_patch_positions(tiny_tokenizer: VisualTokenizer):
+    """Without them, the order of features that hold no positions of their own changes nothing."""
+    _, plain = built(tiny_tokenizer)
+    _, model = built(tiny_tokenizer, objective=replace(EMU, patch_positions=True))
+    features = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        a, b = (plain.bridge.vectors(f) for f in (features, features[:, order]))  # type: ignore[union-attr]
+        assert torch.allclose(a, b, atol=1e-5)
+        a, b = (model.bridge.vectors(f) for f in (features, features[:, order]))  # type: ignore[union-attr]
+        assert (a - b).abs().max() > 1e-3
+    names = {name for name, _ in model.named_parameters()} - {
+        n for n, _ in plain.named_parameters()
+    }
+    assert names == {"bridge.patch_positions"}
+
+
 def test_emu_02_regression_terms(tiny_tokenizer: VisualTokenizer):
     """(N + 1) an image, in packed sequences."""
     processor, model = built(tiny_tokenizer)
@@ -451,13 +468,17 @@ def test_what_is_refused(lm: MultimodalLM, photos: list[Path], tiny_tokenizer: V
     assert by_name("emu") is Emu
 
 
+@pytest.mark.parametrize("positions", [False, True])
 def test_saved_and_loaded(
-    lm: MultimodalLM, tmp_path: Path, photos: list[Path], tiny_tokenizer: VisualTokenizer
+    tmp_path: Path, photos: list[Path], tiny_tokenizer: VisualTokenizer, positions: bool
 ):
     visual, path = tmp_path / "visual", tmp_path / "lm"
     tiny_tokenizer.save_pretrained(visual)
     fingerprint = tiny_tokenizer.fingerprint()
-    save_model(path, lm.model, lm.processor, EMU, str(visual), fingerprint)
+    objective = replace(EMU, patch_positions=positions)
+    processor, model = built(tiny_tokenizer, objective=objective)
+    lm = MultimodalLM(model, processor, tiny_tokenizer, objective=objective)
+    save_model(path, lm.model, lm.processor, objective, str(visual), fingerprint)
     loaded = MultimodalLM.from_pretrained(path, decoder=None)
     prompt = ["a", photos[0]]
     assert torch.equal(loaded.generate_vectors_batch([prompt]), lm.generate_vectors_batch([prompt]))
