@@ -44,7 +44,7 @@ from typing import Any
 from build import SPLITS
 from composed import NUMBERS, draw_of
 from objects import NOT_COUNTED, plural, with_article
-from sources import emoji_entries
+from sources import emoji_by_code
 
 TEMPLATE = "Question: {} Answer:"
 """That of lavit_lm's MultimodalLM.answer."""
@@ -229,19 +229,15 @@ def plain_questions(images: Iterable[dict[str, str]], raw: Path) -> Iterator[Ask
         images: key, source and caption of all images of a split.
         raw: folder that fetch.py wrote.
     """
-    kinds = {
-        entry[name].lower(): re.sub(r"\W+", " ", entry["subcategory"])
-        for entry in emoji_entries(raw)
-        for name in ("unified", "non_qualified")
-        if entry[name]
-    }
+    entries = emoji_by_code(raw)
     for image in images:
         key, source = [image["key"]], image["source"]
         if source == "fashion-mnist":
             yield "clothes", key, "what is this?", image["caption"].removeprefix("a photo of ")
         if source in ("emoji", "fluent"):
-            code = Path(key[0].partition("@")[0]).stem
-            yield "emoji", key, "what kind of emoji is this?", kinds[code]
+            entry = entries[Path(key[0].partition("@")[0]).stem]
+            kind = re.sub(r"\W+", " ", entry["subcategory"])
+            yield "emoji", key, "what kind of emoji is this?", kind
 
 
 def document(asked: Sequence[Asked], number: int, split: str, together: bool) -> dict[str, Any]:

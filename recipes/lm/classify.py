@@ -1,19 +1,31 @@
-"""Classify images with a trained language model, beside a vision transformer from random weights.
+"""Classify images, texts, or pairs of both with a trained language model, beside random weights.
 
-    image -> prefix of a caption -> hidden states at the image -> their mean -> linear layer
+    prompt -> hidden states at its image, or at its text if there is one -> mean -> linear layer
 
     frozen       only the linear layer is trained, by regularized logistic regression
     fine-tuned   the LM and its connector, too
-    scratch      a ViT of the LM's width and depth from random weights, trained alike
+    scratch      images: a ViT of the LM's width and depth from random weights, trained alike;
+                 texts and pairs: the same LM and connector from random weights. The encoder of its
+                 visual tokenizer is frozen everywhere.
 
-DaVinci (section 4) measures its image understanding so, on frozen features and fine-tuned. Here the
-classes are the ten captions of Fashion-MNIST in data/captioned, whose captions the LM was trained
-on; the test split was not. Any model of lavit_lm can be classified with.
+| --task | prompt | classes |
+|---|---|---|
+| images | an image of --source | the captions, such as the ten of Fashion-MNIST |
+| texts | the name of an emoji | its Unicode group, such as animals and nature; needs --raw |
+| pairs | an image of --source and a caption | whether it is its own or that of another image |
+
+DaVinci (section 4) measures its understanding so, on frozen features and fine-tuned. The LM was
+trained on the captions of the train split; not on those of the test split, and no text of the test
+split occurs in train. Any model of lavit_lm can be measured.
 
     python recipes/lm/classify.py --model runs/lm/davinci --data data/captioned [--labels 1 0.1]
+    python recipes/lm/classify.py --model runs/lm/davinci --data data/captioned --task texts
+        --raw data/raw
+    python recipes/lm/classify.py --model runs/lm/davinci --data data/composed --task pairs
+        --source composed-color
 
 Hardware: one CPU core; frozen features take 3 minutes, 150 steps of the others 4 to 8 minutes each.
-Expected: 0.74 frozen, 0.64 with a tenth of the labels (docs/results.md).
+Expected: images 0.74 frozen, 0.64 with a tenth of the labels (docs/results.md).
 """
 
 from __future__ import annotations
@@ -21,6 +33,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +42,19 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTModel
+from transformers import AutoModelForCausalLM, ViTConfig, ViTModel
 
 from lavit_lm import MultimodalLM
+from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.sequences.packing import pad
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_tok import VisualImageProcessor
 from lavit_tok.data.splits import load_splits
 
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from sources import emoji_by_code
+
+TASKS = ("images", "texts", "pairs")
 METHODS = ("frozen", "fine-tuned", "scratch")
 SPLITS, BATCH = ("train", "validation", "test"), 64
 DECAYS = (1e-4, 1e-3, 1e-2)
@@ -43,31 +62,82 @@ DECAYS = (1e-4, 1e-3, 1e-2)
 
 
 class Labeled(NamedTuple):
-    """Images, what a network reads of them, or features of them; and their classes."""
+    """Prompts, what a network reads of them, or features of them; and their classes."""
 
-    items: Any
+    items: list[Any]
     labels: Int64[Tensor, " n"]
 
     def take(self, fraction: float) -> Labeled:
-        """The first of every class, this fraction of all; items become a list."""
+        """The first of every class, this fraction of all."""
         most = round(fraction * len(self.labels) / (int(self.labels.max()) + 1))
         counts = F.one_hot(self.labels).cumsum(0).gather(1, self.labels[:, None])[:, 0]
         chosen = (counts <= most).nonzero().flatten()
         return Labeled([self.items[i] for i in chosen.tolist()], self.labels[chosen])
 
 
-def labeled(data: Any, source: str, size: int, classes: list[str]) -> Labeled:
+Splits = dict[str, Labeled]
+
+
+def images(data: Any, source: str, size: int) -> Splits:
     """The images of one source, whose captions are the classes."""
-    pairs = enumerate(zip(data["source"], data["caption"], strict=True))
-    rows = data.select([i for i, (s, caption) in pairs if s == source and caption in classes])
-    images = VisualImageProcessor(size).to_uint8(rows["image"])
-    return Labeled(images, torch.tensor([classes.index(c) for c in rows["caption"]]))
+    rows = {split: of_source(data[split], source) for split in SPLITS}
+    classes, found = sorted(set(rows["train"]["caption"])), {}
+    for split, own in rows.items():
+        own = own.select([i for i, caption in enumerate(own["caption"]) if caption in classes])
+        labels = torch.tensor([classes.index(caption) for caption in own["caption"]])
+        found[split] = Labeled([[image] for image in opened(own, size)], labels)
+    return found
+
+
+def texts(data: Any, raw: Path) -> Splits:
+    """The names of emoji, whose groups are the classes; each name once, in the first split."""
+    entries, seen = emoji_by_code(raw), set[str]()
+    classes, found = sorted({entry["category"] for entry in entries.values()}), {}
+    for split in SPLITS:
+        names, labels = [], []
+        rows = data[split].select_columns(["key", "source", "caption"])
+        for row in rows.filter(lambda row: row["source"] in ("emoji", "fluent")):
+            entry = entries[Path(row["key"].partition("@")[0]).stem]
+            if row["caption"] not in seen:
+                seen.add(row["caption"])
+                names.append([row["caption"]])
+                labels.append(classes.index(entry["category"]))
+        found[split] = Labeled(names, torch.tensor(labels))
+    return found
+
+
+def pairs(data: Any, source: str, size: int, most: int, seed: int) -> Splits:
+    """Images with their own caption (1), and every second one with another image's (0)."""
+    found = {}
+    for split in SPLITS:
+        rows, draw = of_source(data[split], source), random.Random(f"{seed} {split}")
+        rows = rows.select(draw.sample(range(len(rows)), min(most, len(rows))))
+        captions, prompts, labels = list(rows["caption"]), [], []
+        for i, image in enumerate(opened(rows, size)):
+            others = [caption for caption in captions if caption != captions[i]]
+            prompts.append([image, captions[i] if i % 2 else draw.choice(others)])
+            labels.append(i % 2)
+        found[split] = Labeled(prompts, torch.tensor(labels))
+    return found
+
+
+def of_source(rows: Any, source: str) -> Any:
+    """The examples of one source. Raises ValueError if there are none."""
+    found = [i for i, name in enumerate(rows["source"]) if name == source]
+    if not found:
+        names = ", ".join(sorted(set(rows["source"])))
+        raise ValueError(f"--source: expected one of {names}, got {source!r}")
+    return rows.select(found)
+
+
+def opened(rows: Any, size: int) -> UInt8[Tensor, "n 3 s s"]:
+    return VisualImageProcessor(size).to_uint8(rows["image"])
 
 
 class LMFeatures(nn.Module):
-    """The mean over an image of an LM's hidden states, before an empty caption.
+    """The mean of an LM's hidden states at the texts of a prompt, else at its image.
 
-    Sequences are built once for each image: codes are encoded there.
+    Sequences are built once for each prompt: codes are encoded there.
     """
 
     def __init__(self, lm: MultimodalLM) -> None:
@@ -76,12 +146,16 @@ class LMFeatures(nn.Module):
         self.width = lm.model.causal.config.get_text_config().hidden_size
         self.norm = nn.LayerNorm(self.width, elementwise_affine=False)
 
-    def prepare(self, images: UInt8[Tensor, "n 3 s s"]) -> list[TokenSequence]:
-        return [self.prompts.sequence([image], "text") for image in images]
+    def prepare(self, prompts: list[list[Any]]) -> list[tuple[TokenSequence, Role]]:
+        return [
+            (self.prompts.sequence(p, "text"), Role.TEXT if isinstance(p[-1], str) else Role.VISUAL)
+            for p in prompts
+        ]
 
-    def forward(self, sequences: list[TokenSequence]) -> Float[Tensor, "n width"]:
-        batch = pad(sequences, self.pad)
-        at = (batch.roles == Role.VISUAL)[..., None].float()
+    def forward(self, prepared: list[tuple[TokenSequence, Role]]) -> Float[Tensor, "n width"]:
+        batch = pad([sequence for sequence, _ in prepared], self.pad)
+        roles = torch.tensor([int(role) for _, role in prepared])
+        at = ((batch.roles == roles[:, None]) & (batch.documents >= 0))[..., None].float()
         return self.norm((self.model(batch).hidden_states * at).sum(1) / at.sum(1))
 
 
@@ -102,8 +176,8 @@ class ViTFeatures(nn.Module):
         )
         self.vit = ViTModel(config, add_pooling_layer=False)
 
-    def prepare(self, images: UInt8[Tensor, "n 3 s s"]) -> list[Tensor]:
-        return list(images.float() / 127.5 - 1)
+    def prepare(self, prompts: list[list[Any]]) -> list[Tensor]:
+        return [image.float() / 127.5 - 1 for (image,) in prompts]
 
     def forward(self, images: list[Tensor]) -> Float[Tensor, "n width"]:
         return self.vit(torch.stack(images)).last_hidden_state[:, 0]
@@ -139,7 +213,8 @@ def regression(train: Labeled, validation: Labeled, classes: int) -> nn.Linear:
 
         optimizer.step(closure)
         with torch.no_grad():
-            found.append((accuracy(layer(validation.items), validation.labels), layer))
+            scores = layer(torch.stack(validation.items))
+            found.append((accuracy(scores, validation.labels), layer))
     return max(found, key=lambda pair: pair[0])[1]
 
 
@@ -171,21 +246,36 @@ def load(args: argparse.Namespace) -> MultimodalLM:
     return MultimodalLM.from_pretrained(args.model, decoder=None)
 
 
-def measure(method: str, splits: dict[str, Labeled], classes: int, args: Any) -> dict[str, float]:
+def untrained(lm: MultimodalLM) -> MultimodalLM:
+    """The same LM and connector with new random weights."""
+    causal = AutoModelForCausalLM.from_config(lm.model.causal.config)
+    width = causal.config.get_text_config().hidden_size
+    connectors = lm.objective.connectors.build(lm.visual_tokenizer, width)
+    model = SequenceModel(causal, *connectors)
+    return MultimodalLM(model, lm.processor, lm.visual_tokenizer, objective=lm.objective)
+
+
+def measure(method: str, splits: Splits, args: argparse.Namespace) -> dict[str, float]:
     """Number of labels -> accuracy on the test split."""
-    lm, size = load(args), splits["test"].items.shape[-1]
+    lm, classes = load(args), int(splits["train"].labels.max()) + 1
     torch.manual_seed(args.seed)
-    network: Any = ViTFeatures(lm, size, size // 8) if method == "scratch" else LMFeatures(lm)
+    if method != "scratch":
+        network: Any = LMFeatures(lm)
+    elif args.task == "images":
+        size = lm.visual_tokenizer.config.image_size
+        network = ViTFeatures(lm, size, size // 8)
+    else:
+        network = LMFeatures(untrained(lm))
     own = {name: Labeled(network.prepare(s.items), s.labels) for name, s in splits.items()}
     if method == "frozen":
-        own = {name: Labeled(features_of(network, s.items), s.labels) for name, s in own.items()}
+        own = {n: Labeled(list(features_of(network, s.items)), s.labels) for n, s in own.items()}
     start = {name: value.clone() for name, value in network.state_dict().items()}
     found = {}
     for fraction in args.labels:
         train, test = own["train"].take(fraction), own["test"]
         if method == "frozen":
             head: nn.Module = regression(train, own["validation"], classes)
-            features = test.items
+            features = torch.stack(test.items)
         else:
             network.load_state_dict(start)
             network.requires_grad_(True)
@@ -203,7 +293,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     )
     parser.add_argument("--model", required=True, help="folder of a trained model")
     parser.add_argument("--data", required=True, help="folder that build.py wrote")
-    parser.add_argument("--source", default="fashion-mnist", help="whose captions are classes")
+    parser.add_argument("--task", choices=TASKS, default="images")
+    parser.add_argument("--source", default="fashion-mnist", help="of the images")
+    parser.add_argument("--raw", type=Path, help="folder that fetch.py wrote; for texts")
+    parser.add_argument("--most", type=int, default=4000, help="pairs of each split")
     parser.add_argument("--labels", type=float, nargs="+", default=[1.0, 0.1], help="fractions")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--steps", type=int, default=300, help="of 64 images; not for frozen")
@@ -213,11 +306,18 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--out", type=Path, help="file for the numbers, JSON")
     args = parser.parse_args(argv)
+    if args.task == "texts" and args.raw is None:
+        parser.error("--task texts: expected --raw, the folder of emoji.json")
     data, size = load_splits(args.data), load(args).visual_tokenizer.config.image_size
-    pairs = zip(data["train"]["source"], data["train"]["caption"], strict=True)
-    classes = sorted({caption for source, caption in pairs if source == args.source})
-    splits = {name: labeled(data[name], args.source, size, classes) for name in SPLITS}
-    found = {method: measure(method, splits, len(classes), args) for method in args.methods}
+    if args.task == "texts":
+        splits = texts(data, args.raw)
+    elif args.task == "pairs":
+        splits = pairs(data, args.source, size, args.most, args.seed)
+    else:
+        splits = images(data, args.source, size)
+    counts = torch.bincount(splits["test"].labels)
+    print(f"most frequent class of the test split: {int(counts.max()) / int(counts.sum()):.3f}")
+    found = {method: measure(method, splits, args) for method in args.methods}
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=2) + "\n")
     return found

@@ -16,7 +16,9 @@ from lavit_lm import MultimodalLM
 from lavit_lm.models.sequence_model import SequenceModel
 from lavit_lm.objectives.davinci import DaVinci
 from lavit_tok import VisualTokenizer
+from lavit_tok.data.splits import load_splits
 
+EMOJI = "emoji-datasource-google/package"
 SHADES = {"black": 20, "gray": 120, "white": 235}
 
 
@@ -39,7 +41,9 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_brightness(data: Path, tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> None:
+@pytest.fixture
+def model(tiny_tokenizer: VisualTokenizer, tmp_path: Path) -> str:
+    """A saved DaVinci with random weights."""
     tiny_tokenizer.save_pretrained(tmp_path / "visual")
     processor, plain = processor_and_model("llama")
     objective = DaVinci(caption_prompt="")
@@ -48,7 +52,11 @@ def test_brightness(data: Path, tiny_tokenizer: VisualTokenizer, tmp_path: Path)
         model = SequenceModel(plain.lm, *objective.connectors.build(tiny_tokenizer, 16)).eval()
     lm = MultimodalLM(model, processor, tiny_tokenizer, objective=objective)
     lm.save_pretrained(tmp_path / "lm", str(tmp_path / "visual"))
-    args = ["--model", str(tmp_path / "lm"), "--data", str(data), "--source", "shades"]
+    return str(tmp_path / "lm")
+
+
+def test_brightness(data: Path, model: str, tmp_path: Path) -> None:
+    args = ["--model", model, "--data", str(data), "--source", "shades"]
     out = tmp_path / "numbers.json"
     page = recipe("lm/classify.py")
     found = page.main([*args, "--steps", "40", "--lr", "3e-3", "3e-3", "--out", str(out)])
@@ -56,6 +64,60 @@ def test_brightness(data: Path, tiny_tokenizer: VisualTokenizer, tmp_path: Path)
     for method, numbers in found.items():
         assert list(numbers) == ["60", "6"], "all labels, and two of each class"
         assert numbers["60"] > 0.9, method
+
+
+def test_texts(model: str, tmp_path: Path) -> None:
+    """Groups of emoji by their names; a name of train is in no other split."""
+    page = recipe("lm/classify.py")
+    file = tmp_path / "raw" / EMOJI / "emoji.json"
+    file.parent.mkdir(parents=True)
+    groups = {"cat": "Animals", "train": "Travel"}
+    entries = [
+        {"unified": f"1F{i:03}", "non_qualified": None, "category": groups[kind]}
+        for i, kind in enumerate(("cat", "train") * 20)
+    ]
+    file.write_text(json.dumps(entries))
+    white = Image.new("RGB", (32, 32))
+    of = {"train": range(24), "validation": range(20, 32), "test": range(20, 40)}
+    splits = {
+        split: [
+            {"image": white, "key": f"emoji/1f{i:03}.png@mirrored", "source": "emoji",
+             "caption": f"{('cat', 'train')[i % 2]} {i}"}
+            for i in numbers
+        ] + [{"image": white, "key": "a.png", "source": "other", "caption": "a square"}]
+        for split, numbers in of.items()
+    }  # fmt: skip
+    data = {split: Dataset.from_list(rows) for split, rows in splits.items()}
+    found = page.texts(data, tmp_path / "raw")
+    assert [len(found[s].items) for s in of] == [24, 8, 8]
+    assert found["train"].items[:2] == [["cat 0"], ["train 1"]]
+    assert found["train"].labels[:4].tolist() == [0, 1, 0, 1]
+    assert found["validation"].items[0] == ["cat 24"] and found["test"].items[0] == ["cat 32"]
+    DatasetDict(data).save_to_disk(tmp_path / "texts")
+    args = ["--model", model, "--data", str(tmp_path / "texts"), "--task", "texts"]
+    with pytest.raises(SystemExit):
+        page.main(args)
+    args += ["--raw", str(tmp_path / "raw"), "--steps", "40", "--lr", "3e-3", "3e-3"]
+    for method, numbers in page.main(args).items():
+        assert numbers["24"] == 1.0, method
+
+
+def test_pairs(data: Path, model: str) -> None:
+    """Every second image has the caption of another."""
+    page = recipe("lm/classify.py")
+    loaded = load_splits(str(data))
+    found = page.pairs(loaded, "shades", 32, 20, seed=0)
+    assert [len(found[split].items) for split in page.SPLITS] == [20, 12, 20]
+    for split in page.SPLITS:
+        assert found[split].labels.tolist() == [0, 1] * (len(found[split].items) // 2)
+        for (image, caption), label in zip(*found[split], strict=True):
+            shown = abs(float(image.float().mean()) - SHADES[caption]) < 40
+            assert shown == bool(label)
+    with pytest.raises(ValueError, match="expected one of other, shades, got 'emoji'"):
+        page.pairs(loaded, "emoji", 32, 20, seed=0)
+    args = ["--model", model, "--data", str(data), "--task", "pairs", "--source", "shades"]
+    numbers = page.main([*args, "--steps", "3", "--labels", "1", "--methods", "frozen", "scratch"])
+    assert set(numbers) == {"frozen", "scratch"} and set(numbers["frozen"]) == {"60"}
 
 
 def test_a_fraction_has_the_first_of_every_class() -> None:
