@@ -175,8 +175,15 @@ def measure_answers(lm: MultimodalLM, stages: Stages, args: Namespace) -> dict[s
         return [folder / part["image"] if "image" in part else part["text"] for part in parts]
 
     def answer(batch: list[int]) -> list[str]:
-        return lm.generate_text_batch([prompt(i) for i in batch], 16)
+        if not args.rank:
+            return lm.generate_text_batch([prompt(i) for i in batch], 16)
+        return [
+            possible[kinds[i]][int(lm.rank(prompt(i), possible[kinds[i]]).argmax())] for i in batch
+        ]
 
+    possible = {
+        kind: sorted({lines[i]["segments"][-1]["text"] for i in own}) for kind, own in alike.items()
+    }
     indices = [i for own in asked.values() for i in own]
     parts = stages.batches("answers", indices, args.batch_size, answer)
     texts = [normalized(first_line(text)) for part in parts for text in part]
@@ -250,6 +257,7 @@ def arguments() -> ArgumentParser:
         instructions=(Path, "test.jsonl of recipes/data/instruct.py"),
         questions=(200, "of each type, at most"),
         shots=(0, "answered questions of its type before each question"),
+        rank=(False, "the most probable of all answers of its type, in place of a generated text"),
         images=(4, "images of each prompt and seed"),
         seeds=(3, "seeds of the images"),
         per_color=(4, "training images of each color of an object, for its mean"),

@@ -588,7 +588,8 @@ class MultimodalLM:
         candidates = batch_of(candidates)
         if not candidates:
             raise ValueError("expected at least one candidate, got none")
-        segments = self.prompts.segments(context)
+        is_text = all(isinstance(candidate, str) for candidate in candidates)
+        segments = self.prompts.segments(context, before_text=is_text)
         return self._nats([(segments, candidate) for candidate in candidates], per_token)
 
     def score(
@@ -609,8 +610,11 @@ class MultimodalLM:
                 "expected one or more contexts and as many candidates, got "
                 f"{len(contexts)} and {len(candidates)}"
             )
-        pairs = zip(map(self.prompts.segments, contexts), candidates, strict=True)
-        return self._nats(list(pairs), per_token)
+        pairs = [
+            (self.prompts.segments(context, before_text=isinstance(candidate, str)), candidate)
+            for context, candidate in zip(contexts, candidates, strict=True)
+        ]
+        return self._nats(pairs, per_token)
 
     def _nats(self, pairs: Sequence[tuple[list[Segment], Any]], per_token: bool) -> Tensor:
         """The log-likelihood of each candidate, given the segments before it."""

@@ -43,7 +43,8 @@ class Prompts:
 
     def sequence(self, prompt: Prompt, output: Literal["text", "image"]) -> TokenSequence:
         """The sequence after which a text or an image is generated. Raises ValueError."""
-        return self.objective.prompt(self.segments(prompt), self.processor, output)
+        segments = self.segments(prompt, before_text=output == "text")
+        return self.objective.prompt(segments, self.processor, output)
 
     def for_image(self, prompt: Prompt) -> TokenSequence:
         """The sequence after which an image is generated, with the objective's prompt template."""
@@ -51,12 +52,16 @@ class Prompts:
             prompt = apply_template(prompt, self.objective.prompt_templates.image)
         return self.sequence(prompt, "image")
 
-    def segments(self, prompt: Prompt) -> list[Segment]:
+    def segments(self, prompt: Prompt, before_text: bool = False) -> list[Segment]:
         """The segments of a prompt, see `segment`."""
-        return [self.segment(part) for part in as_list(prompt)]
+        return [self.segment(part, before_text) for part in as_list(prompt)]
 
-    def segment(self, part: Any) -> Segment:
+    def segment(self, part: Any, before_text: bool = False) -> Segment:
         """A text, or an image with codes and pixels as the objective needs them.
+
+        Args:
+            part: of a prompt.
+            before_text: only a text comes after it, for which some objectives need no codes.
 
         Raises:
             ValueError: codes of several images, or of another codebook; an image without a visual
@@ -81,7 +86,8 @@ class Prompts:
                 "first would be left out; list them as elements of their own"
             )
         pixels = self.visual_tokenizer.image_processor.to_uint8(images)
-        if not self.objective.connectors.needs_codes:
+        needs = self.objective.connectors
+        if not needs.needs_codes or (before_text and not needs.codes_before_text):
             return ImageSegment(image=pixels[0])
         budget = self.objective.image_output.encode_budget(config.num_patches)
         codes = self.visual_tokenizer.encode(pixels, budget=budget)

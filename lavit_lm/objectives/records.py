@@ -51,6 +51,7 @@ class Connectors:
         regressor: hidden_size -> a module [t hidden_size] -> [t hidden_size] that predicts vectors;
             None: ids only.
         needs_codes: whether examples need the codes of their images; else their pixels are enough.
+        codes_before_text: whether images of a prompt that a text follows need them, too.
         reads_vectors: whether the bridge reads vectors that another model generated, float [k n d],
             in place of pixels.
         complete_batch: called with a batch on its device, the frozen visual tokenizer and the
@@ -60,6 +61,7 @@ class Connectors:
     bridge: Callable[[Any, int], nn.Module] | None = None
     regressor: Callable[[int], nn.Module] | None = None
     needs_codes: bool = True
+    codes_before_text: bool = True
     reads_vectors: bool = False
     complete_batch: Callable[[PackedBatch, Any, MultimodalProcessor], PackedBatch] = unchanged
 

@@ -137,6 +137,10 @@ def test_answers_are_compared_with_the_true_ones(composed: Path, tmp_path: Path)
             assert all(prompt[1] == "what color?" and prompt[0].is_file() for prompt in prompts)
             return [" Green\nand more"] * len(prompts)
 
+        def rank(self, prompt: Any, candidates: list[str]) -> torch.Tensor:
+            assert candidates == ["green", "red"]
+            return torch.tensor([-2.0, -1.0])
+
     path = str(composed / "test.jsonl")
     args = binding.arguments().parse_args(
         ["--data", str(composed), "--instructions", path, "--out", str(tmp_path / "out")]
@@ -145,6 +149,9 @@ def test_answers_are_compared_with_the_true_ones(composed: Path, tmp_path: Path)
     assert binding.measure_answers(Oracle(), stages, args) == {
         "color": {"questions": 3, "right": 2 / 3, "constant": 2 / 3}
     }
+    args.rank = True
+    stages = binding.Stages(args, "ranked")
+    assert binding.measure_answers(Oracle(), stages, args)["color"]["right"] == 1 / 3
 
 
 def test_the_second_judge_is_read_from_its_wheel(composed: Path, tmp_path: Path) -> None:

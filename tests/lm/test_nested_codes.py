@@ -406,7 +406,7 @@ def test_training_with_nested_shards(visual: VisualTokenizer, folder: Path, kind
 
 
 def test_images_are_read_as_vectors_or_as_codes(
-    visual: VisualTokenizer, photos: list[Path], tmp_path: Path
+    visual: VisualTokenizer, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that has learned both captions images and codes, and is exported as one of codes."""
     source = str(visual.name_or_path)
@@ -433,7 +433,17 @@ def test_images_are_read_as_vectors_or_as_codes(
     lm = MultimodalLM(model.eval(), processor, visual, None, objective)
     codes = [VisualCodes.from_list([s[0].codes.tolist()], CODES, nested=True) for s in samples]
     assert losses["text"].mean < 0.02
-    assert [lm.caption(image) for image in images] == texts
+    encode, encoded = VisualTokenizer.encode, []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            VisualTokenizer, "encode", lambda *args, **o: encoded.append(args) or encode(*args, **o)
+        )
+        assert [lm.caption(image) for image in images] == texts
+        nats = lm.rank([images[0]], texts)
+        assert torch.allclose(lm.score([[images[0]]] * 2, texts), nats, atol=1e-4)
+        assert nats.argmax() == 0 and not encoded, "images before a text are vectors alone"
+        lm.rank(["rain"], list(images))
+        assert len(encoded) == 2, "images that are predicted are codes"
     assert [lm.caption(one) for one in codes] == texts
     lm.save_pretrained(tmp_path / "lm", source)
     loaded = MultimodalLM.from_pretrained(tmp_path / "lm", decoder=None)

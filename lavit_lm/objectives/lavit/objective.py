@@ -96,7 +96,8 @@ class LaVIT(Objective):
     def connectors(self) -> Connectors:
         """The continuous path, if it is used."""
         if self.nested_vectors is not None:
-            return Connectors(bridge=partial(PatchBridge, vectors=self.nested_vectors))
+            bridge = partial(PatchBridge, vectors=self.nested_vectors)
+            return Connectors(bridge, codes_before_text=False)
         return Connectors(bridge=ContinuousBridge if self.continuous else None)
 
     @property
