@@ -67,7 +67,7 @@ class VLGPT(VectorObjective):
     name: ClassVar[str] = "vlgpt"
     title: ClassVar[str] = "VL-GPT"
     tokenizer: str | None = None
-    tokenizer_sizes: dict[str, int] | None = None
+    tokenizer_sizes: dict[str, Any] | None = None
     order: PairOrder = "both"
     regression_weight: float = 1.0
     vector_noise: float = 0.0
