@@ -164,6 +164,11 @@ def measure_answers(lm: MultimodalLM, stages: Stages, args: Namespace) -> dict[s
     lines = [json.loads(line) for line in args.instructions.read_text().splitlines()]
     kinds = [line["key"].split("/")[1] for line in lines]
     alike = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))}
+    if args.question:
+        for line in lines:
+            line["segments"][-2]["text"] = lm.objective.prompt_templates.answer.format(
+                args.question
+            )
     asked = {kind: own[: args.questions] for kind, own in alike.items()}
 
     def prompt(i: int) -> list[Any]:
@@ -257,6 +262,7 @@ def arguments() -> ArgumentParser:
         instructions=(Path, "test.jsonl of recipes/data/instruct.py"),
         questions=(200, "of each type, at most"),
         shots=(0, "answered questions of its type before each question"),
+        question=(str, "asked in place of each question: answers before it tell what is asked"),
         rank=(False, "the most probable of all answers of its type, in place of a generated text"),
         images=(4, "images of each prompt and seed"),
         seeds=(3, "seeds of the images"),

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from benchmarks import binding, lm_quality
 from benchmarks.shared.cache import generator_for
 from lavit_lm import MultimodalLM
+from lavit_lm.objectives.davinci import DaVinci
 from lavit_lm.sequences.documents import Documents
 from lavit_tok import VisualImageProcessor
 from lavit_tok.encode.efficientnet import EfficientNetLite, JoinedEncoder
@@ -133,8 +134,10 @@ def test_a_random_model(
 
 def test_answers_are_compared_with_the_true_ones(composed: Path, tmp_path: Path) -> None:
     class Oracle:
+        objective, asked = DaVinci(answer_prompt="{}!"), "what color?"
+
         def generate_text_batch(self, prompts: Any, limit: int) -> list[str]:
-            assert all(prompt[1] == "what color?" and prompt[0].is_file() for prompt in prompts)
+            assert all(prompt[1] == self.asked and prompt[0].is_file() for prompt in prompts)
             return [" Green\nand more"] * len(prompts)
 
         def rank(self, prompt: Any, candidates: list[str]) -> torch.Tensor:
@@ -152,6 +155,9 @@ def test_answers_are_compared_with_the_true_ones(composed: Path, tmp_path: Path)
     args.rank = True
     stages = binding.Stages(args, "ranked")
     assert binding.measure_answers(Oracle(), stages, args)["color"]["right"] == 1 / 3
+    args.rank, args.question, Oracle.asked = False, "and this?", "and this?!"
+    stages = binding.Stages(args, "unnamed")
+    assert binding.measure_answers(Oracle(), stages, args)["color"]["right"] == 2 / 3
 
 
 def test_the_second_judge_is_read_from_its_wheel(composed: Path, tmp_path: Path) -> None:
