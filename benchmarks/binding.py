@@ -165,10 +165,9 @@ def measure_answers(lm: MultimodalLM, stages: Stages, args: Namespace) -> dict[s
     kinds = [line["key"].split("/")[1] for line in lines]
     alike = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))}
     if args.question:
+        asked_of_all = lm.objective.prompt_templates.answer.replace("{}", args.question)
         for line in lines:
-            line["segments"][-2]["text"] = lm.objective.prompt_templates.answer.format(
-                args.question
-            )
+            line["segments"][-2]["text"] = asked_of_all
     asked = {kind: own[: args.questions] for kind, own in alike.items()}
 
     def prompt(i: int) -> list[Any]:
