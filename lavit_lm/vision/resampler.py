@@ -11,7 +11,10 @@ q3      x  x  x       x x x x        since a later vector never changes an earli
 
 from __future__ import annotations
 
+import math
+
 import torch
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
@@ -31,11 +34,13 @@ class CausalResampler(EncoderConnector):
         heads: attention heads of the transformer.
         train_encoder: train a copy of the encoder, the submodule "encoder".
         hidden_size: of the transformer; None for the encoder's.
-        patch_positions: add a learned embedding of its patch to each feature: for an encoder that
-            adds none, such as a convolutional network. False as published.
+        patch_positions: add a learned embedding of its patch to each feature, sines and cosines of
+            its line and column at first: for an encoder that adds none, such as a convolutional
+            network. False as published.
 
     Raises:
-        ValueError: a number below 1, or heads that do not divide the hidden size.
+        ValueError: a number below 1, heads that do not divide the hidden size, or patch positions
+            of a hidden size that 4 does not divide.
     """
 
     def __init__(
@@ -60,11 +65,8 @@ class CausalResampler(EncoderConnector):
         self.features_norm = nn.LayerNorm(c.width, c.layer_norm_eps)
         self.narrow = nn.Identity() if hidden_size == c.width else nn.Linear(c.width, hidden_size)
         self.queries = nn.Parameter(torch.randn(queries, hidden_size) * 0.02)
-        self.patch_positions = (
-            nn.Parameter(torch.randn(c.num_patches, hidden_size) * 0.02)
-            if patch_positions
-            else None
-        )
+        # Of the features' size: an embedding near 0 stays too small beside them to be used
+        self.patch_positions = positions(c.num_patches, hidden_size) if patch_positions else None
         self.blocks = nn.ModuleList(
             Block(hidden_size, heads, 4 * hidden_size, c.layer_norm_eps) for _ in range(depth)
         )
@@ -96,3 +98,13 @@ class CausalResampler(EncoderConnector):
         for block in self.blocks:
             x = block(x, context, causal, None)
         return self.projection(self.norm(x))
+
+
+def positions(patches: int, size: int) -> nn.Parameter:
+    """[patches size], sines and cosines of line and column. Raises ValueError."""
+    if size % 4:
+        raise ValueError(
+            f"patch_positions: expected a hidden size that 4 divides, for sines and cosines of two "
+            f"coordinates, got {size}"
+        )
+    return nn.Parameter(get_2d_sincos_pos_embed(size, math.isqrt(patches)).float())

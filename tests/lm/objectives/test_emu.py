@@ -128,6 +128,10 @@ def test_emu_01_patch_positions(tiny_tokenizer: VisualTokenizer):
         n for n, _ in plain.named_parameters()
     }
     assert names == {"bridge.patch_positions"}
+    positions = model.bridge.patch_positions  # type: ignore[union-attr]
+    assert 0.4 < positions.std() < 1 and len(positions.unique(dim=0)) == 16
+    with pytest.raises(ValueError, match="patch_positions: expected a hidden size that 4 divides"):
+        CausalResampler(tiny_tokenizer, 16, 4, 1, 2, hidden_size=6, patch_positions=True)
 
 
 def test_emu_02_regression_terms(tiny_tokenizer: VisualTokenizer):
