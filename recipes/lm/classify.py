@@ -24,7 +24,7 @@ of emoji. Any model of lavit_lm can be measured.
         --source composed-color
 
 Hardware: one CPU core; frozen features take 3 minutes, 150 steps of the others 4 to 8 minutes each.
-Expected: images 0.82 frozen, 0.76 with a tenth of the labels; pairs 0.73 and 0.67 (docs/results.md).
+Expected: images 0.82 frozen, 0.76 with a tenth of the labels; pairs 0.73, 0.67 (docs/results.md).
 """
 
 from __future__ import annotations
