@@ -11,6 +11,7 @@
 | presence | is there a tree? | yes or no, as often |
 | compare | do both images show the same object? have both objects the same color? | yes or no |
 | which | which image shows a cat? | the first or the second, as often |
+| which_color | which image shows something red? | likewise |
 | clothes | what is this? (gray clothes of Fashion-MNIST) | a sneaker |
 | emoji | what kind of emoji is this? | its Unicode subgroup, such as country flag |
 | ground | what color is the background? never asked in train | one that is not white |
@@ -144,21 +145,26 @@ def compare(
     asked: list[Asked] = [
         ("compare", keys, texts[what], "yes" if alike[what] else "no") for what in by
     ]
+    sides = list(zip(("the first", "the second"), pair, strict=True))
     if not alike["object"]:
-        answer, sought = draw.choice(list(zip(("the first", "the second"), pair, strict=True)))
+        answer, sought = draw.choice(sides)
         name = name_of(sought)
         asked.append(("which", keys, f"which image shows {with_article(name, name)}?", answer))
+    if not alike["color"]:
+        answer, sought = draw.choice(sides)
+        color = sought["objects"][0]["color"]
+        asked.append(("which_color", keys, f"which image shows something {color}?", answer))
     return asked
 
 
 def arranged(asked: Sequence[Asked], draw: Any) -> list[Asked]:
     """Questions of one document in an order in which none tells the answer of a later one.
 
-    A question for color, count or place names the object, and "which" implies that two images show
-    different ones: questions for presence, object and sameness come before these. Half of the
+    A question for color, count or place names the object, and which of two implies that they
+    differ: questions for presence, object and sameness come before these. Half of the
     documents begin with any question instead, and lack those that it has answered.
     """
-    ranks = {"presence": 0, "object": 1, "compare": 0, "which": 1}
+    ranks = {"presence": 0, "object": 1, "compare": 0, "which": 1, "which_color": 1}
     first = ranks.get(draw.choice(asked)[0], 2) if draw.random() < 0.5 else 0
     kept = [one for one in asked if ranks.get(one[0], 2) >= first]
 
@@ -172,10 +178,10 @@ def arranged(asked: Sequence[Asked], draw: Any) -> list[Asked]:
 def questions(
     records: Sequence[dict[str, Any]], seed: int, together: bool = False, unseen: bool = False
 ) -> Iterator[list[Asked]]:
-    """Up to two questions about every image, and half as many comparisons as images.
+    """Up to two questions about every image, and comparisons for up to half of the images.
 
     Args:
-        together: all questions about an image, or about two, in one document; and as many
+        together: all questions about an image, or about two, in one document; and twice as many
             comparisons as images.
         unseen: and all questions of the types that train does not ask.
     """
@@ -195,10 +201,15 @@ def questions(
             yield from ([one] for one in draw.sample(found, min(2, len(found))))
         if unseen:
             yield from ([one] for one in every if one[0] in UNSEEN)
-    for index in range(len(records) // (1 if together else 2) if len(single) > 1 else 0):
+    pairs = 2 * len(records) if together else len(records) // 2
+    for index in range(pairs if len(single) > 1 else 0):
         draw = draw_of(seed, "compare", records[0]["split"], index)
-        if asked := compare(single, by, draw):
-            yield arranged(asked, draw) if together else [draw.choice(asked)]
+        asked = compare(single, by, draw)
+        if together and asked:
+            yield arranged(asked, draw)
+        # One of four, so that no question is likelier where another is not asked
+        elif not together and (number := draw.randrange(4)) < len(asked):
+            yield [asked[number]]
 
 
 def series(asked: Iterable[Asked], count: int, draw: Any) -> Iterator[list[Asked]]:

@@ -292,6 +292,7 @@ def test_questions_are_documents_whose_answers_are_right(made):
     starts = {"what is this": "object", "what color": "color", "how many": "count"}
     starts |= {"where": "place", "is there": "presence", "are there": "presence"}
     starts |= {"do both": "compare", "have both": "compare", "which": "which"}
+    starts |= {"which image shows something": "which_color"}
     starts |= {"what color is the background": "ground", "is the": "size", "are the": "size"}
     kinds, of_documents = {"train": set(), "test": set()}, set()
     for split in ("train", "test"):
@@ -318,11 +319,12 @@ def test_questions_are_documents_whose_answers_are_right(made):
             if split == "train":
                 of_documents.add(tuple(asked))
                 assert len(set(texts[::2])) == len(texts[::2])
-                named = [kind in ("color", "count", "place", "which") for kind in asked]
+                told = {"color", "count", "place", "which", "which_color"}
+                named = [kind in told for kind in asked]
                 assert named == sorted(named), "questions that name the object come last"
             else:
                 assert asked == [key.split("/")[1]]
-    expected = {"object", "color", "count", "place", "presence", "compare", "which"}
+    expected = {"object", "color", "count", "place", "presence", "compare", "which", "which_color"}
     assert kinds == {"train": expected, "test": expected | set(UNSEEN)}
     assert {len(asked) for asked in of_documents} >= {1, 2, 3, 4, 5}
 
@@ -386,6 +388,10 @@ def check(kind: str, question: str, answer: str, shown: Any, objects: list[list[
     elif "same color" in question:
         first, second = (record["objects"][0]["color"] for record in shown)
         assert (answer == "yes") == (first == second)
+    elif kind == "which_color":
+        index = ("the first", "the second").index(answer)
+        colors = [record["objects"][0]["color"] for record in shown]
+        assert f" {colors[index]}?" in question and colors[0] != colors[1]
     else:
         index = ("the first", "the second").index(answer)
         assert f" {objects[index][0]}?" in question and objects[0] != objects[1]
@@ -401,7 +407,7 @@ def test_single_questions_of_train(made, tmp_path: Path):
     lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     assert {sum("text" in s for s in line["segments"]) for line in lines} == {2}
     kinds = {line["key"].split("/")[1] for line in lines}
-    assert kinds == {"object", "color", "count", "place", "presence", "compare", "which"}
+    assert kinds >= {"object", "color", "count", "place", "presence", "compare", "which"}
     assert (out / "test.jsonl").read_text().count("instruct/train") == 0
 
 
