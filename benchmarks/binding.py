@@ -172,6 +172,9 @@ def measure_answers(lm: MultimodalLM, stages: Stages, args: Namespace) -> dict[s
         for line in lines:
             line["segments"][-2]["text"] = asked_of_all
     asked = {kind: own[: args.questions] for kind, own in alike.items()}
+    possible = {
+        kind: sorted({lines[i]["segments"][-1]["text"] for i in own}) for kind, own in alike.items()
+    }
 
     def prompt(i: int) -> list[Any]:
         """The question, after answered ones of its type about other images."""
@@ -184,13 +187,9 @@ def measure_answers(lm: MultimodalLM, stages: Stages, args: Namespace) -> dict[s
     def answer(batch: list[int]) -> list[str]:
         if not args.rank:
             return lm.generate_text_batch([prompt(i) for i in batch], 16)
-        return [
-            possible[kinds[i]][int(lm.rank(prompt(i), possible[kinds[i]]).argmax())] for i in batch
-        ]
+        choices = [(prompt(i), possible[kinds[i]]) for i in batch]
+        return [texts[int(lm.rank(given, texts).argmax())] for given, texts in choices]
 
-    possible = {
-        kind: sorted({lines[i]["segments"][-1]["text"] for i in own}) for kind, own in alike.items()
-    }
     indices = [i for own in asked.values() for i in own]
     parts = stages.batches("answers", indices, args.batch_size, answer)
     texts = [normalized(first_line(text)) for part in parts for text in part]

@@ -86,8 +86,8 @@ class Prompts:
                 "first would be left out; list them as elements of their own"
             )
         pixels = self.visual_tokenizer.image_processor.to_uint8(images)
-        needs = self.objective.connectors
-        if not needs.needs_codes or (before_text and not needs.codes_before_text):
+        connectors = self.objective.connectors
+        if not connectors.needs_codes or (before_text and not connectors.codes_before_text):
             return ImageSegment(image=pixels[0])
         budget = self.objective.image_output.encode_budget(config.num_patches)
         codes = self.visual_tokenizer.encode(pixels, budget=budget)

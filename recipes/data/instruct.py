@@ -45,7 +45,7 @@ from typing import Any
 from build import SPLITS
 from composed import NUMBERS, draw_of
 from objects import NOT_COUNTED, plural, with_article
-from sources import emoji_by_code
+from sources import emoji_entries
 
 TEMPLATE = "Question: {} Answer:"
 """That of lavit_lm's MultimodalLM.answer."""
@@ -70,6 +70,11 @@ def name_of(record: dict[str, Any]) -> str:
     return str(record["objects"][0]["object"])
 
 
+def verb_of(name: str) -> str:
+    """is a bag, are trousers."""
+    return "are" if name in NOT_COUNTED else "is"
+
+
 def ask(
     record: dict[str, Any], names: Sequence[str], draw: Any, presence: int = 1
 ) -> Iterator[Asked]:
@@ -88,25 +93,23 @@ def ask(
         yield "object", image, "what is this?", with_article(first, first)
     for item in record["objects"]:
         if item["named"] and record.get("count", 1) == 1:
-            verb = "are" if item["object"] in NOT_COUNTED else "is"
-            yield "color", image, f"what color {verb} the {item['object']}?", item["color"]
+            name = item["object"]
+            yield "color", image, f"what color {verb_of(name)} the {name}?", item["color"]
     if record["kind"] == "count":
         question = f"how many {plural(first)} are there?"
         yield "count", image, question, NUMBERS[record["count"] - 1]
     if "place" in record:
-        verb = "are" if first in NOT_COUNTED else "is"
-        yield "place", image, f"where {verb} the {first}?", record["place"]
+        yield "place", image, f"where {verb_of(first)} the {first}?", record["place"]
     if record["ground"] != "white":
         yield "ground", image, "what color is the background?", record["ground"]
     if "size" in record:
-        verb = "are" if first in NOT_COUNTED else "is"
-        yield "size", image, f"{verb} the {first} small or large?", record["size"]
+        yield "size", image, f"{verb_of(first)} the {first} small or large?", record["size"]
     absent = [name for name in names if name not in shown]
     for _ in range(min(presence, len(absent))):
         there = draw.random() < 0.5
         name = draw.choice(shown if there else absent)
-        verb = "are there" if name in NOT_COUNTED else "is there"
-        yield "presence", image, f"{verb} {with_article(name, name)}?", "yes" if there else "no"
+        question = f"{verb_of(name)} there {with_article(name, name)}?"
+        yield "presence", image, question, "yes" if there else "no"
         if there:
             break
         absent.remove(name)
@@ -146,14 +149,12 @@ def compare(
         ("compare", keys, texts[what], "yes" if alike[what] else "no") for what in by
     ]
     sides = list(zip(("the first", "the second"), pair, strict=True))
-    if not alike["object"]:
-        answer, sought = draw.choice(sides)
-        name = name_of(sought)
-        asked.append(("which", keys, f"which image shows {with_article(name, name)}?", answer))
-    if not alike["color"]:
-        answer, sought = draw.choice(sides)
-        color = sought["objects"][0]["color"]
-        asked.append(("which_color", keys, f"which image shows something {color}?", answer))
+    for what, kind in (("object", "which"), ("color", "which_color")):
+        if not alike[what]:
+            answer, sought = draw.choice(sides)
+            value = sought["objects"][0][what]
+            phrase = with_article(value, value) if what == "object" else f"something {value}"
+            asked.append((kind, keys, f"which image shows {phrase}?", answer))
     return asked
 
 
@@ -227,7 +228,7 @@ def series(asked: Iterable[Asked], count: int, draw: Any) -> Iterator[list[Asked
     for _ in range(count if by else 0):
         kind = draw.choice(list(by))
         shown = draw.sample(by[kind], min(draw.choice(SERIES), len(by[kind])))
-        # Presence of what cannot be told from answers
+        # Answers yes and no do not show which object's presence is asked for
         if kind != "presence" and len(shown) > 1 and draw.random() < 0.5:
             shown = [(kind, names, UNNAMED, answer) for _, names, _, answer in shown]
         yield shown
@@ -240,15 +241,19 @@ def plain_questions(images: Iterable[dict[str, str]], raw: Path) -> Iterator[Ask
         images: key, source and caption of all images of a split.
         raw: folder that fetch.py wrote.
     """
-    entries = emoji_by_code(raw)
+    kinds = {
+        entry[name].lower(): re.sub(r"\W+", " ", entry["subcategory"])
+        for entry in emoji_entries(raw)
+        for name in ("unified", "non_qualified")
+        if entry[name]
+    }
     for image in images:
         key, source = [image["key"]], image["source"]
         if source == "fashion-mnist":
             yield "clothes", key, "what is this?", image["caption"].removeprefix("a photo of ")
         if source in ("emoji", "fluent"):
-            entry = entries[Path(key[0].partition("@")[0]).stem]
-            kind = re.sub(r"\W+", " ", entry["subcategory"])
-            yield "emoji", key, "what kind of emoji is this?", kind
+            code = Path(key[0].partition("@")[0]).stem
+            yield "emoji", key, "what kind of emoji is this?", kinds[code]
 
 
 def document(asked: Sequence[Asked], number: int, split: str, together: bool) -> dict[str, Any]:

@@ -91,16 +91,6 @@ def emoji_entries(raw: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def emoji_by_code(raw: Path) -> dict[str, dict[str, Any]]:
-    """Code points as in the names of their images, such as 2764-fe0f -> entry; see above."""
-    return {
-        entry[name].lower(): entry
-        for entry in emoji_entries(raw)
-        for name in ("unified", "non_qualified")
-        if entry[name]
-    }
-
-
 def emoji_tasks(raw: Path) -> Iterator[Task]:
     """Emoji in their base form, without the variations of skin tone."""
     for entry in emoji_entries(raw):

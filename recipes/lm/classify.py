@@ -46,7 +46,7 @@ from transformers import AutoModelForCausalLM, ViTConfig, ViTModel
 
 from lavit_lm import MultimodalLM
 from lavit_lm.models.sequence_model import SequenceModel
-from lavit_lm.sequences.packing import pad
+from lavit_lm.sequences.packing import PADDING, pad
 from lavit_lm.sequences.token_sequence import Role, TokenSequence
 from lavit_tok import VisualImageProcessor
 from lavit_tok.data.splits import load_splits
@@ -115,8 +115,10 @@ def pairs(data: Any, source: str, size: int, most: int, seed: int) -> Splits:
         rows = rows.select(draw.sample(range(len(rows)), min(most, len(rows))))
         captions, prompts, labels = list(rows["caption"]), [], []
         for i, image in enumerate(opened(rows, size)):
-            others = [caption for caption in captions if caption != captions[i]]
-            prompts.append([image, captions[i] if i % 2 else draw.choice(others)])
+            caption = captions[i]
+            if i % 2 == 0:
+                caption = draw.choice([other for other in captions if other != caption])
+            prompts.append([image, caption])
             labels.append(i % 2)
         found[split] = Labeled(prompts, torch.tensor(labels))
     return found
@@ -136,27 +138,24 @@ def opened(rows: Any, size: int) -> UInt8[Tensor, "n 3 s s"]:
 
 
 class LMFeatures(nn.Module):
-    """The mean of an LM's hidden states at the texts of a prompt, else at its image.
+    """The mean of an LM's hidden states at the positions of one role, text or image.
 
     Sequences are built once for each prompt: codes are encoded there.
     """
 
-    def __init__(self, lm: MultimodalLM) -> None:
+    def __init__(self, lm: MultimodalLM, role: Role) -> None:
         super().__init__()
+        self.role = role
         self.model, self.prompts, self.pad = lm.model, lm.prompts, lm.processor.pad
         self.width = lm.model.causal.config.get_text_config().hidden_size
         self.norm = nn.LayerNorm(self.width, elementwise_affine=False)
 
-    def prepare(self, prompts: list[list[Any]]) -> list[tuple[TokenSequence, Role]]:
-        return [
-            (self.prompts.sequence(p, "text"), Role.TEXT if isinstance(p[-1], str) else Role.VISUAL)
-            for p in prompts
-        ]
+    def prepare(self, prompts: list[list[Any]]) -> list[TokenSequence]:
+        return [self.prompts.sequence(prompt, "text") for prompt in prompts]
 
-    def forward(self, prepared: list[tuple[TokenSequence, Role]]) -> Float[Tensor, "n width"]:
-        batch = pad([sequence for sequence, _ in prepared], self.pad)
-        roles = torch.tensor([int(role) for _, role in prepared])
-        at = ((batch.roles == roles[:, None]) & (batch.documents >= 0))[..., None].float()
+    def forward(self, sequences: list[TokenSequence]) -> Float[Tensor, "n width"]:
+        batch = pad(sequences, self.pad)
+        at = ((batch.roles == self.role) & (batch.documents != PADDING))[..., None].float()
         return self.norm((self.model(batch).hidden_states * at).sum(1) / at.sum(1))
 
 
@@ -260,13 +259,12 @@ def measure(method: str, splits: Splits, args: argparse.Namespace) -> dict[str, 
     """Number of labels -> accuracy on the test split."""
     lm, classes = load(args), int(splits["train"].labels.max()) + 1
     torch.manual_seed(args.seed)
-    if method != "scratch":
-        network: Any = LMFeatures(lm)
-    elif args.task == "images":
+    if method == "scratch" and args.task == "images":
         size = lm.visual_tokenizer.config.image_size
-        network = ViTFeatures(lm, size, size // 8)
+        network: Any = ViTFeatures(lm, size, size // 8)
     else:
-        network = LMFeatures(untrained(lm))
+        role = Role.VISUAL if args.task == "images" else Role.TEXT
+        network = LMFeatures(untrained(lm) if method == "scratch" else lm, role)
     own = {name: Labeled(network.prepare(s.items), s.labels) for name, s in splits.items()}
     if method == "frozen":
         own = {n: Labeled(list(features_of(network, s.items)), s.labels) for n, s in own.items()}

@@ -18,8 +18,9 @@ from lavit_lm.objectives.davinci import DaVinci
 from lavit_tok import VisualTokenizer
 from lavit_tok.data.splits import load_splits
 
-EMOJI = "emoji-datasource-google/package"
 SHADES = {"black": 20, "gray": 120, "white": 235}
+
+pytestmark = pytest.mark.usefixtures("data_recipe")
 
 
 @pytest.fixture
@@ -68,6 +69,8 @@ def test_brightness(data: Path, model: str, tmp_path: Path) -> None:
 
 def test_texts(model: str, tmp_path: Path) -> None:
     """Groups of emoji by their names, each of which is in one split."""
+    from sources import EMOJI
+
     page = recipe("lm/classify.py")
     file = tmp_path / "raw" / EMOJI / "emoji.json"
     file.parent.mkdir(parents=True)

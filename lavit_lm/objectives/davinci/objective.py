@@ -160,8 +160,9 @@ class DaVinci(Objective):
     def connectors(self) -> Connectors:
         """Vectors of patches; codes of lower lines are computed on the batch's device."""
         bridge = partial(PatchBridge, train_encoder=self.train_encoder, vectors=self.nested_vectors)
-        complete = with_codes_below
-        return Connectors(bridge, codes_before_text=not self.nested, complete_batch=complete)
+        return Connectors(
+            bridge, codes_before_text=not self.nested, complete_batch=with_codes_below
+        )
 
     @property
     def image_output(self) -> ImageOutput:
