@@ -41,8 +41,8 @@ class TransformerConfig:
     """Attention heads of each transformer."""
     hidden_size: int | None = None
     """Width of both transformers; None for that of the encoder."""
-    patch_positions: bool = False
-    """Learned embeddings of the patches in the tokenizer, for an encoder that adds none."""
+    pooled_queries: bool = False
+    """Each query of the tokenizer also has the mean feature of a square of patches."""
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,7 @@ class PatchBridge(EncoderConnector):
         super().__init__(tokenizer, train_encoder)
         c = tokenizer.config
         vectors = c.num_patches if vectors is None else vectors
-        side = isqrt(c.num_patches)
-        possible = [n * n for n in range(1, side + 1) if side % n == 0]
-        if vectors not in possible:
-            raise ValueError(
-                f"expected vectors that are means over squares of {side} x {side} patches, one of "
-                f"{possible}, got {vectors}"
-            )
+        require_squares(vectors, c.num_patches)
         self.norm = nn.LayerNorm(c.width, c.layer_norm_eps)
         self.projection = nn.Linear(c.width, width)
         self.positions = nn.Parameter(torch.randn(vectors, width) * 0.02)
@@ -74,9 +68,27 @@ class PatchBridge(EncoderConnector):
         side, pixels = isqrt(keep.shape[1]), self.pixels(images)
         patch = pixels.shape[-1] // side
         pixels = pixels * repeat(keep, "k (r c) -> k 1 (r p) (c q)", r=side, p=patch, q=patch)
-        features = self.encoded(pixels, self.positions.dtype)
-        square = isqrt(features.shape[1]) // side
-        features = reduce(
-            features, "k (r p c q) d -> k (r c) d", "mean", r=side, p=square, c=side, q=square
-        )
+        features = mean_of_squares(self.encoded(pixels, self.positions.dtype), keep.shape[1])
         return (self.projection(self.norm(features)) + self.positions)[keep]
+
+
+def mean_of_squares(
+    features: Float[Tensor, "k patches d"], vectors: int
+) -> Float[Tensor, "k vectors d"]:
+    """The drawing above: a mean over each square of patches, in raster order."""
+    side = isqrt(vectors)
+    square = isqrt(features.shape[1]) // side
+    return reduce(
+        features, "k (r p c q) d -> k (r c) d", "mean", r=side, p=square, c=side, q=square
+    )
+
+
+def require_squares(vectors: int, patches: int) -> None:
+    """Raises ValueError for vectors that are no means over squares of so many patches."""
+    side = isqrt(patches)
+    possible = [n * n for n in range(1, side + 1) if side % n == 0]
+    if vectors not in possible:
+        raise ValueError(
+            f"expected vectors that are means over squares of {side} x {side} patches, one of "
+            f"{possible}, got {vectors}"
+        )

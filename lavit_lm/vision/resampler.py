@@ -11,13 +11,11 @@ q3      x  x  x       x x x x        since a later vector never changes an earli
 
 from __future__ import annotations
 
-import math
-
 import torch
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from lavit_lm.vision.patch_vectors import mean_of_squares, require_squares
 from lavit_lm.vision.trained_encoder import EncoderConnector
 from lavit_tok import VisualTokenizer
 from lavit_tok.nn.attention import Block
@@ -34,13 +32,13 @@ class CausalResampler(EncoderConnector):
         heads: attention heads of the transformer.
         train_encoder: train a copy of the encoder, the submodule "encoder".
         hidden_size: of the transformer; None for the encoder's.
-        patch_positions: add a learned embedding of its patch to each feature, sines and cosines of
-            its line and column at first: for an encoder that adds none, such as a convolutional
-            network. False as published.
+        pooled_queries: add to each query the mean feature of its square of patches (the drawing of
+            patch_vectors.py), so that vectors have a place in the image before anything is learned.
+            False as published.
 
     Raises:
-        ValueError: a number below 1, heads that do not divide the hidden size, or patch positions
-            of a hidden size that 4 does not divide.
+        ValueError: a number below 1, heads that do not divide the hidden size, or pooled queries
+            whose number is not that of squares of patches.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class CausalResampler(EncoderConnector):
         heads: int = 12,
         train_encoder: bool = False,
         hidden_size: int | None = None,
-        patch_positions: bool = False,
+        pooled_queries: bool = False,
     ) -> None:
         c = tokenizer.config
         hidden_size = c.width if hidden_size is None else hidden_size
@@ -61,12 +59,13 @@ class CausalResampler(EncoderConnector):
                 "expected at least one query and block, and heads that divide the hidden size, got "
                 f"{queries} queries, {depth} blocks, {heads} heads, hidden size {hidden_size}"
             )
+        if pooled_queries:
+            require_squares(queries, c.num_patches)
         super().__init__(tokenizer, train_encoder)
+        self.pooled_queries = pooled_queries
         self.features_norm = nn.LayerNorm(c.width, c.layer_norm_eps)
         self.narrow = nn.Identity() if hidden_size == c.width else nn.Linear(c.width, hidden_size)
         self.queries = nn.Parameter(torch.randn(queries, hidden_size) * 0.02)
-        # Of the features' size: an embedding near 0 stays too small beside them to be used
-        self.patch_positions = positions(c.num_patches, hidden_size) if patch_positions else None
         self.blocks = nn.ModuleList(
             Block(hidden_size, heads, 4 * hidden_size, c.layer_norm_eps) for _ in range(depth)
         )
@@ -90,21 +89,11 @@ class CausalResampler(EncoderConnector):
     def vectors(self, features: Float[Tensor, "k p d"]) -> Float[Tensor, "k n width"]:
         """Vectors of each image, in the order of the queries."""
         n = len(self.queries)
-        x = self.queries.expand(len(features), -1, -1)
-        causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=x.device).tril()
         context = self.narrow(self.features_norm(features))
-        if self.patch_positions is not None:
-            context = context + self.patch_positions
+        x = self.queries.expand(len(features), -1, -1)
+        if self.pooled_queries:
+            x = x + mean_of_squares(context, n)
+        causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=x.device).tril()
         for block in self.blocks:
             x = block(x, context, causal, None)
         return self.projection(self.norm(x))
-
-
-def positions(patches: int, size: int) -> nn.Parameter:
-    """[patches size], sines and cosines of line and column. Raises ValueError."""
-    if size % 4:
-        raise ValueError(
-            f"patch_positions: expected a hidden size that 4 divides, for sines and cosines of two "
-            f"coordinates, got {size}"
-        )
-    return nn.Parameter(get_2d_sincos_pos_embed(size, math.isqrt(patches)).float())

@@ -53,7 +53,7 @@ class Emu(VectorObjective):
         depth, heads, hidden_size: blocks, heads and width of the causal transformer, by default the
             encoder's width; 12, 12 and 768 as published.
         train_encoder: train a copy of the visual tokenizer's encoder with the rest, as published.
-        patch_positions: learned embeddings of the patches, see CausalResampler.
+        pooled_queries: each also has the mean feature of a square of patches, see CausalResampler.
         regression_weight: of the mean squared error against the mean cross-entropy; the published
             value is unknown.
         vector_noise: of the vectors that the LM reads in training after a text; the largest
@@ -73,7 +73,7 @@ class Emu(VectorObjective):
     train_encoder: bool = True
     regression_weight: float = 1.0
     vector_noise: float = 0.0
-    patch_positions: bool = False
+    pooled_queries: bool = False
 
     def __post_init__(self) -> None:
         if self.queries < 1:
@@ -109,7 +109,7 @@ class Emu(VectorObjective):
 
     def _resampler(self, visual: Any, hidden_size: int) -> CausalResampler:
         transformer = self.queries, self.depth, self.heads, self.train_encoder, self.hidden_size
-        return CausalResampler(visual, hidden_size, *transformer, self.patch_positions)
+        return CausalResampler(visual, hidden_size, *transformer, self.pooled_queries)
 
 
 def _regressor(hidden_size: int) -> nn.Module:

@@ -35,7 +35,7 @@ class VLGPTTokenizerConfig:
         queries: N, vectors per image; 32 as published.
         depth, heads: 12 blocks as published.
         hidden_size: width of the transformers.
-        patch_positions: learned embeddings of the patches, see CausalResampler.
+        pooled_queries: each also has the mean feature of a square of patches, see CausalResampler.
     """
 
     width: int
@@ -43,7 +43,7 @@ class VLGPTTokenizerConfig:
     depth: int = 12
     heads: int = 12
     hidden_size: int = 768
-    patch_positions: bool = False
+    pooled_queries: bool = False
 
     def resampler(self, visual: VisualTokenizer) -> CausalResampler:
         """The tokenizer, with new weights. Raises ValueError for impossible sizes."""
@@ -54,7 +54,7 @@ class VLGPTTokenizerConfig:
             self.depth,
             self.heads,
             hidden_size=self.hidden_size,
-            patch_positions=self.patch_positions,
+            pooled_queries=self.pooled_queries,
         )
 
 

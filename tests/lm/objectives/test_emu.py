@@ -113,25 +113,27 @@ def test_emu_01_vectors_are_causal(tiny_tokenizer: VisualTokenizer):
         CausalResampler(tiny_tokenizer, 16, 4, 1, 3)
 
 
-def test_emu_01_patch_positions(tiny_tokenizer: VisualTokenizer):
-    """Without them, the order of features that hold no positions of their own changes nothing."""
+def test_emu_01_pooled_queries(tiny_tokenizer: VisualTokenizer):
+    """Each vector follows its own square of patches more than any other does."""
     _, plain = built(tiny_tokenizer)
-    _, model = built(tiny_tokenizer, objective=replace(EMU, patch_positions=True))
+    pooled = replace(EMU, queries=4, pooled_queries=True)
+    _, model = built(tiny_tokenizer, objective=pooled)
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {name for name, _ in plain.named_parameters()}, "no weights are added"
+    bridge = model.bridge
+    assert isinstance(bridge, CausalResampler)
     features = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    order = torch.tensor([4, 1, 2, 3, 0, *range(5, 16)])  # two patches of the first square swapped
     with torch.no_grad():
-        a, b = (plain.bridge.vectors(f) for f in (features, features[:, order]))  # type: ignore[union-attr]
-        assert torch.allclose(a, b, atol=1e-5)
-        a, b = (model.bridge.vectors(f) for f in (features, features[:, order]))  # type: ignore[union-attr]
-        assert (a - b).abs().max() > 1e-3
-    names = {name for name, _ in model.named_parameters()} - {
-        n for n, _ in plain.named_parameters()
-    }
-    assert names == {"bridge.patch_positions"}
-    positions = model.bridge.patch_positions  # type: ignore[union-attr]
-    assert 0.4 < positions.std() < 1 and len(positions.unique(dim=0)) == 16
-    with pytest.raises(ValueError, match="patch_positions: expected a hidden size that 4 divides"):
-        CausalResampler(tiny_tokenizer, 16, 4, 1, 2, hidden_size=6, patch_positions=True)
+        before = bridge.vectors(features)
+        assert torch.allclose(bridge.vectors(features[:, order]), before, atol=1e-5)
+        for square, patch in enumerate((0, 2, 8, 10)):
+            changed = features.clone()
+            changed[:, patch] += torch.linspace(-3, 3, 32)
+            change = (bridge.vectors(changed) - before).norm(dim=-1)
+            assert (change.argmax(1) == square).all()
+    with pytest.raises(ValueError, match=r"4 x 4 patches, one of \[1, 4, 16\], got 5"):
+        CausalResampler(tiny_tokenizer, 16, 5, 1, 2, pooled_queries=True)
 
 
 def test_emu_02_regression_terms(tiny_tokenizer: VisualTokenizer):
@@ -472,14 +474,14 @@ def test_what_is_refused(lm: MultimodalLM, photos: list[Path], tiny_tokenizer: V
     assert by_name("emu") is Emu
 
 
-@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
 def test_saved_and_loaded(
-    tmp_path: Path, photos: list[Path], tiny_tokenizer: VisualTokenizer, positions: bool
+    tmp_path: Path, photos: list[Path], tiny_tokenizer: VisualTokenizer, pooled: bool
 ):
     visual, path = tmp_path / "visual", tmp_path / "lm"
     tiny_tokenizer.save_pretrained(visual)
     fingerprint = tiny_tokenizer.fingerprint()
-    objective = replace(EMU, patch_positions=positions)
+    objective = replace(EMU, queries=4, pooled_queries=pooled)
     processor, model = built(tiny_tokenizer, objective=objective)
     lm = MultimodalLM(model, processor, tiny_tokenizer, objective=objective)
     save_model(path, lm.model, lm.processor, objective, str(visual), fingerprint)
