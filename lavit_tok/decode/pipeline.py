@@ -279,12 +279,22 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         if not isinstance(codes, VisualCodes) or output_type == "latent":
             got = "a conditioning" if output_type != "latent" else "output_type 'latent'"
             raise ValueError(f"mode {mode!r}: expected VisualCodes and pixels, got {got}")
+        features = self.conditioner.features(codes)
+        return self._features_to_pixels(features, mode, generator, latents)
+
+    def _features_to_pixels(
+        self,
+        features: Float[Tensor, "batch patches joined"],
+        mode: str,
+        generator: Generators | None,
+        latents: Tensor | None = None,
+    ) -> Float[Tensor, "batch 3 height width"]:
         with torch.autocast(self._execution_device.type, enabled=False):
             if mode == "mean":
-                return self.mean_decoder(self.conditioner.features(codes)).float()
-            shape, dtype = self.sample_decoder.noise_shape(len(codes)), self.sample_decoder.dtype
+                return self.mean_decoder(features).float()
+            shape, dtype = self.sample_decoder.noise_shape(len(features)), self.sample_decoder.dtype
             noise = self._noise(shape, dtype, generator, latents)
-            return self.sample_decoder(self.conditioner.features(codes), noise).float()
+            return self.sample_decoder(features, noise).float()
 
     def _resized(
         self,
@@ -310,6 +320,23 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         """The images of a conditioning from any source; other arguments as in `__call__`."""
         output: Any = self((condition, unconditional), *args, **kwargs)
         return output.images
+
+    @torch.no_grad()
+    def decode_features(
+        self,
+        features: Float[Tensor, "batch patches joined"],
+        mode: Literal["sample", "mean"] = "sample",
+        generator: Generators | None = None,
+    ) -> Any:
+        """The images of `Conditioner.features` from any source, by the sample or mean decoder.
+
+        Raises:
+            ValueError: a mode that the decoder has neither a sample nor a mean decoder for.
+        """
+        if getattr(self, f"{mode}_decoder", None) is None:
+            raise ValueError(f"mode: expected a decoder with a {mode!r} decoder of features")
+        pixels = self._features_to_pixels(features.to(self._execution_device), mode, generator)
+        return self.image_processor.postprocess(pixels, output_type="pil")
 
     def prepare_latents(
         self,

@@ -96,7 +96,8 @@ class PixelDecoderDiffusion:
     """FrozenDiffusion of a PixelDecoder, conditioned on features reconstructed from codes.
 
     It was trained without captions and has no text condition: z_t has no tokens, and the loss no
-    second term.
+    second term. A sample decoder, which has no denoising steps, can take the place of the diffusion
+    model; the features of its nested codes are those of all of them, and the patches' colors.
 
     Args:
         decoder: generates the images.
@@ -104,7 +105,7 @@ class PixelDecoderDiffusion:
         name: what the decoder was loaded from.
 
     Raises:
-        ValueError: a decoder without a diffusion model; a tokenizer of other codes than its.
+        ValueError: a decoder of means alone; a tokenizer of other codes than the decoder's.
     """
 
     kind: ClassVar[str] = "pixel_decoder"
@@ -113,14 +114,14 @@ class PixelDecoderDiffusion:
     def __init__(
         self, decoder: PixelDecoder, visual: VisualTokenizer | None, name: str = "selected"
     ) -> None:
-        if decoder.unet is None:
+        if "sample" not in decoder.modes:
             raise ValueError(
-                f"expected a pixel decoder with a diffusion model, such as 'selected', got {name!r}"
+                f"expected a pixel decoder with a diffusion model or a sample decoder, got {name!r}"
             )
         self.decoder, self.visual = decoder, visual
         self.config = {"kind": self.kind, "decoder": name}
         c = decoder.conditioner.config
-        self.image_shape: Shape = (c.patches, c.width)
+        self.image_shape: Shape = (c.patches, c.width + 3 * c.color_cells**2)
         expected = (c.patches, c.codebook_size)
         given = None if visual is None else (visual.config.num_patches, visual.config.codebook_size)
         if given not in (None, expected):
@@ -148,7 +149,8 @@ class PixelDecoderDiffusion:
         """Features of every patch, reconstructed from the images' codes."""
         if self.visual is None:
             raise ValueError("loaded to generate only: there is no visual tokenizer to encode with")
-        codes = self.visual.to(images.device).encode(images)
+        every = self.visual.config.num_patches if self.visual.nested else None
+        codes = self.visual.to(images.device).encode(images, every)
         return self.decoder.conditioner.features(codes).float()
 
     def encode_texts(self, captions: Sequence[str]) -> Float[Tensor, "b m e"]:
@@ -171,6 +173,8 @@ class PixelDecoderDiffusion:
             raise ValueError(
                 "a PixelDecoder has no condition but the image: nothing to generate from"
             )
+        if self.decoder.unet is None:
+            return self.decoder.decode_features(embeddings.image, "sample", generator)
         conditioner = self.decoder.conditioner
         condition = conditioner.projection(embeddings.image.to(self.decoder.device))
         options = num_inference_steps, guidance_scale, generator

@@ -33,7 +33,7 @@ from lavit_lm.objectives.vlgpt.image_decoder import DetokenizingDecoder
 from lavit_lm.objectives.vlgpt.stable_diffusion import StableDiffusion
 from lavit_lm.objectives.vlgpt.tokenizer import Detokenizer, VLGPTTokenizerConfig
 from lavit_lm.objectives.vlgpt.tokenizer_files import load_tokenizer, read_config, save_tokenizer
-from lavit_tok import VisualTokenizer, WeightsError
+from lavit_tok import PixelDecoder, VisualTokenizer, WeightsError
 from lavit_tok.encode.vision_encoder import VisionEncoder
 
 RECIPES = recipes_of("lavit-lm fit-tokenizer")
@@ -141,8 +141,24 @@ def test_a_pixel_decoder_s_condition(where: Path):
     expected = r"decodes \(patches, codebook size\) \(64, 2048\), the visual tokenizer has"
     with pytest.raises(ValueError, match=expected):
         load_diffusion({"kind": "pixel_decoder"}, visual)
-    with pytest.raises(ValueError, match="with a diffusion model, such as 'selected', got 'def"):
-        load_diffusion({"kind": "pixel_decoder", "decoder": "default"}, visual)
+
+
+def test_a_sample_decoder_s_condition():
+    """Features and colors of all nested codes; the image is the sample decoder's."""
+    visual = VisualTokenizer.from_pretrained()
+    c = load_diffusion({"kind": "pixel_decoder", "decoder": "default"}, visual)
+    opened = torch.randint(0, 256, (2, 3, 128, 128), generator=generator()).byte()
+    output, codes = c.encode_images(opened), visual.encode(opened, 256)
+    assert output.shape == (2, *c.image_shape) == (2, 256, 192 + 48)
+    torch.testing.assert_close(output, c.decoder.conditioner.features(codes))
+    ours = c.generate(ConditionEmbeddings(output, None), generator=generator())
+    theirs = c.decoder(codes, generator=generator(), mode="sample").images
+    assert [p.tobytes() for p in ours] == [p.tobytes() for p in theirs]
+    means = PixelDecoder(c.decoder.conditioner, mean_decoder=c.decoder.mean_decoder)
+    with pytest.raises(ValueError, match="with a diffusion model or a sample decoder, got 'means'"):
+        PixelDecoderDiffusion(means, visual, "means")
+    with pytest.raises(ValueError, match="mode: expected a decoder with a 'sample' decoder"):
+        means.decode_features(output)
 
 
 def test_conditions_that_are_refused(tmp_path: Path):
