@@ -86,8 +86,8 @@ class Prompts:
                 "first would be left out; list them as elements of their own"
             )
         pixels = self.visual_tokenizer.image_processor.to_uint8(images)
-        connectors = self.objective.connectors
-        if not connectors.needs_codes or (before_text and not connectors.codes_before_text):
+        codes_of = self.objective.connectors.codes
+        if codes_of == "none" or (codes_of == "not before text" and before_text):
             return ImageSegment(image=pixels[0])
         budget = self.objective.image_output.encode_budget(config.num_patches)
         codes = self.visual_tokenizer.encode(pixels, budget=budget)

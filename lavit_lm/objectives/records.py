@@ -50,8 +50,8 @@ class Connectors:
             enter as codes only.
         regressor: hidden_size -> a module [t hidden_size] -> [t hidden_size] that predicts vectors;
             None: ids only.
-        needs_codes: whether examples need the codes of their images; else their pixels are enough.
-        codes_before_text: whether images of a prompt that a text follows need them, too.
+        codes: whose codes the LM reads or predicts: of "all" images, of those "not before text", or
+            of "none"; the pixels of the others are enough.
         reads_vectors: whether the bridge reads vectors that another model generated, float [k n d],
             in place of pixels.
         complete_batch: called with a batch on its device, the frozen visual tokenizer and the
@@ -60,8 +60,7 @@ class Connectors:
 
     bridge: Callable[[Any, int], nn.Module] | None = None
     regressor: Callable[[int], nn.Module] | None = None
-    needs_codes: bool = True
-    codes_before_text: bool = True
+    codes: Literal["all", "not before text", "none"] = "all"
     reads_vectors: bool = False
     complete_batch: Callable[[PackedBatch, Any, MultimodalProcessor], PackedBatch] = unchanged
 

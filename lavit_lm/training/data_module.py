@@ -247,7 +247,7 @@ class LanguageDataModule(LightningDataModule):
         module: Any = self.trainer.lightning_module
         encode = None
         connectors, image_output = module.objective.connectors, module.objective.image_output
-        if connectors.needs_codes:
+        if connectors.codes != "none":
             budget = image_output.encode_budget(module.visual.config.num_patches)
             encode = partial(module.visual.encode, budget=budget)
         processor = module.visual.image_processor

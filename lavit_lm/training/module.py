@@ -154,7 +154,8 @@ class LanguageModeling(TrainingModule):
             self.processor = MultimodalProcessor.from_tokenizer(tokenizer)
             self.new_embeddings = False
         except VocabularyError:
-            least = 1 if self.visual.stages and not self.objective.connectors.needs_codes else None
+            unused = self.objective.connectors.codes == "none"
+            least = 1 if self.visual.stages and unused else None
             stages = stages_for(least if max_codes is None else max_codes, self.visual.stages)
             VisualVocabulary.extend(tokenizer, None, self.codebook_size, stages=stages)
             self.processor = MultimodalProcessor.from_tokenizer(tokenizer)

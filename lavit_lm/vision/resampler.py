@@ -33,7 +33,7 @@ class CausalResampler(EncoderConnector):
         train_encoder: train a copy of the encoder, the submodule "encoder".
         hidden_size: of the transformer; None for the encoder's.
         pooled_queries: add to each query the mean feature of its square of patches (the drawing of
-            patch_vectors.py), so that vectors have a place in the image before anything is learned.
+            patch_vectors.py), so that each vector is of a position before anything is learned.
             False as published.
 
     Raises:

@@ -161,7 +161,9 @@ class DaVinci(Objective):
         """Vectors of patches; codes of lower lines are computed on the batch's device."""
         bridge = partial(PatchBridge, train_encoder=self.train_encoder, vectors=self.nested_vectors)
         return Connectors(
-            bridge, codes_before_text=not self.nested, complete_batch=with_codes_below
+            bridge,
+            codes="not before text" if self.nested else "all",
+            complete_batch=with_codes_below,
         )
 
     @property

@@ -88,7 +88,7 @@ class Emu(VectorObjective):
     @property
     def connectors(self) -> Connectors:
         """The causal transformer, and Linear(d, d) without bias."""
-        return Connectors(self._resampler, _regressor, needs_codes=False)
+        return Connectors(self._resampler, _regressor, codes="none")
 
     @property
     def image_output(self) -> ImageOutput:

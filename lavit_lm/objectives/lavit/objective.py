@@ -97,7 +97,7 @@ class LaVIT(Objective):
         """The continuous path, if it is used."""
         if self.nested_vectors is not None:
             bridge = partial(PatchBridge, vectors=self.nested_vectors)
-            return Connectors(bridge, codes_before_text=False)
+            return Connectors(bridge, codes="not before text")
         return Connectors(bridge=ContinuousBridge if self.continuous else None)
 
     @property

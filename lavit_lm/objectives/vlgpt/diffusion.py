@@ -96,8 +96,8 @@ class PixelDecoderDiffusion:
     """FrozenDiffusion of a PixelDecoder, conditioned on features reconstructed from codes.
 
     It was trained without captions and has no text condition: z_t has no tokens, and the loss no
-    second term. A sample decoder, which has no denoising steps, can take the place of the diffusion
-    model; the features of its nested codes are those of all of them, and the patches' colors.
+    second term. A sample decoder can replace the diffusion model and has no denoising steps; its
+    condition are the features and colors of all nested codes.
 
     Args:
         decoder: generates the images.

@@ -103,7 +103,7 @@ class VLGPT(VectorObjective):
     @property
     def connectors(self) -> Connectors:
         """The frozen tokenizer, and Linear(d, d)."""
-        return Connectors(self._resampler, _regressor, needs_codes=False)
+        return Connectors(self._resampler, _regressor, codes="none")
 
     @property
     def image_output(self) -> ImageOutput:
