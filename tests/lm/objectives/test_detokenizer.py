@@ -301,9 +301,10 @@ def test_vlgpt_01_tokens_are_causal_and_frozen_parts_stay(where: Path):
     assert not still, "all of it is trained"
 
 
-def test_saved_and_read_strictly(where: Path):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_saved_and_read_strictly(where: Path, pooled: bool):
     visual, path = VisualTokenizer.from_pretrained(where / "visual"), where / "stage"
-    stage = stage_one(where, 24)
+    stage = stage_one(where, 24, pooled_queries=pooled)
     config = stage.conditions.config
     save_tokenizer(path, stage.model, str(where / "visual"), config)
     read = load_tokenizer(path, visual)
