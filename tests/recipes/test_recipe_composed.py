@@ -566,7 +566,7 @@ def test_models_of_vectors_learn_answers(made, folder: Path, tiny_decoder: Any, 
         {"shards": str(folder / "shards"), "images": str(folder / "pictures"), "weight": 1},
     ]
     small = small_run(folder, sources, **{"data.block": 512})
-    own: dict[str, Any] = {"depth": 1, "heads": 2, "queries": 3, "hidden_size": 32}
+    own: dict[str, Any] = {"depth": 1, "heads": 2, "queries": 4, "hidden_size": 32}
     if name == "vlgpt":
         tiny_decoder.save_pretrained(folder / "decoder")
         own = {"tokenizer": stage_one_directory(folder, SMALL["hidden_size"])}
