@@ -160,10 +160,7 @@ def reconstructed(tokenizer: Any, pixels: Tensor, args: Namespace) -> Tensor:
 
 
 def measure_answers(lm: MultimodalLM, stages: Stages, args: Namespace) -> dict[str, Any]:
-    """Accuracy of each type of question, and that of the best constant answer.
-
-    Of invented words, whose lines show two of them, that of either one.
-    """
+    """Accuracy of each type of question, and that of the best constant answer."""
     lines = [json.loads(line) for line in args.instructions.read_text().splitlines()]
     kinds = [line["key"].split("/")[1] for line in lines]
     wanted = sorted(set(args.types or kinds))
@@ -201,8 +198,6 @@ def measure_answers(lm: MultimodalLM, stages: Stages, args: Namespace) -> dict[s
         true = [normalized(lines[i]["segments"][-1]["text"]) for i in own]
         right = sum(answers[i] == text for i, text in zip(own, true, strict=True))
         best, count = collections.Counter(true).most_common(1)[0][1], len(true)
-        if kind.startswith("word_"):  # no constant answer, but one of the two words shown
-            best = count / 2
         found[kind] = {"questions": count, "right": right / count, "constant": best / count}
     return found
 

@@ -161,11 +161,6 @@ def test_answers_are_compared_with_the_true_ones(composed: Path, tmp_path: Path)
     args.rank, args.question, Oracle.asked = False, "and this?", "and this?!"
     stages = binding.Stages(args, "unnamed")
     assert binding.measure_answers(Oracle(), stages, args)["color"]["right"] == 2 / 3
-    words = composed / "words.jsonl"
-    words.write_text(Path(path).read_text().replace("/color/", "/word_color/"))
-    args.types, args.instructions = None, words
-    found = binding.measure_answers(Oracle(), binding.Stages(args, "words"), args)
-    assert found == {"word_color": {"questions": 3, "right": 2 / 3, "constant": 0.5}}
 
 
 def test_the_second_judge_is_read_from_its_wheel(composed: Path, tmp_path: Path) -> None:
