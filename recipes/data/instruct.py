@@ -16,7 +16,6 @@
 | emoji | what kind of emoji is this? | its Unicode subgroup, such as country flag |
 | ground | what color is the background? never asked in train | one that is not white |
 | size | is the heart small or large? never asked in train | small or large |
-| word_color, ... | what about this image? after two to four images with answers | dopim |
 
 INSTRUCT holds train.jsonl, validation.jsonl and test.jsonl, which lavit_lm's `documents` reads, and
 the images beside them. Only answers are targets:
@@ -27,13 +26,8 @@ the images beside them. Only answers are targets:
 Lines of train hold all questions about one image or two, in any order, each with its answer; or
 questions of one type, each after an image of its own, as few-shot prompts do: in half of these
 lines every question reads "what about this image?", so that the first answer, which is no target,
-tells what is asked. In other lines the answers to this question are two invented words, for two
-colors, objects, numbers, positions or kinds ("fast binding", Tsimpoukelli et al., 2021); a word is
-a target once it has been shown.
-
-Keys of train are instruct/train/...; those of the other splits name the type. Their lines hold one
-question, or five images with invented words, none of them a word of train, which stand for grounds
-and sizes, too. With --single, lines of train hold one question, for an objective that predicts the
+tells what is asked. Their key is instruct/train/... Lines of the other splits hold one question,
+whose type their key names; with --single, those of train too, for an objective that predicts the
 last text only (DaVinci). Images of the test split show combinations that never occur in training
 (composed.py), or are clothes and emoji that do not; these two types need RAW.
 """
@@ -63,11 +57,6 @@ UNSEEN = ("ground", "size")
 """Types that are asked in test and validation only: tasks that a model has not been trained on."""
 SERIES = range(2, 6)
 """Questions of one type in a line of train, each about an image of its own."""
-WORD_IMAGES = range(3, 6)
-"""Images in a line of invented words; five in the other splits, the last one asked for."""
-CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
-WORD = "word_"
-"""Beginning of the types whose answers are invented words."""
 UNNAMED = "what about this image?"
 """A question whose type earlier answers tell."""
 PRESENCE = 4
@@ -245,40 +234,6 @@ def series(asked: Iterable[Asked], count: int, draw: Any) -> Iterator[list[Asked
         yield shown
 
 
-def invented_word(split: str, draw: Any) -> str:
-    """dopim: of the test split no word of another split."""
-    while True:
-        word = "".join(draw.choice(letters) for letters in (CONSONANTS, VOWELS) * 2 + (CONSONANTS,))
-        if (draw_of(0, "word", word).random() < 0.2) == (split == "test"):
-            return word
-
-
-def invented(asked: Iterable[Asked], count: int, split: str, draw: Any) -> Iterator[list[Asked]]:
-    """Documents in which two invented words stand for two answers of one type.
-
-    Args:
-        asked: questions about images of one object, or of equal ones.
-        count: documents, in turn of each type with two answers of enough images.
-        split: of the words.
-        draw: random.Random.
-    """
-    by: dict[str, dict[str, list[Asked]]] = {}
-    for one in asked:
-        by.setdefault(one[0], {}).setdefault(one[3], []).append(one)
-    most = max(WORD_IMAGES)
-    many = {kind: [own for own in by[kind].values() if len(own) >= most] for kind in by}
-    kinds = [kind for kind, answers in many.items() if len(answers) > 1]
-    for number in range(count if kinds else 0):
-        kind = kinds[number % len(kinds)]
-        pools = [draw.sample(own, most) for own in draw.sample(many[kind], 2)]
-        words = [invented_word(split, draw) for _ in pools]
-        shown = draw.choice(WORD_IMAGES) if split == "train" else most
-        sides = [image % 2 for image in range(shown - 1)]
-        draw.shuffle(sides)
-        sides.append(draw.randrange(2))
-        yield [(WORD + kind, pools[s].pop()[1], UNNAMED, words[s]) for s in sides]
-
-
 def plain_questions(images: Iterable[dict[str, str]], raw: Path) -> Iterator[Asked]:
     """A question about each emoji and each of the gray clothes.
 
@@ -311,17 +266,13 @@ def document(asked: Sequence[Asked], number: int, split: str, together: bool) ->
     """
     segments: list[dict[str, Any]] = []
     shown: list[str] = []
-    answers: set[str] = set()
-    for kind, images, question, answer in asked:
+    for _, images, question, answer in asked:
         if images != shown:
             segments += [{"image": f"{split}/{file_of(key)}", "target": False} for key in images]
             shown = images
         segments += [{"text": TEMPLATE.format(question), "target": False}, {"text": answer}]
-        # The type is not known before the first answer, nor a word before it has been shown
-        is_new = answer not in answers if kind.startswith(WORD) else not answers
-        if question == UNNAMED and is_new:
-            segments[-1]["target"] = False
-        answers.add(answer)
+    if asked[0][2] == UNNAMED:
+        segments[2]["target"] = False
     kind = "train" if together else asked[0][0]
     return {"key": f"instruct/{kind}/{number:05}", "segments": segments}
 
@@ -347,20 +298,13 @@ def build(
         records = draw_of(seed, split).sample(records, min(images, len(records)))
         together = split == "train" and not single
         asked = list(questions(records, seed, together, unseen=split != "train"))
-        plain: list[Asked] = []
         if raw is not None:
-            table = loaded[split].select_columns(["key", "source", "caption"])
-            plain = list(plain_questions(table, raw))
-            asked += [[one] for one in plain] * (REPEATS if split == "train" else 1)
+            plain = loaded[split].select_columns(["key", "source", "caption"])
+            once = [[one] for one in plain_questions(plain, raw)]
+            asked += once * (REPEATS if split == "train" else 1)
         if together:
             every = [question for document in asked for question in document]
             asked += series(every, len(records) // 2, draw_of(seed, "series"))
-        if together or split != "train":
-            draw = draw_of(seed, "words", split)
-            single = [record for record in records if len(record["objects"]) == 1]
-            known = [one for record in single for one in ask(record, (), draw)] + plain
-            kept = [one for one in known if split != "train" or one[0] not in UNSEEN]
-            asked += invented(kept, len(records), split, draw)
         (out / split).mkdir(parents=True, exist_ok=True)
         wanted = {key for one in asked for _, keys, _, _ in one for key in keys}
         for row in loaded[split].cast_column("image", datasets.Image(decode=False)):

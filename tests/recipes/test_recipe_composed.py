@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import itertools
 import json
 import random
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -303,7 +301,7 @@ def test_questions_are_documents_whose_answers_are_right(made):
         for (segments, key), line in zip(documents, lines, strict=True):
             names = [segment["image"] for segment in line["segments"] if "image" in segment]
             if is_series(line):
-                assert split == "train" or has_words(line)
+                assert split == "train"
                 continue
             shown = [by_key[Path(name).stem.replace("-", "/")] for name in names]
             assert all(record["split"] == split for record in shown)
@@ -337,53 +335,6 @@ def is_series(line: dict[str, Any]) -> bool:
     return images != sorted(images, reverse=True)
 
 
-def has_words(line: dict[str, Any]) -> bool:
-    """Whether the answers are invented words."""
-    word = re.compile("[bdfgklmnprstvz][aeiou][bdfgklmnprstvz][aeiou][bdfgklmnprstvz]")
-    return all(word.fullmatch(s["text"]) for s in line["segments"][2::3] if "text" in s)
-
-
-def test_invented_words(made):
-    """Two words for two answers of a type, every word a target from its second image on."""
-    from instruct import UNNAMED, document, invented
-
-    answers = {"color": ("red", "blue", "green"), "size": ("small",), "count": ("one", "two")}
-    asked = [
-        (kind, [f"{kind}/{answer}/{number}"], "?", answer)
-        for kind, possible in answers.items()
-        for answer in possible
-        for number in range(4 if answer == "green" else 6)
-    ]
-    words: dict[str, set[str]] = {}
-    for split, lengths in (("train", {3, 4, 5}), ("validation", {5}), ("test", {5})):
-        documents = list(invented(asked, 200, split, random.Random(0)))
-        assert [one[0][0] for one in documents] == ["word_color", "word_count"] * 100
-        assert {len(one) for one in documents} == lengths
-        last = collections.Counter()
-        for one in documents:
-            meant = {(word, key.split("/")[1]) for _, (key,), _, word in one}
-            assert len(meant) == 2 and not any("green" in pair for pair in meant)
-            assert len({key for _, (key,), _, _ in one}) == len(one), "five images"
-            assert {question for _, _, question, _ in one} == {UNNAMED}
-            shown = [word for *_, word in one]
-            assert shown[-1] in shown[:-1]
-            assert abs(2 * shown[:-1].count(shown[0]) - len(shown[:-1])) <= 1
-            last[shown[-1] == shown[0]] += 1
-            words.setdefault(split, set()).update(shown)
-            targets = [
-                s.get("target", True) for s in document(one, 0, split, True)["segments"][2::3]
-            ]
-            assert targets == [shown.index(word) < i for i, word in enumerate(shown)]
-        assert 60 < last[True] < 140
-    assert not words["test"] & (words["train"] | words["validation"])
-    assert len(words["train"]) > 300
-    lines = [json.loads(line) for line in (made[3] / "test.jsonl").read_text().splitlines()]
-    found = [line for line in lines if "/word_" in line["key"]]
-    assert found and all(has_words(line) and is_series(line) for line in found)
-    assert not any("/word_" in line["key"] for line in lines if not has_words(line))
-    assert all((made[3] / s["image"]).exists() for s in found[0]["segments"] if "image" in s)
-
-
 def test_series_of_questions_of_one_type(made):
     from instruct import SERIES, UNNAMED
 
@@ -393,7 +344,7 @@ def test_series_of_questions_of_one_type(made):
         if not is_series(line):
             image, *texts = (next(iter(segment.values())) for segment in line["segments"])
             pairs.setdefault(image, set()).update(zip(texts[::2], texts[1::2], strict=False))
-    found = [line["segments"] for line in lines if is_series(line) and not has_words(line)]
+    found = [line["segments"] for line in lines if is_series(line)]
     assert len(found) == 40 // 2
     for segments in found:
         images, questions, answers = segments[::3], segments[1::3], segments[2::3]
