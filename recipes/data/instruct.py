@@ -12,6 +12,7 @@
 | compare | do both images show the same object? have both objects the same color? | yes or no |
 | which | which image shows a cat? | the first or the second, as often |
 | which_color | which image shows something red? | likewise |
+| side | what is in the second image? what color is the object in the first image? | a bag, red |
 | clothes | what is this? (gray clothes of Fashion-MNIST) | a sneaker |
 | emoji | what kind of emoji is this? | its Unicode subgroup, such as country flag |
 | ground | what color is the background? never asked in train | one that is not white |
@@ -158,6 +159,19 @@ def compare(
     return asked
 
 
+def of_sides(pair: Sequence[dict[str, Any]]) -> list[Asked]:
+    """What is in the first image and the second, and its color."""
+    keys = [record["key"] for record in pair]
+    asked: list[Asked] = []
+    for side, record in zip(("first", "second"), pair, strict=True):
+        name, color = name_of(record), record["objects"][0]["color"]
+        asked += [
+            ("side", keys, f"what is in the {side} image?", with_article(name, name)),
+            ("side", keys, f"what color is the object in the {side} image?", color),
+        ]
+    return asked
+
+
 def arranged(asked: Sequence[Asked], draw: Any) -> list[Asked]:
     """Questions of one document in an order in which none tells the answer of a later one.
 
@@ -182,8 +196,8 @@ def questions(
     """Up to two questions about every image, and comparisons for up to half of the images.
 
     Args:
-        together: all questions about an image, or about two, in one document; and twice as many
-            comparisons as images.
+        together: all questions about an image, or about two, in one document; and for each image
+            two comparisons, and two more images of which the sides are asked for.
         unseen: and all questions of the types that train does not ask.
     """
     names = sorted({item["object"] for record in records for item in record["objects"]})
@@ -202,8 +216,8 @@ def questions(
             yield from ([one] for one in draw.sample(found, min(2, len(found))))
         if unseen:
             yield from ([one] for one in every if one[0] in UNSEEN)
-    pairs = 2 * len(records) if together else len(records) // 2
-    for index in range(pairs if len(single) > 1 else 0):
+    pairs = 0 if len(single) < 2 else 2 * len(records) if together else len(records) // 2
+    for index in range(pairs):
         draw = draw_of(seed, "compare", records[0]["split"], index)
         asked = compare(single, by, draw)
         if together and asked:
@@ -211,6 +225,11 @@ def questions(
         # One of four, so that no question is likelier where another is not asked
         elif not together and (number := draw.randrange(4)) < len(asked):
             yield [asked[number]]
+    # In documents of their own: after the others, which image shows what is known
+    for index in range(pairs // 2):
+        draw = draw_of(seed, "side", records[0]["split"], index)
+        asked = of_sides(draw.sample(single, 2))
+        yield draw.sample(asked, len(asked) if together else 1)
 
 
 def series(asked: Iterable[Asked], count: int, draw: Any) -> Iterator[list[Asked]]:

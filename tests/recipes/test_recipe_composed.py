@@ -293,6 +293,7 @@ def test_questions_are_documents_whose_answers_are_right(made):
     starts |= {"where": "place", "is there": "presence", "are there": "presence"}
     starts |= {"do both": "compare", "have both": "compare", "which": "which"}
     starts |= {"which image shows something": "which_color"}
+    starts |= {"what is in the": "side", "what color is the object in the": "side"}
     starts |= {"what color is the background": "ground", "is the": "size", "are the": "size"}
     kinds, of_documents = {"train": set(), "test": set()}, set()
     for split in ("train", "test"):
@@ -325,6 +326,7 @@ def test_questions_are_documents_whose_answers_are_right(made):
             else:
                 assert asked == [key.split("/")[1]]
     expected = {"object", "color", "count", "place", "presence", "compare", "which", "which_color"}
+    expected |= {"side"}
     assert kinds == {"train": expected, "test": expected | set(UNSEEN)}
     assert {len(asked) for asked in of_documents} >= {1, 2, 3, 4, 5}
 
@@ -372,6 +374,12 @@ def check(kind: str, question: str, answer: str, shown: Any, objects: list[list[
     elif kind == "color":
         item = next(i for i in shown[0]["objects"] if f" {i['object']}?" in question)
         assert answer == item["color"]
+    elif kind == "side":
+        item = shown[0 if "first image" in question else 1]["objects"][0]
+        right = (
+            item["color"] if "color" in question else with_article(item["object"], item["object"])
+        )
+        assert answer == right
     elif kind == "count":
         assert plural(objects[0][0]) in question
         assert answer == ("one", "two", "three", "four")[shown[0]["count"] - 1]
@@ -408,7 +416,7 @@ def test_single_questions_of_train(made, tmp_path: Path):
     assert {sum("text" in s for s in line["segments"]) for line in lines} == {2}
     kinds = {line["key"].split("/")[1] for line in lines}
     expected = {"object", "color", "count", "place", "presence", "compare", "which"}
-    assert kinds == expected | {"which_color"}
+    assert kinds == expected | {"which_color", "side"}
     assert (out / "test.jsonl").read_text().count("instruct/train") == 0
 
 
