@@ -279,7 +279,8 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         if not isinstance(codes, VisualCodes) or output_type == "latent":
             got = "a conditioning" if output_type != "latent" else "output_type 'latent'"
             raise ValueError(f"mode {mode!r}: expected VisualCodes and pixels, got {got}")
-        features = self.conditioner.features(codes)
+        with torch.autocast(self._execution_device.type, enabled=False):
+            features = self.conditioner.features(codes)
         return self._features_to_pixels(features, mode, generator, latents)
 
     def _features_to_pixels(
@@ -335,7 +336,8 @@ class PixelDecoder(StableDiffusionMixin, DiffusionPipeline):
         """
         if getattr(self, f"{mode}_decoder", None) is None:
             raise ValueError(f"mode: expected a decoder with a {mode!r} decoder of features")
-        pixels = self._features_to_pixels(features.to(self._execution_device), mode, generator)
+        features = features.to(self._execution_device, self.dtype)
+        pixels = self._features_to_pixels(features, mode, generator)
         return self.image_processor.postprocess(pixels, output_type="pil")
 
     def prepare_latents(

@@ -97,7 +97,7 @@ class PixelDecoderDiffusion:
 
     It was trained without captions and has no text condition: z_t has no tokens, and the loss no
     second term. A sample decoder can replace the diffusion model and has no denoising steps; its
-    condition are the features and colors of all nested codes.
+    condition is the features and colors of all nested codes.
 
     Args:
         decoder: generates the images.

@@ -154,6 +154,8 @@ def test_a_sample_decoder_s_condition():
     ours = c.generate(ConditionEmbeddings(output, None), generator=generator())
     theirs = c.decoder(codes, generator=generator(), mode="sample").images
     assert [p.tobytes() for p in ours] == [p.tobytes() for p in theirs]
+    half = PixelDecoder.from_pretrained(dtype=torch.bfloat16)
+    assert len(half.decode_features(output, "mean")) == 2, "features of another dtype"
     means = PixelDecoder(c.decoder.conditioner, mean_decoder=c.decoder.mean_decoder)
     with pytest.raises(ValueError, match="with a diffusion model or a sample decoder, got 'means'"):
         PixelDecoderDiffusion(means, visual, "means")
