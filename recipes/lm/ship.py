@@ -19,13 +19,19 @@ from lavit_lm import MultimodalLM
 
 @torch.no_grad()
 def mean_of(models: list[Path]) -> MultimodalLM:
-    """The model with the mean of the weights of several ones. Raises ValueError for other names."""
+    """The model with the mean of the weights of several ones.
+
+    Raises:
+        ValueError: weights of other names or shapes.
+    """
     lm, *others = (MultimodalLM.from_pretrained(model, decoder=None) for model in models)
     # Not state_dict, which has a tied matrix twice
     states = [dict(other.model.named_parameters()) for other in others]
     weights = dict(lm.model.named_parameters())
-    if any(state.keys() != weights.keys() for state in states):
-        raise ValueError(f"expected models of the same weights, got {[str(m) for m in models]}")
+    shapes = [{name: w.shape for name, w in state.items()} for state in (weights, *states)]
+    if any(other != shapes[0] for other in shapes):
+        names = ", ".join(map(str, models))
+        raise ValueError(f"--model: expected models of the same names and shapes, got {names}")
     for name, weight in weights.items():
         weight.copy_(torch.stack([weight, *(state[name] for state in states)]).mean(0))
     return lm

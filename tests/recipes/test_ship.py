@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,16 @@ def test_the_mean_of_two_models(models: list[Path], tmp_path: Path):
         MultimodalLM.from_pretrained(out, decoder=None)
 
 
-def test_models_of_other_weights_are_refused(models: list[Path], tmp_path: Path):
-    (models[1] / "objective_modules.safetensors").unlink()
-    with pytest.raises(ValueError, match="objective_modules"):
-        recipe("lm/ship.py").main(["--model", *map(str, models), "--out", str(tmp_path / "out")])
+def test_models_of_other_weights_are_refused(
+    models: list[Path], tiny_tokenizer: VisualTokenizer, tmp_path: Path
+):
+    for number, other in enumerate((replace(EMU, depth=1), replace(EMU, queries=2))):
+        processor, model = built(tiny_tokenizer, objective=other)
+        lm = MultimodalLM(model, processor, tiny_tokenizer, objective=other)
+        folder = tmp_path / f"other {number}"
+        lm.save_pretrained(folder, str(tmp_path / "visual"))
+        with pytest.raises(ValueError, match="same names and shapes, got .*first, .*other"):
+            recipe("lm/ship.py").main(
+                ["--model", str(models[0]), str(folder), "--out", str(tmp_path / "out")]
+            )
+        assert not (tmp_path / "out").exists()
