@@ -61,7 +61,7 @@ def test_models_of_other_weights_are_refused(
         lm = MultimodalLM(model, processor, tiny_tokenizer, objective=other)
         folder = tmp_path / f"other {number}"
         lm.save_pretrained(folder, str(tmp_path / "visual"))
-        with pytest.raises(ValueError, match="same names and shapes, got .*first, .*other"):
+        with pytest.raises(ValueError, match=r"same names and shapes, got .*first, .*other"):
             recipe("lm/ship.py").main(
                 ["--model", str(models[0]), str(folder), "--out", str(tmp_path / "out")]
             )
