@@ -255,7 +255,9 @@ def test_recipes_train(recipe: Path, folder: Path, tiny_decoder: Any):
     decoder = {"kind": "pixel_decoder", "decoder": str(folder / "decoder")}
     conditions = decoder if kind == "pixel_decoder" else tiny_diffusion(folder)
     assert set(conditions) == set(model["conditions"]) and conditions["kind"] == kind
-    queries = min(model["transformer"]["queries"], 16)  # patches of the small tokenizer
+    queries = model["transformer"]["queries"]
+    if model["transformer"].get("pooled_queries"):
+        queries = 16  # the patches of the small tokenizer, at most
     overrides = {
         "trainer.default_root_dir": folder / "run",
         "model.visual_tokenizer": folder / "visual",
