@@ -138,15 +138,16 @@ def ordered(
         key: of the example, for messages.
 
     Returns: the segments, and whether they are a pair that was sorted; other examples keep their
-    order.
+    order, as does a pair of which only one is a target: an image to a given text, or a text to a
+    given image.
 
     Raises:
         ValueError: no segments.
     """
     if not segments:
         raise ValueError(f"example {key!r} has no segments: there is nothing to learn from it")
-    is_pair = order != "given" and sorted(s.is_image for s in segments) == [False, True]
-    if not is_pair:
+    is_pair = sorted(s.is_image for s in segments) == [False, True]
+    if order == "given" or not is_pair or not all(s.is_target for s in segments):
         return list(segments), False
     image_first = order == "image_first" or (order == "both" and draw < 0.5)
     return sorted(segments, key=lambda s: s.is_image != image_first), True

@@ -11,8 +11,9 @@
     {"key": "a walk", "segments": [{"text": "Then"}, {"image": "walk/1.png"}, {"text": "we left."}]}
 
 A clip is {"frames": "walk.webp"}, or {"frames": ["walk/1.png", "walk/2.png"]}: its images in turn,
-8 of them if there are more. The model is trained to generate every segment but those with "target":
-false, such as questions.
+8 of them if there are more. An image may also be given by its codes, which are read as they are:
+{"codes": [7, 3, 9], "fingerprint": "d7d50eab4640d28e"}, the latter that of their codebook. The model
+is trained to generate every segment but those with "target": false, such as questions.
 
     frames at 0, 4, 8 s; subtitles at 1, 2, 9 s  ->  frame 0, "one two", frame 4, frame 8, "nine"
 """
@@ -137,6 +138,9 @@ class Documents:
             pixels only.
         pixels: give image segments with pixels; False for an objective that uses codes only.
         batch: images encoded at a time.
+        fingerprint: of the codebook that codes in the file must be of, VisualTokenizer's; None for
+            an objective that uses pixels only.
+        codebook_size: its entries.
 
     Raises:
         ValueError: a file or image that cannot be read, or a line that is not a document, by its
@@ -150,8 +154,11 @@ class Documents:
         encode: Encode | None = None,
         pixels: bool = True,
         batch: int = 32,
+        fingerprint: str | None = None,
+        codebook_size: int = 0,
     ) -> None:
         self.file, self.image_processor, self.pixels = Path(file), image_processor, pixels
+        self.fingerprint, self.codebook_size = fingerprint, codebook_size
         self.offsets, self.line_numbers = array("q"), array("q")
         self.codes: dict[Frame, tuple[Int64[Tensor, " n"], Bool[Tensor, " patches"]]] = {}
         self._counts: dict[str, int] = {}  # frames of the animated files
@@ -184,12 +191,15 @@ class Documents:
         return [self._segment(segment, self.line_numbers[number]) for segment in segments], key
 
     def _segment(self, segment: dict[str, Any], line: int) -> Segment:
+        is_target = segment.get("target", True)
         if "text" in segment:
-            return TextSegment(segment["text"], segment.get("target", True))
+            return TextSegment(segment["text"], is_target)
+        if "codes" in segment:
+            return ImageSegment(torch.tensor(segment["codes"]), is_target=is_target)
         frame = segment["image"]
         codes, keep = self.codes.get(frame, (None, None))
         pixels = partial(self._open, frame, line) if self.pixels else None
-        return ImageSegment(codes, pixels, keep, segment.get("target", True))
+        return ImageSegment(codes, pixels, keep, is_target)
 
     def _open(self, frame: Frame, line: int) -> UInt8[Tensor, "3 s s"]:
         path, number = self.file.parent / frame[0], frame[1]
@@ -225,7 +235,7 @@ class Documents:
 
     def _images(self, segment: dict[str, Any]) -> list[dict[str, Any]]:
         """A segment with a Frame in place of a name; of a clip, one for each of its images."""
-        if "text" in segment:
+        if "text" in segment or "codes" in segment:
             return [segment]
         value = segment.get("frames", [segment.get("image")])
         frames: list[Frame]
@@ -239,11 +249,16 @@ class Documents:
 
     def _problem(self, segment: Any) -> str:
         """Why this is not a segment; empty if it is one."""
-        kinds = ({"text"}, {"image"}, {"frames"})
+        kinds = ({"text"}, {"image"}, {"frames"}, {"codes", "fingerprint"})
         if not isinstance(segment, dict) or set(segment) - {"target"} not in kinds:
-            return 'expected segments {"text": ...}, {"image": ...} or {"frames": ...}'
+            return (
+                'expected segments {"text": ...}, {"image": ...}, {"frames": ...} or {"codes": '
+                '..., "fingerprint": ...}'
+            )
         if not isinstance(segment.get("target", True), bool):
             return 'expected "target": true or false'
+        if "codes" in segment:
+            return self._problem_of_codes(segment)
         (value,) = (value for name, value in segment.items() if name != "target")
         if value == [] and "frames" in segment:
             return "expected a clip of at least one frame"
@@ -257,6 +272,16 @@ class Documents:
             if not (self.file.parent / name).is_file():
                 return f"no such image beside {self.file.name}"
         return ""
+
+    def _problem_of_codes(self, segment: dict[str, Any]) -> str:
+        """Why these are not codes of this codebook; empty if they are."""
+        if self.fingerprint is None:
+            return "codes: this model reads the pixels of images, expected an image"
+        if segment["fingerprint"] != self.fingerprint:
+            return f"expected codes of the codebook {self.fingerprint}, this model's"
+        codes, most = segment["codes"], self.codebook_size - 1
+        right = isinstance(codes, list) and all(type(c) is int and 0 <= c <= most for c in codes)
+        return "" if right and codes else f"expected one or more codes in 0..{most}"
 
     def _encode(self, lines: dict[Frame, int], encode: Encode, batch: int) -> None:
         names = list(lines)

@@ -87,10 +87,12 @@ class SegmentLength:
     Args:
         tokens: text tokens, or codes (0 for an image without codes).
         text: the text; None for an image.
+        is_target: see the segments.
     """
 
     tokens: int
     text: str | None = None
+    is_target: bool = True
 
     @property
     def is_image(self) -> bool:

@@ -245,13 +245,15 @@ class LanguageDataModule(LightningDataModule):
         if file is None:
             return None
         module: Any = self.trainer.lightning_module
-        encode = None
+        options: dict[str, Any] = {}
         connectors, image_output = module.objective.connectors, module.objective.image_output
         if connectors.codes != "none":
             budget = image_output.encode_budget(module.visual.config.num_patches)
-            encode = partial(module.visual.encode, budget=budget)
+            size = module.processor.vocabulary.codebook_size
+            options = {"fingerprint": module.fingerprint, "codebook_size": size}
+            options["encode"] = partial(module.visual.encode, budget=budget)
         processor = module.visual.image_processor
-        return Documents(file, processor, encode, pixels=connectors.needs_pixels)
+        return Documents(file, processor, pixels=connectors.needs_pixels, **options)
 
     def train_dataloader(self) -> DataLoader:
         return ResumingLoader(

@@ -135,8 +135,10 @@ class MixedExamples:
 def segment_length(segment: Segment, processor: MultimodalProcessor) -> SegmentLength:
     """The length of a segment that is not None."""
     if isinstance(segment, TextSegment):
-        return SegmentLength(len(processor.text(segment.text)), segment.text)
-    return SegmentLength(0 if segment.codes is None else processor.count(len(segment.codes)))
+        count = len(processor.text(segment.text))
+        return SegmentLength(count, segment.text, segment.is_target)
+    count = 0 if segment.codes is None else processor.count(len(segment.codes))
+    return SegmentLength(count, is_target=segment.is_target)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@
 | which | which image shows a cat? | the first or the second, as often |
 | which_color | which image shows something red? | likewise |
 | side | what is in the second image? what color is the object in the first image? | a bag, red |
+| side_presence | is there a cat in the first image? | yes or no, as often |
 | clothes | what is this? (gray clothes of Fashion-MNIST) | a sneaker |
 | emoji | what kind of emoji is this? | its Unicode subgroup, such as country flag |
 | ground | what color is the background? never asked in train | one that is not white |
@@ -56,6 +57,9 @@ Asked = tuple[str, list[str], str, str]
 """(type, names of images, question, answer)."""
 UNSEEN = ("ground", "size")
 """Types that are asked in test and validation only: tasks that a model has not been trained on."""
+KINDS = {"which": "object", "which_color": "color"}
+"""Types of questions, and in what the two images differ."""
+SIDES = ("first", "second")
 SERIES = range(2, 6)
 """Questions of one type in a line of train, each about an image of its own."""
 UNNAMED = "what about this image?"
@@ -149,26 +153,38 @@ def compare(
     asked: list[Asked] = [
         ("compare", keys, texts[what], "yes" if alike[what] else "no") for what in by
     ]
-    sides = list(zip(("the first", "the second"), pair, strict=True))
-    for what, kind in (("object", "which"), ("color", "which_color")):
-        if not alike[what]:
-            answer, sought = draw.choice(sides)
-            value = sought["objects"][0][what]
-            phrase = with_article(value, value) if what == "object" else f"something {value}"
-            asked.append((kind, keys, f"which image shows {phrase}?", answer))
+    return asked + [one for one in which_of(pair, draw) if not alike[KINDS[one[0]]]]
+
+
+def which_of(pair: Sequence[dict[str, Any]], draw: Any) -> list[Asked]:
+    """Which of two images shows an object, and a color; of either one that the draw chooses."""
+    keys, asked = [record["key"] for record in pair], []
+    for kind, what in KINDS.items():
+        answer, sought = draw.choice(list(zip(SIDES, pair, strict=True)))
+        value = sought["objects"][0][what]
+        phrase = with_article(value, value) if what == "object" else f"something {value}"
+        asked.append((kind, keys, f"which image shows {phrase}?", f"the {answer}"))
     return asked
 
 
-def of_sides(pair: Sequence[dict[str, Any]]) -> list[Asked]:
-    """What is in the first image and the second, and its color."""
-    keys = [record["key"] for record in pair]
+def of_sides(pair: Sequence[dict[str, Any]], draw: Any) -> list[Asked]:
+    """What is in the first image and the second, its color; and once, is there what either shows?"""
+    keys, names = [record["key"] for record in pair], [name_of(record) for record in pair]
     asked: list[Asked] = []
-    for side, record in zip(("first", "second"), pair, strict=True):
-        name, color = name_of(record), record["objects"][0]["color"]
+    for side, name, record in zip(SIDES, names, pair, strict=True):
         asked += [
             ("side", keys, f"what is in the {side} image?", with_article(name, name)),
-            ("side", keys, f"what color is the object in the {side} image?", color),
+            (
+                "side",
+                keys,
+                f"what color is the object in the {side} image?",
+                record["objects"][0]["color"],
+            ),
         ]
+    if names[0] != names[1]:
+        (side, name), other = draw.choice(list(zip(SIDES, names, strict=True))), draw.choice(names)
+        question = f"{verb_of(other)} there {with_article(other, other)} in the {side} image?"
+        asked.append(("side_presence", keys, question, "yes" if other == name else "no"))
     return asked
 
 
@@ -179,7 +195,8 @@ def arranged(asked: Sequence[Asked], draw: Any) -> list[Asked]:
     differ: questions for presence, object and sameness come before these. Half of the
     documents begin with any question instead, and lack those that it has answered.
     """
-    ranks = {"presence": 0, "object": 1, "compare": 0, "which": 1, "which_color": 1}
+    ranks = {"presence": 0, "object": 1, "compare": 0, "side_presence": 0, "which": 1}
+    ranks["which_color"] = 1
     first = ranks.get(draw.choice(asked)[0], 2) if draw.random() < 0.5 else 0
     kept = [one for one in asked if ranks.get(one[0], 2) >= first]
 
@@ -197,7 +214,8 @@ def questions(
 
     Args:
         together: all questions about an image, or about two, in one document; and for each image
-            two comparisons, and two more images of which the sides are asked for.
+            two comparisons, two more images of which the sides are asked for, and two that differ,
+            of which only this is asked.
         unseen: and all questions of the types that train does not ask.
     """
     names = sorted({item["object"] for record in records for item in record["objects"]})
@@ -228,8 +246,15 @@ def questions(
     # In documents of their own: after the others, which image shows what is known
     for index in range(pairs // 2):
         draw = draw_of(seed, "side", records[0]["split"], index)
-        asked = of_sides(draw.sample(single, 2))
-        yield draw.sample(asked, len(asked) if together else 1)
+        pair = draw.sample(single, 2)
+        asked = of_sides(pair, draw_of(seed, "side presence", records[0]["split"], index))
+        if together:
+            yield arranged(asked, draw)
+            if all(pair[0]["objects"][0][what] != pair[1]["objects"][0][what] for what in by):
+                yield draw.sample(which := which_of(pair, draw), len(which))
+        else:
+            yield [draw.choice([one for one in asked if one[0] == "side"])]
+            yield from ([one] for one in asked if one[0] == "side_presence" and not index % 2)
 
 
 def series(asked: Iterable[Asked], count: int, draw: Any) -> Iterator[list[Asked]]:

@@ -314,7 +314,8 @@ def test_questions_are_documents_whose_answers_are_right(made):
             for question, answer in zip(texts[::2], [s.text for s in texts[1::2]], strict=True):
                 text = question.text.removeprefix("Question: ").removesuffix(" Answer:")
                 begun = [start for start in starts if text.startswith(start)]
-                asked.append(starts[max(begun, key=len)])
+                side = text.startswith(("is there", "are there")) and text.endswith(" image?")
+                asked.append("side_presence" if side else starts[max(begun, key=len)])
                 check(asked[-1], text, answer, shown, objects)
             kinds[split] |= set(asked)
             if split == "train":
@@ -326,7 +327,7 @@ def test_questions_are_documents_whose_answers_are_right(made):
             else:
                 assert asked == [key.split("/")[1]]
     expected = {"object", "color", "count", "place", "presence", "compare", "which", "which_color"}
-    expected |= {"side"}
+    expected |= {"side", "side_presence"}
     assert kinds == {"train": expected, "test": expected | set(UNSEEN)}
     assert {len(asked) for asked in of_documents} >= {1, 2, 3, 4, 5}
 
@@ -380,6 +381,10 @@ def check(kind: str, question: str, answer: str, shown: Any, objects: list[list[
             item["color"] if "color" in question else with_article(item["object"], item["object"])
         )
         assert answer == right
+    elif kind == "side_presence":
+        (name,) = objects[0 if "first image" in question else 1]
+        assert (answer == "yes") == (f" {name} in the " in question)
+        assert any(f" {names[0]} in the " in question for names in objects)
     elif kind == "count":
         assert plural(objects[0][0]) in question
         assert answer == ("one", "two", "three", "four")[shown[0]["count"] - 1]
@@ -416,7 +421,7 @@ def test_single_questions_of_train(made, tmp_path: Path):
     assert {sum("text" in s for s in line["segments"]) for line in lines} == {2}
     kinds = {line["key"].split("/")[1] for line in lines}
     expected = {"object", "color", "count", "place", "presence", "compare", "which"}
-    assert kinds == expected | {"which_color", "side"}
+    assert kinds == expected | {"which_color", "side", "side_presence"}
     assert (out / "test.jsonl").read_text().count("instruct/train") == 0
 
 

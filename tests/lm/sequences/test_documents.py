@@ -24,6 +24,7 @@ from lavit_lm.sequences.documents import (
 )
 from lavit_lm.sequences.segments import ImageSegment, TextSegment
 from lavit_lm.sequences.token_sequence import Role
+from lavit_lm.training.sampler import segment_length
 from lavit_tok import ImageError, VisualImageProcessor, VisualTokenizer
 
 EMU = Emu(queries=3, depth=1, heads=2, train_encoder=False)
@@ -174,13 +175,59 @@ def test_documents_are_encoded(album: Path, tiny_tokenizer: VisualTokenizer):
     assert torch.equal(both.codes, wanted[0]) and callable(both.image)
 
 
+def test_images_by_their_codes(album: Path, tiny_tokenizer: VisualTokenizer):
+    own = {"fingerprint": "d7d5", "codebook_size": 16}
+
+    def documents(codes: Any, fingerprint: str = "d7d5") -> Documents:
+        image = {"codes": codes, "fingerprint": fingerprint}
+        album.write_text(json.dumps({"segments": [{"text": "a", "target": False}, image]}))
+        return Documents(album, IMAGES, encode=tiny_tokenizer.encode, **own)
+
+    text, image = documents([7, 3, 15])[0][0]
+    assert isinstance(image, ImageSegment) and image.image is None and image.is_target
+    assert image.codes is not None and image.codes.tolist() == [7, 3, 15] and not text.is_target
+    with pytest.raises(ValueError, match=r"line 1: expected codes of the codebook d7d5, this mod"):
+        documents([7], "another")
+    for codes in ([], [16], [-1], [1.0], [True], 3, "7"):
+        with pytest.raises(ValueError, match=r"line 1: expected one or more codes in 0..15, got"):
+            documents(codes)
+
+
+def test_a_given_text_stays_before_its_image(
+    folder: Path, album: Path, tiny_tokenizer: VisualTokenizer
+):
+    """A pair is laid out in both orders only if both are targets."""
+    lm = module(folder)
+    for targets in ((True, True), (False, True), (True, False)):
+        segments = [
+            TextSegment("a red apple", targets[0]),
+            ImageSegment(torch.tensor([7, 3, 15]), is_target=targets[1]),
+        ]
+        first, lengths = set(), [segment_length(s, lm.processor) for s in segments]
+        for seed in range(20):
+            draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
+            objective = LaVIT(prompt_drop=0.0)
+            sequence = objective.layout(segments, lm.processor, draws[0])
+            assert objective.sequence_length(lengths, lm.processor, draws[1]) == len(sequence.ids)
+            first.add(int(sequence.ids[len(lm.processor.start)]))
+            if targets == (False, True):
+                image = [*lm.processor.codes(segments[1].codes), lm.processor.vocabulary.end]
+                ids = [lm.processor.vocabulary.begin, *image, lm.processor.stop]
+                assert sequence.ids[sequence.predict].tolist() == ids
+        assert len(first) == (2 if all(targets) else 1), targets
+
+
 BAD = {
     "{": "line 2: not JSON",
     "[]": 'line 2: expected {"key": text, "segments"',
     '{"key": "x", "segments": []}': "line 2: expected",
     '{"key": 3, "segments": [{"text": "a"}]}': "line 2: expected",
     '{"segments": [{"words": "a"}]}': "line 2: expected segments "
-    '{"text": ...}, {"image": ...} or {"frames": ...}, got {"words": "a"}',
+    '{"text": ...}, {"image": ...}, {"frames": ...} or {"codes": ..., "fingerprint": ...}, got '
+    '{"words": "a"}',
+    '{"segments": [{"codes": [1]}]}': "line 2: expected segments",
+    '{"segments": [{"codes": [1], "fingerprint": "f"}]}': "line 2: codes: this model reads the "
+    "pixels of images, expected an image",
     '{"segments": [{"frames": []}]}': "line 2: expected a clip of at least one frame, got",
     '{"segments": [{"frames": ["walk/0.png", ""]}]}': "line 2: expected a string that is not empty",
     '{"segments": [{"frames": "none.gif"}]}': "line 2: no such image beside pages.jsonl",
