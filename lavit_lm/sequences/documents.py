@@ -12,8 +12,8 @@
 
 A clip is {"frames": "walk.webp"}, or {"frames": ["walk/1.png", "walk/2.png"]}: its images in turn,
 8 of them if there are more. An image may also be given by its codes, which are read as they are:
-{"codes": [7, 3, 9], "fingerprint": "d7d50eab4640d28e"}, the latter that of their codebook. The model
-is trained to generate every segment but those with "target": false, such as questions.
+{"codes": [7, 3, 9], "fingerprint": "d7d50eab4640d28e"}, the latter that of their codebook. The
+model is trained to generate every segment but those with "target": false, such as questions.
 
     frames at 0, 4, 8 s; subtitles at 1, 2, 9 s  ->  frame 0, "one two", frame 4, frame 8, "nine"
 """

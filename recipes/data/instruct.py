@@ -168,7 +168,7 @@ def which_of(pair: Sequence[dict[str, Any]], draw: Any) -> list[Asked]:
 
 
 def of_sides(pair: Sequence[dict[str, Any]], draw: Any) -> list[Asked]:
-    """What is in the first image and the second, its color; and once, is there what either shows?"""
+    """What either image shows, and its color; and of one, is there what either shows?"""
     keys, names = [record["key"] for record in pair], [name_of(record) for record in pair]
     asked: list[Asked] = []
     for side, name, record in zip(SIDES, names, pair, strict=True):

@@ -1,4 +1,4 @@
-"""Images that a language model generates of captions, the best of several, as documents to train on.
+"""Images that a language model generates of captions, the best of several, as documents.
 
     caption -> N candidates -> the one given whose image the caption is most probable
 

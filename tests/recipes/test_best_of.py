@@ -1,4 +1,4 @@
-"""The best of several generated images as documents: which is kept, resuming, and training on them."""
+"""The best of several generated images as documents: which is kept, and training on them."""
 
 from __future__ import annotations
 
