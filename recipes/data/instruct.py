@@ -28,9 +28,11 @@ the images beside them. Only answers are targets:
 Lines of train hold all questions about one image or two, in any order, each with its answer; or
 questions of one type, each after an image of its own, as few-shot prompts do: in half of these
 lines every question reads "what about this image?", so that the first answer, which is no target,
-tells what is asked. Their key is instruct/train/... Lines of the other splits hold one question,
-whose type their key names; with --single, those of train too, for an objective that predicts the
-last text only (DaVinci). Images of the test split show combinations that never occur in training
+tells what is asked. Their key is instruct/train/... Those that ask which of two images shows
+something, and nothing else, are in which.jsonl, a source with a weight of its own: a model needs
+tens of thousands of them before it learns any (docs/log.md). Lines of the other splits hold one
+question, whose type their key names; with --single, those of train too, for an objective that
+predicts the last text only (DaVinci). Images of the test split show combinations that never occur in training
 (composed.py), or are clothes and emoji that do not; these two types need RAW.
 """
 
@@ -354,9 +356,12 @@ def build(
         for row in loaded[split].cast_column("image", datasets.Image(decode=False)):
             if row["key"] in wanted:
                 (out / split / file_of(row["key"])).write_bytes(row["image"]["bytes"])
-        with open(out / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            for number, one in enumerate(asked):
-                file.write(json.dumps(document(one, number, split, together)) + "\n")
+        lines: dict[str, list[str]] = {split: []} | ({"which": []} if together else {})
+        for number, one in enumerate(asked):
+            name = "which" if together and all(kind in KINDS for kind, *_ in one) else split
+            lines[name].append(json.dumps(document(one, number, split, together)) + "\n")
+        for name, own in lines.items():
+            (out / f"{name}.jsonl").write_text("".join(own), encoding="utf-8")
         kinds = collections.Counter(kind for one in asked for kind, *_ in one)
         counts[split] = dict(sorted(kinds.items()))
     return counts

@@ -296,9 +296,10 @@ def test_questions_are_documents_whose_answers_are_right(made):
     starts |= {"what is in the": "side", "what color is the object in the": "side"}
     starts |= {"what color is the background": "ground", "is the": "size", "are the": "size"}
     kinds, of_documents = {"train": set(), "test": set()}, set()
-    for split in ("train", "test"):
-        documents = Documents(folder / f"{split}.jsonl", images)
-        lines = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+    for name in ("train", "which", "test"):
+        split, file = "test" if name == "test" else "train", folder / f"{name}.jsonl"
+        documents = Documents(file, images)
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
         for (segments, key), line in zip(documents, lines, strict=True):
             names = [segment["image"] for segment in line["segments"] if "image" in segment]
             if is_series(line):
@@ -319,6 +320,7 @@ def test_questions_are_documents_whose_answers_are_right(made):
                 check(asked[-1], text, answer, shown, objects)
             kinds[split] |= set(asked)
             if split == "train":
+                assert (set(asked) <= {"which", "which_color"}) == (name == "which")
                 of_documents.add(tuple(asked))
                 assert len(set(texts[::2])) == len(texts[::2])
                 naming = {"color", "count", "place", "which", "which_color"}
