@@ -32,8 +32,8 @@ tells what is asked. Their key is instruct/train/... Those that ask which of two
 something, and nothing else, are in which.jsonl, a source with a weight of its own: a model needs
 tens of thousands of them before it learns any (docs/log.md). Lines of the other splits hold one
 question, whose type their key names; with --single, those of train too, for an objective that
-predicts the last text only (DaVinci). Images of the test split show combinations that never occur in training
-(composed.py), or are clothes and emoji that do not; these two types need RAW.
+predicts the last text only (DaVinci). Images of the test split show combinations that never occur
+in training (composed.py), or are clothes and emoji that do not; these two types need RAW.
 """
 
 from __future__ import annotations
