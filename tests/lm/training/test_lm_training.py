@@ -43,7 +43,7 @@ from lavit_lm.vocabulary.visual_vocabulary import VisualVocabulary
 from lavit_tok import ShardError, VisualTokenizer, WeightsError
 
 # tests/recipes/ trains these, on their documents.
-ON_DOCUMENTS = ("instruct", "emu-clips")
+ON_DOCUMENTS = ("instruct", "emu-clips", "best-of")
 RECIPES = [path for path in recipes_of("lavit-lm fit") if not path.name.startswith(ON_DOCUMENTS)]
 
 
