@@ -253,7 +253,8 @@ def questions(
         if together:
             yield arranged(asked, draw)
             if all(pair[0]["objects"][0][what] != pair[1]["objects"][0][what] for what in by):
-                yield draw.sample(which := which_of(pair, draw), len(which))
+                which = which_of(pair, draw)
+                yield draw.sample(which, len(which))
         else:
             yield [draw.choice([one for one in asked if one[0] == "side"])]
             yield from ([one] for one in asked if one[0] == "side_presence" and not index % 2)

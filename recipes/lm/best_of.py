@@ -51,6 +51,15 @@ def chosen(data: Path, count: int, seed: int) -> list[tuple[str, str]]:
     return [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:count]]
 
 
+def written(file: Path) -> set[str]:
+    """Keys of the documents in a file, from which a line that a stopped run began is removed."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    return {json.loads(line)["key"] for line in whole.splitlines()}
+
+
 @torch.no_grad()
 def best(
     lm: MultimodalLM,
@@ -88,14 +97,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top-k", type=int, default=100, help="of the codes")
     parser.add_argument("--guidance", type=float, default=3.0, help="of the codes")
     parser.add_argument("--seed", type=int, default=0, help="of captions, codes and noise")
-    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("K", "N"))
+    parser.add_argument(
+        "--part",
+        type=int,
+        nargs=2,
+        default=(0, 1),
+        metavar=("K", "N"),
+        help="caption K of every N, and those that follow it at this distance",
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON lines")
     arguments = parser.parse_args(argv)
     part, parts = arguments.part
+    if not 0 <= part < parts:
+        parser.error(f"--part: expected K and N with 0 <= K < N, got {part} and {parts}")
+    if arguments.candidates < 1:
+        parser.error(f"--candidates: expected at least 1, got {arguments.candidates}")
     pairs = chosen(arguments.data, arguments.captions, arguments.seed)[part::parts]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-    done = {json.loads(line)["key"] for line in lines}
+    done = written(arguments.out)
     left = [pair for pair in pairs if f"best/{pair[0]}" not in done]
     lm = MultimodalLM.from_pretrained(arguments.model, decoder=arguments.decoder)
     options = {"temperature": arguments.temperature, "top_k": arguments.top_k}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers.lm_parts import processor_and_model
 from helpers.lm_runs import small_run
@@ -58,7 +59,8 @@ def test_a_stopped_run_goes_on_and_is_trained_on(
     best_of.main([*args, str(whole := folder / "whole.jsonl")])
     lines = whole.read_text().splitlines()
     assert len(lines) == 5
-    (stopped := folder / "stopped.jsonl").write_text("".join(f"{line}\n" for line in lines[:2]))
+    begun = "".join(f"{line}\n" for line in lines[:2]) + lines[2][:40]  # stopped while it wrote
+    (stopped := folder / "stopped.jsonl").write_text(begun)
     best_of.main([*args, str(stopped)])
     assert stopped.read_text() == whole.read_text()
     parts = []
@@ -66,6 +68,11 @@ def test_a_stopped_run_goes_on_and_is_trained_on(
         best_of.main([*args, str(folder / part), "--part", part, "2"])
         parts += (folder / part).read_text().splitlines()
     assert sorted(parts) == sorted(lines)
+    for wrong in (["--part", "2", "2"], ["--part", "0", "0"], ["--candidates", "0"]):
+        with pytest.raises(SystemExit):
+            best_of.main([*args, str(folder / "wrong"), *wrong])
+    with pytest.raises(ValueError, match=r"--captions: expected 1 to 24, got 25"):
+        best_of.main([*args, str(folder / "wrong"), "--captions", "25"])
     sources = [
         {"documents": str(whole), "weight": 4},
         {"shards": str(folder / "shards"), "images": str(folder / "pictures"), "weight": 1},
