@@ -357,7 +357,8 @@ def build(
         for row in loaded[split].cast_column("image", datasets.Image(decode=False)):
             if row["key"] in wanted:
                 (out / split / file_of(row["key"])).write_bytes(row["image"]["bytes"])
-        lines: dict[str, list[str]] = {split: []} | ({"which": []} if together else {})
+        names = [split, *(["which"] if together else [])]
+        lines: dict[str, list[str]] = {name: [] for name in names}
         for number, one in enumerate(asked):
             name = "which" if together and all(kind in KINDS for kind, *_ in one) else split
             lines[name].append(json.dumps(document(one, number, split, together)) + "\n")
