@@ -29,8 +29,8 @@ Lines of train hold all questions about one image or two, in any order, each wit
 questions of one type, each after an image of its own, as few-shot prompts do: in half of these
 lines every question reads "what about this image?", so that the first answer, which is no target,
 tells what is asked. Their key is instruct/train/... Those that ask which of two images shows
-something, and nothing else, are in which.jsonl, a source with a weight of its own: a model needs
-tens of thousands of them before it learns any (docs/log.md). Lines of the other splits hold one
+something, and nothing else, are in which.jsonl, a source with a weight of its own: the shipped
+model learned them from some 23,000 such lines (docs/log.md). Lines of the other splits hold one
 question, whose type their key names; with --single, those of train too, for an objective that
 predicts the last text only (DaVinci). Images of the test split show combinations that never occur
 in training (composed.py), or are clothes and emoji that do not; these two types need RAW.
@@ -59,9 +59,9 @@ Asked = tuple[str, list[str], str, str]
 """(type, names of images, question, answer)."""
 UNSEEN = ("ground", "size")
 """Types that are asked in test and validation only: tasks that a model has not been trained on."""
-KINDS = {"which": "object", "which_color": "color"}
-"""Types of questions, and in what the two images differ."""
-SIDES = ("first", "second")
+WHICH = {"which": "object", "which_color": "color"}
+"""Types of questions for one of two images, and in what these differ."""
+ORDINALS = ("first", "second")
 SERIES = range(2, 6)
 """Questions of one type in a line of train, each about an image of its own."""
 UNNAMED = "what about this image?"
@@ -155,14 +155,14 @@ def compare(
     asked: list[Asked] = [
         ("compare", keys, texts[what], "yes" if alike[what] else "no") for what in by
     ]
-    return asked + [one for one in which_of(pair, draw) if not alike[KINDS[one[0]]]]
+    return asked + [one for one in which_of(pair, draw) if not alike[WHICH[one[0]]]]
 
 
 def which_of(pair: Sequence[dict[str, Any]], draw: Any) -> list[Asked]:
     """Which of two images shows an object, and a color; of either one that the draw chooses."""
     keys, asked = [record["key"] for record in pair], []
-    for kind, what in KINDS.items():
-        answer, sought = draw.choice(list(zip(SIDES, pair, strict=True)))
+    for kind, what in WHICH.items():
+        answer, sought = draw.choice(list(zip(ORDINALS, pair, strict=True)))
         value = sought["objects"][0][what]
         phrase = with_article(value, value) if what == "object" else f"something {value}"
         asked.append((kind, keys, f"which image shows {phrase}?", f"the {answer}"))
@@ -173,18 +173,15 @@ def of_sides(pair: Sequence[dict[str, Any]], draw: Any) -> list[Asked]:
     """What either image shows, and its color; and of one, is there what either shows?"""
     keys, names = [record["key"] for record in pair], [name_of(record) for record in pair]
     asked: list[Asked] = []
-    for side, name, record in zip(SIDES, names, pair, strict=True):
+    for side, name, record in zip(ORDINALS, names, pair, strict=True):
+        color = record["objects"][0]["color"]
         asked += [
             ("side", keys, f"what is in the {side} image?", with_article(name, name)),
-            (
-                "side",
-                keys,
-                f"what color is the object in the {side} image?",
-                record["objects"][0]["color"],
-            ),
+            ("side", keys, f"what color is the object in the {side} image?", color),
         ]
     if names[0] != names[1]:
-        (side, name), other = draw.choice(list(zip(SIDES, names, strict=True))), draw.choice(names)
+        side, name = draw.choice(list(zip(ORDINALS, names, strict=True)))
+        other = draw.choice(names)
         question = f"{verb_of(other)} there {with_article(other, other)} in the {side} image?"
         asked.append(("side_presence", keys, question, "yes" if other == name else "no"))
     return asked
@@ -197,8 +194,7 @@ def arranged(asked: Sequence[Asked], draw: Any) -> list[Asked]:
     differ: questions for presence, object and sameness come before these. Half of the
     documents begin with any question instead, and lack those that it has answered.
     """
-    ranks = {"presence": 0, "object": 1, "compare": 0, "side_presence": 0, "which": 1}
-    ranks["which_color"] = 1
+    ranks = {"presence": 0, "side_presence": 0, "compare": 0, "object": 1} | dict.fromkeys(WHICH, 1)
     first = ranks.get(draw.choice(asked)[0], 2) if draw.random() < 0.5 else 0
     kept = [one for one in asked if ranks.get(one[0], 2) >= first]
 
@@ -360,7 +356,7 @@ def build(
         names = [split, *(["which"] if together else [])]
         lines: dict[str, list[str]] = {name: [] for name in names}
         for number, one in enumerate(asked):
-            name = "which" if together and all(kind in KINDS for kind, *_ in one) else split
+            name = "which" if together and all(kind in WHICH for kind, *_ in one) else split
             lines[name].append(json.dumps(document(one, number, split, together)) + "\n")
         for name, own in lines.items():
             (out / f"{name}.jsonl").write_text("".join(own), encoding="utf-8")

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,11 @@ import numpy as np
 import torch
 
 from lavit_lm import MultimodalLM
+from lavit_lm.cli.batches import item_generator
 from lavit_tok.data.splits import load_splits
 
 CAPTIONS = 16
 """In a batch."""
-
-
-def seeded(*parts: Any) -> torch.Generator:
-    """A generator that depends on these values alone."""
-    digest = sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") // 2)
 
 
 def chosen(data: Path, count: int, seed: int) -> list[tuple[str, str]]:
@@ -69,10 +63,11 @@ def best(
     **sampling: Any,
 ) -> list[dict[str, Any]]:
     """The documents of captions, each independent of the others."""
-    draws = [seeded(seed, key, i) for key, _ in pairs for i in range(candidates)]
+    draws = [item_generator(seed, key, i) for key, _ in pairs for i in range(candidates)]
     captions = [caption for _, caption in pairs for _ in range(candidates)]
     codes = lm.generate_codes_batch(captions, generator=draws, **sampling)
-    noise = [seeded(seed, key, i, "noise") for key, _ in pairs for i in range(candidates)]
+    # Not those of the codes, of which a longer image in the batch may have drawn more
+    noise = [item_generator(seed, f"{key} noise", i) for key, _ in pairs for i in range(candidates)]
     images = lm.decode_images(codes, noise)
     fingerprint, documents = lm.visual_tokenizer.fingerprint(), []
     for number, (key, caption) in enumerate(pairs):

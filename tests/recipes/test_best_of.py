@@ -15,6 +15,7 @@ from helpers.trainers import two_steps
 from benchmarks.shared.provenance import recipe
 from lavit_lm import MultimodalLM
 from lavit_lm.cli import main
+from lavit_lm.cli.batches import item_generator
 from lavit_tok import VisualCodes, VisualTokenizer
 
 OPTIONS = {"temperature": 1.0, "guidance_scale": 2.0}
@@ -34,9 +35,9 @@ def test_the_best_candidate_is_kept(tiny_tokenizer: VisualTokenizer, tiny_decode
         assert image["fingerprint"] == tiny_tokenizer.fingerprint()
         nats, codes = [], []
         for i in range(3):
-            draw = best_of.seeded(0, key, i)
+            draw = item_generator(0, key, i)
             codes.append(lm.generate_codes_batch([caption], generator=[draw], **OPTIONS))
-            noise = best_of.seeded(0, key, i, "noise")
+            noise = item_generator(0, f"{key} noise", i)
             (shown,) = lm.decode_images(codes[-1], [noise])
             nats.append(float(lm.score([[shown]], [caption])))
         at = int(torch.tensor(nats).argmax())
@@ -45,9 +46,7 @@ def test_the_best_candidate_is_kept(tiny_tokenizer: VisualTokenizer, tiny_decode
     assert kept != {0}, "else the first would do"
 
 
-def test_a_stopped_run_goes_on_and_is_trained_on(
-    folder: Path, tiny_tokenizer: VisualTokenizer, tiny_decoder: Any
-):
+def test_a_stopped_run_goes_on_and_is_trained_on(folder: Path, tiny_decoder: Any):
     best_of = recipe("lm/best_of.py")
     processor, model = processor_and_model()
     visual = VisualTokenizer.from_pretrained(folder / "visual")

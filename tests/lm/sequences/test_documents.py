@@ -193,9 +193,7 @@ def test_images_by_their_codes(album: Path, tiny_tokenizer: VisualTokenizer):
             documents(codes)
 
 
-def test_a_given_text_stays_before_its_image(
-    folder: Path, album: Path, tiny_tokenizer: VisualTokenizer
-):
+def test_a_given_text_stays_before_its_image(folder: Path):
     """A pair is laid out in both orders only if both are targets."""
     lm = module(folder)
     for targets in ((True, True), (False, True), (True, False)):
